@@ -1,0 +1,43 @@
+# Needs python3 (3.11 or newer) and make; everything else is set up in .venv from uv.lock.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.synced
+DEMO_DIR ?= demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench gpu-check clean
+
+help:  ## show this list
+	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## create .venv from uv.lock (first run downloads PyTorch: several GB on Linux)
+
+$(STAMP): pyproject.toml uv.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "slide2vec needs Python 3.11 or newer: set PYTHON=python3.12, say (found: $$($(PYTHON) --version 2>&1))"; exit 1; }
+	@test -x $(BIN)/python || { echo "==> creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@test -x $(BIN)/uv || { echo "==> installing uv into $(VENV)"; $(BIN)/python -m pip install --quiet --disable-pip-version-check uv; }
+	@echo "==> installing the locked packages"
+	@UV_PROJECT_ENVIRONMENT=$(VENV) $(BIN)/uv sync --frozen --python $(BIN)/python
+	@touch $@
+
+demo: $(STAMP)  ## embed a generated slide on this machine and draw the result into demo/
+	@$(BIN)/slide2vec demo --output $(DEMO_DIR)
+
+test: $(STAMP)  ## run the test suite
+	@$(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+
+lint: $(STAMP)  ## ruff (lint and format) and mypy --strict
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(STAMP)  ## CPU benchmarks, side by side; results under benchmarks/results/
+	@$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+gpu-check: $(STAMP)  ## the tests that need an NVIDIA GPU
+	@$(BIN)/python -m pytest -q -m gpu $(ARGS)
+
+clean:  ## remove the environment and what the demo wrote
+	rm -rf $(VENV) $(DEMO_DIR) .pytest_cache .mypy_cache .ruff_cache

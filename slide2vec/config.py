@@ -1,0 +1,240 @@
+"""What a user may set: PreprocessingConfig and ExecutionOptions, frozen, validated, keyword-only.
+
+Defaults follow HS2P and the original slide2vec; `None` means "chosen for the model, the slide or
+the machine", as each field says.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from slide2vec.errors import ConfigError, nearest_names
+
+__all__ = [
+    "Backend",
+    "ExecutionOptions",
+    "FilterConfig",
+    "Precision",
+    "PreprocessingConfig",
+    "PreviewConfig",
+    "SegmentationConfig",
+    "job_cpus",
+]
+
+Backend = Literal["auto", "cucim", "openslide", "vips", "asap"]
+Precision = Literal["fp16", "bf16", "fp32"]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+GrayLevel = Annotated[int, Field(ge=0, le=255)]
+
+MAX_WORKERS = 64
+
+
+class _Config(BaseModel):
+    """A frozen set of options that names the nearest field when given one it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
+
+    def __init__(self, **values: Any) -> None:
+        name = type(self).__name__
+        for key in values:
+            if key not in type(self).model_fields:
+                raise ConfigError(f"{name} has no field {key!r}. {nearest_names(key, type(self).model_fields)}")
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_in_words(name, item) for item in error.errors())) from None
+
+    def updated(self, **values: Any) -> Self:
+        """A validated copy with some fields replaced."""
+        return type(self)(**{**{k: getattr(self, k) for k in type(self).model_fields}, **values})
+
+
+def _in_words(name: str, error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    cause = (error.get("ctx") or {}).get("error")
+    if isinstance(cause, ConfigError):
+        return f"{name}.{where}: {cause}" if where else f"{name}: {cause}"
+    return f"{name}.{where}: {error['msg'].lower()}, got {error['input']!r}"
+
+
+class SegmentationConfig(_Config):
+    """How tissue is told from background; see `slide2vec.tiling` for the methods."""
+
+    method: Literal["hsv", "otsu", "threshold"] = "hsv"
+    downsample: Annotated[float, Field(gt=0)] = 64
+    sthresh: GrayLevel = 8
+    sthresh_up: GrayLevel = 255
+    mthresh: Annotated[int, Field(gt=0, description="odd median kernel")] = 7
+    close: Annotated[int, Field(ge=0)] = 4
+
+    @field_validator("mthresh")
+    @classmethod
+    def _odd(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ConfigError(f"the median kernel must be odd, got {value}; try {value + 1}")
+        return value
+
+
+class FilterConfig(_Config):
+    """Which contours and tiles are kept. `ref_tile_size` None means the requested tile size.
+
+    `a_t` and `a_h` are areas in units of ref_tile_size²; `a_h` is recorded, but every hole is
+    excluded whatever its size, as HS2P does.
+    """
+
+    ref_tile_size: Positive | None = None
+    a_t: Annotated[float, Field(ge=0)] = 4
+    a_h: Annotated[float, Field(ge=0)] = 2
+    filter_white: bool = False
+    filter_black: bool = False
+    white_threshold: GrayLevel = 220
+    black_threshold: GrayLevel = 25
+    fraction_threshold: Fraction = 0.9
+    filter_grayspace: bool = False
+    grayspace_saturation_threshold: Fraction = 0.05
+    grayspace_fraction_threshold: Fraction = 0.6
+    filter_blur: bool = False
+    blur_threshold: Annotated[float, Field(ge=0)] = 50.0
+    qc_spacing_um: Annotated[float, Field(gt=0)] = 2.0
+
+
+class PreviewConfig(_Config):
+    """Which pictures to write beside the embeddings (needs ExecutionOptions.output_dir)."""
+
+    save_mask_preview: bool = False
+    save_tiling_preview: bool = False
+    downsample: Annotated[float, Field(gt=0)] = 32
+    tissue_contour_color: tuple[GrayLevel, GrayLevel, GrayLevel] = (157, 219, 129)
+    mask_overlay_alpha: Fraction = 0.5
+
+
+class PreprocessingConfig(_Config):
+    """How slides are tiled and read.
+
+    Attributes:
+        backend: reader; "auto" picks per slide (cucim, vips, openslide, asap) by what opens the file.
+        requested_spacing_um: µm/px of the tiles; None = the preset's.
+        requested_tile_size_px: side of the tiles at that spacing; None = the preset's.
+        requested_region_size_px, region_tile_multiple: hierarchical extraction.
+        tolerance: relative spacing difference within which a level is read as it is.
+        overlap: of neighbouring tiles, as a fraction of their side.
+        tissue_threshold: smallest tissue fraction of a tile that is kept.
+        read_coordinates_from: directory of HS2P coordinate files to use instead of tiling.
+        read_tiles_from: directory of tile archives to use instead of reading slides.
+        on_the_fly: read tiles from the slides while embedding.
+        gpu_decode: "auto", or force decoding on the GPU on or off.
+        use_supertiles: read blocks of neighbouring tiles at once (same pixels, faster).
+        num_cucim_workers: threads that cuCIM itself uses per batched read.
+        resume: reuse the tiling of a previous run.
+        segmentation, filtering, preview: mappings merged over the defaults of their classes.
+    """
+
+    backend: Backend = "auto"
+    requested_spacing_um: Annotated[float, Field(gt=0)] | None = None
+    requested_tile_size_px: Positive | None = None
+    requested_region_size_px: Positive | None = None
+    region_tile_multiple: Annotated[int, Field(ge=2)] | None = None
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    tissue_threshold: Fraction = 0.01
+    read_coordinates_from: Path | None = None
+    read_tiles_from: Path | None = None
+    on_the_fly: bool = True
+    gpu_decode: bool | Literal["auto"] = "auto"
+    use_supertiles: bool = True
+    num_cucim_workers: Positive = 4
+    resume: bool = False
+    segmentation: SegmentationConfig = SegmentationConfig()
+    filtering: FilterConfig = FilterConfig()
+    preview: PreviewConfig = PreviewConfig()
+
+    @model_validator(mode="after")
+    def _region_is_a_multiple(self) -> Self:
+        region, tile, multiple = (
+            self.requested_region_size_px,
+            self.requested_tile_size_px,
+            self.region_tile_multiple,
+        )
+        if region is None or tile is None:
+            return self
+        if region % tile or region // tile < 2 or (multiple is not None and region != tile * multiple):
+            raise ConfigError(
+                f"requested_region_size_px={region} must be requested_tile_size_px={tile} times "
+                f"{multiple if multiple else 'a whole number of 2 or more'}"
+            )
+        return self
+
+
+class ExecutionOptions(_Config):
+    """How a run uses the machine and what it writes.
+
+    Attributes:
+        output_dir: where artifacts and previews go; None = nothing is written.
+        output_format: of embedding files.
+        batch_size: tiles per forward pass; None = chosen for the encoder and device.
+        num_workers: reading threads; None = from the job's CPUs.
+        num_preprocessing_workers: slides planned (segmented, tiled) at once; None = the job's CPUs,
+            64 at most.
+        num_gpus: devices to use; None = all.
+        precision: None = the preset's (fp32 on a CPU).
+        prefetch_factor: how far stations work ahead: batches in flight.
+        persistent_workers: keep reading threads between calls.
+        save_tile_embeddings, save_slide_embeddings, save_latents: extra artifacts of slide-level
+            and patient-level models.
+        output_dtype: of the embeddings; None = fp16 for fp16 runs, else fp32.
+    """
+
+    output_dir: Path | None = None
+    output_format: Literal["pt", "npz"] = "pt"
+    batch_size: Positive | None = None
+    num_workers: Positive | None = None
+    num_preprocessing_workers: Positive | None = None
+    num_gpus: Annotated[int, Field(ge=0)] | None = None
+    precision: Precision | None = None
+    prefetch_factor: Positive = 4
+    persistent_workers: bool = True
+    save_tile_embeddings: bool = False
+    save_slide_embeddings: bool = False
+    save_latents: bool = False
+    output_dtype: Literal["fp16", "fp32"] | None = None
+
+    def reading_threads(self) -> int:
+        """Threads that read and resize tiles: `num_workers`, else the job's CPUs."""
+        return self.num_workers or job_cpus()
+
+    def planning_threads(self) -> int:
+        """Slides segmented at once: `num_preprocessing_workers`, else the job's CPUs."""
+        return self.num_preprocessing_workers or job_cpus()
+
+
+def job_cpus() -> int:
+    """CPUs this job may use: SLURM's figure, else affinity and the cgroup quota; 64 at most."""
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "SLURM_JOB_CPUS_PER_NODE"):
+        found = re.match(r"\d+", os.environ.get(name, ""))
+        if found and int(found[0]) > 0:
+            return min(int(found[0]), MAX_WORKERS)
+    affinity = getattr(os, "sched_getaffinity", None)
+    available = len(affinity(0)) if affinity else (os.cpu_count() or 1)
+    return max(1, min(available, _cgroup_cpus() or available, MAX_WORKERS))
+
+
+def _cgroup_cpus() -> int | None:
+    """Whole CPUs of the cgroup quota (v2, then v1), None without one."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        quota, period = (root / "cpu.max").read_text().split()[:2]
+    except (OSError, ValueError):
+        try:
+            quota = (root / "cpu/cpu.cfs_quota_us").read_text().strip()
+            period = (root / "cpu/cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return None
+    if not quota.isdigit():
+        return None
+    return max(1, int(quota) // int(period))

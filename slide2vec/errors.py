@@ -1,0 +1,126 @@
+"""What can go wrong, one class per kind. Every class also inherits the builtin that callers expect."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+__all__ = [
+    "BackendError",
+    "ConfigError",
+    "EmbedSlidesError",
+    "ExtraMissingError",
+    "GatedWeightsError",
+    "ManifestError",
+    "MaskError",
+    "ModelLevelError",
+    "PresetError",
+    "SlideError",
+    "SlideOpenError",
+    "SlideReadError",
+    "Slide2VecError",
+    "SpacingError",
+    "TilingError",
+    "WeightsError",
+    "nearest_names",
+]
+
+
+class Slide2VecError(Exception):
+    """Base of every error raised on purpose by slide2vec."""
+
+
+class ConfigError(Slide2VecError, ValueError):
+    """A configuration field has an unknown name or a value that is not allowed."""
+
+
+class ManifestError(Slide2VecError, ValueError):
+    """A manifest or a slide mapping is incomplete, duplicated or malformed."""
+
+
+class PresetError(Slide2VecError, ValueError):
+    """A preset or an output variant does not exist, or a recipe file is malformed."""
+
+
+class ModelLevelError(Slide2VecError, ValueError):
+    """A method was called on a model of another level (a patient method on a tile model, say)."""
+
+
+class WeightsError(Slide2VecError, RuntimeError):
+    """Weights could not be found, read or matched to the encoder."""
+
+
+class GatedWeightsError(WeightsError):
+    """The weights are in a gated repository and access was not granted (yet)."""
+
+
+class ExtraMissingError(Slide2VecError, ImportError):
+    """An optional package is needed and not installed; the message names the pip extra."""
+
+
+class BackendError(Slide2VecError, RuntimeError):
+    """A reading back end cannot be used for this slide; the message says which can."""
+
+
+class SlideError(Slide2VecError, RuntimeError):
+    """Something is wrong with one slide. Base of the per-slide errors."""
+
+
+class SlideOpenError(SlideError):
+    """A slide is missing, truncated, or in a format that no back end reads."""
+
+
+class SlideReadError(SlideError):
+    """Pixels of an opened slide cannot be decoded (a corrupt tile, a truncated file)."""
+
+
+class SpacingError(SlideError, ValueError):
+    """A slide's spacing is missing or implausible, or finer pixels are asked for than it has."""
+
+
+class MaskError(SlideError, ValueError):
+    """A tissue mask is missing, unreadable or empty."""
+
+
+class TilingError(SlideError, ValueError):
+    """A coordinate file cannot be read or does not belong to the slide and settings at hand."""
+
+
+class EmbedSlidesError(ExceptionGroup[Exception], Slide2VecError):  # type: ignore[misc]
+    """Some slides of a call failed; the others are finished and in `results`.
+
+    Attributes:
+        results: what `embed_slides` would have returned, in input order, with None in the
+            place of each failed slide.
+        failed: sample_id -> its error.
+    """
+
+    results: Sequence[Any]
+    failed: Mapping[str, Exception]
+
+    @classmethod
+    def of(cls, failed: Mapping[str, Exception], results: Sequence[Any]) -> EmbedSlidesError:
+        names = ", ".join(failed)
+        done = sum(result is not None for result in results)
+        message = (
+            f"{len(failed)} of {len(results)} slides failed ({names}); the {done} embedded ones are in "
+            '.results (or pass on_error="skip")'
+        )
+        group = cls(message, list(failed.values()))
+        group.results, group.failed = results, failed
+        return group
+
+    def derive(self, excs: Sequence[Exception]) -> EmbedSlidesError:
+        group = EmbedSlidesError(self.message, list(excs))
+        group.results, group.failed = self.results, self.failed
+        return group
+
+
+def nearest_names(name: str, allowed: Iterable[str], count: int = 3) -> str:
+    """A sentence that names what `name` may have meant: "Did you mean a or b?", else all names."""
+    names = sorted(allowed)
+    close = difflib.get_close_matches(name.lower(), names, n=count, cutoff=0.5)
+    if close:
+        return f"Did you mean {' or '.join(close)}?"
+    return f"Allowed: {', '.join(names)}."

@@ -1,0 +1,62 @@
+"""What every reading back end offers."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol, Self, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["SlideReader"]
+
+
+@runtime_checkable
+class SlideReader(Protocol):
+    """An opened slide: its pyramid and its pixels.
+
+    Safe to use from several threads at once. Close it when done (a context manager).
+
+    Attributes:
+        backend: name of the back end ("cucim", "openslide", "vips", "asap").
+        dimensions: (width, height) of level 0 in px.
+        level_dimensions: (width, height) of every level, level 0 first.
+        downsamples: width0 / width_l of every level, level 0 first (1.0).
+        spacing_um: µm/px of level 0 as the file gives it (None when it gives none or an
+            implausible one).
+        spacing_source: what `spacing_um` was read from ("mpp", "resolution", "objective power", …),
+            or, when it is None, why.
+    """
+
+    backend: str
+    dimensions: tuple[int, int]
+    level_dimensions: tuple[tuple[int, int], ...]
+    downsamples: tuple[float, ...]
+    spacing_um: float | None
+    spacing_source: str
+
+    def read_region(self, location_lv0: tuple[int, int], level: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+        """Pixels of one level, (height, width, 3) uint8 RGB, contiguous, owned by the caller.
+
+        Args:
+            location_lv0: (x, y) of the top-left corner in level-0 px; may lie outside the slide.
+            level: the level to read.
+            size: (width, height) in px of that level.
+
+        The region's origin in the level is floor(location / downsample). Outside the slide pixels
+        are white (255), as is what the file leaves transparent.
+
+        Raises:
+            SlideReadError: pixels cannot be decoded. Never returned as black or white instead.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the file. May be called twice."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...

@@ -1,0 +1,157 @@
+"""Slides as users give them: a path, a mapping, a row of a manifest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from slide2vec.errors import ManifestError, nearest_names
+from slide2vec.geometry import is_plausible_spacing
+
+__all__ = ["Slide", "SlideLike", "as_slide", "as_slides", "read_manifest"]
+
+SlideLike: TypeAlias = "Slide | str | os.PathLike[str] | Mapping[str, Any]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slide:
+    """One slide to embed.
+
+    Attributes:
+        sample_id: its name, unique in a call; a file stem, so without path separators.
+        image_path: the slide file.
+        mask_path: an optional tissue mask raster (tissue = 1) that replaces segmentation.
+        spacing_at_level_0: µm/px of level 0, where the file's own value is missing or wrong.
+        patient_id: for patient-level models.
+    """
+
+    sample_id: str
+    image_path: Path
+    mask_path: Path | None = None
+    spacing_at_level_0: float | None = None
+    patient_id: str | None = None
+
+    def __post_init__(self) -> None:
+        check_id(self.sample_id, "sample_id")
+        if self.patient_id is not None:
+            check_id(self.patient_id, "patient_id")
+        spacing = self.spacing_at_level_0
+        if spacing is not None and not is_plausible_spacing(spacing):
+            raise ManifestError(
+                f"slide {self.sample_id}: spacing_at_level_0={spacing!r} is not a plausible µm/px "
+                "(0.05 to 20); scanners give about 0.25 at 40x and 0.5 at 20x"
+            )
+
+
+def check_id(value: str, field: str) -> None:
+    """Refuse an id that could not be a file stem."""
+    if not isinstance(value, str) or not value.strip() or value in {".", ".."}:
+        raise ManifestError(f"{field} must be a non-empty text, got {value!r}")
+    if any(char in value for char in "/\\\0") or ".." in value:
+        raise ManifestError(f'{field}={value!r} becomes a file name: "/", "\\", ".." and NUL are not allowed')
+
+
+_FIELDS = tuple(field.name for field in fields(Slide))
+
+
+def as_slide(given: SlideLike, spacing_at_level_0: float | None = None) -> Slide:
+    """A Slide from a path (sample_id = its stem), a mapping with the fields of `Slide`, or a Slide.
+
+    `spacing_at_level_0` (µm/px), when given, overrides the slide's own.
+
+    Raises:
+        ManifestError: a field is missing, unknown or not allowed.
+    """
+    slide = given if isinstance(given, Slide) else _from_path_or_mapping(given)
+    if spacing_at_level_0 is None:
+        return slide
+    return replace(slide, spacing_at_level_0=float(spacing_at_level_0))
+
+
+def _from_path_or_mapping(given: str | os.PathLike[str] | Mapping[str, Any]) -> Slide:
+    if isinstance(given, str | os.PathLike):
+        path = Path(given)
+        return Slide(sample_id=path.stem, image_path=path)
+    if not isinstance(given, Mapping):
+        raise ManifestError(f"a slide is a path, a mapping or a Slide, got {type(given).__name__}: {given!r}")
+    for key in given:
+        if key not in _FIELDS:
+            raise ManifestError(f"unknown slide field {key!r}. {nearest_names(str(key), _FIELDS)}")
+    return _from_fields(given)
+
+
+def _from_fields(given: Mapping[str, Any]) -> Slide:
+    """Build a Slide from a mapping whose blank values (None, "", NaN) mean absent."""
+    values = {key: value for key, value in given.items() if not _is_blank(value)}
+    if "image_path" not in values:
+        raise ManifestError(f"a slide needs image_path, got the fields {sorted(given)}")
+    path = Path(values["image_path"])
+    mask = values.get("mask_path")
+    spacing = values.get("spacing_at_level_0")
+    patient = values.get("patient_id")
+    return Slide(
+        sample_id=str(values.get("sample_id", path.stem)),
+        image_path=path,
+        mask_path=None if mask is None else Path(mask),
+        spacing_at_level_0=None if spacing is None else _as_float(spacing),
+        patient_id=None if patient is None else str(patient),
+    )
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ManifestError(f"spacing_at_level_0 must be a number in µm/px, got {value!r}") from None
+
+
+def as_slides(given: Iterable[SlideLike]) -> list[Slide]:
+    """Several slides; two with one sample_id raise ManifestError (give sample_id explicitly)."""
+    if isinstance(given, str | os.PathLike | Mapping | Slide):
+        raise ManifestError("embed_slides takes a list of slides; for a single one use embed_slide")
+    slides = [as_slide(item) for item in given]
+    seen: dict[str, Slide] = {}
+    for slide in slides:
+        if slide.sample_id in seen:
+            raise ManifestError(
+                f"sample_id {slide.sample_id!r} appears twice ({seen[slide.sample_id].image_path} and "
+                f"{slide.image_path}): give each slide its own sample_id"
+            )
+        seen[slide.sample_id] = slide
+    return slides
+
+
+def read_manifest(path: str | os.PathLike[str]) -> list[Slide]:
+    """The slides of a CSV manifest: sample_id and image_path, optional mask_path,
+    spacing_at_level_0 and patient_id; other columns are ignored, blank cells mean absent.
+
+    Raises:
+        ManifestError: naming the file and the row.
+    """
+    import pandas as pd  # here, because it costs start-up time that `import slide2vec` should not pay
+
+    path = Path(path)
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"manifest {path} cannot be read: {error}") from error
+    for column in ("sample_id", "image_path"):
+        if column not in table.columns:
+            raise ManifestError(f"manifest {path} has no column {column!r}; found {list(table.columns)}")
+    rows = table[[name for name in _FIELDS if name in table.columns]].to_dict("records")
+    slides = []
+    for number, row in enumerate(rows, start=2):
+        try:
+            if _is_blank(row["sample_id"]):
+                raise ManifestError("sample_id is blank")
+            slides.append(_from_fields({str(key): value for key, value in row.items()}))
+        except ManifestError as error:
+            raise ManifestError(f"manifest {path}, line {number}: {error}") from error
+    return as_slides(slides)
