@@ -1,0 +1,165 @@
+"""Progress of a run: typed events, and where they go.
+
+A run emits events to the active reporter. Without one installed, a live display is shown in an
+interactive terminal or a notebook, and nothing elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+__all__ = [
+    "NullReporter",
+    "ProgressEvent",
+    "ProgressReporter",
+    "RunFinished",
+    "RunStarted",
+    "RunSummary",
+    "SlideFailed",
+    "SlideFinished",
+    "SlidePlanned",
+    "StationTime",
+    "TilesEncoded",
+    "activate_progress_reporter",
+    "active_reporter",
+    "live_progress",
+]
+
+
+@dataclass(frozen=True)
+class StationTime:
+    """How one station (plan, read, prepare, encode, collect) spent a run.
+
+    Attributes:
+        name: of the station.
+        workers: threads that shared its work.
+        busy_s: seconds of work, summed over its workers.
+        waiting_s: seconds its workers waited for input or for room downstream.
+    """
+
+    name: str
+    workers: int
+    busy_s: float
+    waiting_s: float
+
+    def utilisation(self, seconds: float) -> float:
+        """Share of `seconds` its workers were busy, 0 to 1."""
+        return min(1.0, self.busy_s / (self.workers * seconds)) if seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run did and what held it back.
+
+    Attributes:
+        slides, failed: embedded slides and failed ones.
+        tiles: encoded tiles of the embedded slides.
+        seconds: wall time of the stream.
+        stations: in stream order.
+        bottleneck: name of the station that was busiest.
+    """
+
+    slides: int
+    failed: int
+    tiles: int
+    seconds: float
+    stations: tuple[StationTime, ...]
+    bottleneck: str
+
+    @property
+    def tiles_per_second(self) -> float:
+        """Tiles divided by wall time."""
+        return self.tiles / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """A call begins with `slides` slides."""
+
+    slides: int
+    preset: str
+
+
+@dataclass(frozen=True)
+class SlidePlanned:
+    """A slide's tiles are known and will be read with `backend`."""
+
+    sample_id: str
+    tiles: int
+    backend: str
+
+
+@dataclass(frozen=True)
+class TilesEncoded:
+    """`count` more tiles have been through the encoder."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class SlideFinished:
+    """All embeddings of a slide are there."""
+
+    sample_id: str
+    tiles: int
+
+
+@dataclass(frozen=True)
+class SlideFailed:
+    """A slide could not be embedded; the run goes on."""
+
+    sample_id: str
+    error: Exception
+
+
+@dataclass(frozen=True)
+class RunFinished:
+    """The call is over."""
+
+    summary: RunSummary
+
+
+ProgressEvent: TypeAlias = RunStarted | SlidePlanned | TilesEncoded | SlideFinished | SlideFailed | RunFinished
+
+
+class ProgressReporter(Protocol):
+    """Receives events, from one thread at a time."""
+
+    def emit(self, event: ProgressEvent) -> None:
+        """Take note of an event; must not raise and should return at once."""
+
+    def close(self) -> None:
+        """The reporter is no longer active."""
+
+
+class NullReporter:
+    """Drops every event."""
+
+    def emit(self, event: ProgressEvent) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+_active: ContextVar[ProgressReporter | None] = ContextVar("slide2vec_progress_reporter", default=None)
+
+
+def active_reporter() -> ProgressReporter:
+    """The installed reporter, or one that drops everything."""
+    return _active.get() or NullReporter()
+
+
+@contextmanager
+def activate_progress_reporter(reporter: ProgressReporter) -> Iterator[ProgressReporter]:
+    """Send the events of every call made in the block to `reporter`, which is closed at its end."""
+    token = _active.set(reporter)
+    try:
+        yield reporter
+    finally:
+        _active.reset(token)
+        reporter.close()
