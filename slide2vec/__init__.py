@@ -1,0 +1,58 @@
+"""Whole-slide pathology images to foundation-model embeddings.
+
+    from slide2vec import Model
+    embedded = Model.from_preset("virchow2").embed_slide("slide.svs")
+    embedded.tile_embeddings, embedded.x, embedded.y
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slide2vec.config import ExecutionOptions, PreprocessingConfig
+    from slide2vec.embedded import EmbeddedSlide
+    from slide2vec.errors import EmbedSlidesError, Slide2VecError
+    from slide2vec.model import Model
+    from slide2vec.recipes import list_models
+    from slide2vec.slides import Slide
+    from slide2vec.stream import SlideOutcome
+
+__all__ = [
+    "EmbedSlidesError",
+    "EmbeddedSlide",
+    "ExecutionOptions",
+    "Model",
+    "PreprocessingConfig",
+    "Slide",
+    "Slide2VecError",
+    "SlideOutcome",
+    "__version__",
+    "list_models",
+]
+
+__version__ = "0.1.0"
+
+#: Loaded on first use, so that `import slide2vec` costs nothing.
+_HOMES = {
+    "EmbedSlidesError": "errors",
+    "EmbeddedSlide": "embedded",
+    "ExecutionOptions": "config",
+    "Model": "model",
+    "PreprocessingConfig": "config",
+    "Slide": "slides",
+    "Slide2VecError": "errors",
+    "SlideOutcome": "stream",
+    "list_models": "recipes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,55 @@
+"""Vision transformers of timm, with the pooling of the recipe inside."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import timm
+import timm.layers
+import torch
+from torch import Tensor, nn
+
+from slide2vec.errors import PresetError
+from slide2vec.recipes import EncoderSpec, Variant
+
+__all__ = ["TimmEncoder"]
+
+#: Classes that a recipe may name in its kwargs.
+LAYERS: dict[str, Any] = {"SwiGLUPacked": timm.layers.SwiGLUPacked, "SiLU": nn.SiLU, "GELU": nn.GELU}
+
+
+class TimmEncoder(nn.Module):
+    """A timm model and the pooling of its tokens.
+
+    `forward` takes normalised pixels (B, 3, H, W) float and returns features (B, variant.dim).
+    The trunk's keys are those of the published checkpoints.
+    """
+
+    def __init__(self, spec: EncoderSpec, variant: Variant) -> None:
+        super().__init__()
+        self.pool = variant.pool
+        self.prefix_tokens = spec.prefix_tokens
+        self.trunk = cast("nn.Module", timm.create_model(spec.arch, pretrained=False, **_resolve(spec.kwargs)))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, D)."""
+        tokens = self.trunk.forward_features(pixels)  # type: ignore[operator]
+        if self.pool == "cls":
+            return cast("Tensor", tokens[:, 0])
+        return torch.cat([tokens[:, 0], tokens[:, self.prefix_tokens :].mean(dim=1)], dim=-1)
+
+    def checkpoint_module(self) -> nn.Module:
+        """The module whose keys the published checkpoint has."""
+        return self.trunk
+
+
+def _resolve(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Recipe kwargs with layer names replaced by the classes they name."""
+    resolved = dict(kwargs)
+    for key, value in kwargs.items():
+        if not key.endswith("_layer"):
+            continue
+        if value not in LAYERS:
+            raise PresetError(f"encoder.kwargs.{key}: unknown layer {value!r}; known: {', '.join(sorted(LAYERS))}")
+        resolved[key] = LAYERS[value]
+    return resolved

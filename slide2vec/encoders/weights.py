@@ -1,0 +1,177 @@
+"""Weights: from the Hugging Face hub, a local file or directory, or seeded random."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from slide2vec.errors import GatedWeightsError, WeightsError
+from slide2vec.recipes import Recipe, WeightsSource
+
+__all__ = ["WeightsChoice", "find_weights", "load_weights", "read_checkpoint", "seeded"]
+
+logger = logging.getLogger(__name__)
+
+WeightsChoice: TypeAlias = "str | os.PathLike[str] | None"
+
+#: Names tried in a directory, after those of the recipe.
+USUAL_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pt", "model.pt", "model.pth")
+#: Keys under which training code wraps the encoder's state.
+WRAPPERS = ("state_dict", "model", "module")
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Initialise modules from `seed` in the block; the caller's random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def load_weights(build: Callable[[], nn.Module], recipe: Recipe, weights: WeightsChoice) -> nn.Module:
+    """Build an encoder without initialising it and give it the recipe's weights, strictly.
+
+    Raises:
+        WeightsError: no such file, an unreadable one, or keys that do not match.
+        GatedWeightsError: the repository is gated and access is missing.
+    """
+    path = find_weights(recipe, weights)
+    state = read_checkpoint(path)
+    with torch.device("meta"):
+        encoder = build()
+    module = encoder.checkpoint_module() if hasattr(encoder, "checkpoint_module") else encoder
+    state = _prepared(state, module)
+    _load_strictly(module, state, recipe, path)
+    return encoder
+
+
+def find_weights(recipe: Recipe, weights: WeightsChoice) -> Path:
+    """The weights file: downloaded (or found in the hub's cache) for None, else the local one."""
+    if recipe.weights is None:
+        raise WeightsError(f"preset {recipe.name} has no weights to load")
+    if weights is None:
+        return _from_hub(recipe.name, recipe.weights)
+    path = Path(weights).expanduser()
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise WeightsError(f'weights={str(weights)!r} is neither a file, a directory nor "random"')
+    names = (*recipe.weights.files, *USUAL_FILES)
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    raise WeightsError(f"directory {path} has none of {', '.join(dict.fromkeys(names))}")
+
+
+def _from_hub(preset: str, source: WeightsSource) -> Path:
+    """Download one of the source's files at its revision, or take it from the local cache.
+
+    The token is the one that huggingface_hub finds (HF_TOKEN, or `hf auth login`), the cache its
+    own (HF_HOME); HF_HUB_OFFLINE=1 is honoured.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    problem: Exception | None = None
+    for name in source.files:
+        try:
+            path = Path(huggingface_hub.hf_hub_download(source.repo, name, revision=source.revision))
+        except errors.EntryNotFoundError as error:
+            problem = problem or error
+            if isinstance(error, errors.LocalEntryNotFoundError):
+                break
+            continue
+        except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
+            raise _no_access(preset, source, error) from error
+        except (errors.HfHubHTTPError, errors.RevisionNotFoundError, OSError, ValueError) as error:
+            problem = error
+            break
+        logger.info("weights of %s: %s", preset, path)
+        return path
+    raise WeightsError(
+        f"the weights of preset {preset} could not be fetched from https://huggingface.co/{source.repo} "
+        f"(revision {source.revision}): {_first_line(problem)}. Without network access, put them in the hub's "
+        'cache or pass weights="/path/to/the/file"; weights="random" tries the pipeline without them'
+    ) from problem
+
+
+def _no_access(preset: str, source: WeightsSource, error: Exception) -> WeightsError:
+    page = f"https://huggingface.co/{source.repo}"
+    if not source.gated and "404" in str(error):
+        return WeightsError(f"the weights of preset {preset} are not at {page} (any more): {_first_line(error)}")
+    return GatedWeightsError(
+        f"the weights of preset {preset} are gated: request access at {page}, then log in with "
+        f"`hf auth login` (or set HF_TOKEN) and try again ({_first_line(error)})"
+    )
+
+
+def _first_line(error: Exception | None) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .safetensors file, or of a PyTorch file read without unpickling code.
+
+    Raises:
+        WeightsError: the file is damaged, or holds more than tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise WeightsError(f"weights file {path} cannot be read: {_first_line(error)}") from error
+    for key in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise WeightsError(f"weights file {path} is not a mapping of names to tensors")
+    return dict(content)
+
+
+def _prepared(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The state as the module wants it: position embeddings resampled where timm does so."""
+    resample = getattr(module, "pos_embed", None)
+    given = state.get("pos_embed")
+    if resample is None or given is None or given.shape == resample.shape:
+        return state
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    return dict(checkpoint_filter_fn(state, module))
+
+
+def _load_strictly(module: nn.Module, state: dict[str, Tensor], recipe: Recipe, path: Path) -> None:
+    """Load every key in fp32; anything missing, unexpected or of another shape is an error."""
+    assert recipe.weights is not None
+    ignored = recipe.weights.ignore
+    kept = {k: v for k, v in state.items() if not any(fnmatchcase(k, pattern) for pattern in ignored)}
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - kept.keys()), sorted(kept.keys() - own.keys())
+    shapes = [
+        f"{key} {tuple(kept[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in sorted(own.keys() & kept.keys())
+        if kept[key].shape != own[key].shape
+    ]
+    problems = [
+        f"{title}: {', '.join(keys[:5])}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}"
+        for title, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if keys
+    ]
+    if problems:
+        raise WeightsError(f"weights file {path} is not for preset {recipe.name}; {'; '.join(problems)}")
+    floats = {k: v.float() if v.is_floating_point() else v for k, v in kept.items()}
+    module.load_state_dict(floats, strict=True, assign=True)
+    left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    if left:
+        raise WeightsError(f"preset {recipe.name}: {left[0]} is not in the checkpoint and was not initialised")

@@ -1,0 +1,294 @@
+"""Model: a preset with its weights on a device, ready to embed slides."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+
+from slide2vec.config import ExecutionOptions, PreprocessingConfig
+from slide2vec.embedded import EmbeddedSlide
+from slide2vec.encoders import build_encoder
+from slide2vec.errors import ConfigError, EmbedSlidesError, ModelLevelError
+from slide2vec.prepare.torch_preparer import TorchPreparer
+from slide2vec.progress import RunStarted, active_reporter, live_progress
+from slide2vec.recipes import Recipe, Variant, load_recipe
+from slide2vec.runtime import batch_size_for, pick_device, resolve_precision
+from slide2vec.runtime.torch_engine import DTYPES, TorchEngine
+from slide2vec.slides import Slide, SlideLike, as_slide, as_slides
+from slide2vec.stream import SlideOutcome, SlidePlan, Stream, plan_slide
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from slide2vec.runtime import Engine
+
+__all__ = ["Model"]
+
+logger = logging.getLogger(__name__)
+
+Weights = "str | os.PathLike[str] | None"
+
+
+class Model:
+    """A preset ready to run. Build it with `Model.from_preset`.
+
+    Attributes:
+        recipe: what the preset is.
+        variant: name of its output.
+        device: where the encoder runs.
+        precision: that calls use unless ExecutionOptions say otherwise.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        variant: str,
+        encoder: nn.Module,
+        *,
+        device: torch.device,
+        precision: str,
+        weights: str,
+    ) -> None:
+        self.recipe, self.variant, self.device, self.precision = recipe, variant, device, precision
+        self._encoder, self._weights = encoder, weights
+
+    @classmethod
+    def from_preset(
+        cls,
+        name: str,
+        *,
+        weights: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        output_variant: str | None = None,
+        precision: str | None = None,
+    ) -> Self:
+        """Build a preset's encoder and load its weights.
+
+        Args:
+            name: of the preset; `slide2vec models` lists them.
+            weights: None = the Hugging Face hub at the recipe's revision; a local file or directory;
+                or "random": initialised from `seed`, to try the pipeline (the embeddings mean nothing).
+            device: "cuda", "cuda:1", "mps" or "cpu"; None = the first of these that is there.
+            output_variant: which output of the encoder; None = the preset's default.
+            precision: "fp32", "bf16" or "fp16"; None = the preset's on CUDA, fp32 elsewhere.
+
+        Raises:
+            PresetError: unknown preset or variant (a ValueError that gives the nearest names).
+            WeightsError: the weights cannot be had or do not fit; GatedWeightsError: access is missing.
+            ConfigError: no such device or precision here.
+        """
+        recipe = load_recipe(name)
+        variant_name, variant = recipe.variant(output_variant)
+        chosen = pick_device(device)
+        resolved = resolve_precision(precision, recipe.precision, chosen)
+        if weights == "random" and recipe.weights is not None:
+            logger.warning("preset %s has random weights (seed %d): its embeddings mean nothing", name, seed)
+        encoder = build_encoder(recipe, variant, weights, seed)
+        origin = _weights_identity(recipe, weights, seed)
+        return cls(recipe, variant_name, encoder, device=chosen, precision=resolved, weights=origin)
+
+    @property
+    def name(self) -> str:
+        """Name of the preset."""
+        return self.recipe.name
+
+    @property
+    def level(self) -> Literal["tile", "slide", "patient"]:
+        """What the preset embeds."""
+        return self.recipe.level
+
+    @property
+    def feature_dim(self) -> int:
+        """D, the dimension of an embedding."""
+        return self._variant.dim
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The module: normalised pixels (B, 3, H, W) float32 -> features (B, D)."""
+        return self._encoder
+
+    @property
+    def _variant(self) -> Variant:
+        return self.recipe.variants[self.variant]
+
+    def identity(self, precision: str | None = None) -> dict[str, Any]:
+        """What decides an embedding, besides the slide and its tiling; JSON-ready."""
+        return {
+            "name": self.name,
+            "level": self.level,
+            "output_variant": self.variant,
+            "weights": self._weights,
+            "precision": precision or self.precision,
+            "runtime": "torch",
+            "input_size_px": self.recipe.transform.crop,
+            "transform": self.recipe.transform.model_dump(mode="json"),
+        }
+
+    def embed_slide(
+        self,
+        slide: SlideLike,
+        preprocessing: PreprocessingConfig | None = None,
+        execution: ExecutionOptions | None = None,
+        *,
+        spacing_at_level_0: float | None = None,
+    ) -> EmbeddedSlide:
+        """Embed one slide.
+
+        Args:
+            slide: a path, a mapping (image_path, and optionally sample_id, mask_path,
+                spacing_at_level_0, patient_id) or a Slide.
+            preprocessing: tiling and reading; None = the preset's spacing and tile size.
+            execution: batch size, precision, threads, output directory.
+            spacing_at_level_0: µm/px, where the file's own is missing or wrong.
+
+        Raises:
+            SlideError: the slide cannot be embedded, and why.
+        """
+        (outcome,) = self.iter_slides([as_slide(slide, spacing_at_level_0)], preprocessing, execution)
+        if outcome.error is not None:
+            raise outcome.error
+        assert outcome.embedded is not None
+        return outcome.embedded
+
+    def embed_slides(
+        self,
+        slides: Iterable[SlideLike],
+        preprocessing: PreprocessingConfig | None = None,
+        execution: ExecutionOptions | None = None,
+        *,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> list[EmbeddedSlide]:
+        """Embed several slides, packed into common batches; results in input order.
+
+        A slide without tissue is there with (0, D) embeddings. A slide that fails never stops the
+        others.
+
+        Args:
+            on_error: "raise" an EmbedSlidesError after all slides are through, which carries the
+                results of the good ones; or "skip" the failed ones (they are logged).
+
+        Raises:
+            EmbedSlidesError: some slides failed.
+            ManifestError: a slide is not well given, or two have one sample_id.
+        """
+        if on_error not in ("raise", "skip"):
+            raise ConfigError(f'on_error={on_error!r} is not "raise" or "skip"')
+        asked = as_slides(slides)
+        outcomes = {outcome.slide.sample_id: outcome for outcome in self.iter_slides(asked, preprocessing, execution)}
+        results = [outcomes[slide.sample_id].embedded for slide in asked]
+        failed = {name: o.error for name, o in outcomes.items() if o.error is not None}
+        if failed and on_error == "raise":
+            in_order = {slide.sample_id: failed[slide.sample_id] for slide in asked if slide.sample_id in failed}
+            raise EmbedSlidesError.of(in_order, results)
+        for name, error in failed.items():
+            logger.error("slide %s skipped: %s", name, error)
+        return [result for result in results if result is not None]
+
+    def iter_slides(
+        self,
+        slides: Iterable[SlideLike],
+        preprocessing: PreprocessingConfig | None = None,
+        execution: ExecutionOptions | None = None,
+    ) -> Iterator[SlideOutcome]:
+        """Embed slides one after the other and yield each the moment it is complete or has failed.
+
+        Nothing is kept: use it for cohorts that do not fit in memory. Closing the iterator stops
+        the run.
+        """
+        self._require_tile_level()
+        execution = execution or ExecutionOptions()
+        config = self.resolve_preprocessing(preprocessing)
+        todo = as_slides(slides)
+        precision = self._call_precision(execution)
+        with live_progress():
+            reporter = active_reporter()
+            reporter.emit(RunStarted(len(todo), self.name))
+            stream = self._stream(config, execution, precision)
+
+            def plan(slide: Slide) -> SlidePlan:
+                return plan_slide(slide, config, execution.output_dir)
+
+            yield from stream.run(todo, plan)
+
+    def resolve_preprocessing(self, config: PreprocessingConfig | None = None) -> PreprocessingConfig:
+        """The configuration with the preset's spacing and tile size filled in.
+
+        Raises:
+            ConfigError: it asks for something that in-memory embedding does not do.
+        """
+        config = config or PreprocessingConfig()
+        if config.region_tile_multiple is not None or config.requested_region_size_px is not None:
+            raise ConfigError("hierarchical extraction (region_tile_multiple, requested_region_size_px) is not there yet")
+        if config.read_tiles_from is not None or not config.on_the_fly:
+            raise ConfigError("tile archives (read_tiles_from, on_the_fly=False) are not there yet")
+        spacing = config.requested_spacing_um or self.recipe.default_spacing_um
+        trained = self.recipe.spacing_um
+        if trained and not any(abs(spacing - known) <= 0.05 * known for known in trained):
+            known = ", ".join(f"{value:g}" for value in trained)
+            logger.warning("preset %s was trained at %s µm/px, not at %g", self.name, known, spacing)
+        return config.updated(
+            requested_spacing_um=spacing,
+            requested_tile_size_px=config.requested_tile_size_px or self.recipe.tile_size_px,
+        )
+
+    def _stream(self, config: PreprocessingConfig, execution: ExecutionOptions, precision: str) -> Stream:
+        assert config.requested_tile_size_px is not None
+        half = execution.output_dtype == "fp16" or (execution.output_dtype is None and precision == "fp16")
+        return Stream(
+            self._engine(precision),
+            TorchPreparer(self.recipe.transform, self.device),
+            batch_size=execution.batch_size or batch_size_for(self.recipe.gflops, self.device),
+            tile_size_px=config.requested_tile_size_px,
+            dtype=DTYPES["fp16" if half else "fp32"],
+            readers=execution.reading_threads(),
+            planners=execution.planning_threads(),
+            ahead=execution.prefetch_factor,
+            reporter=active_reporter(),
+        )
+
+    def _engine(self, precision: str) -> Engine:
+        return TorchEngine(self._encoder, feature_dim=self.feature_dim, precision=precision, device=self.device)
+
+    def _call_precision(self, execution: ExecutionOptions) -> str:
+        if execution.precision is None:
+            return self.precision
+        return resolve_precision(execution.precision, self.recipe.precision, self.device)
+
+    def _require_tile_level(self) -> None:
+        if self.level != "tile":
+            raise ModelLevelError(f"preset {self.name} is a {self.level}-level model, which is not there yet")
+
+    def embed_patient(self, slides: Iterable[SlideLike], patient_id: str | None = None) -> None:
+        """Embed a patient; only patient-level models can.
+
+        Raises:
+            ModelLevelError: a ValueError, on any other model.
+        """
+        raise self._not_patient_level("embed_patient")
+
+    def embed_patients(self, slides: Iterable[SlideLike], patient_id_map: dict[str, str] | None = None) -> None:
+        """Embed several patients; only patient-level models can.
+
+        Raises:
+            ModelLevelError: a ValueError, on any other model.
+        """
+        raise self._not_patient_level("embed_patients")
+
+    def _not_patient_level(self, method: str) -> ModelLevelError:
+        return ModelLevelError(
+            f"{method} needs a patient-level preset; {self.name} is {self.level}-level: use embed_slide(s)"
+        )
+
+
+def _weights_identity(recipe: Recipe, weights: str | os.PathLike[str] | None, seed: int) -> str:
+    """Where the weights came from, in a word."""
+    if recipe.weights is None:
+        return "none"
+    if weights is None:
+        return f"{recipe.weights.repo}@{recipe.weights.revision}"
+    return f"random:{seed}" if weights == "random" else os.fspath(weights)

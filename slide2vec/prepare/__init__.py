@@ -1,0 +1,6 @@
+"""Preparing tiles: cut from supertiles and brought to the requested size, then to the encoder's input."""
+
+from slide2vec.prepare.base import Preparer
+from slide2vec.prepare.cut import cut_tiles
+
+__all__ = ["Preparer", "cut_tiles"]

@@ -1,0 +1,54 @@
+"""The encoder's transform as batched tensor operations: what torchvision does to one PIL image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slide2vec.recipes import Transform
+
+__all__ = ["TorchPreparer"]
+
+
+class TorchPreparer:
+    """See `slide2vec.prepare.base.Preparer`.
+
+    Resizing is antialiased and rounds to uint8, as Pillow's and torchvision's does (within one
+    grey level of Pillow); then centre crop, then (pixels / 255 - mean) / std in one multiply-add.
+    """
+
+    def __init__(self, transform: Transform, device: torch.device) -> None:
+        self.transform = transform
+        self.device = device
+        mean = torch.tensor(transform.mean, dtype=torch.float32)
+        std = torch.tensor(transform.std, dtype=torch.float32)
+        self._scale = (1 / (255 * std)).to(device)[:, None, None]
+        self._shift = (-mean / std).to(device)[:, None, None]
+
+    def prepare(self, tiles: Tensor) -> Tensor:
+        """(B, S, S, 3) uint8 -> (B, 3, crop, crop) float32 on the device."""
+        with torch.inference_mode():
+            pixels = tiles.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+            pixels = centre_crop(self._resized(pixels), self.transform.crop)
+            return torch.addcmul(self._shift, pixels.float(), self._scale)
+
+    def _resized(self, pixels: Tensor) -> Tensor:
+        size = self.transform.resize
+        if pixels.shape[-1] == size:
+            return pixels
+        if pixels.device.type != "cpu":  # uint8 interpolation exists on the CPU only
+            resized = self._interpolate(pixels.float(), size)
+            return resized.round_().clamp_(0, 255)
+        return self._interpolate(pixels, size)
+
+    def _interpolate(self, pixels: Tensor, size: int) -> Tensor:
+        mode = self.transform.interpolation
+        return functional.interpolate(pixels, (size, size), mode=mode, antialias=True, align_corners=False)
+
+
+def centre_crop(pixels: Tensor, size: int) -> Tensor:
+    """The middle (size, size) of (B, C, H, W), as torchvision's CenterCrop rounds it."""
+    top = round((pixels.shape[-2] - size) / 2)
+    left = round((pixels.shape[-1] - size) / 2)
+    return pixels[..., top : top + size, left : left + size]

@@ -1,0 +1,70 @@
+"""Which device, which precision, how many tiles at once."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from slide2vec.errors import ConfigError
+
+__all__ = ["batch_size_for", "pick_device", "resolve_precision"]
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """The device asked for; by default CUDA, else MPS, else the CPU.
+
+    Raises:
+        ConfigError: not a device, or one that this machine does not have.
+    """
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device={device!r} is not a device; try cuda, cuda:1, mps or cpu") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={device!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices; see `slide2vec doctor`"
+        )
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device='mps': this machine has no Metal device")
+    return chosen
+
+
+def resolve_precision(asked: str | None, preset: str, device: torch.device) -> str:
+    """The precision asked for; by default the preset's on CUDA and fp32 elsewhere.
+
+    Raises:
+        ConfigError: not a precision, or fp16 on a CPU (slower than fp32 there, and less exact).
+    """
+    if asked is None:
+        return preset if device.type == "cuda" else "fp32"
+    if asked not in PRECISIONS:
+        raise ConfigError(f"precision={asked!r} is not one of {', '.join(PRECISIONS)}")
+    if asked == "fp16" and device.type == "cpu":
+        raise ConfigError("precision='fp16' is for accelerators; on a CPU use fp32, or bf16 where it has it")
+    return asked
+
+
+def batch_size_for(gflops: float, device: torch.device) -> int:
+    """Tiles per forward pass that keep a device busy without taking much memory.
+
+    On a CPU speed is flat beyond about 200 GFLOP a batch (a ViT-S at 16 to 32 tiles), while memory
+    and the wait for the first result grow; a GPU wants enough tiles to fill it, fewer of a large
+    encoder. Always a power of two.
+    """
+    work, largest = (200.0, 32) if device.type == "cpu" else (40_000.0, 256)
+    size = max(1.0, work / max(gflops, 0.1))
+    return int(min(largest, 2 ** round_down_log2(size)))
+
+
+def round_down_log2(value: float) -> int:
+    """The largest n with 2**n <= value, for value >= 1."""
+    return int(value).bit_length() - 1

@@ -1,0 +1,159 @@
+"""Batches of fixed size, filled by readers in any order, packed across slides."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+__all__ = ["Batch", "Batches", "Piece", "Stopped"]
+
+Owner = TypeVar("Owner")
+
+
+class Stopped(Exception):
+    """The stream is being closed; threads leave."""
+
+
+@dataclass
+class Piece(Generic[Owner]):
+    """Consecutive slots of one batch that hold tiles of one slide.
+
+    Attributes:
+        tiles: (n,) int64 indices of the tiles in their slide.
+    """
+
+    batch: Batch[Owner]
+    start: int
+    owner: Owner
+    tiles: NDArray[np.int64]
+
+    @property
+    def slots(self) -> slice:
+        """Where in the batch."""
+        return slice(self.start, self.start + len(self.tiles))
+
+    def targets(self) -> NDArray[np.uint8]:
+        """(n, S, S, 3) uint8 view of the batch to write the tiles into."""
+        return self.batch.pixels.numpy()[self.slots]  # type: ignore[no-any-return]
+
+
+@dataclass(eq=False)
+class Batch(Generic[Owner]):
+    """Slots for tiles: `pixels` (B, S, S, 3) uint8, of which `reserved` are spoken for."""
+
+    pixels: torch.Tensor
+    pieces: list[Piece[Owner]] = field(default_factory=list)
+    reserved: int = 0
+    filled: int = 0
+    sealed: bool = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Every slot that will be used holds its tile."""
+        return self.sealed and self.filled == self.reserved
+
+
+class Batches(Generic[Owner]):
+    """Hands out slots in the order they are asked for, and each batch when it is full.
+
+    Args:
+        size: B, tiles per batch.
+        tile_size_px: S.
+        ahead: full batches that may wait to be encoded before `reserve` blocks.
+        ready: called with each full batch.
+        pinned: allocate page-locked memory, for asynchronous copies to a GPU.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        tile_size_px: int,
+        *,
+        ahead: int,
+        ready: Callable[[Batch[Owner]], None],
+        pinned: bool = False,
+    ) -> None:
+        self._shape = (size, tile_size_px, tile_size_px, 3)
+        self._ahead = ahead
+        self._ready = ready
+        self._pinned = pinned
+        self._free: list[torch.Tensor] = []
+        self._open: Batch[Owner] | None = None
+        self._unreleased = 0
+        self._stopped = False
+        self._room = threading.Condition()
+
+    def reserve(self, owner: Owner, tiles: NDArray[np.int64]) -> list[Piece[Owner]]:
+        """Slots for the tiles, in order; blocks while enough batches wait to be encoded.
+
+        Only batches whose slots are all given out count as waiting, and these are filled without
+        any further reservation: so waiting for them always ends.
+
+        Raises:
+            Stopped: the stream was closed meanwhile.
+        """
+        with self._room:
+            self._room.wait_for(lambda: self._stopped or self._unreleased < self._ahead)
+            if self._stopped:
+                raise Stopped
+            return self._take(owner, tiles)
+
+    def _take(self, owner: Owner, tiles: NDArray[np.int64]) -> list[Piece[Owner]]:
+        pieces = []
+        while len(tiles):
+            batch = self._open = self._open or self._new()
+            piece = Piece(batch, batch.reserved, owner, tiles[: self._shape[0] - batch.reserved])
+            batch.pieces.append(piece)
+            batch.reserved += len(piece.tiles)
+            pieces.append(piece)
+            tiles = tiles[len(piece.tiles) :]
+            if batch.reserved == self._shape[0]:
+                self._seal(batch)
+        return pieces
+
+    def _new(self) -> Batch[Owner]:
+        if self._free:
+            return Batch(self._free.pop())
+        return Batch(torch.zeros(self._shape, dtype=torch.uint8, pin_memory=self._pinned))
+
+    def _seal(self, batch: Batch[Owner]) -> None:
+        batch.sealed, self._open = True, None
+        self._unreleased += 1
+
+    def fill(self, piece: Piece[Owner]) -> None:
+        """The piece's slots are written (or given up: nobody will look at them)."""
+        with self._room:
+            piece.batch.filled += len(piece.tiles)
+            ready = piece.batch.is_ready
+        if ready:
+            self._ready(piece.batch)
+
+    def release(self, batch: Batch[Owner]) -> None:
+        """The batch is encoded; its memory is used again."""
+        with self._room:
+            self._free.append(batch.pixels)
+            self._unreleased -= 1
+            self._room.notify_all()
+
+    def finish(self) -> None:
+        """No more tiles will come: the last batch counts as it is."""
+        with self._room:
+            last = self._open
+            if last is None:
+                return
+            self._seal(last)
+            ready = last.is_ready
+        if ready:
+            self._ready(last)
+
+    def stop(self) -> None:
+        """Wake and turn away whoever waits in `reserve`."""
+        with self._room:
+            self._stopped = True
+            self._room.notify_all()

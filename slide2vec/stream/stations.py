@@ -1,0 +1,369 @@
+"""The stream itself: slides in, outcomes out, each the moment it is complete.
+
+    dispatcher ── plans slides ahead in a pool, gives every supertile its slots ──▶ tasks
+    readers    ── read a supertile, cut and resize its tiles into their slots ────▶ inbox
+    caller     ── takes full batches, prepares, encodes, scatters the features ───▶ outcomes
+
+Slots are given out in input order, so that batches hold the same tiles whatever the threads do.
+A slide that fails keeps its slots, which nobody looks at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slide2vec.embedded import EmbeddedSlide
+from slide2vec.prepare import Preparer, cut_tiles
+from slide2vec.progress import (
+    ProgressReporter,
+    RunFinished,
+    RunSummary,
+    SlideFailed,
+    SlideFinished,
+    SlidePlanned,
+    TilesEncoded,
+)
+from slide2vec.runtime import Engine
+from slide2vec.slides import Slide
+from slide2vec.stream.batches import Batch, Batches, Piece, Stopped
+from slide2vec.stream.meters import Meters, find_bottleneck
+from slide2vec.stream.plan import SlidePlan
+from slide2vec.tiling import Tiling
+from slide2vec.tiling.supertiles import Supertile
+
+__all__ = ["SlideOutcome", "Stream"]
+
+#: Tiles of a typical supertile: readers need slots for about two each to stay busy.
+TILES_PER_READ = 64
+
+
+@dataclass(frozen=True)
+class SlideOutcome:
+    """A slide that is through: `embedded` and `tiling` are there, or else `error`."""
+
+    slide: Slide
+    embedded: EmbeddedSlide | None = None
+    tiling: Tiling | None = None
+    backend: str | None = None
+    error: Exception | None = None
+
+
+class _Job:
+    """One slide on its way through the stream."""
+
+    def __init__(self, slide: Slide) -> None:
+        self.slide = slide
+        self.plan: SlidePlan | None = None
+        self.embeddings: Tensor | None = None
+        self.missing = 0
+        self.settled = False
+        self.failed = False
+        self._reads = 1  # one for the dispatcher, so that the reader stays open while it works
+        self._lock = threading.Lock()
+
+    def begin_read(self) -> None:
+        with self._lock:
+            self._reads += 1
+
+    def end_read(self) -> None:
+        """Close the slide after its last read."""
+        with self._lock:
+            self._reads -= 1
+            done = self._reads == 0
+        if done and self.plan is not None:
+            self.plan.reader.close()
+
+    def collect(self, tiles: Tensor, features: Tensor, dtype: torch.dtype) -> None:
+        assert self.plan is not None
+        if self.embeddings is None:
+            self.embeddings = torch.empty((len(self.plan.tiling.x), features.shape[1]), dtype=dtype)
+        self.embeddings[tiles] = features.to(dtype)
+        self.missing -= len(tiles)
+
+
+@dataclass(frozen=True)
+class _Read:
+    job: _Job
+    supertile: Supertile
+    pieces: list[Piece[_Job]]
+
+
+@dataclass(frozen=True)
+class _Planned:
+    job: _Job
+
+
+@dataclass(frozen=True)
+class _Failed:
+    job: _Job
+    error: Exception
+
+
+@dataclass(frozen=True)
+class _End:
+    slides: int
+
+
+@dataclass(frozen=True)
+class _Broken:
+    error: Exception
+
+
+class Stream:
+    """The five stations on one device; one use per call.
+
+    Args:
+        engine, preparer: what encodes and prepares.
+        batch_size: tiles per forward pass.
+        tile_size_px: side of the tiles as planned (the requested size).
+        dtype: of the embeddings.
+        readers, planners: threads of those stations.
+        ahead: batches that readers may be ahead of the encoder.
+        reporter: receives progress events, from the calling thread.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        preparer: Preparer,
+        *,
+        batch_size: int,
+        tile_size_px: int,
+        dtype: torch.dtype = torch.float32,
+        readers: int,
+        planners: int,
+        ahead: int,
+        reporter: ProgressReporter,
+    ) -> None:
+        self._engine, self._preparer, self._dtype = engine, preparer, dtype
+        self._readers, self._planners, self._reporter = readers, planners, reporter
+        self._inbox: queue.SimpleQueue[Batch[_Job] | _Planned | _Failed | _Broken | _End] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[_Read | None] = queue.SimpleQueue()
+        self._batches: Batches[_Job] = Batches(
+            batch_size,
+            tile_size_px,
+            ahead=max(ahead, 2 * readers * TILES_PER_READ // batch_size),
+            ready=self._inbox.put,
+            pinned=engine.device.type == "cuda",
+        )
+        self._meters = Meters()
+        self._stopping = False
+        self._tiles = 0
+
+    def run(self, slides: Iterable[Slide], plan: Callable[[Slide], SlidePlan]) -> Iterator[SlideOutcome]:
+        """Embed slides; yields each as soon as it is complete or has failed.
+
+        `plan` is called in worker threads. Memory does not grow with the number of slides.
+        """
+        started = time.perf_counter()
+        threads = [threading.Thread(target=self._read_all, name=f"read-{i}") for i in range(self._readers)]
+        threads.append(threading.Thread(target=self._dispatch_all, args=(slides, plan), name="dispatch"))
+        for thread in threads:
+            thread.start()
+        embedded = failed = 0
+        try:
+            for outcome in self._encode_all():
+                embedded, failed = embedded + (outcome.error is None), failed + (outcome.error is not None)
+                yield outcome
+        finally:
+            self._stopping = True
+            self._batches.stop()
+            for thread in threads:
+                thread.join()
+        self._reporter.emit(RunFinished(self._summary(embedded, failed, time.perf_counter() - started)))
+
+    # plan -------------------------------------------------------------------------------------
+
+    def _dispatch_all(self, slides: Iterable[Slide], plan: Callable[[Slide], SlidePlan]) -> None:
+        count = 0
+        try:
+            with ThreadPoolExecutor(self._planners, thread_name_prefix="plan") as pool:
+                with contextlib.closing(self._planned_ahead(pool, slides, plan)) as jobs:
+                    for job, planned in jobs:
+                        count += 1
+                        self._dispatch(job, planned)
+            self._batches.finish()
+        except Stopped:
+            pass
+        except Exception as error:
+            self._inbox.put(_Broken(error))
+        finally:
+            for _ in range(self._readers):
+                self._tasks.put(None)
+            self._inbox.put(_End(count))
+
+    def _planned_ahead(
+        self, pool: ThreadPoolExecutor, slides: Iterable[Slide], plan: Callable[[Slide], SlidePlan]
+    ) -> Generator[tuple[_Job, Future[SlidePlan]], None, None]:
+        """Jobs in input order, while the pool plans up to as many slides ahead as it has threads."""
+        waiting: deque[tuple[_Job, Future[SlidePlan]]] = deque()
+        source = iter(slides)
+        try:
+            while not self._stopping:
+                while len(waiting) <= self._planners and (slide := next(source, None)) is not None:
+                    waiting.append((_Job(slide), pool.submit(self._plan, plan, slide)))
+                if not waiting:
+                    return
+                yield waiting.popleft()
+        finally:
+            for _, planned in waiting:
+                if not planned.cancel() and planned.exception() is None:
+                    planned.result().reader.close()
+
+    def _plan(self, plan: Callable[[Slide], SlidePlan], slide: Slide) -> SlidePlan:
+        with self._meters.busy("plan"):
+            return plan(slide)
+
+    def _dispatch(self, job: _Job, planned: Future[SlidePlan]) -> None:
+        """Give every supertile of a slide its slots, as room allows."""
+        error = planned.exception()
+        if isinstance(error, Exception):
+            self._inbox.put(_Failed(job, error))
+            return
+        job.plan = planned.result()
+        job.missing = len(job.plan.tiling.x)
+        self._inbox.put(_Planned(job))
+        try:
+            for supertile in job.plan.supertiles:
+                if job.failed:
+                    return
+                with self._meters.waiting("plan"):
+                    pieces = self._batches.reserve(job, supertile.tiles)
+                job.begin_read()
+                self._tasks.put(_Read(job, supertile, pieces))
+        finally:
+            job.end_read()
+
+    # read and prepare -------------------------------------------------------------------------
+
+    def _read_all(self) -> None:
+        while True:
+            with self._meters.waiting("read"):
+                task = self._tasks.get()
+            if task is None:
+                return
+            try:
+                if not (task.job.failed or self._stopping):
+                    self._read(task)
+            except Exception as error:  # the boundary of one slide: its error, not the run's
+                task.job.failed = True
+                self._inbox.put(_Failed(task.job, error))
+            finally:
+                task.job.end_read()
+                for piece in task.pieces:
+                    self._batches.fill(piece)
+
+    def _read(self, task: _Read) -> None:
+        plan, supertile = task.job.plan, task.supertile
+        assert plan is not None
+        geometry = plan.tiling.geometry
+        with self._meters.busy("read"):
+            pixels = plan.reader.read_region(supertile.location_lv0, geometry.read_level, supertile.size)
+        with self._meters.busy("prepare"):
+            targets = [target for piece in task.pieces for target in piece.targets()]
+            cut_tiles(pixels, supertile.offsets, geometry.read_tile_size_px, targets)
+
+    # encode and collect -----------------------------------------------------------------------
+
+    def _encode_all(self) -> Iterator[SlideOutcome]:
+        settled, expected = 0, None
+        while settled != expected:
+            with self._meters.waiting("encode"):
+                item = self._inbox.get()
+            outcomes: Iterable[SlideOutcome] = ()
+            match item:
+                case _End(slides):
+                    expected = slides
+                case _Broken(error):
+                    raise error
+                case _Planned(job):
+                    outcomes = self._planned(job)
+                case _Failed(job, error):
+                    outcomes = self._fail(job, error)
+                case batch:
+                    outcomes = self._encode(batch)
+            for outcome in outcomes:
+                settled += 1
+                yield outcome
+
+    def _planned(self, job: _Job) -> Iterator[SlideOutcome]:
+        assert job.plan is not None
+        self._reporter.emit(SlidePlanned(job.slide.sample_id, job.missing, job.plan.reader.backend))
+        if not job.missing:
+            job.embeddings = torch.empty((0, self._engine.feature_dim), dtype=self._dtype)
+            yield self._finish(job)
+
+    def _fail(self, job: _Job, error: Exception) -> Iterator[SlideOutcome]:
+        if not job.settled:
+            job.settled = True
+            self._reporter.emit(SlideFailed(job.slide.sample_id, error))
+            yield SlideOutcome(job.slide, error=error)
+
+    def _encode(self, batch: Batch[_Job]) -> Iterator[SlideOutcome]:
+        alive = [piece for piece in batch.pieces if not piece.owner.failed]
+        features = self._features(batch) if alive else None
+        pieces = batch.pieces
+        self._batches.release(batch)
+        for piece in pieces if features is not None else ():
+            if piece.owner.settled or piece.owner.failed:
+                continue
+            with self._meters.busy("collect"):
+                piece.owner.collect(torch.from_numpy(piece.tiles), features[piece.slots], self._dtype)
+            self._reporter.emit(TilesEncoded(len(piece.tiles)))
+            if not piece.owner.missing:
+                yield self._finish(piece.owner)
+
+    def _features(self, batch: Batch[_Job]) -> Tensor:
+        with self._meters.busy("prepare"):
+            pixels = self._preparer.prepare(batch.pixels[: batch.reserved])
+        with self._meters.busy("encode"):
+            return self._engine.run(pixels).cpu()
+
+    def _finish(self, job: _Job) -> SlideOutcome:
+        plan, embeddings = job.plan, job.embeddings
+        assert plan is not None and embeddings is not None
+        job.settled = True
+        self._tiles += len(embeddings)
+        self._reporter.emit(SlideFinished(job.slide.sample_id, len(embeddings)))
+        embedded = EmbeddedSlide(
+            sample_id=job.slide.sample_id,
+            tile_embeddings=embeddings,
+            slide_embedding=None,
+            x=plan.tiling.x,
+            y=plan.tiling.y,
+            tile_size_lv0=plan.tiling.geometry.tile_size_lv0,
+            image_path=job.slide.image_path,
+            mask_path=job.slide.mask_path,
+            num_tiles=len(embeddings),
+            mask_preview_path=plan.mask_preview_path,
+            tiling_preview_path=plan.tiling_preview_path,
+        )
+        return SlideOutcome(job.slide, embedded=embedded, tiling=plan.tiling, backend=plan.reader.backend)
+
+    def _summary(self, embedded: int, failed: int, seconds: float) -> RunSummary:
+        workers = {
+            "plan": self._planners,
+            "read": self._readers,
+            "prepare": self._readers,
+            "encode": 1,
+            "collect": 1,
+        }
+        stations = self._meters.times(workers)
+        return RunSummary(
+            slides=embedded,
+            failed=failed,
+            tiles=self._tiles,
+            seconds=seconds,
+            stations=stations,
+            bottleneck=find_bottleneck(stations, seconds),
+        )

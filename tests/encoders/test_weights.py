@@ -1,0 +1,155 @@
+"""Weights from files and from a (stood-in) hub: strict, safe, and clear when they cannot be had."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import errors as hub
+from safetensors.torch import save_file
+
+from slide2vec.encoders import build_encoder
+from slide2vec.encoders.weights import find_weights, read_checkpoint
+from slide2vec.errors import GatedWeightsError, WeightsError
+from slide2vec.recipes import Recipe, load_recipe
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return load_recipe("prost40m")
+
+
+@pytest.fixture(scope="module")
+def state(recipe: Recipe) -> dict[str, torch.Tensor]:
+    encoder = build_encoder(recipe, recipe.variant(None)[1], "random", seed=5)
+    return {key: value.clone() for key, value in encoder.trunk.state_dict().items()}  # type: ignore[union-attr, operator]
+
+
+def loaded(recipe: Recipe, weights: Path) -> dict[str, torch.Tensor]:
+    encoder = build_encoder(recipe, recipe.variant(None)[1], weights)
+    return encoder.trunk.state_dict()  # type: ignore[union-attr, operator, no-any-return]
+
+
+def test_safetensors_and_directory(tmp_path: Path, recipe: Recipe, state: dict[str, torch.Tensor]) -> None:
+    save_file(state, tmp_path / "model.safetensors")
+    for weights in (tmp_path / "model.safetensors", tmp_path):
+        found = loaded(recipe, weights)
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[key], state[key]) for key in state)
+
+
+def test_wrapped_half_precision_pickle(tmp_path: Path, recipe: Recipe, state: dict[str, torch.Tensor]) -> None:
+    path = tmp_path / "w.pt"
+    torch.save({"state_dict": {key: value.half() for key, value in state.items()}}, path)
+    found = loaded(recipe, path)
+    assert found["norm.weight"].dtype == torch.float32
+    torch.testing.assert_close(found["patch_embed.proj.weight"], state["patch_embed.proj.weight"], atol=1e-3, rtol=1e-3)
+
+
+def test_keys_must_match(tmp_path: Path, recipe: Recipe, state: dict[str, torch.Tensor]) -> None:
+    wrong = {**state, "head.weight": torch.zeros(3), "cls_token": torch.zeros(1, 1, 7)}
+    del wrong["norm.bias"]
+    save_file(wrong, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError) as error:
+        loaded(recipe, tmp_path / "w.safetensors")
+    for part in ("prost40m", "missing: norm.bias", "unexpected: head.weight", "cls_token (1, 1, 7)"):
+        assert part in str(error.value)
+
+
+def test_ignored_keys_may_be_there(tmp_path: Path, recipe: Recipe, state: dict[str, torch.Tensor]) -> None:
+    assert recipe.weights is not None
+    lenient = recipe.model_copy(update={"weights": recipe.weights.model_copy(update={"ignore": ("head.*",)})})
+    save_file({**state, "head.weight": torch.zeros(3)}, tmp_path / "w.safetensors")
+    assert loaded(lenient, tmp_path / "w.safetensors").keys() == state.keys()
+
+
+class Payload:
+    """What a malicious checkpoint would do when unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickled_code_is_not_run(tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(pickle.dumps(Payload(tmp_path / "owned")))
+    torch.save({"a": Payload(tmp_path / "owned")}, tmp_path / "w.pt")
+    for name in ("w.bin", "w.pt"):
+        with pytest.raises(WeightsError, match="cannot be read"):
+            read_checkpoint(tmp_path / name)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+def test_damaged_file(tmp_path: Path, content: bytes) -> None:
+    for name in ("w.safetensors", "w.pt"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(WeightsError, match=name):
+            read_checkpoint(tmp_path / name)
+
+
+def test_no_such_file_and_empty_directory(tmp_path: Path, recipe: Recipe) -> None:
+    with pytest.raises(WeightsError, match="neither a file"):
+        find_weights(recipe, tmp_path / "none.pt")
+    with pytest.raises(WeightsError, match=r"none of model\.safetensors"):
+        find_weights(recipe, tmp_path)
+
+
+#: As much of an HTTP response as the hub's errors look at (its HTTP library differs by version).
+RESPONSE: Any = SimpleNamespace(headers={}, status_code=401, request=None, url="https://huggingface.co/x")
+
+
+def hub_that(monkeypatch: pytest.MonkeyPatch, outcome: Path | Exception) -> list[tuple[str, str, str]]:
+    calls = []
+
+    def download(repo: str, name: str, *, revision: str) -> str:
+        calls.append((repo, name, revision))
+        if isinstance(outcome, Exception):
+            raise outcome
+        return str(outcome)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return calls
+
+
+def test_hub_is_asked_for_the_pinned_revision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = hub_that(monkeypatch, tmp_path / "model.safetensors")
+    assert find_weights(load_recipe("virchow2"), None) == tmp_path / "model.safetensors"
+    assert calls == [("paige-ai/Virchow2", "model.safetensors", "3158645804b69e3f3bc4439d4116edddf0840a72")]
+
+
+@pytest.mark.parametrize("kind", [hub.GatedRepoError, hub.RepositoryNotFoundError])
+def test_gated_repository(monkeypatch: pytest.MonkeyPatch, kind: type[hub.HfHubHTTPError]) -> None:
+    hub_that(monkeypatch, kind("401 Client Error", response=RESPONSE))
+    with pytest.raises(GatedWeightsError) as error:
+        find_weights(load_recipe("virchow2"), None)
+    for part in ("virchow2", "https://huggingface.co/paige-ai/Virchow2", "hf auth login", "HF_TOKEN"):
+        assert part in str(error.value)
+
+
+def test_offline_without_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The real hub client, told to stay offline."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(WeightsError, match="prost40m.*weights="):
+        find_weights(load_recipe("prost40m"), None)
+
+
+def test_offline_cache_is_honoured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A file put in the cache the way the hub client lays it out is found without a network."""
+    recipe = load_recipe("virchow2")
+    assert recipe.weights is not None
+    snapshot = tmp_path / "models--paige-ai--Virchow2" / "snapshots" / recipe.weights.revision
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").write_bytes(b"x")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert find_weights(recipe, None) == snapshot / "model.safetensors"

@@ -1,0 +1,84 @@
+"""Slides as users give them, and manifests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slide2vec.errors import ManifestError
+from slide2vec.slides import Slide, as_slide, as_slides, read_manifest
+
+
+def test_path_gives_its_stem() -> None:
+    assert as_slide("a/b.c.svs") == Slide(sample_id="b.c", image_path=Path("a/b.c.svs"))
+
+
+def test_mapping_with_blanks() -> None:
+    slide = as_slide(
+        {"sample_id": "s", "image_path": "a.svs", "mask_path": "", "spacing_at_level_0": float("nan"), "patient_id": None}
+    )
+    assert slide == Slide(sample_id="s", image_path=Path("a.svs"))
+
+
+def test_call_spacing_overrides() -> None:
+    slide = as_slide({"image_path": "a.svs", "spacing_at_level_0": "0.5"}, spacing_at_level_0=0.25)
+    assert (slide.sample_id, slide.spacing_at_level_0) == ("a", 0.25)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sample_id": "s"}, "image_path"),
+        ({"image_path": "a.svs", "mask": "m.png"}, "mask_path"),
+        ({"image_path": "a.svs", "sample_id": "../x"}, "file name"),
+        ({"image_path": "a.svs", "sample_id": "a/b"}, "file name"),
+        ({"image_path": "a.svs", "sample_id": "a\0b"}, "file name"),
+        ({"image_path": "a.svs", "spacing_at_level_0": 352.8}, "plausible"),
+        ({"image_path": "a.svs", "spacing_at_level_0": "fine"}, "number"),
+        (7, "int"),
+    ],
+)
+def test_bad_slides_are_named(given: object, message: str) -> None:
+    with pytest.raises(ManifestError, match=message):
+        as_slide(given)  # type: ignore[arg-type]
+
+
+def test_equal_names_are_refused() -> None:
+    with pytest.raises(ManifestError, match="twice"):
+        as_slides(["a/x.svs", "b/x.svs"])
+
+
+def test_one_slide_is_not_a_list() -> None:
+    with pytest.raises(ManifestError, match="embed_slide"):
+        as_slides("a.svs")  # type: ignore[arg-type]
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_manifest(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "m.csv",
+        "sample_id,image_path,mask_path,spacing_at_level_0,cohort\n0007,/a.svs,,0.25,x\ns2,/b.svs,/m.png,,y\n",
+    )
+    first, second = read_manifest(path)
+    assert first == Slide(sample_id="0007", image_path=Path("/a.svs"), spacing_at_level_0=0.25)
+    assert second == Slide(sample_id="s2", image_path=Path("/b.svs"), mask_path=Path("/m.png"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sample_id,path\ns,a\n", "image_path"),
+        ("sample_id,image_path\ns,a.svs\n,b.svs\n", "line 3"),
+        ("sample_id,image_path\ns,a.svs\ns,b.svs\n", "twice"),
+        ("sample_id,image_path,spacing_at_level_0\ns,a.svs,oops\n", "line 2.*oops"),
+        ("", "cannot be read"),
+    ],
+)
+def test_bad_manifests(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ManifestError, match=message):
+        read_manifest(write(tmp_path / "m.csv", text))
