@@ -1,0 +1,199 @@
+"""The CPU path against its rivals, in turns; see README.md."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PACKAGES = ("slide2vec", "torch", "timm", "cucim-cu13", "opencv-python-headless", "openslide-python", "numpy")
+
+Row = dict[str, Any]
+
+
+def child(*command: str) -> Row:
+    """Run a piece in its own process; the JSON object that it prints last."""
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    row: Row = json.loads(done.stdout.strip().splitlines()[-1])
+    if "seconds" in row:
+        row["tiles_per_s"] = row["tiles"] / row["seconds"]
+    return row
+
+
+def part(name: str, slide: Path, repeat: int = 1) -> Row:
+    return child(sys.executable, "-m", "benchmarks.parts", name, str(slide), "--repeat", str(repeat))
+
+
+def in_turns(rivals: dict[str, Callable[[], Row]], rounds: int) -> dict[str, list[Row]]:
+    """Run each rival once per round, A B C, A B C …"""
+    rows: dict[str, list[Row]] = {name: [] for name in rivals}
+    for number in range(rounds):
+        for name, run in rivals.items():
+            rows[name].append(run())
+            speed = rows[name][-1]["tiles_per_s"]
+            print(f"  round {number + 1}: {name:<22} {speed:8.1f} tiles/s", flush=True)
+    return rows
+
+
+def compared(rows: dict[str, list[Row]], ours: str) -> Row:
+    """Median speeds, and the median of ours / rival taken round by round."""
+    found: Row = {}
+    for name, runs in rows.items():
+        speeds = [row["tiles_per_s"] for row in runs]
+        found[name] = {"tiles_per_s": statistics.median(speeds), "runs": speeds, "tiles": runs[0]["tiles"]}
+        if name != ours:
+            ratios = [a["tiles_per_s"] / b["tiles_per_s"] for a, b in zip(rows[ours], runs, strict=True)]
+            found[name]["ours_over_it"] = {"median": statistics.median(ratios), "runs": ratios}
+    return found
+
+
+def feed(args: argparse.Namespace) -> Row:
+    rivals: dict[str, Callable[[], Row]] = {
+        "ours": lambda: part("feed", args.slide),
+        "decode each tile once": lambda: part("decode", args.slide),
+    }
+    if args.peer_python:
+        folder = coordinates(args.slide)
+        peer = str(HERE / "peer_slide2vec.py")
+        rivals["slide2vec 7.1.4"] = lambda: child(args.peer_python, peer, str(args.slide), str(folder))
+    return compared(in_turns(rivals, args.rounds), "ours")
+
+
+def coordinates(slide: Path) -> Path:
+    """Our coordinate files of the slide, which the peer loads: both feed the same tiles."""
+    from benchmarks.parts import configs
+    from slide2vec.slides import Slide
+    from slide2vec.stream import plan_slide
+    from slide2vec.tiling import write_coordinates
+
+    folder = Path(tempfile.mkdtemp(prefix="coordinates-"))
+    plan = plan_slide(Slide(sample_id=slide.stem, image_path=slide), configs())
+    plan.reader.close()
+    write_coordinates(folder, plan.tiling)
+    return next(folder.rglob("*.coordinates.npz")).parent
+
+
+def encode(args: argparse.Namespace) -> Row:
+    rivals = {"ours": lambda: part("encode", args.slide), "bare encoder loop": lambda: part("bare", args.slide)}
+    return compared(in_turns(rivals, args.rounds), "ours")
+
+
+def memory(args: argparse.Namespace) -> Row:
+    found = {}
+    for count in (1, 20):
+        row = part("encode", args.small_slide, count)
+        found[f"{count} slides"] = {"peak_mb": row["peak_mb"], "tiles": row["tiles"]}
+        print(f"  {count} slides: {row['peak_mb']:.0f} MB", flush=True)
+    return found
+
+
+def start(args: argparse.Namespace) -> Row:
+    commands = {
+        "empty python": [sys.executable, "-c", "pass"],
+        "import slide2vec": [sys.executable, "-c", "import slide2vec"],
+        "slide2vec --help": [str(Path(sys.executable).parent / "slide2vec"), "--help"],
+    }
+    found = {}
+    for name, command in commands.items():
+        seconds = []
+        for _ in range(7):
+            before = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True)
+            seconds.append(time.perf_counter() - before)
+        found[name] = {"median_s": statistics.median(seconds), "runs": seconds}
+        print(f"  {name}: {statistics.median(seconds):.3f} s", flush=True)
+    return found
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Row]] = {
+    "feed": feed,
+    "encode": encode,
+    "memory": memory,
+    "start": start,
+}
+
+
+def machine() -> Row:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "cpu": names[0].split(":")[1].strip() if names else platform.processor(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "packages": {name: installed(name) for name in PACKAGES},
+    }
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def generated(folder: Path, size: int) -> Path:
+    """A synthetic slide, made once and kept in the folder."""
+    from slide2vec.synthetic import write_synthetic_slide
+
+    path = folder / f"synthetic-{size}.svs"
+    if not path.exists():
+        print(f"generating {path}", flush=True)
+        write_synthetic_slide(path, size_px=size, seed=0)
+    return path
+
+
+def report(found: Row) -> str:
+    lines = [f"# CPU benchmark, {found['date']}", "", f"{found['machine']['cpu']}, {found['machine']['cpus']} CPUs, "]
+    lines[-1] += ", ".join(f"{name} {number}" for name, number in found["machine"]["packages"].items() if number)
+    for name, part_found in found["parts"].items():
+        lines += ["", f"## {name}", "", "| what | figure | ours / it |", "|---|---|---|"]
+        for rival, row in part_found.items():
+            ratio = row.get("ours_over_it", {}).get("median")
+            lines.append(f"| {rival} | {figure(row)} | {f'{ratio:.2f}' if ratio else ''} |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(row: Row) -> str:
+    if "tiles_per_s" in row:
+        return f"{row['tiles_per_s']:,.1f} tiles/s ({row['tiles']:,} tiles)"
+    if "peak_mb" in row:
+        return f"{row['peak_mb']:,.0f} MB ({row['tiles']:,} tiles)"
+    return f"{row['median_s']:.3f} s"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--size", type=int, default=24_000, help="side of the generated slide, px")
+    parser.add_argument("--peer-python", help="Python of an environment with slide2vec 7.1.4")
+    parser.add_argument("--work-dir", type=Path, default=Path(tempfile.gettempdir()) / "slide2vec-bench")
+    args = parser.parse_args()
+    args.slide, args.small_slide = generated(args.work_dir, args.size), generated(args.work_dir, 6_000)
+    found: Row = {"date": f"{datetime.date.today()}", "machine": machine(), "slide_px": args.size, "parts": {}}
+    for name in args.parts:
+        print(f"{name}:", flush=True)
+        found["parts"][name] = PARTS[name](args)
+    RESULTS.mkdir(exist_ok=True)
+    stem = RESULTS / f"cpu-{found['date']}"
+    stem.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
+    stem.with_suffix(".md").write_text(report(found))
+    print(report(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""The measured pieces, each run in a process of its own: `python -m benchmarks.parts PART …`.
+
+Prints one JSON object: tiles, seconds (without start-up), peak memory of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+THREADS = 2
+SPACING_UM = 0.5
+TILE_PX = 224
+PRESET = "prost40m"  # a ViT-S
+
+
+class NullEngine:
+    """An encoder that costs nothing, to measure what feeds it."""
+
+    runtime, precision, feature_dim = "none", "fp32", 1
+
+    def __init__(self) -> None:
+        import torch
+
+        self.device = torch.device("cpu")
+
+    def run(self, pixels: Any) -> Any:
+        return pixels[:, 0, 0, :1]
+
+    def close(self) -> None:
+        pass
+
+
+def configs() -> Any:
+    from slide2vec import PreprocessingConfig
+
+    return PreprocessingConfig(requested_spacing_um=SPACING_UM, requested_tile_size_px=TILE_PX)
+
+
+def feed(slide: Path, repeat: int) -> dict[str, float]:
+    """Plan, read, cut and resize every tile; the encoder's own transform is left to `encode`."""
+    from slide2vec.progress import NullReporter
+    from slide2vec.slides import Slide
+    from slide2vec.stream import Stream, plan_slide
+
+    class Untransformed:
+        def prepare(self, tiles: Any) -> Any:
+            return tiles
+
+    def once(count: int) -> int:
+        stream = Stream(
+            NullEngine(),
+            Untransformed(),
+            batch_size=32,
+            tile_size_px=TILE_PX,
+            readers=THREADS,
+            planners=THREADS,
+            ahead=4,
+            reporter=NullReporter(),
+        )
+        slides = [Slide(sample_id=str(i), image_path=slide) for i in range(count)]
+        return sum(o.embedded.num_tiles for o in stream.run(slides, lambda s: plan_slide(s, config)))  # type: ignore[union-attr]
+
+    config = configs()
+    start = time.perf_counter()
+    tiles = once(repeat)
+    return {"tiles": tiles, "seconds": time.perf_counter() - start}
+
+
+def decode(slide: Path, repeat: int) -> dict[str, float]:
+    """Decode every JPEG tile that the slide's tiles touch, once, and drop it: the limit of feeding."""
+    import numpy as np
+    import simplejpeg
+    import tifffile
+
+    from slide2vec.slides import Slide
+    from slide2vec.stream import plan_slide
+
+    plan = plan_slide(Slide(sample_id="s", image_path=slide), configs())
+    plan.reader.close()
+    side = plan.tiling.geometry.tile_size_lv0
+    with tifffile.TiffFile(slide) as file:
+        page: Any = file.pages[0]
+        (width, height), tables = (page.tilewidth, page.tilelength), page.jpegtables
+        across = -(-page.imagewidth // width)
+        rows = np.concatenate([[x // width, y // height] for x, y in _touched(plan.tiling, side, width, height)])
+        needed = np.unique(rows.reshape(-1, 2), axis=0)
+        spans = [(page.dataoffsets[c + r * across], page.databytecounts[c + r * across]) for c, r in needed if c < across]
+    start = time.perf_counter()
+    with slide.open("rb", buffering=0) as raw, ThreadPoolExecutor(THREADS) as pool:
+        fd = raw.fileno()
+
+        def one(span: tuple[int, int]) -> None:
+            import os
+
+            data = os.pread(fd, span[1], span[0])
+            simplejpeg.decode_jpeg(tables[:-2] + data[2:] if tables else data)
+
+        for _ in range(repeat):
+            list(pool.map(one, spans, chunksize=64))
+    return {"tiles": len(plan.tiling.x) * repeat, "seconds": time.perf_counter() - start}
+
+
+def _touched(tiling: Any, side: int, width: int, height: int) -> Any:
+    for x, y in zip(tiling.x.tolist(), tiling.y.tolist(), strict=True):
+        for column in range(x // width, (x + side - 1) // width + 1):
+            for row in range(y // height, (y + side - 1) // height + 1):
+                yield column * width, row * height
+
+
+def encode(slide: Path, repeat: int) -> dict[str, float]:
+    """The whole stream with a ViT-S."""
+    import torch
+
+    from slide2vec import ExecutionOptions, Model
+
+    torch.set_num_threads(THREADS)
+    model = Model.from_preset(PRESET, weights="random", device="cpu")
+    slides = [{"sample_id": str(i), "image_path": slide} for i in range(repeat)]
+    start = time.perf_counter()
+    results = model.embed_slides(slides, configs(), ExecutionOptions(num_workers=THREADS, batch_size=32))
+    return {"tiles": sum(r.num_tiles for r in results), "seconds": time.perf_counter() - start}
+
+
+def bare(slide: Path, repeat: int) -> dict[str, float]:
+    """The same encoder over random tensors, as many as the slide has tiles."""
+    import torch
+
+    from slide2vec import Model
+    from slide2vec.slides import Slide
+    from slide2vec.stream import plan_slide
+
+    torch.set_num_threads(THREADS)
+    encoder = Model.from_preset(PRESET, weights="random", device="cpu").encoder
+    plan = plan_slide(Slide(sample_id="s", image_path=slide), configs())
+    plan.reader.close()
+    tiles = len(plan.tiling.x) * repeat
+    pixels = torch.randn(32, 3, TILE_PX, TILE_PX)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for first in range(0, tiles, 32):
+            encoder(pixels[: min(32, tiles - first)])
+    return {"tiles": tiles, "seconds": time.perf_counter() - start}
+
+
+PARTS = {"feed": feed, "decode": decode, "encode": encode, "bare": bare}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("slide", type=Path)
+    parser.add_argument("--repeat", type=int, default=1)
+    args = parser.parse_args()
+    measured = PARTS[args.part](args.slide, args.repeat)
+    measured["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Cutting against OpenCV tile by tile, the transform against torchvision on PIL images."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from slide2vec.prepare import cut_tiles
+from slide2vec.prepare.torch_preparer import TorchPreparer
+from slide2vec.recipes import Transform
+
+#: One grey level of rounding in the resize, in units of the smallest std (0.224).
+ONE_GREY_LEVEL = 1.01 / 255 / 0.224
+
+
+def image(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Smooth colour with texture, as tissue has."""
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    return cv2.GaussianBlur(noise, (0, 0), 1.5)
+
+
+@pytest.mark.parametrize("read", [448, 224, 301])
+def test_cut_equals_area_averaging_of_each_tile(read: int) -> None:
+    pixels = image(1500, 1400)
+    offsets = [(0, 0), (333, 77), (1400 - read, 1500 - read)]
+    targets = np.zeros((3, 224, 224, 3), np.uint8)
+    cut_tiles(pixels, offsets, read, targets)
+    for (x, y), target in zip(offsets, targets, strict=True):
+        tile = np.ascontiguousarray(pixels[y : y + read, x : x + read])
+        assert np.array_equal(target, cv2.resize(tile, (224, 224), interpolation=cv2.INTER_AREA))
+
+
+@pytest.mark.parametrize(("resize", "crop"), [(224, 224), (248, 224), (256, 224)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("side", [224, 256, 300])
+def test_transform_equals_torchvision(resize: int, crop: int, interpolation: str, side: int) -> None:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    recipe = Transform(resize=resize, crop=crop, interpolation=interpolation, mean=mean, std=std)  # type: ignore[arg-type]
+    tiles = np.stack([image(side, side, seed) for seed in range(3)])
+    reference = transforms.Compose(
+        [
+            transforms.Resize(resize, interpolation=transforms.InterpolationMode(interpolation)),
+            transforms.CenterCrop(crop),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ]
+    )
+    expected = torch.stack([reference(Image.fromarray(tile)) for tile in tiles])
+    found = TorchPreparer(recipe, torch.device("cpu")).prepare(torch.from_numpy(tiles))
+    assert found.shape == expected.shape and found.dtype == torch.float32
+    tolerance = 1e-5 if side == resize else ONE_GREY_LEVEL
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
