@@ -26,6 +26,8 @@ class SlideReader(Protocol):
             implausible one).
         spacing_source: what `spacing_um` was read from ("mpp", "resolution", "objective power", …),
             or, when it is None, why.
+        tile_shapes: (width, height) in px of the file's own compressed tiles at every level, None
+            where unknown or not tiled. Reads aligned to them decode nothing twice.
     """
 
     backend: str
@@ -34,8 +36,11 @@ class SlideReader(Protocol):
     downsamples: tuple[float, ...]
     spacing_um: float | None
     spacing_source: str
+    tile_shapes: tuple[tuple[int, int] | None, ...]
 
-    def read_region(self, location_lv0: tuple[int, int], level: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+    def read_region(
+        self, location_lv0: tuple[int, int], level: int, size: tuple[int, int]
+    ) -> NDArray[np.uint8]:
         """Pixels of one level, (height, width, 3) uint8 RGB, contiguous, owned by the caller.
 
         Args:
@@ -47,7 +52,8 @@ class SlideReader(Protocol):
         are white (255), as is what the file leaves transparent.
 
         Raises:
-            SlideReadError: pixels cannot be decoded. Never returned as black or white instead.
+            SlideReadError: pixels cannot be decoded (never returned as black or white instead), or
+                the level or size is not one the slide has.
         """
         ...
 

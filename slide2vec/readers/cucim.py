@@ -1,0 +1,114 @@
+"""cuCIM: the fastest reader of tiled TIFFs, for those that it reads correctly."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slide2vec.errors import BackendError, ExtraMissingError, SlideReadError
+from slide2vec.readers.probe import Probe, TiffLevel
+from slide2vec.readers.pyramid import PyramidReader, to_level0
+from slide2vec.readers.tilecheck import TileCheck
+
+__all__ = ["CucimReader", "unavailable"]
+
+_VENDORS = ("aperio", "generic", "ome", "philips")
+#: Read with the same pixels as OpenSlide's; a damaged tile raises (JPEG ones: see TileCheck).
+_COMPRESSIONS = ("JPEG", "DEFLATE", "ADOBE_DEFLATE", "NONE", "APERIO_JP2000_RGB")
+
+
+def unavailable() -> str | None:
+    """Why this back end cannot be used here, None when it can."""
+    return None if find_spec("cucim") else 'cuCIM is not installed: pip install "slide2vec[cucim]" (Linux)'
+
+
+class CucimReader(PyramidReader):
+    """Reads tiled TIFFs through cuCIM; it is handed no file that it would crash on or misread.
+
+    Raises:
+        ExtraMissingError: cuCIM is not installed.
+        BackendError: it does not read such a file (correctly).
+    """
+
+    backend = "cucim"
+
+    def __init__(self, probe: Probe) -> None:
+        reason = _why_not(probe)
+        if reason:
+            raise BackendError(reason)
+        image = _open(probe)
+        resolutions = image.resolutions
+        super().__init__(probe, resolutions["level_dimensions"])
+        self._image: Any | None = image
+        self._native_downsamples = tuple(resolutions["level_downsamples"])
+        if self.level_dimensions != _expected_dimensions(probe):
+            raise BackendError(
+                f"cuCIM sees other levels in it {self.level_dimensions} than its tags or OpenSlide"
+            )
+        self._check = TileCheck(probe.path, probe.levels, self._read_error)
+
+    def _read_box(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        if self._image is None:
+            raise SlideReadError(f"slide {self.name} was closed")
+        left_out = self._check(level, x, y, width, height)
+        downsample = self._native_downsamples[level]
+        location = (to_level0(x, downsample), to_level0(y, downsample))
+        try:
+            pixels = np.asarray(self._image.read_region(location, (width, height), level))
+        except RuntimeError as error:
+            raise self._read_error(level, x, y, error) from error
+        for where in left_out:
+            pixels[where] = 255
+        return pixels
+
+    def close(self) -> None:
+        """Release the file. May be called twice."""
+        image, self._image = self._image, None
+        if image is not None:
+            image.close()
+            self._check.close()
+
+
+def _why_not(probe: Probe) -> str | None:
+    """Why cuCIM may not have the file (as measured with 26.10), None when it may."""
+    if probe.kind != "tiff" or probe.vendor not in _VENDORS:
+        return f"cuCIM does not read {probe.vendor or probe.kind} files"
+    return next((reason for level in probe.levels if (reason := _why_not_level(level))), None)
+
+
+def _why_not_level(level: TiffLevel) -> str | None:
+    if level.tile is None:
+        return "cuCIM reads tiled files only and this one is stored in strips"
+    if level.predictor != 1 and level.compression != "NONE":
+        return f"cuCIM crashes on {level.compression} tiles with predictor {level.predictor}"
+    if (level.samples, level.bits, level.planar) != (3, 8, False):
+        return f"cuCIM reads interleaved 8-bit RGB, not {level.samples} channels of {level.bits} bits"
+    if level.compression in _COMPRESSIONS:
+        return None
+    if level.compression == "LZW":
+        return "cuCIM returns wrong pixels without an error where an LZW tile is damaged"
+    return f"cuCIM does not read {level.compression} tiles, or not with the same pixels as OpenSlide"
+
+
+def _open(probe: Probe) -> Any:
+    if reason := unavailable():
+        raise ExtraMissingError(reason)
+    library = import_module("cucim")  # here, because it opens a CUDA context on every visible GPU
+    try:
+        return library.CuImage(str(probe.path))
+    except (RuntimeError, ValueError) as error:
+        raise BackendError(f"cuCIM cannot open it: {error}") from error
+
+
+def _expected_dimensions(probe: Probe) -> tuple[tuple[int, int], ...]:
+    """Level sizes that cuCIM must agree with."""
+    if probe.vendor != "philips":
+        return tuple((level.width, level.height) for level in probe.levels)
+    import openslide  # Philips pads its levels to whole tiles; OpenSlide knows their true sizes
+
+    with openslide.OpenSlide(probe.path) as handle:
+        return tuple(handle.level_dimensions)

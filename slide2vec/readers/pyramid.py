@@ -1,0 +1,86 @@
+"""What all readers share: a region's place in its level, and white around the slide."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from math import ceil, floor
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slide2vec.errors import SlideReadError
+from slide2vec.readers.probe import Probe
+
+__all__ = ["PyramidReader", "to_level0"]
+
+
+class PyramidReader(ABC):
+    """A SlideReader whose back end only has to read boxes that lie inside a level."""
+
+    backend: str
+
+    def __init__(self, probe: Probe, level_dimensions: Sequence[tuple[int, int]]) -> None:
+        self.path, self.name = probe.path, probe.name
+        self.level_dimensions = tuple((int(width), int(height)) for width, height in level_dimensions)
+        self.dimensions = self.level_dimensions[0]
+        self.downsamples = tuple(self.dimensions[0] / width for width, _ in self.level_dimensions)
+        self.spacing_um, self.spacing_source = probe.spacing_um, probe.spacing_source
+        known = len(probe.levels) == len(self.level_dimensions)
+        self.tile_shapes: tuple[tuple[int, int] | None, ...] = tuple(
+            probe.levels[level].tile if known else None for level in range(len(self.level_dimensions))
+        )
+
+    @abstractmethod
+    def _read_box(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        """(height, width, 3) uint8 of a box in level px that lies inside the level; contiguous."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the file. May be called twice."""
+
+    def read_region(
+        self, location_lv0: tuple[int, int], level: int, size: tuple[int, int]
+    ) -> NDArray[np.uint8]:
+        """See `SlideReader.read_region`."""
+        width, height = size
+        if not 0 <= level < len(self.level_dimensions) or width < 1 or height < 1:
+            raise SlideReadError(
+                f"slide {self.name}: level {level}, size {width}x{height} cannot be read; it has the levels "
+                f"0 to {len(self.level_dimensions) - 1}, and sizes are 1 or more"
+            )
+        x, y = (floor(start / self.downsamples[level]) for start in location_lv0)
+        right, bottom = self.level_dimensions[level]
+        x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + width, right), min(y + height, bottom)
+        if (x0, y0, x1, y1) == (x, y, x + width, y + height):
+            return self._read_box(level, x, y, width, height)
+        canvas = np.full((height, width, 3), 255, np.uint8)
+        if x0 < x1 and y0 < y1:
+            canvas[y0 - y : y1 - y, x0 - x : x1 - x] = self._read_box(level, x0, y0, x1 - x0, y1 - y0)
+        return canvas
+
+    def _read_error(self, level: int, x: int, y: int, why: object) -> SlideReadError:
+        at = (round(x * self.downsamples[level]), round(y * self.downsamples[level]))
+        return SlideReadError(
+            f"slide {self.name}: {self.backend} cannot decode level {level} at {at} (level-0 px): {why}. "
+            f"The file may be damaged: {self.path}"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def to_level0(pixel: int, downsample: float) -> int:
+    """A level-0 coordinate that a library which floors coordinate / downsample takes to `pixel`.
+
+    It lies near the middle of those that do, so that a library's rounding (cuCIM divides in
+    single precision) does not matter.
+    """
+    return max(ceil(pixel * downsample), floor((pixel + 0.5) * downsample)) if downsample > 1 else pixel

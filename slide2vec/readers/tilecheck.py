@@ -1,0 +1,118 @@
+"""Find the compressed tiles that a file leaves out or holds damaged, before their pixels are trusted.
+
+cuCIM reports neither: in the place of a JPEG tile that it cannot decode it returns whatever the
+memory held before, often pixels of another tile, so that pixels alone do not tell. Most tiles of a
+level share their header byte for byte. A tile that begins with a header known to be good and ends
+with the end-of-image marker is accepted; any other is decoded once.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from slide2vec.errors import SlideReadError
+from slide2vec.readers.probe import TiffLevel
+
+__all__ = ["TileCheck"]
+
+_HEADER_BYTES = 2048
+_END, _START_OF_SCAN = b"\xff\xd9", b"\xff\xda"
+#: Files whose tiles carry their own Huffman tables have a header per tile: remember only some.
+_MOST_HEADERS = 32
+
+#: (level, x, y in level px, what is wrong) -> the error to raise.
+Fail = Callable[[int, int, int, object], SlideReadError]
+
+
+class TileCheck:
+    """Checks the tiles of a tiled TIFF, each once. Safe to use from several threads."""
+
+    def __init__(self, path: Path, levels: Sequence[TiffLevel], fail: Fail) -> None:
+        self._levels, self._fail = levels, fail
+        self._passed = [np.zeros(len(level.counts), bool) for level in levels]
+        self._headers: list[list[bytes]] = [[] for _ in levels]
+        self._file: int | None = os.open(path, os.O_RDONLY)
+
+    def close(self) -> None:
+        """Release the file. May be called twice."""
+        if self._file is not None:
+            os.close(self._file)
+        self._file = None
+
+    def __call__(self, level: int, x: int, y: int, width: int, height: int) -> Iterator[tuple[slice, slice]]:
+        """Check the tiles under a box (level px); yields the (rows, columns) of the box left out of the file.
+
+        Raises:
+            SlideReadError: a tile is damaged.
+        """
+        spec = self._levels[level]
+        assert spec.tile is not None  # readers of untiled files do not check tiles
+        tile_w, tile_h = spec.tile
+        columns = np.arange(x // tile_w, (x + width - 1) // tile_w + 1)
+        rows = np.arange(y // tile_h, (y + height - 1) // tile_h + 1)
+        across = -(-spec.width // tile_w)
+        tiles = (rows[:, None] * across + columns).ravel()
+        if spec.compression == "JPEG":
+            self._check(level, tiles[~self._passed[level][tiles]], across)
+        return self._left_out(spec, tiles[spec.counts[tiles] == 0], across, (x, y, width, height))
+
+    def _check(self, level: int, tiles: NDArray[np.intp], across: int) -> None:
+        spec = self._levels[level]
+        assert spec.tile is not None
+        for tile in tiles.tolist():
+            offset, count = int(spec.offsets[tile]), int(spec.counts[tile])
+            wrong = self._wrong(level, offset, count) if count else None
+            if wrong:
+                raise self._fail(level, tile % across * spec.tile[0], tile // across * spec.tile[1], wrong)
+        self._passed[level][tiles] = True
+
+    def _wrong(self, level: int, offset: int, count: int) -> str | None:
+        """What is wrong with a JPEG tile, None when nothing is."""
+        head = self._read(offset, min(count, _HEADER_BYTES))
+        tail = self._read(offset + count - 4, 4) if count > 4 else head
+        known = self._headers[level]
+        if _END in tail and any(head.startswith(header) for header in known):
+            return None
+        data = self._read(offset, count)
+        tables = self._levels[level].jpeg_tables
+        wrong = _decoding_error(tables[:-2] + data[2:] if tables and data[:2] == tables[:2] else data)
+        scan = head.find(_START_OF_SCAN)
+        if wrong is None and scan > 0 and len(known) < _MOST_HEADERS:
+            known.append(head[: scan + 2 + int.from_bytes(head[scan + 2 : scan + 4], "big")])
+        return wrong
+
+    def _read(self, offset: int, count: int) -> bytes:
+        assert self._file is not None, "read after close"
+        return os.pread(self._file, count, offset)
+
+    def _left_out(
+        self, spec: TiffLevel, tiles: NDArray[np.intp], across: int, box: tuple[int, int, int, int]
+    ) -> Iterator[tuple[slice, slice]]:
+        assert spec.tile is not None
+        (tile_w, tile_h), (x, y, width, height) = spec.tile, box
+        for tile in tiles.tolist():
+            left, top = tile % across * tile_w - x, tile // across * tile_h - y
+            yield (
+                slice(max(top, 0), min(top + tile_h, height)),
+                slice(max(left, 0), min(left + tile_w, width)),
+            )
+
+
+def _decoding_error(data: bytes) -> str | None:
+    try:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        return (
+            f"damaged JPEG tile ({error})"
+            if "BytesIO" not in str(error)
+            else "damaged JPEG tile (no JPEG header)"
+        )
+    return None

@@ -1,0 +1,33 @@
+"""Where the real slides are: SLIDE2VEC_TEST_SLIDES, else shared/slides beside the checkout."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+def slides_folder() -> Path:
+    given = os.environ.get("SLIDE2VEC_TEST_SLIDES")
+    return Path(given) if given else Path(__file__).resolve().parents[2] / "shared" / "slides"
+
+
+@pytest.fixture(scope="session")
+def real_slide() -> Callable[[str], Path]:
+    """Gives the path of a real slide by its file name; skips the test when it is not there."""
+
+    def find(name: str) -> Path:
+        path = slides_folder() / name
+        if not path.is_file():
+            pytest.skip(f"no {path}: set SLIDE2VEC_TEST_SLIDES to the folder of test slides")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def reference_slide(real_slide: Callable[[str], Path]) -> Path:
+    """An Aperio slide of H&E tissue, 2220 x 2967 px, one level, 0.499 µm/px."""
+    return real_slide("CMU-1-Small-Region.svs")

@@ -1,0 +1,193 @@
+"""Files that make libraries crash, lie or fall silent; each of these has been seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openslide
+import pytest
+
+from slide2vec.errors import BackendError, SlideOpenError, SlideReadError
+from slide2vec.readers import backends, open_slide
+from slide2vec.slides import as_slide
+
+TILE = 64  # of the files that `tiffs` writes
+JPEG_READERS = ["auto", "cucim", "vips", "openslide"]
+ACROSS = 7  # tiles in a row of its picture
+DAMAGED = 2 * ACROSS + 3  # in the middle of it, at (192, 128)
+
+
+def need(backend: str) -> None:
+    if missing := backends().get(backend):
+        pytest.skip(missing)
+
+
+def zeros(tiles: list[bytes]) -> None:
+    tiles[DAMAGED] = bytes(len(tiles[DAMAGED]))
+
+
+def no_header(tiles: list[bytes]) -> None:
+    tiles[DAMAGED] = b"\xff" * 16 + tiles[DAMAGED][16:]
+
+
+def bad_table(tiles: list[bytes]) -> None:
+    """A frame header of an impossible precision."""
+    start = tiles[DAMAGED].index(b"\xff\xc0")
+    tiles[DAMAGED] = tiles[DAMAGED][: start + 4] + b"\x63" + tiles[DAMAGED][start + 5 :]
+
+
+def cut_short(tiles: list[bytes]) -> None:
+    half = len(tiles[DAMAGED]) * 3 // 4
+    tiles[DAMAGED] = tiles[DAMAGED][:half] + bytes(len(tiles[DAMAGED]) - half)
+
+
+@pytest.mark.parametrize("backend", JPEG_READERS)
+@pytest.mark.parametrize("damage", [zeros, no_header, bad_table, cut_short])
+def test_a_damaged_jpeg_tile_is_an_error(
+    damage: Callable[[list[bytes]], None], backend: str, tmp_path: Path, tiffs: Any
+) -> None:
+    need(backend)
+    path = tiffs.write_jpeg(tmp_path / "damaged.tif", [tiffs.picture()], damage)
+    with open_slide(as_slide(path), backend) as reader:
+        before = reader.read_region((0, 0), 0, (400, 2 * TILE))
+        for location, size in [((0, 0), (400, 300)), ((3 * TILE, 2 * TILE), (10, 10)), ((200, 140), (1, 1))]:
+            with pytest.raises(SlideReadError, match=r"slide damaged: .* level 0 at \(\d+, \d+\)"):
+                reader.read_region(location, 0, size)
+        np.testing.assert_array_equal(reader.read_region((0, 0), 0, (400, 2 * TILE)), before)
+
+
+@pytest.mark.parametrize("backend", JPEG_READERS)
+def test_errors_of_one_thread_are_not_those_of_another(backend: str, tmp_path: Path, tiffs: Any) -> None:
+    need(backend)
+    path = tiffs.write_jpeg(tmp_path / "damaged.tif", [tiffs.picture()], zeros)
+    with open_slide(as_slide(path), backend) as reader, ThreadPoolExecutor(4) as pool:
+        good = reader.read_region((0, 0), 0, (100, 100))
+
+        def read(number: int) -> bool:
+            if number % 3 == 0:
+                with pytest.raises(SlideReadError):
+                    reader.read_region((200, 140), 0, (20, 20))
+                return True
+            return np.array_equal(reader.read_region((0, 0), 0, (100, 100)), good)
+
+        assert all(pool.map(read, range(60)))
+
+
+@pytest.mark.parametrize("backend", JPEG_READERS)
+def test_black_pixels_of_a_sound_file_are_read(backend: str, tmp_path: Path, tiffs: Any) -> None:
+    need(backend)
+    pixels = tiffs.picture()
+    pixels[TILE : 3 * TILE, TILE : 4 * TILE] = 0
+    path = tiffs.write_jpeg(tmp_path / "black.tif", [pixels])
+    with open_slide(as_slide(path), backend) as reader:
+        assert (reader.read_region((TILE, TILE), 0, (3 * TILE, 2 * TILE)) == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["auto", "cucim", "openslide"])
+def test_tiles_left_out_are_white(backend: str, tmp_path: Path, tiffs: Any) -> None:
+    need(backend)
+
+    def leave_out(tiles: list[bytes]) -> None:
+        tiles[DAMAGED] = b""
+
+    whole = tiffs.write_jpeg(tmp_path / "whole.tif", [tiffs.picture()])
+    path = tiffs.write_jpeg(tmp_path / "sparse.tif", [tiffs.picture()], leave_out)
+    with open_slide(as_slide(path), backend) as reader, open_slide(as_slide(whole), backend) as full:
+        expected = full.read_region((100, 100), 0, (200, 150))
+        expected[28 : 28 + TILE, 92 : 92 + TILE] = 255
+        np.testing.assert_array_equal(reader.read_region((100, 100), 0, (200, 150)), expected)
+
+
+@pytest.mark.parametrize("compression", [8, 32946, 50000, 5])
+def test_predictors_never_reach_cucim(compression: int, tmp_path: Path, tiffs: Any) -> None:
+    need("cucim")
+    path = tmp_path / "predicted.tif"
+    tiffs.write_plain(path, compression="zlib", predictor=True)
+    tiffs.set_tags(path, Compression=compression)
+    with pytest.raises(BackendError, match="predictor 2"):
+        open_slide(as_slide(path), "cucim")
+
+
+def test_auto_reads_deflate_with_a_predictor(tmp_path: Path, tiffs: Any) -> None:
+    path = tmp_path / "predicted.tif"
+    tiffs.write_plain(path, compression="zlib", predictor=True)
+    with open_slide(as_slide(path)) as reader:
+        assert reader.backend != "cucim"
+        np.testing.assert_array_equal(reader.read_region((0, 0), 0, (400, 300)), tiffs.picture())
+
+
+@pytest.mark.parametrize("backend", ["cucim", "vips", "openslide"])
+@pytest.mark.parametrize("compression", ["zlib", None])
+def test_lossless_pixels(compression: str | None, backend: str, tmp_path: Path, tiffs: Any) -> None:
+    need(backend)
+    path = tmp_path / "plain.tif"
+    tiffs.write_plain(path, compression=compression)
+    with open_slide(as_slide(path), backend) as reader:
+        np.testing.assert_array_equal(reader.read_region((0, 0), 0, (400, 300)), tiffs.picture())
+
+
+@pytest.mark.parametrize("backend", ["cucim", "vips", "openslide"])
+def test_one_pixel_is_the_same_in_every_region(backend: str, jpeg_pyramid: Path) -> None:
+    """Downsamples that are no whole number; OpenSlide alone would interpolate."""
+    need(backend)
+    with open_slide(as_slide(jpeg_pyramid), backend) as reader:
+        assert [round(ds, 2) for ds in reader.downsamples] == [1.0, 4.04, 16.67]
+        for level, (width, height) in enumerate(reader.level_dimensions):
+            whole = reader.read_region((0, 0), level, (width, height))
+            for start in range(0, 280, 13):
+                x, y = (int(np.floor(at / reader.downsamples[level])) for at in (start, start // 2))
+                region = reader.read_region((start, start // 2), level, (9, 7))
+                clipped = whole[y : y + 7, x : x + 9]
+                np.testing.assert_array_equal(region[: clipped.shape[0], : clipped.shape[1]], clipped)
+
+
+@pytest.mark.parametrize("backend", JPEG_READERS)
+@pytest.mark.parametrize("share", [0.5, 0.98])
+def test_truncated_files_are_refused(share: float, backend: str, jpeg_pyramid: Path, tmp_path: Path) -> None:
+    need(backend)
+    path = tmp_path / "cut.tif"
+    whole = jpeg_pyramid.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(SlideOpenError, match="truncated"):
+        open_slide(as_slide(path), backend)
+
+
+def test_what_is_no_slide(tmp_path: Path) -> None:
+    empty, text, picture_file = tmp_path / "empty.svs", tmp_path / "text.svs", tmp_path / "a.png"
+    empty.write_bytes(b"")
+    text.write_text("this is no slide")
+    picture_file.write_bytes(b"\x89PNG\r\n\x1a\n")
+    for path, message in [
+        (tmp_path / "missing.svs", "no file .*missing.svs"),
+        (tmp_path, "is a directory"),
+        (empty, "is empty"),
+        (text, "no back end reads .*text.svs"),
+        (picture_file, "PNG image, not a slide"),
+    ]:
+        with pytest.raises(SlideOpenError, match=message):
+            open_slide(as_slide({"sample_id": "s", "image_path": path}))
+
+
+def test_openslide_recovers_once_from_an_error(
+    tmp_path: Path, tiffs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its handles stay in error: reading on with one would open the file anew for every region."""
+    path = tiffs.write_jpeg(tmp_path / "damaged.tif", [tiffs.picture()], zeros)
+    opened: list[Path] = []
+    open_handle = openslide.OpenSlide
+
+    def counted(path: Path) -> openslide.OpenSlide:
+        opened.append(path)
+        return open_handle(path)
+
+    with open_slide(as_slide(path), "openslide") as reader:
+        with pytest.raises(SlideReadError):
+            reader.read_region((200, 140), 0, (20, 20))
+        monkeypatch.setattr(openslide, "OpenSlide", counted)
+        for _ in range(5):
+            reader.read_region((0, 0), 0, (100, 100))
+    assert opened == []
