@@ -1,0 +1,46 @@
+"""Which tiles of a slide are embedded: tissue, grid, coordinate files, previews, supertiles."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from slide2vec.tiling.records import Segmentation, Tiling, TissueMask, TissuePiece
+
+if TYPE_CHECKING:
+    from slide2vec.tiling.coordinates import load_coordinates, read_coordinates, write_coordinates
+    from slide2vec.tiling.previews import write_mask_preview, write_tiling_preview
+    from slide2vec.tiling.tile import tile_slide
+
+__all__ = [
+    "Segmentation",
+    "Tiling",
+    "TissueMask",
+    "TissuePiece",
+    "load_coordinates",
+    "read_coordinates",
+    "tile_slide",
+    "write_coordinates",
+    "write_mask_preview",
+    "write_tiling_preview",
+]
+
+#: Loaded on first use: OpenCV is slow to import, and loading coordinates does without it.
+_HOMES = {
+    "load_coordinates": "coordinates",
+    "read_coordinates": "coordinates",
+    "tile_slide": "tile",
+    "write_coordinates": "coordinates",
+    "write_mask_preview": "previews",
+    "write_tiling_preview": "previews",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,310 @@
+"""HS2P coordinate files: <sample_id>.coordinates.npz and .coordinates.meta.json.
+
+Written as HS2P 6.1 writes them, so that it loads them; read as HS2P 3.0 to 6.1 wrote them.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import replace
+from math import isclose
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slide2vec.config import FilterConfig, PreprocessingConfig
+from slide2vec.errors import ConfigError, TilingError
+from slide2vec.geometry import TileGeometry
+from slide2vec.readers import SlideReader
+from slide2vec.slides import Slide
+from slide2vec.tiling.files import atomic_path
+from slide2vec.tiling.records import PRECOMPUTED, Segmentation, Tiling
+
+__all__ = ["check_tiling", "coordinate_paths", "load_coordinates", "read_coordinates", "write_coordinates"]
+
+_MISSING = object()
+
+
+def coordinate_paths(directory: Path, sample_id: str) -> tuple[Path, Path]:
+    """Where a slide's arrays (.npz) and metadata (.json) are in a directory of coordinate files."""
+    return directory / f"{sample_id}.coordinates.npz", directory / f"{sample_id}.coordinates.meta.json"
+
+
+def write_coordinates(directory: Path, tiling: Tiling) -> tuple[Path | None, Path]:
+    """Write a tiling's coordinate files, the metadata last, so that metadata means a complete pair.
+
+    Returns:
+        Paths of the .npz (None when there are no tiles, then none is written) and of the .json.
+    """
+    arrays, metadata = coordinate_paths(directory, tiling.sample_id)
+    metadata.unlink(missing_ok=True)
+    if len(tiling):
+        with atomic_path(arrays) as temporary:
+            np.savez_compressed(
+                temporary,
+                tile_index=np.arange(len(tiling), dtype=np.int32),
+                x=tiling.x,
+                y=tiling.y,
+                tissue_fractions=tiling.tissue_fractions,
+            )
+    else:
+        arrays.unlink(missing_ok=True)
+    with atomic_path(metadata) as temporary:
+        temporary.write_text(json.dumps(_metadata(tiling), indent=2, sort_keys=True) + "\n")
+    return (arrays if len(tiling) else None), metadata
+
+
+def _metadata(tiling: Tiling) -> dict[str, dict[str, Any]]:
+    geometry, tissue, filtering = tiling.geometry, tiling.segmentation, tiling.filtering
+    mask_path = None if tiling.mask_path is None else str(tiling.mask_path)
+    with_mask = tiling.mask_path is not None
+    return {
+        "provenance": {
+            "sample_id": tiling.sample_id,
+            "image_path": str(tiling.image_path),
+            "mask_path": mask_path,
+            "backend": tiling.backend,
+            "requested_backend": tiling.requested_backend,
+            "spacing_at_level_0": tiling.spacing_at_level_0,
+            "mask_backend": tissue.mask_backend,
+            "requested_mask_backend": tissue.requested_mask_backend,
+        },
+        "slide": {
+            "dimensions": list(tiling.dimensions),
+            "base_spacing_um": geometry.base_spacing_um,
+            "level_downsamples": list(tiling.downsamples),
+        },
+        "tiling": {
+            "requested_tile_size_px": geometry.requested_tile_size_px,
+            "requested_spacing_um": geometry.requested_spacing_um,
+            "read_level": geometry.read_level,
+            "read_tile_size_px": geometry.read_tile_size_px,
+            "read_spacing_um": geometry.read_spacing_um,
+            "tile_size_lv0": geometry.tile_size_lv0,
+            "tolerance": geometry.tolerance,
+            "step_px_lv0": geometry.step_px_lv0,
+            "overlap": geometry.overlap,
+            "min_tissue_fraction": tiling.tissue_threshold,
+            "is_within_tolerance": geometry.is_within_tolerance,
+            "n_tiles": len(tiling),
+        },
+        "segmentation": {
+            "tissue_method": tissue.method,
+            "requested_seg_downsample": int(tissue.requested_downsample),
+            "seg_downsample": tissue.downsample,
+            "seg_level": tissue.level,
+            "seg_spacing_um": tissue.spacing_um,
+            "sthresh": tissue.sthresh,
+            "sthresh_up": tissue.sthresh_up,
+            "mthresh": tissue.mthresh,
+            "close": tissue.close,
+            "sam2_checkpoint_path": None,
+            "sam2_config_path": None,
+            "mask_path": mask_path,
+            "ref_tile_size_px": filtering.ref_tile_size,
+            "tissue_mask_tissue_value": tissue.tissue_value,
+            "mask_level": tissue.mask_level,
+            "mask_spacing_um": tissue.mask_spacing_um,
+        },
+        "filtering": filtering.model_dump(exclude={"ref_tile_size"}),
+        "artifact": {
+            "coordinate_space": "level0_px",
+            "tile_order": "x_then_y",
+            "annotation": None,
+            "selection_strategy": "merged_default_tiling" if with_mask else None,
+            "output_mode": "merged" if with_mask else None,
+        },
+    }
+
+
+def read_coordinates(
+    directory: Path, slide: Slide, reader: SlideReader, config: PreprocessingConfig
+) -> Tiling:
+    """The tiling of a slide from coordinate files in `directory` or its folder `tiles`.
+
+    Its paths and back end are those of `slide` and `reader`; the rest is as recorded.
+
+    Raises:
+        TilingError: there are none, they cannot be read, or they do not belong to this slide or
+            were made for another tile size or spacing.
+    """
+    folders = (directory, directory / "tiles")
+    folder = next((f for f in folders if coordinate_paths(f, slide.sample_id)[1].is_file()), directory)
+    tiling = load_coordinates(folder, slide.sample_id)
+    check_tiling(tiling, slide, reader, config)
+    return replace(tiling, image_path=slide.image_path, backend=reader.backend)
+
+
+def check_tiling(tiling: Tiling, slide: Slide, reader: SlideReader, config: PreprocessingConfig) -> None:
+    """Refuse a loaded tiling that is not of this slide, or not of the tiles that are asked for.
+
+    Raises:
+        TilingError: naming what differs.
+    """
+    geometry = tiling.geometry
+    level = geometry.read_level
+    size = config.requested_region_size_px or config.requested_tile_size_px
+    checks: list[tuple[str, Any, Any]] = [
+        ("sample_id", tiling.sample_id, slide.sample_id),
+        ("dimensions", tiling.dimensions, reader.dimensions),
+        ("tile size in px", geometry.requested_tile_size_px, size),
+        ("spacing in µm/px", geometry.requested_spacing_um, config.requested_spacing_um),
+        ("spacing_at_level_0", geometry.base_spacing_um, slide.spacing_at_level_0),
+        ("read level with downsample", _at(tiling.downsamples, level), _at(reader.downsamples, level)),
+    ]
+    for name, found, expected in checks:
+        if expected is not None and not _agree(found, expected):
+            raise TilingError(
+                f"slide {slide.sample_id}: its coordinate files say {name} {found}; {expected} is needed: "
+                "tile the slide anew, or ask for what they hold"
+            )
+
+
+def _at(downsamples: tuple[float, ...], level: int) -> float:
+    return downsamples[level] if 0 <= level < len(downsamples) else 0.0
+
+
+def _agree(found: Any, expected: Any) -> bool:
+    if isinstance(expected, float):
+        # Readers derive downsamples differently (average of both axes, single precision).
+        return isclose(found, expected, rel_tol=1e-3)
+    return bool(found == expected)
+
+
+def load_coordinates(directory: Path, sample_id: str) -> Tiling:
+    """The tiling in a slide's coordinate files, of HS2P 3.0 or newer.
+
+    Raises:
+        TilingError: they are missing, damaged, or of an unknown layout.
+    """
+    arrays, metadata = coordinate_paths(directory, sample_id)
+    try:
+        meta = json.loads(metadata.read_text())
+        return _tiling(_Sections(meta), arrays)
+    except FileNotFoundError as error:
+        raise TilingError(f"slide {sample_id}: coordinate file {error.filename} does not exist") from error
+    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile, ConfigError) as error:
+        raise TilingError(f"slide {sample_id}: {metadata} cannot be read: {error}") from error
+
+
+class _Sections:
+    """The metadata by section and key, under the names of any version."""
+
+    def __init__(self, meta: Any) -> None:
+        if not isinstance(meta, dict) or not all(isinstance(part, dict) for part in meta.values()):
+            raise ValueError("it is not a mapping of sections; was it written by HS2P 3.0 or newer?")
+        self._meta: dict[str, dict[str, Any]] = meta
+
+    def get(self, section: str, *names: str, default: Any = _MISSING) -> Any:
+        """The value of the first name that is there; `default`, if given, when none is or it is null."""
+        values = self.all(section)
+        value = next((values[name] for name in names if name in values), _MISSING)
+        if default is not _MISSING and (value is _MISSING or value is None):
+            return default
+        if value is _MISSING:
+            raise ValueError(f"section {section!r} has no {' or '.join(names)}")
+        return value
+
+    def all(self, section: str) -> Mapping[str, Any]:
+        if section not in self._meta:
+            raise ValueError(f"it has no section {section!r}; was it written by HS2P 3.0 or newer?")
+        return self._meta[section]
+
+
+def _tiling(meta: _Sections, arrays: Path) -> Tiling:
+    x, y, fractions = _arrays(arrays, int(meta.get("tiling", "n_tiles")))
+    mask_path = meta.get("provenance", "mask_path", default=None)
+    spacing = meta.get("provenance", "spacing_at_level_0", default=None)
+    width, height = meta.get("slide", "dimensions")
+    return Tiling(
+        sample_id=str(meta.get("provenance", "sample_id")),
+        image_path=Path(meta.get("provenance", "image_path")),
+        mask_path=None if mask_path is None else Path(mask_path),
+        spacing_at_level_0=None if spacing is None else float(spacing),
+        backend=str(meta.get("provenance", "backend")),
+        requested_backend=str(meta.get("provenance", "requested_backend", default="auto")),
+        dimensions=(int(width), int(height)),
+        downsamples=tuple(float(ds) for ds in meta.get("slide", "level_downsamples")),
+        geometry=_geometry(meta),
+        x=x,
+        y=y,
+        tissue_fractions=fractions,
+        tissue_threshold=float(meta.get("tiling", "min_tissue_fraction")),
+        segmentation=_segmentation(meta),
+        filtering=_filtering(meta),
+    )
+
+
+def _geometry(meta: _Sections) -> TileGeometry:
+    def tiling(*names: str) -> Any:
+        return meta.get("tiling", *names)
+
+    read_size = int(tiling("read_tile_size_px", "effective_tile_size_px"))
+    overlap = float(tiling("overlap"))
+    geometry = TileGeometry(
+        requested_tile_size_px=int(tiling("requested_tile_size_px")),
+        requested_spacing_um=float(tiling("requested_spacing_um")),
+        base_spacing_um=float(meta.get("slide", "base_spacing_um")),
+        read_level=int(tiling("read_level")),
+        read_spacing_um=float(tiling("read_spacing_um", "effective_spacing_um")),
+        read_tile_size_px=read_size,
+        tile_size_lv0=int(tiling("tile_size_lv0")),
+        read_step_px=max(1, round(read_size * (1.0 - overlap))),
+        step_px_lv0=int(tiling("step_px_lv0")),
+        tolerance=float(tiling("tolerance")),
+        overlap=overlap,
+        is_within_tolerance=bool(tiling("is_within_tolerance")),
+    )
+    if min(read_size, geometry.tile_size_lv0, geometry.step_px_lv0, geometry.read_level + 1) < 1:
+        raise ValueError("its tile sizes, step or level are not positive")
+    return geometry
+
+
+def _segmentation(meta: _Sections) -> Segmentation:
+    def value(*names: str, default: Any = None) -> Any:
+        return meta.get("segmentation", *names, default=default)
+
+    downsample = int(value("seg_downsample", default=1))
+    return Segmentation(
+        method=str(value("tissue_method", default=PRECOMPUTED)),
+        requested_downsample=float(value("requested_seg_downsample", default=downsample)),
+        downsample=downsample,
+        level=int(value("seg_level", default=0)),
+        spacing_um=float(value("seg_spacing_um", default=0.0)),
+        sthresh=value("sthresh"),
+        sthresh_up=value("sthresh_up"),
+        mthresh=value("mthresh"),
+        close=value("close"),
+        tissue_value=value("tissue_mask_tissue_value"),
+        mask_level=value("mask_level"),
+        mask_spacing_um=value("mask_spacing_um"),
+        mask_backend=meta.get("provenance", "mask_backend", default=None),
+        requested_mask_backend=meta.get("provenance", "requested_mask_backend", default=None),
+    )
+
+
+def _filtering(meta: _Sections) -> FilterConfig:
+    recorded = meta.all("filtering")
+    known = {name: recorded[name] for name in FilterConfig.model_fields if recorded.get(name) is not None}
+    reference = meta.get("segmentation", "ref_tile_size_px", default=None)
+    return FilterConfig(**{**known, "ref_tile_size": reference})
+
+
+def _arrays(path: Path, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    if count == 0:
+        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+    with np.load(path, allow_pickle=False) as data:
+        if "coordinates" in data:  # HS2P 3.0 and 3.1
+            x, y = data["coordinates"].T
+        else:
+            x, y = data["x"], data["y"]
+        index, fractions = data["tile_index"], data["tissue_fractions"]
+    if not x.shape == y.shape == index.shape == fractions.shape == (count,):
+        raise ValueError(f"{path.name} does not hold the {count} tiles that the metadata announces")
+    if not np.array_equal(index, np.arange(count)):
+        raise ValueError(f"tile_index in {path.name} does not count from 0 to {count - 1}")
+    return x.astype(np.int64), y.astype(np.int64), fractions.astype(np.float32)

@@ -1,0 +1,98 @@
+"""The grid of tiles over each piece of tissue, and how much tissue each tile holds."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from slide2vec.geometry import TileGeometry
+from slide2vec.tiling.records import TissueMask, TissuePiece
+
+__all__ = ["tissue_tiles"]
+
+Tiles: TypeAlias = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
+Ints: TypeAlias = NDArray[np.int64]
+
+
+def tissue_tiles(
+    tissue: TissueMask, geometry: TileGeometry, dimensions: tuple[int, int], threshold: float
+) -> Tiles:
+    """The tiles whose tissue fraction reaches `threshold`.
+
+    Each piece of tissue has its own grid, anchored at its bounding box, and counts its own tissue
+    only; of equal tiles of two pieces the one of the first piece is kept.
+
+    Returns:
+        x, y: (N,) int64, level-0 px, sorted by x, then y.
+        tissue_fractions: (N,) float32.
+    """
+    found = [_piece_tiles(piece, tissue, geometry, dimensions, threshold) for piece in tissue.pieces]
+    x, y, fractions = (
+        np.concatenate([np.empty(0, dtype), *(tiles[i] for tiles in found)])
+        for i, dtype in enumerate((np.int64, np.int64, np.float32))
+    )
+    order = np.lexsort((y, x))
+    x, y, fractions = x[order], y[order], fractions[order]
+    first = np.ones(len(x), bool)
+    first[1:] = (np.diff(x) != 0) | (np.diff(y) != 0)
+    return x[first], y[first], fractions[first]
+
+
+def _piece_tiles(
+    piece: TissuePiece,
+    tissue: TissueMask,
+    geometry: TileGeometry,
+    dimensions: tuple[int, int],
+    threshold: float,
+) -> Tiles:
+    low, high = piece.contour.min(axis=(0, 1)), piece.contour.max(axis=(0, 1))
+    image = _draw(piece, tissue.mask, low, high)
+    integral = np.asarray(cv2.integral(image), np.int32)
+    lines, spans, windows = [], [], []
+    for axis in (0, 1):
+        scale = tissue.mask.shape[1 - axis] / dimensions[axis]
+        start, last = (int(edge * tissue.scale[axis]) for edge in (low[axis], high[axis]))
+        line = np.arange(start, min(last + 1, dimensions[axis]), geometry.step_px_lv0, dtype=np.int64)
+        window = max(1, round(geometry.tile_size_lv0 * scale))
+        lines.append(line)
+        spans.append(_span(line, scale, window, int(low[axis]), image.shape[1 - axis]))
+        windows.append(window)
+    fractions = _fractions(integral, spans[0], spans[1], windows[0] * windows[1])
+    # Python's float would otherwise be compared in double precision: 0.1 > float32(0.1).
+    columns, rows = np.nonzero(fractions >= np.float32(threshold))
+    return lines[0][columns], lines[1][rows], fractions[columns, rows]
+
+
+def _draw(
+    piece: TissuePiece, mask: NDArray[np.uint8], low: NDArray[np.int32], high: NDArray[np.int32]
+) -> NDArray[np.uint8]:
+    """The piece alone, 1 on 0, in its bounding box of the mask; islands in its holes are not part of it."""
+    crop = mask[low[1] : high[1] + 1, low[0] : high[0] + 1]
+    image = np.zeros(crop.shape, np.uint8)
+    offset = (-int(low[0]), -int(low[1]))
+    cv2.drawContours(image, [piece.contour], -1, 1, thickness=cv2.FILLED, offset=offset)
+    if piece.holes:
+        cv2.drawContours(image, piece.holes, -1, 0, thickness=cv2.FILLED, offset=offset)
+        # The outline of a hole is tissue.
+        cv2.drawContours(image, piece.holes, -1, 1, thickness=1, offset=offset)
+    image[crop == 0] = 0
+    return image
+
+
+def _span(line: Ints, scale: float, window: int, origin: int, size: int) -> tuple[Ints, Ints]:
+    """First and past-the-last pixel in the piece's image of tiles that begin at `line` (level 0)."""
+    first = np.floor(line * scale).astype(np.int64) - origin
+    return np.clip(first, 0, size), np.clip(first + window, 0, size)
+
+
+def _fractions(
+    integral: NDArray[np.int32], x: tuple[Ints, Ints], y: tuple[Ints, Ints], area: int
+) -> NDArray[np.float32]:
+    """Tissue fractions of a whole grid, (columns, rows) float32."""
+    (x0, x1), (y0, y1) = x, y
+    rows = integral[y1] - integral[y0]
+    counts = (rows[:, x1] - rows[:, x0]).T
+    return np.clip((counts / area).astype(np.float32), 0.0, 1.0)

@@ -1,0 +1,115 @@
+"""What tiling a slide gives: its tissue and its tiles. Frozen; arrays are not to be written to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slide2vec.config import FilterConfig
+from slide2vec.geometry import TileGeometry
+
+__all__ = ["PRECOMPUTED", "Segmentation", "Tiling", "TissueMask", "TissuePiece"]
+
+#: The method of a tissue mask that the user gave.
+PRECOMPUTED = "precomputed_mask"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segmentation:
+    """How a slide's tissue mask came about; what a coordinate file records of it.
+
+    Attributes:
+        method: "hsv", "otsu", "threshold", or "precomputed_mask" for a mask raster.
+        requested_downsample: of the mask, as configured.
+        downsample: of the mask, as it is (rounded).
+        level: of the slide that was segmented, or whose size the mask raster was brought to.
+        spacing_um: of the mask, µm/px.
+        sthresh, sthresh_up, mthresh, close: as applied; None with a mask raster.
+        tissue_value, mask_level, mask_spacing_um, mask_backend, requested_mask_backend: how a mask
+            raster was read; None without one.
+    """
+
+    method: str
+    requested_downsample: float
+    downsample: int
+    level: int
+    spacing_um: float
+    sthresh: int | None = None
+    sthresh_up: int | None = None
+    mthresh: int | None = None
+    close: int | None = None
+    tissue_value: int | None = None
+    mask_level: int | None = None
+    mask_spacing_um: float | None = None
+    mask_backend: str | None = None
+    requested_mask_backend: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TissuePiece:
+    """A connected piece of tissue.
+
+    Attributes:
+        contour: (n, 1, 2) int32, (x, y) of its outline, px of the mask.
+        holes: outlines of its holes, likewise; they run through the tissue around each hole.
+    """
+
+    contour: NDArray[np.int32]
+    holes: tuple[NDArray[np.int32], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TissueMask:
+    """The tissue of a slide.
+
+    Attributes:
+        mask: (h, w) uint8, above 0 where there is tissue, the small pieces included.
+        pieces: the pieces large enough to be tiled.
+        scale: (x, y), level-0 px per px of the mask.
+        segmentation: how the mask came about.
+    """
+
+    mask: NDArray[np.uint8]
+    pieces: tuple[TissuePiece, ...]
+    scale: tuple[float, float]
+    segmentation: Segmentation
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tiling:
+    """The tiles of one slide.
+
+    Attributes:
+        sample_id, image_path, mask_path, spacing_at_level_0: as in `Slide`.
+        backend, requested_backend: that read the slide, and as configured ("auto").
+        dimensions: (width, height) of level 0, px.
+        downsamples: of each level along x, level 0 first.
+        geometry: sizes, steps, level and spacings of the tiles.
+        x, y: (N,) int64, level-0 px, top-left corners, sorted by x, then y, without duplicates.
+        tissue_fractions: (N,) float32, 0 to 1.
+        tissue_threshold: the smallest tissue fraction that was kept.
+        segmentation: how tissue was found.
+        filtering: which contours and tiles were kept (`ref_tile_size` is set).
+    """
+
+    sample_id: str
+    image_path: Path
+    mask_path: Path | None
+    spacing_at_level_0: float | None
+    backend: str
+    requested_backend: str
+    dimensions: tuple[int, int]
+    downsamples: tuple[float, ...]
+    geometry: TileGeometry
+    x: NDArray[np.int64]
+    y: NDArray[np.int64]
+    tissue_fractions: NDArray[np.float32]
+    tissue_threshold: float
+    segmentation: Segmentation
+    filtering: FilterConfig
+
+    def __len__(self) -> int:
+        return len(self.x)

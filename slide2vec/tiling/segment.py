@@ -1,0 +1,100 @@
+"""Where tissue is: a mask from the pixels of a coarse level.
+
+Methods (values of SegmentationConfig.method):
+    hsv: hue, saturation and value within the range of stained tissue.
+    otsu: saturation, smoothed by a median, above Otsu's threshold.
+    threshold: saturation, smoothed by a median, above `sthresh`.
+Each is followed by a morphological closing of `close` px.
+"""
+
+from __future__ import annotations
+
+import logging
+from math import ceil, sqrt
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from slide2vec.config import SegmentationConfig
+from slide2vec.geometry import nearest_downsample_level
+from slide2vec.readers import SlideReader
+from slide2vec.tiling.levels import read_blocks, reduced_size
+from slide2vec.tiling.records import Segmentation
+
+__all__ = ["MAX_MASK_PX", "segment_tissue"]
+
+logger = logging.getLogger(__name__)
+
+Plane = NDArray[np.uint8]
+
+#: The largest level that is segmented as it is; a larger one (a slide without pyramid) is first
+#: averaged down to about the downsample asked for. HS2P segments every level as it is.
+MAX_MASK_PX = 64_000_000
+
+_TISSUE_HSV = (90, 8, 103), (180, 255, 255)
+
+
+def segment_tissue(
+    reader: SlideReader, sample_id: str, base_spacing_um: float, config: SegmentationConfig
+) -> tuple[Plane, Segmentation]:
+    """The tissue mask, (h, w) uint8 above 0 where there is tissue, and how it came about.
+
+    Raises:
+        SlideReadError: pixels cannot be decoded.
+    """
+    level = nearest_downsample_level(config.downsample, reader.downsamples)
+    factor = _reduction(reader, level, config.downsample)
+    if factor > 1:
+        logger.info(
+            "slide %s: level %d, the nearest to downsample %g, has %dx%d px and is averaged down %d times",
+            *(sample_id, level, config.downsample, *reader.level_dimensions[level], factor),
+        )
+    downsample = reader.downsamples[level] * factor
+    mask = _close(_classify(reader, level, factor, config), config.close)
+    return mask, Segmentation(
+        method=config.method,
+        requested_downsample=config.downsample,
+        downsample=max(1, round(downsample)),
+        level=level,
+        spacing_um=base_spacing_um * downsample,
+        sthresh=config.sthresh,
+        sthresh_up=config.sthresh_up,
+        mthresh=config.mthresh,
+        close=config.close,
+    )
+
+
+def _reduction(reader: SlideReader, level: int, downsample: float) -> int:
+    """By what factor to reduce a level before segmentation: 1 unless it has over `MAX_MASK_PX`."""
+    width, height = reader.level_dimensions[level]
+    if width * height <= MAX_MASK_PX:
+        return 1
+    return max(round(downsample / reader.downsamples[level]), ceil(sqrt(width * height / MAX_MASK_PX)))
+
+
+def _classify(reader: SlideReader, level: int, factor: int, config: SegmentationConfig) -> Plane:
+    if config.method == "hsv":
+        return np.minimum(_hsv_plane(reader, level, factor, in_range=True), np.uint8(config.sthresh_up))
+    saturation = cv2.medianBlur(_hsv_plane(reader, level, factor, in_range=False), config.mthresh)
+    if config.method == "otsu":
+        _, mask = cv2.threshold(saturation, 0, config.sthresh_up, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+    else:
+        _, mask = cv2.threshold(saturation, config.sthresh, config.sthresh_up, cv2.THRESH_BINARY)
+    return np.asarray(mask, np.uint8)
+
+
+def _hsv_plane(reader: SlideReader, level: int, factor: int, *, in_range: bool) -> Plane:
+    """255 where the colour is a tissue's, or the saturation; block by block to keep memory low."""
+    width, height = reduced_size(reader.level_dimensions[level], factor)
+    plane = np.empty((height, width), np.uint8)
+    for rows, columns, pixels in read_blocks(reader, level, factor):
+        hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)
+        plane[rows, columns] = cv2.inRange(hsv, *map(np.array, _TISSUE_HSV)) if in_range else hsv[:, :, 1]
+    return plane
+
+
+def _close(mask: Plane, size: int) -> Plane:
+    if size == 0:
+        return mask
+    return np.asarray(cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((size, size), np.uint8)), np.uint8)

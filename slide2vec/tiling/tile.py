@@ -1,0 +1,102 @@
+"""Tile one slide: segment its tissue, lay the grid, filter the tiles."""
+
+from __future__ import annotations
+
+from slide2vec.config import PreprocessingConfig
+from slide2vec.errors import ConfigError, SpacingError
+from slide2vec.geometry import TileGeometry, tile_geometry
+from slide2vec.readers import SlideReader
+from slide2vec.slides import Slide
+from slide2vec.tiling.contours import find_pieces, smallest_area
+from slide2vec.tiling.grid import tissue_tiles
+from slide2vec.tiling.quality import good_tiles
+from slide2vec.tiling.rasters import read_mask
+from slide2vec.tiling.records import Tiling, TissueMask
+from slide2vec.tiling.segment import segment_tissue
+
+__all__ = ["find_tissue", "tile_slide"]
+
+
+def tile_slide(
+    reader: SlideReader,
+    slide: Slide,
+    base_spacing_um: float,
+    config: PreprocessingConfig,
+    geometry: TileGeometry | None = None,
+) -> tuple[Tiling, TissueMask]:
+    """The tiles of a slide that hold tissue, and the tissue. A slide without tissue has no tiles.
+
+    Args:
+        base_spacing_um: µm/px of level 0.
+        config: with requested_spacing_um and requested_tile_size_px set.
+        geometry: of what is laid over the tissue, where it is not the tiles of `config` (regions).
+
+    Raises:
+        SpacingError: finer tiles are asked for than the slide has pixels.
+        MaskError: the slide's mask cannot be used.
+        SlideReadError: pixels cannot be decoded.
+    """
+    geometry = geometry or _geometry(reader, slide, base_spacing_um, config)
+    filtering = config.filtering
+    if filtering.ref_tile_size is None:
+        filtering = filtering.updated(ref_tile_size=geometry.requested_tile_size_px)
+    config = config.updated(filtering=filtering)
+    tissue = find_tissue(reader, slide, geometry, config)
+    x, y, fractions = tissue_tiles(tissue, geometry, reader.dimensions, config.tissue_threshold)
+    good = good_tiles(reader, x, y, geometry, filtering)
+    tiling = Tiling(
+        sample_id=slide.sample_id,
+        image_path=slide.image_path,
+        mask_path=slide.mask_path,
+        spacing_at_level_0=slide.spacing_at_level_0,
+        backend=reader.backend,
+        requested_backend=config.backend,
+        dimensions=reader.dimensions,
+        downsamples=tuple(reader.downsamples),
+        geometry=geometry,
+        x=x[good],
+        y=y[good],
+        tissue_fractions=fractions[good],
+        tissue_threshold=config.tissue_threshold,
+        segmentation=tissue.segmentation,
+        filtering=filtering,
+    )
+    return tiling, tissue
+
+
+def find_tissue(
+    reader: SlideReader, slide: Slide, geometry: TileGeometry, config: PreprocessingConfig
+) -> TissueMask:
+    """The tissue of a slide: from its mask raster if it has one, else from its pixels."""
+    base = geometry.base_spacing_um
+    if slide.mask_path is not None:
+        mask, segmentation = read_mask(reader, slide, base, config.segmentation)
+    else:
+        mask, segmentation = segment_tissue(reader, slide.sample_id, base, config.segmentation)
+    height, width = mask.shape
+    scale = (reader.dimensions[0] / width, reader.dimensions[1] / height)
+    reference = config.filtering.ref_tile_size or geometry.requested_tile_size_px
+    pieces = find_pieces(mask, smallest_area(config.filtering.a_t, reference, geometry, scale))
+    return TissueMask(mask=mask, pieces=pieces, scale=scale, segmentation=segmentation)
+
+
+def _geometry(
+    reader: SlideReader, slide: Slide, base_spacing_um: float, config: PreprocessingConfig
+) -> TileGeometry:
+    spacing, size = config.requested_spacing_um, config.requested_tile_size_px
+    if spacing is None or size is None:
+        raise ConfigError(
+            f"slide {slide.sample_id}: tiling needs requested_spacing_um and requested_tile_size_px, got "
+            f"{spacing} and {size}; a model fills in its preset's"
+        )
+    try:
+        return tile_geometry(
+            requested_tile_size_px=size,
+            requested_spacing_um=spacing,
+            base_spacing_um=base_spacing_um,
+            downsamples=reader.downsamples,
+            tolerance=config.tolerance,
+            overlap=config.overlap,
+        )
+    except SpacingError as error:
+        raise SpacingError(f"slide {slide.sample_id}: {error}") from error

@@ -1,0 +1,203 @@
+"""Coordinate files: what is written can be read, here and by hs2p; old layouts; what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiling_helpers import ArrayReader, a_slide, blank, settings
+
+from slide2vec.errors import TilingError
+from slide2vec.tiling import Tiling, load_coordinates, read_coordinates, tile_slide, write_coordinates
+from slide2vec.tiling.coordinates import coordinate_paths
+
+Meta = dict[str, dict[str, Any]]
+
+CONFIG = settings(requested_tile_size_px=100, overlap=0.25)
+
+
+def reader(width: int = 1000) -> ArrayReader:
+    return ArrayReader([blank(width, 800, (100, 50, 500, 400)), blank(width // 4, 200, (25, 12, 125, 100))])
+
+
+@pytest.fixture
+def tiling() -> Tiling:
+    return tile_slide(reader(), a_slide(spacing_at_level_0=0.5), 0.5, CONFIG)[0]
+
+
+def edit(folder: Path, change: Callable[[Meta], object]) -> None:
+    path = coordinate_paths(folder, "s")[1]
+    meta = json.loads(path.read_text())
+    change(meta)
+    path.write_text(json.dumps(meta))
+
+
+def same(first: Tiling, second: Tiling) -> bool:
+    arrays = ("x", "y", "tissue_fractions")
+    for name in arrays:
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+        assert getattr(first, name).dtype == getattr(second, name).dtype
+    blanks = {name: np.empty(0) for name in arrays}
+    one, two = asdict(replace(first, **blanks)), asdict(replace(second, **blanks))
+    return all(one[name] == two[name] for name in one if name not in arrays)
+
+
+def test_a_written_tiling_is_read_back(tiling: Tiling, tmp_path: Path) -> None:
+    arrays, metadata = write_coordinates(tmp_path, tiling)
+    assert (arrays, metadata) == coordinate_paths(tmp_path, "s")
+    assert len(tiling) > 20 and same(load_coordinates(tmp_path, "s"), tiling)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "s.coordinates.meta.json",
+        "s.coordinates.npz",
+    ]
+
+
+def test_the_files_hold_what_hs2p_asks_for(tiling: Tiling, tmp_path: Path) -> None:
+    write_coordinates(tmp_path, tiling)
+    arrays, metadata = coordinate_paths(tmp_path, "s")
+    with np.load(arrays) as data:
+        assert {name: data[name].dtype.name for name in data.files} == {
+            "tile_index": "int32",
+            "x": "int64",
+            "y": "int64",
+            "tissue_fractions": "float32",
+        }
+    text = metadata.read_text()
+    meta = json.loads(text)
+    assert text == json.dumps(meta, indent=2, sort_keys=True) + "\n"
+    assert {section: len(keys) for section, keys in meta.items()} == {
+        **{"provenance": 8, "slide": 3, "tiling": 12, "segmentation": 16, "filtering": 13, "artifact": 5}
+    }
+
+
+def test_hs2p_itself_loads_the_files(tiling: Tiling, tmp_path: Path) -> None:
+    artifacts = pytest.importorskip("hs2p.artifacts", reason="hs2p is not installed")
+    paths = write_coordinates(tmp_path, tiling)
+    loaded = artifacts.load_tiling_result(*paths)
+    np.testing.assert_array_equal(loaded.x, tiling.x)
+    assert loaded.read_tile_size_px == tiling.geometry.read_tile_size_px
+
+
+def test_no_tiles_no_arrays(tiling: Tiling, tmp_path: Path) -> None:
+    write_coordinates(tmp_path, tiling)
+    nothing = {"x": np.empty(0, np.int64), "y": np.empty(0, np.int64)}
+    empty = replace(tiling, tissue_fractions=np.empty(0, np.float32), **nothing)
+    arrays, metadata = write_coordinates(tmp_path, empty)
+    assert arrays is None and [path.name for path in tmp_path.iterdir()] == [metadata.name]
+    assert same(load_coordinates(tmp_path, "s"), empty)
+
+
+def as_of_3_2(meta: Meta) -> None:
+    for name in ("spacing_at_level_0", "mask_backend", "requested_mask_backend"):
+        del meta["provenance"][name]
+    for name in ("requested_seg_downsample", "sam2_checkpoint_path", "sam2_config_path"):
+        del meta["segmentation"][name]
+    meta["segmentation"].update(use_otsu=False, use_hsv=True)
+
+
+def as_of_3_0(meta: Meta) -> None:
+    as_of_3_2(meta)
+    for name in ("tile_size_px", "spacing_um"):
+        meta["tiling"][f"effective_{name}"] = meta["tiling"].pop(f"read_{name}")
+
+
+@pytest.mark.parametrize("change", [as_of_3_2, as_of_3_0])
+def test_older_layouts_are_read(change: Callable[[Meta], None], tiling: Tiling, tmp_path: Path) -> None:
+    write_coordinates(tmp_path, tiling)
+    edit(tmp_path, change)
+    if change is as_of_3_0:
+        arrays = {"tile_index": np.arange(len(tiling)), "coordinates": np.stack([tiling.x, tiling.y], 1)}
+        np.savez(coordinate_paths(tmp_path, "s")[0], tissue_fractions=tiling.tissue_fractions, **arrays)
+    loaded = load_coordinates(tmp_path, "s")
+    # 3.x recorded the downsample that was found only.
+    found = replace(tiling.segmentation, requested_downsample=tiling.segmentation.downsample)
+    assert same(loaded, replace(tiling, spacing_at_level_0=None, segmentation=found))
+
+
+def test_a_slide_gets_its_own_path_and_reader(tiling: Tiling, tmp_path: Path) -> None:
+    write_coordinates(tmp_path / "tiles", tiling)
+    moved = a_slide(image_path=Path("elsewhere/s.svs"))
+    with reader() as opened:
+        for folder in (tmp_path, tmp_path / "tiles"):
+            loaded = read_coordinates(folder, moved, opened, CONFIG)
+            assert loaded.image_path == moved.image_path and len(loaded) == len(tiling)
+
+
+@pytest.mark.parametrize(
+    ("slide", "width", "config", "what"),
+    [
+        ({"spacing_at_level_0": 0.25}, 1000, {}, "spacing_at_level_0"),
+        ({}, 1004, {}, "dimensions"),
+        ({}, 1000, {"requested_tile_size_px": 224}, "tile size"),
+        ({}, 1000, {"requested_spacing_um": 1.0}, "spacing"),
+    ],
+)
+def test_coordinates_of_something_else_are_refused(
+    slide: dict[str, Any], width: int, config: dict[str, Any], what: str, tiling: Tiling, tmp_path: Path
+) -> None:
+    write_coordinates(tmp_path, tiling)
+    with pytest.raises(TilingError, match=f"slide s: .*{what}"):
+        read_coordinates(tmp_path, a_slide(**slide), reader(width), CONFIG.updated(**config))
+
+
+def test_another_slides_coordinates_under_this_name(tiling: Tiling, tmp_path: Path) -> None:
+    write_coordinates(tmp_path, tiling)
+    edit(tmp_path, lambda meta: meta["provenance"].update(sample_id="t"))
+    with pytest.raises(TilingError, match="sample_id"):
+        read_coordinates(tmp_path, a_slide(), reader(), CONFIG)
+
+
+def test_missing_files(tiling: Tiling, tmp_path: Path) -> None:
+    with pytest.raises(TilingError, match=r"slide s: .*meta\.json does not exist"):
+        load_coordinates(tmp_path, "s")
+    write_coordinates(tmp_path, tiling)
+    coordinate_paths(tmp_path, "s")[0].unlink()
+    with pytest.raises(TilingError, match=r"npz does not exist"):
+        load_coordinates(tmp_path, "s")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda meta: meta.pop("tiling"),
+        lambda meta: meta["tiling"].pop("read_level"),
+        lambda meta: meta["tiling"].update(n_tiles=3),
+        lambda meta: meta["tiling"].update(read_tile_size_px=0),
+        lambda meta: meta["slide"].update(base_spacing_um=None),
+        lambda meta: meta["slide"].update(dimensions=[5]),
+        lambda meta: meta.update(tiling=[]),
+    ],
+)
+def test_damaged_metadata(change: Callable[[Meta], object], tiling: Tiling, tmp_path: Path) -> None:
+    write_coordinates(tmp_path, tiling)
+    edit(tmp_path, change)
+    with pytest.raises(TilingError, match=r"slide s: .*cannot be read"):
+        load_coordinates(tmp_path, "s")
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_truncated_files(which: int, tiling: Tiling, tmp_path: Path) -> None:
+    write_coordinates(tmp_path, tiling)
+    path = coordinate_paths(tmp_path, "s")[which]
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(TilingError, match="slide s: "):
+        load_coordinates(tmp_path, "s")
+
+
+def test_a_write_that_fails_leaves_nothing(
+    tiling: Tiling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_coordinates(tmp_path, tiling)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "savez_compressed", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_coordinates(tmp_path, tiling)
+    assert [path.name for path in tmp_path.iterdir()] == ["s.coordinates.npz"]
