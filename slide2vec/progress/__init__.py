@@ -6,8 +6,10 @@ interactive terminal or a notebook, and nothing elsewhere.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
@@ -75,6 +77,22 @@ class RunSummary:
         """Tiles divided by wall time."""
         return self.tiles / self.seconds if self.seconds > 0 else 0.0
 
+    def __str__(self) -> str:
+        """One sentence: how much, how fast, and what held it back."""
+        slides = f"{self.slides:,} slide{'' if self.slides == 1 else 's'}"
+        failed = f" ({self.failed:,} failed)" if self.failed else ""
+        done = f"{self.tiles:,} tile{'' if self.tiles == 1 else 's'} of {slides}{failed}"
+        rate = self.tiles_per_second
+        speed = f"{self.seconds:.1f} s, {rate:,.{0 if rate >= 10 else 1}f} tiles/s"
+        return f"{done} in {speed}; bottleneck: {self.bottleneck}{self._bottleneck_share()}"
+
+    def _bottleneck_share(self) -> str:
+        """How busy the bottleneck was, in brackets."""
+        for station in self.stations:
+            if station.name == self.bottleneck:
+                return f" (busy {station.utilisation(self.seconds):.0%})"
+        return ""
+
 
 @dataclass(frozen=True)
 class RunStarted:
@@ -123,7 +141,9 @@ class RunFinished:
     summary: RunSummary
 
 
-ProgressEvent: TypeAlias = RunStarted | SlidePlanned | TilesEncoded | SlideFinished | SlideFailed | RunFinished
+ProgressEvent: TypeAlias = (
+    RunStarted | SlidePlanned | TilesEncoded | SlideFinished | SlideFailed | RunFinished
+)
 
 
 class ProgressReporter(Protocol):
@@ -161,5 +181,37 @@ def activate_progress_reporter(reporter: ProgressReporter) -> Iterator[ProgressR
     try:
         yield reporter
     finally:
-        _active.reset(token)
+        # A generator may be resumed in another context than it began in (the next cell of a
+        # notebook, say); what it set ended with that context then.
+        with suppress(ValueError):
+            _active.reset(token)
         reporter.close()
+
+
+@contextmanager
+def live_progress() -> Iterator[None]:
+    """Show the progress of the calls made in the block on stderr, if somebody is there to see it.
+
+    That is in an interactive terminal or a notebook. A reporter that is installed already stays
+    the only one.
+    """
+    if _active.get() is not None or not (in_notebook() or in_terminal()):
+        yield
+        return
+    from slide2vec.progress.live import LiveReporter  # here, because only a display needs rich
+
+    with activate_progress_reporter(LiveReporter()):
+        yield
+
+
+def in_terminal() -> bool:
+    """Whether stderr is a terminal that can redraw a line."""
+    stream = sys.stderr
+    return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a Jupyter notebook."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return type(shell).__name__ == "ZMQInteractiveShell"
