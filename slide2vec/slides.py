@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from slide2vec.errors import ManifestError, nearest_names
-from slide2vec.geometry import is_plausible_spacing
 
 __all__ = ["Slide", "SlideLike", "as_slide", "as_slides", "read_manifest"]
+
+#: µm/px that a user may state; wider than what is believed of a file (an overview may have 30).
+GIVEN_SPACING_UM = (0.01, 100.0)
 
 SlideLike: TypeAlias = "Slide | str | os.PathLike[str] | Mapping[str, Any]"
 
@@ -39,10 +41,11 @@ class Slide:
         if self.patient_id is not None:
             check_id(self.patient_id, "patient_id")
         spacing = self.spacing_at_level_0
-        if spacing is not None and not is_plausible_spacing(spacing):
+        low, high = GIVEN_SPACING_UM
+        if spacing is not None and not low <= spacing <= high:
             raise ManifestError(
                 f"slide {self.sample_id}: spacing_at_level_0={spacing!r} is not a plausible µm/px "
-                "(0.05 to 20); scanners give about 0.25 at 40x and 0.5 at 20x"
+                f"({low:g} to {high:g}); scanners give about 0.25 at 40x and 0.5 at 20x"
             )
 
 

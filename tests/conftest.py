@@ -31,3 +31,12 @@ def real_slide() -> Callable[[str], Path]:
 def reference_slide(real_slide: Callable[[str], Path]) -> Path:
     """An Aperio slide of H&E tissue, 2220 x 2967 px, one level, 0.499 µm/px."""
     return real_slide("CMU-1-Small-Region.svs")
+
+
+@pytest.fixture(scope="session")
+def slides_dir() -> Path:
+    """The folder of real slides; skips the test when it is not there."""
+    folder = slides_folder()
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}: set SLIDE2VEC_TEST_SLIDES to the folder of test slides")
+    return folder

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from importlib import import_module
+import os
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,11 +99,22 @@ def _why_not_level(level: TiffLevel) -> str | None:
 def _open(probe: Probe) -> Any:
     if reason := unavailable():
         raise ExtraMissingError(reason)
-    library = import_module("cucim")  # here, because it opens a CUDA context on every visible GPU
+    _tame_cufile()
+    library = import_module("cucim")
     try:
         return library.CuImage(str(probe.path))
     except (RuntimeError, ValueError) as error:
         raise BackendError(f"cuCIM cannot open it: {error}") from error
+
+
+def _tame_cufile() -> None:
+    """Have cuFile, which cuCIM opens when it is imported, give up where GPUDirect Storage is missing.
+
+    Its compatibility mode would open a CUDA context on every visible GPU, spins for ever on a
+    machine without one once PyTorch has loaded its own libcufile (1.17), and leaves a cufile.log in
+    the working directory. Reads are the same without it. What the user has set stays.
+    """
+    os.environ.setdefault("CUFILE_ENV_PATH_JSON", str(Path(__file__).with_name("cufile.json")))
 
 
 def _expected_dimensions(probe: Probe) -> tuple[tuple[int, int], ...]:

@@ -13,8 +13,9 @@ from slide2vec.prepare import cut_tiles
 from slide2vec.prepare.torch_preparer import TorchPreparer
 from slide2vec.recipes import Transform
 
-#: One grey level of rounding in the resize, in units of the smallest std (0.224).
-ONE_GREY_LEVEL = 1.01 / 255 / 0.224
+#: Both resizes round twice (once per axis), in fixed point of different widths: most pixels agree,
+#: a few differ by one grey level, and a handful in a million by two. In units of the smallest std.
+GREY_LEVEL = 1.01 / 255 / 0.224
 
 
 def image(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -52,5 +53,10 @@ def test_transform_equals_torchvision(resize: int, crop: int, interpolation: str
     expected = torch.stack([reference(Image.fromarray(tile)) for tile in tiles])
     found = TorchPreparer(recipe, torch.device("cpu")).prepare(torch.from_numpy(tiles))
     assert found.shape == expected.shape and found.dtype == torch.float32
-    tolerance = 1e-5 if side == resize else ONE_GREY_LEVEL
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+    difference = (found - expected).abs()
+    if side == resize:
+        assert difference.max() < 1e-5
+    else:
+        assert difference.max() <= 2 * GREY_LEVEL
+        assert (difference > GREY_LEVEL).float().mean() < 1e-4
+        assert difference.mean() < 0.05 * GREY_LEVEL  # one pixel in twenty off by one

@@ -1,0 +1,249 @@
+"""The stream over stand-in slides whose pixels are known: order, failures, bounds, clean-up."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from slide2vec.errors import SlideReadError, SpacingError
+from slide2vec.geometry import tile_geometry
+from slide2vec.progress import RunFinished, SlideFailed, SlideFinished, SlidePlanned, TilesEncoded
+from slide2vec.slides import Slide
+from slide2vec.stream import SlideOutcome, SlidePlan, Stream
+from slide2vec.tiling.supertiles import plan_supertiles
+
+SIDE = 8
+GEOMETRY = tile_geometry(
+    requested_tile_size_px=SIDE, requested_spacing_um=0.5, base_spacing_um=0.5, downsamples=[1.0]
+)
+
+
+class Reader:
+    """Pixels that tell slide and place: red = slide number, green and blue = x and y of their tile."""
+
+    backend = "made up"
+    open_now = 0
+    most_open = 0
+    lock = threading.Lock()
+
+    def __init__(self, number: int, corrupt_at: tuple[int, int] | None = None) -> None:
+        self.number, self.corrupt_at, self.closed = number, corrupt_at, 0
+        with Reader.lock:
+            Reader.open_now += 1
+            Reader.most_open = max(Reader.most_open, Reader.open_now)
+
+    def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> np.ndarray:
+        assert not self.closed, "read after close"
+        (left, top), (width, height) = location, size
+        if self.corrupt_at:
+            x, y = self.corrupt_at
+            if left <= x < left + width and top <= y < top + height:
+                raise SlideReadError(f"slide {self.number}: corrupt tile at {x}, {y}")
+        y, x = np.mgrid[top : top + height, left : left + width] // SIDE
+        return np.stack([np.full_like(x, self.number), x, y], axis=-1).astype(np.uint8)
+
+    def close(self) -> None:
+        self.closed += 1
+        with Reader.lock:
+            Reader.open_now -= 1
+
+
+class Engine:
+    """Features are the mean colour: slide, x and y."""
+
+    runtime, device, precision, feature_dim = "test", torch.device("cpu"), "fp32", 3
+
+    def __init__(self) -> None:
+        self.batches: list[torch.Tensor] = []
+
+    def run(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.batches.append(pixels.clone())
+        return pixels.float().mean(dim=(1, 2))
+
+    def close(self) -> None:
+        pass
+
+
+class Reporter:
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def emit(self, event: Any) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        pass
+
+
+def slide(number: int) -> Slide:
+    return Slide(sample_id=f"s{number}", image_path=Path(f"{number}.svs"))
+
+
+def plan_of(shapes: dict[int, tuple[int, int]], **corrupt: tuple[int, int]) -> Callable[[Slide], SlidePlan]:
+    """A plan function: slide number -> columns and rows of its grid of tiles."""
+
+    def plan(given: Slide) -> SlidePlan:
+        number = int(given.sample_id[1:])
+        if number not in shapes:
+            raise SpacingError(f"slide {given.sample_id} has no spacing")
+        x, y = np.meshgrid(*(np.arange(n) * SIDE for n in shapes[number]), indexing="ij")
+        x, y = x.ravel(), y.ravel()
+        supertiles = plan_supertiles(x, y, GEOMETRY, 1.0)
+        tiling: Any = SimpleNamespace(x=x, y=y, geometry=GEOMETRY)
+        reader: Any = Reader(number, corrupt.get(given.sample_id))
+        return SlidePlan(given, reader, tiling, tuple(supertiles))
+
+    return plan
+
+
+def stream(engine: Engine, reporter: Reporter | None = None, batch_size: int = 7, **options: Any) -> Stream:
+    options = {"readers": 3, "planners": 2, "ahead": 2, **options}
+    preparer: Any = SimpleNamespace(prepare=lambda tiles: tiles)
+    return Stream(
+        engine, preparer, batch_size=batch_size, tile_size_px=SIDE, reporter=reporter or Reporter(), **options
+    )
+
+
+def by_number(outcomes: Iterator[SlideOutcome]) -> dict[int, SlideOutcome]:
+    return {int(outcome.slide.sample_id[1:]): outcome for outcome in outcomes}
+
+
+def check(outcome: SlideOutcome, number: int, shape: tuple[int, int]) -> None:
+    """Every embedding is that of its own tile."""
+    found = outcome.embedded
+    assert found is not None and outcome.error is None
+    assert found.num_tiles == shape[0] * shape[1] == len(found.tile_embeddings)
+    expected = np.stack([np.full(found.num_tiles, number), found.x // SIDE, found.y // SIDE], axis=1)
+    assert np.array_equal(found.tile_embeddings.numpy(), expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
+def test_every_embedding_is_that_of_its_tile(batch_size: int) -> None:
+    shapes = {0: (5, 4), 1: (1, 1), 2: (40, 33), 3: (2, 9)}
+    engine = Engine()
+    outcomes = by_number(stream(engine, batch_size=batch_size).run(map(slide, shapes), plan_of(shapes)))
+    assert outcomes.keys() == shapes.keys()
+    for number, shape in shapes.items():
+        check(outcomes[number], number, shape)
+    sizes = [len(batch) for batch in engine.batches]
+    assert sum(sizes) == 20 + 1 + 1320 + 18
+    assert sum(size != batch_size for size in sizes) <= 1  # the last of the run
+
+
+def test_batches_hold_the_same_tiles_every_time() -> None:
+    shapes = {n: (3 + n, 5) for n in range(8)}
+    runs = []
+    for _ in range(3):
+        engine = Engine()
+        list(stream(engine).run(map(slide, shapes), plan_of(shapes)))
+        runs.append(sorted(batch.numpy().tobytes() for batch in engine.batches))
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_a_bad_slide_fails_alone() -> None:
+    shapes = {0: (6, 6), 2: (30, 30), 3: (6, 6), 5: (0, 0)}
+    reporter = Reporter()
+    outcomes = by_number(
+        stream(Engine(), reporter).run(map(slide, range(6)), plan_of(shapes, s2=(20 * SIDE, 20 * SIDE)))
+    )
+    assert sorted(outcomes) == [0, 1, 2, 3, 4, 5]
+    for number in (0, 3):
+        check(outcomes[number], number, shapes[number])
+    assert isinstance(outcomes[1].error, SpacingError)
+    assert isinstance(outcomes[2].error, SlideReadError) and outcomes[2].embedded is None
+    assert isinstance(outcomes[4].error, SpacingError)
+    empty = outcomes[5].embedded
+    assert empty is not None and empty.tile_embeddings.shape == (0, 3)
+    failed = {event.sample_id for event in reporter.events if isinstance(event, SlideFailed)}
+    assert failed == {"s1", "s2", "s4"}
+    assert Reader.open_now == 0
+
+
+def test_events_and_summary() -> None:
+    shapes = {0: (9, 9), 1: (2, 2)}
+    reporter = Reporter()
+    list(stream(Engine(), reporter).run(map(slide, range(3)), plan_of(shapes)))
+    planned = {e.sample_id: e.tiles for e in reporter.events if isinstance(e, SlidePlanned)}
+    assert planned == {"s0": 81, "s1": 4}
+    assert sum(e.count for e in reporter.events if isinstance(e, TilesEncoded)) == 85
+    assert sum(isinstance(e, SlideFinished) for e in reporter.events) == 2
+    summary = reporter.events[-1].summary
+    assert isinstance(reporter.events[-1], RunFinished)
+    assert (summary.slides, summary.failed, summary.tiles) == (2, 1, 85)
+    assert [s.name for s in summary.stations] == ["plan", "read", "prepare", "encode", "collect"]
+    assert all(s.busy_s >= 0 and s.waiting_s >= 0 for s in summary.stations)
+
+
+def test_slow_encoder_is_the_bottleneck_and_slow_reader_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = {n: (10, 10) for n in range(3)}
+
+    def bottleneck() -> str:
+        reporter = Reporter()
+        list(stream(Engine(), reporter).run(map(slide, shapes), plan_of(shapes)))
+        return str(reporter.events[-1].summary.bottleneck)
+
+    def slowed(method: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+        def slow(*args: Any) -> Any:
+            time.sleep(seconds)
+            return method(*args)
+
+        return slow
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "run", slowed(Engine.run, 0.005))
+        assert bottleneck() == "encode"
+    monkeypatch.setattr(Reader, "read_region", slowed(Reader.read_region, 0.2))
+    assert bottleneck() == "read"
+
+
+def test_open_slides_do_not_grow_with_the_cohort() -> None:
+    shapes = {n: (4, 4) for n in range(60)}
+    Reader.most_open = 0
+    assert len(list(stream(Engine()).run(map(slide, shapes), plan_of(shapes)))) == 60
+    # planned ahead (2 planners + 1), being dispatched, and read by 3 readers behind a bounded queue
+    assert Reader.most_open <= 25
+    assert Reader.open_now == 0
+
+
+def test_closing_early_stops_threads_and_closes_slides() -> None:
+    shapes = {n: (20, 20) for n in range(50)}
+    run = stream(Engine()).run(map(slide, shapes), plan_of(shapes))
+    next(run)
+    run.close()
+    assert Reader.open_now == 0
+    assert not [t for t in threading.enumerate() if t.name.startswith(("read-", "dispatch", "plan"))]
+
+
+def test_failing_engine_raises_and_cleans_up() -> None:
+    class Broken(Engine):
+        def run(self, pixels: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("out of memory")
+
+    shapes = {n: (20, 20) for n in range(5)}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(stream(Broken()).run(map(slide, shapes), plan_of(shapes)))
+    assert Reader.open_now == 0
+
+
+def test_failing_input_raises() -> None:
+    def slides() -> Iterator[Slide]:
+        yield slide(0)
+        raise OSError("manifest vanished")
+
+    with pytest.raises(OSError, match="vanished"):
+        list(stream(Engine()).run(slides(), plan_of({0: (3, 3)})))
+    assert Reader.open_now == 0
+
+
+def test_half_precision_embeddings() -> None:
+    outcomes = by_number(stream(Engine(), dtype=torch.float16).run([slide(4)], plan_of({4: (3, 3)})))
+    embedded = outcomes[4].embedded
+    assert embedded is not None and embedded.tile_embeddings.dtype == torch.float16
