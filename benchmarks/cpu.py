@@ -89,7 +89,10 @@ def coordinates(slide: Path) -> Path:
 
 
 def encode(args: argparse.Namespace) -> Row:
-    rivals = {"ours": lambda: part("encode", args.slide), "bare encoder loop": lambda: part("bare", args.slide)}
+    rivals = {
+        "ours": lambda: part("encode", args.slide),
+        "bare encoder loop": lambda: part("bare", args.slide),
+    }
     return compared(in_turns(rivals, args.rounds), "ours")
 
 
@@ -157,8 +160,14 @@ def generated(folder: Path, size: int) -> Path:
 
 
 def report(found: Row) -> str:
-    lines = [f"# CPU benchmark, {found['date']}", "", f"{found['machine']['cpu']}, {found['machine']['cpus']} CPUs, "]
-    lines[-1] += ", ".join(f"{name} {number}" for name, number in found["machine"]["packages"].items() if number)
+    lines = [
+        f"# CPU benchmark, {found['date']}",
+        "",
+        f"{found['machine']['cpu']}, {found['machine']['cpus']} CPUs, ",
+    ]
+    lines[-1] += ", ".join(
+        f"{name} {number}" for name, number in found["machine"]["packages"].items() if number
+    )
     for name, part_found in found["parts"].items():
         lines += ["", f"## {name}", "", "| what | figure | ours / it |", "|---|---|---|"]
         for rival, row in part_found.items():
@@ -184,7 +193,12 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=Path(tempfile.gettempdir()) / "slide2vec-bench")
     args = parser.parse_args()
     args.slide, args.small_slide = generated(args.work_dir, args.size), generated(args.work_dir, 6_000)
-    found: Row = {"date": f"{datetime.date.today()}", "machine": machine(), "slide_px": args.size, "parts": {}}
+    found: Row = {
+        "date": f"{datetime.date.today()}",
+        "machine": machine(),
+        "slide_px": args.size,
+        "parts": {},
+    }
     for name in args.parts:
         print(f"{name}:", flush=True)
         found["parts"][name] = PARTS[name](args)

@@ -25,7 +25,9 @@ def main() -> None:
     slide, folder = Path(sys.argv[1]), Path(sys.argv[2])
     name = slide.stem
     tiling = load_tiling_result(folder / f"{name}.coordinates.npz", folder / f"{name}.coordinates.meta.json")
-    collate = OnTheFlyBatchTileCollator(image_path=slide, tiling_result=tiling, backend="cucim", num_cucim_workers=4)
+    collate = OnTheFlyBatchTileCollator(
+        image_path=slide, tiling_result=tiling, backend="cucim", num_cucim_workers=4
+    )
     workers, _ = resolve_on_the_fly_num_workers(4, num_gpus=1)
     order = collate.ordered_indices
     indices = np.arange(len(tiling.x), dtype=np.int64) if order is None else order

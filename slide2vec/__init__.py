@@ -1,8 +1,8 @@
 """Whole-slide pathology images to foundation-model embeddings.
 
-    from slide2vec import Model
-    embedded = Model.from_preset("virchow2").embed_slide("slide.svs")
-    embedded.tile_embeddings, embedded.x, embedded.y
+from slide2vec import Model
+embedded = Model.from_preset("virchow2").embed_slide("slide.svs")
+embedded.tile_embeddings, embedded.x, embedded.y
 """
 
 from __future__ import annotations

@@ -44,7 +44,9 @@ class _Config(BaseModel):
         name = type(self).__name__
         for key in values:
             if key not in type(self).model_fields:
-                raise ConfigError(f"{name} has no field {key!r}. {nearest_names(key, type(self).model_fields)}")
+                raise ConfigError(
+                    f"{name} has no field {key!r}. {nearest_names(key, type(self).model_fields)}"
+                )
         try:
             super().__init__(**values)
         except ValidationError as error:

@@ -87,7 +87,7 @@ class TilingError(SlideError, ValueError):
     """A coordinate file cannot be read or does not belong to the slide and settings at hand."""
 
 
-class EmbedSlidesError(ExceptionGroup[Exception], Slide2VecError):  # type: ignore[misc]
+class EmbedSlidesError(ExceptionGroup[Exception], Slide2VecError):
     """Some slides of a call failed; the others are finished and in `results`.
 
     Attributes:
@@ -111,7 +111,7 @@ class EmbedSlidesError(ExceptionGroup[Exception], Slide2VecError):  # type: igno
         group.results, group.failed = results, failed
         return group
 
-    def derive(self, excs: Sequence[Exception]) -> EmbedSlidesError:
+    def derive(self, excs: Sequence[Exception]) -> EmbedSlidesError:  # type: ignore[override]
         group = EmbedSlidesError(self.message, list(excs))
         group.results, group.failed = self.results, self.failed
         return group

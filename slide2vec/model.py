@@ -179,11 +179,15 @@ class Model:
         if on_error not in ("raise", "skip"):
             raise ConfigError(f'on_error={on_error!r} is not "raise" or "skip"')
         asked = as_slides(slides)
-        outcomes = {outcome.slide.sample_id: outcome for outcome in self.iter_slides(asked, preprocessing, execution)}
+        outcomes = {
+            outcome.slide.sample_id: outcome for outcome in self.iter_slides(asked, preprocessing, execution)
+        }
         results = [outcomes[slide.sample_id].embedded for slide in asked]
         failed = {name: o.error for name, o in outcomes.items() if o.error is not None}
         if failed and on_error == "raise":
-            in_order = {slide.sample_id: failed[slide.sample_id] for slide in asked if slide.sample_id in failed}
+            in_order = {
+                slide.sample_id: failed[slide.sample_id] for slide in asked if slide.sample_id in failed
+            }
             raise EmbedSlidesError.of(in_order, results)
         for name, error in failed.items():
             logger.error("slide %s skipped: %s", name, error)
@@ -223,7 +227,9 @@ class Model:
         """
         config = config or PreprocessingConfig()
         if config.region_tile_multiple is not None or config.requested_region_size_px is not None:
-            raise ConfigError("hierarchical extraction (region_tile_multiple, requested_region_size_px) is not there yet")
+            raise ConfigError(
+                "hierarchical extraction (region_tile_multiple, requested_region_size_px) is not there yet"
+            )
         if config.read_tiles_from is not None or not config.on_the_fly:
             raise ConfigError("tile archives (read_tiles_from, on_the_fly=False) are not there yet")
         spacing = config.requested_spacing_um or self.recipe.default_spacing_um
@@ -252,7 +258,9 @@ class Model:
         )
 
     def _engine(self, precision: str) -> Engine:
-        return TorchEngine(self._encoder, feature_dim=self.feature_dim, precision=precision, device=self.device)
+        return TorchEngine(
+            self._encoder, feature_dim=self.feature_dim, precision=precision, device=self.device
+        )
 
     def _call_precision(self, execution: ExecutionOptions) -> str:
         if execution.precision is None:
@@ -271,7 +279,9 @@ class Model:
         """
         raise self._not_patient_level("embed_patient")
 
-    def embed_patients(self, slides: Iterable[SlideLike], patient_id_map: dict[str, str] | None = None) -> None:
+    def embed_patients(
+        self, slides: Iterable[SlideLike], patient_id_map: dict[str, str] | None = None
+    ) -> None:
         """Embed several patients; only patient-level models can.
 
         Raises:

@@ -126,7 +126,9 @@ class Recipe(_Section):
         if self.schema_version != SCHEMA:
             raise ValueError(f"schema_version {self.schema_version} is not {SCHEMA}")
         if self.default_variant not in self.variants:
-            raise ValueError(f"default_variant {self.default_variant!r} is not one of {sorted(self.variants)}")
+            raise ValueError(
+                f"default_variant {self.default_variant!r} is not one of {sorted(self.variants)}"
+            )
         if self.spacing_um and self.default_spacing_um not in self.spacing_um:
             raise ValueError(f"default_spacing_um {self.default_spacing_um} is not in spacing_um")
         if self.transform.crop > self.transform.resize:

@@ -78,6 +78,8 @@ def test_nearest_downsample_prefers_the_finer_on_a_tie() -> None:
     assert nearest_downsample_level(10, [1, 4, 16]) == 1
 
 
-@pytest.mark.parametrize(("spacing", "plausible"), [(0.25, True), (0.00499, False), (352.8, False), (None, False)])
+@pytest.mark.parametrize(
+    ("spacing", "plausible"), [(0.25, True), (0.00499, False), (352.8, False), (None, False)]
+)
 def test_plausible_spacing(spacing: float | None, plausible: bool) -> None:
     assert is_plausible_spacing(spacing) is plausible

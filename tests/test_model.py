@@ -34,12 +34,16 @@ def vit() -> Model:
     return Model.from_preset("prost40m", weights="random", device="cpu")
 
 
-def reference(model: Model, path: Path, tiling: PreprocessingConfig, found: object, limit: int = 6) -> torch.Tensor:
+def reference(
+    model: Model, path: Path, tiling: PreprocessingConfig, found: object, limit: int = 6
+) -> torch.Tensor:
     """Embeddings of the first tiles of a slide, without anything of ours but the encoder."""
     transform = model.recipe.transform
     steps = transforms.Compose(
         [
-            transforms.Resize(transform.resize, interpolation=transforms.InterpolationMode(transform.interpolation)),
+            transforms.Resize(
+                transform.resize, interpolation=transforms.InterpolationMode(transform.interpolation)
+            ),
             transforms.CenterCrop(transform.crop),
             transforms.ToTensor(),
             transforms.Normalize(transform.mean, transform.std),
@@ -86,7 +90,9 @@ def test_embeddings_equal_the_reference(
 @pytest.mark.parametrize("preset", ["scattering", "lunit"])
 def test_presets_equal_the_reference(slides_dir: Path, preset: str, scattering: Model) -> None:
     """lunit resizes to 248 and crops; its tiles are few here because it is slow."""
-    model = scattering if preset == "scattering" else Model.from_preset(preset, weights="random", device="cpu")
+    model = (
+        scattering if preset == "scattering" else Model.from_preset(preset, weights="random", device="cpu")
+    )
     config = PreprocessingConfig(requested_spacing_um=2.0, requested_tile_size_px=224)
     found = model.embed_slide(slides_dir / "CMU-1-Small-Region.svs", config)
     expected = reference(model, slides_dir / "CMU-1-Small-Region.svs", config, found, limit=4)
@@ -111,7 +117,9 @@ def test_many_slides_equal_one_by_one(slides_dir: Path, scattering: Model) -> No
     """Batches hold tiles of several slides; every slide must come out as it does alone, in order."""
     names = ["CMU-1-Small-Region.svs", "generic-jpeg-bigtiff-pyramid.tiff", "aperio-jpeg-pyramid.svs"]
     config = PreprocessingConfig(requested_spacing_um=1.0)
-    together = scattering.embed_slides([slides_dir / name for name in names], config, ExecutionOptions(batch_size=7))
+    together = scattering.embed_slides(
+        [slides_dir / name for name in names], config, ExecutionOptions(batch_size=7)
+    )
     assert [e.sample_id for e in together] == [Path(name).stem for name in names]
     for name, embedded in zip(names, together, strict=True):
         alone = scattering.embed_slide(slides_dir / name, config)

@@ -16,7 +16,13 @@ def test_path_gives_its_stem() -> None:
 
 def test_mapping_with_blanks() -> None:
     slide = as_slide(
-        {"sample_id": "s", "image_path": "a.svs", "mask_path": "", "spacing_at_level_0": float("nan"), "patient_id": None}
+        {
+            "sample_id": "s",
+            "image_path": "a.svs",
+            "mask_path": "",
+            "spacing_at_level_0": float("nan"),
+            "patient_id": None,
+        }
     )
     assert slide == Slide(sample_id="s", image_path=Path("a.svs"))
 

@@ -32,7 +32,9 @@ def _scattering(spec: EncoderSpec, variant: Variant) -> nn.Module:
 _BUILDERS: dict[str, Builder] = {"timm": _timm, "scattering": _scattering}
 
 
-def build_encoder(recipe: Recipe, variant: Variant, weights: WeightsChoice = None, seed: int = 0) -> nn.Module:
+def build_encoder(
+    recipe: Recipe, variant: Variant, weights: WeightsChoice = None, seed: int = 0
+) -> nn.Module:
     """The encoder of a recipe in evaluation mode, on the CPU, in fp32.
 
     Args:

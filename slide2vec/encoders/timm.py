@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import timm
-import timm.layers
+import timm.layers.mlp
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from slide2vec.recipes import EncoderSpec, Variant
 __all__ = ["TimmEncoder"]
 
 #: Classes that a recipe may name in its kwargs.
-LAYERS: dict[str, Any] = {"SwiGLUPacked": timm.layers.SwiGLUPacked, "SiLU": nn.SiLU, "GELU": nn.GELU}
+LAYERS: dict[str, Any] = {"SwiGLUPacked": timm.layers.mlp.SwiGLUPacked, "SiLU": nn.SiLU, "GELU": nn.GELU}
 
 
 class TimmEncoder(nn.Module):
@@ -29,7 +29,7 @@ class TimmEncoder(nn.Module):
         super().__init__()
         self.pool = variant.pool
         self.prefix_tokens = spec.prefix_tokens
-        self.trunk = cast("nn.Module", timm.create_model(spec.arch, pretrained=False, **_resolve(spec.kwargs)))
+        self.trunk: nn.Module = timm.create_model(spec.arch, pretrained=False, **_resolve(spec.kwargs))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D)."""
@@ -37,10 +37,6 @@ class TimmEncoder(nn.Module):
         if self.pool == "cls":
             return cast("Tensor", tokens[:, 0])
         return torch.cat([tokens[:, 0], tokens[:, self.prefix_tokens :].mean(dim=1)], dim=-1)
-
-    def checkpoint_module(self) -> nn.Module:
-        """The module whose keys the published checkpoint has."""
-        return self.trunk
 
 
 def _resolve(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -50,6 +46,8 @@ def _resolve(kwargs: dict[str, Any]) -> dict[str, Any]:
         if not key.endswith("_layer"):
             continue
         if value not in LAYERS:
-            raise PresetError(f"encoder.kwargs.{key}: unknown layer {value!r}; known: {', '.join(sorted(LAYERS))}")
+            raise PresetError(
+                f"encoder.kwargs.{key}: unknown layer {value!r}; known: {', '.join(sorted(LAYERS))}"
+            )
         resolved[key] = LAYERS[value]
     return resolved

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ def load_weights(build: Callable[[], nn.Module], recipe: Recipe, weights: Weight
     state = read_checkpoint(path)
     with torch.device("meta"):
         encoder = build()
-    module = encoder.checkpoint_module() if hasattr(encoder, "checkpoint_module") else encoder
+    module: nn.Module = getattr(encoder, "trunk", encoder)
     state = _prepared(state, module)
     _load_strictly(module, state, recipe, path)
     return encoder
@@ -106,7 +106,9 @@ def _from_hub(preset: str, source: WeightsSource) -> Path:
 def _no_access(preset: str, source: WeightsSource, error: Exception) -> WeightsError:
     page = f"https://huggingface.co/{source.repo}"
     if not source.gated and "404" in str(error):
-        return WeightsError(f"the weights of preset {preset} are not at {page} (any more): {_first_line(error)}")
+        return WeightsError(
+            f"the weights of preset {preset} are not at {page} (any more): {_first_line(error)}"
+        )
     return GatedWeightsError(
         f"the weights of preset {preset} are gated: request access at {page}, then log in with "
         f"`hf auth login` (or set HF_TOKEN) and try again ({_first_line(error)})"
@@ -148,7 +150,7 @@ def _prepared(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
         return state
     from timm.models.vision_transformer import checkpoint_filter_fn
 
-    return dict(checkpoint_filter_fn(state, module))
+    return dict(checkpoint_filter_fn(state, cast(Any, module)))
 
 
 def _load_strictly(module: nn.Module, state: dict[str, Tensor], recipe: Recipe, path: Path) -> None:
@@ -174,4 +176,6 @@ def _load_strictly(module: nn.Module, state: dict[str, Tensor], recipe: Recipe, 
     module.load_state_dict(floats, strict=True, assign=True)
     left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if left:
-        raise WeightsError(f"preset {recipe.name}: {left[0]} is not in the checkpoint and was not initialised")
+        raise WeightsError(
+            f"preset {recipe.name}: {left[0]} is not in the checkpoint and was not initialised"
+        )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 import os
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any

@@ -31,7 +31,8 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         raise ConfigError(f"device={device!r} is not a device; try cuda, cuda:1, mps or cpu") from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"device={device!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices; see `slide2vec doctor`"
+            f"device={device!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices; see "
+            "`slide2vec doctor`"
         )
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device='mps': this machine has no Metal device")

@@ -28,7 +28,10 @@ class TorchEngine:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
-            self.device.type, dtype=DTYPES[self.precision], enabled=self.precision != "fp32", cache_enabled=False
+            self.device.type,
+            dtype=DTYPES[self.precision],
+            enabled=self.precision != "fp32",
+            cache_enabled=False,
         )
 
     def close(self) -> None:

@@ -40,7 +40,7 @@ class Piece(Generic[Owner]):
 
     def targets(self) -> NDArray[np.uint8]:
         """(n, S, S, 3) uint8 view of the batch to write the tiles into."""
-        return self.batch.pixels.numpy()[self.slots]  # type: ignore[no-any-return]
+        return self.batch.pixels.numpy()[self.slots]
 
 
 @dataclass(eq=False)

@@ -147,7 +147,9 @@ class Stream:
     ) -> None:
         self._engine, self._preparer, self._dtype = engine, preparer, dtype
         self._readers, self._planners, self._reporter = readers, planners, reporter
-        self._inbox: queue.SimpleQueue[Batch[_Job] | _Planned | _Failed | _Broken | _End] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Batch[_Job] | _Planned | _Failed | _Broken | _End] = (
+            queue.SimpleQueue()
+        )
         self._tasks: queue.SimpleQueue[_Read | None] = queue.SimpleQueue()
         self._batches: Batches[_Job] = Batches(
             batch_size,
@@ -187,11 +189,13 @@ class Stream:
     def _dispatch_all(self, slides: Iterable[Slide], plan: Callable[[Slide], SlidePlan]) -> None:
         count = 0
         try:
-            with ThreadPoolExecutor(self._planners, thread_name_prefix="plan") as pool:
-                with contextlib.closing(self._planned_ahead(pool, slides, plan)) as jobs:
-                    for job, planned in jobs:
-                        count += 1
-                        self._dispatch(job, planned)
+            with (
+                ThreadPoolExecutor(self._planners, thread_name_prefix="plan") as pool,
+                contextlib.closing(self._planned_ahead(pool, slides, plan)) as jobs,
+            ):
+                for job, planned in jobs:
+                    count += 1
+                    self._dispatch(job, planned)
             self._batches.finish()
         except Stopped:
             pass
@@ -311,12 +315,12 @@ class Stream:
 
     def _encode(self, batch: Batch[_Job]) -> Iterator[SlideOutcome]:
         alive = [piece for piece in batch.pieces if not piece.owner.failed]
-        features = self._features(batch) if alive else None
-        pieces = batch.pieces
+        if not alive:
+            self._batches.release(batch)
+            return
+        features = self._features(batch)
         self._batches.release(batch)
-        for piece in pieces if features is not None else ():
-            if piece.owner.settled or piece.owner.failed:
-                continue
+        for piece in alive:
             with self._meters.busy("collect"):
                 piece.owner.collect(torch.from_numpy(piece.tiles), features[piece.slots], self._dtype)
             self._reporter.emit(TilesEncoded(len(piece.tiles)))

@@ -14,7 +14,13 @@ from slide2vec.recipes import EncoderSpec, Variant, load_recipe
 SMALL = EncoderSpec(
     family="timm",
     arch="vit_tiny_patch16_224",
-    kwargs={"num_classes": 0, "global_pool": "", "reg_tokens": 4, "mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"},
+    kwargs={
+        "num_classes": 0,
+        "global_pool": "",
+        "reg_tokens": 4,
+        "mlp_layer": "SwiGLUPacked",
+        "act_layer": "SiLU",
+    },
     prefix_tokens=5,
 )
 
@@ -57,5 +63,5 @@ def test_seed_decides_random_weights_and_nothing_else() -> None:
 
 
 def test_unknown_layer_is_named() -> None:
-    with pytest.raises(PresetError, match="act_layer.*Swish"):
+    with pytest.raises(PresetError, match=r"act_layer.*Swish"):
         _resolve({"act_layer": "Swish"})

@@ -44,12 +44,16 @@ def test_safetensors_and_directory(tmp_path: Path, recipe: Recipe, state: dict[s
         assert all(torch.equal(found[key], state[key]) for key in state)
 
 
-def test_wrapped_half_precision_pickle(tmp_path: Path, recipe: Recipe, state: dict[str, torch.Tensor]) -> None:
+def test_wrapped_half_precision_pickle(
+    tmp_path: Path, recipe: Recipe, state: dict[str, torch.Tensor]
+) -> None:
     path = tmp_path / "w.pt"
     torch.save({"state_dict": {key: value.half() for key, value in state.items()}}, path)
     found = loaded(recipe, path)
     assert found["norm.weight"].dtype == torch.float32
-    torch.testing.assert_close(found["patch_embed.proj.weight"], state["patch_embed.proj.weight"], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        found["patch_embed.proj.weight"], state["patch_embed.proj.weight"], atol=1e-3, rtol=1e-3
+    )
 
 
 def test_keys_must_match(tmp_path: Path, recipe: Recipe, state: dict[str, torch.Tensor]) -> None:
@@ -139,7 +143,7 @@ def test_offline_without_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     """The real hub client, told to stay offline."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(WeightsError, match="prost40m.*weights="):
+    with pytest.raises(WeightsError, match=r"prost40m.*weights="):
         find_weights(load_recipe("prost40m"), None)
 
 

@@ -10,7 +10,9 @@ from slide2vec.geometry import TileGeometry, floor_to_level, tile_geometry
 from slide2vec.tiling.supertiles import MAX_SIDE_PX, MAX_SIDE_TILES, plan_supertiles
 
 
-def geometry(tile: int = 224, spacing: float = 0.5, overlap: float = 0.0, downsample: float = 1.0) -> TileGeometry:
+def geometry(
+    tile: int = 224, spacing: float = 0.5, overlap: float = 0.0, downsample: float = 1.0
+) -> TileGeometry:
     return tile_geometry(
         requested_tile_size_px=tile,
         requested_spacing_um=spacing,
@@ -20,7 +22,9 @@ def geometry(tile: int = 224, spacing: float = 0.5, overlap: float = 0.0, downsa
     )
 
 
-def grid(columns: int, rows: int, step: int, origin: tuple[int, int] = (0, 0)) -> tuple[NDArray[np.int64], ...]:
+def grid(
+    columns: int, rows: int, step: int, origin: tuple[int, int] = (0, 0)
+) -> tuple[NDArray[np.int64], ...]:
     x, y = np.meshgrid(np.arange(columns), np.arange(rows), indexing="ij")
     return (x.ravel() * step + origin[0]).astype(np.int64), (y.ravel() * step + origin[1]).astype(np.int64)
 
@@ -31,7 +35,11 @@ CASES = {
     "overlap": (*grid(12, 9, 224), geometry(overlap=0.5), 1.0),
     "small tiles": (*grid(90, 50, 128), geometry(tile=64), 1.0),
     "large tiles": (*grid(3, 2, 10_000), geometry(tile=5000), 1.0),
-    "non-integer downsample": (*grid(30, 17, 897, (11, 5)), geometry(spacing=1.0, downsample=4.00361), 4.00361),
+    "non-integer downsample": (
+        *grid(30, 17, 897, (11, 5)),
+        geometry(spacing=1.0, downsample=4.00361),
+        4.00361,
+    ),
     "over the edge": (*grid(6, 6, 448, (-100, -300)), geometry(), 1.0),
 }
 
@@ -85,7 +93,9 @@ def test_reads_less_than_tile_by_tile_where_tissue_is_ragged() -> None:
         total = 0
         for s in supertiles:
             (left, top), (width, height) = s.location_lv0, s.size  # type: ignore[attr-defined]
-            total += ((left + width - 1) // 256 - left // 256 + 1) * ((top + height - 1) // 256 - top // 256 + 1)
+            total += ((left + width - 1) // 256 - left // 256 + 1) * (
+                (top + height - 1) // 256 - top // 256 + 1
+            )
         return total
 
     grouped = decoded(plan_supertiles(x, y, geo, 1.0))  # type: ignore[arg-type]
