@@ -7,21 +7,19 @@ Layout under an output directory: tile_embeddings/<sample_id>.{pt,npz} with a si
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slide2vec.embedded import EmbeddedSlide
+from slide2vec.files import atomic_path
 from slide2vec.tiling import Tiling
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SCHEMA_VERSION", "TileArtifact", "atomic_path", "write_json", "write_tile_embeddings"]
+__all__ = ["SCHEMA_VERSION", "TileArtifact", "write_json", "write_tile_embeddings"]
 
 SCHEMA_VERSION = 1
 Format = Literal["pt", "npz"]
@@ -36,27 +34,6 @@ class TileArtifact:
     metadata_path: Path
     num_tiles: int
     feature_dim: int
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; renamed to it when the block ends, removed if it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "slide2vec"
 ROOMS = {
     "errors": 0,
     "geometry": 1,
+    "files": 1,
     "config": 2,
     "slides": 2,
     "progress": 2,

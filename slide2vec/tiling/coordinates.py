@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from slide2vec.config import FilterConfig, PreprocessingConfig
 from slide2vec.errors import ConfigError, TilingError
+from slide2vec.files import atomic_path
 from slide2vec.geometry import TileGeometry
 from slide2vec.readers import SlideReader
 from slide2vec.slides import Slide
-from slide2vec.tiling.files import atomic_path
 from slide2vec.tiling.records import PRECOMPUTED, Segmentation, Tiling
 
 __all__ = ["check_tiling", "coordinate_paths", "load_coordinates", "read_coordinates", "write_coordinates"]

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.config import PreviewConfig
+from slide2vec.files import atomic_path
 from slide2vec.readers import SlideReader
-from slide2vec.tiling.files import atomic_path
 from slide2vec.tiling.levels import read_level
 from slide2vec.tiling.records import Tiling, TissueMask
 
