@@ -1,0 +1,167 @@
+"""Pictures of embeddings: a map of a slide coloured by principal components, and writing it to a file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slide2vec.errors import ConfigError
+
+__all__ = ["pca_map", "principal_components", "write_picture"]
+
+_COMPONENTS = 3
+_PERCENTILES = (2.0, 98.0)  # of a component become its darkest and brightest colour
+_QUALITY = 92
+
+_OKLAB_TO_CONES = np.array(
+    [
+        [1.0, 0.3963377774, 0.2158037573],
+        [1.0, -0.1055613458, -0.0638541728],
+        [1.0, -0.0894841775, -1.2914855480],
+    ]
+)
+_CONES_TO_RGB = np.array(
+    [
+        [4.0767416621, -3.3077115913, 0.2309699292],
+        [-1.2684380046, 2.6097574011, -0.3413193965],
+        [-0.0041960863, -0.7034186147, 1.7076147010],
+    ]
+)
+
+Pixels: TypeAlias = NDArray[np.uint8]
+Floats: TypeAlias = NDArray[np.float64]
+
+
+def pca_map(
+    embeddings: NDArray[np.floating[Any]],
+    x: NDArray[np.integer[Any]],
+    y: NDArray[np.integer[Any]],
+    tile_size_lv0: int,
+    dimensions: tuple[int, int],
+    thumbnail: Pixels,
+    *,
+    strength: float = 0.85,
+) -> Pixels:
+    """A map of a slide in which tiles with similar embeddings have similar colours.
+
+    The first two principal components of the slide's own embeddings choose the hue and how vivid it
+    is, the third how light, each scaled by its 2nd and 98th percentile. Tissue shows through; where
+    there is no tile there is a faded grey thumbnail.
+
+    Args:
+        embeddings: (N, D) float; N may be 0.
+        x, y: (N,) top-left corners of the tiles, level-0 px.
+        tile_size_lv0: side of a tile, level-0 px.
+        dimensions: (width, height) of the slide, level-0 px.
+        thumbnail: (h, w, 3) uint8 RGB of the whole slide; the picture has its size.
+        strength: of the colours over the tissue, 0 to 1.
+
+    Returns:
+        (h, w, 3) uint8 RGB.
+
+    Raises:
+        ConfigError: arrays do not belong together.
+    """
+    if embeddings.ndim != 2 or not len(embeddings) == len(x) == len(y):
+        raise ConfigError(
+            f"pca_map: embeddings {embeddings.shape} must be (N, D), with x {np.shape(x)} and "
+            f"y {np.shape(y)} of length N"
+        )
+    colours = _colours(principal_components(embeddings, _COMPONENTS))
+    height, width = thumbnail.shape[:2]
+    scale = np.array([width / dimensions[0], height / dimensions[1]])
+    starts = np.round(np.stack([x, y], axis=1) * scale).astype(int)
+    ends = np.round((np.stack([x, y], axis=1) + tile_size_lv0) * scale).astype(int)
+    ends = np.maximum(ends, starts + 1)  # a tile smaller than a pixel is still seen
+    paint = np.zeros((height, width, 3), np.float32)
+    covered = np.zeros((height, width, 1), np.float32)
+    for colour, (left, top), (right, bottom) in zip(colours, starts, ends, strict=True):
+        paint[top:bottom, left:right] = colour
+        covered[top:bottom, left:right] = strength
+    grey = thumbnail.astype(np.float32).mean(axis=2, keepdims=True)
+    # darker tissue darkens the colour a little, so that its structure stays visible
+    shade = 0.7 + 0.3 * grey / max(1.0, float(grey.max()))
+    picture: NDArray[np.float32] = (1 - covered) * _faded(grey) + covered * paint * shade
+    return picture.round().clip(0, 255).astype(np.uint8)
+
+
+def principal_components(embeddings: NDArray[np.floating[Any]], count: int) -> Floats:
+    """Scores (N, count) float64 on the first principal components, zero where there are fewer.
+
+    The sign of a component is chosen so that its scores are skewed to positive values (the sum of
+    their cubes is not negative): the same embeddings give the same colours everywhere.
+    """
+    tiles = len(embeddings)
+    scores = np.zeros((tiles, count))
+    if tiles < 2:
+        return scores
+    centred = np.asarray(embeddings, np.float64)
+    centred = centred - centred.mean(axis=0)
+    # the smaller of the two Gram matrices has the same spectrum, and is quick for 100,000 tiles
+    if tiles <= embeddings.shape[1]:
+        values, vectors = np.linalg.eigh(centred @ centred.T)
+        found = vectors * np.sqrt(np.clip(values, 0, None))
+    else:
+        values, vectors = np.linalg.eigh(centred.T @ centred)
+        found = centred @ vectors
+    kept = min(count, len(values))
+    negligible = values[::-1][:kept] <= 1e-12 * max(float(values[-1]), 1e-300)
+    leading = found[:, ::-1][:, :kept]
+    leading = np.where(negligible, 0.0, leading)
+    signs = np.where((leading**3).sum(axis=0) < 0, -1.0, 1.0)
+    scores[:, :kept] = leading * signs
+    return scores
+
+
+def write_picture(path: str | os.PathLike[str], image: Pixels) -> Path:
+    """Write (h, w, 3) uint8 RGB as PNG or JPEG, by the suffix; the file appears complete or not at all.
+
+    Raises:
+        ConfigError: the suffix is neither .png, .jpg nor .jpeg.
+    """
+    import cv2
+
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in (".png", ".jpg", ".jpeg"):
+        raise ConfigError(f"{path}: a picture's suffix must be .png, .jpg or .jpeg, not {path.suffix!r}")
+    options = [] if suffix == ".png" else [cv2.IMWRITE_JPEG_QUALITY, _QUALITY]
+    encoded = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)[1]
+    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(encoded.tobytes())
+        Path(partial).chmod(0o644)
+        Path(partial).replace(path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+    return path
+
+
+def _colours(scores: Floats) -> Floats:
+    """Scores (N, 3) -> sRGB colours (N, 3), 0 to 255.
+
+    The first two components span the colour plane of Oklab (Ottosson, A perceptual color space for
+    image processing, 2020) and the third its lightness, so that equal differences look equal.
+    """
+    if not len(scores):
+        return np.zeros((0, 3))
+    low, high = np.percentile(scores, _PERCENTILES, axis=0)
+    spread = high - low
+    unit = np.clip((scores - low) / np.where(spread > 0, spread, 1.0), 0.0, 1.0)
+    centred = np.where(spread > 0, 2.0 * unit - 1.0, 0.0)
+    lab = centred[:, [2, 0, 1]] * (0.10, 0.17, 0.15) + (0.70, 0.0, 0.0)
+    cones = (lab @ _OKLAB_TO_CONES.T) ** 3
+    linear: Floats = np.clip(cones @ _CONES_TO_RGB.T, 0.0, 1.0)
+    gamma: Floats = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return 255.0 * gamma
+
+
+def _faded(grey: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Grey values brought near to white."""
+    return np.repeat(255.0 - 0.35 * (255.0 - grey), 3, axis=2).astype(np.float32)
