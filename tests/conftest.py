@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from slide2vec.readers.cucim import tame_cufile
+
+tame_cufile()  # some tests import cuCIM themselves
+
+
 
 def slides_folder() -> Path:
     given = os.environ.get("SLIDE2VEC_TEST_SLIDES")

@@ -16,7 +16,7 @@ from slide2vec.readers.probe import Probe, TiffLevel
 from slide2vec.readers.pyramid import PyramidReader, to_level0
 from slide2vec.readers.tilecheck import TileCheck
 
-__all__ = ["CucimReader", "unavailable"]
+__all__ = ["CucimReader", "tame_cufile", "unavailable"]
 
 _VENDORS = ("aperio", "generic", "ome", "philips")
 #: Read with the same pixels as OpenSlide's; a damaged tile raises (JPEG ones: see TileCheck).
@@ -99,7 +99,7 @@ def _why_not_level(level: TiffLevel) -> str | None:
 def _open(probe: Probe) -> Any:
     if reason := unavailable():
         raise ExtraMissingError(reason)
-    _tame_cufile()
+    tame_cufile()
     library = import_module("cucim")
     try:
         return library.CuImage(str(probe.path))
@@ -107,7 +107,7 @@ def _open(probe: Probe) -> Any:
         raise BackendError(f"cuCIM cannot open it: {error}") from error
 
 
-def _tame_cufile() -> None:
+def tame_cufile() -> None:
     """Have cuFile, which cuCIM opens when it is imported, give up where GPUDirect Storage is missing.
 
     Its compatibility mode would open a CUDA context on every visible GPU, spins for ever on a

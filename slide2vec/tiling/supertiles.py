@@ -16,9 +16,9 @@ from slide2vec.geometry import TileGeometry, floor_to_level
 
 __all__ = ["MAX_SIDE_PX", "Supertile", "plan_supertiles"]
 
-#: Side of the largest block, px of the read level: 50 MB of pixels. Larger blocks decode hardly
-#: less (a 3,584 px block of 448 px tiles decodes 1.15 times its pixels from 256 px JPEG tiles).
-MAX_SIDE_PX = 4096
+#: Side of the largest block, px of the read level: 20 MB of pixels. Larger ones decode a little less
+#: but read slower (measured on a CPU: their memory comes fresh from the system every time).
+MAX_SIDE_PX = 2560
 #: Tiles along a side of the largest block, so that blocks of small tiles stay small, too.
 MAX_SIDE_TILES = 16
 #: What opening a read costs besides its pixels, in pixels.
