@@ -1,0 +1,81 @@
+"""The command line: `slide2vec embed`, `info`, `models`, `doctor`, `demo`.
+
+Subcommands import what they need when they run, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from slide2vec import __version__
+from slide2vec.cli.console import debugging, log_to_stderr, print_error
+from slide2vec.cli.demo import demo
+from slide2vec.cli.doctor import doctor
+from slide2vec.cli.embed import embed
+from slide2vec.cli.info import info
+from slide2vec.cli.models import models
+from slide2vec.errors import Slide2VecError
+
+__all__ = ["app", "main"]
+
+INTERRUPTED = 130  # what shells give for Ctrl-C
+
+
+class _Commands(TyperGroup):
+    """Answers errors made for users with one line, and Ctrl-C quietly."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print_error("interrupted; the files of complete slides are there")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            raise
+        except (Slide2VecError, OSError) as error:
+            if debugging():
+                raise
+            print_error(error)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # the framed help takes twice as long to appear
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(embed)
+app.command()(info)
+app.command()(models)
+app.command()(doctor)
+app.command()(demo)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"slide2vec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Whole-slide pathology images to foundation-model embeddings.
+
+    Begin with: slide2vec demo
+    """
+    log_to_stderr()
+
+
+def main() -> None:
+    """Entry point of the `slide2vec` command."""
+    app(prog_name="slide2vec")

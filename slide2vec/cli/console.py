@@ -1,0 +1,129 @@
+"""What subcommands print with: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+__all__ = [
+    "Backend",
+    "Debug",
+    "Json",
+    "debugging",
+    "facts",
+    "log_to_stderr",
+    "note",
+    "print_error",
+    "print_json",
+    "stdout",
+    "table",
+]
+
+#: Columns where nobody says how wide the output is: a file or a pipe.
+PIPE_WIDTH = 120
+
+_logger = logging.getLogger("slide2vec")
+
+
+class _StderrHandler(logging.Handler):
+    """Writes records to what is stderr at that moment (a live display takes it over)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
+
+
+def log_to_stderr(level: int = logging.WARNING) -> None:
+    """Show the library's records from `level` on; `--debug` shows all."""
+    for handler in list(_logger.handlers):
+        if isinstance(handler, _StderrHandler):
+            _logger.removeHandler(handler)
+    _logger.addHandler(_StderrHandler(level))
+    # What tifffile complains of comes back in our errors, with the slide's name.
+    logging.getLogger("tifffile").addHandler(logging.NullHandler())
+
+
+def _debug(asked: bool) -> None:
+    if asked:
+        _logger.setLevel(logging.DEBUG)
+        log_to_stderr(logging.DEBUG)
+
+
+def debugging() -> bool:
+    """Whether `--debug` was given."""
+    return any(isinstance(h, _StderrHandler) and h.level == logging.DEBUG for h in _logger.handlers)
+
+
+#: As in slide2vec.config, which is not imported for the sake of start-up time.
+Backend = Literal["auto", "cucim", "vips", "openslide", "asap"]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", callback=_debug, is_eager=True, help="Log more; show tracebacks of errors."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+
+
+def print_error(error: object) -> None:
+    """One line on stderr."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    typer.secho("error: ", err=True, nl=False, fg=typer.colors.RED, bold=True)
+    typer.echo(text, err=True)
+
+
+def note(text: str) -> None:
+    """A line on stderr about what is going on."""
+    typer.secho(text, err=True, dim=True)
+
+
+def print_json(content: Any) -> None:
+    """JSON on stdout, paths as text."""
+    typer.echo(json.dumps(content, indent=2, default=str, ensure_ascii=False))
+
+
+def stdout() -> Console:
+    """Where results are printed."""
+    from rich.console import Console
+
+    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=PIPE_WIDTH if wide else None, highlight=False)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Sequence[str] = ()) -> Table:
+    """A table with a ruled header; columns named in `numbers` are right-aligned.
+
+    Cells are shown as they are: text in brackets is not taken for markup.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold"
+    )
+    for name in columns:
+        made.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    return made
+
+
+def facts(rows: Iterable[tuple[str, object]]) -> Table:
+    """Names and values, one pair a line."""
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table.grid(padding=(0, 2))
+    made.add_column(style="dim", no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, value in rows:
+        made.add_row(name, value if isinstance(value, Text) else Text(str(value)))
+    return made

@@ -1,0 +1,307 @@
+"""`slide2vec doctor`: what this machine has, what is missing and how to get it.
+
+Optional packages are looked up in the metadata of installed ones, not imported: importing some takes
+seconds or GPU memory, and a broken one must not break this.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from slide2vec import __version__
+from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
+
+__all__ = ["doctor"]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """An optional package: what it is for, under which names it is distributed, and its extra."""
+
+    name: str
+    purpose: str
+    distributions: tuple[str, ...]
+    extra: str
+
+
+_PARTS = (
+    _Part("cuCIM", "fast slide reading", ("cucim-cu13", "cucim-cu12", "cucim"), "cucim"),
+    _Part("libvips", "reads more TIFF files", ("pyvips",), "vips"),
+    _Part("ASAP", "another reader", ("wholeslidedata",), "asap"),
+    _Part("CuPy", "pixels on the GPU", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "cuda"),
+    _Part("DALI", "preparing tiles on the GPU", ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "cuda"),
+    _Part(
+        "TensorRT", "compiled encoders, NVIDIA", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt"
+    ),
+    _Part("PyCUDA", "TensorRT's memory", ("pycuda",), "tensorrt"),
+    _Part("OpenVINO", "compiled encoders, CPU", ("openvino",), "openvino"),
+    _Part("ONNX", "exporting encoders", ("onnx",), "openvino"),
+    _Part("ONNX Script", "exporting encoders", ("onnxscript",), "openvino"),
+    _Part("Transformers", "some presets", ("transformers",), "models"),
+    _Part("Ray", "many machines", ("ray",), "ray"),
+)
+
+
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """Check the installation: what is there, what is missing."""
+    found = {
+        "versions": _versions(),
+        "machine": _machine(),
+        "gpus": _gpus(),
+        "backends": _backends(),
+        "parts": _parts(),
+        "huggingface": _huggingface(),
+        "weights": _weights(),
+    }
+    if as_json:
+        print_json(found)
+    else:
+        _print(found)
+
+
+# finding out ----------------------------------------------------------------------------------
+
+
+def _version(distributions: Iterable[str]) -> str | None:
+    for name in distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _versions() -> dict[str, str]:
+    found = {
+        "slide2vec": __version__,
+        "Python": f"{platform.python_version()} ({sys.executable})",
+        "system": platform.platform(terse=True),
+    }
+    names = ("torch", "timm", "numpy", "openslide-python", "opencv-python-headless", "huggingface-hub")
+    return found | {name: _version([name]) or "missing: pip install slide2vec" for name in names}
+
+
+def _machine() -> dict[str, Any]:
+    from slide2vec.config import job_cpus
+
+    flags = _cpu_flags()
+    return {
+        "cpus_for_this_job": job_cpus(),
+        "cpus": os.cpu_count(),
+        "cpu": _cpu_name(),
+        "memory_gb": _memory_gb(),
+        "cpu_bf16": None if flags is None else bool({"avx512_bf16", "amx_bf16", "bf16"} & flags),
+    }
+
+
+def _cpuinfo(*keys: str) -> str | None:
+    """The first value of one of the keys in /proc/cpuinfo; None elsewhere than on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    pairs = (line.partition(":") for line in lines)
+    return next((value.strip() for key, _, value in pairs if key.strip() in keys), None)
+
+
+def _cpu_name() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_flags() -> set[str] | None:
+    flags = _cpuinfo("flags", "Features")
+    return None if flags is None else set(flags.split())
+
+
+def _memory_gb() -> float | None:
+    """Memory of the machine, or of the container if that has less."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+    except (OSError, ValueError):
+        limit = total
+    return round(min(total, limit) / 1e9, 1)
+
+
+def _gpus() -> dict[str, Any]:
+    """What PyTorch sees; where it sees nothing, what the driver says."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return {"devices": [], "problem": f"torch cannot be imported: {error}", "driver": _nvidia_smi()}
+    devices = [
+        {
+            "device": f"cuda:{index}",
+            "name": properties.name,
+            "memory_gb": round(properties.total_memory / 1e9, 1),
+            "compute_capability": f"{properties.major}.{properties.minor}",
+        }
+        for index in range(torch.cuda.device_count())
+        for properties in [torch.cuda.get_device_properties(index)]
+    ]
+    if torch.backends.mps.is_available():
+        devices.append({"device": "mps", "name": "Apple GPU"})
+    driver = _nvidia_smi()
+    problem = None
+    if not devices and driver:
+        problem = f"there is a GPU, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it"
+    return {"devices": devices, "problem": problem, "driver": driver, "torch_cuda": torch.version.cuda}
+
+
+def _nvidia_smi() -> list[str]:
+    """One line per GPU that the NVIDIA driver knows, with its version."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [program, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        ran = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return ran.stdout.strip().splitlines()
+
+
+def _backends() -> dict[str, str | None]:
+    """Reader -> None where it can be used, else why not."""
+    from slide2vec.readers import backends
+
+    return backends()
+
+
+def _parts() -> list[dict[str, str | None]]:
+    return [
+        {
+            "name": part.name,
+            "purpose": part.purpose,
+            "version": _part_version(part),
+            "extra": part.extra,
+            "install": f'pip install "slide2vec[{part.extra}]"',
+        }
+        for part in _PARTS
+    ]
+
+
+def _part_version(part: _Part) -> str | None:
+    if part.name == "ASAP" and find_spec("multiresolutionimageinterface"):
+        return _version(part.distributions) or "without version"
+    return _version(part.distributions)
+
+
+def _huggingface() -> dict[str, Any]:
+    try:
+        import huggingface_hub
+        from huggingface_hub import constants
+    except ImportError as error:
+        return {"problem": f"huggingface-hub cannot be imported: {error}"}
+    return {
+        "token": huggingface_hub.get_token() is not None,
+        "cache": str(constants.HF_HUB_CACHE),
+        "offline": bool(constants.HF_HUB_OFFLINE),
+    }
+
+
+def _weights() -> dict[str, str | None]:
+    """Preset -> its weights file in the Hugging Face cache, None where it is not there."""
+    from slide2vec.recipes import list_models, load_recipe
+
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return {}
+    recipes = [load_recipe(name) for name in list_models()]
+    return {
+        recipe.name: _cached(try_to_load_from_cache, recipe.weights)
+        for recipe in recipes
+        if recipe.weights is not None
+    }
+
+
+def _cached(look_up: Callable[..., Any], source: Any) -> str | None:
+    for name in source.files:
+        path = look_up(source.repo, name, revision=source.revision)
+        if isinstance(path, str):
+            return path
+    return None
+
+
+# for people -----------------------------------------------------------------------------------
+
+
+def _print(found: dict[str, Any]) -> None:
+    console = stdout()
+
+    def section(title: str) -> None:
+        console.print(f"\n{title}", style="bold")
+
+    console.print("Software", style="bold")
+    console.print(facts(found["versions"].items()))
+    section("Machine")
+    console.print(facts(_machine_facts(found["machine"], found["gpus"])))
+    section("Slide readers, in the order of --backend auto")
+    console.print(facts((name, _mark(reason)) for name, reason in found["backends"].items()))
+    section("Optional parts")
+    rows = [(part["name"], part["purpose"], _state(part)) for part in found["parts"]]
+    console.print(table(("part", "for", "version"), rows))
+    extras = sorted({part["extra"] for part in found["parts"] if not part["version"]})
+    if extras:
+        command = f'pip install "slide2vec[{",".join(extras)}]"'
+        console.print(f"\nTo add them: {command}", markup=False, soft_wrap=True)
+    section("Hugging Face")
+    console.print(facts(_huggingface_facts(found["huggingface"], found["weights"])))
+
+
+def _mark(reason: str | None) -> object:
+    from rich.text import Text
+
+    return Text("ready", "green") if reason is None else Text(reason, "yellow")
+
+
+def _state(part: dict[str, str | None]) -> object:
+    from rich.text import Text
+
+    if part["version"]:
+        return Text(part["version"], "green")
+    return Text(f"missing, extra [{part['extra']}]", "yellow")
+
+
+def _machine_facts(machine: dict[str, Any], gpus: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    shared = "" if machine["cpus"] == machine["cpus_for_this_job"] else f" of {machine['cpus']}"
+    yield "CPU", f"{machine['cpu']}, {machine['cpus_for_this_job']}{shared} for this job"
+    bf16 = {True: "native", False: "emulated: use fp32", None: "unknown"}[machine["cpu_bf16"]]
+    yield "bf16 on CPU", bf16
+    memory = machine["memory_gb"]
+    yield "memory", "unknown" if memory is None else f"{memory:g} GB"
+    for device in gpus["devices"]:
+        size = f", {device['memory_gb']:g} GB" if "memory_gb" in device else ""
+        yield device["device"], f"{device['name']}{size}"
+    if gpus["problem"]:
+        yield "GPU", gpus["problem"]
+    elif not gpus["devices"]:
+        yield "GPU", "none"
+    for line in gpus["driver"]:
+        yield "NVIDIA driver", line
+
+
+def _huggingface_facts(hub: dict[str, Any], weights: dict[str, str | None]) -> Iterable[tuple[str, str]]:
+    if "problem" in hub:
+        yield "problem", hub["problem"]
+        return
+    yield "token", "found" if hub["token"] else "none: `hf auth login`, or set HF_TOKEN, for gated weights"
+    yield "cache", hub["cache"] + (" (offline: HF_HUB_OFFLINE is set)" if hub["offline"] else "")
+    there = [name for name, path in weights.items() if path]
+    absent = [name for name, path in weights.items() if not path]
+    yield "weights there", ", ".join(there) or "none"
+    yield "not there yet", ", ".join(absent) or "none"

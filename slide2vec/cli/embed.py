@@ -1,0 +1,100 @@
+"""`slide2vec embed`: slides in, embedding files out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from slide2vec.cli.console import Backend, Debug, Json, note, print_json
+
+__all__ = ["embed"]
+
+
+def embed(
+    slides: Annotated[
+        list[str],
+        typer.Argument(
+            help="Slides, directories of slides, glob patterns, or CSV manifests.", show_default=False
+        ),
+    ],
+    preset: Annotated[str, typer.Option("--preset", "-p", help="The encoder; see `slide2vec models`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the files.")],
+    recursive: Annotated[
+        bool, typer.Option("--recursive", "-r", help="Look into subdirectories of directories.")
+    ] = False,
+    weights: Annotated[
+        str | None, typer.Option(help='Weights file or directory, or "random"; by default from Hugging Face.')
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
+    output_variant: Annotated[
+        str | None, typer.Option(help="Which output of the encoder; by default the preset's.")
+    ] = None,
+    spacing: Annotated[float | None, typer.Option(help="µm/px of the tiles [the preset's].")] = None,
+    tile_size: Annotated[int | None, typer.Option(help="Side of the tiles in px [the preset's].")] = None,
+    overlap: Annotated[float, typer.Option(min=0, max=0.99, help="Of neighbouring tiles, 0 to 1.")] = 0.0,
+    tissue_threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Least tissue in a tile, 0 to 1.")
+    ] = 0.01,
+    spacing_at_level_0: Annotated[
+        float | None,
+        typer.Option("--spacing-at-level-0", help="µm/px of the slides, where the files are wrong."),
+    ] = None,
+    backend: Annotated[Backend, typer.Option(help="What reads the slides.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu; by default the best.")] = None,
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None,
+        typer.Option(help="By default the preset's on a GPU, fp32 on a CPU.", show_default=False),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Tiles per forward pass [by device].")] = None,
+    num_workers: Annotated[int | None, typer.Option(min=1, help="Reading threads [all CPUs].")] = None,
+    file_format: Annotated[Literal["pt", "npz"], typer.Option("--format", help="Of the embeddings.")] = "pt",
+    previews: Annotated[bool, typer.Option("--previews", help="Pictures of tissue and tiles.")] = False,
+    draw_map: Annotated[bool, typer.Option("--map", help="A picture of the embeddings (PCA).")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Embed slides and write their embeddings to files.
+
+    Each slide's files are written as soon as it is complete. A slide that fails does not stop the
+    others; the exit status is then 1.
+    """
+    from slide2vec.cli.inputs import find_slides
+    from slide2vec.config import ExecutionOptions, PreprocessingConfig, PreviewConfig
+    from slide2vec.recipes import load_recipe
+
+    load_recipe(preset).variant(output_variant)  # wrong names are found before anything slow
+    found = find_slides(slides, recursive=recursive, spacing_at_level_0=spacing_at_level_0)
+    preprocessing = PreprocessingConfig(
+        backend=backend,
+        requested_spacing_um=spacing,
+        requested_tile_size_px=tile_size,
+        overlap=overlap,
+        preview=PreviewConfig(save_mask_preview=previews, save_tiling_preview=previews),
+        tissue_threshold=tissue_threshold,
+    )
+    execution = ExecutionOptions(
+        output_dir=output, output_format=file_format, batch_size=batch_size, num_workers=num_workers
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    note(f"loading {preset} …")
+    from slide2vec.cli.report import print_report
+    from slide2vec.cli.writing import embed_and_write
+    from slide2vec.model import Model
+
+    model = Model.from_preset(
+        preset,
+        weights=weights,
+        seed=seed,
+        device=device,
+        output_variant=output_variant,
+        precision=precision,
+    )
+    report = embed_and_write(model, found, preprocessing, execution, draw_map=draw_map)
+    if as_json:
+        print_json({"encoder": model.identity(), "output_dir": output, **report.as_json()})
+    else:
+        print_report(report, model, output)
+    if report.failed:
+        raise typer.Exit(1)

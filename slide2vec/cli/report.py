@@ -1,0 +1,88 @@
+"""The report at the end of a run, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slide2vec.cli.console import facts, stdout, table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from slide2vec.cli.writing import Made, Report
+    from slide2vec.model import Model
+    from slide2vec.progress import RunSummary
+
+__all__ = ["print_report"]
+
+#: Longer runs list their first slides only.
+MOST_ROWS = 50
+NO_TILES = "0 tiles: no tissue, or too little; --previews draws what was taken for tissue."
+
+
+def print_report(report: Report, model: Model, output_dir: Path) -> None:
+    """Print what was made and where, what failed, how fast it was and what held it back."""
+    from rich.text import Text
+
+    console = stdout()
+    if report.made:
+        console.print(_made_table(report.made))
+        if len(report.made) > MOST_ROWS:
+            console.print(Text(f"… and {len(report.made) - MOST_ROWS:,} more", "dim"))
+        if not all(item.num_tiles for item in report.made):
+            console.print(Text(NO_TILES, "dim"))
+        console.print()
+        console.print(facts(_places(report.made, model, output_dir)))
+    if report.failed:
+        console.print()
+        console.print(Text(f"{_count(len(report.failed), 'slide')} failed", "bold red"))
+        rows = [(slide.sample_id, _cause(slide.sample_id, error)) for slide, error in report.failed]
+        console.print(table(("slide", "error"), rows))
+    if report.summary is not None:
+        console.print()
+        console.print(Text(str(report.summary).replace("; ", "\n"), "bold"))
+        if report.summary.tiles:
+            console.print(Text(_stations(report.summary), "dim"))
+
+
+def _made_table(made: Sequence[Made]) -> Table:
+    rows = [(item.sample_id, f"{item.num_tiles:,}", item.backend or "") for item in made[:MOST_ROWS]]
+    return table(("slide", "tiles", "read with"), rows, numbers=("tiles",))
+
+
+def _places(made: Sequence[Made], model: Model, output_dir: Path) -> Iterator[tuple[str, str]]:
+    """Where the files are, one line per kind: the file of a single slide, the folder of several."""
+    yield "encoder", f"{model.name} ({model.variant}), {model.precision} on {model.device}"
+    yield "written to", f"{output_dir}/"
+    files: dict[str, list[Path | None]] = {
+        "embeddings": [item.embeddings_path for item in made],
+        "coordinates": [item.coordinates_meta_path for item in made],
+        "tissue": [item.mask_preview_path for item in made],
+        "tiles": [item.tiling_preview_path for item in made],
+        "PCA map": [item.map_path for item in made],
+    }
+    shape = {"embeddings": f", {'' if len(made) == 1 else 'each '}(tiles, {model.feature_dim})"}
+    for what, paths in files.items():
+        found = [_below(path, output_dir) for path in paths if path is not None]
+        if found:
+            place = str(found[0]) if len(made) == 1 else f"{found[0].parent}/"
+            yield what, place + shape.get(what, "")
+
+
+def _below(path: Path, folder: Path) -> Path:
+    return path.relative_to(folder) if path.is_relative_to(folder) else path
+
+
+def _cause(sample_id: str, error: Exception) -> str:
+    return str(error).removeprefix(f"slide {sample_id}: ") or type(error).__name__
+
+
+def _stations(summary: RunSummary) -> str:
+    shares = (f"{station.name} {station.utilisation(summary.seconds):.0%}" for station in summary.stations)
+    return f"busy: {', '.join(shares)}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,96 @@
+"""The command as a whole: start-up, errors, exit statuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from slide2vec import __version__, config
+from slide2vec.cli.console import Backend
+
+HEAVY = ("torch", "numpy", "pandas", "cv2", "huggingface_hub", "timm", "openslide", "cucim", "tifffile")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["embed", "--help"], ["--version"]])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        f"import sys, atexit; sys.argv = ['slide2vec', *{arguments!r}]\n"
+        f"atexit.register(lambda: print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr))\n"
+        "from slide2vec.cli import main; main()"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() and ran.stderr.strip() == "[]"
+
+
+def test_listing_models_does_not_load_torch() -> None:
+    code = (
+        "import sys, atexit; sys.argv = ['slide2vec', 'models']\n"
+        "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
+        "from slide2vec.cli import main; main()"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "virchow2" in ran.stdout and ran.stderr.strip() == "False"
+
+
+def test_backends_are_those_of_the_configuration() -> None:
+    assert set(get_args(Backend)) == set(get_args(config.Backend))
+
+
+def test_python_dash_m() -> None:
+    command = [sys.executable, "-m", "slide2vec", "--version"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == f"slide2vec {__version__}"
+
+
+def test_help_names_every_command(run) -> None:
+    text = run("--help").stdout
+    assert all(f" {name} " in text for name in ("embed", "info", "models", "doctor", "demo"))
+
+
+def test_errors_are_one_line_without_traceback(run) -> None:
+    result = run("models", "virchow-2")
+    assert result.exit_code == 1 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and "virchow-2" in line and "virchow2" in line
+
+
+def test_debug_shows_the_traceback() -> None:
+    command = [sys.executable, "-m", "slide2vec", "models", "virchow-2", "--debug"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert "Traceback" in ran.stderr and "PresetError" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["embed"],
+        ["embed", "slide.svs", "--preset", "scattering"],
+        ["embed", "slide.svs", "--preset", "scattering", "-o", "out", "--format", "csv"],
+        ["embed", "slide.svs", "--preset", "scattering", "-o", "out", "--batch-size", "0"],
+        ["models", "--level", "cell"],
+        ["embedd"],
+    ],
+)
+def test_wrong_usage_exits_2(run, arguments: list[str]) -> None:
+    assert run(*arguments).exit_code == 2
+
+
+def test_interrupt_exits_130(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(level: str | None = None) -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slide2vec.recipes.list_models", interrupted)
+    result = run("models")
+    assert result.exit_code == 130 and "interrupted" in result.stderr
+
+
+def test_files_that_cannot_be_written_are_an_error_line(run, tmp_path: Path, small_slide: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    result = run("embed", small_slide, "--preset", "scattering", "-o", tmp_path / "taken")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("error: ") and "taken" in result.stderr

@@ -1,0 +1,100 @@
+"""`slide2vec doctor`, on this machine and on ones that lack everything."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from slide2vec.cli import doctor as doctor_module  # the command; its module is in sys.modules
+from slide2vec.recipes import load_recipe
+
+MODULE = sys.modules["slide2vec.cli.doctor"]
+EXTRAS = {"asap", "cucim", "cuda", "models", "openvino", "ray", "tensorrt", "vips"}
+
+
+def test_json(run) -> None:
+    result = run("doctor", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["versions"]["torch"] == metadata.version("torch")
+    assert found["machine"]["cpus_for_this_job"] >= 1 and found["machine"]["memory_gb"] > 0
+    assert found["backends"]["openslide"] is None
+    assert set(found["weights"]) >= {"virchow2", "prost40m"} and "scattering" not in found["weights"]
+
+
+def test_text_fits(run) -> None:
+    text = run("doctor").stdout
+    assert "Optional parts" in text and "Hugging Face" in text and "TensorRT" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_extras_exist() -> None:
+    """The advice must work: every extra named is one that this package has."""
+    assert {part.extra for part in MODULE._PARTS} == EXTRAS
+    assert set(metadata.metadata("slide2vec").get_all("Provides-Extra") or ()) >= EXTRAS
+
+
+def test_nothing_installed(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    assert "missing, extra [tensorrt]" in result.stdout
+    assert 'pip install "slide2vec[asap,cucim,cuda,models,openvino,ray,tensorrt,vips]"' in result.stdout
+    assert "torch cannot be imported" in result.stdout
+    assert "huggingface-hub cannot be imported" in result.stdout
+
+
+def test_gpu_that_torch_cannot_use(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import torch
+
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'NVIDIA H200, 143771 MiB, 580.95'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    found = json.loads(run("doctor", "--json").stdout)
+    assert found["gpus"]["driver"] == ["NVIDIA H200, 143771 MiB, 580.95"]
+    assert "cannot use it" in found["gpus"]["problem"]
+
+
+def test_gpus_are_listed(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    card = SimpleNamespace(name="NVIDIA H200", total_memory=150e9, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    assert run("doctor").stdout.count("NVIDIA H200, 150 GB") == 2
+
+
+def test_cached_weights_are_found(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = load_recipe("prost40m").weights
+    assert source is not None
+    path = (
+        tmp_path
+        / f"models--{source.repo.replace('/', '--')}"
+        / "snapshots"
+        / source.revision
+        / source.files[0]
+    )
+    path.parent.mkdir(parents=True)
+    path.touch()
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    found = json.loads(run("doctor", "--json").stdout)
+    assert found["weights"]["prost40m"] == str(path) and found["weights"]["virchow2"] is None
+
+
+def test_doctor_is_the_command() -> None:
+    assert doctor_module is MODULE.doctor

@@ -1,0 +1,76 @@
+"""What arguments of `embed` stand for."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from slide2vec.cli.inputs import find_slides
+from slide2vec.errors import ManifestError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("b.svs", "a.tiff", "notes.txt", ".hidden.svs", "C.NDPI", "deep/d.mrxs", "deep/d/Slide1.dat"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return tmp_path
+
+
+def names(*given: str | Path, recursive: bool = False) -> list[str]:
+    return [
+        slide.image_path.name for slide in find_slides([str(item) for item in given], recursive=recursive)
+    ]
+
+
+def test_directory_gives_its_slides_by_name(folder: Path) -> None:
+    assert names(folder) == ["C.NDPI", "a.tiff", "b.svs"]
+    assert names(folder, recursive=True) == ["C.NDPI", "a.tiff", "b.svs", "d.mrxs"]
+
+
+def test_patterns(folder: Path) -> None:
+    assert names(folder / "*.svs") == ["b.svs"]
+    assert names(folder / "**" / "*.mrxs") == ["d.mrxs"]
+    with pytest.raises(ManifestError, match=r"no file matches .*\*\.scn"):
+        names(folder / "*.scn")
+
+
+def test_a_file_whose_name_looks_like_a_pattern(folder: Path) -> None:
+    (folder / "x[1].svs").touch()
+    assert names(folder / "x[1].svs") == ["x[1].svs"]
+
+
+def test_each_slide_once_in_the_order_given(folder: Path) -> None:
+    assert names(folder / "b.svs", folder, folder / "*.tiff") == ["b.svs", "C.NDPI", "a.tiff"]
+
+
+def test_manifest(folder: Path) -> None:
+    (folder / "slides.csv").write_text(f"sample_id,image_path,spacing_at_level_0\n007,{folder}/b.svs,0.25\n")
+    (slide,) = find_slides([str(folder / "slides.csv")])
+    assert (slide.sample_id, slide.spacing_at_level_0) == ("007", 0.25)
+
+
+def test_spacing_is_given_to_all(folder: Path) -> None:
+    assert {slide.spacing_at_level_0 for slide in find_slides([str(folder)], spacing_at_level_0=0.5)} == {0.5}
+
+
+def test_directory_without_slides(folder: Path) -> None:
+    with pytest.raises(ManifestError, match=r"holds no slides.*--recursive.*\.svs"):
+        names(folder / "deep" / "d")
+
+
+def test_missing_files_are_left_to_the_run(folder: Path) -> None:
+    assert names(folder / "missing.svs") == ["missing.svs"]
+
+
+def test_a_dicom_slide_of_several_files_is_one_slide(
+    real_slide: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for name in ("level-0.dcm", "level-1.dcm"):
+        shutil.copy(real_slide("sm_image.dcm"), tmp_path / name)
+    shutil.copy(real_slide("camelyon-jpeg.dcm"), tmp_path / "other.dcm")
+    assert names(tmp_path) == ["level-0.dcm", "other.dcm"]
