@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.errors import ConfigError
+from slide2vec.files import atomic_path
 
 __all__ = ["pca_map", "principal_components", "write_picture"]
 
@@ -132,14 +132,8 @@ def write_picture(path: str | os.PathLike[str], image: Pixels) -> Path:
         raise ConfigError(f"{path}: a picture's suffix must be .png, .jpg or .jpeg, not {path.suffix!r}")
     options = [] if suffix == ".png" else [cv2.IMWRITE_JPEG_QUALITY, _QUALITY]
     encoded = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)[1]
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(encoded.tobytes())
-        Path(partial).chmod(0o644)
-        Path(partial).replace(path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(encoded.tobytes())
     return path
 
 

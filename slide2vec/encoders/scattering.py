@@ -55,6 +55,7 @@ class ScatteringEncoder(nn.Module):
     filters: Tensor
     halving: Tensor
     unmixing: Tensor
+    by_angle: Tensor
 
     def __init__(self, scales: int = 5, orientations: int = 6) -> None:
         super().__init__()
@@ -64,18 +65,18 @@ class ScatteringEncoder(nn.Module):
                 "orientations 4, 6 or 8"
             )
         self.scales, self.orientations = scales, orientations
-        # angles between two wavelets that differ after mirroring: 0 to a quarter turn
-        self.angles = orientations // 2 + 1
+        angles = _averages_by_angle(orientations)
         pairs = scales * (scales - 1) // 2
-        per_stain = 2 + _FIRST_STATISTICS * scales + 2 * self.angles * pairs
+        per_stain = 2 + _FIRST_STATISTICS * scales + 2 * angles.shape[1] * pairs
         self.feature_dim = _STAINS * per_stain + 1
         bank = morlet_bank(orientations)
         filters = np.concatenate([bank.real, bank.imag])[:, None]
         self.register_buffer("filters", torch.tensor(filters, dtype=torch.float32), persistent=False)
         halving = np.outer(_HALVING, _HALVING)[None, None]
         self.register_buffer("halving", torch.tensor(halving, dtype=torch.float32), persistent=False)
-        unmixing = torch.tensor(stain_unmixing()[:, :_STAINS], dtype=torch.float32)
-        self.register_buffer("unmixing", unmixing, persistent=False)
+        unmixing = stain_unmixing()[:, :_STAINS].T[:, :, None, None]  # a 1 x 1 convolution
+        self.register_buffer("unmixing", torch.tensor(unmixing, dtype=torch.float32), persistent=False)
+        self.register_buffer("by_angle", torch.tensor(angles, dtype=torch.float32), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) float RGB in [0, 1] -> (B, feature_dim) float32."""
@@ -99,7 +100,7 @@ class ScatteringEncoder(nn.Module):
         """(B, 3, H, W) RGB -> (B, 2, H, W) concentrations of haematoxylin and eosin, not negative."""
         light = (pixels.float().clamp(0.0, 1.0) * 255.0 + 1.0) / 256.0
         density = -torch.log(light)
-        stains = torch.einsum("bchw,cs->bshw", density, self.unmixing.float())
+        stains = F.conv2d(density, self.unmixing.float())
         return stains.clamp_min(0.0).to(self.filters.dtype)
 
     def _halved(self, maps: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ class ScatteringEncoder(nn.Module):
         centred = values - mean[..., None]
         deviation = centred.square().mean(dim=2).sqrt()
         common = (centred[:, 0] * centred[:, 1]).mean(dim=1, keepdim=True)
-        correlation = common / (deviation.prod(dim=1, keepdim=True) + _FLOOR**2)
+        correlation = common / (deviation[:, :1] * deviation[:, 1:] + _FLOOR**2)
         return torch.cat([_log(mean), _log(deviation), correlation], dim=1)
 
     def _first_order(self, moduli: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,22 +150,11 @@ class ScatteringEncoder(nn.Module):
         count, orientations, height, width = moduli.shape
         second = self._moduli(moduli.reshape(count * orientations, 1, height, width)).float()
         second = second.reshape(count, orientations, orientations, height // _STRIDE, width // _STRIDE)
-        mean = self._by_angle(second.mean(dim=(3, 4)))
-        power = self._by_angle(second.square().mean(dim=(3, 4)))
+        mean = second.mean(dim=(3, 4)).flatten(1) @ self.by_angle.float()
+        power = second.square().mean(dim=(3, 4)).flatten(1) @ self.by_angle.float()
         first = energy.mean(dim=1, keepdim=True)
         deviation = (power - mean.square()).clamp_min(0.0).sqrt()
         return torch.cat([_log(mean / (first + _FLOOR)), _log(deviation / (mean + _FLOOR))], dim=1)
-
-    def _by_angle(self, values: Tensor) -> Tensor:
-        """(N, L, L) by first and second orientation -> (N, A) averages over equal angles between them."""
-        half = self.orientations
-        turned = [values.diagonal(offset=d, dim1=1, dim2=2).sum(dim=1) for d in range(1 - half, half)]
-        sums = []
-        for angle in range(self.angles):
-            equal = {d for d in range(1 - half, half) if min(d % half, -d % half) == angle}
-            count = half if angle in (0, half // 2) else 2 * half
-            sums.append(torch.stack([turned[d + half - 1] for d in sorted(equal)]).sum(dim=0) / count)
-        return torch.stack(sums, dim=1)
 
 
 def morlet_bank(orientations: int) -> NDArray[np.complex128]:
@@ -187,6 +177,18 @@ def stain_unmixing() -> NDArray[np.float64]:
     haematoxylin, eosin = (np.array(v) / np.linalg.norm(v) for v in STAIN_VECTORS)
     residual = np.cross(haematoxylin, eosin)
     return np.linalg.inv(np.stack([haematoxylin, eosin, residual / np.linalg.norm(residual)]))
+
+
+def _averages_by_angle(orientations: int) -> NDArray[np.float64]:
+    """(L * L, A): averages pairs of orientations over equal angles between them, 0 to a quarter turn.
+
+    A mirror turns an angle round, so that both directions count as one.
+    """
+    first, second = np.divmod(np.arange(orientations**2), orientations)
+    turn = (second - first) % orientations
+    angle = np.minimum(turn, orientations - turn)
+    member = (angle[:, None] == np.arange(orientations // 2 + 1)).astype(np.float64)
+    return np.asarray(member / member.sum(axis=0))
 
 
 def _log(values: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.errors import ConfigError
+from slide2vec.files import atomic_path
 from slide2vec.geometry import is_plausible_spacing
 from slide2vec.synthetic.painting import GLASS_RGB, Painter
 from slide2vec.synthetic.svs import SvsWriter, encode_jpeg
@@ -66,16 +67,14 @@ def write_synthetic_slide(
     size = (size_px, size_px) if isinstance(size_px, int) else size_px
     _check(size, tile_px, quality, spacing_um, levels)
     path = Path(path)
-    partial = path.with_name(path.name + ".part")
     dimensions = _level_dimensions(size, levels)
     painter = Painter(size, seed, spacing_um)
     description = _description(size, tile_px, quality, spacing_um)
-    try:
-        with SvsWriter(partial, dimensions, tile_px, description, bigtiff=bigtiff) as svs:
-            _write(svs, painter, dimensions, tile_px, quality, threads or os.cpu_count() or 1)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        atomic_path(path) as temporary,
+        SvsWriter(temporary, dimensions, tile_px, description, bigtiff=bigtiff) as svs,
+    ):
+        _write(svs, painter, dimensions, tile_px, quality, threads or os.cpu_count() or 1)
     return path
 
 
