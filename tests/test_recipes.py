@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from slide2vec.encoders import build_encoder
 from slide2vec.encoders.timm import TimmEncoder
 from slide2vec.errors import PresetError
 from slide2vec.recipes import list_models, load_recipe, read_recipe
@@ -73,3 +74,9 @@ def test_broken_recipe_names_file_and_key(tmp_path: Path, change: tuple[str, str
     path.write_text(source.read_text().replace(*change))
     with pytest.raises(PresetError, match=message):
         read_recipe(path)
+
+
+def test_scattering_gives_the_dimension_that_its_recipe_says() -> None:
+    recipe = load_recipe("scattering")
+    encoder = build_encoder(recipe, recipe.variant(None)[1])
+    assert encoder(torch.rand(1, 3, 224, 224)).shape == (1, recipe.variant(None)[1].dim)
