@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["Model"]
 
 logger = logging.getLogger(__name__)
-
-Weights = "str | os.PathLike[str] | None"
 
 
 class Model:
@@ -198,7 +196,7 @@ class Model:
         slides: Iterable[SlideLike],
         preprocessing: PreprocessingConfig | None = None,
         execution: ExecutionOptions | None = None,
-    ) -> Iterator[SlideOutcome]:
+    ) -> Generator[SlideOutcome, None, None]:
         """Embed slides one after the other and yield each the moment it is complete or has failed.
 
         Nothing is kept: use it for cohorts that do not fit in memory. Closing the iterator stops

@@ -13,7 +13,6 @@ from slide2vec.readers.cucim import tame_cufile
 tame_cufile()  # some tests import cuCIM themselves
 
 
-
 def slides_folder() -> Path:
     given = os.environ.get("SLIDE2VEC_TEST_SLIDES")
     return Path(given) if given else Path(__file__).resolve().parents[2] / "shared" / "slides"

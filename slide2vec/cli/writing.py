@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from slide2vec.artifacts import write_tile_embeddings
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
@@ -134,9 +134,7 @@ def embed_and_write(
     with (
         activate_progress_reporter(recorder),
         # closed at once when a file cannot be written: its threads would keep the process alive
-        closing(
-            cast("Generator[SlideOutcome]", model.iter_slides(slides, preprocessing, execution))
-        ) as outcomes,
+        closing(model.iter_slides(slides, preprocessing, execution)) as outcomes,
     ):
         for outcome in outcomes:
             if outcome.error is not None:

@@ -98,8 +98,8 @@ def _from_hub(preset: str, source: WeightsSource) -> Path:
         return path
     raise WeightsError(
         f"the weights of preset {preset} could not be fetched from https://huggingface.co/{source.repo} "
-        f"(revision {source.revision}): {_first_line(problem)}. Without network access, put them in the hub's "
-        'cache or pass weights="/path/to/the/file"; weights="random" tries the pipeline without them'
+        f"(revision {source.revision}): {_first_line(problem)}. Without network access, put them in the "
+        'hub cache or pass weights="/path/to/the/file"; weights="random" tries the pipeline without them'
     ) from problem
 
 

@@ -12,9 +12,6 @@ from slide2vec.progress import StationTime
 
 __all__ = ["Meters", "find_bottleneck"]
 
-#: The encoder is the bottleneck unless it waits for more than this share of a run.
-STARVED = 0.15
-
 
 class Meters:
     """Busy and waiting seconds per station, summed over threads."""
@@ -55,15 +52,14 @@ class Meters:
 
 
 def find_bottleneck(stations: tuple[StationTime, ...], seconds: float) -> str:
-    """The station that held the run back.
-
-    The encoder, unless it was starved; then the planner, if the readers in turn waited for slides
-    most of the time, else whichever of read and prepare (they share threads) was busier.
-    """
+    """The station whose workers were busiest. Read and prepare share threads: the larger of the two
+    answers for both."""
     by_name = {station.name: station for station in stations}
-    if seconds <= 0 or by_name["encode"].waiting_s <= STARVED * seconds:
-        return "encode"
     read, prepare = by_name["read"], by_name["prepare"]
-    if read.waiting_s > 0.5 * read.workers * seconds and by_name["plan"].busy_s > read.busy_s:
-        return "plan"
-    return max((read, prepare), key=lambda station: station.busy_s).name
+    feeding = max((read, prepare), key=lambda station: station.busy_s).name
+    busy = {
+        "encode": by_name["encode"].utilisation(seconds),
+        feeding: read.utilisation(seconds) + prepare.utilisation(seconds),
+        "plan": by_name["plan"].utilisation(seconds),
+    }
+    return max(busy, key=lambda name: busy[name])

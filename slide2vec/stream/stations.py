@@ -162,7 +162,9 @@ class Stream:
         self._stopping = False
         self._tiles = 0
 
-    def run(self, slides: Iterable[Slide], plan: Callable[[Slide], SlidePlan]) -> Iterator[SlideOutcome]:
+    def run(
+        self, slides: Iterable[Slide], plan: Callable[[Slide], SlidePlan]
+    ) -> Generator[SlideOutcome, None, None]:
         """Embed slides; yields each as soon as it is complete or has failed.
 
         `plan` is called in worker threads. Memory does not grow with the number of slides.

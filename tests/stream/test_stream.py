@@ -15,9 +15,17 @@ import torch
 
 from slide2vec.errors import SlideReadError, SpacingError
 from slide2vec.geometry import tile_geometry
-from slide2vec.progress import RunFinished, SlideFailed, SlideFinished, SlidePlanned, TilesEncoded
+from slide2vec.progress import (
+    RunFinished,
+    SlideFailed,
+    SlideFinished,
+    SlidePlanned,
+    StationTime,
+    TilesEncoded,
+)
 from slide2vec.slides import Slide
 from slide2vec.stream import SlideOutcome, SlidePlan, Stream
+from slide2vec.stream.meters import find_bottleneck
 from slide2vec.tiling.supertiles import plan_supertiles
 
 SIDE = 8
@@ -247,3 +255,23 @@ def test_half_precision_embeddings() -> None:
     outcomes = by_number(stream(Engine(), dtype=torch.float16).run([slide(4)], plan_of({4: (3, 3)})))
     embedded = outcomes[4].embedded
     assert embedded is not None and embedded.tile_embeddings.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("plan", "read", "prepare", "encode", "expected"),
+    [
+        (0.2, 0.1, 0.0, 0.5, "encode"),  # a short run, mostly start-up
+        (0.1, 1.2, 0.6, 0.3, "read"),  # two threads, 0.9 busy together
+        (0.1, 0.5, 1.1, 0.3, "prepare"),
+        (1.9, 0.2, 0.2, 0.3, "plan"),
+    ],
+)
+def test_bottleneck(plan: float, read: float, prepare: float, encode: float, expected: str) -> None:
+    """Busy seconds in a run of one second with two planners and two readers."""
+    stations = tuple(
+        StationTime(name, workers, busy, 0.0)
+        for name, workers, busy in (
+            ("plan", 2, plan), ("read", 2, read), ("prepare", 2, prepare), ("encode", 1, encode), ("collect", 1, 0.0),
+        )
+    )  # fmt: skip
+    assert find_bottleneck(stations, 1.0) == expected
