@@ -36,7 +36,7 @@ lint: $(STAMP)  ## ruff (lint and format) and mypy --strict
 bench: $(STAMP)  ## CPU benchmarks, side by side; results under benchmarks/results/
 	@$(BIN)/python -m benchmarks.cpu $(ARGS)
 
-gpu-check: $(STAMP)  ## the tests that need an NVIDIA GPU
+gpu-check: $(STAMP)  ## the tests that need an NVIDIA GPU (skipped, visibly, without one)
 	@$(BIN)/python -m pytest -q -m gpu $(ARGS)
 
 clean:  ## remove the environment and what the demo wrote

@@ -185,8 +185,8 @@ class ExecutionOptions(_Config):
             64 at most.
         num_gpus: devices to use; None = all.
         precision: None = the preset's (fp32 on a CPU).
-        prefetch_factor: how far stations work ahead: batches in flight.
-        persistent_workers: keep reading threads between calls.
+        prefetch_factor: batches that may be ready before the encoder needs them, at least.
+        persistent_workers: has no effect: readers are threads, started within a millisecond per call.
         save_tile_embeddings, save_slide_embeddings, save_latents: extra artifacts of slide-level
             and patient-level models.
         output_dtype: of the embeddings; None = fp16 for fp16 runs, else fp32.

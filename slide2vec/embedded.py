@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["EmbeddedSlide"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class EmbeddedSlide:
     """The embeddings of one slide.
 

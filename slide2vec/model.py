@@ -206,6 +206,8 @@ class Model:
         execution = execution or ExecutionOptions()
         config = self.resolve_preprocessing(preprocessing)
         todo = as_slides(slides)
+        if (execution.num_gpus or 1) > 1:
+            logger.warning("num_gpus=%d: this version uses one device (%s)", execution.num_gpus, self.device)
         precision = self._call_precision(execution)
         with live_progress():
             reporter = active_reporter()
@@ -224,12 +226,18 @@ class Model:
             ConfigError: it asks for something that in-memory embedding does not do.
         """
         config = config or PreprocessingConfig()
-        if config.region_tile_multiple is not None or config.requested_region_size_px is not None:
-            raise ConfigError(
-                "hierarchical extraction (region_tile_multiple, requested_region_size_px) is not there yet"
-            )
-        if config.read_tiles_from is not None or not config.on_the_fly:
-            raise ConfigError("tile archives (read_tiles_from, on_the_fly=False) are not there yet")
+        for field, asked in (
+            ("region_tile_multiple", config.region_tile_multiple is not None),
+            ("requested_region_size_px", config.requested_region_size_px is not None),
+            ("read_tiles_from", config.read_tiles_from is not None),
+            ("on_the_fly=False", not config.on_the_fly),
+            ("gpu_decode=True", config.gpu_decode is True),
+            ("resume=True", config.resume),
+        ):
+            if asked:
+                raise ConfigError(
+                    f"PreprocessingConfig.{field} is not supported by this version; leave it out"
+                )
         spacing = config.requested_spacing_um or self.recipe.default_spacing_um
         trained = self.recipe.spacing_um
         if trained and not any(abs(spacing - known) <= 0.05 * known for known in trained):

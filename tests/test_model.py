@@ -7,6 +7,7 @@ torchvision transform on a PIL image, the encoder in fp32, one tile at a time.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -19,6 +20,7 @@ from torchvision import transforms
 from slide2vec import EmbedSlidesError, ExecutionOptions, Model, PreprocessingConfig
 from slide2vec.errors import ConfigError, ModelLevelError, PresetError, SlideError
 from slide2vec.progress import RunFinished, activate_progress_reporter
+from slide2vec.tiling import write_coordinates
 
 #: What the mission allows between an embedding and its reference.
 MIN_COSINE = 0.9999
@@ -212,8 +214,6 @@ def test_clear_errors(slides_dir: Path, scattering: Model) -> None:
         Model.from_preset("virchow-2")
     with pytest.raises(ConfigError, match="precision"):
         Model.from_preset("scattering", precision="fp8")
-    with pytest.raises(ConfigError, match="fp16"):
-        Model.from_preset("scattering", device="cpu", precision="fp16")
     with pytest.raises(ConfigError, match="device"):
         Model.from_preset("scattering", device="gpu0")
     with pytest.raises(ModelLevelError, match="patient-level"):
@@ -229,11 +229,97 @@ def test_random_weights_are_announced(caplog: pytest.LogCaptureFixture) -> None:
     assert "mean nothing" in caplog.text
 
 
-def test_bf16_stays_close(slides_dir: Path, vit: Model) -> None:
-    """bf16 keeps 8 bits of mantissa: the field's measured cosine for a ViT-S is above 0.9995."""
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.float32), ("fp16", torch.float16)])
+def test_half_precision_stays_close(
+    slides_dir: Path, vit: Model, precision: Literal["bf16", "fp16"], dtype: torch.dtype
+) -> None:
+    """bf16 keeps 8 bits of mantissa: the measured cosine of a ViT-S is above 0.9995. fp16 keeps 11,
+    and its embeddings are fp16 unless asked otherwise."""
     path = slides_dir / "CMU-1-Small-Region.svs"
     config = PreprocessingConfig(requested_spacing_um=2.0)
     exact = vit.embed_slide(path, config).tile_embeddings
-    reduced = vit.embed_slide(path, config, ExecutionOptions(precision="bf16")).tile_embeddings
-    assert not torch.equal(exact, reduced)
-    assert cosines(exact, reduced).min() > 0.9995
+    reduced = vit.embed_slide(path, config, ExecutionOptions(precision=precision)).tile_embeddings
+    assert reduced.dtype == dtype
+    assert not torch.equal(exact, reduced.float())
+    assert cosines(exact, reduced.float()).min() > 0.9995
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"region_tile_multiple": 6},
+        {"requested_region_size_px": 1344},
+        {"read_tiles_from": "tiles"},
+        {"on_the_fly": False},
+        {"gpu_decode": True},
+        {"resume": True},
+    ],
+)
+def test_what_is_not_supported_is_refused(scattering: Model, values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        scattering.resolve_preprocessing(PreprocessingConfig(**values))
+
+
+def test_coordinates_of_a_previous_run_are_reused(
+    slides_dir: Path, tmp_path: Path, scattering: Model
+) -> None:
+    path = slides_dir / "CMU-1-Small-Region.svs"
+    config = PreprocessingConfig(requested_spacing_um=2.0, tissue_threshold=0.6)
+    (outcome,) = scattering.iter_slides([path], config)
+    assert outcome.tiling is not None and outcome.embedded is not None
+    write_coordinates(tmp_path, outcome.tiling)
+    again = scattering.embed_slide(
+        path, PreprocessingConfig(requested_spacing_um=2.0, read_coordinates_from=tmp_path)
+    )
+    assert np.array_equal(again.x, outcome.embedded.x)
+    assert torch.equal(again.tile_embeddings, outcome.embedded.tile_embeddings)
+    with pytest.raises(SlideError, match="spacing"):
+        scattering.embed_slide(
+            path, PreprocessingConfig(requested_spacing_um=1.0, read_coordinates_from=tmp_path)
+        )
+
+
+#: What becomes of every shared slide at 0.5 µm/px without further settings: the number of tiles is
+#: checked to be positive or zero, a refusal to say why and what to do.
+SHARED = {
+    "CMU-1-Small-Region.svs": "tiles",
+    "aperio-jpeg-pyramid.svs": "tiles",
+    "generic-jpeg-bigtiff-pyramid.tiff": "tiles",
+    "generic-pyramid.ome.tiff": "tiles",
+    "aperio-nompp-appmag40.svs": "tiles",
+    "CMU-1-Small-Region.webp.tiff": r"spacing_at_level_0",
+    "generic-lzw-pyramid.tiff": r"upsampled",
+    "rationai-CMU-1-small.tiff": r"upsampled",
+    "XYC-half-mpp.tiff": "any",
+    "XYC-jpeg.ome.tiff": "any",
+    "XYC.png": r"XYC",
+    "fluorescence-dapi.ndpi": "any",
+    "camelyon-jpeg.dcm": r"spacing_at_level_0",
+    "sm_image.dcm": "any",
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_every_shared_slide_is_embedded_or_refused(slides_dir: Path, scattering: Model, name: str) -> None:
+    expected = SHARED[name]
+    if expected in ("tiles", "any"):
+        embedded = scattering.embed_slide(slides_dir / name)
+        assert embedded.num_tiles == len(embedded.tile_embeddings)
+        assert embedded.num_tiles > 0 or expected == "any"
+        assert torch.isfinite(embedded.tile_embeddings).all()
+    else:
+        with pytest.raises(SlideError, match=expected) as caught:
+            scattering.embed_slide(slides_dir / name)
+        assert Path(name).stem in str(caught.value)
+
+
+def test_no_shared_slide_is_left_out(slides_dir: Path) -> None:
+    assert {path.name for path in slides_dir.iterdir()} - {"README.md"} == SHARED.keys()
+
+
+def test_wrong_spacings_are_mended_by_the_caller(slides_dir: Path, scattering: Model) -> None:
+    webp = scattering.embed_slide(slides_dir / "CMU-1-Small-Region.webp.tiff", spacing_at_level_0=0.499)
+    assert webp.num_tiles > 0
+    coarse = PreprocessingConfig(requested_spacing_um=28.97, requested_tile_size_px=64)
+    dicom = scattering.embed_slide(slides_dir / "camelyon-jpeg.dcm", coarse, spacing_at_level_0=28.97)
+    assert dicom.tile_size_lv0 == 64

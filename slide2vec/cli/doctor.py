@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ class _Part:
 _PARTS = (
     _Part("cuCIM", "fast slide reading", ("cucim-cu13", "cucim-cu12", "cucim"), "cucim"),
     _Part("libvips", "reads more TIFF files", ("pyvips",), "vips"),
-    _Part("ASAP", "another reader", ("wholeslidedata",), "asap"),
     _Part("CuPy", "pixels on the GPU", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "cuda"),
     _Part("DALI", "preparing tiles on the GPU", ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "cuda"),
     _Part(
@@ -186,18 +184,12 @@ def _parts() -> list[dict[str, str | None]]:
         {
             "name": part.name,
             "purpose": part.purpose,
-            "version": _part_version(part),
+            "version": _version(part.distributions),
             "extra": part.extra,
             "install": f'pip install "slide2vec[{part.extra}]"',
         }
         for part in _PARTS
     ]
-
-
-def _part_version(part: _Part) -> str | None:
-    if part.name == "ASAP" and find_spec("multiresolutionimageinterface"):
-        return _version(part.distributions) or "without version"
-    return _version(part.distributions)
 
 
 def _huggingface() -> dict[str, Any]:

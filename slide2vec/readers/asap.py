@@ -19,8 +19,8 @@ __all__ = ["AsapReader", "unavailable"]
 
 _MODULE = "multiresolutionimageinterface"
 _INSTALL = (
-    'install ASAP (https://github.com/computationalpathologygroup/ASAP/releases) and put its "bin" folder on '
-    'PYTHONPATH; pip install "slide2vec[asap]" adds the Python side'
+    "it is not on PyPI; install ASAP (https://github.com/computationalpathologygroup/ASAP/releases) and put its "
+    '"bin" folder on PYTHONPATH'
 )
 
 

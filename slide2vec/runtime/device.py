@@ -43,14 +43,16 @@ def resolve_precision(asked: str | None, preset: str, device: torch.device) -> s
     """The precision asked for; by default the preset's on CUDA and fp32 elsewhere.
 
     Raises:
-        ConfigError: not a precision, or fp16 on a CPU (slower than fp32 there, and less exact).
+        ConfigError: not a precision.
     """
     if asked is None:
         return preset if device.type == "cuda" else "fp32"
     if asked not in PRECISIONS:
         raise ConfigError(f"precision={asked!r} is not one of {', '.join(PRECISIONS)}")
     if asked == "fp16" and device.type == "cpu":
-        raise ConfigError("precision='fp16' is for accelerators; on a CPU use fp32, or bf16 where it has it")
+        logger.warning(
+            "fp16 is meant for accelerators and slow on a CPU; fp32 is exact there, bf16 may be faster"
+        )
     return asked
 
 

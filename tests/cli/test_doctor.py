@@ -14,7 +14,7 @@ from slide2vec.cli import doctor as doctor_module  # the command; its module is 
 from slide2vec.recipes import load_recipe
 
 MODULE = sys.modules["slide2vec.cli.doctor"]
-EXTRAS = {"asap", "cucim", "cuda", "models", "openvino", "ray", "tensorrt", "vips"}
+EXTRAS = {"cucim", "cuda", "models", "openvino", "ray", "tensorrt", "vips"}
 
 
 def test_json(run) -> None:
@@ -50,7 +50,7 @@ def test_nothing_installed(run, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("doctor")
     assert result.exit_code == 0, result.output
     assert "missing, extra [tensorrt]" in result.stdout
-    assert 'pip install "slide2vec[asap,cucim,cuda,models,openvino,ray,tensorrt,vips]"' in result.stdout
+    assert 'pip install "slide2vec[cucim,cuda,models,openvino,ray,tensorrt,vips]"' in result.stdout
     assert "torch cannot be imported" in result.stdout
     assert "huggingface-hub cannot be imported" in result.stdout
 

@@ -24,12 +24,13 @@ def image(height: int, width: int, seed: int = 0) -> np.ndarray:
     return cv2.GaussianBlur(noise, (0, 0), 1.5)
 
 
-@pytest.mark.parametrize("read", [448, 224, 301])
-def test_cut_equals_area_averaging_of_each_tile(read: int) -> None:
-    pixels = image(1500, 1400)
-    offsets = [(0, 0), (333, 77), (1400 - read, 1500 - read)]
+@pytest.mark.parametrize("read", [448, 224, 301, 672, 896])
+@pytest.mark.parametrize("offsets", [[(0, 0), (336, 672), (456, 84)], [(0, 0), (333, 77), (451, 600)]])
+def test_cut_equals_area_averaging_of_each_tile(read: int, offsets: list[tuple[int, int]]) -> None:
+    """Offsets that are multiples of every ratio, so that blocks are reduced as a whole; and others."""
+    pixels = image(1568, 1356)
     targets = np.zeros((3, 224, 224, 3), np.uint8)
-    cut_tiles(pixels, offsets, read, targets)
+    cut_tiles(pixels, np.array(offsets), read, list(targets))
     for (x, y), target in zip(offsets, targets, strict=True):
         tile = np.ascontiguousarray(pixels[y : y + read, x : x + read])
         assert np.array_equal(target, cv2.resize(tile, (224, 224), interpolation=cv2.INTER_AREA))

@@ -268,10 +268,7 @@ def test_half_precision_embeddings() -> None:
 )
 def test_bottleneck(plan: float, read: float, prepare: float, encode: float, expected: str) -> None:
     """Busy seconds in a run of one second with two planners and two readers."""
-    stations = tuple(
-        StationTime(name, workers, busy, 0.0)
-        for name, workers, busy in (
-            ("plan", 2, plan), ("read", 2, read), ("prepare", 2, prepare), ("encode", 1, encode), ("collect", 1, 0.0),
-        )
-    )  # fmt: skip
+    busy = {"plan": plan, "read": read, "prepare": prepare, "encode": encode, "collect": 0.0}
+    workers = {"plan": 2, "read": 2, "prepare": 2, "encode": 1, "collect": 1}
+    stations = tuple(StationTime(name, workers[name], seconds, 0.0) for name, seconds in busy.items())
     assert find_bottleneck(stations, 1.0) == expected
