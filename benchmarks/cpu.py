@@ -202,11 +202,13 @@ def main() -> None:
         "slide_px": args.size,
         "parts": {},
     }
+    stem = RESULTS / f"cpu-{found['date']}"
+    if stem.with_suffix(".json").exists():  # parts measured earlier the same day stay
+        found["parts"] = json.loads(stem.with_suffix(".json").read_text())["parts"]
     for name in args.parts:
         print(f"{name}:", flush=True)
         found["parts"][name] = PARTS[name](args)
     RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / f"cpu-{found['date']}"
     stem.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
     stem.with_suffix(".md").write_text(report(found))
     print(report(found))

@@ -19,8 +19,8 @@ __all__ = ["AsapReader", "unavailable"]
 
 _MODULE = "multiresolutionimageinterface"
 _INSTALL = (
-    "it is not on PyPI; install ASAP (https://github.com/computationalpathologygroup/ASAP/releases) and put its "
-    '"bin" folder on PYTHONPATH'
+    "it is not on PyPI; install ASAP (https://github.com/computationalpathologygroup/ASAP/releases) "
+    'and put its "bin" folder on PYTHONPATH'
 )
 
 
