@@ -69,7 +69,7 @@ def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("supertiles", [True, False])
-@pytest.mark.parametrize("backend", ["cucim", "openslide"])
+@pytest.mark.parametrize("backend", ["cucim", "openslide", "vips"])
 @pytest.mark.parametrize(("spacing", "tile"), [(0.5, 448), (1.1, 224)])
 def test_embeddings_equal_the_reference(
     slides_dir: Path, vit: Model, backend: str, supertiles: bool, spacing: float, tile: int
