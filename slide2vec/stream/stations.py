@@ -233,8 +233,9 @@ class Stream:
     def _dispatch(self, job: _Job, planned: Future[SlidePlan]) -> None:
         """Give every supertile of a slide its slots, as room allows."""
         error = planned.exception()
-        if isinstance(error, Exception):
-            self._inbox.put(_Failed(job, error))
+        if error is not None:
+            wrapped = error if isinstance(error, Exception) else RuntimeError(repr(error))
+            self._inbox.put(_Failed(job, wrapped))
             return
         job.plan = planned.result()
         job.missing = len(job.plan.tiling.x)
