@@ -3,9 +3,10 @@
 Run in an environment with hs2p 6.1.0, openslide-python and tifffile (not slide2vec's own: hs2p pins
 other versions), from the root of the repository:
 
-    python tools/hs2p_reference.py SLIDES [--output tests/fixtures/hs2p/reference.npz]
+    python tools/hs2p_reference.py SLIDES GENERATED [--output tests/fixtures/hs2p/reference.npz]
 
-SLIDES is the folder of test slides. The tests import `pattern`, `pyramid` and `mask_raster` from here,
+SLIDES is the folder of test slides, GENERATED a slide that slide2vec's own environment made with
+`python tools/synthetic_slide.py GENERATED --size 6000 --seed 7`. The tests import `pattern`, `pyramid` and `mask_raster` from here,
 so that both sides see the same pixels without a slide file.
 """
 
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 Pixels = NDArray[np.uint8]
 
 PATTERN = "pattern"
+GENERATED, GENERATED_PX, GENERATED_SEED = "generated", 6000, 7
 PATTERN_SPACING_UM = 0.25
 PATTERN_SIZE = (5003, 4001)
 
@@ -160,6 +162,7 @@ def cases() -> list[dict[str, Any]]:
         "rationai-CMU-1-small.tiff",
         "camelyon-jpeg.dcm",
         "fluorescence-dapi.ndpi",
+        GENERATED,
     ):
         found += _slide_cases(slide)
     return found
@@ -239,6 +242,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("slides", type=Path)
+    parser.add_argument("generated", type=Path)
     parser.add_argument("--output", type=Path, default=Path("tests/fixtures/hs2p/reference.npz"))
     arguments = parser.parse_args()
     levels = pyramid(pattern())
@@ -246,12 +250,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         slide = Path(folder) / "pattern.tiff"
         write_pattern(slide, levels)
+        paths = {PATTERN: slide, GENERATED: arguments.generated}
         for case in cases():
             mask = None
             if case["mask"]:
                 mask = Path(folder) / f"{case['mask']}.png"
                 Image.fromarray(mask_raster(case["mask"])).save(mask)
-            path = slide if case["slide"] == PATTERN else arguments.slides / case["slide"]
+            path = paths.get(case["slide"], arguments.slides / case["slide"])
             result = _reference(case, path, mask)
             metadata = _build_tiling_metadata(result)
             for section in ("provenance", "artifact"):
@@ -261,7 +266,12 @@ def main() -> None:
             x.append(result.x.astype(np.int32))
             y.append(result.y.astype(np.int32))
             fractions.append(result.tissue_fractions)
-    text = json.dumps({"checksums": [zlib.crc32(level) for level in levels], "cases": found})
+    record = {
+        "checksums": [zlib.crc32(level) for level in levels],
+        "generated_checksum": zlib.crc32(arguments.generated.read_bytes()),
+        "cases": found,
+    }
+    text = json.dumps(record)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(
         arguments.output,
