@@ -6,8 +6,8 @@ other versions), from the root of the repository:
     python tools/hs2p_reference.py SLIDES GENERATED [--output tests/fixtures/hs2p/reference.npz]
 
 SLIDES is the folder of test slides, GENERATED a slide that slide2vec's own environment made with
-`python tools/synthetic_slide.py GENERATED --size 6000 --seed 7`. The tests import `pattern`, `pyramid` and `mask_raster` from here,
-so that both sides see the same pixels without a slide file.
+`python tools/synthetic_slide.py GENERATED --size 6000 --seed 7`. The tests import `pattern`, `pyramid`
+and `mask_raster` from here, so that both sides see the same pixels without a slide file.
 """
 
 from __future__ import annotations
