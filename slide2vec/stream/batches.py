@@ -15,6 +15,9 @@ __all__ = ["Batch", "Batches", "Piece", "Stopped"]
 
 Owner = TypeVar("Owner")
 
+#: How often a thread that waits for room looks whether anybody is still there.
+LOOK_UP_S = 0.5
+
 
 class Stopped(Exception):
     """The stream is being closed; threads leave."""
@@ -67,6 +70,8 @@ class Batches(Generic[Owner]):
         tile_size_px: S.
         ahead: full batches that may wait to be encoded before `reserve` blocks.
         ready: called with each full batch.
+        abandoned: whether nobody will come for the batches any more: a script that dies while it
+            holds the iterator leaves the stream suspended, and its threads must end all the same.
         pinned: allocate page-locked memory, for asynchronous copies to a GPU.
     """
 
@@ -77,11 +82,13 @@ class Batches(Generic[Owner]):
         *,
         ahead: int,
         ready: Callable[[Batch[Owner]], None],
+        abandoned: Callable[[], bool] = lambda: False,
         pinned: bool = False,
     ) -> None:
         self._shape = (size, tile_size_px, tile_size_px, 3)
         self._ahead = ahead
         self._ready = ready
+        self._abandoned = abandoned
         self._pinned = pinned
         self._free: list[torch.Tensor] = []
         self._open: Batch[Owner] | None = None
@@ -96,10 +103,12 @@ class Batches(Generic[Owner]):
         any further reservation: so waiting for them always ends.
 
         Raises:
-            Stopped: the stream was closed meanwhile.
+            Stopped: the stream was closed or abandoned meanwhile.
         """
         with self._room:
-            self._room.wait_for(lambda: self._stopped or self._unreleased < self._ahead)
+            while not self._room.wait_for(lambda: self._stopped or self._unreleased < self._ahead, LOOK_UP_S):
+                if self._abandoned():
+                    raise Stopped
             if self._stopped:
                 raise Stopped
             return self._take(owner, tiles)

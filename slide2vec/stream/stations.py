@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,8 +157,10 @@ class Stream:
             tile_size_px,
             ahead=max(ahead, 2 * readers * TILES_PER_READ // batch_size),
             ready=self._inbox.put,
+            abandoned=lambda: not self._consumer.is_alive(),
             pinned=engine.device.type == "cuda",
         )
+        self._consumer = threading.current_thread()
         self._meters = Meters()
         self._stopping = False
         self._tiles = 0
@@ -170,10 +173,7 @@ class Stream:
         `plan` is called in worker threads. Memory does not grow with the number of slides.
         """
         started = time.perf_counter()
-        threads = [threading.Thread(target=self._read_all, name=f"read-{i}") for i in range(self._readers)]
-        threads.append(threading.Thread(target=self._dispatch_all, args=(slides, plan), name="dispatch"))
-        for thread in threads:
-            thread.start()
+        threads = self._start(slides, plan)
         embedded = failed = 0
         try:
             for outcome in self._encode_all():
@@ -185,6 +185,17 @@ class Stream:
             for thread in threads:
                 thread.join()
         self._reporter.emit(RunFinished(self._summary(embedded, failed, time.perf_counter() - started)))
+
+    def _start(self, slides: Iterable[Slide], plan: Callable[[Slide], SlidePlan]) -> list[threading.Thread]:
+        """The readers and the dispatcher, running."""
+        work: list[tuple[str, Callable[..., None], tuple[Any, ...]]] = [
+            (f"read-{number}", self._read_all, ()) for number in range(self._readers)
+        ]
+        work.append(("dispatch", self._dispatch_all, (slides, plan)))
+        threads = [threading.Thread(name=n, target=f, args=args) for n, f, args in work]
+        for thread in threads:
+            thread.start()
+        return threads
 
     # plan -------------------------------------------------------------------------------------
 
@@ -200,7 +211,8 @@ class Stream:
                     self._dispatch(job, planned)
             self._batches.finish()
         except Stopped:
-            pass
+            if not self._stopping:
+                self._inbox.put(_Broken(RuntimeError("the thread that iterated over the outcomes has ended")))
         except Exception as error:
             self._inbox.put(_Broken(error))
         finally:
@@ -285,6 +297,7 @@ class Stream:
     def _encode_all(self) -> Iterator[SlideOutcome]:
         settled, expected = 0, None
         while settled != expected:
+            self._consumer = threading.current_thread()
             with self._meters.waiting("encode"):
                 item = self._inbox.get()
             outcomes: Iterable[SlideOutcome] = ()

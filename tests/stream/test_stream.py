@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -272,3 +274,21 @@ def test_bottleneck(plan: float, read: float, prepare: float, encode: float, exp
     workers = {"plan": 2, "read": 2, "prepare": 2, "encode": 1, "collect": 1}
     stations = tuple(StationTime(name, workers[name], seconds, 0.0) for name, seconds in busy.items())
     assert find_bottleneck(stations, 1.0) == expected
+
+
+def test_script_that_dies_over_an_open_iterator_ends(tmp_path: Path) -> None:
+    """The stream is then suspended with its dispatcher waiting for room; the process must end."""
+    script = f"""
+from slide2vec import Model, PreprocessingConfig
+from slide2vec.synthetic import write_synthetic_slide
+
+path = write_synthetic_slide({str(tmp_path / "slide.svs")!r}, size_px=4096, seed=1)
+model = Model.from_preset("scattering", device="cpu")
+slides = [{{"sample_id": str(number), "image_path": path}} for number in range(30)]
+outcomes = model.iter_slides(slides, PreprocessingConfig(requested_tile_size_px=112))
+assert next(outcomes).embedded.num_tiles > 100
+raise RuntimeError("the user's own")
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert ended.stderr.endswith("the user's own\n")
+    assert ended.returncode == 1
