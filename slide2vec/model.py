@@ -171,15 +171,22 @@ class Model:
                 results of the good ones; or "skip" the failed ones (they are logged).
 
         Raises:
-            EmbedSlidesError: some slides failed.
+            EmbedSlidesError: some slides failed, or the run itself broke off after some were finished.
             ManifestError: a slide is not well given, or two have one sample_id.
         """
         if on_error not in ("raise", "skip"):
             raise ConfigError(f'on_error={on_error!r} is not "raise" or "skip"')
         asked = as_slides(slides)
-        outcomes = {
-            outcome.slide.sample_id: outcome for outcome in self.iter_slides(asked, preprocessing, execution)
-        }
+        outcomes: dict[str, SlideOutcome] = {}
+        try:
+            for outcome in self.iter_slides(asked, preprocessing, execution):
+                outcomes[outcome.slide.sample_id] = outcome
+        except Exception as broken:  # of the run (the device, say), not of a slide: keep what is finished
+            if not outcomes:
+                raise
+            on_error = "raise"
+            for slide in asked:
+                outcomes.setdefault(slide.sample_id, SlideOutcome(slide, error=broken))
         results = [outcomes[slide.sample_id].embedded for slide in asked]
         failed = {name: o.error for name, o in outcomes.items() if o.error is not None}
         if failed and on_error == "raise":

@@ -20,6 +20,7 @@ from torchvision import transforms
 from slide2vec import EmbedSlidesError, ExecutionOptions, Model, PreprocessingConfig
 from slide2vec.errors import ConfigError, ModelLevelError, PresetError, SlideError
 from slide2vec.progress import RunFinished, activate_progress_reporter
+from slide2vec.runtime.torch_engine import TorchEngine
 from slide2vec.tiling import write_coordinates
 
 #: What the mission allows between an embedding and its reference.
@@ -146,6 +147,30 @@ def test_bad_slides_do_not_stop_the_others(slides_dir: Path, tmp_path: Path, sca
     assert torch.equal(skipped.tile_embeddings, error.results[1].tile_embeddings)
     with pytest.raises(SlideError, match="missing"):
         scattering.embed_slide(tmp_path / "missing.svs")
+
+
+def test_what_is_finished_survives_a_failing_encoder(
+    slides_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model.from_preset("scattering", device="cpu")
+    run, calls = TorchEngine.run, []
+
+    def failing(engine: TorchEngine, pixels: torch.Tensor) -> torch.Tensor:
+        calls.append(len(pixels))
+        if sum(calls) > 30:
+            raise RuntimeError("the device is gone")
+        return run(engine, pixels)
+
+    monkeypatch.setattr(TorchEngine, "run", failing)
+    path = slides_dir / "CMU-1-Small-Region.svs"
+    slides = [{"sample_id": name, "image_path": path} for name in "abcdef"]
+    config, execution = PreprocessingConfig(requested_spacing_um=2.0), ExecutionOptions(batch_size=5)
+    with pytest.raises(EmbedSlidesError) as caught:
+        model.embed_slides(slides, config, execution, on_error="skip")
+    assert [result is not None for result in caught.value.results] == [True] * 3 + [False] * 3
+    assert str(caught.value.failed["f"]) == "the device is gone"
+    with pytest.raises(RuntimeError, match="gone"):  # nothing finished: the error as it is
+        model.embed_slides(slides, config, execution)
 
 
 def test_slide_without_tissue_is_there(tmp_path: Path, slides_dir: Path, scattering: Model) -> None:

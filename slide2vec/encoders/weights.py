@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,6 @@ def load_weights(build: Callable[[], nn.Module], recipe: Recipe, weights: Weight
     with torch.device("meta"):
         encoder = build()
     module: nn.Module = getattr(encoder, "trunk", encoder)
-    state = _prepared(state, module)
     _load_strictly(module, state, recipe, path)
     return encoder
 
@@ -105,14 +104,21 @@ def _from_hub(preset: str, source: WeightsSource) -> Path:
 
 def _no_access(preset: str, source: WeightsSource, error: Exception) -> WeightsError:
     page = f"https://huggingface.co/{source.repo}"
-    if not source.gated and "404" in str(error):
+    if not source.gated and not _is_gate(error):
         return WeightsError(
-            f"the weights of preset {preset} are not at {page} (any more): {_first_line(error)}"
+            f"the weights of preset {preset} are not at {page} (any more), or the token in "
+            f"use is not valid: {_first_line(error)}"
         )
     return GatedWeightsError(
         f"the weights of preset {preset} are gated: request access at {page}, then log in with "
         f"`hf auth login` (or set HF_TOKEN) and try again ({_first_line(error)})"
     )
+
+
+def _is_gate(error: Exception) -> bool:
+    from huggingface_hub.errors import GatedRepoError
+
+    return isinstance(error, GatedRepoError)
 
 
 def _first_line(error: Exception | None) -> str:
@@ -140,17 +146,6 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise WeightsError(f"weights file {path} is not a mapping of names to tensors")
     return dict(content)
-
-
-def _prepared(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """The state as the module wants it: position embeddings resampled where timm does so."""
-    resample = getattr(module, "pos_embed", None)
-    given = state.get("pos_embed")
-    if resample is None or given is None or given.shape == resample.shape:
-        return state
-    from timm.models.vision_transformer import checkpoint_filter_fn
-
-    return dict(checkpoint_filter_fn(state, cast(Any, module)))
 
 
 def _load_strictly(module: nn.Module, state: dict[str, Tensor], recipe: Recipe, path: Path) -> None:

@@ -57,17 +57,13 @@ def resolve_precision(asked: str | None, preset: str, device: torch.device) -> s
 
 
 def batch_size_for(gflops: float, device: torch.device) -> int:
-    """Tiles per forward pass that keep a device busy without taking much memory.
+    """Tiles per forward pass when none are asked for; `gflops` is the encoder's work per tile.
 
-    On a CPU speed is flat beyond about 200 GFLOP a batch (a ViT-S at 16 to 32 tiles), while memory
-    and the wait for the first result grow; a GPU wants enough tiles to fill it, fewer of a large
-    encoder. Always a power of two.
+    8 on a CPU, where activations then stay in its caches (benchmarks.batch_size: best, or within a few
+    per cent of it, for a ViT-S and for wavelet scattering). On an accelerator as many as make
+    20,000 to 40,000 GFLOP, a power of two up to 256: an estimate, not measured yet.
     """
-    work, largest = (200.0, 32) if device.type == "cpu" else (40_000.0, 256)
-    size = max(1.0, work / max(gflops, 0.1))
-    return int(min(largest, 2 ** round_down_log2(size)))
-
-
-def round_down_log2(value: float) -> int:
-    """The largest n with 2**n <= value, for value >= 1."""
-    return int(value).bit_length() - 1
+    if device.type == "cpu":
+        return 8
+    wanted = int(40_000 / max(gflops, 0.1))
+    return min(256, 1 << max(0, wanted.bit_length() - 1))

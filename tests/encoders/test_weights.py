@@ -58,11 +58,18 @@ def test_wrapped_half_precision_pickle(
 
 def test_keys_must_match(tmp_path: Path, recipe: Recipe, state: dict[str, torch.Tensor]) -> None:
     wrong = {**state, "head.weight": torch.zeros(3), "cls_token": torch.zeros(1, 1, 7)}
+    wrong["pos_embed"] = torch.zeros(1, 197, 384)  # of another patch size: never resampled by itself
     del wrong["norm.bias"]
     save_file(wrong, tmp_path / "w.safetensors")
     with pytest.raises(WeightsError) as error:
         loaded(recipe, tmp_path / "w.safetensors")
-    for part in ("prost40m", "missing: norm.bias", "unexpected: head.weight", "cls_token (1, 1, 7)"):
+    for part in (
+        "prost40m",
+        "missing: norm.bias",
+        "unexpected: head.weight",
+        "cls_token (1, 1, 7)",
+        "pos_embed (1, 197, 384)",
+    ):
         assert part in str(error.value)
 
 
@@ -137,6 +144,14 @@ def test_gated_repository(monkeypatch: pytest.MonkeyPatch, kind: type[hub.HfHubH
         find_weights(load_recipe("virchow2"), None)
     for part in ("virchow2", "https://huggingface.co/paige-ai/Virchow2", "hf auth login", "HF_TOKEN"):
         assert part in str(error.value)
+
+
+def test_open_repository_that_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub answers 401 for what does not exist and for a bad token: that is no gate."""
+    hub_that(monkeypatch, hub.RepositoryNotFoundError("401 Client Error", response=RESPONSE))
+    with pytest.raises(WeightsError, match=r"lunit.*token in use is not valid") as error:
+        find_weights(load_recipe("lunit"), None)
+    assert not isinstance(error.value, GatedWeightsError)
 
 
 def test_offline_without_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
