@@ -19,6 +19,7 @@ __all__ = [
     "Backend",
     "ExecutionOptions",
     "FilterConfig",
+    "OutputFormat",
     "Precision",
     "PreprocessingConfig",
     "PreviewConfig",
@@ -28,6 +29,7 @@ __all__ = [
 
 Backend = Literal["auto", "cucim", "openslide", "vips", "asap"]
 Precision = Literal["fp16", "bf16", "fp32"]
+OutputFormat = Literal["pt", "npz", "safetensors", "h5"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 GrayLevel = Annotated[int, Field(ge=0, le=255)]
@@ -129,11 +131,15 @@ class PreprocessingConfig(_Config):
         tissue_threshold: smallest tissue fraction of a tile that is kept.
         read_coordinates_from: directory of HS2P coordinate files to use instead of tiling.
         read_tiles_from: directory of tile archives to use instead of reading slides.
-        on_the_fly: read tiles from the slides while embedding.
+        on_the_fly: read tiles from the slides while embedding; False writes them to archives under
+            the output directory first and embeds those.
+        save_tiles: also write the tiles to archives under the output directory.
+        on_bad_tile: "fail" the slide when pixels of a tile cannot be decoded, or "skip" the tile:
+            it is left out of coordinates and embeddings, and recorded.
         gpu_decode: "auto", or force decoding on the GPU on or off.
         use_supertiles: read blocks of neighbouring tiles at once (same pixels, faster).
         num_cucim_workers: threads that cuCIM itself uses per batched read.
-        resume: reuse the tiling of a previous run.
+        resume: keep what a previous run into the same output directory finished with these settings.
         segmentation, filtering, preview: mappings merged over the defaults of their classes.
     """
 
@@ -148,6 +154,8 @@ class PreprocessingConfig(_Config):
     read_coordinates_from: Path | None = None
     read_tiles_from: Path | None = None
     on_the_fly: bool = True
+    save_tiles: bool = False
+    on_bad_tile: Literal["fail", "skip"] = "fail"
     gpu_decode: bool | Literal["auto"] = "auto"
     use_supertiles: bool = True
     num_cucim_workers: Positive = 4
@@ -193,7 +201,7 @@ class ExecutionOptions(_Config):
     """
 
     output_dir: Path | None = None
-    output_format: Literal["pt", "npz"] = "pt"
+    output_format: OutputFormat = "pt"
     batch_size: Positive | None = None
     num_workers: Positive | None = None
     num_preprocessing_workers: Positive | None = None

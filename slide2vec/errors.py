@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 __all__ = [
+    "ArtifactError",
     "BackendError",
     "ConfigError",
     "EmbedSlidesError",
@@ -15,6 +16,8 @@ __all__ = [
     "ManifestError",
     "MaskError",
     "ModelLevelError",
+    "OutputError",
+    "OutputLockedError",
     "PresetError",
     "Slide2VecError",
     "SlideError",
@@ -85,6 +88,18 @@ class MaskError(SlideError, ValueError):
 
 class TilingError(SlideError, ValueError):
     """A coordinate file cannot be read or does not belong to the slide and settings at hand."""
+
+
+class ArtifactError(Slide2VecError, ValueError):
+    """An embedding file, its sidecar or a process list cannot be read or is incomplete."""
+
+
+class OutputError(Slide2VecError, OSError):
+    """A file of a run cannot be written (a full disk, say); what is complete stays."""
+
+
+class OutputLockedError(Slide2VecError, RuntimeError):
+    """Another run writes into the same output directory."""
 
 
 class EmbedSlidesError(ExceptionGroup[Exception], Slide2VecError):

@@ -23,6 +23,7 @@ ROOMS = {
     "embedded": 2,
     "pictures": 2,
     "synthetic": 2,
+    "settings": 3,
     "readers": 3,
     "encoders": 3,
     "runtime": 3,
@@ -32,10 +33,11 @@ ROOMS = {
     "artifacts": 5,
     "stream": 6,
     "aggregate": 6,
+    "cohort": 7,
     "scale": 7,
     "model": 8,
-    "pipeline": 8,
-    "cli": 9,
+    "pipeline": 9,
+    "cli": 10,
 }
 #: Files at the top that may import from anywhere.
 ENTRANCES = {"__init__", "__main__"}
