@@ -86,7 +86,7 @@ def coordinates(slide: Path) -> Path:
 
     folder = Path(tempfile.mkdtemp(prefix="coordinates-"))
     plan = plan_slide(Slide(sample_id=slide.stem, image_path=slide), configs())
-    plan.reader.close()
+    plan.source.close()
     write_coordinates(folder, plan.tiling)
     return next(folder.rglob("*.coordinates.npz")).parent
 

@@ -67,7 +67,7 @@ def feed(slide: Path, repeat: int) -> dict[str, float]:
         return sum(o.embedded.num_tiles for o in stream.run(slides, lambda s: plan_slide(s, config)))  # type: ignore[union-attr]
 
     config = configs()
-    plan_slide(Slide(sample_id="warm-up", image_path=slide), config).reader.close()  # imports, page cache
+    plan_slide(Slide(sample_id="warm-up", image_path=slide), config).source.close()  # imports, page cache
     start = time.perf_counter()
     tiles = once(repeat)
     return {"tiles": tiles, "seconds": time.perf_counter() - start}
@@ -83,7 +83,7 @@ def decode(slide: Path, repeat: int) -> dict[str, float]:
     from slide2vec.stream import plan_slide
 
     plan = plan_slide(Slide(sample_id="s", image_path=slide), configs())
-    plan.reader.close()
+    plan.source.close()
     side = plan.tiling.geometry.tile_size_lv0
     with tifffile.TiffFile(slide) as file:
         page: Any = file.pages[0]
@@ -145,7 +145,7 @@ def bare(slide: Path, repeat: int) -> dict[str, float]:
     torch.set_num_threads(THREADS)
     encoder = Model.from_preset(PRESET, weights="random", device="cpu").encoder
     plan = plan_slide(Slide(sample_id="s", image_path=slide), configs())
-    plan.reader.close()
+    plan.source.close()
     tiles = len(plan.tiling.x) * repeat
     pixels = torch.randn(32, 3, TILE_PX, TILE_PX)
     start = time.perf_counter()

@@ -11,10 +11,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from slide2vec.artifacts import (
+        HierarchicalEmbeddingArtifact,
+        PatientEmbeddingArtifact,
+        SlideEmbeddingArtifact,
+        TileEmbeddingArtifact,
+    )
+    from slide2vec.cohort import RunResult
     from slide2vec.config import ExecutionOptions, PreprocessingConfig
     from slide2vec.embedded import EmbeddedSlide
     from slide2vec.errors import EmbedSlidesError, Slide2VecError
     from slide2vec.model import Model
+    from slide2vec.pipeline import Pipeline
     from slide2vec.recipes import list_models
     from slide2vec.slides import Slide
     from slide2vec.stream import SlideOutcome
@@ -23,11 +31,17 @@ __all__ = [
     "EmbedSlidesError",
     "EmbeddedSlide",
     "ExecutionOptions",
+    "HierarchicalEmbeddingArtifact",
     "Model",
+    "PatientEmbeddingArtifact",
+    "Pipeline",
     "PreprocessingConfig",
+    "RunResult",
     "Slide",
     "Slide2VecError",
+    "SlideEmbeddingArtifact",
     "SlideOutcome",
+    "TileEmbeddingArtifact",
     "__version__",
     "list_models",
 ]
@@ -39,11 +53,17 @@ _HOMES = {
     "EmbedSlidesError": "errors",
     "EmbeddedSlide": "embedded",
     "ExecutionOptions": "config",
+    "HierarchicalEmbeddingArtifact": "artifacts",
     "Model": "model",
+    "PatientEmbeddingArtifact": "artifacts",
+    "Pipeline": "pipeline",
     "PreprocessingConfig": "config",
+    "RunResult": "cohort",
     "Slide": "slides",
     "Slide2VecError": "errors",
+    "SlideEmbeddingArtifact": "artifacts",
     "SlideOutcome": "stream",
+    "TileEmbeddingArtifact": "artifacts",
     "list_models": "recipes",
 }
 

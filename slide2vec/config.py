@@ -214,6 +214,11 @@ class ExecutionOptions(_Config):
     save_latents: bool = False
     output_dtype: Literal["fp16", "fp32"] | None = None
 
+    def feature_dtype(self, precision: str) -> Literal["float16", "float32"]:
+        """Of the embeddings, for a run in `precision`."""
+        half = self.output_dtype == "fp16" or (self.output_dtype is None and precision == "fp16")
+        return "float16" if half else "float32"
+
     def reading_threads(self) -> int:
         """Threads that read and resize tiles: `num_workers`, else the job's CPUs."""
         return self.num_workers or job_cpus()

@@ -97,6 +97,12 @@ class ArtifactError(Slide2VecError, ValueError):
 class OutputError(Slide2VecError, OSError):
     """A file of a run cannot be written (a full disk, say); what is complete stays."""
 
+    @classmethod
+    def of(cls, path: object, cause: OSError) -> OutputError:
+        made = cls(f"{path} cannot be written: {cause.strerror or cause}")
+        made.errno = cause.errno
+        return made
+
 
 class OutputLockedError(Slide2VecError, RuntimeError):
     """Another run writes into the same output directory."""

@@ -2,24 +2,55 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_path"]
+from slide2vec.errors import OutputError
+
+__all__ = ["atomic_path", "remove_partial"]
+
+#: Of the folder that holds a file while it is written.
+_SUFFIX = ".partial"
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, with its suffix; renamed to it when the block ends, removed if
-    the block fails. Folders are made as needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.stem}."))
-    temporary = folder / path.name
+    """A temporary name with the suffix of `path`; renamed to it when the block ends, removed if the
+    block fails. Folders are made as needed. What is there after a power cut is whole, too.
+
+    Raises:
+        OutputError: for any OSError on the way: the file cannot be written.
+    """
     try:
-        yield temporary
-        temporary.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.stem[:64]}.", suffix=_SUFFIX))
+        temporary = folder / path.name
+        try:
+            yield temporary
+            _flush(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+            folder.rmdir()
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError.of(path, error) from error
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        temporary.unlink(missing_ok=True)
-        folder.rmdir()
+        os.close(descriptor)
+
+
+def remove_partial(directory: Path) -> None:
+    """Remove what killed processes left half-written in a directory (while nobody writes there)."""
+    for folder in directory.glob(f".*{_SUFFIX}"):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
+from slide2vec.aggregate import aggregate_artifact
+from slide2vec.artifacts import SlideEmbeddingArtifact, TileEmbeddingArtifact
+from slide2vec.cohort import embed_cohort
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.encoders import build_encoder
-from slide2vec.errors import ConfigError, EmbedSlidesError, ModelLevelError
+from slide2vec.encoders.weights import weights_digest
+from slide2vec.errors import ConfigError, EmbedSlidesError, ManifestError, ModelLevelError
 from slide2vec.prepare.torch_preparer import TorchPreparer
 from slide2vec.progress import RunStarted, active_reporter, live_progress
 from slide2vec.recipes import Recipe, Variant, load_recipe
 from slide2vec.runtime import batch_size_for, pick_device, resolve_precision
-from slide2vec.runtime.torch_engine import DTYPES, TorchEngine
+from slide2vec.runtime.torch_engine import TorchEngine
 from slide2vec.slides import Slide, SlideLike, as_slide, as_slides
 from slide2vec.stream import SlideOutcome, SlidePlan, Stream, plan_slide
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from slide2vec.cohort.run import OnPersisted
     from slide2vec.runtime import Engine
+    from slide2vec.tiling import Tiling
 
 __all__ = ["Model"]
 
@@ -50,9 +57,12 @@ class Model:
         device: torch.device,
         precision: str,
         weights: str,
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
         self.recipe, self.variant, self.device, self.precision = recipe, variant, device, precision
         self._encoder, self._weights = encoder, weights
+        #: What `from_preset` was given besides the name, resolved; kept with a run's settings.
+        self.origin: Mapping[str, Any] = origin or {}
 
     @classmethod
     def from_preset(
@@ -87,8 +97,20 @@ class Model:
         if weights == "random" and recipe.weights is not None:
             logger.warning("preset %s has random weights (seed %d): its embeddings mean nothing", name, seed)
         encoder = build_encoder(recipe, variant, weights, seed)
-        origin = _weights_identity(recipe, weights, seed)
-        return cls(recipe, variant_name, encoder, device=chosen, precision=resolved, weights=origin)
+        return cls(
+            recipe,
+            variant_name,
+            encoder,
+            device=chosen,
+            precision=resolved,
+            weights=_weights_identity(recipe, weights, seed),
+            origin={
+                "output_variant": variant_name,
+                "weights": None if weights is None else os.fspath(weights),
+                "seed": seed,
+                "device": str(chosen),
+            },
+        )
 
     @property
     def name(self) -> str:
@@ -120,12 +142,20 @@ class Model:
             "name": self.name,
             "level": self.level,
             "output_variant": self.variant,
-            "weights": self._weights,
+            "weights": self._weights_digest,
+            "weights_source": self._weights,
             "precision": precision or self.precision,
             "runtime": "torch",
             "input_size_px": self.recipe.transform.crop,
             "transform": self.recipe.transform.model_dump(mode="json"),
         }
+
+    @cached_property
+    def _weights_digest(self) -> str:
+        """What the weights are, wherever they came from."""
+        if self.recipe.weights is None or self._weights.startswith("random:"):
+            return self._weights
+        return weights_digest(self._encoder)
 
     def embed_slide(
         self,
@@ -209,37 +239,47 @@ class Model:
         Nothing is kept: use it for cohorts that do not fit in memory. Closing the iterator stops
         the run.
         """
-        self._require_tile_level()
         execution = execution or ExecutionOptions()
         config = self.resolve_preprocessing(preprocessing)
-        todo = as_slides(slides)
+
+        def plan(slide: Slide) -> SlidePlan:
+            return plan_slide(slide, config, execution.output_dir)
+
+        with live_progress():
+            yield from self.outcomes(as_slides(slides), config, execution, plan)
+
+    def outcomes(
+        self,
+        slides: Sequence[Slide],
+        config: PreprocessingConfig,
+        execution: ExecutionOptions,
+        plan: Callable[[Slide], SlidePlan],
+    ) -> Generator[SlideOutcome, None, None]:
+        """The stream over slides that `plan` plans (in threads); events go to the active reporter.
+
+        Args:
+            config: resolved by `resolve_preprocessing`.
+        """
+        self._require_tile_level()
+        if not config.on_the_fly or config.save_tiles:
+            _require_output_dir(execution, "on_the_fly=False" if not config.on_the_fly else "save_tiles=True")
         if (execution.num_gpus or 1) > 1:
             logger.warning("num_gpus=%d: this version uses one device (%s)", execution.num_gpus, self.device)
-        precision = self._call_precision(execution)
-        with live_progress():
-            reporter = active_reporter()
-            reporter.emit(RunStarted(len(todo), self.name))
-            stream = self._stream(config, execution, precision)
-
-            def plan(slide: Slide) -> SlidePlan:
-                return plan_slide(slide, config, execution.output_dir)
-
-            yield from stream.run(todo, plan)
+        active_reporter().emit(RunStarted(len(slides), self.name))
+        stream = self._stream(config, execution, self._call_precision(execution))
+        yield from stream.run(slides, plan)
 
     def resolve_preprocessing(self, config: PreprocessingConfig | None = None) -> PreprocessingConfig:
         """The configuration with the preset's spacing and tile size filled in.
 
         Raises:
-            ConfigError: it asks for something that in-memory embedding does not do.
+            ConfigError: it asks for something that this version does not do.
         """
         config = config or PreprocessingConfig()
         for field, asked in (
             ("region_tile_multiple", config.region_tile_multiple is not None),
             ("requested_region_size_px", config.requested_region_size_px is not None),
-            ("read_tiles_from", config.read_tiles_from is not None),
-            ("on_the_fly=False", not config.on_the_fly),
             ("gpu_decode=True", config.gpu_decode is True),
-            ("resume=True", config.resume),
         ):
             if asked:
                 raise ConfigError(
@@ -257,13 +297,12 @@ class Model:
 
     def _stream(self, config: PreprocessingConfig, execution: ExecutionOptions, precision: str) -> Stream:
         assert config.requested_tile_size_px is not None
-        half = execution.output_dtype == "fp16" or (execution.output_dtype is None and precision == "fp16")
         return Stream(
             self._engine(precision),
             TorchPreparer(self.recipe.transform, self.device),
             batch_size=execution.batch_size or batch_size_for(self.recipe.gflops, self.device),
             tile_size_px=config.requested_tile_size_px,
-            dtype=DTYPES["fp16" if half else "fp32"],
+            dtype=getattr(torch, execution.feature_dtype(precision)),
             readers=execution.reading_threads(),
             planners=execution.planning_threads(),
             ahead=execution.prefetch_factor,
@@ -283,6 +322,78 @@ class Model:
     def _require_tile_level(self) -> None:
         if self.level != "tile":
             raise ModelLevelError(f"preset {self.name} is a {self.level}-level model, which is not there yet")
+
+    def embed_tiles(
+        self,
+        slides: Iterable[SlideLike],
+        tiling_results: Sequence[Tiling] | Mapping[str, Tiling] | None = None,
+        *,
+        preprocessing: PreprocessingConfig | None = None,
+        execution: ExecutionOptions | None = None,
+        on_slide_persisted: OnPersisted | None = None,
+    ) -> list[TileEmbeddingArtifact]:
+        """Embed the tiles of slides onto disk, each slide's files the moment it is complete.
+
+        Args:
+            tiling_results: the slides' tiles, in their order or by sample_id (from
+                `slide2vec.tiling.load_coordinates`, say); None = find them.
+            execution: its output_dir is where files go.
+            on_slide_persisted: called with each new artifact, in a thread of the run.
+
+        Returns:
+            An artifact per slide, in input order.
+
+        Raises:
+            EmbedSlidesError: some slides failed; the artifacts of the others are in `.results`.
+            ManifestError: slides and tilings do not match.
+            OutputError, OutputLockedError: the output directory cannot be written to.
+        """
+        todo = as_slides(slides)
+        result = embed_cohort(
+            self,
+            todo,
+            self.resolve_preprocessing(preprocessing),
+            _require_output_dir(execution, "embed_tiles"),
+            tilings=_by_sample_id(todo, tiling_results),
+            on_slide_persisted=on_slide_persisted,
+        )
+        if result.failed:
+            made = {artifact.sample_id: artifact for artifact in result.tile_artifacts}
+            failed = {item.sample_id: item.error for item in result.failed}
+            raise EmbedSlidesError.of(failed, [made.get(slide.sample_id) for slide in todo])
+        return result.tile_artifacts
+
+    def aggregate_tiles(
+        self,
+        tile_artifacts: Iterable[TileEmbeddingArtifact],
+        *,
+        preprocessing: PreprocessingConfig | None = None,
+        execution: ExecutionOptions | None = None,
+        aggregator: Literal["mean", "max"] | None = None,
+    ) -> list[SlideEmbeddingArtifact]:
+        """Slide embeddings from tile embeddings that are on disk, without reading a slide.
+
+        Args:
+            tile_artifacts: of `embed_tiles` or `Pipeline.run`.
+            preprocessing: not needed; accepted for symmetry.
+            execution: its output_dir is where `slide_embeddings/` goes.
+            aggregator: "mean" or "max" over the tiles, for tile-level models, which have no slide
+                encoder.
+
+        Returns:
+            An artifact per slide, in input order.
+
+        Raises:
+            ModelLevelError: a tile-level model and no aggregator.
+            ArtifactError: tile embeddings cannot be read, or there are none (a slide without tissue).
+        """
+        if aggregator is None:
+            raise ModelLevelError(
+                f"preset {self.name} is {self.level}-level and has no slide encoder; "
+                'aggregate_tiles(…, aggregator="mean") or "max" needs none'
+            )
+        execution = _require_output_dir(execution, "aggregate_tiles")
+        return [aggregate_artifact(artifact, aggregator, execution) for artifact in tile_artifacts]
 
     def embed_patient(self, slides: Iterable[SlideLike], patient_id: str | None = None) -> None:
         """Embed a patient; only patient-level models can.
@@ -306,6 +417,22 @@ class Model:
         return ModelLevelError(
             f"{method} needs a patient-level preset; {self.name} is {self.level}-level: use embed_slide(s)"
         )
+
+
+def _require_output_dir(execution: ExecutionOptions | None, what: str) -> ExecutionOptions:
+    if execution is None or execution.output_dir is None:
+        raise ConfigError(f"{what} writes files: give ExecutionOptions(output_dir=…)")
+    return execution
+
+
+def _by_sample_id(
+    slides: Sequence[Slide], tilings: Sequence[Tiling] | Mapping[str, Tiling] | None
+) -> Mapping[str, Tiling]:
+    if tilings is None or isinstance(tilings, Mapping):
+        return tilings or {}
+    if len(tilings) != len(slides):
+        raise ManifestError(f"{len(slides)} slides and {len(tilings)} tiling_results: give one per slide")
+    return {slide.sample_id: tiling for slide, tiling in zip(slides, tilings, strict=True)}
 
 
 def _weights_identity(recipe: Recipe, weights: str | os.PathLike[str] | None, seed: int) -> str:

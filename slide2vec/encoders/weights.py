@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from slide2vec.errors import GatedWeightsError, WeightsError
 from slide2vec.recipes import Recipe, WeightsSource
 
-__all__ = ["WeightsChoice", "find_weights", "load_weights", "read_checkpoint", "seeded"]
+__all__ = ["WeightsChoice", "find_weights", "load_weights", "read_checkpoint", "seeded", "weights_digest"]
 
 logger = logging.getLogger(__name__)
 
@@ -174,3 +175,12 @@ def _load_strictly(module: nn.Module, state: dict[str, Tensor], recipe: Recipe, 
         raise WeightsError(
             f"preset {recipe.name}: {left[0]} is not in the checkpoint and was not initialised"
         )
+
+
+def weights_digest(module: nn.Module) -> str:
+    """A digest of a module's parameters and buffers: names, shapes, types and values."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]

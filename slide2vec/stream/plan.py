@@ -2,60 +2,171 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from slide2vec.config import PreprocessingConfig
+from slide2vec.errors import SlideReadError
 from slide2vec.readers import SlideReader, open_slide, resolve_spacing
 from slide2vec.slides import Slide
-from slide2vec.tiling import Tiling, TissueMask, read_coordinates, tile_slide
+from slide2vec.stream.sources import (
+    SlideSource,
+    TileSource,
+    bad_tiles,
+    damaged,
+    open_archive,
+    place_singly,
+)
+from slide2vec.tiling import BadTile, Tiling, TissueMask, load_coordinates, tile_slide
+from slide2vec.tiling.archives import Block, archive_paths, find_archive, write_archive
+from slide2vec.tiling.coordinates import check_tiling, find_coordinates
 from slide2vec.tiling.previews import write_mask_preview, write_tiling_preview
-from slide2vec.tiling.supertiles import Supertile, plan_supertiles
+from slide2vec.tiling.reuse import find_reusable, is_newer
 
-__all__ = ["SlidePlan", "plan_slide"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["SlidePlan", "coordinates_dir", "plan_slide"]
 
 
 @dataclass(frozen=True)
 class SlidePlan:
-    """A slide, opened, with its tiles and the blocks they are read in."""
+    """A slide with its tiles, opened.
+
+    Attributes:
+        source: gives the tiles' pixels.
+        skips_bad_tiles: leave tiles out that cannot be decoded, rather than fail the slide.
+        skipped: tiles that `tiling` has lost so already.
+        tiles_tar_path: the archive of the tiles, where there is one.
+        coordinates_dir: where coordinate files hold just this tiling; None where none do yet.
+    """
 
     slide: Slide
-    reader: SlideReader
+    source: TileSource
     tiling: Tiling
-    supertiles: tuple[Supertile, ...]
+    skips_bad_tiles: bool = False
+    skipped: tuple[BadTile, ...] = ()
     mask_preview_path: Path | None = None
     tiling_preview_path: Path | None = None
+    tiles_tar_path: Path | None = None
+    coordinates_dir: Path | None = None
 
 
-def plan_slide(slide: Slide, config: PreprocessingConfig, output_dir: Path | None = None) -> SlidePlan:
-    """Open a slide, find its tissue and tiles (or read them from coordinate files), group them.
+def plan_slide(
+    slide: Slide, config: PreprocessingConfig, output_dir: Path | None = None, given: Tiling | None = None
+) -> SlidePlan:
+    """Find a slide's tissue and tiles (or take those of coordinate files), and open what they are read from.
 
     Args:
         config: with requested_spacing_um and requested_tile_size_px resolved.
-        output_dir: where previews go, if the config asks for them.
+        output_dir: where previews and archives go, if the config asks for them.
+        given: its tiles, if they are known.
 
     Raises:
         SlideError: the slide cannot be opened, has no spacing, an unreadable mask, …
+        OutputError: a preview or an archive cannot be written.
     """
+    kept = None if given is not None else coordinates_dir(slide, config)
+    if kept is not None:
+        given = load_coordinates(kept, slide.sample_id)
+    if given is not None and config.read_tiles_from is not None:
+        return replace(_plan_archive(slide, config, given), coordinates_dir=kept)
     reader = open_slide(slide, config.backend)
     try:
-        tiling, mask = _tiles(reader, slide, config)
-        mask_path, tiling_path = _previews(reader, tiling, mask, config, output_dir)
-        return SlidePlan(slide, reader, tiling, _supertiles(reader, tiling, config), mask_path, tiling_path)
+        plan = _plan(reader, slide, config, output_dir, given)
+        # an archive that was written may have lost tiles
+        return plan if kept is None or plan.skipped else replace(plan, coordinates_dir=kept)
     except BaseException:
         reader.close()
         raise
 
 
-def _tiles(
-    reader: SlideReader, slide: Slide, config: PreprocessingConfig
-) -> tuple[Tiling, TissueMask | None]:
+def coordinates_dir(slide: Slide, config: PreprocessingConfig) -> Path | None:
+    """Where the user keeps coordinate files of the slide, beside tile archives perhaps."""
     if config.read_coordinates_from is not None:
-        return read_coordinates(config.read_coordinates_from, slide, reader, config), None
-    return tile_slide(reader, slide, resolve_spacing(reader, slide), config)
+        return find_coordinates(config.read_coordinates_from, slide.sample_id) or config.read_coordinates_from
+    if config.read_tiles_from is not None:
+        return find_coordinates(config.read_tiles_from, slide.sample_id)
+    return None
+
+
+def _plan_archive(slide: Slide, config: PreprocessingConfig, tiling: Tiling) -> SlidePlan:
+    """Tiles and coordinates are both there: the slide itself is not needed."""
+    assert config.read_tiles_from is not None
+    check_tiling(tiling, slide, None, config)
+    tiling = replace(tiling, image_path=slide.image_path)
+    path = find_archive(config.read_tiles_from, slide.sample_id)
+    return SlidePlan(
+        slide,
+        open_archive(path, tiling),
+        tiling,
+        skips_bad_tiles=config.on_bad_tile == "skip",
+        tiles_tar_path=path,
+    )
+
+
+def _plan(
+    reader: SlideReader,
+    slide: Slide,
+    config: PreprocessingConfig,
+    output_dir: Path | None,
+    given: Tiling | None,
+) -> SlidePlan:
+    tiling, mask, resumed = _tiles(reader, slide, config, output_dir, given)
+    mask_path, tiling_path = _previews(reader, tiling, mask, config, output_dir)
+    if config.read_tiles_from is not None:
+        reader.close()
+        return replace(
+            _plan_archive(slide, config, tiling),
+            mask_preview_path=mask_path,
+            tiling_preview_path=tiling_path,
+        )
+    plan = SlidePlan(
+        slide,
+        SlideSource(reader, tiling, grouped=config.use_supertiles),
+        tiling,
+        skips_bad_tiles=config.on_bad_tile == "skip",
+        mask_preview_path=mask_path,
+        tiling_preview_path=tiling_path,
+        coordinates_dir=output_dir / "tiles" if resumed and output_dir else None,
+    )
+    if output_dir is None or (config.on_the_fly and not config.save_tiles):
+        return plan
+    plan = _with_archive(plan, reader, config, output_dir / "tiles", resumed)
+    if config.on_the_fly:
+        return plan
+    reader.close()
+    assert plan.tiles_tar_path is not None
+    return replace(plan, source=open_archive(plan.tiles_tar_path, plan.tiling))
+
+
+def _tiles(
+    reader: SlideReader,
+    slide: Slide,
+    config: PreprocessingConfig,
+    output_dir: Path | None,
+    given: Tiling | None,
+) -> tuple[Tiling, TissueMask | None, bool]:
+    """Tiling, tissue (where it was looked for), and whether both were there from a previous run."""
+    if given is not None:
+        check_tiling(given, slide, reader, config)
+        return replace(given, image_path=slide.image_path, backend=reader.backend), None, False
+    if config.resume and output_dir is not None and _may_reuse(slide, config, output_dir):
+        found = find_reusable(output_dir / "tiles", slide, reader, config)
+        if found is not None:
+            return replace(found, backend=reader.backend), None, True
+    return *tile_slide(reader, slide, resolve_spacing(reader, slide), config), False
+
+
+def _may_reuse(slide: Slide, config: PreprocessingConfig, output_dir: Path) -> bool:
+    """Not where the tissue itself is still to be drawn, nor where tiles may be skipped: those that a
+    previous run skipped are recorded with its embeddings only, and have to be found again."""
+    drawn = _preview_path(output_dir, "mask", slide.sample_id).is_file()
+    return config.on_bad_tile == "fail" and (drawn or not config.preview.save_mask_preview)
+
+
+def _preview_path(output_dir: Path, kind: str, sample_id: str) -> Path:
+    return output_dir / "preview" / kind / f"{sample_id}.jpg"
 
 
 def _previews(
@@ -67,26 +178,51 @@ def _previews(
 ) -> tuple[Path | None, Path | None]:
     if output_dir is None:
         return None, None
-    mask_path = tiling_path = None
-    name = f"{tiling.sample_id}.jpg"
+    mask_path = _preview_path(output_dir, "mask", tiling.sample_id)
     if config.preview.save_mask_preview and mask is not None:
-        mask_path = output_dir / "preview" / "mask" / name
         write_mask_preview(mask_path, reader, mask, config.preview)
+    tiling_path = _preview_path(output_dir, "tiling", tiling.sample_id)
     if config.preview.save_tiling_preview:
-        tiling_path = output_dir / "preview" / "tiling" / name
         write_tiling_preview(tiling_path, reader, tiling, config.preview)
-    return mask_path, tiling_path
-
-
-def _supertiles(reader: SlideReader, tiling: Tiling, config: PreprocessingConfig) -> tuple[Supertile, ...]:
-    level = tiling.geometry.read_level
-    return tuple(
-        plan_supertiles(
-            tiling.x,
-            tiling.y,
-            tiling.geometry,
-            reader.downsamples[level],
-            file_tile=reader.tile_shapes[level],
-            grouped=config.use_supertiles,
-        )
+    return (
+        mask_path if config.preview.save_mask_preview and mask_path.is_file() else None,
+        tiling_path if config.preview.save_tiling_preview else None,
     )
+
+
+def _with_archive(
+    plan: SlidePlan, reader: SlideReader, config: PreprocessingConfig, directory: Path, resumed: bool
+) -> SlidePlan:
+    """The plan with the archive of its tiles, which is written unless a previous run has."""
+    path, manifest = archive_paths(directory, plan.slide.sample_id)
+    if resumed and path.is_file() and is_newer(manifest, plan.slide):
+        return replace(plan, tiles_tar_path=path)
+    while True:
+        bad: dict[int, SlideReadError] = {}
+        try:
+            return replace(plan, tiles_tar_path=write_archive(directory, plan.tiling, _pixels(plan, bad)))
+        except _BadTilesFound:
+            skipped = (*plan.skipped, *bad_tiles(plan.tiling, bad))
+            tiling = plan.tiling.without(bad)
+            source = SlideSource(reader, tiling, grouped=config.use_supertiles)
+            plan = replace(plan, tiling=tiling, source=source, skipped=skipped)
+
+
+class _BadTilesFound(Exception):
+    """The archive is to be written again, without them."""
+
+
+def _pixels(plan: SlidePlan, bad: dict[int, SlideReadError]) -> Iterator[Block]:
+    """The tiles of every block; raises at the end if some were bad, and adds these to `bad`."""
+    side = plan.tiling.geometry.requested_tile_size_px
+    for number, tiles in enumerate(plan.source.blocks):
+        targets = np.empty((len(tiles), side, side, 3), np.uint8)
+        try:
+            plan.source.place(number, plan.source.fetch(number), list(targets))
+        except SlideReadError:
+            bad.update(place_singly(plan.source, number, list(targets)))
+        if bad and not (plan.skips_bad_tiles and len(bad) < len(plan.tiling)):
+            raise damaged(plan.tiling, bad)
+        yield tiles, targets
+    if bad:
+        raise _BadTilesFound

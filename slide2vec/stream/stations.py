@@ -1,8 +1,8 @@
 """The stream itself: slides in, outcomes out, each the moment it is complete.
 
-    dispatcher ── plans slides ahead in a pool, gives every supertile its slots ──▶ tasks
-    readers    ── read a supertile, cut and resize its tiles into their slots ────▶ inbox
-    caller     ── takes full batches, prepares, encodes, scatters the features ───▶ outcomes
+    dispatcher ── plans slides ahead in a pool, gives every block of tiles its slots ──▶ tasks
+    readers    ── read a block of tiles, cut and resize them into their slots ─────────▶ inbox
+    caller     ── takes full batches, prepares, encodes, scatters the features ────────▶ outcomes
 
 Slots are given out in input order, so that batches hold the same tiles whatever the threads do.
 A slide that fails keeps its slots, which nobody looks at.
@@ -18,13 +18,15 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from slide2vec.embedded import EmbeddedSlide
-from slide2vec.prepare import Preparer, cut_tiles
+from slide2vec.errors import SlideReadError
+from slide2vec.prepare import Preparer
 from slide2vec.progress import (
     ProgressReporter,
     RunFinished,
@@ -39,8 +41,8 @@ from slide2vec.slides import Slide
 from slide2vec.stream.batches import Batch, Batches, Piece, Stopped
 from slide2vec.stream.meters import Meters, find_bottleneck
 from slide2vec.stream.plan import SlidePlan
-from slide2vec.tiling import Tiling
-from slide2vec.tiling.supertiles import Supertile
+from slide2vec.stream.sources import bad_tiles, damaged, place_singly
+from slide2vec.tiling import BadTile, Tiling
 
 __all__ = ["SlideOutcome", "Stream"]
 
@@ -50,12 +52,20 @@ TILES_PER_READ = 64
 
 @dataclass(frozen=True)
 class SlideOutcome:
-    """A slide that is through: `embedded` and `tiling` are there, or else `error`."""
+    """A slide that is through: `embedded` and `tiling` are there, or else `error`.
+
+    Attributes:
+        backend: what read its tiles: a reader's name, or "archive".
+        skipped: tiles that could not be decoded, and are in neither `embedded` nor `tiling`.
+        tiles_tar_path: the archive of its tiles, where there is one.
+    """
 
     slide: Slide
     embedded: EmbeddedSlide | None = None
     tiling: Tiling | None = None
     backend: str | None = None
+    skipped: tuple[BadTile, ...] = ()
+    tiles_tar_path: Path | None = None
     error: Exception | None = None
 
 
@@ -69,6 +79,7 @@ class _Job:
         self.missing = 0
         self.settled = False
         self.failed = False
+        self.bad: dict[int, SlideReadError] = {}
         self._reads = 1  # one for the dispatcher, so that the reader stays open while it works
         self._lock = threading.Lock()
 
@@ -82,7 +93,15 @@ class _Job:
             self._reads -= 1
             done = self._reads == 0
         if done and self.plan is not None:
-            self.plan.reader.close()
+            self.plan.source.close()
+
+    def reject(self, bad: dict[int, SlideReadError]) -> None:
+        """Leave tiles out, or fail the slide, as its plan says."""
+        assert self.plan is not None
+        if bad and not self.plan.skips_bad_tiles:
+            raise damaged(self.plan.tiling, bad)
+        with self._lock:
+            self.bad.update(bad)
 
     def collect(self, tiles: Tensor, features: Tensor, dtype: torch.dtype) -> None:
         assert self.plan is not None
@@ -95,7 +114,7 @@ class _Job:
 @dataclass(frozen=True)
 class _Read:
     job: _Job
-    supertile: Supertile
+    block: int
     pieces: list[Piece[_Job]]
 
 
@@ -236,7 +255,7 @@ class Stream:
         finally:
             for _, planned in waiting:
                 if not planned.cancel() and planned.exception() is None:
-                    planned.result().reader.close()
+                    planned.result().source.close()
 
     def _plan(self, plan: Callable[[Slide], SlidePlan], slide: Slide) -> SlidePlan:
         with self._meters.busy("plan"):
@@ -253,13 +272,13 @@ class Stream:
         job.missing = len(job.plan.tiling.x)
         self._inbox.put(_Planned(job))
         try:
-            for supertile in job.plan.supertiles:
+            for block, tiles in enumerate(job.plan.source.blocks):
                 if job.failed:
                     return
                 with self._meters.waiting("plan"):
-                    pieces = self._batches.reserve(job, supertile.tiles)
+                    pieces = self._batches.reserve(job, tiles)
                 job.begin_read()
-                self._tasks.put(_Read(job, supertile, pieces))
+                self._tasks.put(_Read(job, block, pieces))
         finally:
             job.end_read()
 
@@ -283,14 +302,17 @@ class Stream:
                     self._batches.fill(piece)
 
     def _read(self, task: _Read) -> None:
-        plan, supertile = task.job.plan, task.supertile
-        assert plan is not None
-        geometry = plan.tiling.geometry
-        with self._meters.busy("read"):
-            pixels = plan.reader.read_region(supertile.location_lv0, geometry.read_level, supertile.size)
-        with self._meters.busy("prepare"):
-            targets = [target for piece in task.pieces for target in piece.targets()]
-            cut_tiles(pixels, supertile.offsets, geometry.read_tile_size_px, targets)
+        assert task.job.plan is not None
+        source = task.job.plan.source
+        targets = [target for piece in task.pieces for target in piece.targets()]
+        try:
+            with self._meters.busy("read"):
+                data = source.fetch(task.block)
+            with self._meters.busy("prepare"):
+                source.place(task.block, data, targets)
+        except SlideReadError:
+            with self._meters.busy("read"):
+                task.job.reject(place_singly(source, task.block, targets))
 
     # encode and collect -----------------------------------------------------------------------
 
@@ -318,7 +340,7 @@ class Stream:
 
     def _planned(self, job: _Job) -> Iterator[SlideOutcome]:
         assert job.plan is not None
-        self._reporter.emit(SlidePlanned(job.slide.sample_id, job.missing, job.plan.reader.backend))
+        self._reporter.emit(SlidePlanned(job.slide.sample_id, job.missing, job.plan.source.backend))
         if not job.missing:
             job.embeddings = torch.empty((0, self._engine.feature_dim), dtype=self._dtype)
             yield self._finish(job)
@@ -341,7 +363,7 @@ class Stream:
                 piece.owner.collect(torch.from_numpy(piece.tiles), features[piece.slots], self._dtype)
             self._reporter.emit(TilesEncoded(len(piece.tiles)))
             if not piece.owner.missing:
-                yield self._finish(piece.owner)
+                yield from self._complete(piece.owner)
 
     def _features(self, batch: Batch[_Job]) -> Tensor:
         with self._meters.busy("prepare"):
@@ -349,9 +371,21 @@ class Stream:
         with self._meters.busy("encode"):
             return self._engine.run(pixels).cpu()
 
+    def _complete(self, job: _Job) -> Iterator[SlideOutcome]:
+        assert job.plan is not None
+        if job.bad and len(job.bad) == len(job.plan.tiling):
+            yield from self._fail(job, damaged(job.plan.tiling, job.bad))
+        else:
+            yield self._finish(job)
+
     def _finish(self, job: _Job) -> SlideOutcome:
         plan, embeddings = job.plan, job.embeddings
         assert plan is not None and embeddings is not None
+        tiling, skipped = plan.tiling, plan.skipped
+        if job.bad:
+            skipped += tuple(bad_tiles(tiling, job.bad))
+            embeddings = embeddings[[tile for tile in range(len(tiling)) if tile not in job.bad]]
+            tiling = tiling.without(job.bad)
         job.settled = True
         self._tiles += len(embeddings)
         self._reporter.emit(SlideFinished(job.slide.sample_id, len(embeddings)))
@@ -359,16 +393,23 @@ class Stream:
             sample_id=job.slide.sample_id,
             tile_embeddings=embeddings,
             slide_embedding=None,
-            x=plan.tiling.x,
-            y=plan.tiling.y,
-            tile_size_lv0=plan.tiling.geometry.tile_size_lv0,
+            x=tiling.x,
+            y=tiling.y,
+            tile_size_lv0=tiling.geometry.tile_size_lv0,
             image_path=job.slide.image_path,
             mask_path=job.slide.mask_path,
             num_tiles=len(embeddings),
             mask_preview_path=plan.mask_preview_path,
             tiling_preview_path=plan.tiling_preview_path,
         )
-        return SlideOutcome(job.slide, embedded=embedded, tiling=plan.tiling, backend=plan.reader.backend)
+        return SlideOutcome(
+            job.slide,
+            embedded=embedded,
+            tiling=tiling,
+            backend=plan.source.backend,
+            skipped=skipped,
+            tiles_tar_path=plan.tiles_tar_path,
+        )
 
     def _summary(self, embedded: int, failed: int, seconds: float) -> RunSummary:
         workers = {

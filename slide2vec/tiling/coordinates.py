@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import replace
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,14 @@ from slide2vec.readers import SlideReader
 from slide2vec.slides import Slide
 from slide2vec.tiling.records import PRECOMPUTED, Segmentation, Tiling
 
-__all__ = ["check_tiling", "coordinate_paths", "load_coordinates", "read_coordinates", "write_coordinates"]
+__all__ = [
+    "check_tiling",
+    "coordinate_paths",
+    "find_coordinates",
+    "load_coordinates",
+    "read_coordinates",
+    "write_coordinates",
+]
 
 _MISSING = object()
 
@@ -121,26 +127,28 @@ def _metadata(tiling: Tiling) -> dict[str, dict[str, Any]]:
     }
 
 
-def read_coordinates(
-    directory: Path, slide: Slide, reader: SlideReader, config: PreprocessingConfig
-) -> Tiling:
+def read_coordinates(directory: Path, sample_id: str) -> Tiling:
     """The tiling of a slide from coordinate files in `directory` or its folder `tiles`.
 
-    Its paths and back end are those of `slide` and `reader`; the rest is as recorded.
-
     Raises:
-        TilingError: there are none, they cannot be read, or they do not belong to this slide or
-            were made for another tile size or spacing.
+        TilingError: there are none, or they cannot be read.
     """
+    return load_coordinates(find_coordinates(directory, sample_id) or directory, sample_id)
+
+
+def find_coordinates(directory: Path, sample_id: str) -> Path | None:
+    """Which of `directory` and its folder `tiles` holds coordinate files of a slide; None for neither."""
     folders = (directory, directory / "tiles")
-    folder = next((f for f in folders if coordinate_paths(f, slide.sample_id)[1].is_file()), directory)
-    tiling = load_coordinates(folder, slide.sample_id)
-    check_tiling(tiling, slide, reader, config)
-    return replace(tiling, image_path=slide.image_path, backend=reader.backend)
+    return next((folder for folder in folders if coordinate_paths(folder, sample_id)[1].is_file()), None)
 
 
-def check_tiling(tiling: Tiling, slide: Slide, reader: SlideReader, config: PreprocessingConfig) -> None:
+def check_tiling(
+    tiling: Tiling, slide: Slide, reader: SlideReader | None, config: PreprocessingConfig
+) -> None:
     """Refuse a loaded tiling that is not of this slide, or not of the tiles that are asked for.
+
+    Args:
+        reader: of the slide; None where its tiles come from an archive.
 
     Raises:
         TilingError: naming what differs.
@@ -150,12 +158,14 @@ def check_tiling(tiling: Tiling, slide: Slide, reader: SlideReader, config: Prep
     size = config.requested_region_size_px or config.requested_tile_size_px
     checks: list[tuple[str, Any, Any]] = [
         ("sample_id", tiling.sample_id, slide.sample_id),
-        ("dimensions", tiling.dimensions, reader.dimensions),
         ("tile size in px", geometry.requested_tile_size_px, size),
         ("spacing in µm/px", geometry.requested_spacing_um, config.requested_spacing_um),
         ("spacing_at_level_0", geometry.base_spacing_um, slide.spacing_at_level_0),
-        ("read level with downsample", _at(tiling.downsamples, level), _at(reader.downsamples, level)),
     ]
+    if reader is not None:
+        downsamples = _at(tiling.downsamples, level), _at(reader.downsamples, level)
+        checks.append(("dimensions", tiling.dimensions, reader.dimensions))
+        checks.append(("read level with downsample", *downsamples))
     for name, found, expected in checks:
         if expected is not None and not _agree(found, expected):
             raise TilingError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from slide2vec.config import FilterConfig
 from slide2vec.geometry import TileGeometry
 
-__all__ = ["PRECOMPUTED", "Segmentation", "Tiling", "TissueMask", "TissuePiece"]
+__all__ = ["PRECOMPUTED", "BadTile", "Segmentation", "Tiling", "TissueMask", "TissuePiece"]
 
 #: The method of a tissue mask that the user gave.
 PRECOMPUTED = "precomputed_mask"
@@ -78,6 +79,15 @@ class TissueMask:
     segmentation: Segmentation
 
 
+@dataclass(frozen=True)
+class BadTile:
+    """A tile whose pixels cannot be decoded: x, y in level-0 px, and why."""
+
+    x: int
+    y: int
+    error: str
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tiling:
     """The tiles of one slide.
@@ -113,3 +123,11 @@ class Tiling:
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def without(self, tiles: Iterable[int]) -> Tiling:
+        """The tiling with some tiles, given by their indices, left out."""
+        kept = np.ones(len(self), bool)
+        kept[list(tiles)] = False
+        return replace(
+            self, x=self.x[kept], y=self.y[kept], tissue_fractions=self.tissue_fractions[kept]
+        )

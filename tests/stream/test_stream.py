@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from slide2vec.config import FilterConfig
 from slide2vec.errors import SlideReadError, SpacingError
 from slide2vec.geometry import tile_geometry
 from slide2vec.progress import (
@@ -28,7 +29,8 @@ from slide2vec.progress import (
 from slide2vec.slides import Slide
 from slide2vec.stream import SlideOutcome, SlidePlan, Stream
 from slide2vec.stream.meters import find_bottleneck
-from slide2vec.tiling.supertiles import plan_supertiles
+from slide2vec.stream.sources import SlideSource
+from slide2vec.tiling import Segmentation, Tiling
 
 SIDE = 8
 GEOMETRY = tile_geometry(
@@ -40,6 +42,8 @@ class Reader:
     """Pixels that tell slide and place: red = slide number, green and blue = x and y of their tile."""
 
     backend = "made up"
+    downsamples = (1.0,)
+    tile_shapes = (None,)
     open_now = 0
     most_open = 0
     lock = threading.Lock()
@@ -97,8 +101,10 @@ def slide(number: int) -> Slide:
     return Slide(sample_id=f"s{number}", image_path=Path(f"{number}.svs"))
 
 
-def plan_of(shapes: dict[int, tuple[int, int]], **corrupt: tuple[int, int]) -> Callable[[Slide], SlidePlan]:
-    """A plan function: slide number -> columns and rows of its grid of tiles."""
+def plan_of(
+    shapes: dict[int, tuple[int, int]], skip: bool = False, **corrupt: tuple[int, int]
+) -> Callable[[Slide], SlidePlan]:
+    """A plan function: slide number -> columns and rows of its grid of tiles; slide name -> a bad pixel."""
 
     def plan(given: Slide) -> SlidePlan:
         number = int(given.sample_id[1:])
@@ -106,12 +112,31 @@ def plan_of(shapes: dict[int, tuple[int, int]], **corrupt: tuple[int, int]) -> C
             raise SpacingError(f"slide {given.sample_id} has no spacing")
         x, y = np.meshgrid(*(np.arange(n) * SIDE for n in shapes[number]), indexing="ij")
         x, y = x.ravel(), y.ravel()
-        supertiles = plan_supertiles(x, y, GEOMETRY, 1.0)
-        tiling: Any = SimpleNamespace(x=x, y=y, geometry=GEOMETRY)
+        tiling = tiling_of(given, x, y)
         reader: Any = Reader(number, corrupt.get(given.sample_id))
-        return SlidePlan(given, reader, tiling, tuple(supertiles))
+        return SlidePlan(given, SlideSource(reader, tiling), tiling, skips_bad_tiles=skip)
 
     return plan
+
+
+def tiling_of(slide: Slide, x: np.ndarray, y: np.ndarray) -> Tiling:
+    return Tiling(
+        sample_id=slide.sample_id,
+        image_path=slide.image_path,
+        mask_path=None,
+        spacing_at_level_0=None,
+        backend="made up",
+        requested_backend="auto",
+        dimensions=(10_000, 10_000),
+        downsamples=(1.0,),
+        geometry=GEOMETRY,
+        x=x,
+        y=y,
+        tissue_fractions=np.ones(len(x), np.float32),
+        tissue_threshold=0.01,
+        segmentation=Segmentation(method="hsv", requested_downsample=64, downsample=64, level=0, spacing_um=32),
+        filtering=FilterConfig(ref_tile_size=SIDE),
+    )
 
 
 def stream(engine: Engine, reporter: Reporter | None = None, batch_size: int = 7, **options: Any) -> Stream:
@@ -175,6 +200,43 @@ def test_a_bad_slide_fails_alone() -> None:
     failed = {event.sample_id for event in reporter.events if isinstance(event, SlideFailed)}
     assert failed == {"s1", "s2", "s4"}
     assert Reader.open_now == 0
+
+
+def test_bad_tiles_are_left_out_and_recorded() -> None:
+    bad = (20 * SIDE, 20 * SIDE)
+    plan = plan_of({0: (6, 6), 2: (30, 30), 3: (1, 1)}, skip=True, s2=bad, s3=(0, 0))
+    outcomes = by_number(stream(Engine()).run(map(slide, (0, 2, 3)), plan))
+    check(outcomes[0], 0, (6, 6))
+    assert outcomes[0].skipped == ()
+    (skipped,) = outcomes[2].skipped
+    assert (skipped.x, skipped.y) == bad and "corrupt" in skipped.error
+    found, tiling = outcomes[2].embedded, outcomes[2].tiling
+    assert found is not None and tiling is not None
+    assert found.num_tiles == len(tiling) == len(tiling.tissue_fractions) == 899
+    assert bad not in set(zip(found.x.tolist(), found.y.tolist(), strict=True))
+    expected = np.stack([np.full(899, 2), found.x // SIDE, found.y // SIDE], axis=1)
+    assert np.array_equal(found.tile_embeddings.numpy(), expected.astype(np.float32))
+    assert isinstance(outcomes[3].error, SlideReadError)  # a slide without a good tile fails all the same
+
+
+def test_the_error_of_bad_tiles_names_places_and_remedy() -> None:
+    plan = plan_of({1: (4, 4)}, s1=(2 * SIDE, 3 * SIDE))
+    (outcome,) = stream(Engine()).run([slide(1)], plan)
+    assert str(outcome.error) == (
+        "slide s1: a tile cannot be decoded, at level-0 px (16, 24): slide 1: corrupt tile at 16, 24; "
+        'on_bad_tile="skip" leaves such tiles out'
+    )
+
+
+def test_damage_between_tiles_harms_nothing() -> None:
+    def plan(given: Slide) -> SlidePlan:
+        x, y = np.array([0, 0, 2 * SIDE]), np.array([0, SIDE, 0])
+        tiling = tiling_of(given, x, y)
+        reader: Any = Reader(1, (SIDE, SIDE))  # in the block's box, in none of its tiles
+        return SlidePlan(given, SlideSource(reader, tiling), tiling)
+
+    (outcome,) = stream(Engine()).run([slide(1)], plan)
+    assert outcome.error is None and outcome.embedded is not None and outcome.embedded.num_tiles == 3
 
 
 def test_events_and_summary() -> None:

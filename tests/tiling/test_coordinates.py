@@ -14,7 +14,7 @@ from tiling_helpers import ArrayReader, a_slide, blank, settings
 
 from slide2vec.errors import TilingError
 from slide2vec.tiling import Tiling, load_coordinates, read_coordinates, tile_slide, write_coordinates
-from slide2vec.tiling.coordinates import coordinate_paths
+from slide2vec.tiling.coordinates import check_tiling, coordinate_paths, find_coordinates
 
 Meta = dict[str, dict[str, Any]]
 
@@ -119,13 +119,12 @@ def test_older_layouts_are_read(change: Callable[[Meta], None], tiling: Tiling, 
     assert same(loaded, replace(tiling, spacing_at_level_0=None, segmentation=found))
 
 
-def test_a_slide_gets_its_own_path_and_reader(tiling: Tiling, tmp_path: Path) -> None:
+def test_the_folder_tiles_is_looked_into(tiling: Tiling, tmp_path: Path) -> None:
     write_coordinates(tmp_path / "tiles", tiling)
-    moved = a_slide(image_path=Path("elsewhere/s.svs"))
-    with reader() as opened:
-        for folder in (tmp_path, tmp_path / "tiles"):
-            loaded = read_coordinates(folder, moved, opened, CONFIG)
-            assert loaded.image_path == moved.image_path and len(loaded) == len(tiling)
+    for folder in (tmp_path, tmp_path / "tiles"):
+        assert find_coordinates(folder, "s") == tmp_path / "tiles"
+        assert len(read_coordinates(folder, "s")) == len(tiling)
+    assert find_coordinates(tmp_path / "tiles", "t") is None
 
 
 @pytest.mark.parametrize(
@@ -142,14 +141,15 @@ def test_coordinates_of_something_else_are_refused(
 ) -> None:
     write_coordinates(tmp_path, tiling)
     with pytest.raises(TilingError, match=f"slide s: .*{what}"):
-        read_coordinates(tmp_path, a_slide(**slide), reader(width), CONFIG.updated(**config))
+        loaded = read_coordinates(tmp_path, "s")
+        check_tiling(loaded, a_slide(**slide), reader(width), CONFIG.updated(**config))
 
 
 def test_another_slides_coordinates_under_this_name(tiling: Tiling, tmp_path: Path) -> None:
     write_coordinates(tmp_path, tiling)
     edit(tmp_path, lambda meta: meta["provenance"].update(sample_id="t"))
     with pytest.raises(TilingError, match="sample_id"):
-        read_coordinates(tmp_path, a_slide(), reader(), CONFIG)
+        check_tiling(read_coordinates(tmp_path, "s"), a_slide(), reader(), CONFIG)
 
 
 def test_missing_files(tiling: Tiling, tmp_path: Path) -> None:

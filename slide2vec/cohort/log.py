@@ -1,0 +1,78 @@
+"""logs/: what happened in a run, line by line, with the warnings of the library."""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from slide2vec.errors import OutputError
+from slide2vec.progress import (
+    ProgressEvent,
+    ProgressReporter,
+    RunFinished,
+    RunStarted,
+    RunSummary,
+    SlideFailed,
+    SlideFinished,
+    SlidePlanned,
+)
+
+__all__ = ["RunLog"]
+
+
+class RunLog:
+    """A log file in `logs/` of an output directory, and the reporter that feeds it.
+
+    As a reporter it passes every event on, and keeps the run's summary.
+    """
+
+    def __init__(self, output_dir: Path, inner: ProgressReporter) -> None:
+        self.summary: RunSummary | None = None
+        self._inner = inner
+        path = output_dir / "logs" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}.log"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._handler = logging.FileHandler(path, encoding="utf-8")
+        except OSError as error:
+            raise OutputError.of(path, error) from error
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._logger = logging.Logger("slide2vec.run")
+        self._logger.addHandler(self._handler)
+
+    def __enter__(self) -> Self:
+        logging.getLogger("slide2vec").addHandler(self._handler)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        logging.getLogger("slide2vec").removeHandler(self._handler)
+        if error is not None:
+            self.write(f"the run ended early: {type(error).__name__}: {error}")
+        self._handler.close()
+
+    def write(self, text: str) -> None:
+        """A line of our own."""
+        self._logger.info(text)
+
+    def emit(self, event: ProgressEvent) -> None:
+        """Log an event and pass it on."""
+        match event:
+            case RunStarted(slides, preset):
+                self.write(f"{slides} slides, {preset}")
+            case SlidePlanned(name, tiles, backend):
+                self.write(f"slide {name}: {tiles} tiles, read with {backend}")
+            case SlideFinished(name, tiles):
+                self.write(f"slide {name}: {tiles} tiles done")
+            case SlideFailed(name, error):
+                self.write(f"slide {name} failed: {type(error).__name__}: {error}")
+            case RunFinished(summary):
+                self.summary = summary
+                self.write(str(summary))
+        self._inner.emit(event)
+
+    def close(self) -> None:
+        """Do nothing: the inner reporter is closed by whoever installed it."""

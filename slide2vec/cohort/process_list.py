@@ -1,0 +1,144 @@
+"""process_list.csv: what has become of every slide of a run, kept up to date while it goes."""
+
+from __future__ import annotations
+
+import csv
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from slide2vec.errors import ArtifactError, OutputError
+from slide2vec.files import atomic_path
+
+__all__ = ["COLUMNS", "ProcessList", "read_process_list"]
+
+COLUMNS = (
+    "sample_id",
+    "image_path",
+    "mask_path",
+    "requested_backend",
+    "backend",
+    "spacing_at_level_0",
+    "tiling_status",
+    "num_tiles",
+    "coordinates_npz_path",
+    "coordinates_meta_path",
+    "tiles_tar_path",
+    "mask_preview_path",
+    "tiling_preview_path",
+    "feature_status",
+    "feature_path",
+    "encoder_name",
+    "output_variant",
+    "feature_kind",
+    "aggregation_status",
+    "error",
+    "traceback",
+)
+#: Seconds between two writes while rows change; a long list is written more rarely, so that writing
+#: takes at most a fiftieth of the time.
+_EVERY_S = 1.0
+_SHARE = 50
+
+Row = dict[str, str]
+
+
+def read_process_list(path: Path) -> list[Row]:
+    """The rows of a process list, text by column; columns that are absent are blank.
+
+    Raises:
+        ArtifactError: it is missing or no process list.
+    """
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # tracebacks are long
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            table = csv.DictReader(file, strict=True)
+            if table.fieldnames is None or "sample_id" not in table.fieldnames:
+                raise ArtifactError(f"{path} is no process list: it has no column sample_id")
+            return [_row(line) for line in table]
+    except (OSError, csv.Error, UnicodeDecodeError) as error:
+        raise ArtifactError(f"process list {path} cannot be read: {error}") from error
+
+
+def _row(line: Mapping[Any, Any]) -> Row:
+    known = {str(name): value or "" for name, value in line.items() if name is not None}
+    return {**dict.fromkeys(COLUMNS, ""), **known}
+
+
+class ProcessList:
+    """The rows by sample_id, written in the background whenever they have changed.
+
+    Used from several threads. Leaving its context writes what is not yet written.
+
+    Raises:
+        OutputError: from `update` or at the end, when the file cannot be written.
+    """
+
+    def __init__(self, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+        self.path = path
+        self._rows = {str(row["sample_id"]): _text(row) for row in rows}
+        self._lock = threading.Lock()
+        self._changed, self._closing = True, threading.Event()
+        self._broken: OutputError | None = None
+        self._thread = threading.Thread(target=self._write_regularly, name="process-list", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.set()
+        self._thread.join()
+        try:
+            self._write()
+        except OutputError:
+            if error is None:  # else the first error is the one to tell
+                raise
+
+    def update(self, sample_id: str, **values: Any) -> None:
+        """Set columns of a slide's row; None is a blank cell."""
+        if self._broken is not None:
+            raise self._broken
+        with self._lock:
+            self._rows[sample_id].update(_text(values))
+            self._changed = True
+
+    def row(self, sample_id: str) -> Row:
+        """A copy of a slide's row."""
+        with self._lock:
+            return dict(self._rows[sample_id])
+
+    def _write_regularly(self) -> None:
+        pause = _EVERY_S
+        while not self._closing.wait(pause):
+            try:
+                pause = max(_EVERY_S, _SHARE * self._write())
+            except OutputError as error:
+                self._broken = error
+                return
+
+    def _write(self) -> float:
+        """Write if anything has changed; the seconds it took."""
+        started = time.perf_counter()
+        with self._lock:
+            if not self._changed:
+                return 0.0
+            rows = [dict(row) for row in self._rows.values()]
+            self._changed = False
+        columns = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)])
+        with atomic_path(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, list(columns), restval="")
+            table.writeheader()
+            table.writerows(rows)
+        return time.perf_counter() - started
+
+
+def _text(values: Mapping[str, Any]) -> Row:
+    return {name: "" if value is None else str(value) for name, value in values.items()}

@@ -1,0 +1,201 @@
+"""Run a cohort: embed its slides, or only tile them, with everything kept on disk."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import closing, contextmanager
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from slide2vec.artifacts import TileEmbeddingArtifact
+from slide2vec.cohort.cohort import Cohort, Encoder
+from slide2vec.cohort.log import RunLog
+from slide2vec.cohort.results import RunResult
+from slide2vec.config import ExecutionOptions, PreprocessingConfig
+from slide2vec.errors import OutputError
+from slide2vec.progress import (
+    RunFinished,
+    RunStarted,
+    RunSummary,
+    SlideFailed,
+    SlideFinished,
+    SlidePlanned,
+    StationTime,
+    TilesEncoded,
+    activate_progress_reporter,
+    active_reporter,
+    live_progress,
+)
+from slide2vec.slides import Slide
+from slide2vec.stream import SlideOutcome, SlidePlan
+from slide2vec.tiling import Tiling
+
+__all__ = ["Embedder", "OnPersisted", "embed_cohort", "tile_cohort"]
+
+#: Slides that may wait to be written while the next ones are encoded.
+_UNWRITTEN = 2
+
+OnPersisted = Callable[[TileEmbeddingArtifact], None]
+
+
+class Embedder(Encoder, Protocol):
+    """A model, as far as a cohort needs it."""
+
+    def outcomes(
+        self,
+        slides: Sequence[Slide],
+        config: PreprocessingConfig,
+        execution: ExecutionOptions,
+        plan: Callable[[Slide], SlidePlan],
+    ) -> Generator[SlideOutcome, None, None]: ...
+
+
+def embed_cohort(
+    embedder: Embedder,
+    slides: Sequence[Slide],
+    config: PreprocessingConfig,
+    execution: ExecutionOptions,
+    *,
+    tilings: Mapping[str, Tiling] | None = None,
+    settings: str | None = None,
+    on_slide_persisted: OnPersisted | None = None,
+) -> RunResult:
+    """Embed slides; publish each one's files the moment it is complete. A slide that fails is recorded.
+
+    Args:
+        config: with requested_spacing_um and requested_tile_size_px resolved.
+        tilings: of slides whose tiles are known, by sample_id; the others are tiled.
+        settings: text to keep as config.yaml.
+        on_slide_persisted: called with each new artifact, in a thread of the run.
+
+    Raises:
+        OutputLockedError: another run writes into the output directory.
+        OutputError: a file cannot be written; finished slides stay.
+    """
+    with _books(Cohort(slides, config, execution, embedder, tilings, settings)) as (cohort, log):
+
+        def publish(outcome: SlideOutcome) -> None:
+            artifact = cohort.publish(outcome)
+            if artifact is not None and on_slide_persisted is not None:
+                on_slide_persisted(artifact)
+
+        todo = cohort.pending()
+        log.write(f"{len(todo)} of {len(slides)} slides to embed")
+        if todo:
+            with (
+                _Writer(publish) as writer,
+                closing(embedder.outcomes(todo, config, execution, cohort.plan)) as outcomes,
+            ):
+                for outcome in outcomes:
+                    writer.put(outcome)
+                    del outcome  # the memory of the last slide, while the next one is waited for
+        return cohort.result(log.summary)
+
+
+@contextmanager
+def _books(cohort: Cohort) -> Iterator[tuple[Cohort, RunLog]]:
+    """The cohort and its log, open; a file that cannot be written is told with what to do about it."""
+    try:
+        with (
+            live_progress(),
+            cohort,
+            RunLog(cohort.output_dir, active_reporter()) as log,
+            activate_progress_reporter(log),
+        ):
+            yield cohort, log
+    except OutputError as error:
+        told = OutputError(
+            f"{error}. {cohort.complete} of {len(cohort.slides)} slides are complete in "
+            f"{cohort.output_dir}: mend it, then run again with resume to go on from there"
+        )
+        told.errno = error.errno
+        raise told from error
+
+
+class _Writer:
+    """Publishes outcomes in a thread of its own, so that the encoder does not wait for the disk."""
+
+    def __init__(self, publish: Callable[[SlideOutcome], None]) -> None:
+        self._publish = publish
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._unwritten: deque[Future[None]] = deque()
+
+    def put(self, outcome: SlideOutcome) -> None:
+        """Hand over an outcome; waits while `_UNWRITTEN` others are not written yet.
+
+        Raises what publishing an earlier one has raised.
+        """
+        while len(self._unwritten) >= _UNWRITTEN:
+            self._unwritten.popleft().result()
+        self._unwritten.append(self._pool.submit(self._publish, outcome))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown()
+        if error is None:
+            for future in self._unwritten:
+                future.result()
+
+
+def tile_cohort(
+    slides: Sequence[Slide],
+    config: PreprocessingConfig,
+    execution: ExecutionOptions,
+    *,
+    settings: str | None = None,
+) -> RunResult:
+    """Tile slides and publish their coordinates, previews and archives; nothing is embedded.
+
+    Args:
+        config: with requested_spacing_um and requested_tile_size_px set.
+        settings: text to keep as config.yaml.
+
+    Raises:
+        OutputLockedError: another run writes into the output directory.
+        OutputError: a file cannot be written; finished slides stay.
+    """
+    with _books(Cohort(slides, config, execution, settings=settings)) as (cohort, log):
+        log.emit(RunStarted(len(slides), "tiling"))
+        started = time.perf_counter()
+        tiles = failed = 0
+        busy = 0.0
+        workers = execution.planning_threads()
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="plan")
+        try:
+            jobs = {pool.submit(_tile, cohort, slide): slide for slide in slides}
+            for job in as_completed(jobs):
+                slide, error = jobs.pop(job), job.exception()
+                if error is None:
+                    count, backend, took = job.result()
+                    tiles, busy = tiles + count, busy + took
+                    log.emit(SlidePlanned(slide.sample_id, count, backend))
+                    log.emit(TilesEncoded(count))
+                    log.emit(SlideFinished(slide.sample_id, count))
+                elif isinstance(error, Exception):
+                    failed += 1
+                    cohort.fail(slide, error, planned=False)
+                    log.emit(SlideFailed(slide.sample_id, error))
+                else:
+                    raise error
+        finally:
+            pool.shutdown(cancel_futures=True)
+        seconds = time.perf_counter() - started
+        station = StationTime("plan", workers, busy, 0.0)
+        log.emit(RunFinished(RunSummary(len(slides) - failed, failed, tiles, seconds, (station,), "plan")))
+        return cohort.result(log.summary)
+
+
+def _tile(cohort: Cohort, slide: Slide) -> tuple[int, str, float]:
+    """Tiles of a slide, what read it, and seconds."""
+    started = time.perf_counter()
+    plan = cohort.plan(slide)
+    plan.source.close()
+    cohort.tiled(plan)
+    return len(plan.tiling), plan.source.backend, time.perf_counter() - started

@@ -1,0 +1,128 @@
+"""Pipeline: a model over a cohort, onto disk, resumable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slide2vec.cohort import RunResult, embed_cohort, tile_cohort
+from slide2vec.config import ExecutionOptions, PreprocessingConfig
+from slide2vec.errors import ConfigError, ManifestError
+from slide2vec.settings import RunSettings, settings_as_yaml, versions
+from slide2vec.slides import Slide, SlideLike, as_slides, read_manifest
+from slide2vec.tiling.reuse import recorded_slides
+
+if TYPE_CHECKING:
+    from slide2vec.cohort.run import OnPersisted
+    from slide2vec.model import Model
+
+__all__ = ["Pipeline"]
+
+
+class Pipeline:
+    """Embeds cohorts into `execution.output_dir`.
+
+    Every slide's files are published the moment it is complete, and a slide that fails is recorded and
+    does not stop the others. With `PreprocessingConfig(resume=True)` what an earlier run finished with
+    the same settings is kept.
+
+    Args:
+        model: from `Model.from_preset`.
+        preprocessing: tiling and reading; None = the preset's spacing and tile size.
+        execution: its output_dir is needed.
+
+    Raises:
+        ConfigError: there is no output_dir.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        preprocessing: PreprocessingConfig | None = None,
+        execution: ExecutionOptions | None = None,
+    ) -> None:
+        if execution is None or execution.output_dir is None:
+            raise ConfigError("Pipeline writes files: give ExecutionOptions(output_dir=…)")
+        self.model, self.execution = model, execution
+        self.preprocessing = model.resolve_preprocessing(preprocessing)
+
+    def run(
+        self,
+        slides: Iterable[SlideLike] | None = None,
+        manifest_path: str | os.PathLike[str] | None = None,
+        *,
+        tiling_only: bool = False,
+        on_slide_persisted: OnPersisted | None = None,
+    ) -> RunResult:
+        """Embed the slides of a manifest, or those given.
+
+        Args:
+            manifest_path: CSV with sample_id and image_path, optionally mask_path,
+                spacing_at_level_0 and patient_id.
+            tiling_only: write coordinates (and previews, archives) and embed nothing.
+            on_slide_persisted: called with each new artifact, in a thread of the run.
+
+        Raises:
+            ManifestError: the manifest is malformed, with its line; or both or neither were given.
+            OutputLockedError: another run writes into the output directory.
+            OutputError: a file cannot be written; what is finished stays.
+        """
+        if (slides is None) == (manifest_path is None):
+            raise ManifestError("Pipeline.run takes either slides or manifest_path")
+        todo = read_manifest(manifest_path) if manifest_path is not None else as_slides(slides or ())
+        settings = self._settings(self.preprocessing, manifest_path)
+        if tiling_only:
+            return tile_cohort(todo, self.preprocessing, self.execution, settings=settings)
+        return embed_cohort(
+            self.model,
+            todo,
+            self.preprocessing,
+            self.execution,
+            settings=settings,
+            on_slide_persisted=on_slide_persisted,
+        )
+
+    def run_with_coordinates(
+        self,
+        coordinates_dir: str | os.PathLike[str],
+        *,
+        slides: Iterable[SlideLike] | None = None,
+        on_slide_persisted: OnPersisted | None = None,
+    ) -> RunResult:
+        """Embed the tiles of HS2P coordinate files; nothing is segmented or tiled.
+
+        Args:
+            coordinates_dir: holds <sample_id>.coordinates.{npz,meta.json}, itself or in `tiles/`.
+            slides: None = all that have coordinate files there, at the paths recorded in them.
+            on_slide_persisted: called with each new artifact, in a thread of the run.
+
+        Raises:
+            ManifestError: there are no coordinate files.
+            OutputLockedError, OutputError: as `run`.
+        """
+        directory = Path(coordinates_dir)
+        todo: list[Slide] = recorded_slides(directory) if slides is None else as_slides(slides)
+        config = self.preprocessing.updated(read_coordinates_from=directory)
+        return embed_cohort(
+            self.model,
+            todo,
+            config,
+            self.execution,
+            settings=self._settings(config),
+            on_slide_persisted=on_slide_persisted,
+        )
+
+    def _settings(
+        self, config: PreprocessingConfig, manifest_path: str | os.PathLike[str] | None = None
+    ) -> str:
+        """The run as a configuration file that repeats it."""
+        settings = RunSettings(
+            manifest_path=None if manifest_path is None else Path(manifest_path),
+            preset=self.model.name,
+            preprocessing=config,
+            execution=self.execution,
+            **self.model.origin,
+        )
+        return settings_as_yaml(settings, {"versions": versions()})

@@ -1,0 +1,153 @@
+"""Where a slide's tiles come from: the slide itself, read in supertiles, or a tile archive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slide2vec.config import job_cpus
+from slide2vec.errors import SlideReadError
+from slide2vec.prepare import cut_tiles, dali_archive
+from slide2vec.readers import SlideReader
+from slide2vec.tiling import BadTile, Tiling
+from slide2vec.tiling.archives import TileArchive
+from slide2vec.tiling.supertiles import plan_supertiles
+
+__all__ = ["SlideSource", "TileSource", "bad_tiles", "damaged", "open_archive", "place_singly"]
+
+#: Places that an error lists.
+_LISTED = 10
+
+Pixels = NDArray[np.uint8]
+
+
+class TileSource(Protocol):
+    """The tiles of one slide, in blocks that are read at once. Used from several threads.
+
+    Attributes:
+        backend: what reads: a reader's name, or "archive".
+        blocks: (n,) int64 tile indices of each block; together every tile once.
+    """
+
+    @property
+    def backend(self) -> str: ...
+
+    @property
+    def blocks(self) -> Sequence[NDArray[np.int64]]: ...
+
+    def fetch(self, number: int) -> Any:
+        """What is stored of block `number`: its pixels, or its compressed tiles.
+
+        Raises:
+            SlideReadError: it cannot be decoded.
+        """
+        ...
+
+    def place(self, number: int, data: Any, targets: Sequence[Pixels]) -> None:
+        """Write the tiles of the block into targets, (S, S, 3) uint8 each, S the requested size.
+
+        Raises:
+            SlideReadError: one of them cannot be decoded.
+        """
+        ...
+
+    def read_tile(self, tile: int, target: Pixels) -> None:
+        """Fetch and place a single tile: the same pixels as with its block.
+
+        Raises:
+            SlideReadError: it cannot be decoded.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the file. May be called twice."""
+        ...
+
+
+def place_singly(source: TileSource, number: int, targets: Sequence[Pixels]) -> dict[int, SlideReadError]:
+    """Place the tiles of a block that could not be read at once, one by one.
+
+    Returns:
+        The error of each tile that cannot be decoded; none, where the damage lies between them.
+    """
+    bad = {}
+    for tile, target in zip(source.blocks[number].tolist(), targets, strict=True):
+        try:
+            source.read_tile(tile, target)
+        except SlideReadError as error:
+            bad[tile] = error
+    return bad
+
+
+def bad_tiles(tiling: Tiling, bad: Mapping[int, SlideReadError]) -> Iterator[BadTile]:
+    """What to record of the tiles that cannot be decoded, in order."""
+    for tile, error in sorted(bad.items()):
+        reason = str(error).removeprefix(f"slide {tiling.sample_id}: ")
+        yield BadTile(int(tiling.x[tile]), int(tiling.y[tile]), reason)
+
+
+def damaged(tiling: Tiling, bad: Mapping[int, SlideReadError]) -> SlideReadError:
+    """The error of a slide some of whose tiles cannot be decoded."""
+    places = [f"({tiling.x[tile]}, {tiling.y[tile]})" for tile in sorted(bad)]
+    more = f" and {len(places) - _LISTED} more" if len(places) > _LISTED else ""
+    name = f"slide {tiling.sample_id}: "
+    reason = str(next(iter(bad.values()))).removeprefix(name)
+    tiles = "a tile" if len(bad) == 1 else f"{len(bad)} tiles"
+    return SlideReadError(
+        f"{name}{tiles} cannot be decoded, at level-0 px {', '.join(places[:_LISTED])}{more}: {reason}; "
+        'on_bad_tile="skip" leaves such tiles out'
+    )
+
+
+class SlideSource:
+    """Supertiles of a slide. See `TileSource`; closing it closes the reader."""
+
+    def __init__(self, reader: SlideReader, tiling: Tiling, *, grouped: bool = True) -> None:
+        level = tiling.geometry.read_level
+        self._reader, self._tiling = reader, tiling
+        self._supertiles = plan_supertiles(
+            tiling.x,
+            tiling.y,
+            tiling.geometry,
+            reader.downsamples[level],
+            file_tile=reader.tile_shapes[level],
+            grouped=grouped,
+        )
+        self.backend = reader.backend
+        self.blocks = [supertile.tiles for supertile in self._supertiles]
+
+    def fetch(self, number: int) -> Pixels:
+        """The pixels of a supertile, (h, w, 3) uint8."""
+        supertile = self._supertiles[number]
+        level = self._tiling.geometry.read_level
+        return self._reader.read_region(supertile.location_lv0, level, supertile.size)
+
+    def place(self, number: int, data: Pixels, targets: Sequence[Pixels]) -> None:
+        """Cut the tiles out of a supertile."""
+        size = self._tiling.geometry.read_tile_size_px
+        cut_tiles(data, self._supertiles[number].offsets, size, targets)
+
+    def read_tile(self, tile: int, target: Pixels) -> None:
+        """Read a tile by itself."""
+        geometry = self._tiling.geometry
+        size = geometry.read_tile_size_px
+        location = int(self._tiling.x[tile]), int(self._tiling.y[tile])
+        pixels = self._reader.read_region(location, geometry.read_level, (size, size))
+        cut_tiles(pixels, np.zeros((1, 2), np.int64), size, [target])
+
+    def close(self) -> None:
+        """Close the slide."""
+        self._reader.close()
+
+
+def open_archive(path: Path, tiling: Tiling) -> TileSource:
+    """The tiles of an archive: read by DALI where it is installed, with the same pixels."""
+    archive = TileArchive(path, tiling)
+    if dali_archive.unavailable() is not None:
+        return archive
+    side = tiling.geometry.requested_tile_size_px
+    return dali_archive.DaliArchive(archive, tile_size_px=side, threads=job_cpus())
