@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,6 +16,11 @@ __all__ = ["Slide", "SlideLike", "as_slide", "as_slides", "read_manifest"]
 
 #: µm/px that a user may state; wider than what is believed of a file (an overview may have 30).
 GIVEN_SPACING_UM = (0.01, 100.0)
+
+#: Wrong lines of a manifest that an error lists.
+_MOST_LINES = 5
+#: Bytes; file systems allow 255 with what we add.
+_LONGEST_ID = 200
 
 SlideLike: TypeAlias = "Slide | str | os.PathLike[str] | Mapping[str, Any]"
 
@@ -55,6 +62,10 @@ def check_id(value: str, field: str) -> None:
         raise ManifestError(f"{field} must be a non-empty text, got {value!r}")
     if any(char in value for char in "/\\\0") or ".." in value:
         raise ManifestError(f'{field}={value!r} becomes a file name: "/", "\\", ".." and NUL are not allowed')
+    if not value.isprintable() or len(value.encode(errors="replace")) > _LONGEST_ID:
+        raise ManifestError(
+            f"{field}={value[:100]!r} becomes a file name: at most {_LONGEST_ID} bytes, all printable"
+        )
 
 
 _FIELDS = tuple(field.name for field in fields(Slide))
@@ -136,25 +147,56 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Slide]:
     spacing_at_level_0 and patient_id; other columns are ignored, blank cells mean absent.
 
     Raises:
-        ManifestError: naming the file and the row.
+        ManifestError: naming the file and the lines that are wrong.
     """
-    import pandas as pd  # here, because it costs start-up time that `import slide2vec` should not pay
-
     path = Path(path)
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise ManifestError(f"manifest {path} cannot be read: {error}") from error
-    for column in ("sample_id", "image_path"):
-        if column not in table.columns:
-            raise ManifestError(f"manifest {path} has no column {column!r}; found {list(table.columns)}")
-    rows = table[[name for name in _FIELDS if name in table.columns]].to_dict("records")
-    slides = []
-    for number, row in enumerate(rows, start=2):
+    slides: dict[str, Slide] = {}
+    lines: dict[str, int] = {}
+    wrong: list[str] = []
+    for number, row in _rows(path):
         try:
-            if _is_blank(row["sample_id"]):
-                raise ManifestError("sample_id is blank")
-            slides.append(_from_fields({str(key): value for key, value in row.items()}))
+            slide = _from_row(row)
+            if slide.sample_id in slides:
+                raise ManifestError(
+                    f"sample_id {slide.sample_id!r} is already in line {lines[slide.sample_id]}"
+                )
         except ManifestError as error:
-            raise ManifestError(f"manifest {path}, line {number}: {error}") from error
-    return as_slides(slides)
+            wrong.append(f"line {number}: {error}")
+        else:
+            slides[slide.sample_id], lines[slide.sample_id] = slide, number
+    if wrong:
+        more = f"; and {len(wrong) - _MOST_LINES} more lines" if len(wrong) > _MOST_LINES else ""
+        raise ManifestError(f"manifest {path}, {'; '.join(wrong[:_MOST_LINES])}{more}")
+    if not slides:
+        raise ManifestError(f"manifest {path} lists no slides")
+    return list(slides.values())
+
+
+def _rows(path: Path) -> Iterator[tuple[int, list[str] | dict[str, str]]]:
+    """The line number and the cells of every row; those of a row that is too long as a list."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            table = csv.reader(file, strict=True)
+            header = [name.strip() for name in next(table, [])]
+            for column in ("sample_id", "image_path"):
+                if header.count(column) != 1:
+                    raise ManifestError(
+                        f"manifest {path} needs one column {column!r}, separated by commas; found {header}"
+                    )
+            for cells in table:
+                if any(cells):
+                    fits = not any(cells[len(header) :])
+                    yield (
+                        table.line_num,
+                        dict(zip_longest(header, cells[: len(header)], fillvalue="")) if fits else cells,
+                    )
+    except (OSError, csv.Error, UnicodeDecodeError) as error:
+        raise ManifestError(f"manifest {path} cannot be read: {error}") from error
+
+
+def _from_row(row: list[str] | dict[str, str]) -> Slide:
+    if isinstance(row, list):
+        raise ManifestError(f"it has {len(row)} cells, more than the header: {','.join(row)[:200]}")
+    if _is_blank(row["sample_id"]):
+        raise ManifestError("sample_id is blank")
+    return _from_fields({name: row[name].strip() for name in _FIELDS if name in row})

@@ -25,6 +25,7 @@ from slide2vec import (
 )
 from slide2vec.artifacts import load_embeddings
 from slide2vec.cohort import tile_cohort
+from slide2vec.cohort.lock import output_lock
 from slide2vec.errors import (
     ConfigError,
     ManifestError,
@@ -34,7 +35,6 @@ from slide2vec.errors import (
     SlideReadError,
     TilingError,
 )
-from slide2vec.cohort.lock import output_lock
 from slide2vec.synthetic import write_synthetic_slide
 from slide2vec.tiling import load_coordinates
 
@@ -82,7 +82,7 @@ def made_at(result: RunResult) -> dict[str, int]:
 
 
 def damage(slide: Path, to: Path) -> tuple[Path, list[tuple[int, int]]]:
-    """A copy of a slide with one JPEG tile overwritten, one with tissue; the pixels' box begins at the result."""
+    """A copy of a slide with its largest JPEG tile overwritten, and where this tile begins (level-0 px)."""
     import tifffile
 
     with tifffile.TiffFile(slide) as file:
@@ -99,7 +99,9 @@ def damage(slide: Path, to: Path) -> tuple[Path, list[tuple[int, int]]]:
 # artifacts -------------------------------------------------------------------------------------
 
 
-def test_artifacts_equal_in_memory_embeddings(run: Run, in_memory: list[EmbeddedSlide], tmp_path: Path) -> None:
+def test_artifacts_equal_in_memory_embeddings(
+    run: Run, in_memory: list[EmbeddedSlide], tmp_path: Path
+) -> None:
     result = run()
     assert [artifact.sample_id for artifact in result.tile_artifacts] == ["s0", "s1", "s2"]
     assert not result.failed and result.summary is not None and result.summary.failed == 0
@@ -111,7 +113,11 @@ def test_artifacts_equal_in_memory_embeddings(run: Run, in_memory: list[Embedded
         coordinates = np.load(meta["coordinates_npz_path"])
         assert np.array_equal(coordinates["x"], expected.x) and np.array_equal(coordinates["y"], expected.y)
     row = rows(result)["s1"]
-    assert (row["tiling_status"], row["feature_status"], row["feature_kind"]) == ("success", "success", "tile")
+    assert (row["tiling_status"], row["feature_status"], row["feature_kind"]) == (
+        "success",
+        "success",
+        "tile",
+    )
     assert row["num_tiles"] == str(in_memory[1].num_tiles) and row["encoder_name"] == "scattering"
     assert row["feature_path"] == str(result.tile_artifacts[1].path)
     assert (tmp_path / "out/config.yaml").is_file() and list((tmp_path / "out/logs").glob("*.log"))
@@ -203,7 +209,9 @@ def test_a_changed_slide_is_recomputed_and_a_moved_one_is_not(
     assert (result.resumed, result.recomputed) == (2, {"image": 1})
 
 
-@pytest.mark.parametrize("harm", ["no sidecar", "half a sidecar", "no features", "half the features", "other"])
+@pytest.mark.parametrize(
+    "harm", ["no sidecar", "half a sidecar", "no features", "half the features", "other"]
+)
 def test_half_written_files_never_count(run: Run, harm: str) -> None:
     first = run()
     artifact = first.tile_artifacts[1]
@@ -275,7 +283,10 @@ def test_failures_are_recorded_and_the_run_goes_on(run: Run, slides: list[Path],
     for name, item in failed.items():
         assert table[name]["feature_status"] == "error"
         assert table[name]["error"] == str(item.error)
-        assert table[name]["traceback"].startswith("Traceback") and type(item.error).__name__ in table[name]["traceback"]
+        assert (
+            table[name]["traceback"].startswith("Traceback")
+            and type(item.error).__name__ in table[name]["traceback"]
+        )
         assert item.error.__traceback__ is None  # frames would hold pixels
     assert table["missing"]["tiling_status"] == "failed"
     again = run(given, resume=True)
@@ -293,7 +304,7 @@ def test_bad_tiles_are_skipped_on_request(run: Run, slides: list[Path], tmp_path
     whole = run([slides[0]]).tile_artifacts[0]
     (artifact,) = result.tile_artifacts
     left_out = result.skipped_tiles["bad"]
-    assert 0 < left_out and artifact.num_tiles == whole.num_tiles - left_out
+    assert left_out > 0 and artifact.num_tiles == whole.num_tiles - left_out
     skipped = artifact.metadata["skipped_tiles"]
     side = artifact.metadata["tile_size_lv0"]
     assert len(skipped) == left_out
@@ -301,7 +312,9 @@ def test_bad_tiles_are_skipped_on_request(run: Run, slides: list[Path], tmp_path
     row = rows(result)["bad"]
     assert row["feature_status"] == "success" and f"{left_out} tiles could not be decoded" in row["error"]
     mine, theirs = (load_coordinates(tmp_path / "out/tiles", name) for name in ("bad", "s0"))
-    kept = [i for i in range(len(theirs)) if (theirs.x[i], theirs.y[i]) not in {(s["x"], s["y"]) for s in skipped}]
+    kept = [
+        i for i in range(len(theirs)) if (theirs.x[i], theirs.y[i]) not in {(s["x"], s["y"]) for s in skipped}
+    ]
     assert np.array_equal(mine.x, theirs.x[kept]) and np.array_equal(mine.y, theirs.y[kept])
     assert torch.equal(load_embeddings(artifact.path), load_embeddings(whole.path)[kept])
     assert run([bad], resume=True, on_bad_tile="skip").resumed == 1

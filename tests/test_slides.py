@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -80,11 +81,51 @@ def test_manifest(tmp_path: Path) -> None:
     [
         ("sample_id,path\ns,a\n", "image_path"),
         ("sample_id,image_path\ns,a.svs\n,b.svs\n", "line 3"),
-        ("sample_id,image_path\ns,a.svs\ns,b.svs\n", "twice"),
+        ("sample_id,image_path\ns,a.svs\ns,b.svs\n", "line 3: .*already in line 2"),
+        (
+            "sample_id,image_path\n\ns,a.svs\n\n,b.svs\nt\n",
+            "line 5: sample_id is blank; line 6: .*image_path",
+        ),
+        ("sample_id,image_path\ns,a.svs,x\n", "line 2: it has 3 cells"),
+        ("sample_id;image_path\ns;a.svs\n", "separated by commas"),
+        ("sample_id,image_path\n", "no slides"),
+        ("sample_id,image_path\ns\n" + "".join(f"{n}\n" for n in range(9)), "and 5 more lines"),
+        (f"sample_id,image_path\n{'s' * 300},a.svs\n", "line 2: .*200 bytes"),
         ("sample_id,image_path,spacing_at_level_0\ns,a.svs,oops\n", "line 2.*oops"),
-        ("", "cannot be read"),
+        ("", "needs one column"),
     ],
 )
 def test_bad_manifests(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ManifestError, match=message):
         read_manifest(write(tmp_path / "m.csv", text))
+
+
+def test_manifests_of_spreadsheets(tmp_path: Path) -> None:
+    text = '\ufeffsample_id, image_path,notes,mask_path\r\n0007, a b.svs,"x, y\nz"\r\n\r\ns2,b.svs,,,\r\n'
+    path = tmp_path / "m.csv"
+    path.write_bytes(text.encode())
+    assert [(s.sample_id, str(s.image_path)) for s in read_manifest(path)] == [
+        ("0007", "a b.svs"),
+        ("s2", "b.svs"),
+    ]
+
+
+def test_random_manifests_are_errors_at_worst(tmp_path: Path) -> None:
+    whole = "sample_id,image_path,mask_path,spacing_at_level_0\n"
+    whole += "".join(f's{n},"/data/{n}.svs",,0.2{n}\n' for n in range(9))
+    chance, path = random.Random(0), tmp_path / "m.csv"
+    outcomes = set()
+    for _ in range(1000):
+        data = bytearray(whole.encode()[: chance.randrange(1, len(whole))])
+        for _ in range(chance.randrange(4)):
+            data[chance.randrange(len(data))] = chance.choice([chance.randrange(256), 0, 10, 34, 44, 47])
+        path.write_bytes(data)
+        try:
+            slides = read_manifest(path)
+        except ManifestError as error:
+            assert str(path) in str(error)
+            outcomes.add("error")
+        else:
+            assert all("/" not in slide.sample_id and slide.sample_id.strip() for slide in slides)
+            outcomes.add("slides")
+    assert outcomes == {"error", "slides"}

@@ -41,7 +41,6 @@ _LOOKERS = 16
 _FOLDERS = ("", "tiles", "tile_embeddings", "preview/mask", "preview/tiling")
 
 
-
 @dataclass(frozen=True)
 class _Planned:
     """What is known of a slide whose coordinates are published."""

@@ -128,6 +128,4 @@ class Tiling:
         """The tiling with some tiles, given by their indices, left out."""
         kept = np.ones(len(self), bool)
         kept[list(tiles)] = False
-        return replace(
-            self, x=self.x[kept], y=self.y[kept], tissue_fractions=self.tissue_fractions[kept]
-        )
+        return replace(self, x=self.x[kept], y=self.y[kept], tissue_fractions=self.tissue_fractions[kept])

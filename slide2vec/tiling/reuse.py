@@ -76,7 +76,9 @@ def recorded_slides(directory: Path) -> list[Slide]:
     Raises:
         ManifestError: there are none.
     """
-    found = {path.name: path for folder in (directory / "tiles", directory) for path in folder.glob(f"*{_SUFFIX}")}
+    found = {
+        path.name: path for folder in (directory / "tiles", directory) for path in folder.glob(f"*{_SUFFIX}")
+    }
     if not found:
         raise ManifestError(f"{directory} holds no coordinate files (*{_SUFFIX}), nor does its folder tiles/")
     return [_recorded_slide(found[name]) for name in sorted(found)]

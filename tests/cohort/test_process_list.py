@@ -16,7 +16,9 @@ from slide2vec.errors import ArtifactError, OutputError
 
 
 def rows(count: int) -> list[dict[str, str]]:
-    return [{"sample_id": f"{n:04d}", "image_path": f"{n}.svs", "feature_status": "tbp"} for n in range(count)]
+    return [
+        {"sample_id": f"{n:04d}", "image_path": f"{n}.svs", "feature_status": "tbp"} for n in range(count)
+    ]
 
 
 def test_columns_are_those_of_the_contract(tmp_path: Path) -> None:
@@ -66,7 +68,10 @@ def test_readers_never_see_half_a_table(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_disk_that_is_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_list, "_EVERY_S", 0.001)
     folder = tmp_path / "run"
-    with pytest.raises(OutputError, match=r"process_list\.csv"), ProcessList(folder / "process_list.csv", rows(3)) as table:
+    with (
+        pytest.raises(OutputError, match=r"process_list\.csv"),
+        ProcessList(folder / "process_list.csv", rows(3)) as table,
+    ):
         (folder / "process_list.csv").unlink()
         folder.rmdir()
         folder.write_text("in the way")

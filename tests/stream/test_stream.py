@@ -134,7 +134,9 @@ def tiling_of(slide: Slide, x: np.ndarray, y: np.ndarray) -> Tiling:
         y=y,
         tissue_fractions=np.ones(len(x), np.float32),
         tissue_threshold=0.01,
-        segmentation=Segmentation(method="hsv", requested_downsample=64, downsample=64, level=0, spacing_um=32),
+        segmentation=Segmentation(
+            method="hsv", requested_downsample=64, downsample=64, level=0, spacing_um=32
+        ),
         filtering=FilterConfig(ref_tile_size=SIDE),
     )
 
