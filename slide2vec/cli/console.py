@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Backend",
     "Debug",
+    "Format",
     "Json",
     "debugging",
     "facts",
@@ -65,6 +66,7 @@ def debugging() -> bool:
 
 #: As in slide2vec.config, which is not imported for the sake of start-up time.
 Backend = Literal["auto", "cucim", "vips", "openslide", "asap"]
+Format = Literal["pt", "npz", "safetensors", "h5"]
 Debug = Annotated[
     bool,
     typer.Option("--debug", callback=_debug, is_eager=True, help="Log more; show tracebacks of errors."),

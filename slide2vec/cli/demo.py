@@ -52,7 +52,7 @@ def demo(
         draw_map=True,
     )
     print_report(report, model, output)
-    if report.failed:
+    if report.result.failed:
         raise typer.Exit(1)
     made = report.made[0]
     typer.echo(f"\nLook at {made.map_path}: tiles that look alike have like colours.")

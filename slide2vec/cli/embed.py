@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from slide2vec.cli.console import Backend, Debug, Json, note, print_json
+from slide2vec.cli.console import Backend, Debug, Format, Json, note, print_json
 
 __all__ = ["embed"]
 
@@ -49,7 +49,14 @@ def embed(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Tiles per forward pass [by device].")] = None,
     num_workers: Annotated[int | None, typer.Option(min=1, help="Reading threads [all CPUs].")] = None,
-    file_format: Annotated[Literal["pt", "npz"], typer.Option("--format", help="Of the embeddings.")] = "pt",
+    file_format: Annotated[Format, typer.Option("--format", help="Of the embeddings.")] = "pt",
+    resume: Annotated[
+        bool,
+        typer.Option("--resume/--no-resume", help="Keep what an earlier run finished, if settings agree."),
+    ] = True,
+    on_bad_tile: Annotated[
+        Literal["fail", "skip"], typer.Option(help="Fail a slide with damaged tiles, or leave these out.")
+    ] = "fail",
     previews: Annotated[bool, typer.Option("--previews", help="Pictures of tissue and tiles.")] = False,
     draw_map: Annotated[bool, typer.Option("--map", help="A picture of the embeddings (PCA).")] = False,
     as_json: Json = False,
@@ -73,6 +80,8 @@ def embed(
         overlap=overlap,
         preview=PreviewConfig(save_mask_preview=previews, save_tiling_preview=previews),
         tissue_threshold=tissue_threshold,
+        on_bad_tile=on_bad_tile,
+        resume=resume,
     )
     execution = ExecutionOptions(
         output_dir=output, output_format=file_format, batch_size=batch_size, num_workers=num_workers
@@ -96,5 +105,5 @@ def embed(
         print_json({"encoder": model.identity(), "output_dir": output, **report.as_json()})
     else:
         print_report(report, model, output)
-    if report.failed:
+    if report.result.failed:
         raise typer.Exit(1)

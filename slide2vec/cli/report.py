@@ -12,13 +12,15 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from slide2vec.cli.writing import Made, Report
+    from slide2vec.cohort import RunResult
     from slide2vec.model import Model
     from slide2vec.progress import RunSummary
 
-__all__ = ["print_report"]
+__all__ = ["print_outcome", "print_report"]
 
 #: Longer runs list their first slides only.
 MOST_ROWS = 50
+MOST_NAMES = 10
 NO_TILES = "0 tiles: no tissue, or too little; --previews draws what was taken for tissue."
 
 
@@ -35,16 +37,46 @@ def print_report(report: Report, model: Model, output_dir: Path) -> None:
             console.print(Text(NO_TILES, "dim"))
         console.print()
         console.print(facts(_places(report.made, model, output_dir)))
-    if report.failed:
+    print_outcome(report.result)
+
+
+def print_outcome(result: RunResult) -> None:
+    """Print what a run did not embed and why, and how fast it was."""
+    from rich.text import Text
+
+    console = stdout()
+    for remark in _remarks(result):
+        console.print(Text(remark, "dim"))
+    if result.failed:
         console.print()
-        console.print(Text(f"{_count(len(report.failed), 'slide')} failed", "bold red"))
-        rows = [(slide.sample_id, _cause(slide.sample_id, error)) for slide, error in report.failed]
-        console.print(table(("slide", "error"), rows))
-    if report.summary is not None:
+        console.print(Text(f"{_count(len(result.failed), 'slide')} failed", "bold red"))
+        rows = [(f.sample_id, f.stage, _cause(f.sample_id, f.error)) for f in result.failed[:MOST_ROWS]]
+        console.print(table(("slide", "stage", "error"), rows))
+        if len(result.failed) > MOST_ROWS:
+            console.print(
+                Text(f"… and {len(result.failed) - MOST_ROWS:,} more in {result.process_list_path}", "dim")
+            )
+    if result.summary is not None:
         console.print()
-        console.print(Text(str(report.summary).replace("; ", "\n"), "bold"))
-        if report.summary.tiles:
-            console.print(Text(_stations(report.summary), "dim"))
+        console.print(Text(str(result.summary).replace("; ", "\n"), "bold"))
+        if result.summary.tiles:
+            console.print(Text(_stations(result.summary), "dim"))
+
+
+def _remarks(result: RunResult) -> Iterator[str]:
+    if result.resumed:
+        yield f"{_count(result.resumed, 'slide')} finished by an earlier run (--no-resume embeds anew)"
+    for reason, count in result.recomputed.items():
+        yield f"{_count(count, 'slide')} embedded anew: finished before with another {reason}"
+    if result.without_tissue:
+        yield f"{_count(len(result.without_tissue), 'slide')} without tissue: {_names(result.without_tissue)}"
+    for name, count in list(result.skipped_tiles.items())[:MOST_ROWS]:
+        yield f"slide {name}: {_count(count, 'tile')} left out that cannot be decoded (see its .meta.json)"
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more
 
 
 def _made_table(made: Sequence[Made]) -> Table:

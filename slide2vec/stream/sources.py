@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from slide2vec.config import job_cpus
 from slide2vec.errors import SlideReadError
 from slide2vec.prepare import cut_tiles, dali_archive
 from slide2vec.readers import SlideReader
@@ -21,6 +21,8 @@ __all__ = ["SlideSource", "TileSource", "bad_tiles", "damaged", "open_archive", 
 
 #: Places that an error lists.
 _LISTED = 10
+#: Of DALI's own, per open slide.
+_DALI_THREADS = 4
 
 Pixels = NDArray[np.uint8]
 
@@ -145,9 +147,12 @@ class SlideSource:
 
 
 def open_archive(path: Path, tiling: Tiling) -> TileSource:
-    """The tiles of an archive: read by DALI where it is installed, with the same pixels."""
+    """The tiles of an archive, read by DALI where it and a GPU are there, else without: same pixels.
+
+    On a CPU DALI is half as fast (3,500 to 4,900 tiles/s against 7,000 to 7,200 on two cores).
+    """
     archive = TileArchive(path, tiling)
-    if dali_archive.unavailable() is not None:
+    if not torch.cuda.is_available() or dali_archive.unavailable() is not None:
         return archive
     side = tiling.geometry.requested_tile_size_px
-    return dali_archive.DaliArchive(archive, tile_size_px=side, threads=job_cpus())
+    return dali_archive.DaliArchive(archive, tile_size_px=side, threads=_DALI_THREADS)
