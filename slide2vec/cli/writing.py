@@ -151,12 +151,14 @@ def _write(model: Model, outcome: SlideOutcome, execution: ExecutionOptions, dra
     output_dir, embedded, tiling = execution.output_dir, outcome.embedded, outcome.tiling
     assert output_dir is not None and embedded is not None and tiling is not None
     coordinates = write_coordinates(output_dir / "tiles", tiling)
+    encoder = model.identity(execution.precision)
     artifact = write_tile_embeddings(
         output_dir,
         embedded,
         tiling,
         file_format=execution.output_format,
-        encoder=model.identity(execution.precision),
+        encoder=encoder,
+        compatibility={"image_path": embedded.image_path, "encoder": encoder},
         coordinates=coordinates,
     )
     return Made(
