@@ -1,0 +1,251 @@
+"""Read features files, ours and others', without trusting them.
+
+Nothing in a file is executed, nothing outside it is opened, and no array is allocated that is larger
+than the file could hold.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slide2vec.artifacts.records import FORMATS
+from slide2vec.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["load_coords", "load_embeddings"]
+
+#: The array of embeddings by the names it may have, the first found counts.
+_VALUES = ("features", "latents")
+#: A compressed array may be this many times as large as its file. Embeddings compress to half, with
+#: many zeros to a tenth; deflate could reach 1,032.
+MAX_EXPANSION = 64
+#: Smaller arrays are read whatever their compression: a slide of equal tiles is no attack.
+SMALL_BYTES = 64 * 2**20
+#: npy headers of plain arrays have 128 bytes.
+MAX_NPY_HEADER = 10_000
+
+
+def load_embeddings(path: str | Path) -> torch.Tensor:
+    """The embeddings (or latents) in a .pt, .npz, .safetensors or .h5 file, on the CPU.
+
+    Also reads what the original slide2vec, CLAM and TRIDENT write. A stray first axis of h5 files,
+    (1, N, D) for N coordinates, is dropped.
+
+    Returns:
+        1-D, 2-D or 3-D; float16, bfloat16, float32 or float64, as stored.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, of an unknown format, or not to be trusted.
+    """
+    import torch
+
+    path, read = _reader(path)
+    with _refusing(path):
+        found = read(path, _VALUES)
+        if found is None:
+            raise ArtifactError(f"holds no array called {' or '.join(_VALUES)}")
+        values = found if isinstance(found, torch.Tensor) else torch.from_numpy(found)
+        if values.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ArtifactError(f"holds {values.dtype}, not floats")
+        if not 1 <= values.ndim <= 3:
+            raise ArtifactError(f"holds an array of {values.ndim} dimensions; embeddings have 1 to 3")
+        return values
+
+
+def load_coords(path: str | Path) -> NDArray[np.int64] | None:
+    """The tiles' coordinates in a .safetensors or .h5 file: (N, 2) int64, x and y in level-0 px.
+
+    None where the file holds none (.pt and .npz never do: see the run's `tiles/`).
+
+    Raises:
+        ArtifactError: as for `load_embeddings`, or they are no (N, 2) integers.
+    """
+    path, read = _reader(path)
+    if path.suffix in (".pt", ".npz"):
+        return None
+    with _refusing(path):
+        found = read(path, ("coords",))
+        if found is None:
+            return None
+        coords = np.asarray(found)
+        if coords.ndim != 2 or coords.shape[1] != 2 or coords.dtype.kind not in "iu":
+            raise ArtifactError(f"coords are {coords.dtype} of shape {coords.shape}, not (N, 2) integers")
+        return coords.astype(np.int64)
+
+
+_Read = Callable[[Path, tuple[str, ...]], Any]
+
+
+def _reader(path: str | Path) -> tuple[Path, _Read]:
+    path = Path(path)
+    if path.suffix not in _READERS:
+        raise ArtifactError(
+            f"embeddings file {path}: {path.suffix or 'no suffix'!r} is none of {', '.join(FORMATS)}"
+        )
+    if not path.is_file():
+        raise ArtifactError(f"embeddings file {path} does not exist; is its slide finished?")
+    return path, _READERS[path.suffix]
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    # The parsers of four formats raise what they like over a damaged file, down to SystemError.
+    except Exception as error:
+        what = str(error) if isinstance(error, ArtifactError) else f"cannot be read ({_brief(error)})"
+        raise ArtifactError(
+            f"embeddings file {path} {what}; if it is one of ours, delete it and embed its slide again"
+        ) from error
+
+
+def _brief(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text[:300] or type(error).__name__
+
+
+def _check_size(shape: tuple[int, ...], itemsize: int, file_bytes: int, *, compressed: bool) -> None:
+    """Refuse an array that its file cannot hold, before it is allocated."""
+    size = math.prod(shape) * itemsize
+    limit = max(MAX_EXPANSION * file_bytes, SMALL_BYTES) if compressed else file_bytes
+    if size > limit:
+        raise ArtifactError(f"announces {size:,} bytes of shape {shape}; the file has {file_bytes:,}")
+
+
+def _read_pt(path: Path, names: tuple[str, ...]) -> torch.Tensor:
+    import torch
+
+    size = path.stat().st_size
+    if zipped := _starts_with(path, b"PK\3\4"):
+        with zipfile.ZipFile(path) as archive:
+            if any(info.file_size != info.compress_size for info in archive.infolist()):
+                raise ArtifactError("is compressed, which torch.save never does")
+    # Mapped: otherwise PyTorch believes what a damaged file says of the length of its data.
+    found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    if not isinstance(found, torch.Tensor):
+        raise ArtifactError(f"holds a {type(found).__name__}, not one tensor")
+    if found.layout is not torch.strided or found.device.type != "cpu":
+        raise ArtifactError(f"holds a {found.layout} tensor on {found.device}, not a plain one")
+    _check_size(tuple(found.shape), found.itemsize, size, compressed=False)
+    return found.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _starts_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def _read_npz(path: Path, names: tuple[str, ...]) -> NDArray[Any] | None:
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: info for info in archive.infolist()}
+        name = next((name for name in names if f"{name}.npy" in members), None)
+        if name is None:
+            return None
+        info = members[f"{name}.npy"]
+        compressed = info.compress_type != zipfile.ZIP_STORED
+        with archive.open(info) as file:
+            shape, dtype = _npy_header(file)
+        _check_size(shape, dtype.itemsize, path.stat().st_size, compressed=compressed)
+        if math.prod(shape) * dtype.itemsize > info.file_size:
+            raise ArtifactError(f"announces more data of shape {shape} than it has")
+        with archive.open(info) as file:
+            found = np.lib.format.read_array(file, allow_pickle=False, max_header_size=MAX_NPY_HEADER)
+    return _native(found)
+
+
+def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
+    if read is None:
+        raise ArtifactError(f"holds an array of npy version {version}; 1.0 and 2.0 are known")
+    shape, _, dtype = read(file, max_header_size=MAX_NPY_HEADER)
+    if dtype.kind not in "fiu":
+        raise ArtifactError(f"holds {dtype}, not numbers")
+    return shape, dtype
+
+
+def _read_safetensors(path: Path, names: tuple[str, ...]) -> torch.Tensor | None:
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        known = set(file.keys())
+        name = next((name for name in names if name in known), None)
+        if name is None:
+            return None
+        found: torch.Tensor = file.get_tensor(name)
+        return found.clone(memory_format=torch.contiguous_format)  # off the map of the file
+
+
+def _read_h5(path: Path, names: tuple[str, ...]) -> NDArray[Any] | None:
+    import h5py
+
+    size = path.stat().st_size
+    # Not locked: network file systems refuse it, and nobody writes into a file that is in place.
+    with h5py.File(path, "r", locking=False) as file:
+        name = next((name for name in names if _has(file, name)), None)
+        if name is None:
+            return None
+        dataset = _dataset(file, name, size)
+        found: NDArray[Any] = dataset[()]
+        if name == "features" and found.ndim == 3 and len(found) == 1 and _has(file, "coords"):
+            # As loaders of CLAM-like files allow. One region of a hierarchical model has one coordinate.
+            found = found[0] if len(_dataset(file, "coords", size)) == found.shape[1] else found
+    return _native(found)
+
+
+def _has(file: Any, name: str) -> bool:
+    """Whether the root has a link of that name; `name in file` would follow it, even to other files."""
+    return bool(file.id.links.exists(name.encode()))
+
+
+def _dataset(file: Any, name: str, file_bytes: int) -> Any:
+    """A dataset whose data is in this file, all of it."""
+    import h5py
+
+    if file.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
+        raise ArtifactError(f"keeps {name} behind a link, which may lead to other files")
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset):
+        raise ArtifactError(f"has a group instead of an array {name}")
+    layout = dataset.id.get_create_plist()
+    if layout.get_layout() == h5py.h5d.VIRTUAL or layout.get_external_count():
+        raise ArtifactError(f"keeps {name} in other files")
+    filters = [layout.get_filter(index)[0] for index in range(layout.get_nfilters())]
+    if not set(filters) <= {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_LZF}:
+        raise ArtifactError(f"compresses {name} with filters {filters}; gzip, lzf and shuffle are known")
+    if dataset.shape is None or dataset.dtype.kind not in "fiu":
+        raise ArtifactError(f"has {dataset.dtype} for {name}, not numbers")
+    itemsize = dataset.dtype.itemsize
+    _check_size(dataset.shape, itemsize, file_bytes, compressed=bool(filters))
+    _check_size(dataset.chunks or (), itemsize, file_bytes, compressed=True)
+    stored = dataset.id.get_storage_size()
+    if stored > file_bytes or (not filters and stored < dataset.size * itemsize):
+        raise ArtifactError(f"has {stored:,} bytes for {name} of shape {dataset.shape}: not all was written")
+    return dataset
+
+
+def _native(array: NDArray[Any]) -> NDArray[Any]:
+    """In the byte order of this machine, contiguous; PyTorch takes no other."""
+    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")).reshape(array.shape)
+
+
+_READERS: dict[str, _Read] = {
+    ".pt": _read_pt,
+    ".npz": _read_npz,
+    ".safetensors": _read_safetensors,
+    ".h5": _read_h5,
+}

@@ -1,0 +1,176 @@
+"""The files of one embedding artifact, their sidecar, and which artifacts of a directory are complete."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from slide2vec.config import OutputFormat
+from slide2vec.errors import ArtifactError
+
+__all__ = [
+    "FORMATS",
+    "SCHEMA_VERSION",
+    "SIDECAR",
+    "HierarchicalEmbeddingArtifact",
+    "PatientEmbeddingArtifact",
+    "SlideEmbeddingArtifact",
+    "TileEmbeddingArtifact",
+    "find_tile_artifact",
+    "read_metadata",
+    "tile_artifacts",
+]
+
+#: Of the sidecar. 2: `file_size_bytes` and `skipped_tiles`; `compatibility` is the caller's.
+SCHEMA_VERSION = 2
+#: Suffixes of features files.
+FORMATS: tuple[OutputFormat, ...] = get_args(OutputFormat)
+SIDECAR = ".meta.json"
+#: Sidecars have a few KB, with many skipped tiles a few MB.
+MAX_SIDECAR_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Artifact:
+    """A features file and its sidecar.
+
+    Attributes:
+        path, metadata_path: of the features file and of the sidecar.
+        format: of the features file, "pt", "npz", "safetensors" or "h5".
+        feature_dim: D.
+    """
+
+    path: Path
+    metadata_path: Path
+    format: OutputFormat
+    feature_dim: int
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The sidecar; read anew each time."""
+        return read_metadata(self.metadata_path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileEmbeddingArtifact(_Artifact):
+    """The tile embeddings of one slide, (num_tiles, feature_dim)."""
+
+    sample_id: str
+    num_tiles: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideEmbeddingArtifact(_Artifact):
+    """The embedding of one slide, (feature_dim,), and its latents where they were asked for."""
+
+    sample_id: str
+    latent_path: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatientEmbeddingArtifact(_Artifact):
+    """The embedding of one patient, (feature_dim,), from num_slides slides."""
+
+    patient_id: str
+    num_slides: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class HierarchicalEmbeddingArtifact(_Artifact):
+    """The embeddings of one slide by region, (num_regions, tiles_per_region, feature_dim)."""
+
+    sample_id: str
+    num_regions: int
+    tiles_per_region: int
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """A sidecar (.meta.json) as a dict.
+
+    Raises:
+        ArtifactError: it is missing, too large, or no JSON object.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_SIDECAR_BYTES + 1)
+        if len(data) > MAX_SIDECAR_BYTES:
+            raise ArtifactError(
+                f"sidecar {path} has more than {MAX_SIDECAR_BYTES:,} bytes: it is none of ours"
+            )
+        content = json.loads(data)
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"sidecar {path} does not exist: the slide was not finished; embed it again"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, ArtifactError):
+            raise
+        raise ArtifactError(
+            f"sidecar {path} cannot be read: {error}; delete it and embed the slide again"
+        ) from error
+    if not isinstance(content, dict):
+        raise ArtifactError(f"sidecar {path} holds a {type(content).__name__} instead of a JSON object")
+    return content
+
+
+def find_tile_artifact(output_dir: str | Path, sample_id: str) -> TileEmbeddingArtifact | None:
+    """The complete tile embeddings of a slide under an output directory, None without.
+
+    Complete: the sidecar can be read and has our schema, and its features file is there in the size
+    that it says. Half-written, damaged and foreign files never count, and raise nothing. Costs one
+    small read and one stat.
+    """
+    if Path(sample_id).name != sample_id:
+        return None
+    folder = Path(output_dir) / "tile_embeddings"
+    metadata_path = folder / f"{sample_id}{SIDECAR}"
+    try:
+        found = read_metadata(metadata_path)
+    except ArtifactError:
+        return None
+    path = folder / f"{sample_id}.{found.get('format')}"
+    if not _describes_tiles(found, sample_id) or _size_of(path) != found["file_size_bytes"]:
+        return None
+    return TileEmbeddingArtifact(
+        sample_id=sample_id,
+        path=path,
+        metadata_path=metadata_path,
+        format=found["format"],
+        feature_dim=found["feature_dim"],
+        num_tiles=found["num_tiles"],
+    )
+
+
+def _describes_tiles(metadata: dict[str, Any], sample_id: str) -> bool:
+    numbers = [metadata.get(key) for key in ("feature_dim", "num_tiles", "file_size_bytes")]
+    return (
+        metadata.get("schema_version") == SCHEMA_VERSION
+        and metadata.get("artifact_type") == "tile_embeddings"
+        and metadata.get("sample_id") == sample_id
+        and metadata.get("format") in FORMATS
+        and all(type(number) is int and number >= 0 for number in numbers)
+    )
+
+
+def _size_of(path: Path) -> int | None:
+    """Bytes of a plain file, else None."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def tile_artifacts(output_dir: str | Path) -> Iterator[TileEmbeddingArtifact]:
+    """The complete tile embeddings under an output directory, sorted by name."""
+    folder = Path(output_dir) / "tile_embeddings"
+    if not folder.is_dir():
+        return
+    for name in sorted(path.name for path in folder.iterdir() if path.name.endswith(SIDECAR)):
+        artifact = find_tile_artifact(output_dir, name.removesuffix(SIDECAR))
+        if artifact is not None:
+            yield artifact
