@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
-from math import isclose
+from math import isclose, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ __all__ = [
 ]
 
 _MISSING = object()
+#: What damaged JSON, ZIP and NPY make their readers raise.
+_UNREADABLE = (
+    *(OSError, ValueError, TypeError, KeyError, ConfigError, zipfile.BadZipFile, zlib.error, EOFError),
+    *(NotImplementedError, RuntimeError, OverflowError, RecursionError, MemoryError),
+)
+#: Side of a tile as read beyond which a coordinate file is not believed: one tile has 3 GB then.
+_MOST_PX = 32_768
 
 
 def coordinate_paths(directory: Path, sample_id: str) -> tuple[Path, Path]:
@@ -197,7 +205,7 @@ def load_coordinates(directory: Path, sample_id: str) -> Tiling:
         return _tiling(_Sections(meta), arrays)
     except FileNotFoundError as error:
         raise TilingError(f"slide {sample_id}: coordinate file {error.filename} does not exist") from error
-    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile, ConfigError) as error:
+    except _UNREADABLE as error:
         raise TilingError(f"slide {sample_id}: {metadata} cannot be read: {error}") from error
 
 
@@ -271,6 +279,11 @@ def _geometry(meta: _Sections) -> TileGeometry:
     )
     if min(read_size, geometry.tile_size_lv0, geometry.step_px_lv0, geometry.read_level + 1) < 1:
         raise ValueError("its tile sizes, step or level are not positive")
+    numbers = geometry.requested_spacing_um, geometry.base_spacing_um, geometry.read_spacing_um, overlap
+    if not all(isfinite(number) for number in numbers) or min(numbers[:3]) <= 0 or not 0 <= overlap < 1:
+        raise ValueError(f"its spacings or overlap are not possible: {numbers}")
+    if max(read_size, geometry.requested_tile_size_px) > _MOST_PX:
+        raise ValueError(f"its tiles have {read_size} px a side, more than {_MOST_PX}")
     return geometry
 
 

@@ -35,9 +35,9 @@ def test_second_run_is_told_who_holds_it(other: subprocess.Popen[str], tmp_path:
     try:
         found = holder(tmp_path)
         assert found is not None and found["pid"] == other.pid
-        with pytest.raises(OutputLockedError, match=f"process {other.pid} on .* is writing into {tmp_path}"):
-            with output_lock(tmp_path):
-                raise AssertionError("not reached")
+        told = f"process {other.pid} on .* is writing into {tmp_path}"
+        with pytest.raises(OutputLockedError, match=told), output_lock(tmp_path):
+            raise AssertionError("not reached")
     finally:
         other.kill()
         other.wait()

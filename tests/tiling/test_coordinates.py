@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -201,3 +202,40 @@ def test_a_write_that_fails_leaves_nothing(
     with pytest.raises(OSError, match="disk full"):
         write_coordinates(tmp_path, tiling)
     assert [path.name for path in tmp_path.iterdir()] == ["s.coordinates.npz"]
+
+
+def test_damaged_files_are_errors_at_worst(tiling: Tiling, tmp_path: Path) -> None:
+    write_coordinates(tmp_path, tiling)
+    paths = coordinate_paths(tmp_path, "s")
+    whole, chance = [path.read_bytes() for path in paths], random.Random(0)
+    outcomes = set()
+    for number in range(1500):
+        data = bytearray(whole[number % 2])
+        for _ in range(chance.randrange(1, 8)):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        paths[number % 2].write_bytes(data[: chance.randrange(len(data)) if number % 5 == 0 else None])
+        try:
+            outcomes.add(len(load_coordinates(tmp_path, "s")) == len(tiling))
+        except TilingError as error:
+            assert str(error).startswith("slide s: ")
+            outcomes.add("error")
+        paths[number % 2].write_bytes(whole[number % 2])
+    assert outcomes == {True, "error"}
+
+
+@pytest.mark.parametrize("value", [None, -1, 0, 1e400, float("nan"), "x", [], {}, 10**30, [1]])
+def test_impossible_values_are_errors_at_worst(value: Any, tiling: Tiling, tmp_path: Path) -> None:
+    write_coordinates(tmp_path, tiling)
+    path = coordinate_paths(tmp_path, "s")[1]
+    whole = json.loads(path.read_text())
+    for section, values in whole.items():
+        for name in values:
+            path.write_text(json.dumps({**whole, section: {**values, name: value}}))
+            try:
+                geometry = load_coordinates(tmp_path, "s").geometry
+            except TilingError:
+                continue
+            assert 0 < geometry.read_tile_size_px < 100_000 and geometry.read_spacing_um > 0
+    path.write_text("[" * 100_000)
+    with pytest.raises(TilingError):
+        load_coordinates(tmp_path, "s")
