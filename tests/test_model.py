@@ -274,10 +274,7 @@ def test_half_precision_stays_close(
     [
         {"region_tile_multiple": 6},
         {"requested_region_size_px": 1344},
-        {"read_tiles_from": "tiles"},
-        {"on_the_fly": False},
         {"gpu_decode": True},
-        {"resume": True},
     ],
 )
 def test_what_is_not_supported_is_refused(scattering: Model, values: dict[str, Any]) -> None:
