@@ -100,8 +100,11 @@ class OutputError(Slide2VecError, OSError):
     @classmethod
     def of(cls, path: object, cause: OSError) -> OutputError:
         made = cls(f"{path} cannot be written: {cause.strerror or cause}")
-        made.errno = cause.errno
+        made.errno, made.filename = cause.errno, str(path)
         return made
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # not errno and file name over again
 
 
 class OutputLockedError(Slide2VecError, RuntimeError):

@@ -1,0 +1,224 @@
+"""A run as a configuration file: the YAML of the original slide2vec, with `key=value` overrides.
+
+docs/configuration.md lists the keys.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from slide2vec.config import (
+    ExecutionOptions,
+    FilterConfig,
+    PreprocessingConfig,
+    PreviewConfig,
+    SegmentationConfig,
+)
+from slide2vec.errors import ConfigError, PresetError
+from slide2vec.recipes import load_recipe
+from slide2vec.settings.keys import KEYS
+from slide2vec.settings.text import as_yaml, parse_yaml, read_yaml
+from slide2vec.settings.values import Source, Values, escaped, nested
+
+__all__ = ["RunSettings", "load_settings", "settings_as_yaml", "versions"]
+
+logger = logging.getLogger(__name__)
+
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """A run: which slides, which model, how they are tiled, and where everything goes.
+
+    Attributes:
+        manifest_path: CSV of slides; None where they come from elsewhere.
+        preset, output_variant, weights, seed, device: as in `Model.from_preset`.
+        allow_non_recommended_settings: of spacing, tile size and precision, without an error.
+        preprocessing: with None where the preset decides.
+        execution: its output_dir is where this run writes.
+    """
+
+    manifest_path: Path | None = None
+    preset: str
+    output_variant: str | None = None
+    weights: str | None = None
+    seed: int = 0
+    device: str | None = None
+    allow_non_recommended_settings: bool = False
+    preprocessing: PreprocessingConfig
+    execution: ExecutionOptions
+
+
+#: Fields of RunSettings and their keys; those of its configuration objects are in `KEYS`.
+_RUN = {
+    "manifest_path": "csv",
+    "preset": "model.name",
+    "output_variant": "model.output_variant",
+    "weights": "model.weights",
+    "seed": "seed",
+    "device": "model.device",
+    "allow_non_recommended_settings": "model.allow_non_recommended_settings",
+}
+
+
+def load_settings(
+    path: Path | None, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
+) -> RunSettings:
+    """The run that a configuration file describes.
+
+    Args:
+        path: YAML in the layout of the original slide2vec, 4.0 to 7.1; None = only defaults.
+        overrides: "a.b=value", the value in YAML; later ones count.
+        values: plain values by dotted key, which count over both.
+
+    Raises:
+        ConfigError: the file cannot be read, or something in it is not allowed; names file and key.
+    """
+    sources = [] if path is None else [Source(str(path), read_yaml(path))]
+    sources += [_override(text) for text in overrides]
+    sources.append(Source(COMMAND_LINE, nested(values or {})))
+    given = Values(sources)
+    if given["wandb.enable"]:
+        logger.warning("%s: Weights & Biases is not supported; ignored", given.where("wandb.enable"))
+    run = {field: given[key] for field, key in _RUN.items()}
+    _check_preset(given)
+    return RunSettings(
+        **run,
+        preprocessing=_built(
+            PreprocessingConfig,
+            given,
+            segmentation=_built(SegmentationConfig, given, method=_segmentation_method(given)),
+            filtering=_built(FilterConfig, given),
+            preview=_built(PreviewConfig, given),
+        ),
+        execution=_built(ExecutionOptions, given, output_dir=_output_dir(given)),
+    )
+
+
+def _override(text: str) -> Source:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {text!r} is not key=value, such as tiling.params.overlap=0.5")
+    if key[0] in "+~":
+        raise ConfigError(f"override {text!r}: the prefixes + and ~ are not supported; write key=value")
+    content = parse_yaml(value, f"override {text[:100]!r}")
+    return Source(COMMAND_LINE, nested({key.strip(): content}))
+
+
+def _check_preset(given: Values) -> None:
+    """Find a wrong name before anything slow begins."""
+    preset, variant = given["model.name"], given["model.output_variant"]
+    if preset is None:
+        raise ConfigError("model.name is missing: name a preset (`slide2vec models` lists them)")
+    try:
+        recipe = load_recipe(preset)
+    except PresetError as error:
+        raise ConfigError(f"{given.where('model.name')}: {error}") from None
+    try:
+        recipe.variant(variant)
+    except PresetError as error:
+        raise ConfigError(f"{given.where('model.output_variant')}: {error}") from None
+
+
+def _segmentation_method(given: Values) -> str:
+    """The method, which the original up to 4.2 gives as use_hsv and use_otsu."""
+    key = "tiling.seg_params.method"
+    method = str(given[key])
+    use_hsv, use_otsu = given["tiling.seg_params.use_hsv"], given["tiling.seg_params.use_otsu"]
+    if use_hsv is None and use_otsu is None:
+        return method
+    older = "hsv" if use_hsv is not False else "otsu" if use_otsu else "threshold"
+    if given.is_given(key) and older != method:
+        raise ConfigError(
+            f"{given.where(key)}={method}, but use_hsv and use_otsu beside it mean {older}; keep one of them"
+        )
+    return older
+
+
+def _output_dir(given: Values) -> Path:
+    output_dir, name = Path(given["output_dir"]), given["resume_dirname"]
+    return output_dir / name if given["resume"] and name is not None else output_dir
+
+
+def _built(owner: type[Any], given: Values, **more: Any) -> Any:
+    """A configuration object from the keys that set its fields; its complaints name the keys."""
+    keys = {key.field: name for name, key in KEYS.items() if key.owner is owner}
+    fields = {field: given[name] for field, name in keys.items()}
+    try:
+        return owner(**{**fields, **more})
+    except ConfigError as error:
+        text = str(error)
+        for field, name in keys.items():
+            text = text.replace(f"{field}=", f"{name}=")
+            text = text.replace(f"{owner.__name__}.{field}:", f"{given.where(name)}:")
+        raise ConfigError(text.removeprefix(f"{owner.__name__}: ")) from None
+
+
+def settings_as_yaml(settings: RunSettings, extra: Mapping[str, Any]) -> str:
+    """The run as a configuration file that repeats it.
+
+    Args:
+        extra: further keys; `versions` is one that `load_settings` ignores.
+    """
+    owners: dict[type[BaseModel], BaseModel] = {
+        PreprocessingConfig: settings.preprocessing,
+        ExecutionOptions: settings.execution,
+        SegmentationConfig: settings.preprocessing.segmentation,
+        FilterConfig: settings.preprocessing.filtering,
+        PreviewConfig: settings.preprocessing.preview,
+    }
+    run = {key: getattr(settings, field) for field, key in _RUN.items()}
+    leaves = {
+        name: _plain(getattr(owners[key.owner], key.field) if key.owner else run[name])
+        for name, key in KEYS.items()
+        if key.owner or name in run
+    }
+    return as_yaml({**nested(leaves), **extra})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path | str):
+        return escaped(str(value))
+    return list(value) if isinstance(value, tuple) else value
+
+
+#: What may have a say in embeddings or speed, and the names it is distributed under.
+_PACKAGES = {
+    "slide2vec": ("slide2vec",),
+    "torch": ("torch",),
+    "timm": ("timm",),
+    "transformers": ("transformers",),
+    "numpy": ("numpy",),
+    "opencv": ("opencv-python-headless", "opencv-python"),
+    "openslide": ("openslide-python",),
+    "openslide-bin": ("openslide-bin",),
+    "cucim": ("cucim-cu13", "cucim-cu12", "cucim"),
+    "pyvips": ("pyvips",),
+    "tifffile": ("tifffile",),
+    "cupy": ("cupy-cuda13x", "cupy-cuda12x"),
+    "dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
+    "tensorrt": ("tensorrt",),
+    "openvino": ("openvino",),
+}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that have a say in a run."""
+    found = {"python": platform.python_version()}
+    for name, distributions in _PACKAGES.items():
+        for distribution in distributions:
+            try:
+                found[name] = importlib.metadata.version(distribution)
+                break
+            except importlib.metadata.PackageNotFoundError:
+                continue
+    return found
