@@ -16,6 +16,8 @@ import torch
 
 from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig
 
+#: Times that a run is killed before it is left in peace.
+KILLS = 7
 #: Everything that changes the output directory.
 SYSTEM_CALLS = ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync")
 
@@ -25,7 +27,7 @@ def run(model: Model, manifest: Path, output_dir: Path) -> None:
         requested_tile_size_px=128,
         tissue_threshold=0.1,
         resume=True,
-        save_tiles=False,
+        save_tiles=True,
         preview={"save_mask_preview": True, "save_tiling_preview": True},
     )
     execution = ExecutionOptions(output_dir=output_dir, num_workers=2, num_preprocessing_workers=2)
@@ -57,21 +59,19 @@ def main() -> None:
     import slide2vec.tiling.previews  # noqa: F401
 
     kills = 0
-    while True:
+    for attempt in range(KILLS + 1):
         child = os.fork()
         if child == 0:
-            if kills % 2:
-                die_at_file_operation(chance.randrange(120))
+            if attempt < KILLS and attempt % 3:
+                die_at_file_operation(chance.randrange(20, 70))
             run(model, manifest, output_dir)
             os._exit(0)
-        if not kills % 2:
-            time.sleep(chance.uniform(0.0, 3.0))
+        if attempt < KILLS and attempt % 3 == 0:
+            time.sleep(chance.uniform(0.0, 2.0))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        if not os.WIFSIGNALED(status):
-            print(kills, os.waitstatus_to_exitcode(status))
-            return
-        kills += 1
+        kills += os.WIFSIGNALED(status)
+    print(kills, os.waitstatus_to_exitcode(status))
 
 
 if __name__ == "__main__":
