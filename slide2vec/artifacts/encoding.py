@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,11 +17,12 @@ from numpy.typing import NDArray
 
 from slide2vec.config import OutputFormat
 from slide2vec.errors import ArtifactError
+from slide2vec.tiling import Tiling
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Content", "write_content"]
+__all__ = ["Content", "about_coords", "write_content"]
 
 #: torch dtype -> what a safetensors header calls it.
 _SAFETENSORS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
@@ -44,6 +46,43 @@ class Content:
     about: Mapping[str, str] = field(default_factory=dict)
     about_values: Mapping[str, str] = field(default_factory=dict)
     about_coords: Mapping[str, str | int | float] = field(default_factory=dict)
+
+
+def about_coords(tiling: Tiling) -> dict[str, str | int | float]:
+    """Attributes of `coords` in an h5 file: TRIDENT's, CLAM's where they are true, and ours.
+
+    Both have a `patch_size`. TRIDENT's is the side at the target magnification, CLAM's that at
+    `patch_level`: we write TRIDENT's, and `patch_level` only where both are one, so that CLAM, which
+    cannot resize what it reads, refuses to read other tiles than were embedded.
+    """
+    geometry = tiling.geometry
+    size = geometry.requested_tile_size_px
+    # Nominal magnifications (40x, 20x) are off by some percent; TRIDENT computes sizes from their
+    # ratio. These give tile_size_lv0.
+    target = 10.0 / geometry.requested_spacing_um
+    found: dict[str, str | int | float] = {
+        "name": tiling.sample_id,
+        "patch_size": size,
+        "patch_size_level0": geometry.tile_size_lv0,
+        "level0_magnification": _rounded(target * geometry.tile_size_lv0 / size),
+        "target_magnification": _rounded(target),
+        "overlap": size - max(1, round(size * (1.0 - geometry.overlap))),
+        "level0_width": tiling.dimensions[0],
+        "level0_height": tiling.dimensions[1],
+        "spacing_um": geometry.requested_spacing_um,
+        "base_spacing_um": geometry.base_spacing_um,
+        "tile_size_lv0": geometry.tile_size_lv0,
+    }
+    if geometry.read_tile_size_px == size:
+        downsample = tiling.downsamples[geometry.read_level]
+        found |= {"patch_level": geometry.read_level, "downsample": downsample}
+    return found
+
+
+def _rounded(magnification: float) -> int | float:
+    """40.0 as 40, as TRIDENT writes it."""
+    whole = round(magnification)
+    return whole if math.isclose(magnification, whole, rel_tol=1e-9) else magnification
 
 
 def write_content(path: Path, content: Content, file_format: OutputFormat) -> None:

@@ -130,7 +130,7 @@ def _read_pt(path: Path, names: tuple[str, ...]) -> torch.Tensor:
         with zipfile.ZipFile(path) as archive:
             if any(info.file_size != info.compress_size for info in archive.infolist()):
                 raise ArtifactError("is compressed, which torch.save never does")
-    # Mapped: otherwise PyTorch believes what a damaged file says of the length of its data.
+    # Mapped: what a damaged file says of the length of its data is held against the file's own.
     found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     if not isinstance(found, torch.Tensor):
         raise ArtifactError(f"holds a {type(found).__name__}, not one tensor")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePath
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slide2vec.artifacts.encoding import Content, write_content
+from slide2vec.artifacts.encoding import Content, about_coords, write_content
 from slide2vec.artifacts.records import (
     FORMATS,
     SCHEMA_VERSION,
@@ -118,7 +117,7 @@ def write_tile_embeddings(
         "skipped_tiles": list(skipped_tiles),
         "compatibility": compatibility,
     }
-    content = _content(metadata, "features", values, coords=coords, about_coords=_about_coords(tiling))
+    content = _content(metadata, "features", values, coords=coords, about_coords=about_coords(tiling))
     path, metadata_path = _write(Path(output_dir), metadata, [("tile_embeddings", content)])
     return TileEmbeddingArtifact(
         sample_id=embedded.sample_id,
@@ -210,43 +209,6 @@ def _content(metadata: Mapping[str, Any], name: str, values: torch.Tensor, **mor
         about_values={"name": sample_id, "encoder": metadata["encoder_name"]},
         **more,
     )
-
-
-def _about_coords(tiling: Tiling) -> dict[str, str | int | float]:
-    """Attributes of `coords` in an h5 file: TRIDENT's, CLAM's where they are true, and ours.
-
-    Both have a `patch_size`. TRIDENT's is the side at the target magnification, CLAM's that at
-    `patch_level`: we write TRIDENT's, and `patch_level` only where both are one, so that CLAM, which
-    cannot resize what it reads, refuses to read other tiles than were embedded.
-    """
-    geometry = tiling.geometry
-    size = geometry.requested_tile_size_px
-    # Nominal magnifications (40x, 20x) are off by some percent; TRIDENT computes sizes from their
-    # ratio. These give tile_size_lv0.
-    target = 10.0 / geometry.requested_spacing_um
-    found: dict[str, str | int | float] = {
-        "name": tiling.sample_id,
-        "patch_size": size,
-        "patch_size_level0": geometry.tile_size_lv0,
-        "level0_magnification": _rounded(target * geometry.tile_size_lv0 / size),
-        "target_magnification": _rounded(target),
-        "overlap": size - max(1, round(size * (1.0 - geometry.overlap))),
-        "level0_width": tiling.dimensions[0],
-        "level0_height": tiling.dimensions[1],
-        "spacing_um": geometry.requested_spacing_um,
-        "base_spacing_um": geometry.base_spacing_um,
-        "tile_size_lv0": geometry.tile_size_lv0,
-    }
-    if geometry.read_tile_size_px == size:
-        downsample = tiling.downsamples[geometry.read_level]
-        found |= {"patch_level": geometry.read_level, "downsample": downsample}
-    return found
-
-
-def _rounded(magnification: float) -> int | float:
-    """40.0 as 40, as TRIDENT writes it."""
-    whole = round(magnification)
-    return whole if math.isclose(magnification, whole, rel_tol=1e-9) else magnification
 
 
 def _write(
