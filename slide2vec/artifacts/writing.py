@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -49,7 +48,7 @@ _IN_SAFETENSORS = (
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON atomically: indent 2, sorted keys; paths become text, NumPy's numbers plain ones."""
     text = json.dumps(content, indent=2, sort_keys=True, default=_plain) + "\n"
-    with _naming(path), atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -224,7 +223,6 @@ def _write(
     metadata_path = paths[0].with_name(f"{sample_id}{SIDECAR}")
     with ExitStack() as renamed:  # on leaving, the last first: latents before the embedding
         for path, (_, content) in zip(paths, contents, strict=True):
-            renamed.enter_context(_naming(path))
             temporary = renamed.enter_context(atomic_path(path))
             with _naming_slide(sample_id):
                 write_content(temporary, content, file_format)
@@ -238,25 +236,12 @@ def _write(
 
 def _remove_others(folder: Path, sample_id: str, keep: Path | None) -> None:
     """Remove a slide's files in other formats: one artifact per slide."""
-    for file_format in FORMATS:
-        path = folder / f"{sample_id}.{file_format}"
-        if path != keep:
-            with _naming(path):
+    for path in (folder / f"{sample_id}.{file_format}" for file_format in FORMATS):
+        try:
+            if path != keep:
                 path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Errors of writing as OutputError with the path of the file, not of its temporary name."""
-    try:
-        yield
-    except OutputError:
-        raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OutputError(
-            error.errno or errno.EIO, f"cannot be written ({reason}); complete files stay", str(path)
-        ) from error
+        except OSError as error:
+            raise OutputError.of(path, error) from error
 
 
 @contextmanager
