@@ -24,6 +24,8 @@ _END_BYTES = 65_536
 def fingerprint(path: Path) -> dict[str, Any]:
     """Size and digest of the ends of a file: the same file elsewhere has the same one.
 
+    Of a slide in several files (MRXS, a DICOM series) it is that of the file that is named.
+
     Raises:
         OSError: it cannot be read.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,18 @@ from slide2vec.progress import (
 __all__ = ["RunLog"]
 
 
+class _File(logging.FileHandler):
+    """Loses lines on a full disk, in silence: the run itself will tell."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Close, whether or not the last lines can be written."""
+        with suppress(OSError):
+            super().close()
+
+
 class RunLog:
     """A log file in `logs/` of an output directory, and the reporter that feeds it.
 
@@ -35,7 +48,7 @@ class RunLog:
         path = output_dir / "logs" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}.log"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._handler = logging.FileHandler(path, encoding="utf-8")
+            self._handler = _File(path, encoding="utf-8")
         except OSError as error:
             raise OutputError.of(path, error) from error
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
