@@ -1,4 +1,4 @@
-"""The command line: `slide2vec embed`, `info`, `models`, `doctor`, `demo`.
+"""The command line: `slide2vec run`, `embed`, `tile`, `status`, `export`, `info`, `models`, `doctor`, `demo`.
 
 Subcommands import what they need when they run, so that `--help` answers at once.
 """
@@ -15,8 +15,12 @@ from slide2vec.cli.console import debugging, log_to_stderr, print_error
 from slide2vec.cli.demo import demo
 from slide2vec.cli.doctor import doctor
 from slide2vec.cli.embed import embed
+from slide2vec.cli.export import export
 from slide2vec.cli.info import info
 from slide2vec.cli.models import models
+from slide2vec.cli.run import run
+from slide2vec.cli.status import status
+from slide2vec.cli.tile import tile
 from slide2vec.errors import Slide2VecError
 
 __all__ = ["app", "main"]
@@ -25,7 +29,12 @@ INTERRUPTED = 130  # what shells give for Ctrl-C
 
 
 class _Commands(TyperGroup):
-    """Answers errors made for users with one line, and Ctrl-C quietly."""
+    """Answers errors made for users with one line, and Ctrl-C quietly; a configuration file alone is run."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0].lower().endswith((".yaml", ".yml")):
+            args = ["run", *args]
+        return list(super().parse_args(ctx, args))
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -50,7 +59,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(run)
 app.command()(embed)
+app.command()(tile)
+app.command()(status)
+app.command()(export)
 app.command()(info)
 app.command()(models)
 app.command()(doctor)

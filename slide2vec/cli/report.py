@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slide2vec.cli.console import facts, stdout, table
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from slide2vec.model import Model
     from slide2vec.progress import RunSummary
 
-__all__ = ["print_outcome", "print_report"]
+__all__ = ["counted", "failures_json", "print_outcome", "print_report"]
 
 #: Longer runs list their first slides only.
 MOST_ROWS = 50
@@ -49,7 +49,7 @@ def print_outcome(result: RunResult) -> None:
         console.print(Text(remark, "dim"))
     if result.failed:
         console.print()
-        console.print(Text(f"{_count(len(result.failed), 'slide')} failed", "bold red"))
+        console.print(Text(f"{counted(len(result.failed), 'slide')} failed", "bold red"))
         rows = [(f.sample_id, f.stage, _cause(f.sample_id, f.error)) for f in result.failed[:MOST_ROWS]]
         console.print(table(("slide", "stage", "error"), rows))
         if len(result.failed) > MOST_ROWS:
@@ -63,15 +63,29 @@ def print_outcome(result: RunResult) -> None:
             console.print(Text(_stations(result.summary), "dim"))
 
 
+def failures_json(result: RunResult) -> list[dict[str, Any]]:
+    """The failed slides, JSON-ready."""
+    return [
+        {
+            "sample_id": item.sample_id,
+            "image_path": item.image_path,
+            "stage": item.stage,
+            "error_type": type(item.error).__name__,
+            "error": str(item.error),
+        }
+        for item in result.failed
+    ]
+
+
 def _remarks(result: RunResult) -> Iterator[str]:
     if result.resumed:
-        yield f"{_count(result.resumed, 'slide')} finished by an earlier run (--no-resume embeds anew)"
+        yield f"{counted(result.resumed, 'slide')} finished by an earlier run (--no-resume embeds anew)"
     for reason, count in result.recomputed.items():
-        yield f"{_count(count, 'slide')} embedded anew: finished before with another {reason}"
+        yield f"{counted(count, 'slide')} embedded anew: finished before with another {reason}"
     if result.without_tissue:
-        yield f"{_count(len(result.without_tissue), 'slide')} without tissue: {_names(result.without_tissue)}"
+        yield f"{counted(len(result.without_tissue), 'slide')} without tissue: {_names(result.without_tissue)}"
     for name, count in list(result.skipped_tiles.items())[:MOST_ROWS]:
-        yield f"slide {name}: {_count(count, 'tile')} left out that cannot be decoded (see its .meta.json)"
+        yield f"slide {name}: {counted(count, 'tile')} left out that cannot be decoded (see its .meta.json)"
 
 
 def _names(names: Sequence[str]) -> str:
@@ -116,5 +130,6 @@ def _stations(summary: RunSummary) -> str:
     return f"busy: {', '.join(shares)}"
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """A number of things: "1 slide", "1,000 slides"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

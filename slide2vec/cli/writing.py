@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slide2vec.artifacts import TileEmbeddingArtifact, load_embeddings
+from slide2vec.cli.report import failures_json
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import Slide2VecError
 from slide2vec.files import atomic_path
@@ -68,20 +69,10 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """JSON-ready: `slides`, `failed`, `summary` and more."""
-        failed = [
-            {
-                "sample_id": item.sample_id,
-                "image_path": item.image_path,
-                "stage": item.stage,
-                "error_type": type(item.error).__name__,
-                "error": str(item.error),
-            }
-            for item in self.result.failed
-        ]
         summary = None if self.summary is None else _summary_json(self.summary)
         return {
             "slides": [asdict(made) for made in self.made],
-            "failed": failed,
+            "failed": failures_json(self.result),
             "resumed": self.result.resumed,
             "skipped_tiles": dict(self.result.skipped_tiles),
             "process_list_path": self.result.process_list_path,
@@ -112,9 +103,10 @@ def embed_and_write(
     preprocessing: PreprocessingConfig,
     execution: ExecutionOptions,
     *,
+    manifest_path: Path | None = None,
     draw_map: bool = False,
 ) -> Report:
-    """Run a pipeline with live progress; see `Pipeline.run`."""
+    """Run a pipeline with live progress; `manifest_path` is where the slides were read from, if they were."""
     output_dir = execution.output_dir
     assert output_dir is not None
     by_name = {slide.sample_id: slide for slide in slides}
@@ -124,7 +116,8 @@ def embed_and_write(
 
     with activate_progress_reporter(live_display()):
         pipeline = Pipeline(model, preprocessing, execution)
-        result = pipeline.run(slides, on_slide_persisted=draw if draw_map else None)
+        given = slides if manifest_path is None else None
+        result = pipeline.run(given, manifest_path, on_slide_persisted=draw if draw_map else None)
     return Report([_made(artifact, output_dir) for artifact in result.tile_artifacts], result)
 
 

@@ -143,7 +143,10 @@ class Cohort:
 
     def pending(self) -> list[Slide]:
         """The slides that are not finished; all of them, unless the run resumes another."""
-        if not self.config.resume or self._encoder is None:
+        if self._encoder is None:
+            return list(self.slides)
+        if not self.config.resume:
+            self._warn_of_finished()
             return list(self.slides)
         with ThreadPoolExecutor(_LOOKERS, thread_name_prefix="resume") as pool:
             found = list(pool.map(self._finished, self.slides))
@@ -157,6 +160,15 @@ class Cohort:
         for reason, count in self._recomputed.items():
             logger.warning("%d slides were finished with another %s: they are embedded anew", count, reason)
         return todo
+
+    def _warn_of_finished(self) -> None:
+        folder = self.output_dir / "tile_embeddings"
+        there = sum((folder / f"{slide.sample_id}.meta.json").exists() for slide in self.slides)
+        if there:
+            logger.warning(
+                "%d slides are finished in %s and are embedded anew: resume keeps those that agree",
+                *(there, self.output_dir),
+            )
 
     def _finished(self, slide: Slide) -> TileEmbeddingArtifact | str | None:
         """The artifact of a finished slide; else what differs from the one that is there, None for none."""

@@ -1,0 +1,190 @@
+"""`slide2vec run`: a cohort onto disk, from a configuration file or from flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from slide2vec.cli.console import Backend, Debug, Format, Json, note, print_json
+from slide2vec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from slide2vec.model import Model
+    from slide2vec.settings import RunSettings
+
+__all__ = ["run"]
+
+#: What flags alone say where the original's files have other defaults: those of Python, and resuming.
+_WITHOUT_FILE = {
+    "tiling.params.tissue_threshold": 0.01,
+    "tiling.preview.save_mask_preview": False,
+    "tiling.preview.save_tiling_preview": False,
+    "resume": True,
+}
+
+
+def run(
+    config: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG.yaml] [KEY=VALUE]...", help="A configuration file, and what to change in it."
+        ),
+    ] = None,
+    manifest: Annotated[Path | None, typer.Option("--manifest", "-m", help="CSV of the slides.")] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", "-p", help="The encoder; see `slide2vec models`.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "--output-dir", "-o", help="Directory for the files.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help='Weights file or directory, or "random"; by default from Hugging Face.')
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of random weights.")] = None,
+    output_variant: Annotated[str | None, typer.Option(help="Which output of the encoder.")] = None,
+    spacing: Annotated[float | None, typer.Option(help="µm/px of the tiles [the preset's].")] = None,
+    tile_size: Annotated[int | None, typer.Option(help="Side of the tiles in px [the preset's].")] = None,
+    overlap: Annotated[float | None, typer.Option(help="Of neighbouring tiles, 0 to 1.")] = None,
+    tissue_threshold: Annotated[float | None, typer.Option(help="Least tissue in a tile, 0 to 1.")] = None,
+    backend: Annotated[
+        Backend | None, typer.Option(help="What reads the slides.", show_default=False)
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu; by default the best.")] = None,
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Of the encoder.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Tiles per forward pass [by device].")] = None,
+    num_workers: Annotated[int | None, typer.Option(help="Reading threads [all CPUs].")] = None,
+    num_preprocessing_workers: Annotated[
+        int | None, typer.Option(help="Slides tiled at once [all CPUs].")
+    ] = None,
+    file_format: Annotated[
+        Format | None, typer.Option("--format", help="Of the embeddings [pt].", show_default=False)
+    ] = None,
+    output_dtype: Annotated[
+        Literal["fp32", "fp16"] | None, typer.Option(help="Of the embeddings.", show_default=False)
+    ] = None,
+    on_bad_tile: Annotated[
+        Literal["fail", "skip"] | None,
+        typer.Option(help="Fail a slide with damaged tiles, or leave these out.", show_default=False),
+    ] = None,
+    save_tiles: Annotated[
+        bool | None, typer.Option("--save-tiles/--no-save-tiles", help="Write tile archives, too.")
+    ] = None,
+    previews: Annotated[
+        bool | None, typer.Option("--previews/--no-previews", help="Pictures of tissue and tiles.")
+    ] = None,
+    read_coordinates_from: Annotated[
+        Path | None, typer.Option(help="Directory of coordinate files to use instead of tiling.")
+    ] = None,
+    read_tiles_from: Annotated[
+        Path | None, typer.Option(help="Directory of tile archives to read instead of slides.")
+    ] = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Keep what an earlier run finished, if settings agree [without a file: resume].",
+        ),
+    ] = None,
+    tiling_only: Annotated[
+        bool, typer.Option("--tiling-only", help="Write coordinates, embed nothing.")
+    ] = False,
+    run_on_cpu: Annotated[bool, typer.Option("--run-on-cpu", help="The same as --device cpu.")] = False,
+    skip_datetime: Annotated[bool, typer.Option("--skip-datetime", hidden=True)] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Embed the slides of a manifest onto disk: resumable, and no slide stops the others.
+
+    From a configuration file (those of the original slide2vec work), from flags, or both: flags count
+    over KEY=VALUE, which count over the file. The exit status is 1 when a slide failed.
+    """
+    from slide2vec.settings import load_settings
+
+    path, overrides = _file_and_overrides(config or [])
+    flags = {
+        "csv": manifest and str(manifest),
+        "model.name": preset,
+        "output_dir": output and str(output),
+        "model.weights": weights,
+        "seed": seed,
+        "model.output_variant": output_variant,
+        "tiling.params.requested_spacing_um": spacing,
+        "tiling.params.requested_tile_size_px": tile_size,
+        "tiling.params.overlap": overlap,
+        "tiling.params.tissue_threshold": tissue_threshold,
+        "tiling.backend": backend,
+        "model.device": "cpu" if run_on_cpu else device,
+        "speed.precision": precision,
+        "model.batch_size": batch_size,
+        "speed.num_dataloader_workers": num_workers,
+        "speed.num_preprocessing_workers": num_preprocessing_workers,
+        "output_format": file_format,
+        "speed.output_dtype": output_dtype,
+        "on_bad_tile": on_bad_tile,
+        "save_tiles": save_tiles,
+        "tiling.preview.save_mask_preview": previews,
+        "tiling.preview.save_tiling_preview": previews,
+        "tiling.read_coordinates_from": read_coordinates_from and str(read_coordinates_from),
+        "tiling.read_tiles_from": read_tiles_from and str(read_tiles_from),
+        "resume": resume,
+    }
+    given = {key: value for key, value in flags.items() if value is not None}
+    if path is None:
+        given = {**_WITHOUT_FILE, **given}
+        if output is None and not any(text.startswith("output_dir=") for text in overrides):
+            raise ConfigError("say where files go: --output DIR")
+    settings = load_settings(path, overrides, given)
+    if settings.manifest_path is None:
+        raise ConfigError("say which slides: --manifest slides.csv, or csv: in the configuration file")
+    _run(settings, tiling_only=tiling_only, as_json=as_json)
+
+
+def _file_and_overrides(given: list[str]) -> tuple[Path | None, list[str]]:
+    if not given or "=" in given[0]:
+        return None, given
+    return Path(given[0]), given[1:]
+
+
+def _run(settings: RunSettings, *, tiling_only: bool, as_json: bool) -> None:
+    from slide2vec.cli.report import print_report
+    from slide2vec.cli.tile import print_tiled, resolved, tile_and_report
+    from slide2vec.cli.writing import embed_and_write
+    from slide2vec.slides import read_manifest
+
+    assert settings.manifest_path is not None and settings.execution.output_dir is not None
+    slides = read_manifest(settings.manifest_path)  # wrong lines are found before weights are loaded
+    output_dir = settings.execution.output_dir
+    if tiling_only:
+        config = resolved(settings.preprocessing, settings.preset)
+        result = tile_and_report(slides, config, settings.execution, settings.preset)
+        print_tiled(result, output_dir, as_json=as_json)
+    else:
+        note(f"loading {settings.preset} …")
+        model = _model(settings)
+        report = embed_and_write(
+            model, slides, settings.preprocessing, settings.execution, manifest_path=settings.manifest_path
+        )
+        result = report.result
+        if as_json:
+            print_json({"encoder": model.identity(), "output_dir": output_dir, **report.as_json()})
+        else:
+            print_report(report, model, output_dir)
+    if result.failed:
+        raise typer.Exit(1)
+
+
+def _model(settings: RunSettings) -> Model:
+    from slide2vec.model import Model
+
+    return Model.from_preset(
+        settings.preset,
+        weights=settings.weights,
+        seed=settings.seed,
+        device=settings.device,
+        output_variant=settings.output_variant,
+        precision=settings.execution.precision,
+    )

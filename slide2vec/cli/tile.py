@@ -1,0 +1,143 @@
+"""`slide2vec tile`: coordinates, previews and archives of slides; nothing is embedded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from slide2vec.cli.console import Backend, Debug, Json, facts, print_json, stdout
+from slide2vec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from slide2vec.cohort import RunResult
+    from slide2vec.config import ExecutionOptions, PreprocessingConfig
+    from slide2vec.slides import Slide
+
+__all__ = ["print_tiled", "resolved", "tile", "tile_and_report"]
+
+
+def tile(
+    slides: Annotated[
+        list[str],
+        typer.Argument(
+            help="Slides, directories of slides, glob patterns, or CSV manifests.", show_default=False
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the files.")],
+    preset: Annotated[
+        str | None, typer.Option("--preset", "-p", help="Whose spacing and tile size to take.")
+    ] = None,
+    recursive: Annotated[
+        bool, typer.Option("--recursive", "-r", help="Look into subdirectories of directories.")
+    ] = False,
+    spacing: Annotated[float | None, typer.Option(help="µm/px of the tiles [the preset's].")] = None,
+    tile_size: Annotated[int | None, typer.Option(help="Side of the tiles in px [the preset's].")] = None,
+    overlap: Annotated[float, typer.Option(min=0, max=0.99, help="Of neighbouring tiles, 0 to 1.")] = 0.0,
+    tissue_threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Least tissue in a tile, 0 to 1.")
+    ] = 0.01,
+    method: Annotated[
+        Literal["hsv", "otsu", "threshold"],
+        typer.Option("--segmentation-method", help="How tissue is told from glass."),
+    ] = "hsv",
+    spacing_at_level_0: Annotated[
+        float | None,
+        typer.Option("--spacing-at-level-0", help="µm/px of the slides, where the files are wrong."),
+    ] = None,
+    backend: Annotated[Backend, typer.Option(help="What reads the slides.")] = "auto",
+    num_preprocessing_workers: Annotated[
+        int | None, typer.Option(min=1, help="Slides tiled at once [all CPUs].")
+    ] = None,
+    save_tiles: Annotated[bool, typer.Option("--save-tiles", help="Write the tiles to archives.")] = False,
+    previews: Annotated[bool, typer.Option("--previews", help="Pictures of tissue and tiles.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Keep what an earlier run tiled, if settings agree.")
+    ] = True,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find the tissue and the tiles of slides and write coordinate files, as HS2P does.
+
+    `slide2vec run --read-coordinates-from` or `slide2vec embed` into the same directory goes on from
+    there. A slide that fails does not stop the others; the exit status is then 1.
+    """
+    from slide2vec.cli.inputs import find_slides
+    from slide2vec.config import ExecutionOptions, PreprocessingConfig, PreviewConfig, SegmentationConfig
+
+    config = PreprocessingConfig(
+        backend=backend,
+        requested_spacing_um=spacing,
+        requested_tile_size_px=tile_size,
+        overlap=overlap,
+        tissue_threshold=tissue_threshold,
+        save_tiles=save_tiles,
+        resume=resume,
+        segmentation=SegmentationConfig(method=method),
+        preview=PreviewConfig(save_mask_preview=previews, save_tiling_preview=previews),
+    )
+    config = resolved(config, preset)
+    found = find_slides(slides, recursive=recursive, spacing_at_level_0=spacing_at_level_0)
+    execution = ExecutionOptions(output_dir=output, num_preprocessing_workers=num_preprocessing_workers)
+    result = tile_and_report(found, config, execution, preset)
+    print_tiled(result, output, as_json=as_json)
+    if result.failed:
+        raise typer.Exit(1)
+
+
+def resolved(config: PreprocessingConfig, preset: str | None) -> PreprocessingConfig:
+    """The configuration with the spacing and tile size of a preset, which is not built.
+
+    Raises:
+        ConfigError: there is no preset and something is missing.
+    """
+    if preset is not None:
+        from slide2vec.recipes import load_recipe
+
+        recipe = load_recipe(preset)
+        return config.updated(
+            requested_spacing_um=config.requested_spacing_um or recipe.default_spacing_um,
+            requested_tile_size_px=config.requested_tile_size_px or recipe.tile_size_px,
+        )
+    if config.requested_spacing_um is None or config.requested_tile_size_px is None:
+        raise ConfigError("say which tiles: --preset, or --spacing and --tile-size")
+    return config
+
+
+def tile_and_report(
+    slides: Sequence[Slide], config: PreprocessingConfig, execution: ExecutionOptions, preset: str | None
+) -> RunResult:
+    """Tile with live progress."""
+    from slide2vec.cli.writing import live_display
+    from slide2vec.cohort import tile_cohort
+    from slide2vec.progress import activate_progress_reporter
+    from slide2vec.settings import RunSettings, settings_as_yaml, versions
+
+    settings = None
+    if preset is not None:
+        run = RunSettings(preset=preset, preprocessing=config, execution=execution)
+        settings = settings_as_yaml(run, {"versions": versions()})
+    with activate_progress_reporter(live_display()):
+        return tile_cohort(slides, config, execution, settings=settings)
+
+
+def print_tiled(result: RunResult, output_dir: Path, *, as_json: bool) -> None:
+    """Say what was tiled and what was not."""
+    from slide2vec.cli.report import counted, failures_json, print_outcome
+
+    summary = result.summary
+    assert summary is not None
+    if as_json:
+        counts = {"slides": summary.slides, "tiles": summary.tiles, "seconds": summary.seconds}
+        paths = {"output_dir": output_dir, "process_list_path": result.process_list_path}
+        print_json({**counts, **paths, "failed": failures_json(result)})
+        return
+    rows = [
+        ("tiled", f"{counted(summary.slides, 'slide')}, {counted(summary.tiles, 'tile')}"),
+        ("coordinates", f"{output_dir / 'tiles'}/"),
+        ("table", str(result.process_list_path)),
+    ]
+    stdout().print(facts(rows))
+    print_outcome(result)
