@@ -121,7 +121,7 @@ def _check_preset(given: Values) -> None:
         raise ConfigError("model.name is missing: name a preset (`slide2vec models` lists them)")
     try:
         recipe = load_recipe(preset)
-    except PresetError as error:
+    except (PresetError, OSError) as error:  # a name may be longer than files have
         raise ConfigError(f"{given.where('model.name')}: {error}") from None
     try:
         recipe.variant(variant)

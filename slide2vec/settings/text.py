@@ -7,6 +7,8 @@ values are bounded before anything is built, so that no file can take long or mu
 from __future__ import annotations
 
 import re
+import reprlib
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,11 +107,16 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line}: {error.problem or error.context}") from None
+        raise ConfigError(f"{where}{line}: {_short(error.problem or error.context)}") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{where} is not YAML: {_short(error)}") from None
+
+
+def _short(problem: object) -> str:
+    """One line of a problem, which may quote the text at length."""
+    return textwrap.shorten(str(problem)[:MAX_TEXT], 200, placeholder=" …")
 
 
 class _Builder:
@@ -132,7 +139,7 @@ class _Builder:
             return [self.value(item, depth + 1) for item in node.value]
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
             return self._mapping(node, depth)
-        raise self._error(node, f"{node.tag.replace(_TAG, '!!')} is not allowed: plain values only")
+        raise self._error(node, f"{node.tag.replace(_TAG, '!!')[:80]} is not allowed: plain values only")
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         if len(node.value) > MAX_TEXT:
@@ -140,7 +147,7 @@ class _Builder:
         try:
             return self._scalars.construct_object(node)
         except (ValueError, KeyError, IndexError):
-            raise self._error(node, f"{node.value!r} is no {node.tag.removeprefix(_TAG)}") from None
+            raise self._error(node, f"{node.value[:80]!r} is no {node.tag.removeprefix(_TAG)}") from None
 
     def _mapping(self, node: yaml.MappingNode, depth: int) -> dict[str, Any]:
         own: dict[str, Any] = {}
@@ -153,9 +160,9 @@ class _Builder:
                 continue
             key = self.value(key_node, depth + 1)
             if not isinstance(key, str):
-                raise self._error(key_node, f"key {key!r} is not text")
+                raise self._error(key_node, f"key {reprlib.repr(key)} is not text")
             if key in own:
-                raise self._error(key_node, f"key {key!r} appears twice")
+                raise self._error(key_node, f"key {key[:80]!r} appears twice")
             own[key] = value
         return {**merged, **own}
 

@@ -20,10 +20,10 @@ __all__ = ["Source", "Values", "escaped", "nested"]
 logger = logging.getLogger(__name__)
 
 _ALL = (*KEYS, *OLDER, *WITHOUT_EFFECT, *FIXED)
+_DEEPEST = 32
 #: A literal `${`, or a reference.
 _REFERENCE = re.compile(r"\\\$\{|\$\{([^{}]*)\}?")
 _NAME = re.compile(r"[\w-]+(?:\.[\w-]+)*")
-_DEEPEST = 32
 
 #: Spellings that the original takes for the same.
 _PRECISIONS = {
@@ -72,16 +72,15 @@ class Source:
             elif key in _ALL or _free(key) in ("wandb", "versions"):
                 yield key, value
             else:
-                raise self._error(_unknown(key, above))
+                raise self._error(_unknown(key))
 
     def _take(self, key: str, target: str, value: Any) -> None:
         before = self._given.get(target)
         if _blank(value) and target in self._given:
             return
         if not _blank(before) and before != value:
-            raise self._error(
-                f"{key}={value!r} and {target}={before!r} say the same thing differently; keep one of them"
-            )
+            both = f"{key}={reprlib.repr(value)} and {target}={reprlib.repr(before)}"
+            raise self._error(f"{both} say the same thing differently; keep one of them")
         self._given[target] = value
 
     def _error(self, problem: str) -> ConfigError:
@@ -93,17 +92,29 @@ def _free(key: str) -> str | None:
     return next((section for section in FREE if key.startswith(f"{section}.")), None)
 
 
-def _unknown(key: str, above: str) -> str:
+def _unknown(key: str) -> str:
     """What to say of a key that does not exist."""
     section = _free(key)
     if section is not None and FREE[section]:
         return f"{key}: {FREE[section]}"
     shown = key if len(key) <= 100 else f"{key[:100]}…"
-    close = difflib.get_close_matches(key, (*_ALL, *SECTIONS), n=1, cutoff=0.6) or _same_name(key)
-    if close:
-        return f"there is no key {shown}. Did you mean {close[0]}?"
-    beside = {name.removeprefix(f"{above}.").split(".")[0] for name in _ALL if name.startswith(above)}
-    return f"there is no key {shown}. {f'{above} has' if above else 'There are'}: {', '.join(sorted(beside))}"
+    above, wrong = _first_wrong(key)
+    beside = {name.removeprefix(above).split(".")[0] for name in _ALL if name.startswith(above)}
+    close = [f"{above}{name}" for name in difflib.get_close_matches(wrong, beside, n=1)]
+    if close or (close := _same_name(key)):
+        whole = key.replace(f"{above}{wrong}", close[0], 1)
+        return f"there is no key {shown}. Did you mean {whole if whole in _ALL else close[0]}?"
+    has = f"{above[:-1]} has" if above else "There are"
+    return f"there is no key {shown}. {has}: {', '.join(sorted(beside))}"
+
+
+def _first_wrong(key: str) -> tuple[str, str]:
+    """The sections of a key that exist, with a dot behind, and the part that does not."""
+    above, rest = "", key
+    while "." in rest and above + rest.partition(".")[0] in SECTIONS:
+        part, _, rest = rest.partition(".")
+        above += f"{part}."
+    return above, rest.partition(".")[0]
 
 
 def _same_name(key: str) -> list[str]:
@@ -158,8 +169,10 @@ class Values:
     def _resolve_key(self, key: str, trail: tuple[str, ...] = ()) -> Any:
         """The value given for a key, references resolved; None where nothing is given."""
         if key not in self._resolved:
-            if key in trail or len(trail) > _DEEPEST:
+            if key in trail:
                 raise ConfigError(f"{self.where(key)}: it refers to itself: {' -> '.join((*trail, key))}")
+            if len(trail) > _DEEPEST:
+                raise ConfigError(f"{self.where(trail[0])}: more than {_DEEPEST} references in a chain")
             given = self._given.get(key)
             self._resolved[key] = None if given is None else self._resolve(given.value, (*trail, key))
         return self._resolved[key]
@@ -203,7 +216,7 @@ class Values:
             )
         key = OLDER.get(name, (name,))[0]
         if key not in _ALL and key not in self._given:
-            raise ConfigError(f"{self.where(trail[-1])}: in {found[0]}, {_unknown(name, '')}")
+            raise ConfigError(f"{self.where(trail[-1])}: in {found[0]}, {_unknown(name)}")
         value = self._resolve_key(key, trail)
         if not _blank(value):
             return value
