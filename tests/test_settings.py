@@ -381,9 +381,10 @@ def test_overrides_are_yaml_values_and_the_last_counts(load: Load) -> None:
 
 def test_values_come_over_overrides(tmp_path: Path) -> None:
     settings = load_settings(
-        None, ["model.name=uni", "seed=1"], {"seed": 2, "tiling.params.overlap": 0.5, "csv": None}
+        None, ["model.name=uni", "seed=1"], {"seed": 2, "tiling.params.overlap": 0.5, "csv": "${seed}"}
     )
     assert (settings.seed, settings.preprocessing.overlap) == (2, 0.5)
+    assert settings.manifest_path == Path("${seed}"), "taken literally"
 
 
 @pytest.mark.parametrize("text", ["", "seed", "=1", "+seed=1", "~seed", "~seed=", "a" * 5000])

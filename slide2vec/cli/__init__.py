@@ -18,7 +18,7 @@ from slide2vec.cli.embed import embed
 from slide2vec.cli.export import export
 from slide2vec.cli.info import info
 from slide2vec.cli.models import models
-from slide2vec.cli.run import run
+from slide2vec.cli.run import CONFIG_SUFFIXES, run
 from slide2vec.cli.status import status
 from slide2vec.cli.tile import tile
 from slide2vec.errors import Slide2VecError
@@ -32,7 +32,10 @@ class _Commands(TyperGroup):
     """Answers errors made for users with one line, and Ctrl-C quietly; a configuration file alone is run."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0].lower().endswith((".yaml", ".yml")):
+        leads = args[0] if args else ""
+        if leads.endswith(CONFIG_SUFFIXES) or (
+            leads.startswith("--") and any(each.endswith(CONFIG_SUFFIXES) for each in args)
+        ):
             args = ["run", *args]
         return list(super().parse_args(ctx, args))
 

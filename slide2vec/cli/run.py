@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
     from slide2vec.model import Model
     from slide2vec.settings import RunSettings
 
-__all__ = ["run"]
+__all__ = ["CONFIG_SUFFIXES", "run"]
+
+#: What tells a configuration file: `slide2vec a.yaml` is `slide2vec run a.yaml`.
+CONFIG_SUFFIXES = (".yaml", ".yml")
 
 #: What flags alone say where the original's files have other defaults: those of Python, and resuming.
 _WITHOUT_FILE = {
@@ -92,7 +96,9 @@ def run(
     tiling_only: Annotated[
         bool, typer.Option("--tiling-only", help="Write coordinates, embed nothing.")
     ] = False,
-    run_on_cpu: Annotated[bool, typer.Option("--run-on-cpu", help="The same as --device cpu.")] = False,
+    run_on_cpu: Annotated[
+        bool, typer.Option("--run-on-cpu", help="The same as --device cpu --precision fp32.")
+    ] = False,
     skip_datetime: Annotated[bool, typer.Option("--skip-datetime", hidden=True)] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -118,7 +124,7 @@ def run(
         "tiling.params.tissue_threshold": tissue_threshold,
         "tiling.backend": backend,
         "model.device": "cpu" if run_on_cpu else device,
-        "speed.precision": precision,
+        "speed.precision": precision or ("fp32" if run_on_cpu else None),
         "model.batch_size": batch_size,
         "speed.num_dataloader_workers": num_workers,
         "speed.num_preprocessing_workers": num_preprocessing_workers,
@@ -160,7 +166,7 @@ def _run(settings: RunSettings, *, tiling_only: bool, as_json: bool) -> None:
     output_dir = settings.execution.output_dir
     if tiling_only:
         config = resolved(settings.preprocessing, settings.preset)
-        result = tile_and_report(slides, config, settings.execution, settings.preset)
+        result = tile_and_report(slides, replace(settings, preprocessing=config))
         print_tiled(result, output_dir, as_json=as_json)
     else:
         note(f"loading {settings.preset} …")

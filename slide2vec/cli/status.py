@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
-from slide2vec.errors import ArtifactError
+from slide2vec.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -21,6 +22,7 @@ __all__ = ["status"]
 EVERY_S = 2.0
 #: Failures that are listed.
 MOST_ROWS = 10
+STATES = ("finished", "in progress", "to do", "failed")
 
 Row = Mapping[str, str]
 
@@ -34,6 +36,8 @@ def status(
     debug: Debug = False,
 ) -> None:
     """Show how far a run is: slides by state, tiles, failures, and whether it is alive."""
+    if watch and as_json:
+        raise ConfigError("--watch and --json exclude each other: ask for --json as often as needed")
     found = _look(directory)
     if as_json:
         print_json(found)
@@ -47,40 +51,55 @@ def _look(directory: Path) -> dict[str, Any]:
     from slide2vec.cohort.lock import holder
     from slide2vec.cohort.process_list import read_process_list
 
+    running = holder(directory)  # first: a run that ends meanwhile is looked at once more
     path = directory / "process_list.csv"
-    if not path.exists():
+    if not path.exists() and running is None:
         raise ArtifactError(f"{directory} is not the output directory of a run: it has no process_list.csv")
-    rows = read_process_list(path)
+    rows = read_process_list(path) if path.exists() else []
     states = Counter(_state(row) for row in rows)
     failed = [row for row in rows if _state(row) == "failed"]
     return {
         "output_dir": directory,
-        "running": holder(directory),
+        "running": running,
+        "encoders": sorted({row["encoder_name"] for row in rows} - {""}),
         "slides": len(rows),
-        **{state: states[state] for state in ("finished", "in progress", "to do", "failed")},
+        **{state: states[state] for state in STATES},
         "tiles": _tiles(rows, "finished"),
         "tiles_planned": _tiles(rows, "in progress"),
-        "without_tissue": sum(row["num_tiles"] == "0" for row in rows),
+        "without_tissue": sum(_number(row["num_tiles"]) == 0 for row in rows),
         "failures": [{"sample_id": row["sample_id"], "error": row["error"]} for row in failed],
     }
 
 
 def _state(row: Row) -> str:
-    if row["tiling_status"] == "failed" or row["feature_status"] == "error":
+    """What has become of a slide; one that is only tiled has no feature_status."""
+    features, tiling = row["feature_status"], row["tiling_status"]
+    if tiling == "failed" or "error" in (features, row["aggregation_status"]):
         return "failed"
-    if row["feature_status"] == "success" or (row["tiling_status"] and not row["feature_status"]):
+    if tiling == "success" and features in ("", "success") and row["aggregation_status"] != "tbp":
         return "finished"
-    return "in progress" if row["tiling_status"] else "to do"
+    return "in progress" if tiling == "success" else "to do"
 
 
 def _tiles(rows: Sequence[Row], state: str) -> int:
-    return sum(int(row["num_tiles"]) for row in rows if row["num_tiles"].isdigit() and _state(row) == state)
+    return sum(_number(row["num_tiles"]) or 0 for row in rows if _state(row) == state)
+
+
+def _number(text: str) -> int | None:
+    """A count, which the original may have written as 12.0; None for none."""
+    try:
+        return int(float(text))
+    except (ValueError, OverflowError):
+        return None
 
 
 def _watch(directory: Path, found: dict[str, Any]) -> None:
     from rich.live import Live
 
-    with Live(_shown(found), console=stdout(), auto_refresh=False) as live:
+    with (
+        suppress(KeyboardInterrupt),  # ends the watching, not the run
+        Live(_shown(found), console=stdout(), auto_refresh=False) as live,
+    ):
         while found["running"]:
             time.sleep(EVERY_S)
             found = _look(directory)
@@ -105,15 +124,22 @@ def _shown(found: Mapping[str, Any]) -> Group:
 
 
 def _facts(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    by, total = found["running"], found["slides"]
-    yield (
-        "run",
-        f"running, process {by['pid']} on {by['host']} since {by['started']}" if by else "not running",
-    )
-    for state in ("finished", "in progress", "to do", "failed"):
+    yield "run", _running(found)
+    if found["encoders"]:
+        yield "encoder", ", ".join(found["encoders"])
+    total = found["slides"]
+    for state in STATES:
         share = found[state] / total if total else 0
         yield state, f"{found[state]:,} of {total:,} slides ({share:.0%})"
     more = f", {found['tiles_planned']:,} in progress" if found["tiles_planned"] else ""
     yield "tiles", f"{found['tiles']:,}{more}"
     if found["without_tissue"]:
         yield "no tissue", f"{found['without_tissue']:,} slides"
+
+
+def _running(found: Mapping[str, Any]) -> str:
+    if by := found["running"]:
+        return f"running, process {by['pid']} on {by['host']} since {by['started']}"
+    if found["to do"] or found["in progress"]:
+        return "not running, and not done: start it again with resume to go on"
+    return "not running"

@@ -13,7 +13,8 @@ from slide2vec.errors import ConfigError
 
 if TYPE_CHECKING:
     from slide2vec.cohort import RunResult
-    from slide2vec.config import ExecutionOptions, PreprocessingConfig
+    from slide2vec.config import PreprocessingConfig
+    from slide2vec.settings import RunSettings
     from slide2vec.slides import Slide
 
 __all__ = ["print_tiled", "resolved", "tile", "tile_and_report"]
@@ -66,6 +67,8 @@ def tile(
     """
     from slide2vec.cli.inputs import find_slides
     from slide2vec.config import ExecutionOptions, PreprocessingConfig, PreviewConfig, SegmentationConfig
+    from slide2vec.settings import RunSettings
+    from slide2vec.slides import as_slides
 
     config = PreprocessingConfig(
         backend=backend,
@@ -78,10 +81,13 @@ def tile(
         segmentation=SegmentationConfig(method=method),
         preview=PreviewConfig(save_mask_preview=previews, save_tiling_preview=previews),
     )
-    config = resolved(config, preset)
-    found = find_slides(slides, recursive=recursive, spacing_at_level_0=spacing_at_level_0)
-    execution = ExecutionOptions(output_dir=output, num_preprocessing_workers=num_preprocessing_workers)
-    result = tile_and_report(found, config, execution, preset)
+    found = as_slides(find_slides(slides, recursive=recursive, spacing_at_level_0=spacing_at_level_0))
+    settings = RunSettings(
+        preset=preset or "",
+        preprocessing=resolved(config, preset),
+        execution=ExecutionOptions(output_dir=output, num_preprocessing_workers=num_preprocessing_workers),
+    )
+    result = tile_and_report(found, settings)
     print_tiled(result, output, as_json=as_json)
     if result.failed:
         raise typer.Exit(1)
@@ -106,21 +112,17 @@ def resolved(config: PreprocessingConfig, preset: str | None) -> PreprocessingCo
     return config
 
 
-def tile_and_report(
-    slides: Sequence[Slide], config: PreprocessingConfig, execution: ExecutionOptions, preset: str | None
-) -> RunResult:
-    """Tile with live progress."""
+def tile_and_report(slides: Sequence[Slide], settings: RunSettings) -> RunResult:
+    """Tile with live progress. The settings, with spacing and tile size set, are kept as config.yaml
+    unless they are without a preset, which a configuration file cannot be."""
     from slide2vec.cli.writing import live_display
     from slide2vec.cohort import tile_cohort
     from slide2vec.progress import activate_progress_reporter
-    from slide2vec.settings import RunSettings, settings_as_yaml, versions
+    from slide2vec.settings import settings_as_yaml, versions
 
-    settings = None
-    if preset is not None:
-        run = RunSettings(preset=preset, preprocessing=config, execution=execution)
-        settings = settings_as_yaml(run, {"versions": versions()})
+    text = settings_as_yaml(settings, {"versions": versions()}) if settings.preset else None
     with activate_progress_reporter(live_display()):
-        return tile_cohort(slides, config, execution, settings=settings)
+        return tile_cohort(slides, settings.preprocessing, settings.execution, settings=text)
 
 
 def print_tiled(result: RunResult, output_dir: Path, *, as_json: bool) -> None:
@@ -132,7 +134,14 @@ def print_tiled(result: RunResult, output_dir: Path, *, as_json: bool) -> None:
     if as_json:
         counts = {"slides": summary.slides, "tiles": summary.tiles, "seconds": summary.seconds}
         paths = {"output_dir": output_dir, "process_list_path": result.process_list_path}
-        print_json({**counts, **paths, "failed": failures_json(result)})
+        print_json(
+            {
+                **counts,
+                **paths,
+                "without_tissue": list(result.without_tissue),
+                "failed": failures_json(result),
+            }
+        )
         return
     rows = [
         ("tiled", f"{counted(summary.slides, 'slide')}, {counted(summary.tiles, 'tile')}"),

@@ -78,14 +78,15 @@ def load_settings(
     Args:
         path: YAML in the layout of the original slide2vec, 4.0 to 7.1; None = only defaults.
         overrides: "a.b=value", the value in YAML; later ones count.
-        values: plain values by dotted key, which count over both.
+        values: plain values by dotted key, taken literally, which count over both.
 
     Raises:
         ConfigError: the file cannot be read, or something in it is not allowed; names file and key.
     """
     sources = [] if path is None else [Source(str(path), read_yaml(path))]
     sources += [_override(text) for text in overrides]
-    sources.append(Source(COMMAND_LINE, nested(values or {})))
+    literal = {key: escaped(v) if isinstance(v, str) else v for key, v in (values or {}).items()}
+    sources.append(Source(COMMAND_LINE, nested(literal)))
     given = Values(sources)
     if given["wandb.enable"]:
         logger.warning("%s: Weights & Biases is not supported; ignored", given.where("wandb.enable"))
