@@ -42,7 +42,7 @@ class RunSettings:
     Attributes:
         manifest_path: CSV of slides; None where they come from elsewhere.
         preset, output_variant, weights, seed, device: as in `Model.from_preset`.
-        allow_non_recommended_settings: of spacing, tile size and precision, without an error.
+        allow_non_recommended_settings: kept with the run; nothing depends on it yet.
         preprocessing: with None where the preset decides.
         execution: its output_dir is where this run writes.
     """
