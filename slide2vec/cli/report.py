@@ -83,7 +83,8 @@ def _remarks(result: RunResult) -> Iterator[str]:
     for reason, count in result.recomputed.items():
         yield f"{counted(count, 'slide')} embedded anew: finished before with another {reason}"
     if result.without_tissue:
-        yield f"{counted(len(result.without_tissue), 'slide')} without tissue: {_names(result.without_tissue)}"
+        blank = result.without_tissue
+        yield f"{counted(len(blank), 'slide')} without tissue: {_names(blank)}"
     for name, count in list(result.skipped_tiles.items())[:MOST_ROWS]:
         yield f"slide {name}: {counted(count, 'tile')} left out that cannot be decoded (see its .meta.json)"
 

@@ -14,6 +14,7 @@ from slide2vec.errors import ConfigError
 if TYPE_CHECKING:
     from slide2vec.model import Model
     from slide2vec.settings import RunSettings
+    from slide2vec.slides import Slide
 
 __all__ = ["CONFIG_SUFFIXES", "run"]
 
@@ -144,8 +145,6 @@ def run(
         if output is None and not any(text.startswith("output_dir=") for text in overrides):
             raise ConfigError("say where files go: --output DIR")
     settings = load_settings(path, overrides, given)
-    if settings.manifest_path is None:
-        raise ConfigError("say which slides: --manifest slides.csv, or csv: in the configuration file")
     _run(settings, tiling_only=tiling_only, as_json=as_json)
 
 
@@ -159,11 +158,10 @@ def _run(settings: RunSettings, *, tiling_only: bool, as_json: bool) -> None:
     from slide2vec.cli.report import print_report
     from slide2vec.cli.tile import print_tiled, resolved, tile_and_report
     from slide2vec.cli.writing import embed_and_write
-    from slide2vec.slides import read_manifest
 
-    assert settings.manifest_path is not None and settings.execution.output_dir is not None
-    slides = read_manifest(settings.manifest_path)  # wrong lines are found before weights are loaded
+    slides = _slides(settings)  # wrong lines are found before weights are loaded
     output_dir = settings.execution.output_dir
+    assert output_dir is not None
     if tiling_only:
         config = resolved(settings.preprocessing, settings.preset)
         result = tile_and_report(slides, replace(settings, preprocessing=config))
@@ -181,6 +179,20 @@ def _run(settings: RunSettings, *, tiling_only: bool, as_json: bool) -> None:
             print_report(report, model, output_dir)
     if result.failed:
         raise typer.Exit(1)
+
+
+def _slides(settings: RunSettings) -> list[Slide]:
+    from slide2vec.slides import read_manifest
+    from slide2vec.tiling.reuse import recorded_slides
+
+    if settings.manifest_path is not None:
+        return read_manifest(settings.manifest_path)
+    if settings.preprocessing.read_coordinates_from is not None:
+        return recorded_slides(settings.preprocessing.read_coordinates_from)
+    raise ConfigError(
+        "say which slides: --manifest slides.csv (csv: in the configuration file), or "
+        "--read-coordinates-from DIR for all that have coordinate files there"
+    )
 
 
 def _model(settings: RunSettings) -> Model:

@@ -74,6 +74,8 @@ class Report:
             "slides": [asdict(made) for made in self.made],
             "failed": failures_json(self.result),
             "resumed": self.result.resumed,
+            "recomputed": dict(self.result.recomputed),
+            "without_tissue": list(self.result.without_tissue),
             "skipped_tiles": dict(self.result.skipped_tiles),
             "process_list_path": self.result.process_list_path,
             "summary": summary,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -102,9 +103,19 @@ def _open(probe: Probe) -> Any:
     tame_cufile()
     library = import_module("cucim")
     try:
-        return library.CuImage(str(probe.path))
+        if _opened.is_set():
+            return library.CuImage(str(probe.path))
+        with _opening:
+            image = library.CuImage(str(probe.path))
+            _opened.set()
+            return image
     except (RuntimeError, ValueError) as error:
         raise BackendError(f"cuCIM cannot open it: {error}") from error
+
+
+#: cuCIM loads its plugins when it first opens a file, and crashes the process if two threads do so at
+#: once (26.10: 4 of 30 processes with 8 threads; none later on).
+_opening, _opened = threading.Lock(), threading.Event()
 
 
 def tame_cufile() -> None:

@@ -300,3 +300,15 @@ def test_wrong_lines_of_a_manifest_are_found_before_weights_are_loaded(run, tmp_
     manifest.write_text("sample_id,image_path\na,\n")
     result = run("run", "-m", manifest, "-p", "uni", "-o", tmp_path / "out")
     assert result.exit_code == 1 and "line 2" in result.stderr and "loading" not in result.stderr
+
+
+def test_coordinates_alone_are_enough(run, small_slide: Path, tmp_path: Path) -> None:
+    tiles = ("--spacing", "1", "--tile-size", "64")
+    assert run("tile", small_slide, *tiles, "-o", tmp_path / "tiled").exit_code == 0
+    options = ("--preset", "scattering", "--device", "cpu", *tiles, "-o", tmp_path / "out")
+    result = run("run", "--read-coordinates-from", tmp_path / "tiled", *options, "--json")
+    assert result.exit_code == 0, result.output
+    (slide,) = json.loads(result.stdout)["slides"]
+    assert slide["coordinates_npz_path"] == str(tmp_path / "tiled/tiles/small.coordinates.npz")
+    result = run("run", *options)
+    assert result.exit_code == 1 and "--read-coordinates-from" in result.stderr

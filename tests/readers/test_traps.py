@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -191,3 +193,29 @@ def test_openslide_recovers_once_from_an_error(
         for _ in range(5):
             reader.read_region((0, 0), 0, (100, 100))
     assert opened == []
+
+
+OPEN_AT_ONCE = """
+import sys, threading
+from slide2vec.readers import open_slide
+from slide2vec.slides import Slide
+barrier = threading.Barrier(8)
+
+def work():
+    barrier.wait()
+    open_slide(Slide(sample_id="s", image_path=sys.argv[1]), "cucim").close()
+
+threads = [threading.Thread(target=work) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_first_slides_opened_at_once(reference_slide: Path) -> None:
+    """Without our lock cuCIM crashes one process in eight."""
+    pytest.importorskip("cucim")
+    for _ in range(10):
+        ended = subprocess.run([sys.executable, "-c", OPEN_AT_ONCE, str(reference_slide)], timeout=60)
+        assert ended.returncode == 0
