@@ -138,8 +138,8 @@ class PreprocessingConfig(_Config):
             it is left out of coordinates and embeddings, and recorded.
         gpu_decode: "auto", or force decoding on the GPU on or off.
         use_supertiles: read blocks of neighbouring tiles at once (same pixels, faster).
-        num_cucim_workers: has no effect on a CPU: there a reading thread reads one block at a time, so that the
-            job's CPUs are not shared out twice.
+        num_cucim_workers: has no effect on a CPU, where a reading thread reads one block at a time and
+            the job's CPUs are not shared out twice.
         resume: keep what a previous run into the same output directory finished with these settings.
         segmentation, filtering, preview: mappings merged over the defaults of their classes.
     """
