@@ -48,6 +48,7 @@ def check(model: Model, manifest: Path, output_dir: Path, file_format: str, tmp_
     complete = [name for n in range(6) if find_tile_artifact(output_dir, name := f"s{n}")]
     execution = ExecutionOptions(output_dir=output_dir, output_format=file_format)
     result = Pipeline(model, PREPROCESSING, execution).run(manifest_path=manifest)
+    assert not result.failed, result.failed
     assert result.resumed == len(complete) < 6
     other = ExecutionOptions(output_dir=tmp_path / "whole", output_format=file_format)
     whole = Pipeline(model, PREPROCESSING, other).run(manifest_path=manifest)
