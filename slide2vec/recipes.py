@@ -19,7 +19,8 @@ __all__ = ["Recipe", "Transform", "Variant", "WeightsSource", "list_models", "lo
 
 SCHEMA = 1
 Level = Literal["tile", "slide", "patient"]
-Pool = Literal["none", "cls", "cls_patch_mean"]
+Pool = Literal["none", "cls", "cls_patch_mean", "token_mean"]
+Family = Literal["timm", "scattering", "coca", "clip_linear", "musk", "channelwise", "remote"]
 
 
 class _Section(BaseModel):
@@ -33,7 +34,7 @@ class EncoderSpec(_Section):
     by the builder. `prefix_tokens` counts class and register tokens before the patch tokens.
     """
 
-    family: Literal["timm", "scattering"]
+    family: Family
     arch: str = ""
     kwargs: dict[str, Any] = {}
     prefix_tokens: int = 1
@@ -44,7 +45,9 @@ class WeightsSource(_Section):
 
     `revision` is a commit, so that embeddings do not change under a user; "main" only where no
     commit is known. `files` are tried in order. Keys matching `ignore` (glob patterns) may be in
-    the checkpoint without being in the encoder; anything else must match exactly.
+    the checkpoint without being in the encoder; anything else must match exactly. `convert` names
+    the function of `slide2vec.encoders.checkpoints` that renames (and fuses, splits) the checkpoint's
+    keys into the encoder's; "" = they are the encoder's already.
     """
 
     repo: str
@@ -52,6 +55,7 @@ class WeightsSource(_Section):
     files: tuple[str, ...]
     gated: bool = False
     ignore: tuple[str, ...] = ()
+    convert: str = ""
     note: str = ""
 
 
@@ -70,10 +74,12 @@ class Transform(_Section):
 
 
 class Variant(_Section):
-    """One output of the encoder: its dimension and how tokens are pooled into it."""
+    """One output of the encoder: its dimension, how tokens are pooled into it, and whether the result
+    is divided by its Euclidean norm. "none": the encoder's module pools by itself."""
 
     dim: Annotated[int, Field(gt=0)]
     pool: Pool
+    normalise: bool = False
 
 
 class Licence(_Section):
@@ -99,6 +105,8 @@ class Recipe(_Section):
         params_m, gflops: millions of parameters; GFLOP per tile (2 x MAC).
         variants, default_variant: its outputs.
         citation, note: for people.
+        verified: how our loader was compared with the original one, without the published weights.
+        unconfirmed: what only a site with access to the weights can confirm.
     """
 
     name: str
@@ -120,6 +128,8 @@ class Recipe(_Section):
     licence: Licence
     citation: str
     note: str = ""
+    verified: str = ""
+    unconfirmed: str = ""
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

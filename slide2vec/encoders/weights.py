@@ -14,6 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from slide2vec.encoders.checkpoints import convert
 from slide2vec.errors import GatedWeightsError, WeightsError
 from slide2vec.recipes import Recipe, WeightsSource
 
@@ -45,7 +46,8 @@ def load_weights(build: Callable[[], nn.Module], recipe: Recipe, weights: Weight
         GatedWeightsError: the repository is gated and access is missing.
     """
     path = find_weights(recipe, weights)
-    state = read_checkpoint(path)
+    assert recipe.weights is not None
+    state = convert(recipe.weights.convert, read_checkpoint(path), recipe.encoder)
     with torch.device("meta"):
         encoder = build()
     module: nn.Module = getattr(encoder, "trunk", encoder)
