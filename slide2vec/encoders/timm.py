@@ -1,4 +1,4 @@
-"""Vision transformers of timm, with the pooling of the recipe inside."""
+"""Models of timm, with the pooling of the recipe inside."""
 
 from __future__ import annotations
 
@@ -27,15 +27,23 @@ class TimmEncoder(nn.Module):
 
     def __init__(self, spec: EncoderSpec, variant: Variant) -> None:
         super().__init__()
-        self.pool = variant.pool
+        self.pool, self.normalise = variant.pool, variant.normalise
         self.prefix_tokens = spec.prefix_tokens
         self.trunk: nn.Module = timm.create_model(spec.arch, pretrained=False, **_resolve(spec.kwargs))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D)."""
-        tokens = self.trunk.forward_features(pixels)  # type: ignore[operator]
+        features = self._pooled(pixels)
+        return nn.functional.normalize(features, dim=-1) if self.normalise else features
+
+    def _pooled(self, pixels: Tensor) -> Tensor:
+        if self.pool == "none":  # the model's own
+            return cast("Tensor", self.trunk(pixels))
+        tokens = cast("Tensor", self.trunk.forward_features(pixels))  # type: ignore[operator]
+        if self.pool == "token_mean":
+            return tokens.mean(dim=1)
         if self.pool == "cls":
-            return cast("Tensor", tokens[:, 0])
+            return tokens[:, 0]
         return torch.cat([tokens[:, 0], tokens[:, self.prefix_tokens :].mean(dim=1)], dim=-1)
 
 
