@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
@@ -105,7 +106,7 @@ def _loaded(preset: str, source: WeightsSource, place: Path | None) -> nn.Module
         network = transformers.AutoModel.from_pretrained(
             source.repo if place is None else str(place), trust_remote_code=True, **pins
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, TypeError, KeyError) as error:
         raise _explained(preset, source, place, error) from error
     return cast("nn.Module", network)
 
@@ -119,8 +120,9 @@ def _explained(preset: str, source: WeightsSource, place: Path | None, error: Ex
             f"`hf auth login` (or set HF_TOKEN) and try again ({reason})"
         )
     return WeightsError(
-        f"preset {preset} could not be loaded from {_described(source, place)}: {reason}. Without network "
-        f'access, pass weights="/path/to/a/copy" of {page}'
+        f"preset {preset} could not be loaded from {_described(source, place)} with transformers "
+        f"{metadata.version('transformers')}: {reason}. Without network access, pass "
+        f'weights="/path/to/a/copy" of {page}; code of another time may ask for another version'
     )
 
 
