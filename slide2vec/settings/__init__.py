@@ -41,8 +41,8 @@ class RunSettings:
 
     Attributes:
         manifest_path: CSV of slides; None where they come from elsewhere.
-        preset, output_variant, weights, seed, device: as in `Model.from_preset`.
-        allow_non_recommended_settings: kept with the run; nothing depends on it yet.
+        preset, output_variant, weights, seed, device, allow_non_recommended_settings: as in
+            `Model.from_preset`.
         preprocessing: with None where the preset decides.
         execution: its output_dir is where this run writes.
     """

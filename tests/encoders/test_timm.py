@@ -44,7 +44,7 @@ def own_features(tokens: torch.Tensor, pool: str, prefix: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", [name for name in PURE if not load_recipe(name).weights.convert])  # type: ignore[union-attr]
 def test_equals_timm(name: str) -> None:
-    """With random weights that are not at their initial values: layer scales of 1e-5 would hide the blocks."""
+    """Weights are not at their initial values: layer scales of 1e-5 would hide the blocks."""
     recipe = shallow(name)
     with torch.device("meta"):
         reference = timm.create_model(recipe.encoder.arch, **_resolve(recipe.encoder.kwargs)).eval()
