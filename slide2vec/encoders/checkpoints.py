@@ -130,7 +130,7 @@ def _dinov2_registers(state: State, spec: EncoderSpec) -> State:
         published = sorted(key for key, ours in _AROUND.items() if ours in missing)
         raise WeightsError(f"the checkpoint is not of a Dinov2WithRegistersModel: no {', '.join(published)}")
     positions = converted["pos_embed"]
-    converted["cls_token"] = converted["cls_token"] + positions[:, :1]
+    converted["cls_token"] = converted["cls_token"].float() + positions[:, :1].float()
     converted["pos_embed"] = positions[:, 1:].contiguous()
     return converted
 

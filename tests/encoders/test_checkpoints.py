@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -122,7 +123,8 @@ def test_features_are_the_original_ones(name: str, tmp_path: Path, pixels: Tenso
     module = original(source.model, **source.config)
     path = published(module, tmp_path, source.held_as)
     prefix = f"{source.held_as}." if source.held_as else ""
-    assert f"{prefix}encoder.layer.1.attention.attention.query.weight" in load_file(path)
+    with safe_open(path, "pt") as file:
+        assert f"{prefix}encoder.layer.1.attention.attention.query.weight" in file.keys()  # noqa: SIM118
     with torch.inference_mode():
         expected = FEATURES[name](module(pixels).last_hidden_state)
     found = features(recipe, path, pixels)
@@ -172,6 +174,14 @@ def test_positions_are_resampled_as_transformers_does(side: int) -> None:
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
+def test_half_precision_is_not_added_up_in_half_precision() -> None:
+    half = {key: value.half() for key, value in small("Dinov2WithRegisters").items()}
+    single = {key: value.float() for key, value in half.items()}
+    found = convert("transformers_dinov2_registers", half, SPEC)
+    expected = convert("transformers_dinov2_registers", single, SPEC)
+    assert all(torch.equal(found[key].float(), expected[key]) for key in expected)
+
+
 def test_positions_of_no_square_are_refused() -> None:
     state = small("Dinov2")
     state["embeddings.position_embeddings"] = torch.zeros(1, 16, 48)
@@ -199,8 +209,10 @@ def test_other_architectures_are_refused(conversion: str, tmp_path: Path) -> Non
         "transformers_dinov2": "Dinov2",
         "transformers_dinov2_registers": "Dinov2WithRegisters",
     }[conversion]
+    with torch.device("meta"):
+        of_timm = timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()
     others = {
-        "timm": timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(),
+        "timm": of_timm,
         "nothing": {},
         "two": small(ours) | {f"teacher.{key}": value for key, value in small(ours).items()},
     }
