@@ -38,7 +38,7 @@ USUAL_FILES = (
 #: How a file ends that says which tensor is in which of several others beside it.
 INDEX = ".index.json"
 #: Keys under which training code wraps the encoder's state.
-WRAPPERS = ("state_dict", "model", "module")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
 @contextmanager
