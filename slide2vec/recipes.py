@@ -223,7 +223,8 @@ def _in_words(error: ValidationError) -> str:
 
 @functools.cache
 def _all_recipes() -> dict[str, Recipe]:
-    return {path.stem: read_recipe(path) for path in sorted(_recipe_dir().glob("*.toml"))}
+    paths = sorted(_recipe_dir().glob("*.toml"), key=lambda path: path.stem)
+    return {path.stem: read_recipe(path) for path in paths}
 
 
 def load_recipe(name: str) -> Recipe:

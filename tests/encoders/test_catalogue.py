@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -75,3 +80,51 @@ def test_prefix_tokens_are_those_of_the_backbone(name: str) -> None:
     recipe = load_recipe(name)
     encoder = on_meta(recipe, recipe.default_variant)
     assert encoder.trunk.num_prefix_tokens == recipe.encoder.prefix_tokens  # type: ignore[union-attr]
+
+
+# tools/check_presets.py --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    path = Path(__file__).parents[2] / "tools" / "check_presets.py"
+    spec = importlib.util.spec_from_file_location("check_presets", path)
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "check_presets", made)
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_check_without_the_hub(
+    tool: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A line per preset that says why, and no failure."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert tool.main(["lunit", "uni", "phikon", "scattering"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("no access") == 6 and "Traceback" not in text  # while it runs, and in the table
+    assert "scattering" not in text
+
+
+@pytest.mark.parametrize(("shift", "status"), [(0.0, "same"), (1e-2, "DIFFERS")])
+def test_check_tells_same_from_different(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, shift: float, status: str
+) -> None:
+    recipe = load_recipe("prost40m")
+    shallow = recipe.encoder.model_copy(update={"kwargs": {**recipe.encoder.kwargs, "depth": 1}})
+    recipe = recipe.model_copy(update={"encoder": shallow})
+    ours = build_encoder(recipe, recipe.variants["default"], "random")
+    original = build_encoder(recipe, recipe.variants["default"], "random").trunk
+    original.norm.bias.data += shift  # type: ignore[union-attr, operator]
+    asked: list[Any] = []
+    monkeypatch.setattr(tool, "build_encoder", lambda *_, **__: ours)
+    monkeypatch.setattr(tool.timm, "create_model", lambda name, **_: asked.append(name) or original)
+    row = tool.check(recipe, torch.cat([tool.random_tiles(1), tool.tissue_tiles(1)]), False)
+    assert row.status == status
+    assert asked == ["hf-hub:waticlems/Prost40M@main"]
+    assert row.difference == pytest.approx(shift, abs=1e-6) and row.cosine > 0.99
