@@ -74,6 +74,7 @@ class Model:
         device: str | torch.device | None = None,
         output_variant: str | None = None,
         precision: str | None = None,
+        input_size_px: int | None = None,
         allow_non_recommended_settings: bool = False,
         trust_remote_code: bool = False,
     ) -> Self:
@@ -87,17 +88,19 @@ class Model:
             device: "cuda", "cuda:1", "mps" or "cpu"; None = the first of these that is there.
             output_variant: which output of the encoder; None = the preset's default.
             precision: "fp32", "bf16" or "fp16"; None = the preset's on CUDA, fp32 elsewhere.
+            input_size_px: side of the encoder's input, where its backbone takes others than the one it was
+                trained on: a multiple of its patch; tiles are resized to it. None = the preset's.
             allow_non_recommended_settings: warn, instead of refusing, when a spacing or a tile size is
                 asked for that the preset was not trained on. Tiles of another size are then brought to
-                the encoder's input by its transform (resized, cropped), as everywhere in the field:
-                the encoder never sees another input size.
+                the encoder's input by its transform (resized, cropped), as everywhere in the field;
+                only `input_size_px` changes what the encoder sees.
             trust_remote_code: let a preset that needs it run the Python code of its repository.
 
         Raises:
             PresetError: unknown preset or variant (a ValueError that gives the nearest names), or the
                 preset runs code of its repository and trust_remote_code is not given.
             WeightsError: the weights cannot be had or do not fit; GatedWeightsError: access is missing.
-            ConfigError: no such device or precision here.
+            ConfigError: no such device or precision here, or the backbone does not take the input size.
         """
         recipe = load_recipe(name)
         variant_name, variant = recipe.variant(output_variant)
@@ -107,7 +110,7 @@ class Model:
             logger.warning("preset %s has random weights (seed %d): its embeddings mean nothing", name, seed)
         encoder = _build(recipe, variant, weights, seed, trust_remote_code)
         return cls(
-            recipe,
+            recipe if input_size_px is None else _with_input(recipe, encoder, input_size_px),
             variant_name,
             encoder,
             device=chosen,
@@ -118,6 +121,7 @@ class Model:
                 "weights": None if weights is None else os.fspath(weights),
                 "seed": seed,
                 "device": str(chosen),
+                "input_size_px": input_size_px,
                 "allow_non_recommended_settings": allow_non_recommended_settings,
             },
         )
@@ -460,6 +464,27 @@ def _build(
 
         return generic_encoder(recipe, variant, weights)
     return build_encoder(recipe, variant, weights, seed, trust_remote_code=trusted)
+
+
+def _with_input(recipe: Recipe, encoder: nn.Module, size_px: int) -> Recipe:
+    """The recipe with another input size.
+
+    Raises:
+        ConfigError: the backbone does not take it.
+    """
+    trunk: Any = getattr(encoder, "trunk", None)
+    crop = recipe.transform.crop
+    if not getattr(trunk, "dynamic_img_size", False):
+        raise ConfigError(f"preset {recipe.name} takes inputs of {crop} px only: leave input_size_px out")
+    patch = trunk.patch_embed.patch_size[0]
+    if size_px < patch or size_px % patch:
+        raise ConfigError(
+            f"input_size_px={size_px}: the patches of preset {recipe.name} have {patch} px a side, and its "
+            f"inputs a multiple of that, such as {max(1, round(size_px / patch)) * patch}"
+        )
+    transform = recipe.transform.model_copy(update={"resize": size_px, "crop": size_px})
+    gflops = recipe.gflops * (size_px / crop) ** 2
+    return recipe.model_copy(update={"transform": transform, "gflops": gflops})
 
 
 def _weights_identity(recipe: Recipe, weights: str | os.PathLike[str] | None, seed: int) -> str:

@@ -481,3 +481,30 @@ def test_wrong_spacings_are_mended_by_the_caller(slides_dir: Path, scattering: M
     coarse = PreprocessingConfig(requested_spacing_um=28.97, requested_tile_size_px=64)
     dicom = scattering.embed_slide(slides_dir / "camelyon-jpeg.dcm", coarse, spacing_at_level_0=28.97)
     assert dicom.tile_size_lv0 == 64
+
+
+def test_another_input_size(slides_dir: Path) -> None:
+    """The encoder sees inputs of that size, and is itself the same."""
+    model = Model.from_preset("prost40m", weights="random", device="cpu", input_size_px=112)
+    assert model.identity()["input_size_px"] == 112 and model.recipe.gflops == pytest.approx(
+        12.25 / 4, rel=0.01
+    )
+    seen: list[tuple[int, ...]] = []
+    model.encoder.register_forward_pre_hook(lambda module, pixels: seen.append(tuple(pixels[0].shape[1:])))
+    config = PreprocessingConfig(requested_spacing_um=0.5)
+    found = model.embed_slide(slides_dir / "CMU-1-Small-Region.svs", config.updated(tissue_threshold=0.9))
+    assert set(seen) == {(3, 112, 112)} and found.tile_embeddings.shape == (found.num_tiles, 384)
+    other = Model.from_preset("prost40m", weights="random", device="cpu")
+    pixels = normalize(
+        to_dtype(torch.zeros(1, 3, 112, 112, dtype=torch.uint8), scale=True), [0.5] * 3, [0.5] * 3
+    )
+    assert torch.equal(model.encoder(pixels), other.encoder(pixels))
+
+
+@pytest.mark.parametrize(
+    ("preset", "size", "message"),
+    [("prost40m", 100, "such as 98"), ("scattering", 112, "takes inputs of 224 px only")],
+)
+def test_impossible_input_sizes(preset: str, size: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Model.from_preset(preset, weights="random", device="cpu", input_size_px=size)

@@ -70,6 +70,9 @@ def embed(
     ] = "fail",
     previews: Annotated[bool, typer.Option("--previews", help="Pictures of tissue and tiles.")] = False,
     draw_map: Annotated[bool, typer.Option("--map", help="A picture of the embeddings (PCA).")] = False,
+    input_size: Annotated[
+        int | None, typer.Option(help="Side of the encoder's input in px, where it takes others.")
+    ] = None,
     allow_non_recommended_settings: NonRecommended = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -112,6 +115,7 @@ def embed(
         device=device,
         output_variant=output_variant,
         precision=precision,
+        input_size_px=input_size,
         allow_non_recommended_settings=allow_non_recommended_settings,
         trust_remote_code=trust_remote_code,
     )

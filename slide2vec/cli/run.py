@@ -95,6 +95,9 @@ def run(
             help="Keep what an earlier run finished, if settings agree [without a file: resume].",
         ),
     ] = None,
+    input_size: Annotated[
+        int | None, typer.Option(help="Side of the encoder's input in px, where it takes others.")
+    ] = None,
     allow_non_recommended_settings: Annotated[
         bool | None,
         typer.Option(
@@ -147,6 +150,7 @@ def run(
         "tiling.read_coordinates_from": read_coordinates_from and str(read_coordinates_from),
         "tiling.read_tiles_from": read_tiles_from and str(read_tiles_from),
         "resume": resume,
+        "model.input_size_px": input_size,
         "model.allow_non_recommended_settings": allow_non_recommended_settings,
     }
     given = {key: value for key, value in flags.items() if value is not None}
@@ -215,6 +219,7 @@ def _model(settings: RunSettings, trust_remote_code: bool) -> Model:
         device=settings.device,
         output_variant=settings.output_variant,
         precision=settings.execution.precision,
+        input_size_px=settings.input_size_px,
         allow_non_recommended_settings=settings.allow_non_recommended_settings,
         trust_remote_code=trust_remote_code,
     )
