@@ -74,21 +74,33 @@ class Model:
         device: str | torch.device | None = None,
         output_variant: str | None = None,
         precision: str | None = None,
+        input_size_px: int | None = None,
+        allow_non_recommended_settings: bool = False,
+        trust_remote_code: bool = False,
     ) -> Self:
         """Build a preset's encoder and load its weights.
 
         Args:
-            name: of the preset; `slide2vec models` lists them.
+            name: of the preset; `slide2vec models` lists them. Or any model of timm: "timm:resnet50",
+                "hf-hub:<owner>/<repo>"; its spacing is then for the caller to say.
             weights: None = the Hugging Face hub at the recipe's revision; a local file or directory;
                 or "random": initialised from `seed`, to try the pipeline (the embeddings mean nothing).
             device: "cuda", "cuda:1", "mps" or "cpu"; None = the first of these that is there.
             output_variant: which output of the encoder; None = the preset's default.
             precision: "fp32", "bf16" or "fp16"; None = the preset's on CUDA, fp32 elsewhere.
+            input_size_px: side of the encoder's input, where its backbone takes others than the one it was
+                trained on: a multiple of its patch; tiles are resized to it. None = the preset's.
+            allow_non_recommended_settings: warn, instead of refusing, when a spacing or a tile size is
+                asked for that the preset was not trained on. Tiles of another size are then brought to
+                the encoder's input by its transform (resized, cropped), as everywhere in the field;
+                only `input_size_px` changes what the encoder sees.
+            trust_remote_code: let a preset that needs it run the Python code of its repository.
 
         Raises:
-            PresetError: unknown preset or variant (a ValueError that gives the nearest names).
+            PresetError: unknown preset or variant (a ValueError that gives the nearest names), or the
+                preset runs code of its repository and trust_remote_code is not given.
             WeightsError: the weights cannot be had or do not fit; GatedWeightsError: access is missing.
-            ConfigError: no such device or precision here.
+            ConfigError: no such device or precision here, or the backbone does not take the input size.
         """
         recipe = load_recipe(name)
         variant_name, variant = recipe.variant(output_variant)
@@ -96,9 +108,9 @@ class Model:
         resolved = resolve_precision(precision, recipe.precision, chosen)
         if weights == "random" and recipe.weights is not None:
             logger.warning("preset %s has random weights (seed %d): its embeddings mean nothing", name, seed)
-        encoder = build_encoder(recipe, variant, weights, seed)
+        encoder = _build(recipe, variant, weights, seed, trust_remote_code)
         return cls(
-            recipe,
+            recipe if input_size_px is None else _with_input(recipe, encoder, input_size_px),
             variant_name,
             encoder,
             device=chosen,
@@ -109,6 +121,8 @@ class Model:
                 "weights": None if weights is None else os.fspath(weights),
                 "seed": seed,
                 "device": str(chosen),
+                "input_size_px": input_size_px,
+                "allow_non_recommended_settings": allow_non_recommended_settings,
             },
         )
 
@@ -273,7 +287,8 @@ class Model:
         """The configuration with the preset's spacing and tile size filled in.
 
         Raises:
-            ConfigError: it asks for something that this version does not do.
+            ConfigError: it asks for something that this version does not do, or that the preset was
+                not trained on; or it lacks the spacing of a model that is no preset.
         """
         config = config or PreprocessingConfig()
         for field, asked in (
@@ -285,15 +300,20 @@ class Model:
                 raise ConfigError(
                     f"PreprocessingConfig.{field} is not supported by this version; leave it out"
                 )
-        spacing = config.requested_spacing_um or self.recipe.default_spacing_um
-        trained = self.recipe.spacing_um
-        if trained and not any(abs(spacing - known) <= 0.05 * known for known in trained):
-            known = ", ".join(f"{value:g}" for value in trained)
-            logger.warning("preset %s was trained at %s µm/px, not at %g", self.name, known, spacing)
-        return config.updated(
-            requested_spacing_um=spacing,
-            requested_tile_size_px=config.requested_tile_size_px or self.recipe.tile_size_px,
-        )
+        spacing, tile_size = self.recipe.tiles(config.requested_spacing_um, config.requested_tile_size_px)
+        self._check_recommended(spacing, tile_size)
+        return config.updated(requested_spacing_um=spacing, requested_tile_size_px=tile_size)
+
+    def _check_recommended(self, spacing_um: float, tile_size_px: int) -> None:
+        problem = self.recipe.not_recommended(spacing_um, tile_size_px)
+        if problem is None:
+            return
+        if not self.origin.get("allow_non_recommended_settings"):
+            raise ConfigError(
+                f"{problem}. If that is what you want: allow_non_recommended_settings=True in "
+                "Model.from_preset (--allow-non-recommended-settings)"
+            )
+        logger.warning("%s", problem)
 
     def _stream(self, config: PreprocessingConfig, execution: ExecutionOptions, precision: str) -> Stream:
         assert config.requested_tile_size_px is not None
@@ -433,6 +453,38 @@ def _by_sample_id(
     if len(tilings) != len(slides):
         raise ManifestError(f"{len(slides)} slides and {len(tilings)} tiling_results: give one per slide")
     return {slide.sample_id: tiling for slide, tiling in zip(slides, tilings, strict=True)}
+
+
+def _build(
+    recipe: Recipe, variant: Variant, weights: str | os.PathLike[str] | None, seed: int, trusted: bool
+) -> nn.Module:
+    """The encoder with its weights."""
+    if recipe.generic and weights != "random":
+        from slide2vec.encoders.timm import generic_encoder
+
+        return generic_encoder(recipe, variant, weights)
+    return build_encoder(recipe, variant, weights, seed, trust_remote_code=trusted)
+
+
+def _with_input(recipe: Recipe, encoder: nn.Module, size_px: int) -> Recipe:
+    """The recipe with another input size.
+
+    Raises:
+        ConfigError: the backbone does not take it.
+    """
+    trunk: Any = getattr(encoder, "trunk", None)
+    crop = recipe.transform.crop
+    if not getattr(trunk, "dynamic_img_size", False):
+        raise ConfigError(f"preset {recipe.name} takes inputs of {crop} px only: leave input_size_px out")
+    patch = trunk.patch_embed.patch_size[0]
+    if size_px < patch or size_px % patch:
+        raise ConfigError(
+            f"input_size_px={size_px}: the patches of preset {recipe.name} have {patch} px a side, and its "
+            f"inputs a multiple of that, such as {max(1, round(size_px / patch)) * patch}"
+        )
+    transform = recipe.transform.model_copy(update={"resize": size_px, "crop": size_px})
+    gflops = recipe.gflops * (size_px / crop) ** 2
+    return recipe.model_copy(update={"transform": transform, "gflops": gflops})
 
 
 def _weights_identity(recipe: Recipe, weights: str | os.PathLike[str] | None, seed: int) -> str:

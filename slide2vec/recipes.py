@@ -1,11 +1,13 @@
 """Recipes: what a preset is, read from one TOML file each in `engines/`.
 
 A recipe says what the encoder is and where its weights are, how tiles are prepared for it, which
-outputs it offers, and what its licence asks. `docs` of every key: the classes below.
+outputs it offers, and what its licence asks. `docs` of every key: the classes below. Any other model of
+timm has a recipe too, made from what timm says of it: "timm:<architecture>", "hf-hub:<owner>/<repo>".
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import tomllib
 from pathlib import Path
@@ -13,13 +15,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from slide2vec.errors import PresetError, nearest_names
+from slide2vec.errors import ConfigError, PresetError, nearest_names
 
 __all__ = ["Recipe", "Transform", "Variant", "WeightsSource", "list_models", "load_recipe", "read_recipe"]
 
 SCHEMA = 1
+#: What begins the name of a model without a recipe file.
+GENERIC = ("timm:", "hf-hub:")
+#: Relative difference within which two spacings are one: 5 %, and what decimals lack in binary.
+SAME_SPACING = 0.05 + 1e-9
 Level = Literal["tile", "slide", "patient"]
-Pool = Literal["none", "cls", "cls_patch_mean"]
+Pool = Literal["none", "cls", "cls_patch_mean", "token_mean"]
+Family = Literal["timm", "scattering", "coca", "clip_linear", "musk", "channelwise", "remote"]
 
 
 class _Section(BaseModel):
@@ -33,7 +40,7 @@ class EncoderSpec(_Section):
     by the builder. `prefix_tokens` counts class and register tokens before the patch tokens.
     """
 
-    family: Literal["timm", "scattering"]
+    family: Family
     arch: str = ""
     kwargs: dict[str, Any] = {}
     prefix_tokens: int = 1
@@ -44,7 +51,9 @@ class WeightsSource(_Section):
 
     `revision` is a commit, so that embeddings do not change under a user; "main" only where no
     commit is known. `files` are tried in order. Keys matching `ignore` (glob patterns) may be in
-    the checkpoint without being in the encoder; anything else must match exactly.
+    the checkpoint without being in the encoder; anything else must match exactly. `convert` names
+    the function of `slide2vec.encoders.checkpoints` that renames (and fuses, splits) the checkpoint's
+    keys into the encoder's; "" = they are the encoder's already.
     """
 
     repo: str
@@ -52,6 +61,7 @@ class WeightsSource(_Section):
     files: tuple[str, ...]
     gated: bool = False
     ignore: tuple[str, ...] = ()
+    convert: str = ""
     note: str = ""
 
 
@@ -70,10 +80,12 @@ class Transform(_Section):
 
 
 class Variant(_Section):
-    """One output of the encoder: its dimension and how tokens are pooled into it."""
+    """One output of the encoder: its dimension, how tokens are pooled into it, and whether the result
+    is divided by its Euclidean norm. "none": the encoder's module pools by itself."""
 
     dim: Annotated[int, Field(gt=0)]
     pool: Pool
+    normalise: bool = False
 
 
 class Licence(_Section):
@@ -94,11 +106,13 @@ class Recipe(_Section):
         level: what it embeds.
         tile_size_px: side of the tiles it was trained on, in px at its spacing.
         spacing_um: µm/px it was trained on; empty = any.
-        default_spacing_um: used when none is asked for.
+        default_spacing_um: used when none is asked for; None = one has to be.
         precision: for accelerators; a CPU uses fp32 unless told otherwise.
         params_m, gflops: millions of parameters; GFLOP per tile (2 x MAC).
         variants, default_variant: its outputs.
         citation, note: for people.
+        verified: how our loader was compared with the original one, without the published weights.
+        unconfirmed: what only a site with access to the weights can confirm.
     """
 
     name: str
@@ -108,7 +122,7 @@ class Recipe(_Section):
     level: Level = "tile"
     tile_size_px: Annotated[int, Field(gt=0)]
     spacing_um: tuple[float, ...] = ()
-    default_spacing_um: Annotated[float, Field(gt=0)]
+    default_spacing_um: Annotated[float, Field(gt=0)] | None
     precision: Literal["fp16", "bf16", "fp32"]
     params_m: float
     gflops: float
@@ -120,6 +134,8 @@ class Recipe(_Section):
     licence: Licence
     citation: str
     note: str = ""
+    verified: str = ""
+    unconfirmed: str = ""
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -134,6 +150,37 @@ class Recipe(_Section):
         if self.transform.crop > self.transform.resize:
             raise ValueError("transform.crop is larger than transform.resize")
         return self
+
+    @property
+    def generic(self) -> bool:
+        """Whether it is made from what timm says of a model, without a file."""
+        return self.name.startswith(GENERIC)
+
+    def tiles(self, spacing_um: float | None, tile_size_px: int | None) -> tuple[float, int]:
+        """Spacing and tile size: what is asked for, else the preset's.
+
+        Raises:
+            ConfigError: no spacing is asked for, and the preset has none.
+        """
+        spacing_um = spacing_um or self.default_spacing_um
+        if spacing_um is None:
+            raise ConfigError(
+                f"{self.name} says nothing of the spacing of its tiles: give requested_spacing_um "
+                "(--spacing), in µm/px"
+            )
+        return spacing_um, tile_size_px or self.tile_size_px
+
+    def not_recommended(self, spacing_um: float, tile_size_px: int) -> str | None:
+        """In words, what the preset was not trained on: a spacing further than 5 % from its own, or
+        tiles of another size. None for models that no preset describes, or that are not trained."""
+        problems = []
+        near = (abs(spacing_um - own) <= SAME_SPACING * own for own in self.spacing_um)
+        if self.spacing_um and not any(near):
+            allowed = ", ".join(f"{value:g}" for value in self.spacing_um)
+            problems.append(f"{spacing_um:g} µm/px (it was trained at {allowed})")
+        if self.weights is not None and not self.generic and tile_size_px != self.tile_size_px:
+            problems.append(f"tiles of {tile_size_px} px (it was trained on {self.tile_size_px})")
+        return f"preset {self.name} is not for {' or '.join(problems)}" if problems else None
 
     def variant(self, name: str | None) -> tuple[str, Variant]:
         """The named output variant, or the default one.
@@ -167,21 +214,27 @@ def read_recipe(path: Path) -> Recipe:
     except (OSError, tomllib.TOMLDecodeError, TypeError) as error:
         raise PresetError(f"recipe {path}: {error}") from error
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise PresetError(f"recipe {path}: {wrong}") from None
+        raise PresetError(f"recipe {path}: {_in_words(error)}") from None
+
+
+def _in_words(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
 
 
 @functools.cache
 def _all_recipes() -> dict[str, Recipe]:
-    return {path.stem: read_recipe(path) for path in sorted(_recipe_dir().glob("*.toml"))}
+    paths = sorted(_recipe_dir().glob("*.toml"), key=lambda path: path.stem)
+    return {path.stem: read_recipe(path) for path in paths}
 
 
 def load_recipe(name: str) -> Recipe:
-    """The recipe of a preset.
+    """The recipe of a preset, or of any model as "timm:<architecture>" or "hf-hub:<owner>/<repo>".
 
     Raises:
-        PresetError: no such preset; the message gives the nearest names.
+        PresetError: no such preset or model; the message gives the nearest names.
     """
+    if name.startswith(GENERIC):
+        return _generic_recipe(name)
     path = _recipe_dir() / f"{name}.toml"
     if Path(name).name != name or not path.is_file():
         raise PresetError(f"there is no preset {name!r}. {nearest_names(name, list_models())}")
@@ -197,3 +250,86 @@ def list_models(level: Level | None = None) -> list[str]:
     if level not in (None, "tile", "slide", "patient"):
         raise PresetError(f"there is no level {level!r}. Allowed: tile, slide, patient.")
     return [name for name, recipe in _all_recipes().items() if level in (None, recipe.level)]
+
+
+@functools.cache
+def _generic_recipe(name: str) -> Recipe:
+    """What timm says of a model: its own pooled features, its evaluation transform."""
+    arch = name.removeprefix("timm:")  # "hf-hub:" is timm's own spelling
+    try:
+        found = _tried(arch)
+    except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
+        raise PresetError(f"{name}: {_why_not(arch, error)}") from error
+    described, data = found.pop("described"), found.pop("data")
+    repo, _, revision = (described.get("hf_hub_id") or "").partition("@")
+    heads = described.get("classifier") or ()
+    side = min(data["input_size"][1:])
+    try:
+        return Recipe(
+            **found,
+            name=name,
+            schema_version=SCHEMA,
+            title=described.get("architecture") or arch,
+            summary="A model of timm as it is, which no preset describes",
+            tile_size_px=side,
+            default_spacing_um=None,
+            precision="fp32",
+            encoder=EncoderSpec(family="timm", arch=arch, kwargs={"num_classes": 0}, prefix_tokens=0),
+            weights=WeightsSource(
+                repo=repo,
+                revision=revision or "main",
+                files=("model.safetensors", "pytorch_model.bin"),
+                ignore=tuple(f"{head}.*" for head in ((heads,) if isinstance(heads, str) else heads)),
+            ),
+            transform=Transform(
+                resize=int(side / data["crop_pct"]),
+                crop=side,
+                **{key: data[key] for key in ("interpolation", "mean", "std")},
+            ),
+            default_variant="default",
+            licence=Licence(
+                name=described.get("license") or "not known",
+                terms="see the page of the model",
+                url=f"https://huggingface.co/{repo}",
+            ),
+            citation="see the page of the model",
+            unconfirmed="whether it suits pathology; it was not compared with anything",
+        )
+    except ValidationError as error:
+        raise PresetError(f"{name}: {_in_words(error)}") from None
+
+
+def _tried(arch: str) -> dict[str, Any]:
+    """Build a model of timm on the meta device and run it on one tile: what it is and what comes out."""
+    import timm
+    import torch
+    from timm.data.config import resolve_model_data_config
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        model = timm.create_model(arch, pretrained=False, num_classes=0).eval().requires_grad_(False)
+        data = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+        with FlopCounterMode(display=False) as flops:
+            features = model(torch.empty(1, *data["input_size"]))
+    if features.ndim != 2:
+        raise ValueError(f"its output is not pooled, it has shape {tuple(features.shape)}")
+    return {
+        "described": model.pretrained_cfg,
+        "data": data,
+        "params_m": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+        "gflops": flops.get_total_flops() / 1e9,
+        "variants": {"default": Variant(dim=features.shape[1], pool="none")},
+    }
+
+
+def _why_not(arch: str, error: Exception) -> str:
+    """Why timm has no such model, with the nearest names."""
+    import timm
+
+    if timm.is_model(arch.partition(".")[0]):
+        return str(error)
+    if arch.startswith("hf-hub:"):
+        return f"its configuration could not be read from https://huggingface.co ({error})"
+    close = difflib.get_close_matches(arch, timm.list_models(), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() has their names"
+    return f"timm has no such architecture; {hint}"

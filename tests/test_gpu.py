@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,8 +35,9 @@ def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_embeddings_equal_the_cpu(slide: Path, preset: str, precision: str) -> None:
     config = PreprocessingConfig(requested_spacing_um=1.0)
-    expected = Model.from_preset(preset, weights="random", device="cpu").embed_slide(slide, config)
-    model = Model.from_preset(preset, weights="random", device="cuda", precision=precision)
+    options: dict[str, Any] = {"weights": "random", "allow_non_recommended_settings": True}
+    expected = Model.from_preset(preset, device="cpu", **options).embed_slide(slide, config)
+    model = Model.from_preset(preset, device="cuda", precision=precision, **options)
     found = model.embed_slide(slide, config, ExecutionOptions(output_dtype="fp32"))
     cosine = torch.nn.functional.cosine_similarity(found.tile_embeddings, expected.tile_embeddings)
     assert found.num_tiles > 0

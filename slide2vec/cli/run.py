@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from slide2vec.cli.console import Backend, Debug, Format, Json, note, print_json
+from slide2vec.cli.embed import TrustRemoteCode
 from slide2vec.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -94,6 +95,17 @@ def run(
             help="Keep what an earlier run finished, if settings agree [without a file: resume].",
         ),
     ] = None,
+    input_size: Annotated[
+        int | None, typer.Option(help="Side of the encoder's input in px, where it takes others.")
+    ] = None,
+    allow_non_recommended_settings: Annotated[
+        bool | None,
+        typer.Option(
+            "--allow-non-recommended-settings/--only-recommended-settings",
+            help="Other spacings and tile sizes than the preset's own.",
+        ),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     tiling_only: Annotated[
         bool, typer.Option("--tiling-only", help="Write coordinates, embed nothing.")
     ] = False,
@@ -138,6 +150,8 @@ def run(
         "tiling.read_coordinates_from": read_coordinates_from and str(read_coordinates_from),
         "tiling.read_tiles_from": read_tiles_from and str(read_tiles_from),
         "resume": resume,
+        "model.input_size_px": input_size,
+        "model.allow_non_recommended_settings": allow_non_recommended_settings,
     }
     given = {key: value for key, value in flags.items() if value is not None}
     if path is None:
@@ -145,7 +159,7 @@ def run(
         if output is None and not any(text.startswith("output_dir=") for text in overrides):
             raise ConfigError("say where files go: --output DIR")
     settings = load_settings(path, overrides, given)
-    _run(settings, tiling_only=tiling_only, as_json=as_json)
+    _run(settings, tiling_only=tiling_only, trust_remote_code=trust_remote_code, as_json=as_json)
 
 
 def _file_and_overrides(given: list[str]) -> tuple[Path | None, list[str]]:
@@ -154,7 +168,7 @@ def _file_and_overrides(given: list[str]) -> tuple[Path | None, list[str]]:
     return Path(given[0]), given[1:]
 
 
-def _run(settings: RunSettings, *, tiling_only: bool, as_json: bool) -> None:
+def _run(settings: RunSettings, *, tiling_only: bool, trust_remote_code: bool, as_json: bool) -> None:
     from slide2vec.cli.report import print_report
     from slide2vec.cli.tile import print_tiled, resolved, tile_and_report
     from slide2vec.cli.writing import embed_and_write
@@ -168,7 +182,7 @@ def _run(settings: RunSettings, *, tiling_only: bool, as_json: bool) -> None:
         print_tiled(result, output_dir, as_json=as_json)
     else:
         note(f"loading {settings.preset} …")
-        model = _model(settings)
+        model = _model(settings, trust_remote_code)
         report = embed_and_write(
             model, slides, settings.preprocessing, settings.execution, manifest_path=settings.manifest_path
         )
@@ -195,7 +209,7 @@ def _slides(settings: RunSettings) -> list[Slide]:
     )
 
 
-def _model(settings: RunSettings) -> Model:
+def _model(settings: RunSettings, trust_remote_code: bool) -> Model:
     from slide2vec.model import Model
 
     return Model.from_preset(
@@ -205,4 +219,7 @@ def _model(settings: RunSettings) -> Model:
         device=settings.device,
         output_variant=settings.output_variant,
         precision=settings.execution.precision,
+        input_size_px=settings.input_size_px,
+        allow_non_recommended_settings=settings.allow_non_recommended_settings,
+        trust_remote_code=trust_remote_code,
     )

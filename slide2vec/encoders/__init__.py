@@ -28,22 +28,68 @@ def _scattering(spec: EncoderSpec, variant: Variant) -> nn.Module:
     return ScatteringEncoder(**spec.kwargs)
 
 
-#: family -> builder; each imports its libraries only when it is used.
-_BUILDERS: dict[str, Builder] = {"timm": _timm, "scattering": _scattering}
+def _coca(spec: EncoderSpec, variant: Variant) -> nn.Module:
+    from slide2vec.encoders.coca import CocaEncoder
+
+    return CocaEncoder(spec, variant)
+
+
+def _clip_linear(spec: EncoderSpec, variant: Variant) -> nn.Module:
+    from slide2vec.encoders.clip_linear import ClipLinearEncoder
+
+    return ClipLinearEncoder(spec, variant)
+
+
+def _musk(spec: EncoderSpec, variant: Variant) -> nn.Module:
+    from slide2vec.encoders.musk import MuskEncoder
+
+    return MuskEncoder(spec, variant)
+
+
+def _channelwise(spec: EncoderSpec, variant: Variant) -> nn.Module:
+    from slide2vec.encoders.channelwise import ChannelwiseEncoder
+
+    return ChannelwiseEncoder(spec, variant)
+
+
+#: family -> builder; each imports its libraries only when it is used. Family "remote" is not here: its
+#: architecture comes with its weights.
+_BUILDERS: dict[str, Builder] = {
+    "timm": _timm,
+    "scattering": _scattering,
+    "coca": _coca,
+    "clip_linear": _clip_linear,
+    "musk": _musk,
+    "channelwise": _channelwise,
+}
 
 
 def build_encoder(
-    recipe: Recipe, variant: Variant, weights: WeightsChoice = None, seed: int = 0
+    recipe: Recipe,
+    variant: Variant,
+    weights: WeightsChoice = None,
+    seed: int = 0,
+    *,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """The encoder of a recipe in evaluation mode, on the CPU, in fp32.
 
     Args:
         variant: which output, see `Recipe.variant`.
         weights: None = the Hugging Face hub; a file or directory; or "random", seeded by `seed`.
+        trust_remote_code: the user lets code of the model's repository run, which recipes of family
+            "remote" need; nothing of the kind is run for the others.
 
     Raises:
+        PresetError: the recipe needs remote code and it was not allowed; says whose.
+        ExtraMissingError: it needs a package that is not installed.
         WeightsError: the weights cannot be had, or do not match the encoder key by key.
     """
+    if recipe.encoder.family == "remote":
+        from slide2vec.encoders.remote import build_remote
+
+        encoder = build_remote(recipe, variant, weights, trust_remote_code)
+        return encoder.eval().requires_grad_(False)
     build = _BUILDERS[recipe.encoder.family]
     if recipe.weights is None:
         encoder = build(recipe.encoder, variant)

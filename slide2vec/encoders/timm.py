@@ -1,4 +1,4 @@
-"""Vision transformers of timm, with the pooling of the recipe inside."""
+"""Models of timm, with the pooling of the recipe inside."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import timm.layers.mlp
 import torch
 from torch import Tensor, nn
 
-from slide2vec.errors import PresetError
-from slide2vec.recipes import EncoderSpec, Variant
+from slide2vec.encoders.weights import WeightsChoice, load_weights
+from slide2vec.errors import GatedWeightsError, PresetError, WeightsError
+from slide2vec.recipes import EncoderSpec, Recipe, Variant
 
-__all__ = ["TimmEncoder"]
+__all__ = ["TimmEncoder", "generic_encoder"]
 
 #: Classes that a recipe may name in its kwargs.
 LAYERS: dict[str, Any] = {"SwiGLUPacked": timm.layers.mlp.SwiGLUPacked, "SiLU": nn.SiLU, "GELU": nn.GELU}
@@ -27,15 +28,23 @@ class TimmEncoder(nn.Module):
 
     def __init__(self, spec: EncoderSpec, variant: Variant) -> None:
         super().__init__()
-        self.pool = variant.pool
+        self.pool, self.normalise = variant.pool, variant.normalise
         self.prefix_tokens = spec.prefix_tokens
-        self.trunk: nn.Module = timm.create_model(spec.arch, pretrained=False, **_resolve(spec.kwargs))
+        self.trunk: nn.Module = timm.create_model(spec.arch, **_resolve(spec.kwargs))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D)."""
-        tokens = self.trunk.forward_features(pixels)  # type: ignore[operator]
+        features = self._pooled(pixels)
+        return nn.functional.normalize(features, dim=-1) if self.normalise else features
+
+    def _pooled(self, pixels: Tensor) -> Tensor:
+        if self.pool == "none":  # the model's own
+            return cast("Tensor", self.trunk(pixels))
+        tokens = cast("Tensor", self.trunk.forward_features(pixels))  # type: ignore[operator]
+        if self.pool == "token_mean":
+            return tokens.mean(dim=1)
         if self.pool == "cls":
-            return cast("Tensor", tokens[:, 0])
+            return tokens[:, 0]
         return torch.cat([tokens[:, 0], tokens[:, self.prefix_tokens :].mean(dim=1)], dim=-1)
 
 
@@ -51,3 +60,33 @@ def _resolve(kwargs: dict[str, Any]) -> dict[str, Any]:
             )
         resolved[key] = LAYERS[value]
     return resolved
+
+
+def generic_encoder(recipe: Recipe, variant: Variant, weights: WeightsChoice) -> nn.Module:
+    """Any model of timm with its weights: those that timm finds on the hub (None), or a file in timm's
+    format. In evaluation mode, on the CPU, in fp32.
+
+    Raises:
+        WeightsError: they cannot be had or do not fit; GatedWeightsError: access is missing.
+    """
+    if weights is None:
+        encoder: nn.Module = _from_timm(recipe, variant)
+    else:
+        made = TimmEncoder(recipe.encoder, variant)  # initialised: files lack some of timm's buffers
+        encoder = load_weights(lambda: made, recipe, weights)
+    return encoder.eval().requires_grad_(False)
+
+
+def _from_timm(recipe: Recipe, variant: Variant) -> TimmEncoder:
+    from huggingface_hub.errors import GatedRepoError
+
+    kwargs = {**recipe.encoder.kwargs, "pretrained": True}
+    try:
+        return TimmEncoder(recipe.encoder.model_copy(update={"kwargs": kwargs}), variant)
+    except (RuntimeError, OSError, ValueError) as error:
+        kind = GatedWeightsError if isinstance(error, GatedRepoError) else WeightsError
+        cause = str(error).strip().partition("\n")[0]
+        raise kind(
+            f"timm could not load the weights of {recipe.name} ({recipe.licence.url}): {cause} "
+            '(weights="/path/to/the/file" takes a file, weights="random" tries the pipeline without)'
+        ) from error

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -14,6 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from slide2vec.encoders.checkpoints import convert
 from slide2vec.errors import GatedWeightsError, WeightsError
 from slide2vec.recipes import Recipe, WeightsSource
 
@@ -24,9 +27,18 @@ logger = logging.getLogger(__name__)
 WeightsChoice: TypeAlias = "str | os.PathLike[str] | None"
 
 #: Names tried in a directory, after those of the recipe.
-USUAL_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pt", "model.pt", "model.pth")
+USUAL_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.pt",
+    "model.pt",
+    "model.pth",
+)
+#: How a file ends that says which tensor is in which of several others beside it.
+INDEX = ".index.json"
 #: Keys under which training code wraps the encoder's state.
-WRAPPERS = ("state_dict", "model", "module")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
 @contextmanager
@@ -45,7 +57,8 @@ def load_weights(build: Callable[[], nn.Module], recipe: Recipe, weights: Weight
         GatedWeightsError: the repository is gated and access is missing.
     """
     path = find_weights(recipe, weights)
-    state = read_checkpoint(path)
+    assert recipe.weights is not None
+    state = convert(recipe.weights.convert, read_checkpoint(path), recipe.encoder)
     with torch.device("meta"):
         encoder = build()
     module: nn.Module = getattr(encoder, "trunk", encoder)
@@ -54,7 +67,10 @@ def load_weights(build: Callable[[], nn.Module], recipe: Recipe, weights: Weight
 
 
 def find_weights(recipe: Recipe, weights: WeightsChoice) -> Path:
-    """The weights file: downloaded (or found in the hub's cache) for None, else the local one."""
+    """The weights file: downloaded (or found in the hub's cache) for None, else the local one.
+
+    Weights in several files are stood for by their index; the others are beside it.
+    """
     if recipe.weights is None:
         raise WeightsError(f"preset {recipe.name} has no weights to load")
     if weights is None:
@@ -77,17 +93,17 @@ def _from_hub(preset: str, source: WeightsSource) -> Path:
     The token is the one that huggingface_hub finds (HF_TOKEN, or `hf auth login`), the cache its
     own (HF_HOME); HF_HUB_OFFLINE=1 is honoured.
     """
-    import huggingface_hub
     from huggingface_hub import errors
 
     problem: Exception | None = None
+    cached_only = False
     for name in source.files:
         try:
-            path = Path(huggingface_hub.hf_hub_download(source.repo, name, revision=source.revision))
+            path = _fetched(source, name, cached_only)
         except errors.EntryNotFoundError as error:
             problem = problem or error
-            if isinstance(error, errors.LocalEntryNotFoundError):
-                break
+            # Without a network the other names may be in the cache, and it is not tried again.
+            cached_only = cached_only or isinstance(error, errors.LocalEntryNotFoundError)
             continue
         except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
             raise _no_access(preset, source, error) from error
@@ -101,6 +117,24 @@ def _from_hub(preset: str, source: WeightsSource) -> Path:
         f"(revision {source.revision}): {_first_line(problem)}. Without network access, put them in the "
         'hub cache or pass weights="/path/to/the/file"; weights="random" tries the pipeline without them'
     ) from problem
+
+
+def _fetched(source: WeightsSource, name: str, cached_only: bool) -> Path:
+    """A file of the source on this machine, and if it is an index, the files that it names."""
+    import huggingface_hub
+
+    def fetch(file: str) -> Path:
+        return Path(
+            huggingface_hub.hf_hub_download(
+                source.repo, file, revision=source.revision, local_files_only=cached_only
+            )
+        )
+
+    path = fetch(name)
+    if name.endswith(INDEX):
+        for shard in sorted(set(_weight_map(path).values())):
+            fetch(Path(name).with_name(shard).as_posix())
+    return path
 
 
 def _no_access(preset: str, source: WeightsSource, error: Exception) -> WeightsError:
@@ -128,11 +162,14 @@ def _first_line(error: Exception | None) -> str:
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file, or of a PyTorch file read without unpickling code.
+    """Tensors of a .safetensors file, of a PyTorch file read without unpickling code, or of all the
+    files that an index names.
 
     Raises:
-        WeightsError: the file is damaged, or holds more than tensors.
+        WeightsError: a file is damaged, or holds more than tensors.
     """
+    if path.name.endswith(INDEX):
+        return _read_shards(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -147,6 +184,35 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise WeightsError(f"weights file {path} is not a mapping of names to tensors")
     return dict(content)
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of the files that an index names: every one in its file, and no others."""
+    where = _weight_map(index)
+    state: dict[str, Tensor] = {}
+    for name in sorted(set(where.values())):
+        shard = read_checkpoint(index.with_name(name))
+        if strange := sorted(key for key in shard if where.get(key) != name):
+            raise WeightsError(f"{index} does not say that {strange[0]} is in {name}")
+        state.update(shard)
+    if missing := sorted(where.keys() - state.keys()):
+        raise WeightsError(f"{missing[0]} is not in {where[missing[0]]}, where {index} says it is")
+    return state
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Which tensor is in which file, from an index; the files are beside it and hold tensors."""
+    try:
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"weights file {index} cannot be read: no weight_map ({error!r})") from error
+    if not isinstance(where, dict) or not where:
+        raise WeightsError(f"weights file {index} names no files in its weight_map")
+    for name in where.values():
+        # Nothing but a name: an index from the hub must not point elsewhere on this machine.
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.(safetensors|bin|pt|pth)", name):
+            raise WeightsError(f"weights file {index} names {name!r}, which is no weights file beside it")
+    return where
 
 
 def _load_strictly(module: nn.Module, state: dict[str, Tensor], recipe: Recipe, path: Path) -> None:

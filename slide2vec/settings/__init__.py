@@ -41,8 +41,8 @@ class RunSettings:
 
     Attributes:
         manifest_path: CSV of slides; None where they come from elsewhere.
-        preset, output_variant, weights, seed, device: as in `Model.from_preset`.
-        allow_non_recommended_settings: kept with the run; nothing depends on it yet.
+        preset, output_variant, weights, seed, device, input_size_px, allow_non_recommended_settings: as in
+            `Model.from_preset`.
         preprocessing: with None where the preset decides.
         execution: its output_dir is where this run writes.
     """
@@ -53,6 +53,7 @@ class RunSettings:
     weights: str | None = None
     seed: int = 0
     device: str | None = None
+    input_size_px: int | None = None
     allow_non_recommended_settings: bool = False
     preprocessing: PreprocessingConfig
     execution: ExecutionOptions
@@ -66,6 +67,7 @@ _RUN = {
     "weights": "model.weights",
     "seed": "seed",
     "device": "model.device",
+    "input_size_px": "model.input_size_px",
     "allow_non_recommended_settings": "model.allow_non_recommended_settings",
 }
 

@@ -99,6 +99,7 @@ KEYS: dict[str, Key] = {
         ExecutionOptions,
         ("batch_size", "save_tile_embeddings", "save_slide_embeddings", "save_latents"),
     ),
+    "model.input_size_px": Key(Annotated[int, Field(gt=0)] | None),
     "model.allow_non_recommended_settings": Key(bool, False),
     **_all_of(
         "tiling",

@@ -103,9 +103,13 @@ def test_wrong_preset_is_found_before_anything_is_made(run, small_slide: Path, t
 
 def test_warnings_go_to_stderr(run, small_slide: Path, tmp_path: Path) -> None:
     options = ("--preset", "prost40m", "--weights", "random", "--spacing", "2", "--device", "cpu")
+    refused = run("embed", small_slide, *options, "-o", tmp_path, "--json")
+    assert refused.exit_code == 1 and "--allow-non-recommended-settings" in refused.stderr
+    options += ("--allow-non-recommended-settings",)
     result = run("embed", small_slide, *options, "-o", tmp_path, "--json")
     assert result.exit_code == 0, result.output
     assert "warning: preset prost40m has random weights" in result.stderr
+    assert "warning: preset prost40m is not for 2 µm/px (it was trained at 0.5)" in result.stderr
     assert json.loads(result.stdout)["encoder"]["weights"] == "random:0"
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from slide2vec import list_models
+from slide2vec.cli.models import _checked
 from slide2vec.recipes import load_recipe
 
 
 def test_table_names_every_preset_and_fits(run) -> None:
     text = run("models").stdout
     assert all(name in text for name in list_models())
-    assert "CC-BY-NC-ND-4.0, gated" in text and "no weights needed" in text
+    assert "CC-BY-NC-ND-4.0 gated" in text and "no weights needed" in text
     assert max(map(len, text.splitlines())) <= 80
 
 
@@ -27,9 +30,39 @@ def test_details(run) -> None:
     assert recipe.title in text and "cls_patch_mean: 2560 dimensions (default)" in text
     assert recipe.weights is not None and recipe.weights.revision in text
     assert "non-commercial" in text and "hf auth login" in text
+    assert "mean 0.485 0.456 0.406" in text and "340.1 GFLOP" in text
+    assert "2.5 GB in fp32, 1.3 GB in fp16" in text  # 631 M parameters of 4 and 2 bytes
+    assert recipe.verified in text and recipe.unconfirmed in text and recipe.citation in text
+
+
+def test_what_becomes_of_a_tile(run) -> None:
+    assert "resize to 248 px (bicubic), central 224 px, mean" in run("models", "lunit").stdout
+    gigapath = run("models", "gigapath").stdout
+    assert "256 px at 0.5 µm/px" in gigapath and "central 224 px" in gigapath and "resize" not in gigapath
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("scattering", {}, "yes"),
+        ("uni", {}, "random"),
+        ("uni", {"verified": ""}, "no"),
+        ("uni", {"unconfirmed": ""}, "yes"),
+    ],
+)
+def test_how_it_was_checked_in_a_word(name: str, changes: dict[str, str], expected: str) -> None:
+    assert _checked(load_recipe(name).model_copy(update=changes)) == expected
+
+
+def test_any_model_of_timm(run) -> None:
+    text = " ".join(run("models", "timm:resnet50").stdout.split())
+    assert "2048 dimensions" in text and "any µm/px (say which)" in text and "26 M" not in text
+    wrong = run("models", "timm:resnet5O")
+    assert wrong.exit_code == 1 and "resnet50" in wrong.stderr
 
 
 def test_json(run) -> None:
     listed = json.loads(run("models", "--json").stdout)
     assert [item["name"] for item in listed] == list_models()
-    assert json.loads(run("models", "virchow2", "--json").stdout)["variants"]["cls"]["dim"] == 1280
+    virchow2 = json.loads(run("models", "virchow2", "--json").stdout)
+    assert virchow2["variants"]["cls"]["dim"] == 1280 and virchow2["checked"] == "random"

@@ -9,7 +9,7 @@ import torch
 from slide2vec.encoders import build_encoder
 from slide2vec.encoders.timm import TimmEncoder, _resolve
 from slide2vec.errors import PresetError
-from slide2vec.recipes import EncoderSpec, Variant, load_recipe
+from slide2vec.recipes import EncoderSpec, Recipe, Variant, list_models, load_recipe
 
 SMALL = EncoderSpec(
     family="timm",
@@ -25,15 +25,46 @@ SMALL = EncoderSpec(
 )
 
 
-@pytest.mark.parametrize("name", ["prost40m", "lunit"])
-def test_equals_timm(name: str) -> None:
+PURE = [name for name in list_models() if load_recipe(name).encoder.family == "timm"]
+PIXELS = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+
+
+def shallow(name: str) -> Recipe:
+    """A preset of two blocks, else as it is."""
     recipe = load_recipe(name)
-    ours = build_encoder(recipe, recipe.variant(None)[1], "random", seed=3)
-    reference = timm.create_model(recipe.encoder.arch, **_resolve(recipe.encoder.kwargs)).eval()
-    reference.load_state_dict(ours.trunk.state_dict())  # type: ignore[union-attr, operator]
-    pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    spec = recipe.encoder.model_copy(update={"kwargs": {**recipe.encoder.kwargs, "depth": 2}})
+    return recipe.model_copy(update={"encoder": spec})
+
+
+def own_features(tokens: torch.Tensor, pool: str, prefix: int) -> torch.Tensor:
+    if pool == "cls_patch_mean":
+        return torch.cat([tokens[:, 0], tokens[:, prefix:].mean(1)], dim=1)
+    return tokens[:, 0] if pool == "cls" else tokens.mean(1)
+
+
+@pytest.mark.parametrize("name", [name for name in PURE if not load_recipe(name).weights.convert])  # type: ignore[union-attr]
+def test_equals_timm(name: str) -> None:
+    """Weights are not at their initial values: layer scales of 1e-5 would hide the blocks."""
+    recipe = shallow(name)
+    with torch.device("meta"):
+        reference = timm.create_model(recipe.encoder.arch, **_resolve(recipe.encoder.kwargs)).eval()
+        encoders = [TimmEncoder(recipe.encoder, variant).eval() for variant in recipe.variants.values()]
+    generator = torch.Generator().manual_seed(1)
+    state = {
+        key: torch.empty(value.shape).uniform_(-0.1, 0.1, generator=generator)
+        for key, value in reference.state_dict().items()
+    }
+    reference.load_state_dict(state, assign=True)
+    pixels = PIXELS[:1]
     with torch.inference_mode():
-        torch.testing.assert_close(ours(pixels), reference(pixels), atol=1e-5, rtol=0)
+        tokens = reference.forward_features(pixels)
+        for ours, variant in zip(encoders, recipe.variants.values(), strict=True):
+            ours.trunk.load_state_dict(state, assign=True)
+            expected = own_features(tokens, variant.pool, reference.num_prefix_tokens)
+            assert expected.shape == (1, variant.dim) and expected.std() > 1e-3
+            torch.testing.assert_close(ours(pixels), expected, atol=1e-5, rtol=0)
+            if reference.global_pool == "token":
+                torch.testing.assert_close(ours(pixels), reference(pixels), atol=1e-5, rtol=0)
 
 
 def test_pools_skip_register_tokens() -> None:
@@ -46,6 +77,18 @@ def test_pools_skip_register_tokens() -> None:
     assert tokens.shape == (2, 5 + 196, 192)
     torch.testing.assert_close(found[:, :192], tokens[:, 0])
     torch.testing.assert_close(found[:, 192:], tokens[:, 5:].mean(1))
+
+
+def test_mean_of_all_tokens_and_unit_length() -> None:
+    torch.manual_seed(0)
+    mean = TimmEncoder(SMALL, Variant(dim=192, pool="token_mean")).eval()
+    unit = TimmEncoder(SMALL, Variant(dim=192, pool="token_mean", normalise=True)).eval()
+    unit.load_state_dict(mean.state_dict())
+    with torch.inference_mode():
+        tokens = mean.trunk.forward_features(PIXELS)  # type: ignore[operator]
+        torch.testing.assert_close(mean(PIXELS), tokens.sum(1) / 201)
+        torch.testing.assert_close(unit(PIXELS).norm(dim=1), torch.ones(2))
+        torch.testing.assert_close(unit(PIXELS) * mean(PIXELS).norm(dim=1, keepdim=True), mean(PIXELS))
 
 
 def test_seed_decides_random_weights_and_nothing_else() -> None:

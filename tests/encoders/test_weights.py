@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -121,7 +122,8 @@ RESPONSE: Any = SimpleNamespace(headers={}, status_code=401, request=None, url="
 def hub_that(monkeypatch: pytest.MonkeyPatch, outcome: Path | Exception) -> list[tuple[str, str, str]]:
     calls = []
 
-    def download(repo: str, name: str, *, revision: str) -> str:
+    def download(repo: str, name: str, *, revision: str, local_files_only: bool) -> str:
+        assert not local_files_only
         calls.append((repo, name, revision))
         if isinstance(outcome, Exception):
             raise outcome
@@ -172,3 +174,98 @@ def test_offline_cache_is_honoured(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert find_weights(recipe, None) == snapshot / "model.safetensors"
+
+
+def sharded(folder: Path, state: dict[str, torch.Tensor]) -> Path:
+    """The state in two files and an index, as the hub has large models."""
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    where = {key: names[number % 2] for number, key in enumerate(sorted(state))}
+    for name in names:
+        save_file({key: state[key] for key in state if where[key] == name}, folder / name)
+    return index_of(folder, where)
+
+
+def index_of(folder: Path, where: object) -> Path:
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
+    return index
+
+
+def test_shards(tmp_path: Path, recipe: Recipe, state: dict[str, torch.Tensor]) -> None:
+    index = sharded(tmp_path, state)
+    for weights in (index, tmp_path):
+        found = loaded(recipe, weights)
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[key], state[key]) for key in state)
+
+
+def test_shards_that_do_not_fit_their_index(tmp_path: Path) -> None:
+    state = {"a": torch.zeros(1), "b": torch.ones(1)}
+    where = json.loads(sharded(tmp_path, state).read_text())["weight_map"]
+    first, second = where["a"], where["b"]
+    for wrong, message in (
+        (where | {"c": first}, f"c is not in {first}"),
+        ({"b": second, "c": first}, f"does not say that a is in {first}"),
+        (where | {"b": first}, f"b is not in {first}"),
+        ({"a": second, "b": first}, f"does not say that b is in {second}|does not say that a is in {first}"),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            read_checkpoint(index_of(tmp_path, wrong))
+    (tmp_path / second).unlink()
+    with pytest.raises(WeightsError, match=rf"{second} cannot be read"):
+        read_checkpoint(index_of(tmp_path, where))
+
+
+@pytest.mark.parametrize("where", [None, {}, [], "model.safetensors", {"a": 1}])
+def test_damaged_index(tmp_path: Path, where: object) -> None:
+    with pytest.raises(WeightsError, match=r"model\.safetensors\.index\.json"):
+        read_checkpoint(index_of(tmp_path, where))
+    for text in ("", "[]", "{}", "\0", '{"weight_map": '):
+        index = index_of(tmp_path, {})
+        index.write_text(text)
+        with pytest.raises(WeightsError, match=r"model\.safetensors\.index\.json cannot be read"):
+            read_checkpoint(index)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../w.safetensors", "/etc/w.safetensors", "a/w.bin", "..", "", "a\\w.pt", "w.pt\n",
+        "model.safetensors.index.json",
+    ],
+)  # fmt: skip
+def test_an_index_points_nowhere_else(tmp_path: Path, name: str) -> None:
+    with pytest.raises(WeightsError, match="no weights file beside it"):
+        read_checkpoint(index_of(tmp_path, {"a": name}))
+
+
+def test_hub_is_asked_for_every_shard(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, state: dict[str, torch.Tensor]
+) -> None:
+    recipe = load_recipe("midnight")
+    assert recipe.weights is not None
+    index = sharded(tmp_path, state)
+    calls = []
+
+    def download(repo: str, name: str, *, revision: str, local_files_only: bool) -> str:
+        calls.append((repo, name, revision))
+        if not (tmp_path / name).is_file():
+            raise hub.RemoteEntryNotFoundError("404 Client Error", response=RESPONSE)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert find_weights(recipe, None) == index
+    names = ["model.safetensors", index.name, *(f"model-0000{n}-of-00002.safetensors" for n in (1, 2))]
+    assert calls == [(recipe.weights.repo, name, recipe.weights.revision) for name in names]
+
+
+def test_offline_cache_of_another_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The first name is not in the cache, the second is: no network is needed for it."""
+    recipe = load_recipe("virchow2")
+    assert recipe.weights is not None and recipe.weights.files[1] == "pytorch_model.bin"
+    snapshot = tmp_path / "models--paige-ai--Virchow2" / "snapshots" / recipe.weights.revision
+    snapshot.mkdir(parents=True)
+    (snapshot / "pytorch_model.bin").write_bytes(b"x")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert find_weights(recipe, None) == snapshot / "pytorch_model.bin"

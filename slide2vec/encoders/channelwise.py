@@ -1,0 +1,159 @@
+"""GenBio-PathFM: a DINOv3-like transformer that sees red, green and blue as three grey images.
+
+timm has this architecture, but rotates queries and keys in fp32; this model was trained and is
+published with the rotation in bf16, also when all the rest is fp32. That is why it is written out
+here. Names of parameters are those of the published checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slide2vec.recipes import EncoderSpec, Variant
+
+__all__ = ["ChannelwiseEncoder"]
+
+EPS = 1e-6
+ROPE_BASE = 100.0
+#: What the rotation is computed in.
+ROPE_DTYPE = torch.bfloat16
+
+
+class ChannelwiseEncoder(nn.Module):
+    """Class tokens of the three channels, concatenated.
+
+    The recipe's kwargs: `img_size`, `patch_size`, `dim`, `depth`, `heads`, `hidden` (of the gated
+    MLP), `storage_tokens`. `forward` takes normalised pixels (B, 3, H, W) float and returns features
+    (B, 3 * dim). Three times as many images as tiles go through the blocks.
+    """
+
+    def __init__(self, spec: EncoderSpec, variant: Variant) -> None:
+        super().__init__()
+        sizes = spec.kwargs
+        dim, patch = sizes["dim"], sizes["patch_size"]
+        self.grid = sizes["img_size"] // patch
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(1, dim, patch, stride=patch)})
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+        self.storage_tokens = nn.Parameter(torch.randn(1, sizes["storage_tokens"], dim) * 0.02)
+        self.rope_embed = Rotation(dim // sizes["heads"])
+        self.blocks = nn.ModuleList(
+            Block(dim, sizes["heads"], sizes["hidden"]) for _ in range(sizes["depth"])
+        )
+        self.norm = nn.LayerNorm(dim, eps=EPS)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, D)."""
+        channels = pixels.flatten(0, 1)[:, None]  # (3B, 1, H, W)
+        patches = self.patch_embed["proj"](channels).flatten(2).transpose(1, 2)
+        prefix = torch.cat([self.cls_token, self.storage_tokens], dim=1)
+        tokens = torch.cat([prefix.expand(channels.shape[0], -1, -1), patches], dim=1)
+        sine, cosine = self.rope_embed(self.grid)
+        for block in self.blocks:
+            tokens = block(tokens, sine, cosine)
+        classes = self.norm(tokens[:, 0])
+        return cast("Tensor", classes.reshape(pixels.shape[0], -1))
+
+
+class Rotation(nn.Module):
+    """Sine and cosine of the angles by which a patch's queries and keys are turned.
+
+    A quarter of a head's dimension is turned by the row, a quarter by the column, at `periods` that
+    grow from 1 to nearly ROPE_BASE; coordinates are patch centres in [-1, 1].
+    """
+
+    periods: Tensor
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        steps = torch.arange(head_dim // 4, dtype=ROPE_DTYPE)
+        self.register_buffer("periods", (ROPE_BASE ** (2 * steps / (head_dim // 2))).float())
+
+    def forward(self, grid: int) -> tuple[Tensor, Tensor]:
+        """Two of (grid * grid, head_dim), patches row by row."""
+        periods = self.periods.to(ROPE_DTYPE)
+        centres = torch.arange(0.5, grid, dtype=ROPE_DTYPE, device=periods.device) / grid
+        rows, columns = torch.meshgrid(centres, centres, indexing="ij")
+        coordinates = 2.0 * torch.stack([rows, columns], dim=-1).flatten(0, 1) - 1.0
+        angles = 2 * math.pi * coordinates[:, :, None] / periods
+        angles = angles.flatten(1).repeat(1, 2)
+        return angles.sin(), angles.cos()
+
+
+class Block(nn.Module):
+    """Attention, then a gated MLP; each after a norm, scaled per dimension and added."""
+
+    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.attn = Attention(dim, heads)
+        self.ls1 = Scale(dim)
+        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.mlp = GatedMlp(dim, hidden)
+        self.ls2 = Scale(dim)
+
+    def forward(self, tokens: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
+        """(N, T, dim) -> (N, T, dim)."""
+        tokens = tokens + self.ls1(self.attn(self.norm1(tokens), sine, cosine))
+        return cast("Tensor", tokens + self.ls2(self.mlp(self.norm2(tokens))))
+
+
+class Attention(nn.Module):
+    """Self-attention whose queries and keys of patches are rotated by their place."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
+        """(N, T, dim) -> (N, T, dim)."""
+        images, count, dim = tokens.shape
+        qkv = self.qkv(tokens).reshape(images, count, 3, self.heads, dim // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key = rotated(query, sine, cosine), rotated(key, sine, cosine)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return cast("Tensor", self.proj(mixed.transpose(1, 2).flatten(2)))
+
+
+def rotated(values: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
+    """(N, heads, T, d) -> the same, with all but the prefix tokens turned, in the precision of `sine`.
+
+    The prefix passes through that precision as well, as in the published model.
+    """
+    turned = values.to(sine.dtype)
+    start = turned.shape[2] - sine.shape[0]
+    prefix, patches = turned[:, :, :start], turned[:, :, start:]
+    first, second = patches.chunk(2, dim=-1)
+    patches = patches * cosine + torch.cat([-second, first], dim=-1) * sine
+    return torch.cat([prefix, patches], dim=2).to(values.dtype)
+
+
+class GatedMlp(nn.Module):
+    """SwiGLU with its two projections apart."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden)
+        self.w2 = nn.Linear(dim, hidden)
+        self.w3 = nn.Linear(hidden, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(N, T, dim) -> (N, T, dim)."""
+        return cast("Tensor", self.w3(F.silu(self.w1(tokens)) * self.w2(tokens)))
+
+
+class Scale(nn.Module):
+    """A learnt factor per dimension."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), 1e-5))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens * self.gamma
