@@ -63,11 +63,13 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             if attempt < KILLS and attempt % 3:
-                die_at_file_operation(chance.randrange(20, 70))
+                # even a run with nothing left to do has more than 15 operations
+                early = attempt % 3 == 1
+                die_at_file_operation(chance.randrange(15) if early else chance.randrange(15, 90))
             run(model, manifest, output_dir)
             os._exit(0)
         if attempt < KILLS and attempt % 3 == 0:
-            time.sleep(chance.uniform(0.0, 2.0))
+            time.sleep(chance.uniform(0.0, 1.5))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         kills += os.WIFSIGNALED(status)

@@ -61,4 +61,4 @@ def test_kill_9_in_a_loop(manifest: Path, tmp_path: Path) -> None:
         kills += count
         assert files(disturbed) == expected
         assert rows(disturbed) == rows(undisturbed)
-    assert kills >= 6
+    assert kills >= 6  # two of a run's first operations, three times; the others depend on the machine
