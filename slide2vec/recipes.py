@@ -111,6 +111,7 @@ class Recipe(_Section):
         params_m, gflops: millions of parameters; GFLOP per tile (2 x MAC).
         variants, default_variant: its outputs.
         citation, note: for people.
+        compile, compile_note: whether the encoder may be exported and compiled; why not, or what to mind.
         verified: how our loader was compared with the original one, without the published weights.
         unconfirmed: what only a site with access to the weights can confirm.
     """
@@ -134,6 +135,8 @@ class Recipe(_Section):
     licence: Licence
     citation: str
     note: str = ""
+    compile: bool = True
+    compile_note: str = ""
     verified: str = ""
     unconfirmed: str = ""
 
@@ -147,6 +150,8 @@ class Recipe(_Section):
             )
         if self.spacing_um and self.default_spacing_um not in self.spacing_um:
             raise ValueError(f"default_spacing_um {self.default_spacing_um} is not in spacing_um")
+        if not self.compile and not self.compile_note:
+            raise ValueError("compile = false needs compile_note: why it cannot be compiled")
         if self.transform.crop > self.transform.resize:
             raise ValueError("transform.crop is larger than transform.resize")
         return self

@@ -14,8 +14,20 @@ from slide2vec.recipes import list_models, load_recipe, read_recipe
 
 def test_presets_of_this_release() -> None:
     expected = {"scattering", "lunit", "prost40m", "dinov2-vitb14", "uni", "uni2", "virchow", "virchow2"}
-    expected |= {"gigapath", "h-optimus-0", "h-optimus-1", "h0-mini", "mstar", "gpfm"}
-    assert expected <= set(list_models("tile"))
+    expected |= {"gigapath", "h-optimus-0", "h-optimus-1", "h0-mini", "mstar", "gpfm", "conch", "conchv15"}
+    expected |= {
+        "phikon",
+        "phikonv2",
+        "phaet",
+        "mascaret",
+        "hibou-b",
+        "hibou-l",
+        "midnight",
+        "isight",
+        "musk",
+    }
+    expected |= {"genbio-pathfm", "rudolfv2", "rudolfv2-b", "rudolfv2-s"}
+    assert expected == set(list_models("tile"))
     assert list_models() == sorted(list_models())
 
 
@@ -71,3 +83,13 @@ def test_scattering_gives_the_dimension_that_its_recipe_says() -> None:
     recipe = load_recipe("scattering")
     encoder = build_encoder(recipe, recipe.variant(None)[1])
     assert encoder(torch.rand(1, 3, 224, 224)).shape == (1, recipe.variant(None)[1].dim)
+
+
+def test_what_cannot_be_compiled_says_why(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "engines" / "lunit.toml").read_text()
+    path = tmp_path / "lunit.toml"
+    path.write_text(f"compile = false\n{text}")
+    with pytest.raises(PresetError, match="compile_note"):
+        read_recipe(path)
+    path.write_text(f'compile = false\ncompile_note = "because"\n{text}')
+    assert not read_recipe(path).compile

@@ -123,6 +123,7 @@ def _details(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _access(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    yield "compiling", _compiling(recipe)
     yield "licence", f"{recipe.licence.name}: {recipe.licence.terms}"
     source = recipe.weights
     if source is None:
@@ -165,6 +166,11 @@ def _transform(recipe: Recipe) -> str:
     steps += [f"central {made.crop} px"] if made.crop != made.resize else []
     mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (made.mean, made.std))
     return ", ".join([*steps, f"mean {mean}, standard deviation {std}"])
+
+
+def _compiling(recipe: Recipe) -> str:
+    can = "possible" if recipe.compile else "not possible"
+    return f"{can}: {recipe.compile_note}" if recipe.compile_note else can
 
 
 def _as_json(recipe: Recipe) -> dict[str, Any]:
