@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import logging
 import shutil
@@ -35,6 +36,7 @@ from slide2vec.errors import (
     SlideReadError,
     TilingError,
 )
+from slide2vec.stream.sources import SlideSource
 from slide2vec.synthetic import write_synthetic_slide
 from slide2vec.tiling import load_coordinates
 
@@ -330,6 +332,25 @@ def test_bad_tiles_are_left_out_of_archives(run: Run, slides: list[Path], tmp_pa
     assert artifact.metadata["skipped_tiles"] == plain.metadata["skipped_tiles"]
     with pytest.raises(IndexError):
         _ = run([bad], on_the_fly=False).tile_artifacts[0]
+
+
+def test_a_slide_on_failing_storage_does_not_stop_the_run(
+    run: Run, slides: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its archive is written, too: that is no full disk."""
+    read = SlideSource.fetch
+
+    def fetch(source: SlideSource, number: int) -> Any:
+        if source._tiling.sample_id == "s1":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(source, number)
+
+    monkeypatch.setattr(SlideSource, "fetch", fetch)
+    for on_the_fly in (True, False):
+        result = run(on_the_fly=on_the_fly)
+        assert [item.sample_id for item in result.failed] == ["s1"]
+        assert "Input/output error" in str(result.failed[0].error)
+        assert [artifact.sample_id for artifact in result.tile_artifacts] == ["s0", "s2"]
 
 
 def test_no_tissue_is_recorded(run: Run, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from slide2vec.errors import SlideReadError
 from slide2vec.readers import SlideReader, open_slide, resolve_spacing
 from slide2vec.slides import Slide
 from slide2vec.stream.sources import (
+    Pixels,
     SlideSource,
     TileSource,
     bad_tiles,
@@ -218,11 +219,20 @@ def _pixels(plan: SlidePlan, bad: dict[int, SlideReadError]) -> Iterator[Block]:
     for number, tiles in enumerate(plan.source.blocks):
         targets = np.empty((len(tiles), side, side, 3), np.uint8)
         try:
-            plan.source.place(number, plan.source.fetch(number), list(targets))
-        except SlideReadError:
-            bad.update(place_singly(plan.source, number, list(targets)))
+            bad.update(_placed(plan.source, number, list(targets)))
+        except OSError as error:  # of the slide's storage: not to be taken for the archive's
+            raise SlideReadError(f"slide {plan.slide.sample_id}: it cannot be read: {error}") from error
         if bad and not (plan.skips_bad_tiles and len(bad) < len(plan.tiling)):
             raise damaged(plan.tiling, bad)
         yield tiles, targets
     if bad:
         raise _BadTilesFound
+
+
+def _placed(source: TileSource, number: int, targets: list[Pixels]) -> dict[int, SlideReadError]:
+    """Read the tiles of a block; the errors of those that cannot be decoded."""
+    try:
+        source.place(number, source.fetch(number), targets)
+    except SlideReadError:
+        return place_singly(source, number, targets)
+    return {}
