@@ -167,7 +167,8 @@ def test_what_is_finished_survives_a_failing_encoder(
     monkeypatch.setattr(TorchEngine, "run", failing)
     path = slides_dir / "CMU-1-Small-Region.svs"
     slides = [{"sample_id": name, "image_path": path} for name in "abcdef"]
-    config, execution = PreprocessingConfig(requested_spacing_um=2.0), ExecutionOptions(batch_size=5)
+    config = PreprocessingConfig(requested_spacing_um=2.0)
+    execution = ExecutionOptions(batch_size=5, num_workers=1)  # one reader: batches complete in order
     with pytest.raises(EmbedSlidesError) as caught:
         model.embed_slides(slides, config, execution, on_error="skip")
     assert [result is not None for result in caught.value.results] == [True] * 3 + [False] * 3
