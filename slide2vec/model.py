@@ -317,9 +317,10 @@ class Model:
 
     def _stream(self, config: PreprocessingConfig, execution: ExecutionOptions, precision: str) -> Stream:
         assert config.requested_tile_size_px is not None
+        engine = self._engine(precision)
         return Stream(
-            self._engine(precision),
-            TorchPreparer(self.recipe.transform, self.device),
+            engine,
+            TorchPreparer(self.recipe.transform, self.device, engine.layout),
             batch_size=execution.batch_size or batch_size_for(self.recipe.gflops, self.device),
             tile_size_px=config.requested_tile_size_px,
             dtype=getattr(torch, execution.feature_dtype(precision)),

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from slide2vec.recipes import Transform
+from slide2vec.runtime.base import Layout
 
 __all__ = ["TorchPreparer"]
 
@@ -15,22 +16,24 @@ class TorchPreparer:
     """See `slide2vec.prepare.base.Preparer`.
 
     Resizing is antialiased and rounds to uint8, as Pillow's and torchvision's does (within one
-    grey level of Pillow); then centre crop, then (pixels / 255 - mean) / std in one multiply-add.
+    grey level of Pillow); then centre crop, then (pixels / 255 - mean) / std in one multiply-add, which
+    engines of layout "uint8_nhwc" do themselves.
     """
 
-    def __init__(self, transform: Transform, device: torch.device) -> None:
-        self.transform = transform
-        self.device = device
+    def __init__(self, transform: Transform, device: torch.device, layout: Layout = "float32_nchw") -> None:
+        self.transform, self.device, self.layout = transform, device, layout
         mean = torch.tensor(transform.mean, dtype=torch.float32)
         std = torch.tensor(transform.std, dtype=torch.float32)
         self._scale = (1 / (255 * std)).to(device)[:, None, None]
         self._shift = (-mean / std).to(device)[:, None, None]
 
     def prepare(self, tiles: Tensor) -> Tensor:
-        """(B, S, S, 3) uint8 -> (B, 3, crop, crop) float32 on the device."""
+        """(B, S, S, 3) uint8 -> (B, 3, crop, crop) float32, or (B, crop, crop, 3) uint8, on the device."""
         with torch.inference_mode():
             pixels = tiles.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
             pixels = centre_crop(self._resized(pixels), self.transform.crop)
+            if self.layout == "uint8_nhwc":
+                return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
             return torch.addcmul(self._shift, pixels.float(), self._scale)
 
     def _resized(self, pixels: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from slide2vec.runtime.base import Layout
+
 __all__ = ["TorchEngine"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -14,6 +16,7 @@ class TorchEngine:
     """See `slide2vec.runtime.base.Engine`."""
 
     runtime = "torch"
+    layout: Layout = "float32_nchw"
 
     def __init__(self, encoder: nn.Module, *, feature_dim: int, precision: str, device: torch.device) -> None:
         self.device = device

@@ -61,3 +61,17 @@ def test_transform_equals_torchvision(resize: int, crop: int, interpolation: str
         assert difference.max() <= 2 * GREY_LEVEL
         assert (difference > GREY_LEVEL).float().mean() < 1e-4
         assert difference.mean() < 0.05 * GREY_LEVEL  # one pixel in twenty off by one
+
+
+@pytest.mark.parametrize(("side", "resize", "crop"), [(224, 224, 224), (256, 248, 224)])
+def test_pixels_for_engines_that_normalise(side: int, resize: int, crop: int) -> None:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    recipe = Transform(resize=resize, crop=crop, mean=mean, std=std)
+    tiles = torch.from_numpy(np.stack([image(side, side, seed) for seed in range(3)]))
+    plain = TorchPreparer(recipe, torch.device("cpu")).prepare(tiles)
+    found = TorchPreparer(recipe, torch.device("cpu"), "uint8_nhwc").prepare(tiles)
+    assert found.shape == (3, crop, crop, 3) and found.dtype == torch.uint8 and found.is_contiguous()
+    normalised = (found.permute(0, 3, 1, 2) / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[
+        :, None, None
+    ]
+    assert torch.allclose(normalised, plain, atol=1e-5)

@@ -26,6 +26,7 @@ from slide2vec.progress import (
     StationTime,
     TilesEncoded,
 )
+from slide2vec.runtime.base import Layout
 from slide2vec.slides import Slide
 from slide2vec.stream import SlideOutcome, SlidePlan, Stream
 from slide2vec.stream.meters import find_bottleneck
@@ -74,6 +75,7 @@ class Engine:
     """Features are the mean colour: slide, x and y."""
 
     runtime, device, precision, feature_dim = "test", torch.device("cpu"), "fp32", 3
+    layout: Layout = "float32_nchw"
 
     def __init__(self) -> None:
         self.batches: list[torch.Tensor] = []
