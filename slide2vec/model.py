@@ -166,6 +166,12 @@ class Model:
             "transform": self.recipe.transform.model_dump(mode="json"),
         }
 
+    def engine_in_words(self, execution: ExecutionOptions | None = None) -> str:
+        """What runs the encoder: "PyTorch, fp32 on cpu", "openvino, bf16 on cpu"."""
+        engine = self._select(execution or ExecutionOptions()).engine
+        runtime = "PyTorch" if engine.runtime == "torch" else engine.runtime
+        return f"{runtime}, {engine.precision} on {self.device}"
+
     @cached_property
     def _weights_digest(self) -> str:
         """What the weights are, wherever they came from."""

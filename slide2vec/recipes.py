@@ -107,8 +107,8 @@ class EnginePolicy(_Section):
 
     def threshold(self, precision: str) -> float:
         """The least cosine of engines of a precision."""
-        asked: dict[str, float] = {**self.min_cosine}
-        return asked.get(precision, MIN_COSINE[precision])
+        asked = (least for name, least in self.min_cosine.items() if name == precision)
+        return next(asked, MIN_COSINE[precision])
 
 
 class Licence(_Section):

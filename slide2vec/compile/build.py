@@ -21,6 +21,7 @@ from slide2vec.compile.select import find_engine
 from slide2vec.compile.speed import tiles_per_second
 from slide2vec.compile.store import EngineStore, StoredEngine, engine_name
 from slide2vec.compile.tiles import tissue_pixels
+from slide2vec.compile.verify import write_reference
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError, EngineError
 from slide2vec.recipes import Recipe
@@ -188,20 +189,22 @@ class _Build:
         self.store, self.folder, self.progress = store, folder, progress
         self.recipe = subject.recipe
         self.dim = self.recipe.variants[subject.variant].dim
+        self.mean_std = (self.recipe.transform.mean, self.recipe.transform.std)
         self.started = time.perf_counter()
 
     def run(self) -> StoredEngine:
         """Try the precisions in turn until one is close enough."""
         self.progress("cutting tissue tiles", 0, 0)
-        pixels = tissue_pixels(self.recipe, TILES, self.options.slide)
-        self.progress("reference in PyTorch, fp32", 0, 0)
-        transform, device = self.recipe.transform, self.subject.device
-        reference = reference_features(self.encoder, transform, pixels, device, self.dim)
-        self.encoder.cpu()
+        known = pixels, reference = self._known_tiles()
+        if self.options.slide is not None:
+            pixels = tissue_pixels(self.recipe, TILES, self.options.slide)
+            reference = self._reference(pixels)
         failed: list[dict[str, str]] = []
         for precision in self._precisions():
             try:
-                return self._built_in(precision, pixels, reference, failed)
+                record = self._built_in(precision, pixels, reference, failed)
+                write_reference(self.folder, *known)
+                return self.store.publish(self.folder, record)
             except EngineError as error:
                 failed.append({"precision": precision, "reason": str(error)})
                 logger.warning(
@@ -211,6 +214,17 @@ class _Build:
         tried = "; ".join(f"{each['precision']}: {each['reason']}" for each in failed)
         raise EngineError(f"no {self.plan.runtime} engine of {self.recipe.name} could be built ({tried})")
 
+    def _known_tiles(self) -> tuple[Tensor, Tensor]:
+        """Tiles of a generated slide and their features in fp32: what the engine is verified with later."""
+        pixels = tissue_pixels(self.recipe, TILES)
+        return pixels, self._reference(pixels)
+
+    def _reference(self, pixels: Tensor) -> Tensor:
+        self.progress("reference in PyTorch, fp32", 0, 0)
+        found = reference_features(self.encoder, self.mean_std, pixels, self.subject.device, self.dim)
+        self.encoder.cpu()
+        return found
+
     def _precisions(self) -> Iterator[str]:
         for precision in STEPS_DOWN.get(self.plan.precision, (self.plan.precision,)):
             if unavailable(self.plan.runtime, precision, self.subject.device) is None:
@@ -218,8 +232,8 @@ class _Build:
 
     def _built_in(
         self, precision: str, pixels: Tensor, reference: Tensor, failed: list[dict[str, str]]
-    ) -> StoredEngine:
-        """Build, compare and publish in one precision.
+    ) -> EngineRecord:
+        """Build in one precision and compare.
 
         Raises:
             EngineError: it cannot be built, or is not close enough.
@@ -230,15 +244,16 @@ class _Build:
         engine = load_engine(self.folder, self.subject.device)
         try:
             self.progress("comparing with PyTorch", 0, 0)
-            parity = compare(engine, self.recipe.transform, pixels, reference, batch_sizes(self.plan.profile))
-            if problem := parity.problem(self.recipe.engine.threshold(precision)):
+            least = self.recipe.engine.threshold(precision)
+            sizes = batch_sizes(self.plan.profile)
+            parity = compare(engine, self.mean_std, pixels, reference, sizes, least)
+            if problem := parity.problem():
                 raise EngineError(problem)
             speed = self._speed(engine, pixels)
         finally:
             engine.close()
         seconds = round(time.perf_counter() - self.started, 1)
-        record = replace(record, parity=_as_json(parity), speed=speed, build_seconds=seconds)
-        return self.store.publish(self.folder, record)
+        return replace(record, parity=_as_json(parity), speed=speed, build_seconds=seconds)
 
     def _job(self, precision: str, pixels: Tensor) -> Job:
         return Job(
@@ -291,7 +306,7 @@ class _Build:
         precision = "fp16" if engine.precision == "fp8" else engine.precision
         plain = TorchEngine(self.encoder, feature_dim=self.dim, precision=precision, device=device)
         rivals = {"engine": engine, "torch": plain}
-        found = tiles_per_second(rivals, self.recipe.transform, pixels, self.plan.profile.opt)
+        found = tiles_per_second(rivals, self.mean_std, pixels, self.plan.profile.opt)
         self.encoder.cpu()
         return {name: round(speed, 2) for name, speed in found.items()}
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from slide2vec.compile.exported import ExportedEncoder
 from slide2vec.compile.onnx import batch_dimension, example_pixels, export_onnx
 from slide2vec.compile.onnx import unavailable as no_onnx
+from slide2vec.compile.quiet import first_line, quiet
 from slide2vec.errors import EngineError
 from slide2vec.recipes import Recipe
 from slide2vec.runtime.base import BatchProfile, Layout
@@ -144,14 +145,15 @@ def _inductor(job: Job) -> Built:
     pixels = example_pixels(module, job.recipe.transform.crop).to(job.device)
     shapes = batch_dimension(job.profile.max) if job.profile.max > 1 else None
     try:
-        with torch.no_grad():
+        with quiet(), torch.no_grad():
             program = torch.export.export(
                 module, (pixels[: job.profile.max],), dynamic_shapes=shapes, strict=False
             )
             torch._inductor.aoti_compile_and_package(program, package_path=str(job.folder / "encoder.pt2"))
     except Exception as error:  # the compiler's own errors have no common base
-        reason = str(error).strip().partition("\n")[0]
-        raise EngineError(f"AOTInductor cannot compile preset {job.recipe.name}: {reason}") from error
+        raise EngineError(
+            f"AOTInductor cannot compile preset {job.recipe.name}: {first_line(error)}"
+        ) from error
     return Built("encoder.pt2")
 
 
@@ -169,10 +171,11 @@ def _tensorrt(job: Job) -> Built:
     from slide2vec.compile.parity import for_layout
     from slide2vec.compile.tensorrt import build_plan
 
+    transform = job.recipe.transform
     onnx, opset = job.to_onnx("fp16" if job.precision == "fp8" else job.precision)
     if job.precision == "fp8":
         job.progress("calibrating fp8", 0, 0)
-        pixels = for_layout(job.calibration, job.recipe.transform, job.layout).numpy()
+        pixels = for_layout(job.calibration, (transform.mean, transform.std), job.layout).numpy()
         quantised = job.folder / f"{ONNX_NAME}.fp8"
         quantise_fp8(onnx, quantised, pixels)
         onnx = quantised

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from slide2vec.compile.exported import ExportedEncoder
+from slide2vec.compile.quiet import first_line, quiet
 from slide2vec.errors import EngineError, ExtraMissingError
 
 __all__ = ["OPSETS", "batch_dimension", "example_pixels", "export_onnx", "unavailable"]
@@ -71,7 +69,7 @@ def batch_dimension(most: int = 1024) -> tuple[dict[int, torch.export.Dim]]:
 
 def _export(module: ExportedEncoder, path: Path, size_px: int, opset: int) -> None:
     pixels = example_pixels(module, size_px)
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         try:
             torch.onnx.export(
                 module.eval(),
@@ -86,7 +84,7 @@ def _export(module: ExportedEncoder, path: Path, size_px: int, opset: int) -> No
                 verbose=False,
             )
         except Exception as error:  # the exporter's own errors have no common base
-            raise EngineError(_first_line(error)) from error
+            raise EngineError(first_line(error)) from error
 
 
 def _check(path: Path) -> None:
@@ -95,28 +93,7 @@ def _check(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path))  # by path: the weights may exceed 2 GB
     except onnx.checker.ValidationError as error:
-        raise EngineError(f"not valid ONNX: {_first_line(error)}") from error
+        raise EngineError(f"not valid ONNX: {first_line(error)}") from error
     found = onnx.load(str(path), load_external_data=False)
     versions = [each.version for each in found.opset_import if each.domain in ("", "ai.onnx")]
     logger.debug("%s has opset %s", path, versions)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks, which are for its developers."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
-    levels = [each.level for each in loggers]
-    for each in loggers:
-        each.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from slide2vec.compile.builders import default_runtime
 from slide2vec.compile.identity import Subject, differences
 from slide2vec.compile.store import EngineStore, StoredEngine
 from slide2vec.errors import ConfigError, EngineError, ExtraMissingError
@@ -17,6 +18,8 @@ from slide2vec.runtime.torch_engine import DTYPES, TorchEngine
 __all__ = ["Found", "Selected", "find_engine", "select_engine"]
 
 logger = logging.getLogger(__name__)
+
+_suggested: set[tuple[str, str]] = set()
 
 
 @dataclass
@@ -139,14 +142,25 @@ def _missing(runtime: str, subject: Subject, precision: str, problems: dict[str,
 
 
 def _suggest(subject: Subject, precision: str) -> None:
+    """Say, once per preset and precision, what could be done instead."""
+    name = subject.recipe.name
+    if not runtimes_for(subject.device) or (name, precision) in _suggested:
+        return
+    _suggested.add((name, precision))
     if not subject.recipe.compile:
-        logger.info("%s runs in PyTorch: %s", subject.recipe.name, subject.recipe.compile_note)
-    elif runtimes_for(subject.device):
-        logger.info(
-            "%s runs in PyTorch; %s compiles it for this machine, once",
-            subject.recipe.name,
-            _command(subject, precision),
-        )
+        logger.info("%s cannot be compiled: %s", name, subject.recipe.compile_note)
+        return
+    try:
+        runtime = default_runtime(precision, subject.device)
+    except EngineError as error:
+        logger.info("%s runs in PyTorch: %s", name, error)
+        return
+    logger.info(
+        "%s runs in PyTorch; %s compiles it for this machine with %s",
+        name,
+        _command(subject, precision),
+        runtime,
+    )
 
 
 def _command(subject: Subject, precision: str, runtime: str | None = None) -> str:

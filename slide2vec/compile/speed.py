@@ -9,8 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from slide2vec.compile.parity import for_layout
-from slide2vec.recipes import Transform
+from slide2vec.compile.parity import MeanStd, for_layout
 from slide2vec.runtime.base import Engine
 
 __all__ = ["seconds_per_batch", "tiles_per_second"]
@@ -21,7 +20,7 @@ ROUND_S = 0.7
 
 
 def tiles_per_second(
-    engines: Mapping[str, Engine], transform: Transform, pixels: Tensor, batch_size: int
+    engines: Mapping[str, Engine], mean_std: MeanStd, pixels: Tensor, batch_size: int
 ) -> dict[str, float]:
     """The median over rounds, in which the engines take turns. Preparing pixels is not counted.
 
@@ -30,8 +29,7 @@ def tiles_per_second(
     """
     tiles = pixels[torch.arange(batch_size) % len(pixels)]
     batches = {
-        name: for_layout(tiles.to(engine.device), transform, engine.layout)
-        for name, engine in engines.items()
+        name: for_layout(tiles.to(engine.device), mean_std, engine.layout) for name, engine in engines.items()
     }
     for name, engine in engines.items():
         engine.run(batches[name])  # warm

@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 VARIABLE = "SLIDE2VEC_ENGINES"
 LICENCE_NAME = "LICENCE.txt"
 _LICENCE = """\
-This folder holds a compiled copy of the weights of {preset}, which their licence covers too:
-{licence}
-It was made on and for this machine. Do not pass it on unless the licence allows it.
+{preset}: {licence}
+This folder holds a compiled copy of that encoder, made on and for this machine. What its licence says
+of the weights holds for the copy too: do not pass it on unless the licence allows that.
 """
 
 
@@ -136,13 +136,14 @@ class EngineStore:
         """
         licence = _LICENCE.format(preset=record.preset, licence=record.licence)
         (folder / LICENCE_NAME).write_text(licence, encoding="utf-8")
-        files = sorted(path for path in folder.iterdir() if path.is_file())
+        files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != RECORD_NAME)
         record = replace(record, checksums={path.name: _sha256(path) for path in files})
         (folder / RECORD_NAME).write_text(record.as_json(), encoding="utf-8")
         name = engine_name(record.preset, record.variant, record.runtime, record.precision, record.key)
         target = self.root / name
         if target.exists():
             self.remove(StoredEngine(target, record))
+        folder.chmod(0o755)  # temporary folders are for their owner only; a store may be shared
         folder.replace(target)
         return StoredEngine(target, record)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,7 +23,7 @@ __all__ = ["tissue_pixels"]
 #: Of a tile that counts as tissue.
 TISSUE_THRESHOLD = 0.5
 #: Side of the generated slide in tiles: about a third of it is tissue.
-GENERATED_TILES = 20
+GENERATED_TILES = 12
 GENERATED_SPACING_UM = 0.25
 #: For encoders that say nothing of spacing.
 SPACING_UM = 0.5
@@ -39,25 +40,26 @@ def tissue_pixels(recipe: Recipe, count: int, slide: Path | None = None) -> Tens
         SlideError: the slide cannot be read.
         EngineError: it has too little tissue.
     """
-    if slide is not None:
-        return _prepared(recipe, _tiles_of(slide, recipe, count))
+    spacing, size = recipe.default_spacing_um or SPACING_UM, recipe.tile_size_px
+    tiles = _generated(spacing, size, count) if slide is None else _tiles_of(slide, spacing, size, count)
+    return TorchPreparer(recipe.transform, torch.device("cpu"), "uint8_nhwc").prepare(tiles)
+
+
+@lru_cache(maxsize=4)
+def _generated(spacing_um: float, tile_size_px: int, count: int) -> Tensor:
+    """Tiles of a generated slide, always the same ones."""
+    side = int(GENERATED_TILES * tile_size_px * max(1.0, spacing_um / GENERATED_SPACING_UM))
     with TemporaryDirectory(prefix="slide2vec-") as folder:
         path = Path(folder) / "generated.svs"
-        side = _side_px(recipe)
         write_synthetic_slide(path, size_px=side, seed=0, spacing_um=GENERATED_SPACING_UM)
-        return _prepared(recipe, _tiles_of(path, recipe, count))
+        return _tiles_of(path, spacing_um, tile_size_px, count)
 
 
-def _side_px(recipe: Recipe) -> int:
-    spacing = recipe.default_spacing_um or SPACING_UM
-    return int(GENERATED_TILES * recipe.tile_size_px * max(1.0, spacing / GENERATED_SPACING_UM))
-
-
-def _tiles_of(slide: Path, recipe: Recipe, count: int) -> Tensor:
-    """(count, S, S, 3) uint8, S the preset's tile size."""
+def _tiles_of(slide: Path, spacing_um: float, tile_size_px: int, count: int) -> Tensor:
+    """(count, S, S, 3) uint8, S the tile size."""
     config = PreprocessingConfig(
-        requested_spacing_um=recipe.default_spacing_um or SPACING_UM,
-        requested_tile_size_px=recipe.tile_size_px,
+        requested_spacing_um=spacing_um,
+        requested_tile_size_px=tile_size_px,
         tissue_threshold=TISSUE_THRESHOLD,
     )
     plan = plan_slide(as_slide(slide), config)
@@ -67,13 +69,9 @@ def _tiles_of(slide: Path, recipe: Recipe, count: int) -> Tensor:
             raise EngineError(
                 f"slide {slide} has {there} tiles of tissue, {count} are needed: name another slide"
             )
-        tiles = np.empty((count, recipe.tile_size_px, recipe.tile_size_px, 3), np.uint8)
+        tiles = np.empty((count, tile_size_px, tile_size_px, 3), np.uint8)
         for target, tile in zip(tiles, np.linspace(0, there - 1, count).astype(int), strict=True):
             plan.source.read_tile(int(tile), target)
         return torch.from_numpy(tiles)
     finally:
         plan.source.close()
-
-
-def _prepared(recipe: Recipe, tiles: Tensor) -> Tensor:
-    return TorchPreparer(recipe.transform, torch.device("cpu"), "uint8_nhwc").prepare(tiles)

@@ -65,9 +65,13 @@ class EngineRecord:
     checksums: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA
 
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
     def as_json(self) -> str:
         """The text of `engine.json`."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+        return json.dumps(self.as_dict(), indent=2, sort_keys=True) + "\n"
 
 
 def read_record(directory: Path) -> EngineRecord:
