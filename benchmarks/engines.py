@@ -2,7 +2,8 @@
 
 - runtimes: the encoder alone, runtimes x precisions x batch sizes (as `slide2vec bench`): tiles/s,
   milliseconds per batch, memory, cosine.
-- end to end: `Model.embed_slides` over a generated slide, with PyTorch and with each engine.
+- layouts: normalisation inside the engine or before it.
+- end: `Model.embed_slides` over a generated slide, with PyTorch and with each engine.
 
 Writes `results/engines-<date>.{json,md,png}`. Engines are built into a store of its own.
 """
@@ -13,16 +14,22 @@ import argparse
 import datetime
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.cpu import HERE, RESULTS, Row, child, compared, generated, in_turns, machine
 from benchmarks.parts import PRESET
+from slide2vec.runtime.base import Layout
 
+PARTS = ("runtimes", "end", "layouts")
 ENGINES = (("torch", "fp32"), ("torch", "bf16"), ("openvino", "fp32"), ("openvino", "bf16"))
 COLOURS = {
     "torch": (150, 150, 150),
@@ -74,6 +81,39 @@ def end_to_end(args: argparse.Namespace) -> Row:
     return found
 
 
+def layouts(args: argparse.Namespace) -> list[Row]:
+    """OpenVINO with the normalisation inside the engine and before it, preparing counted, in turns."""
+    from slide2vec import Model
+    from slide2vec.compile import BuildOptions, EngineStore, build_engine
+    from slide2vec.compile.tiles import tissue_pixels
+    from slide2vec.prepare.torch_preparer import TorchPreparer
+    from slide2vec.runtime.loading import load_engine
+
+    model = Model.from_preset(args.preset, weights="random", device="cpu")
+    tiles = tissue_pixels(model.recipe, 8)
+    steps: dict[tuple[str, Layout], Callable[[], object]] = {}
+    for precision in ("fp32", "bf16"):
+        for layout in get_args(Layout):
+            options = BuildOptions(runtime="openvino", precision=precision, layout=layout)
+            built = build_engine(
+                model.encoder, model.recipe, model.variant, model.device, options, store=EngineStore()
+            )
+            engine = load_engine(built.directory, model.device)
+            preparer = TorchPreparer(model.recipe.transform, model.device, layout)
+            steps[precision, layout] = lambda e=engine, p=preparer: e.run(p.prepare(tiles))
+            steps[precision, layout]()
+    seconds: dict[tuple[str, Layout], list[float]] = {key: [] for key in steps}
+    for _ in range(5 * args.rounds):
+        for key, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[key].append(time.perf_counter() - start)
+    return [
+        {"precision": key[0], "layout": key[1], "tiles_per_s": len(tiles) / statistics.median(found)}
+        for key, found in seconds.items()
+    ]
+
+
 def report(found: Row) -> str:
     packages = ", ".join(
         f"{name} {number}" for name, number in found["machine"]["packages"].items() if number
@@ -106,6 +146,11 @@ def report(found: Row) -> str:
                 f"| {name} | {row['tiles_per_s']:.1f} ({row['tiles']:,} tiles) | "
                 f"{row['over_torch_fp32']:.2f} | {row['peak_mb']:,.0f} |"
             )
+    if "layouts" in found:
+        lines += ["", "## Normalisation inside the engine or before it: OpenVINO, batches of 8", ""]
+        lines += ["| precision | pixels | tiles/s, preparing included |", "|---|---|---|"]
+        for row in found["layouts"]:
+            lines.append(f"| {row['precision']} | {row['layout']} | {row['tiles_per_s']:.1f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -137,7 +182,7 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="+", choices=["runtimes", "end"], default=["runtimes", "end"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--preset", default=PRESET)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=3)
@@ -154,6 +199,8 @@ def main() -> None:
         plot(found["runtimes"], f"{args.preset}: tiles/s by runtime and precision", stem.with_suffix(".png"))
     if "end" in args.parts:
         found["end to end"] = end_to_end(args)
+    if "layouts" in args.parts:
+        found["layouts"] = layouts(args)
     stem.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
     stem.with_suffix(".md").write_text(report(found))
     print(report(found))
