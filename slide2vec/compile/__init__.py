@@ -1,0 +1,1 @@
+"""From encoder to engine: export to ONNX, compile, compare with PyTorch."""
