@@ -1,9 +1,9 @@
 """TensorRT plans on NVIDIA GPUs: in PyTorch (TensorRTEngine), and on pycuda alone (DeployedEngine).
 
-    from slide2vec.runtime.tensorrt import DeployedEngine
+from slide2vec.runtime.tensorrt import DeployedEngine
 
-    with DeployedEngine("engines/virchow2-…") as engine:
-        features = engine.run(tiles)  # numpy in, numpy out; PyTorch is not needed
+with DeployedEngine("engines/virchow2-…") as engine:
+    features = engine.run(tiles)  # numpy in, numpy out; PyTorch is not needed
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from importlib.util import find_spec
 
 from slide2vec.errors import EngineError, ExtraMissingError
@@ -48,9 +47,9 @@ def load_tensorrt() -> None:
     if not find_spec("tensorrt"):
         raise ExtraMissingError(f"TensorRT is not installed: {INSTALL}")
     try:
-        version: str = import_module("tensorrt").__version__
+        import tensorrt as trt
     except (ImportError, OSError) as error:
         raise EngineError(f"TensorRT is installed, but does not load: {error}") from error
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+    if tuple(int(part) for part in trt.__version__.split(".")[:2]) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
-        raise EngineError(f"TensorRT {version} is too old: {oldest} or newer is needed ({INSTALL})")
+        raise EngineError(f"TensorRT {trt.__version__} is too old: {oldest} or newer is needed ({INSTALL})")

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from importlib import import_module
-from itertools import cycle
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -53,7 +52,6 @@ class DeployedEngine:
         self.record: PlanRecord = read_record(Path(plan_or_engine_dir))
         load_tensorrt()
         self._device: Device | None = _pinned().Device(self.record, device, buffers)
-        self._lanes = cycle(self._device.lanes)
 
     def run(self, pixels: NDArray[Any]) -> Features:
         """(B, H, W, 3) uint8 or (B, 3, H, W) float32, as the record's layout says -> (B, D) float32.
@@ -69,7 +67,7 @@ class DeployedEngine:
 
     def stream(self, batches: Iterable[NDArray[Any]]) -> Iterator[Features]:
         """Features of each batch, in order; while one computes the next is copied. Batches hold at most
-        `record.profile.max` tiles.
+        `record.profile.max` tiles. One stream at a time.
 
         Raises:
             EngineError: as `run`, or a batch is too large.
@@ -77,11 +75,11 @@ class DeployedEngine:
         device = self._open()
         pending: deque[tuple[Any, int]] = deque()
         try:
-            for batch in batches:
+            for turn, batch in enumerate(batches):
                 device.check(batch)
                 if len(pending) == len(device.lanes):
                     yield device.finish(*pending.popleft())
-                lane = next(self._lanes)
+                lane = device.lanes[turn % len(device.lanes)]
                 pending.append((lane, len(batch)))
                 device.start(lane, batch)
             while pending:

@@ -91,7 +91,7 @@ class TensorRTEngine:
         most = self._profile.max
         with torch.inference_mode(), torch.cuda.device(self.device):
             features = torch.empty((len(pixels), self.feature_dim), dtype=torch.float32, device=self.device)
-            for part, out in zip(pixels.split(most), features.split(most), strict=True):
+            for part, out in zip(torch.split(pixels, most), torch.split(features, most), strict=True):
                 self._lanes.run(part, out)
         return features
 

@@ -32,7 +32,7 @@ class Lane:
 
     def __init__(self, plan: Plan, size: int, device: torch.device) -> None:
         self._context: Context = plan.context()
-        self._stream = torch.cuda.Stream(device)
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         # Zeros: rows that a small batch leaves unused are computed, too.
         self._input = torch.zeros(
             (size, *plan.input.shape), dtype=getattr(torch, plan.input.dtype), device=device
@@ -76,9 +76,7 @@ class Lane:
             self._enqueue(size)
 
     def _enqueue(self, size: int) -> None:
-        self._context.enqueue(
-            size, self._input.data_ptr(), self._output.data_ptr(), self._stream.cuda_stream
-        )
+        self._context.enqueue(size, self._input.data_ptr(), self._output.data_ptr(), self._stream.cuda_stream)
 
     def wait(self) -> None:
         """Until all that is queued has run."""

@@ -21,13 +21,15 @@ __all__ = ["Device", "Lane"]
 
 #: CU_STREAM_NON_BLOCKING of cuda.h: not ordered with the default stream.
 NON_BLOCKING = 1
-INPUTS = {"uint8_nhwc": np.dtype(np.uint8), "float32_nchw": np.dtype(np.float32)}
+INPUTS: dict[str, np.dtype[Any]] = {"uint8_nhwc": np.dtype(np.uint8), "float32_nchw": np.dtype(np.float32)}
 
 
 class Lane:
     """A context, its stream, and its buffers on both sides, for batches of up to `size`."""
 
-    def __init__(self, context: Context, size: int, row: tuple[int, ...], dtype: np.dtype[Any], dim: int) -> None:
+    def __init__(
+        self, context: Context, size: int, row: tuple[int, ...], dtype: np.dtype[Any], dim: int
+    ) -> None:
         self.context = context
         self.stream = cuda.Stream(NON_BLOCKING)
         self.done = cuda.Event()
@@ -60,9 +62,7 @@ class Device:
 
     def _lane(self, plan: Plan) -> Lane:
         record = self._record
-        return Lane(
-            plan.context(), record.profile.max, self.row, INPUTS[record.layout], record.feature_dim
-        )
+        return Lane(plan.context(), record.profile.max, self.row, INPUTS[record.layout], record.feature_dim)
 
     def check(self, batch: NDArray[Any]) -> None:
         """Raises EngineError when the plan cannot take a batch."""
