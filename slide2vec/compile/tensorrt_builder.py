@@ -130,7 +130,7 @@ def _add_profile(
     if network.num_inputs != 1:
         raise EngineError(f"{onnx} has {network.num_inputs} inputs, 1 is needed")
     tensor = network.get_input(0)
-    batch, *row = tensor.shape
+    batch, *row = list(tensor.shape) or [0]
     fits = batch == -1 or sizes.min == batch == sizes.max
     if not fits or min(row, default=0) < 1:
         raise EngineError(

@@ -39,11 +39,10 @@ def _submit(handle: int, work: Callable[[], None]) -> None:
     QUEUES[handle].append(work)
 
 
-def _drain(handle: int, until: int | None = None) -> None:
+def _drain(handle: int) -> None:
     assert PUSHED, "no CUDA context is current"
-    done, QUEUES[handle] = QUEUES[handle][:until], QUEUES[handle][len(QUEUES[handle][:until]) :]
-    for work in done:
-        work()
+    while QUEUES[handle]:
+        QUEUES[handle].pop(0)()
 
 
 def init(flags: int = 0) -> None:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 from math import prod
 from typing import Any
 
 import numpy as np
+import pytest
 
 __version__ = "11.4.0.106"
 
@@ -38,6 +41,31 @@ class _State:
 
 
 STATE = _State()
+
+#: Modules of ours that keep the TensorRT which they imported.
+_KEEPING = (
+    "slide2vec.compile.tensorrt_builder",
+    "slide2vec.runtime.tensorrt.lanes",
+    "slide2vec.runtime.tensorrt.pinned",
+    "slide2vec.runtime.tensorrt.plans",
+)
+
+
+@contextmanager
+def installed() -> Iterator[_State]:
+    """`import tensorrt` gives this module during the block, in its first state."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "tensorrt", sys.modules[__name__])
+        for field_name, value in vars(_State()).items():
+            setattr(STATE, field_name, value)
+        _forget()
+        yield STATE
+    _forget()
+
+
+def _forget() -> None:
+    for name in _KEEPING:
+        sys.modules.pop(name, None)
 
 
 class ILogger:

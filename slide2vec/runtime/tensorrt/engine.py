@@ -66,7 +66,7 @@ class TensorRTEngine:
         from slide2vec.runtime.tensorrt.lanes import Lanes
         from slide2vec.runtime.tensorrt.plans import Plan
 
-        plan = Plan(path.read_bytes(), str(path))
+        plan = Plan(path)
         if plan.input.dtype != DTYPES[self.layout] or plan.output.shape != (self.feature_dim,):
             raise EngineError(
                 f"{path} takes {plan.input.dtype} and gives {plan.output.shape}; expected "

@@ -125,6 +125,6 @@ def _captured(plan: Plan, size: int, device: torch.device, count: int) -> list[L
         for lane in lanes:
             lane.capture(size)
     except RuntimeError as error:
-        logger.warning("%s runs without CUDA graphs at a batch of %d: %s", plan.origin, size, error)
+        logger.warning("%s runs without CUDA graphs at a batch of %d: %s", plan.path, size, error)
         return []
     return lanes

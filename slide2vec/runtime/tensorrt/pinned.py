@@ -56,7 +56,7 @@ class Device:
     def __init__(self, record: PlanRecord, number: int, buffers: int) -> None:
         self._record, self._context = record, _primary_context(number)
         with self._current():
-            self._plan: Plan | None = Plan(record.plan.read_bytes(), str(record.plan))
+            self._plan: Plan | None = Plan(record.plan)
             self.row = _row(self._plan, record)
             self.lanes = [self._lane(self._plan) for _ in range(buffers)]
 

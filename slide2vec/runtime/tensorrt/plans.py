@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import tensorrt as trt
 
@@ -66,25 +67,22 @@ class Port:
 class Plan:
     """A plan on the current CUDA device: one input, one output, the batch first.
 
-    Args:
-        data: the plan.
-        origin: what errors call it.
-
     Raises:
-        EngineError: it was built by another TensorRT or for another GPU, or is not one of ours.
+        EngineError: the file cannot be read, or was built by another TensorRT or for another GPU, or is
+            not one of ours.
     """
 
-    def __init__(self, data: bytes, origin: str) -> None:
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self._log = Log()
         self._runtime = trt.Runtime(self._log)
-        engine: trt.ICudaEngine | None = self._runtime.deserialize_cuda_engine(data)
+        engine: trt.ICudaEngine | None = self._runtime.deserialize_cuda_engine(_content(path))
         if engine is None:
             raise EngineError(
-                f"{origin} does not load: {told(self._log)}. Plans load only on the TensorRT and the kind "
+                f"{path} does not load: {told(self._log)}. Plans load only on the TensorRT and the kind "
                 "of GPU that they were built for: build it again with `slide2vec build-engine`"
             )
         self._engine = engine
-        self.origin = origin
         self.input = self._port(trt.TensorIOMode.INPUT)
         self.output = self._port(trt.TensorIOMode.OUTPUT)
 
@@ -96,18 +94,25 @@ class Plan:
         """
         context: trt.IExecutionContext | None = self._engine.create_execution_context()
         if context is None:
-            raise EngineError(f"{self.origin}: no execution context ({told(self._log)})")
+            raise EngineError(f"{self.path}: no execution context ({told(self._log)})")
         return Context(context, self, self._log)
 
     def _port(self, mode: trt.TensorIOMode) -> Port:
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         mine = [name for name in names if self._engine.get_tensor_mode(name) == mode]
         if len(mine) != 1:
-            raise EngineError(f"{self.origin} has {len(mine)} tensors of mode {mode}, 1 is needed: {mine}")
+            raise EngineError(f"{self.path} has {len(mine)} tensors of mode {mode}, 1 is needed: {mine}")
         dtype = self._engine.get_tensor_dtype(mine[0])
         if dtype not in DTYPES:
-            raise EngineError(f"{self.origin}: tensor {mine[0]} is of type {dtype}, which no encoder has")
+            raise EngineError(f"{self.path}: tensor {mine[0]} is of type {dtype}, which no encoder has")
         return Port(mine[0], DTYPES[dtype], tuple(self._engine.get_tensor_shape(mine[0]))[1:])
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise EngineError(f"{path} cannot be read: {error.strerror}") from error
 
 
 class Context:
@@ -134,4 +139,4 @@ class Context:
             and self._context.execute_async_v3(stream)
         )
         if not done:
-            raise EngineError(f"{self._plan.origin} failed on a batch of {batch}: {told(self._log)}")
+            raise EngineError(f"{self._plan.path} failed on a batch of {batch}: {told(self._log)}")
