@@ -31,8 +31,8 @@ def quantise_fp8(source: Path, target: Path, calibration: NDArray[Any], *, batch
     sides that are no multiples of 16 stay as they are.
 
     Args:
-        source: an ONNX file in fp32 or fp16, opset 19 or newer, with one input and one output; not bf16, which ONNX
-            Runtime cannot run on a CPU.
+        source: an ONNX file in fp32 or fp16, opset 19 or newer, with one input and one output; not bf16,
+            which ONNX Runtime cannot run on a CPU.
         target: the ONNX file to write; its weights go into `<name>.data` beside it.
         calibration: (N, ...) tiles as the file's input takes them; of the tissue that will be embedded.
         batch_size: tiles per run while calibrating: memory grows with it, the result does not depend on it

@@ -22,7 +22,7 @@ from slide2vec.errors import ConfigError, EngineError, ExtraMissingError
 #: To the fp32 encoder, the threshold that engines must meet in fp8.
 FP8_COSINE = 0.99
 #: To the emulation. The last bit of fp32 decides where a value at a rounding boundary of fp8 falls, and
-#: layers hand it on: 0.9999 or better was seen, and 0.9996 of the emulation to itself on pixels x (1 + 2^-11).
+#: layers hand it on: 0.9998 was seen, and 0.9996 of the emulation to itself on pixels times 1 + 2^-11.
 EMULATED_COSINE = 0.999
 #: The same in fp16, whose last bit is that much larger: 0.9990 of the emulation to itself, 0.9988 was seen.
 EMULATED_COSINE_FP16 = 0.998
@@ -46,7 +46,7 @@ def tiles(count: int, seed: int = 0) -> Pixels:
     return (coarse + 0.3 * draw.normal(size=(count, 3, 64, 64))).astype(np.float32)
 
 
-def export(module: nn.Module, path: Path, opset: int = 20, external: bool = True) -> Path:
+def export(module: nn.Module, path: Path, opset: int = 20) -> Path:
     torch.onnx.export(
         module,
         (torch.zeros(2, 3, 64, 64),),
@@ -54,7 +54,7 @@ def export(module: nn.Module, path: Path, opset: int = 20, external: bool = True
         dynamo=True,
         opset_version=opset,
         dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},),
-        external_data=external,
+        external_data=True,
         input_names=["pixels"],
         output_names=["features"],
         verbose=False,
@@ -115,8 +115,10 @@ def least_cosine(found: Tensor, reference: Tensor) -> float:
     return float(nn.functional.cosine_similarity(found.float(), reference.float()).min())
 
 
-@pytest.mark.parametrize("opset", [20, 23])
-@pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "vit_small_patch16_224"])
+@pytest.mark.parametrize(
+    ("arch", "opset"),
+    [("vit_tiny_patch16_224", 20), ("vit_tiny_patch16_224", 23), ("vit_small_patch16_224", 20)],
+)
 def test_it_computes_what_fp8_computes(arch: str, opset: int, tmp_path: Path) -> None:
     source = export(an_encoder(arch), tmp_path / "encoder.onnx", opset)
     target = tmp_path / "encoder-fp8.onnx"
@@ -179,8 +181,8 @@ def test_files_are_a_third_and_complete(exported: Path, tmp_path: Path) -> None:
 
 
 def test_files_with_their_weights_inside(exported: Path, tmp_path: Path) -> None:
-    inside = export(an_encoder(), tmp_path / "inside.onnx", external=False)
-    quantise_fp8(inside, tmp_path / "a.onnx", tiles(2))
+    onnx.save(onnx.load(str(exported)), str(tmp_path / "inside.onnx"))
+    quantise_fp8(tmp_path / "inside.onnx", tmp_path / "a.onnx", tiles(2))
     quantise_fp8(exported, tmp_path / "b.onnx", tiles(2))
     assert torch.equal(run(tmp_path / "a.onnx", tiles(3)), run(tmp_path / "b.onnx", tiles(3)))
 
