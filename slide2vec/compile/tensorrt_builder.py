@@ -105,7 +105,9 @@ def _parse(onnx: Path, network: trt.INetworkDefinition, log: Log) -> None:
 
 
 def _in_words(error: trt.ParserError) -> str:
-    return f"{error.desc()} (node {error.node()}, {error.node_operator()} {error.node_name()!r})"
+    operator = error.node_operator()  # none when the file itself cannot be read
+    where = f" (node {error.node()}, {operator} {error.node_name()!r})" if operator else ""
+    return error.desc() + where
 
 
 def _configure(builder: trt.Builder, settings: Settings) -> trt.IBuilderConfig:

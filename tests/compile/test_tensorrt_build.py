@@ -126,6 +126,9 @@ def test_parser_errors_in_words(build: Callable[..., Path], state: fake_tensorrt
     assert "encoder.onnx" in str(raised.value)
     assert "no such thing (node 17, Attention 'node_Attention_17')" in str(raised.value)
     assert "unsupported type (node 3, LayerNormalization '/norm')" in str(raised.value)
+    state.parser_errors = [ParserError(-1, "", "", "Failed to parse the file")]
+    with pytest.raises(EngineError, match=r"encoder\.onnx: Failed to parse the file$"):
+        build()
 
 
 def test_a_build_that_fails_says_what_tensorrt_logged(

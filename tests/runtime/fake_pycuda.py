@@ -58,6 +58,9 @@ class Context:
     def pop() -> None:
         PUSHED.pop()
 
+    def detach(self) -> None:
+        """At the end of Python."""
+
 
 class Device:
     def __init__(self, number: int) -> None:

@@ -5,6 +5,8 @@ Import it only when pycuda can be imported (see `deploy`).
 
 from __future__ import annotations
 
+import atexit
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -114,15 +116,20 @@ class Device:
             raise EngineError(f"{self._record.plan}: CUDA failed: {error}") from error
 
 
+@functools.cache
 def _primary_context(number: int) -> cuda.Context:
+    """The primary context of a device, until Python ends: pycuda leaves a context that it gives back on
+    CUDA's stack, where nothing can pop it any more."""
     try:
         cuda.init()
         count: int = cuda.Device.count()
         if not 0 <= number < count:
             raise EngineError(f"device={number}: this machine has {count} CUDA devices")
-        return cuda.Device(number).retain_primary_context()
+        context = cuda.Device(number).retain_primary_context()
     except cuda.Error as error:
         raise EngineError(f"there is no usable NVIDIA GPU: {error}") from error
+    atexit.register(context.detach)  # its own destructor would release it as if it were no primary one
+    return context
 
 
 def _row(plan: Plan, record: PlanRecord) -> tuple[int, ...]:
