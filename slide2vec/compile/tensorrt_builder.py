@@ -46,7 +46,7 @@ class Settings:
 
 class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # untyped where TensorRT is not installed
     """TensorRT's progress, told to `on_progress`. Its first exception cancels the build and is `cause`:
-    one that went through TensorRT would end the process.
+    TensorRT would print it and lose it.
     """
 
     def __init__(self, on_progress: Progress | None) -> None:
@@ -98,7 +98,7 @@ def build(
 
 
 def _parse(onnx: Path, network: trt.INetworkDefinition, log: Log) -> None:
-    parser = trt.OnnxParser(network, log)
+    parser = trt.OnnxParser(network, log)  # it owns the weights; the network keeps it alive
     if not parser.parse_from_file(str(onnx)):
         errors = [_in_words(parser.get_error(index)) for index in range(parser.num_errors)]
         raise EngineError(f"TensorRT cannot parse {onnx}: {'; '.join(errors) or told(log)}")
@@ -167,7 +167,7 @@ def _compile(
 @contextmanager
 def _interruptible(monitor: Monitor) -> Iterator[None]:
     """Ctrl-C cancels the build through the monitor. Python would raise KeyboardInterrupt in the first
-    bytecode that TensorRT calls, before any `try` of ours, and TensorRT would end the process."""
+    bytecode that TensorRT calls, before any `try` of ours, and TensorRT would print it and lose it."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals go to the main thread
         return

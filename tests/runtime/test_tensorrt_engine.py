@@ -177,11 +177,11 @@ def test_closing(make: Callable[..., TensorRTEngine], fakes: Journal) -> None:
 
 @pytest.mark.parametrize(
     "pixels",
-    [tiles(2).half(), torch.zeros(2, 4, 4, 3), torch.zeros(3, 4, 4)],
-    ids=["dtype", "layout", "no batch"],
+    [tiles(2).half(), torch.zeros(2, 4, 4, 3), torch.zeros(3, 4, 4), tiles(2).to("meta")],
+    ids=["dtype", "layout", "no batch", "device"],
 )
 def test_other_pixels_are_refused(pixels: torch.Tensor, make: Callable[..., TensorRTEngine]) -> None:
-    with pytest.raises(EngineError, match=r"takes \(B, 3, 4, 4\) float32, not"):
+    with pytest.raises(EngineError, match=r"takes \(B, 3, 4, 4\) float32 on cpu, not"):
         make().run(pixels)
 
 

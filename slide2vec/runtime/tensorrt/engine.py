@@ -81,19 +81,25 @@ class TensorRTEngine:
         Raises:
             EngineError: pixels of another shape or dtype, or TensorRT fails, or the engine is closed.
         """
-        if self._lanes is None:
-            raise EngineError("this engine is closed")
-        if tuple(pixels.shape[1:]) != self._shape or str(pixels.dtype) != f"torch.{DTYPES[self.layout]}":
-            raise EngineError(
-                f"the engine takes (B, {', '.join(map(str, self._shape))}) {DTYPES[self.layout]}, not "
-                f"{tuple(pixels.shape)} {pixels.dtype}"
-            )
+        lanes = self._open(pixels)
         most = self._profile.max
         with torch.inference_mode(), torch.cuda.device(self.device):
             features = torch.empty((len(pixels), self.feature_dim), dtype=torch.float32, device=self.device)
             for part, out in zip(torch.split(pixels, most), torch.split(features, most), strict=True):
-                self._lanes.run(part, out)
+                lanes.run(part, out)
         return features
+
+    def _open(self, pixels: Tensor) -> Lanes:
+        """The lanes, if they take such pixels."""
+        if self._lanes is None:
+            raise EngineError("this engine is closed")
+        found = (tuple(pixels.shape[1:]), str(pixels.dtype), pixels.device.type)
+        if found != (self._shape, f"torch.{DTYPES[self.layout]}", self.device.type):
+            raise EngineError(
+                f"the engine takes (B, {', '.join(map(str, self._shape))}) {DTYPES[self.layout]} on "
+                f"{self.device}, not {tuple(pixels.shape)} {pixels.dtype} on {pixels.device}"
+            )
+        return self._lanes
 
     def close(self) -> None:
         """Release the device's memory. May be called twice."""
