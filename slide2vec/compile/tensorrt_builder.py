@@ -107,7 +107,7 @@ def _parse(onnx: Path, network: trt.INetworkDefinition, log: Log) -> None:
 def _in_words(error: trt.ParserError) -> str:
     operator = error.node_operator()  # none when the file itself cannot be read
     where = f" (node {error.node()}, {operator} {error.node_name()!r})" if operator else ""
-    return error.desc() + where
+    return f"{error.desc()}{where}"
 
 
 def _configure(builder: trt.Builder, settings: Settings) -> trt.IBuilderConfig:

@@ -18,8 +18,10 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -69,6 +71,14 @@ PYTHON = {
 }
 
 
+def installed_major() -> int:
+    """Of the bindings: 11, or 10."""
+    for package in ("tensorrt-cu13-bindings", "tensorrt-cu12-bindings"):
+        with suppress(PackageNotFoundError):
+            return int(version(package).partition(".")[0])
+    raise AssertionError("tensorrt_bindings of an unknown package")
+
+
 def missing() -> str | None:
     """Why the real bindings cannot be imported here."""
     if not find_spec("tensorrt_bindings"):
@@ -76,11 +86,11 @@ def missing() -> str | None:
     return None if shutil.which("gcc") else "no gcc to compile the placeholder libraries with"
 
 
-def placeholders(folder: Path, major: int) -> Path:
+def placeholders(folder: Path) -> Path:
     """Compile the three libraries into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, symbols in SYMBOLS.items():
-        library = folder / f"{name}.so.{major}"
+        library = folder / f"{name}.so.{installed_major()}"
         source = "".join(f"void *{symbol}(void) {{ return 0; }}\n" for symbol in symbols)
         command = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-o", str(library), "-xc", "-"]
         subprocess.run(command, input=source, text=True, check=True)
