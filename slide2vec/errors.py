@@ -64,7 +64,7 @@ class ExtraMissingError(Slide2VecError, ImportError):
 
 
 class EngineError(Slide2VecError, RuntimeError):
-    """An engine cannot be built, loaded or run here; the message says why and what to do."""
+    """An engine cannot be built, found, read or run; the message says why and what can be done."""
 
 
 class BackendError(Slide2VecError, RuntimeError):

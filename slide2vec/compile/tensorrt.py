@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
 
 from slide2vec.errors import ConfigError
 from slide2vec.runtime.base import BatchProfile
 from slide2vec.runtime.tensorrt.available import require, unavailable
 
-__all__ = ["HardwareCompatibility", "build_plan", "unavailable"]
+__all__ = ["build_plan", "unavailable"]
 
-HardwareCompatibility: TypeAlias = Literal["none", "same_compute_capability", "ampere_plus"]
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
 LEVELS = range(6)
+COMPATIBILITY = ("none", "same_compute_capability", "ampere_plus")
 
 
 def build_plan(
@@ -27,7 +26,7 @@ def build_plan(
     optimization_level: int = 3,
     timing_cache: Path | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
-    hardware_compatibility: HardwareCompatibility = "none",
+    hardware_compatibility: str = "none",
 ) -> None:
     """Compile an ONNX file for the current CUDA device (`torch.cuda.device`); `plan` appears whole or not
     at all. Takes minutes. Ctrl-C stops it at the next step.
@@ -45,7 +44,8 @@ def build_plan(
             GPU or TensorRT is ignored and replaced.
         on_progress: called with (phase, steps done, steps), from TensorRT's threads. What it raises stops
             the build and is raised here.
-        hardware_compatibility: whether the plan must also run on other GPUs; slower.
+        hardware_compatibility: other GPUs that the plan must run on: "none", "same_compute_capability" or
+            "ampere_plus" (Ampere and newer); slower.
 
     Raises:
         ConfigError: an argument that is not allowed.
@@ -74,6 +74,6 @@ def _check(precision: str, workspace_bytes: int | None, level: int, compatibilit
         raise ConfigError(f"workspace_bytes={workspace_bytes}: 1 or more, or None for no limit")
     if level not in LEVELS:
         raise ConfigError(f"optimization_level={level} is not one of {LEVELS[0]} to {LEVELS[-1]}")
-    if compatibility not in get_args(HardwareCompatibility):
-        allowed = ", ".join(get_args(HardwareCompatibility))
+    if compatibility not in COMPATIBILITY:
+        allowed = ", ".join(COMPATIBILITY)
         raise ConfigError(f"hardware_compatibility={compatibility!r} is not one of {allowed}")

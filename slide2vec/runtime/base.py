@@ -32,7 +32,7 @@ class BatchProfile:
     def __post_init__(self) -> None:
         if not 1 <= self.min <= self.opt <= self.max:
             raise ConfigError(
-                f"batch sizes min={self.min}, opt={self.opt}, max={self.max}: not 1 <= min <= opt <= max"
+                f"batch profile {self.min}, {self.opt}, {self.max}: it must be 1 <= min <= opt <= max"
             )
 
 

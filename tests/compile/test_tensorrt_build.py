@@ -102,6 +102,12 @@ def test_settings_reach_the_builder(build: Callable[..., Path], state: fake_tens
     assert state.built._limits == {}
 
 
+def test_every_compatibility_has_its_level(state: fake_tensorrt._State) -> None:
+    from slide2vec.compile.tensorrt_builder import COMPATIBILITY
+
+    assert set(COMPATIBILITY) == set(compiling.COMPATIBILITY)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -167,8 +167,9 @@ IMPORTED = """
 import sys
 import tensorrt_bindings
 sys.modules["tensorrt"] = tensorrt_bindings
-from slide2vec.compile.tensorrt_builder import COMPATIBILITY, Monitor
 from slide2vec.runtime.tensorrt.plans import DTYPES, LEVELS, Log, told
+assert "torch" not in sys.modules
+from slide2vec.compile.tensorrt_builder import COMPATIBILITY, Monitor
 log = Log()
 log.log(tensorrt_bindings.ILogger.Severity.ERROR, "said")
 assert told(log) == "said" and len(LEVELS) == 5 and len(DTYPES) == 5 and len(COMPATIBILITY) == 3
@@ -178,7 +179,6 @@ assert monitor.step_complete("a", 0)
 assert list(tensorrt_bindings.Dims([2, 3])) == [2, 3]
 batch, *row = tensorrt_bindings.Dims([-1, 3, 4])
 assert (batch, row) == (-1, [3, 4])
-assert "torch" not in sys.modules
 print("imported")
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from runtime_helpers import write_record
 from torch import Tensor, nn
 
 from slide2vec.compile.tensorrt import build_plan, unavailable
@@ -91,9 +91,13 @@ def engine_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             build_plan(
                 onnx, folder / "encoder.plan", profile=PROFILE, precision=precision, timing_cache=cache
             )
-            record = {"layout": layout, "precision": precision, "feature_dim": DIM, "file": "encoder.plan"}
-            record["profile"] = {"min": 1, "opt": 4, "max": 8}
-            (folder / "engine.json").write_text(json.dumps(record))
+            write_record(
+                folder,
+                layout=layout,
+                precision=precision,
+                feature_dim=DIM,
+                profile={"min": PROFILE.min, "opt": PROFILE.opt, "max": PROFILE.max},
+            )
             built[precision, layout] = folder
         return built[precision, layout]
 

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.errors import ConfigError, EngineError, ExtraMissingError
+from slide2vec.runtime.record import EngineRecord, read_record
 from slide2vec.runtime.tensorrt.available import INSTALL, load_tensorrt
-from slide2vec.runtime.tensorrt.records import PlanRecord, read_record
 
 if TYPE_CHECKING:
     from slide2vec.runtime.tensorrt.pinned import Device
@@ -32,13 +32,12 @@ class DeployedEngine:
     """Runs an engine directory; a context manager. For the thread that made it.
 
     Args:
-        plan_or_engine_dir: a directory that `slide2vec build-engine` wrote for TensorRT, or its plan;
-            its engine.json says the rest.
+        plan_or_engine_dir: a directory that `slide2vec build-engine` wrote for TensorRT, or the plan in it.
         device: number of the CUDA device. Its primary context is used, which PyTorch and CuPy share.
         buffers: batches under way; 2 overlap copies with computing.
 
     Attributes:
-        record: layout, precision, feature_dim, profile.
+        record: what engine.json says: layout, precision, feature_dim, profile, licence, …
 
     Raises:
         ExtraMissingError: TensorRT or pycuda is not installed.
@@ -49,9 +48,14 @@ class DeployedEngine:
     def __init__(self, plan_or_engine_dir: str | Path, *, device: int = 0, buffers: int = 2) -> None:
         if buffers < 1:
             raise ConfigError(f"buffers={buffers}: 1 or more are needed")
-        self.record: PlanRecord = read_record(Path(plan_or_engine_dir))
+        given = Path(plan_or_engine_dir)
+        directory = given if given.is_dir() else given.parent
+        self.record: EngineRecord = read_record(directory)
+        if self.record.runtime != "tensorrt":
+            raise EngineError(f"{directory} holds an engine of {self.record.runtime}, not of tensorrt")
         load_tensorrt()
-        self._device: Device | None = _pinned().Device(self.record, device, buffers)
+        plan = directory / self.record.file
+        self._device: Device | None = _pinned().Device(plan, self.record, device, buffers)
 
     def run(self, pixels: NDArray[Any]) -> Features:
         """(B, H, W, 3) uint8 or (B, 3, H, W) float32, as the record's layout says -> (B, D) float32.

@@ -9,6 +9,7 @@ import atexit
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ import pycuda.driver as cuda
 from numpy.typing import NDArray
 
 from slide2vec.errors import EngineError
+from slide2vec.runtime.record import EngineRecord
 from slide2vec.runtime.tensorrt.plans import Context, Plan
-from slide2vec.runtime.tensorrt.records import PlanRecord
 
 __all__ = ["Device", "Lane"]
 
@@ -55,10 +56,10 @@ class Device:
         EngineError: there is no such device, or the plan does not fit the record, or CUDA fails.
     """
 
-    def __init__(self, record: PlanRecord, number: int, buffers: int) -> None:
-        self._record, self._context = record, _primary_context(number)
+    def __init__(self, path: Path, record: EngineRecord, number: int, buffers: int) -> None:
+        self._path, self._record, self._context = path, record, _primary_context(number)
         with self._current():
-            self._plan: Plan | None = Plan(record.plan)
+            self._plan: Plan | None = Plan(path)
             self.row = _row(self._plan, record)
             self.lanes = [self._lane(self._plan) for _ in range(buffers)]
 
@@ -113,7 +114,7 @@ class Device:
             finally:
                 cuda.Context.pop()
         except cuda.Error as error:
-            raise EngineError(f"{self._record.plan}: CUDA failed: {error}") from error
+            raise EngineError(f"{self._path}: CUDA failed: {error}") from error
 
 
 @functools.cache
@@ -132,10 +133,13 @@ def _primary_context(number: int) -> cuda.Context:
     return context
 
 
-def _row(plan: Plan, record: PlanRecord) -> tuple[int, ...]:
+def _row(plan: Plan, record: EngineRecord) -> tuple[int, ...]:
     """Shape of one tile, once the plan is what the record says."""
-    expected = (INPUTS[record.layout].name, "float32", (record.feature_dim,))
+    dtype = INPUTS.get(record.layout)
+    expected = (str(dtype), "float32", (record.feature_dim,))
     found = (plan.input.dtype, plan.output.dtype, plan.output.shape)
     if found != expected:
-        raise EngineError(f"{record.plan} takes and gives {found}, its engine.json says {expected}")
+        raise EngineError(
+            f"{plan.path} takes and gives {found}; its engine.json says {record.layout}, {expected}"
+        )
     return plan.input.shape
