@@ -12,12 +12,17 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from compile_helpers import smooth_pixels, tiny_encoder, tiny_recipe
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+from slide2vec.compile.exported import ExportedEncoder
 from slide2vec.compile.fp8 import quantise_fp8
+from slide2vec.compile.onnx import export_onnx
+from slide2vec.compile.parity import for_layout
 from slide2vec.errors import ConfigError, EngineError, ExtraMissingError
+from slide2vec.runtime.base import Layout
 
 #: To the fp32 encoder, the threshold that engines must meet in fp8.
 FP8_COSINE = 0.99
@@ -153,6 +158,25 @@ def test_fp16_files(tmp_path: Path) -> None:
     emulated = emulate(Half(an_encoder()), torch.from_numpy(tiles(8, 1)))(torch.from_numpy(tiles(4, 2)))
     assert least_cosine(found, emulated) >= EMULATED_COSINE_FP16
     assert least_cosine(found, an_encoder()(torch.from_numpy(tiles(4, 2)))) >= FP8_COSINE
+
+
+@pytest.mark.parametrize("layout", ["float32_nchw", "uint8_nhwc"])
+def test_our_own_fp16_export(layout: Layout, tmp_path: Path) -> None:
+    """As `build-engine --precision fp8` does it: normalisation and fp32 islands are in the graph."""
+    recipe = tiny_recipe()
+    encoder = tiny_encoder(recipe)
+    module = ExportedEncoder(encoder, recipe.transform, layout, "fp16", recipe.engine).eval()
+    export_onnx(module, tmp_path / "encoder.onnx", input_size_px=64)
+    norm = (recipe.transform.mean, recipe.transform.std)
+    calibration, pixels = (for_layout(smooth_pixels(8, seed=seed), norm, layout) for seed in (1, 2))
+    quantise_fp8(tmp_path / "encoder.onnx", tmp_path / "fp8.onnx", calibration.numpy())
+    kinds = [node.op_type for node in onnx.load(str(tmp_path / "fp8.onnx")).graph.node]
+    assert kinds.count("QuantizeLinear") == 7  # two blocks of four linear layers, all but the last
+    session = onnxruntime.InferenceSession(str(tmp_path / "fp8.onnx"), providers=["CPUExecutionProvider"])
+    found = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})[0]
+    with torch.inference_mode():
+        reference = encoder(for_layout(smooth_pixels(8, seed=2), norm, "float32_nchw"))
+    assert FP8_COSINE <= least_cosine(torch.from_numpy(found), reference) < 0.99999
 
 
 def test_what_is_quantised(exported: Path, tmp_path: Path) -> None:

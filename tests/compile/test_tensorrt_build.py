@@ -14,9 +14,12 @@ from typing import Any
 
 import fake_tensorrt
 import pytest
+import torch
+from compile_helpers import smooth_pixels, tiny_encoder, tiny_recipe
 from fake_tensorrt import ParserError
 
 import slide2vec.compile.tensorrt as compiling
+from slide2vec.compile.builders import BUILDERS, Job
 from slide2vec.compile.tensorrt import build_plan
 from slide2vec.errors import ConfigError, EngineError, ExtraMissingError
 from slide2vec.runtime.base import BatchProfile
@@ -228,6 +231,30 @@ def test_a_timing_cache_that_cannot_be_written_does_not_cost_the_plan(
     (tmp_path / "file").write_text("")
     assert build(timing_cache=tmp_path / "file" / "timing.bin").is_file()
     assert "timing cache is not kept" in caplog.text
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "fp8"])
+def test_the_builder_of_build_engine(precision: str, state: fake_tensorrt._State, tmp_path: Path) -> None:
+    """The way of `build-engine`: export, fp8 where asked for, plan; the ONNX files go."""
+    recipe = tiny_recipe()
+    state.inputs = [(-1, 64, 64, 3)]
+    told: list[str] = []
+    job = Job(
+        encoder=tiny_encoder(recipe),
+        recipe=recipe,
+        folder=tmp_path,
+        device=torch.device("cuda"),
+        precision=precision,
+        layout="uint8_nhwc",
+        profile=PROFILE,
+        opset=None,
+        calibration=smooth_pixels(4),
+        progress=lambda what, step, of: told.append(what),
+    )
+    built = BUILDERS["tensorrt"](job)
+    assert [path.name for path in tmp_path.iterdir()] == [built.file]
+    assert ("calibrating fp8" in told) == (precision == "fp8")
+    assert ("set_shape", "pixels", *((size, 64, 64, 3) for size in (1, 32, 64))) in state.calls
 
 
 def test_without_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,9 +28,6 @@ class Stream:
     def wait_event(self, event: tuple[str, int, int]) -> None:
         self.journal.append(("wait", self.cuda_stream, event))
 
-    def wait_stream(self, stream: Stream) -> None:
-        self.wait_event(stream.record_event())
-
     def synchronize(self) -> None:
         self.journal.append(("synchronize", self.cuda_stream))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slide2vec.runtime.base import BatchProfile
-from slide2vec.runtime.tensorrt.plans import Context, Plan
+from slide2vec.runtime.tensorrt.plans import Context, Plan, Port
 
 __all__ = ["Lane", "Lanes"]
 
@@ -33,15 +33,11 @@ class Lane:
     def __init__(self, plan: Plan, size: int, device: torch.device) -> None:
         self._context: Context = plan.context()
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        # Zeros: rows that a small batch leaves unused are computed, too.
-        self._input = torch.zeros(
-            (size, *plan.input.shape), dtype=getattr(torch, plan.input.dtype), device=device
-        )
-        self._output = torch.zeros(
-            (size, *plan.output.shape), dtype=getattr(torch, plan.output.dtype), device=device
-        )
+        with torch.cuda.stream(self._stream):  # whose memory they are: it outlives what is queued
+            # Zeros: rows that a small batch leaves unused are computed, too.
+            self._input = _zeros(size, plan.input, device)
+            self._output = _zeros(size, plan.output, device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def run(self, pixels: Tensor, features: Tensor, size: int) -> None:
         """Queue (b, ...) pixels -> (b, D) features at a batch of `size`, b or more, after what the
@@ -81,6 +77,10 @@ class Lane:
     def wait(self) -> None:
         """Until all that is queued has run."""
         self._stream.synchronize()
+
+
+def _zeros(size: int, port: Port, device: torch.device) -> Tensor:
+    return torch.zeros((size, *port.shape), dtype=getattr(torch, port.dtype), device=device)
 
 
 class Lanes:
