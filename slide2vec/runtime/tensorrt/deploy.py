@@ -48,7 +48,7 @@ class DeployedEngine:
     def __init__(self, plan_or_engine_dir: str | Path, *, device: int = 0, buffers: int = 2) -> None:
         if buffers < 1:
             raise ConfigError(f"buffers={buffers}: 1 or more are needed")
-        given = Path(plan_or_engine_dir)
+        given = Path(plan_or_engine_dir).expanduser()
         directory = given if given.is_dir() else given.parent
         self.record: EngineRecord = read_record(directory)
         if self.record.runtime != "tensorrt":
