@@ -198,10 +198,10 @@ class TestPayload:
         with pytest.raises(WeightsError, match=f"no configuration .*{config}"):
             built(small(preset), self.written(preset, tmp_path, **{config: None}))
         torch.save({"model_state_dict": {}}, tmp_path / "moozy.pt")
-        with pytest.raises(WeightsError, match="it has no .*, only model_state_dict"):
+        with pytest.raises(WeightsError, match=r"it has no .*, only model_state_dict"):
             built(small(preset), tmp_path / "moozy.pt")
         torch.save(torch.zeros(1), tmp_path / "moozy.pt")
-        with pytest.raises(WeightsError, match="it has no .*, only Tensor"):
+        with pytest.raises(WeightsError, match=r"it has no .*, only Tensor"):
             built(small(preset), tmp_path / "moozy.pt")
 
     def test_no_code_of_the_file_is_run(self, preset: str, config: str, key: str, tmp_path: Path) -> None:
