@@ -2,8 +2,8 @@
 
 For maintainers, where the Hugging Face hub can be reached and access to gated weights was granted. Every
 preset is loaded by us and as its authors load it (timm from the hub, transformers, or MOOZY's package), and
-both see the same: tiles of random pixels and painted tissue, a slide of random tile embeddings, a patient of random
-slide embeddings. Downloads every preset's weights; one is in memory at a time.
+both see the same: tiles of random pixels and painted tissue, a slide of random tile embeddings, a patient of
+random slide embeddings. Downloads every preset's weights; one is in memory at a time.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def load_ours(recipe: Recipe, variant: Variant, trusted: bool) -> nn.Module:
 
 
 def inputs(recipe: Recipe, tiles: Tensor) -> list[Any]:
-    """What the preset is run on, one by one: prepared tiles, a slide's tile embeddings, a patient's slides."""
+    """What the preset is run on, one by one: prepared tiles, a slide's tiles, a patient's slides."""
     if recipe.level == "tile":
         pixels = TorchPreparer(recipe.transform, torch.device("cpu")).prepare(tiles)
         return [tile[None] for tile in pixels]
