@@ -14,27 +14,34 @@ from slide2vec.pictures import write_picture
 
 WIDTH, HEIGHT, LEFT, TOP, SIZE = 1500, 700, 110, 90, (560, 500)
 COLOURS = ((31, 119, 180), (214, 94, 0), (0, 140, 90), (160, 60, 160))
+#: Tiles, value, whether only a part was measured.
+Point = tuple[float, float, bool]
 INK, GREY = (40, 40, 40), (215, 215, 215)
 
 
 def growth_plot(presets: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Write the picture: a panel of CPU seconds, a panel of peak memory, a line per preset."""
+    """Write the picture: a panel of CPU seconds, a panel of peak memory, a line per preset. Seconds of
+    which a part was measured are hollow points."""
     canvas = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
-    tiles = [row["tiles"] for rows in presets.values() for row in rows]
-    for number, (title, key, scale) in enumerate(
-        (("CPU seconds", "seconds", 1.0), ("peak memory, GB", "peak_mb", 1024.0))
-    ):
-        lines = {name: [(row["tiles"], row[key] / scale) for row in rows] for name, rows in presets.items()}
-        values = [value for line in lines.values() for _, value in line]
-        panel = _Panel(LEFT + number * 740, _decades(tiles), _decades(values))
-        panel.axes(canvas, title)
-        for colour, line in zip(COLOURS, lines.values(), strict=False):
-            panel.line(canvas, line, colour)
+    seconds, memory = {}, {}
+    for name, rows in presets.items():
+        seconds[name] = [(row["tiles"], row["seconds"], "measured_s" in row) for row in rows]
+        memory[name] = [(row["tiles"], row["peak_mb"] / 1024, False) for row in rows]
+    _panel(canvas, LEFT, "CPU seconds", seconds)
+    _panel(canvas, LEFT + 740, "peak memory, GB", memory)
     for number, (colour, name) in enumerate(zip(COLOURS, presets, strict=False)):
         x = LEFT + number * 260
         cv2.line(canvas, (x, 36), (x + 40, 36), colour, 3, cv2.LINE_AA)
         _text(canvas, name, (x + 50, 42))
     write_picture(path, canvas)
+
+
+def _panel(canvas: Any, left: int, title: str, lines: dict[str, list[Point]]) -> None:
+    points = [point for line in lines.values() for point in line]
+    panel = _Panel(left, _decades([x for x, _, _ in points]), _decades([y for _, y, _ in points]))
+    panel.axes(canvas, title)
+    for colour, line in zip(COLOURS, lines.values(), strict=False):
+        panel.line(canvas, line, colour)
 
 
 def _decades(values: list[float]) -> tuple[int, int]:
@@ -64,12 +71,14 @@ class _Panel:
         _text(canvas, title, (self.left, TOP - 15))
         _text(canvas, "tiles", (self.left + SIZE[0] // 2 - 20, TOP + SIZE[1] + 65))
 
-    def line(self, canvas: Any, points: list[tuple[float, float]], colour: tuple[int, int, int]) -> None:
-        places = [self.at(x, y) for x, y in points]
+    def line(self, canvas: Any, points: list[Point], colour: tuple[int, int, int]) -> None:
+        places = [self.at(x, y) for x, y, _ in points]
         for one, other in pairwise(places):
             cv2.line(canvas, one, other, colour, 3, cv2.LINE_AA)
-        for place in places:
-            cv2.circle(canvas, place, 6, colour, -1, cv2.LINE_AA)
+        for place, (_, _, hollow) in zip(places, points, strict=True):
+            cv2.circle(canvas, place, 7, colour, -1, cv2.LINE_AA)
+            if hollow:
+                cv2.circle(canvas, place, 4, (255, 255, 255), -1, cv2.LINE_AA)
 
 
 def _text(canvas: Any, text: str, place: tuple[int, int]) -> None:
