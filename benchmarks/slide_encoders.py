@@ -110,8 +110,8 @@ def report(found: Row) -> str:
     lines += [
         "",
         "about: a pass over all the tiles, at the same memory, of which a part was computed, and its time "
-        f"taken for the rest: {LAYERS} of the 12 equal layers of `gigapath-slide` (the weights of the others, "
-        "0.3 GB, are missing from its memory), one block of rows in each "
+        f"taken for the rest: {LAYERS} of the 12 equal layers of `gigapath-slide` (the weights of the "
+        "others, 0.3 GB, are missing from its memory), one block of rows in each "
         "layer's attention of the others.",
         "",
         "A whole matrix of the attention biases of `titan` or `moozy-slide` would take 480 GB for 100,000 "
