@@ -32,7 +32,7 @@ ROOMS = {
     "compile": 4,
     "artifacts": 5,
     "stream": 6,
-    "aggregate": 6,
+    "aggregate": 7,
     "cohort": 7,
     "scale": 7,
     "model": 8,

@@ -103,13 +103,10 @@ def resolved(config: PreprocessingConfig, preset: str | None) -> PreprocessingCo
         from slide2vec.recipes import load_recipe
 
         recipe = load_recipe(preset)
-        return config.updated(
-            requested_spacing_um=config.requested_spacing_um or recipe.default_spacing_um,
-            requested_tile_size_px=config.requested_tile_size_px or recipe.tile_size_px,
-        )
+        return config.resolved(*recipe.tiles(config.requested_spacing_um, config.requested_tile_size_px))
     if config.requested_spacing_um is None or config.requested_tile_size_px is None:
         raise ConfigError("say which tiles: --preset, or --spacing and --tile-size")
-    return config
+    return config.resolved(config.requested_spacing_um, config.requested_tile_size_px)
 
 
 def tile_and_report(slides: Sequence[Slide], settings: RunSettings) -> RunResult:

@@ -29,6 +29,7 @@ from slide2vec.tiling.previews import thumbnail
 
 if TYPE_CHECKING:
     from slide2vec.cohort import RunResult
+    from slide2vec.cohort.finished import Artifact
     from slide2vec.model import Model
 
 __all__ = ["Made", "Report", "embed_and_write", "live_display"]
@@ -113,8 +114,9 @@ def embed_and_write(
     assert output_dir is not None
     by_name = {slide.sample_id: slide for slide in slides}
 
-    def draw(artifact: TileEmbeddingArtifact) -> None:
-        _write_map(artifact, by_name[artifact.sample_id], output_dir)
+    def draw(artifact: Artifact) -> None:
+        if isinstance(artifact, TileEmbeddingArtifact):
+            _write_map(artifact, by_name[artifact.sample_id], output_dir)
 
     with activate_progress_reporter(live_display()):
         pipeline = Pipeline(model, preprocessing, execution)
