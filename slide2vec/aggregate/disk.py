@@ -170,8 +170,8 @@ def _check_encoder(stored: StoredTiles, tiles: Aggregating) -> None:
     if recorded not in (None, tiles.name) or dim != tiles.feature_dim:
         what = recorded or f"an encoder of {dim} dimensions"
         raise ArtifactError(
-            f"slide {stored.sample_id}: {stored.path} has tile embeddings of {what}; those of {tiles.name}, of "
-            f"{tiles.feature_dim} dimensions, are needed"
+            f"slide {stored.sample_id}: {stored.path} has tile embeddings of {what}; those of "
+            f"{tiles.name}, of {tiles.feature_dim} dimensions, are needed"
         )
 
 

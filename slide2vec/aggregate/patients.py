@@ -118,8 +118,8 @@ def embed_groups(
             failed[patient_id] = error
     if failed and on_error == "raise":
         raise EmbedPatientsError.of(failed, results)
-    for error in failed.values():
-        logger.error("%s", error)
+    for problem in failed.values():
+        logger.error("%s", problem)
     return [result for result in results if result is not None]
 
 
@@ -145,13 +145,13 @@ def _patient(
             f"patient {patient_id}: {len(failed)} of {len(outcomes)} slides failed ({', '.join(failed)}): "
             f"{next(iter(failed.values()))}"
         ) from next(iter(failed.values()))
-    for name, error in failed.items():
-        logger.error("patient %s: slide %s left out: %s", patient_id, name, error)
+    for name, cause in failed.items():
+        logger.error("patient %s: slide %s left out: %s", patient_id, name, cause)
     embeddings = {
         slide.sample_id: slide.slide_embedding for slide in good if slide.slide_embedding is not None
     }
     try:
         made = embed(embeddings) if embeddings else None
-    except Slide2VecError as error:
-        raise PatientError(f"patient {patient_id}: {error}") from error
+    except Slide2VecError as problem:
+        raise PatientError(f"patient {patient_id}: {problem}") from problem
     return EmbeddedPatient(patient_id=patient_id, patient_embedding=made, slide_embeddings=embeddings)

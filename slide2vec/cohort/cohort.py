@@ -21,7 +21,7 @@ from slide2vec.cohort.finished import Artifact, Finished, Kind
 from slide2vec.cohort.lock import output_lock
 from slide2vec.cohort.patients import Patient, by_patient, patient_of
 from slide2vec.cohort.process_list import ProcessList, read_process_list
-from slide2vec.cohort.results import FailedPatient, FailedSlide, RunResult
+from slide2vec.cohort.results import FailedPatient, FailedSlide, RunResult, Stage
 from slide2vec.cohort.todo import Kept, Todo, everything, what_is_left
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ArtifactError, ConfigError, OutputError
@@ -326,7 +326,7 @@ class Cohort:
             self._skipped[sample_id] = len(skipped)
         self.note(sample_id, num_tiles=tiles, feature_status="success", error=_remark(tiles or 0, skipped))
 
-    def fail(self, slide: Slide, error: Exception, stage: Literal[tiling, embedding, aggregation]) -> None:
+    def fail(self, slide: Slide, error: Exception, stage: Stage) -> None:
         """Record a slide's failure.
 
         Raises:

@@ -57,8 +57,8 @@ def weights_by_part(recipe: Recipe, weights: PartsWeights) -> dict[str, WeightsC
         example = ", ".join(f'"{name}": …' for name in names)
         raise WeightsError(
             f"preset {recipe.name} has {len(names)} parts with weights of their own ({', '.join(names)}), "
-            f"and weights={os.fspath(weights)!r} is for one: give weights={{{example}}}, where a part that is "
-            "left out comes from the Hugging Face hub"
+            f"and weights={os.fspath(weights)!r} is for one: give weights={{{example}}}, where a part that "
+            "is left out comes from the Hugging Face hub"
         )
     return dict.fromkeys(names, weights)
 
