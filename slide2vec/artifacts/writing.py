@@ -107,7 +107,6 @@ def write_tile_embeddings(
     metadata = {
         **common_metadata(embedded.sample_id, "tile_embeddings", file_format, values, encoder),
         **about_tiles(embedded, tiling, encoder, coordinates, tiles_tar_path, skipped_tiles),
-        "num_tiles": len(values),
         "compatibility": compatibility,
     }
     common = _write_tiles(output_dir, embedded, tiling, metadata)
@@ -175,6 +174,7 @@ def about_tiles(
     """What sidecars say of the tiles."""
     geometry = tiling.geometry
     return {
+        "num_tiles": len(tiling),
         "image_path": embedded.image_path,
         "mask_path": embedded.mask_path,
         "encoder_input_size_px": encoder.get("input_size_px"),

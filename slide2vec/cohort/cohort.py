@@ -237,11 +237,16 @@ class Cohort:
             self.add(kind, patient_of(kept.slide) if kind == "patient" else name, artifact)
         recorded = main.metadata
         if self.kind == "patient":
-            recorded = (recorded.get("slides") or {}).get(name, {})
+            skipped = (recorded.get("skipped_slides") or {}).get(name)
+            recorded = (recorded.get("slides") or {}).get(name) or {}
+            if skipped is not None:
+                self.note(name, feature_status="error", aggregation_status="error", error=skipped)
+                return
         self.describe(name, recorded)
         self.tiles_done(name, recorded)
         if self.kind in ("slide", "patient"):
-            self.note(name, aggregation_status="success", feature_path=main.path)
+            done = {"feature_path": main.path} if recorded.get("num_tiles") else {}
+            self.note(name, aggregation_status="success" if done else "skipped", **done)
 
     # what becomes of it ------------------------------------------------------------------------
 

@@ -137,7 +137,7 @@ class Publisher:
         skipped = [asdict(bad) for bad in outcome.skipped]
         identity = self._cohort.identities.get(self._cohort.tiles_kind, {})
         about = about_tiles(embedded, tiling, identity, coordinates, outcome.tiles_tar_path, skipped)
-        return _Tiles(outcome.slide, embedded, {**about, "num_tiles": len(tiling)})
+        return _Tiles(outcome.slide, embedded, about)
 
     def _write_tiles(self, tiles: _Tiles, outcome: SlideOutcome) -> Artifact:
         cohort, name = self._cohort, tiles.slide.sample_id
