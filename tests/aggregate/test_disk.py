@@ -144,7 +144,7 @@ def test_tiles_of_another_encoder_are_refused(
 ) -> None:
     execution = ExecutionOptions(output_dir=tmp_path)
     tiles = tile_model.embed_tiles(slides[:1], preprocessing=PREPROCESSING, execution=execution)
-    with pytest.raises(ArtifactError, match="slide s0: .*tile embeddings of scattering; those of lunit"):
+    with pytest.raises(ArtifactError, match=r"slide s0: .*tile embeddings of scattering; those of lunit"):
         slide_model.aggregate_tiles(tiles, execution=execution)
     with pytest.raises(ModelLevelError, match="top_tissue"):
         tile_model.aggregate_tiles(tiles, execution=execution)
