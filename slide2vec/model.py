@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -28,9 +27,14 @@ from slide2vec.aggregate import (
 from slide2vec.cohort import embed_cohort
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
-from slide2vec.encoders import build_encoder
-from slide2vec.encoders.parts import PartsWeights, below, weights_as_text, weights_by_part
-from slide2vec.encoders.slide import build_patient_encoder, build_slide_encoder
+from slide2vec.encoders.parts import (
+    PartsWeights,
+    below,
+    build_part,
+    weights_as_text,
+    weights_by_part,
+    weights_identity,
+)
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError, EmbedSlidesError, ManifestError, ModelLevelError, Slide2VecError
 from slide2vec.prepare.torch_preparer import TorchPreparer
@@ -152,14 +156,14 @@ class Model:
                 trust_remote_code=trust_remote_code,
             )
             resolved = under.precision
-        encoder = _build(recipe, variant, own, seed, trust_remote_code)
+        encoder = build_part(recipe, variant, own, seed, trust_remote_code)
         return cls(
             recipe if input_size_px is None or under else _with_input(recipe, encoder, input_size_px),
             variant_name,
             encoder if under is None else encoder.to(chosen),
             device=chosen,
             precision=resolved,
-            weights=_weights_identity(recipe, own, seed),
+            weights=weights_identity(recipe, own, seed),
             below=under,
             origin={
                 "output_variant": variant_name,
@@ -610,21 +614,6 @@ def _by_sample_id(
     return {slide.sample_id: tiling for slide, tiling in zip(slides, tilings, strict=True)}
 
 
-def _build(
-    recipe: Recipe, variant: Variant, weights: str | os.PathLike[str] | None, seed: int, trusted: bool
-) -> nn.Module:
-    """The encoder with its weights."""
-    if recipe.level == "slide":
-        return build_slide_encoder(recipe, variant, weights, seed, trust_remote_code=trusted)
-    if recipe.level == "patient":
-        return build_patient_encoder(recipe, variant, weights, seed)
-    if recipe.generic and weights != "random":
-        from slide2vec.encoders.timm import generic_encoder
-
-        return generic_encoder(recipe, variant, weights)
-    return build_encoder(recipe, variant, weights, seed, trust_remote_code=trusted)
-
-
 def _with_input(recipe: Recipe, encoder: nn.Module, size_px: int) -> Recipe:
     """The recipe with another input size.
 
@@ -644,12 +633,3 @@ def _with_input(recipe: Recipe, encoder: nn.Module, size_px: int) -> Recipe:
     transform = recipe.transform.model_copy(update={"resize": size_px, "crop": size_px})
     gflops = recipe.gflops * (size_px / crop) ** 2
     return recipe.model_copy(update={"transform": transform, "gflops": gflops})
-
-
-def _weights_identity(recipe: Recipe, weights: str | os.PathLike[str] | None, seed: int) -> str:
-    """Where the weights came from, in a word."""
-    if recipe.weights is None:
-        return "none"
-    if weights is None:
-        return f"{recipe.weights.repo}@{recipe.weights.revision}"
-    return f"random:{seed}" if weights == "random" else os.fspath(weights)

@@ -409,8 +409,6 @@ def test_half_precision_stays_close(
 @pytest.mark.parametrize(
     "values",
     [
-        {"region_tile_multiple": 6},
-        {"requested_region_size_px": 1344},
         {"gpu_decode": True},
     ],
 )

@@ -8,7 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slide2vec.artifacts import TileEmbeddingArtifact, load_embeddings
+from slide2vec.artifacts import (
+    HierarchicalEmbeddingArtifact,
+    PatientEmbeddingArtifact,
+    SlideEmbeddingArtifact,
+    TileEmbeddingArtifact,
+    load_embeddings,
+)
 from slide2vec.cli.report import failures_json
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import Slide2VecError
@@ -42,11 +48,12 @@ MAP_PX = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """The files of one embedded slide; None where there is none."""
+    """The files of one embedded slide, and its tiles; None where there is none."""
 
     sample_id: str
     image_path: Path
     num_tiles: int
+    num_regions: int | None
     backend: str | None
     embeddings_path: Path
     metadata_path: Path
@@ -65,6 +72,10 @@ class Report:
     result: RunResult
 
     @property
+    def patients(self) -> list[PatientEmbeddingArtifact]:
+        return self.result.patient_artifacts
+
+    @property
     def summary(self) -> RunSummary | None:
         return self.result.summary
 
@@ -73,7 +84,12 @@ class Report:
         summary = None if self.summary is None else _summary_json(self.summary)
         return {
             "slides": [asdict(made) for made in self.made],
+            "patients": [asdict(patient) for patient in self.patients],
             "failed": failures_json(self.result),
+            "failed_patients": [
+                {"patient_id": failed.patient_id, "error": str(failed.error)}
+                for failed in self.result.failed_patients
+            ],
             "resumed": self.result.resumed,
             "recomputed": dict(self.result.recomputed),
             "without_tissue": list(self.result.without_tissue),
@@ -122,17 +138,21 @@ def embed_and_write(
         pipeline = Pipeline(model, preprocessing, execution)
         given = slides if manifest_path is None else None
         result = pipeline.run(given, manifest_path, on_slide_persisted=draw if draw_map else None)
-    return Report([_made(artifact, output_dir) for artifact in result.tile_artifacts], result)
+    main = result.slide_artifacts or result.hierarchical_artifacts or result.tile_artifacts
+    return Report([_made(artifact, output_dir) for artifact in main], result)
 
 
-def _made(artifact: TileEmbeddingArtifact, output_dir: Path) -> Made:
+def _made(
+    artifact: TileEmbeddingArtifact | HierarchicalEmbeddingArtifact | SlideEmbeddingArtifact, output_dir: Path
+) -> Made:
     recorded, name = artifact.metadata, artifact.sample_id
     npz, meta = recorded.get("coordinates_npz_path"), recorded.get("coordinates_meta_path")
     pictures = output_dir / "preview"
     return Made(
         sample_id=name,
         image_path=Path(recorded["image_path"]),
-        num_tiles=artifact.num_tiles,
+        num_tiles=recorded["num_tiles"],
+        num_regions=recorded.get("num_regions"),
         backend=recorded.get("backend"),
         embeddings_path=artifact.path,
         metadata_path=artifact.metadata_path,

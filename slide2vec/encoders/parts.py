@@ -5,13 +5,26 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
+from slide2vec.encoders import build_encoder
+from slide2vec.encoders.slide import build_patient_encoder, build_slide_encoder
 from slide2vec.encoders.weights import WeightsChoice
 from slide2vec.errors import PresetError, WeightsError, nearest_names
-from slide2vec.recipes import Recipe, load_recipe
+from slide2vec.recipes import Recipe, Variant, load_recipe
 
-__all__ = ["PartsWeights", "below", "parts_of", "weights_as_text", "weights_by_part"]
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = [
+    "PartsWeights",
+    "below",
+    "build_part",
+    "parts_of",
+    "weights_as_text",
+    "weights_by_part",
+    "weights_identity",
+]
 
 #: One choice for all parts (None or "random"), or preset -> choice.
 PartsWeights: TypeAlias = "WeightsChoice | Mapping[str, WeightsChoice]"
@@ -78,3 +91,27 @@ def weights_as_text(weights: PartsWeights) -> str | None:
         given = [(name, choice) for name, choice in weights.items() if choice is not None]
         return ",".join(f"{name}={os.fspath(choice)}" for name, choice in given) or None
     return None if weights is None else os.fspath(weights)
+
+
+def build_part(
+    recipe: Recipe, variant: Variant, weights: WeightsChoice, seed: int, trusted: bool
+) -> nn.Module:
+    """The encoder of a recipe of any level, with its weights; raises what the builders raise."""
+    if recipe.level == "slide":
+        return build_slide_encoder(recipe, variant, weights, seed, trust_remote_code=trusted)
+    if recipe.level == "patient":
+        return build_patient_encoder(recipe, variant, weights, seed)
+    if recipe.generic and weights != "random":
+        from slide2vec.encoders.timm import generic_encoder
+
+        return generic_encoder(recipe, variant, weights)
+    return build_encoder(recipe, variant, weights, seed, trust_remote_code=trusted)
+
+
+def weights_identity(recipe: Recipe, weights: WeightsChoice, seed: int) -> str:
+    """Where the weights came from, in a word."""
+    if recipe.weights is None:
+        return "none"
+    if weights is None:
+        return f"{recipe.weights.repo}@{recipe.weights.revision}"
+    return f"random:{seed}" if weights == "random" else os.fspath(weights)
