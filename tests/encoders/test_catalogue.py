@@ -22,6 +22,7 @@ PARAMETERS = 1e-3
 FLOPS = 5e-3
 
 NAMES = list_models("tile")
+ABOVE = [*list_models("slide"), *list_models("patient")]
 BUILT = [name for name in NAMES if load_recipe(name).encoder.family != "remote"]
 
 
@@ -30,7 +31,7 @@ def on_meta(recipe: Recipe, variant: str) -> torch.nn.Module:
         return build_encoder(recipe, recipe.variants[variant], "random")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *ABOVE])
 def test_says_what_is_needed(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.licence.url.startswith("https://") and recipe.licence.terms
