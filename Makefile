@@ -26,7 +26,7 @@ demo: $(STAMP)  ## embed a generated slide on this machine and draw the result i
 	@$(BIN)/slide2vec demo --output $(DEMO_DIR)
 
 test: $(STAMP)  ## run the test suite
-	@$(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+	@$(BIN)/python -m pytest -q -m "not gpu and not slow" $(ARGS)
 
 lint: $(STAMP)  ## ruff (lint and format) and mypy --strict
 	@$(BIN)/ruff check .

@@ -25,6 +25,7 @@ from slide2vec.aggregate import (
     with_slide_embedding,
 )
 from slide2vec.cohort import embed_cohort
+from slide2vec.compile import Subject, select_engine
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
 from slide2vec.encoders.parts import (
@@ -41,7 +42,6 @@ from slide2vec.prepare.torch_preparer import TorchPreparer
 from slide2vec.progress import RunStarted, active_reporter, live_progress
 from slide2vec.recipes import Recipe, Variant, load_recipe
 from slide2vec.runtime import batch_size_for, pick_device, resolve_precision
-from slide2vec.runtime.torch_engine import TorchEngine
 from slide2vec.slides import Slide, SlideLike, as_slide, as_slides
 from slide2vec.stream import SlideOutcome, SlidePlan, Stream, plan_slide
 
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
         TileFeaturesLike,
     )
     from slide2vec.cohort.run import OnPersisted
-    from slide2vec.runtime import Engine
+    from slide2vec.compile.select import Selected
     from slide2vec.tiling import Tiling
 
 __all__ = ["Model"]
@@ -90,6 +90,7 @@ class Model:
         #: The model whose embeddings it takes: of tiles for slide-level presets, of slides for
         #: patient-level ones; None for tile-level ones.
         self.below = below
+        self._engines: dict[tuple[str, str], Selected] = {}
         #: What `from_preset` was given besides the name, resolved; kept with a run's settings.
         self.origin: Mapping[str, Any] = origin or {}
 
@@ -209,7 +210,7 @@ class Model:
     def _variant(self) -> Variant:
         return self.recipe.variants[self.variant]
 
-    def identity(self, precision: str | None = None) -> dict[str, Any]:
+    def identity(self, execution: ExecutionOptions | None = None) -> dict[str, Any]:
         """What decides an embedding, besides the slide and its tiling; JSON-ready."""
         if self.below is not None:
             return {
@@ -218,25 +219,37 @@ class Model:
                 "output_variant": self.variant,
                 "weights": self._weights_digest,
                 "weights_source": self._weights,
-                "below": self.below.identity(precision),
+                "below": self.below.identity(execution),
             }
+        engine = self._select(execution or ExecutionOptions()).engine
         return {
             "name": self.name,
             "level": self.level,
             "output_variant": self.variant,
             "weights": self._weights_digest,
             "weights_source": self._weights,
-            "precision": precision or self.precision,
-            "runtime": "torch",
+            "precision": engine.precision,
+            "runtime": engine.runtime,
             "input_size_px": self.recipe.transform.crop,
             "transform": self.recipe.transform.model_dump(mode="json"),
         }
+
+    def engine_in_words(self, execution: ExecutionOptions | None = None) -> str:
+        """What runs the encoder: "PyTorch, fp32 on cpu", "openvino, bf16 on cpu"."""
+        engine = self._tiles._select(execution or ExecutionOptions()).engine
+        runtime = "PyTorch" if engine.runtime == "torch" else engine.runtime
+        return f"{runtime}, {engine.precision} on {self.device}"
 
     @cached_property
     def _weights_digest(self) -> str:
         """What the weights are, wherever they came from."""
         if self.recipe.weights is None or self._weights.startswith("random:"):
             return self._weights
+        return self._content_digest
+
+    @cached_property
+    def _content_digest(self) -> str:
+        """Of the weights' values."""
         return weights_digest(self._encoder)
 
     def embed_slide(
@@ -379,8 +392,7 @@ class Model:
         if (execution.num_gpus or 1) > 1:
             logger.warning("num_gpus=%d: this version uses one device (%s)", execution.num_gpus, self.device)
         active_reporter().emit(RunStarted(len(slides), self.name))
-        tiles = self._tiles
-        stream = tiles._stream(config, execution, tiles._call_precision(execution))
+        stream = self._tiles._stream(config, execution)
         with closing(stream.run(slides, plan)) as outcomes:
             yield from map(regrouped, outcomes)
 
@@ -417,25 +429,38 @@ class Model:
             )
         logger.warning("%s", problem)
 
-    def _stream(self, config: PreprocessingConfig, execution: ExecutionOptions, precision: str) -> Stream:
+    def _stream(self, config: PreprocessingConfig, execution: ExecutionOptions) -> Stream:
         assert config.requested_tile_size_px is not None
-        engine = self._engine(precision)
+        selected = self._select(execution)
+        engine = selected.engine
+        default = selected.batch_size or batch_size_for(self.recipe.gflops, self.device)
         return Stream(
             engine,
             TorchPreparer(self.recipe.transform, self.device, engine.layout),
-            batch_size=execution.batch_size or batch_size_for(self.recipe.gflops, self.device),
+            batch_size=execution.batch_size or default,
             tile_size_px=config.requested_tile_size_px,
-            dtype=getattr(torch, execution.feature_dtype(precision)),
+            dtype=getattr(torch, execution.feature_dtype(engine.precision)),
             readers=execution.reading_threads(),
             planners=execution.planning_threads(),
             ahead=execution.prefetch_factor,
             reporter=active_reporter(),
         )
 
-    def _engine(self, precision: str) -> Engine:
-        return TorchEngine(
-            self._encoder, feature_dim=self.feature_dim, precision=precision, device=self.device
+    def _select(self, execution: ExecutionOptions) -> Selected:
+        """What runs the encoder; a compiled engine is loaded once."""
+        precision = self._call_precision(execution)
+        if (execution.engine, precision) in self._engines:
+            return self._engines[execution.engine, precision]
+        selected = select_engine(
+            execution.engine,
+            self._encoder,
+            Subject(self.recipe, self.variant, self.device, lambda: self._content_digest),
+            precision,
+            compiled=execution.torch_compile,
         )
+        if selected.batch_size is not None:
+            self._engines[execution.engine, precision] = selected
+        return selected
 
     def _call_precision(self, execution: ExecutionOptions) -> str:
         if execution.precision is None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from slide2vec.cli.console import Backend, Debug, Format, Json, note, print_json
+from slide2vec.cli.console import Backend, Debug, Engine, Format, Json, Precision, note, print_json
 
 __all__ = ["NonRecommended", "TrustRemoteCode", "embed"]
 
@@ -58,9 +58,10 @@ def embed(
     backend: Annotated[Backend, typer.Option(help="What reads the slides.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu; by default the best.")] = None,
     precision: Annotated[
-        Literal["fp32", "bf16", "fp16"] | None,
+        Precision | None,
         typer.Option(help="By default the preset's on a GPU, fp32 on a CPU.", show_default=False),
     ] = None,
+    engine: Engine = "auto",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Tiles per forward pass [by device].")] = None,
     num_workers: Annotated[int | None, typer.Option(min=1, help="Reading threads [all CPUs].")] = None,
     file_format: Annotated[Format, typer.Option("--format", help="Of the embeddings.")] = "pt",
@@ -116,6 +117,7 @@ def embed(
         num_workers=num_workers,
         save_tile_embeddings=save_tile_embeddings,
         save_latents=save_latents,
+        engine=engine,
     )
     output.mkdir(parents=True, exist_ok=True)
     note(f"loading {preset} …")
@@ -136,8 +138,8 @@ def embed(
     )
     report = embed_and_write(model, found, preprocessing, execution, draw_map=draw_map)
     if as_json:
-        print_json({"encoder": model.identity(), "output_dir": output, **report.as_json()})
+        print_json({"encoder": model.identity(execution), "output_dir": output, **report.as_json()})
     else:
-        print_report(report, model, output)
+        print_report(report, model, execution)
     if report.result.failed or report.result.failed_patients:
         raise typer.Exit(1)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from slide2vec.artifacts import PatientEmbeddingArtifact
     from slide2vec.cli.writing import Made, Report
     from slide2vec.cohort import RunResult
+    from slide2vec.config import ExecutionOptions
     from slide2vec.model import Model
     from slide2vec.progress import RunSummary
 
@@ -25,14 +26,14 @@ MOST_NAMES = 10
 NO_TILES = "0 tiles: no tissue, or too little; --previews draws what was taken for tissue."
 
 
-def print_report(report: Report, model: Model, output_dir: Path) -> None:
+def print_report(report: Report, model: Model, execution: ExecutionOptions) -> None:
     """Print what was made and where, what failed, how fast it was and what held it back."""
     from rich.text import Text
 
     console = stdout()
     if report.patients:
         console.print(_patients_table(report.patients))
-        console.print(facts(_patient_places(report.patients, model, output_dir)))
+        console.print(facts(_patient_places(report.patients, model, execution)))
     elif report.made:
         console.print(_made_table(report.made))
         if len(report.made) > MOST_ROWS:
@@ -40,7 +41,7 @@ def print_report(report: Report, model: Model, output_dir: Path) -> None:
         if not all(item.num_tiles for item in report.made):
             console.print(Text(NO_TILES, "dim"))
         console.print()
-        console.print(facts(_places(report.made, model, output_dir)))
+        console.print(facts(_places(report.made, model, execution)))
     print_outcome(report.result)
 
 
@@ -114,17 +115,21 @@ def _patients_table(patients: Sequence[PatientEmbeddingArtifact]) -> Table:
 
 
 def _patient_places(
-    patients: Sequence[PatientEmbeddingArtifact], model: Model, output_dir: Path
+    patients: Sequence[PatientEmbeddingArtifact], model: Model, execution: ExecutionOptions
 ) -> Iterator[tuple[str, str]]:
-    yield "encoder", f"{model.name} ({model.variant}), {model.precision} on {model.device}"
+    output_dir = execution.output_dir
+    assert output_dir is not None
+    yield "encoder", f"{model.name} ({model.variant}), {model.engine_in_words(execution)}"
     yield "written to", f"{output_dir}/"
     each = "" if len(patients) == 1 else "each "
     yield "patients", f"{_below(patients[0].path.parent, output_dir)}/, {each}({model.feature_dim},)"
 
 
-def _places(made: Sequence[Made], model: Model, output_dir: Path) -> Iterator[tuple[str, str]]:
+def _places(made: Sequence[Made], model: Model, execution: ExecutionOptions) -> Iterator[tuple[str, str]]:
     """Where the files are, one line per kind: the file of a single slide, the folder of several."""
-    yield "encoder", f"{model.name} ({model.variant}), {model.precision} on {model.device}"
+    output_dir = execution.output_dir
+    assert output_dir is not None
+    yield "encoder", f"{model.name} ({model.variant}), {model.engine_in_words(execution)}"
     yield "written to", f"{output_dir}/"
     files: dict[str, list[Path | None]] = {
         "embeddings": [item.embeddings_path for item in made],

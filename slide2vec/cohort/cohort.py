@@ -71,17 +71,17 @@ class Encoder(Protocol):
 
     variant: str
 
-    def identity(self, precision: str | None = None) -> dict[str, Any]: ...
+    def identity(self, execution: ExecutionOptions | None = None) -> dict[str, Any]: ...
 
 
 def _identities(
-    encoder: Encoder | None, config: PreprocessingConfig, precision: str | None
+    encoder: Encoder | None, config: PreprocessingConfig, execution: ExecutionOptions
 ) -> dict[Kind, dict[str, Any]]:
     """What identifies the encoder of each kind of artifact."""
     found: dict[Kind, dict[str, Any]] = {}
     while encoder is not None:
         hierarchical = encoder.level == "tile" and config.hierarchical
-        found["hierarchical" if hierarchical else encoder.level] = encoder.identity(precision)
+        found["hierarchical" if hierarchical else encoder.level] = encoder.identity(execution)
         encoder = encoder.below
     return found
 
@@ -114,7 +114,7 @@ class Cohort:
         self.slides, self.config, self.execution = slides, config, execution
         self.output_dir = execution.output_dir
         self._encoder, self._tilings, self._settings = encoder, tilings or {}, settings
-        self.identities = _identities(encoder, config, execution.precision)
+        self.identities = _identities(encoder, config, execution)
         #: What is made of each slide; what is made of patients comes on top.
         self.wanted = self._wanted_kinds()
         self.finished = Finished(
