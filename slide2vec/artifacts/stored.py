@@ -130,10 +130,17 @@ def _coordinates_folder(found: StoredTiles) -> Path | None:
 
 def _from_hs2p(found: StoredTiles, folder: Path, name: str) -> StoredTiles:
     tiling = load_coordinates(folder, name)
+    geometry = tiling.geometry
+    for key in ("requested_tile_size_px", "requested_spacing_um", "tile_size_lv0"):
+        if (recorded := found.about.get(key, getattr(geometry, key))) != getattr(geometry, key):
+            raise ArtifactError(
+                f"slide {found.sample_id}: its embeddings have {key} {recorded}, its coordinates in {folder} "
+                f"{getattr(geometry, key)}: it was tiled anew since; embed it again"
+            )
     return replace(
         found,
         coords=np.stack([tiling.x, tiling.y], axis=1),
-        tile_size_lv0=tiling.geometry.tile_size_lv0,
+        tile_size_lv0=geometry.tile_size_lv0,
         tissue_fractions=tiling.tissue_fractions,
     )
 

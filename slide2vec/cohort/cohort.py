@@ -344,6 +344,8 @@ class Cohort:
         text = "".join(traceback.format_exception(error))
         _forget_frames(error)
         self._failed[name] = FailedSlide(name, slide.image_path, stage, error)
+        if stage == "aggregation":  # after the stream, which tells of its own
+            logger.error("%s", error)
         status: dict[str, str] = {}
         if self._encoder and stage != "aggregation":
             status["feature_status"] = "error"
@@ -360,6 +362,7 @@ class Cohort:
     def fail_patient(self, patient: Patient, error: Exception) -> None:
         """Record that a patient cannot be embedded, with those of their slides that have not failed."""
         self._failed_patients[patient.patient_id] = FailedPatient(patient.patient_id, error)
+        logger.error("%s", error)
         for slide in patient.slides:
             if slide.sample_id not in patient.failed:
                 self.note(slide.sample_id, aggregation_status="error", error=str(error))

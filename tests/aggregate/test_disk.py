@@ -71,6 +71,16 @@ def test_of_a_run_that_was_moved(
     check(artifact.path, embedded[1])
 
 
+def test_tiles_laid_anew_since_are_refused(slide_model: Model, run: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(run, tmp_path / "moved")
+    meta = moved / "tile_embeddings/s1.meta.json"
+    meta.write_text(meta.read_text().replace('"tile_size_lv0": 128', '"tile_size_lv0": 129'))
+    with pytest.raises(ArtifactError, match=r"slide s1: .*tile_size_lv0 129, .*embed it again"):
+        slide_model.aggregate_tiles(
+            [moved / "tile_embeddings/s1.pt"], execution=ExecutionOptions(output_dir=tmp_path)
+        )
+
+
 def write_h5(path: Path, features: Any, coords: Any, **attributes: Any) -> Path:
     with h5py.File(path, "w") as file:
         if features is not None:
