@@ -15,8 +15,9 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
+from slide2vec.cohort.embedder import Encoder, identities_of
 from slide2vec.cohort.finished import Artifact, Finished, Kind
 from slide2vec.cohort.lock import output_lock
 from slide2vec.cohort.patients import Patient, by_patient, patient_of
@@ -33,7 +34,7 @@ from slide2vec.stream import SlidePlan, plan_slide
 from slide2vec.tiling import Tiling, write_coordinates
 from slide2vec.tiling.coordinates import coordinate_paths
 
-__all__ = ["Cohort", "Encoder", "Planned"]
+__all__ = ["Cohort", "Planned"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,40 +51,6 @@ class Planned:
     tiles: int
     coordinates: tuple[Path | None, Path]
     compatibility: Mapping[Kind, Mapping[str, Any]]
-
-
-class Encoder(Protocol):
-    """What is recorded of the model."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def level(self) -> Level: ...
-
-    @property
-    def below(self) -> Encoder | None:
-        """The model whose embeddings it takes; None for one of tiles."""
-        ...
-
-    @property
-    def has_latents(self) -> bool: ...
-
-    variant: str
-
-    def identity(self, execution: ExecutionOptions | None = None) -> dict[str, Any]: ...
-
-
-def _identities(
-    encoder: Encoder | None, config: PreprocessingConfig, execution: ExecutionOptions
-) -> dict[Kind, dict[str, Any]]:
-    """What identifies the encoder of each kind of artifact."""
-    found: dict[Kind, dict[str, Any]] = {}
-    while encoder is not None:
-        hierarchical = encoder.level == "tile" and config.hierarchical
-        found["hierarchical" if hierarchical else encoder.level] = encoder.identity(execution)
-        encoder = encoder.below
-    return found
 
 
 class Cohort:
@@ -114,7 +81,7 @@ class Cohort:
         self.slides, self.config, self.execution = slides, config, execution
         self.output_dir = execution.output_dir
         self._encoder, self._tilings, self._settings = encoder, tilings or {}, settings
-        self.identities = _identities(encoder, config, execution)
+        self.identities = identities_of(encoder, config, execution)
         #: What is made of each slide; what is made of patients comes on top.
         self.wanted = self._wanted_kinds()
         self.finished = Finished(

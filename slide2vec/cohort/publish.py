@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,7 +21,8 @@ from slide2vec.artifacts import (
     write_tile_embeddings,
 )
 from slide2vec.artifacts.writing import about_tiles
-from slide2vec.cohort.cohort import Cohort, Encoder
+from slide2vec.cohort.cohort import Cohort
+from slide2vec.cohort.embedder import Embedder
 from slide2vec.cohort.finished import Artifact
 from slide2vec.cohort.patients import Patient, Patients
 from slide2vec.cohort.todo import Todo
@@ -34,7 +35,7 @@ from slide2vec.tiling import write_coordinates
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Aggregating", "Publisher"]
+__all__ = ["Publisher"]
 
 _WITHOUT_TISSUE = "no tissue: 0 tiles"
 #: Of a sidecar of tiles, what those of slides and patients keep.
@@ -43,26 +44,6 @@ _KEPT = (
     *("requested_tile_size_px", "requested_spacing_um", "coordinates_npz_path", "coordinates_meta_path"),
     *("tiles_tar_path", "skipped_tiles", "num_tiles"),
 )
-
-
-class Aggregating(Encoder, Protocol):
-    """A model, as far as what comes after tiles needs it."""
-
-    def aggregated(self, embedded: EmbeddedSlide, *, latents: bool = False) -> EmbeddedSlide:
-        """With its slide embedding, (D,) float32; as it is for tile-level models and without tiles.
-
-        Raises:
-            SlideError: the slide encoder failed.
-        """
-        ...
-
-    def patient_embedding(self, slides: Mapping[str, Tensor]) -> Tensor:
-        """(D,) float32 from the slide embeddings of a patient, by sample_id.
-
-        Raises:
-            PatientError: the patient encoder failed.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -77,7 +58,7 @@ class _Tiles:
 class Publisher:
     """Writes what has been embedded and keeps the cohort's books. Used from one thread."""
 
-    def __init__(self, cohort: Cohort, embedder: Aggregating, todo: Todo) -> None:
+    def __init__(self, cohort: Cohort, embedder: Embedder, todo: Todo) -> None:
         self._cohort, self._embedder, self._execution = cohort, embedder, cohort.execution
         self._output_dir = cohort.output_dir
         self._patients = Patients(todo.in_progress()) if cohort.kind == "patient" else None

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from slide2vec.cohort.cohort import Cohort
+from slide2vec.cohort.embedder import Embedder
 from slide2vec.cohort.finished import Artifact
 from slide2vec.cohort.log import RunLog
-from slide2vec.cohort.publish import Aggregating, Publisher
+from slide2vec.cohort.publish import Publisher
 from slide2vec.cohort.results import RunResult
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import OutputError
@@ -32,27 +33,15 @@ from slide2vec.progress import (
     live_progress,
 )
 from slide2vec.slides import Slide
-from slide2vec.stream import SlideOutcome, SlidePlan
+from slide2vec.stream import SlideOutcome
 from slide2vec.tiling import Tiling
 
-__all__ = ["Embedder", "OnPersisted", "embed_cohort", "tile_cohort"]
+__all__ = ["OnPersisted", "embed_cohort", "tile_cohort"]
 
 #: Slides that may wait to be written while the next ones are encoded.
 _UNWRITTEN = 2
 
 OnPersisted = Callable[[Artifact], None]
-
-
-class Embedder(Aggregating, Protocol):
-    """A model, as far as a cohort needs it."""
-
-    def outcomes(
-        self,
-        slides: Sequence[Slide],
-        config: PreprocessingConfig,
-        execution: ExecutionOptions,
-        plan: Callable[[Slide], SlidePlan],
-    ) -> Generator[SlideOutcome, None, None]: ...
 
 
 def embed_cohort(
