@@ -250,7 +250,7 @@ def test_weights_of_each_part_are_its_own(patient_model: Model, tmp_path: Path) 
 def test_the_documents_examples(real_slide: Callable[[str], Path]) -> None:
     """As written, with random weights, at 2 µm/px so that the slides have few tiles."""
     model = Model.from_preset("moozy", weights="random", device="cpu", allow_non_recommended_settings=True)
-    few = PreprocessingConfig(requested_spacing_um=2.0, filtering={"a_t": 0})
+    few = PreprocessingConfig(requested_spacing_um=2.0, tissue_threshold=0.5, filtering={"a_t": 0})
     slide_1a, slide_1b = real_slide("CMU-1-Small-Region.svs"), real_slide("aperio-jpeg-pyramid.svs")
     result = model.embed_patient([slide_1a, slide_1b], patient_id="patient_1", preprocessing=few)
     assert result.patient_id == "patient_1"
