@@ -46,8 +46,8 @@ class LongNetEncoder(nn.Module):
         """The tiles of a slide -> embedding (dim,): the class token.
 
         A tile is in the cell floor(coordinate / tile_size_lv0) of the grid of positions, so neighbouring
-        tiles are in neighbouring cells whatever their size. Tiles of 256 px at 0.5 µm/px, for which the
-        encoder was trained, are where its authors put them.
+        tiles are in neighbouring cells whatever their size; only tiles that overlap may share one. Tiles of
+        256 px at 0.5 µm/px, for which the encoder was trained, are where its authors put them.
 
         Raises:
             NothingToEmbedError: there are no tiles.
@@ -68,7 +68,8 @@ def position_embeddings(cells: Tensor, dim: int) -> Tensor:
     """(N, 2) cells (x, y) -> (N, dim) float32: the first half encodes y, the second x, each by sines and
     then cosines of it over 10000^(i / (dim / 4)) (He et al., Masked autoencoders, 2022).
 
-    The published code keeps a table of 1000 x 1000 cells, 3 GB, with the same values.
+    The published code keeps a table of 1000 x 1000 cells, 3 GB, with the same values; here there is no
+    last cell.
     """
     x, y = cells.unbind(dim=1)
     return torch.cat([_waves(y, dim // 2), _waves(x, dim // 2)], dim=1)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from slide2vec.encoders.slide import TileBag
 from slide2vec.encoders.slide.alibi import BLOCK_BYTES, alibi_attention, alibi_slopes
+from slide2vec.encoders.slide.blocks import in_chunks
 from slide2vec.encoders.slide.longnet import position_embeddings
 from slide2vec.encoders.slide.titan import grid_cells
 from slide2vec.errors import ConfigError, NothingToEmbedError, Slide2VecError
@@ -160,6 +161,12 @@ def test_attention_in_blocks_equals_the_whole(prefix: int, queries: int, block_b
     flat = (each.double().transpose(0, 1).flatten(1) for each in (query, key, value))
     expected = dense.attention(*flat, 3, lambda head: -slopes[head] * distance)[:queries]
     torch.testing.assert_close(found.transpose(0, 1).flatten(1).double(), expected, atol=ORDER, rtol=0)
+
+
+def test_layers_in_chunks_equal_the_whole() -> None:
+    tokens = torch.randn(40_000, 3)
+    layer = torch.nn.Linear(3, 2)
+    torch.testing.assert_close(in_chunks(layer, tokens), layer(tokens), atol=ROUNDING, rtol=0)
 
 
 class Largest(TorchDispatchMode):
