@@ -79,6 +79,7 @@ def test_imports_point_down(path: Path) -> None:
         ("import slide2vec", ("torch", "numpy", "cv2", "pandas", "pydantic", "rich", "cucim", "timm")),
         ("import slide2vec.readers", ("torch", "cv2", "pandas", "cucim", "openslide", "pyvips", "cupy")),
         ("import slide2vec.cohort.process_list, slide2vec.cohort.lock", ("torch", "cv2", "numpy", "pandas")),
+        ("import slide2vec.runtime.tensorrt.deploy", ("torch", "tensorrt", "pycuda", "pandas")),
         ("import slide2vec.encoders.weights", ("timm", "huggingface_hub", "transformers")),
         ("import slide2vec.cli", ("torch", "cv2", "pandas", "numpy", "huggingface_hub")),
     ],

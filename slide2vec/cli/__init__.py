@@ -1,5 +1,5 @@
 """The command line: `slide2vec run`, `embed`, `tile`, `status`, `export`, `info`, `models`, `build-engine`,
-`engines`, `doctor`, `demo`.
+`engines`, `bench`, `doctor`, `demo`.
 
 Subcommands import what they need when they run, so that `--help` answers at once.
 """
@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from slide2vec import __version__
+from slide2vec.cli.bench import bench
 from slide2vec.cli.build_engine import build_engine
 from slide2vec.cli.console import debugging, log_to_stderr, print_error
 from slide2vec.cli.demo import demo
@@ -74,6 +75,7 @@ app.command()(info)
 app.command()(models)
 app.command()(build_engine)
 app.add_typer(engines, name="engines")
+app.command()(bench)
 app.command()(doctor)
 app.command()(demo)
 

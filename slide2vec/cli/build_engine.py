@@ -16,8 +16,9 @@ from slide2vec.errors import ConfigError, Slide2VecError
 if TYPE_CHECKING:
     from slide2vec.compile import BuildOptions, EngineStore, StoredEngine
     from slide2vec.compile.builders import Progress
+    from slide2vec.model import Model
 
-__all__ = ["EnginesDir", "Runtime", "build_engine", "engine_row"]
+__all__ = ["EnginesDir", "Runtime", "build_engine", "building", "engine_row"]
 
 Runtime = Literal["tensorrt", "openvino", "inductor"]
 EnginesDir = Annotated[
@@ -132,17 +133,25 @@ def _compilable() -> list[str]:
 
 
 def _build(preset: str, model: dict[str, Any], options: BuildOptions, store: EngineStore) -> StoredEngine:
+    from slide2vec.compile.build import check_compilable
     from slide2vec.recipes import load_recipe
 
-    load_recipe(preset).variant(model["output_variant"])  # a wrong name is found before anything slow
+    recipe = load_recipe(preset)
+    recipe.variant(model["output_variant"])  # what cannot work is found before anything slow
+    check_compilable(recipe)
     note(f"loading {preset} …")
-    from slide2vec.compile import build_engine
     from slide2vec.model import Model
 
-    made = Model.from_preset(preset, **model)
+    return building(Model.from_preset(preset, **model), store, options)
+
+
+def building(model: Model, store: EngineStore, options: BuildOptions) -> StoredEngine:
+    """Build an engine and tell on stderr how far it is."""
+    from slide2vec.compile import build_engine
+
     with _progress() as progress:
         return build_engine(
-            made.encoder, made.recipe, made.variant, made.device, options, store=store, progress=progress
+            model.encoder, model.recipe, model.variant, model.device, options, store=store, progress=progress
         )
 
 

@@ -31,7 +31,7 @@ from slide2vec.runtime.loading import load_engine
 from slide2vec.runtime.record import RECORD_NAME, EngineRecord
 from slide2vec.runtime.torch_engine import TorchEngine
 
-__all__ = ["BuildOptions", "build_engine"]
+__all__ = ["BuildOptions", "build_engine", "check_compilable"]
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +101,7 @@ def build_engine(
         OutputError: the store cannot be written to.
     """
     options = options or BuildOptions()
-    if not recipe.compile:
-        raise EngineError(f"preset {recipe.name} cannot be compiled: {recipe.compile_note}")
+    check_compilable(recipe)
     plan = _Plan.of(recipe, device, options)
     subject = Subject(recipe, variant, device, lambda: weights_digest(encoder))
     encoder = encoder.cpu()
@@ -113,6 +112,12 @@ def build_engine(
             logger.warning("engine %s is there already", there.name)
             return there
         return _Build(encoder, subject, plan, options, store, folder, progress).run()
+
+
+def check_compilable(recipe: Recipe) -> None:
+    """Raise EngineError where a preset cannot be compiled, with the reason."""
+    if not recipe.compile:
+        raise EngineError(f"preset {recipe.name} cannot be compiled: {recipe.compile_note}")
 
 
 @dataclass(frozen=True)

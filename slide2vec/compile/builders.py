@@ -179,17 +179,18 @@ def _tensorrt(job: Job) -> Built:
         quantised = job.folder / f"{ONNX_NAME}.fp8"
         quantise_fp8(onnx, quantised, pixels)
         onnx = quantised
-    build_plan(
-        onnx,
-        job.folder / "encoder.plan",
-        profile=job.profile,
-        precision=job.precision,
-        workspace_bytes=job.workspace_bytes,
-        optimization_level=job.optimization_level,
-        timing_cache=job.timing_cache,
-        on_progress=job.progress,
-        hardware_compatibility=job.hardware_compatibility,
-    )
+    with torch.cuda.device(job.device):
+        build_plan(
+            onnx,
+            job.folder / "encoder.plan",
+            profile=job.profile,
+            precision=job.precision,
+            workspace_bytes=job.workspace_bytes,
+            optimization_level=job.optimization_level,
+            timing_cache=job.timing_cache,
+            on_progress=job.progress,
+            hardware_compatibility=job.hardware_compatibility,
+        )
     job.drop_onnx(job.folder / ONNX_NAME)
     return Built("encoder.plan", opset)
 

@@ -1,4 +1,5 @@
-"""Lets the tests of this folder import `compile_helpers`; a small encoder, once."""
+"""Lets the tests of this folder import `compile_helpers` and the fake TensorRT of tests/runtime; a small
+encoder, once."""
 
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 
 from compile_helpers import tiny_encoder, tiny_recipe
 
