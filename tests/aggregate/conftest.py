@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
 
 from slide2vec import Model
 from slide2vec.synthetic import write_synthetic_slide
 
+sys.path.insert(0, str(Path(__file__).parent))
 
-class QuickEncoder(nn.Module):
-    """A tile's pixels averaged to a small grid, as `dim` numbers: tells every tile from every other."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim, self.side = dim, int(np.ceil((dim / 3) ** 0.5))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return functional.adaptive_avg_pool2d(pixels, self.side).flatten(1)[:, : self.dim]
+from aggregate_helpers import QuickEncoder
 
 
 def with_quick_tiles(model: Model) -> Model:
@@ -92,7 +83,3 @@ def blank_slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
             resolutionunit="CENTIMETER",
         )
     return path
-
-
-def seeded(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(7))

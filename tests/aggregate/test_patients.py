@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from aggregate_helpers import QuickEncoder
 from torch import Tensor, nn
 
 from slide2vec import (
@@ -30,6 +31,7 @@ from slide2vec.errors import (
     SlideOpenError,
     WeightsError,
 )
+from slide2vec.recipes import Recipe, Variant
 
 PREPROCESSING = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5)
 #: Fused and plain attention of the encoders in fp32, on values of about 1.
@@ -56,6 +58,39 @@ def test_the_preset_brings_tile_encoder_spacing_and_tile_size(patient_model: Mod
     assert (identity["below"]["name"], identity["below"]["below"]["name"]) == ("moozy-slide", "lunit")
     config = patient_model.resolve_preprocessing()
     assert (config.requested_spacing_um, config.requested_tile_size_px) == (0.5, 224)
+
+
+@pytest.mark.parametrize(
+    ("preset", "tiles", "size_px", "dim", "latents"),
+    [
+        ("titan", "conchv15", 512, 768, None),
+        ("gigapath-slide", "gigapath", 256, 768, None),
+        ("prism", "virchow", 224, 1280, (512, 1280)),
+    ],
+)
+def test_every_slide_preset(
+    preset: str,
+    tiles: str,
+    size_px: int,
+    dim: int,
+    latents: tuple[int, int] | None,
+    slides: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With its own slide encoder, spacing, tile size and output of the tile encoder, itself stood in for."""
+
+    def quick(recipe: Recipe, variant: Variant, *rest: Any, **more: Any) -> nn.Module:
+        return QuickEncoder(variant.dim)
+
+    monkeypatch.setattr("slide2vec.encoders.parts.build_encoder", quick)
+    model = Model.from_preset(preset, weights="random", device="cpu")
+    assert model.below is not None and model.below.name == tiles
+    execution = ExecutionOptions(save_latents=True, batch_size=1)
+    found = model.embed_slide(slides[2], PreprocessingConfig(filtering={"a_t": 0}), execution)
+    assert found.num_tiles > 0 and found.tile_size_lv0 == 2 * size_px
+    assert found.slide_embedding is not None and found.slide_embedding.shape == (dim,)
+    assert found.slide_embedding.isfinite().all() and model.feature_dim == dim
+    assert (None if found.latents is None else tuple(found.latents.shape)) == latents
 
 
 def test_latents_come_where_they_are_asked_for(
