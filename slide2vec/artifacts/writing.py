@@ -266,7 +266,7 @@ def write_artifact(
     with ExitStack() as renamed:  # on leaving, the last first: latents before the embedding
         for path, (_, content) in zip(paths, contents, strict=True):
             temporary = renamed.enter_context(atomic_path(path))
-            with _naming(f"{key.removesuffix('_id')} {name}"):
+            with _naming(f"{'patient' if key == 'patient_id' else 'slide'} {name}"):
                 write_content(temporary, content, file_format)
             if path == paths[0]:
                 size = temporary.stat().st_size
