@@ -16,11 +16,12 @@ if TYPE_CHECKING:
         PatientEmbeddingArtifact,
         SlideEmbeddingArtifact,
         TileEmbeddingArtifact,
+        TileFeatures,
     )
     from slide2vec.cohort import RunResult
     from slide2vec.config import ExecutionOptions, PreprocessingConfig
-    from slide2vec.embedded import EmbeddedSlide
-    from slide2vec.errors import EmbedSlidesError, Slide2VecError
+    from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
+    from slide2vec.errors import EmbedPatientsError, EmbedSlidesError, Slide2VecError
     from slide2vec.model import Model
     from slide2vec.pipeline import Pipeline
     from slide2vec.recipes import list_models
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from slide2vec.stream import SlideOutcome
 
 __all__ = [
+    "EmbedPatientsError",
     "EmbedSlidesError",
+    "EmbeddedPatient",
     "EmbeddedSlide",
     "ExecutionOptions",
     "HierarchicalEmbeddingArtifact",
@@ -42,6 +45,7 @@ __all__ = [
     "SlideEmbeddingArtifact",
     "SlideOutcome",
     "TileEmbeddingArtifact",
+    "TileFeatures",
     "__version__",
     "list_models",
 ]
@@ -50,7 +54,9 @@ __version__ = "0.1.0"
 
 #: Loaded on first use, so that `import slide2vec` costs nothing.
 _HOMES = {
+    "EmbedPatientsError": "errors",
     "EmbedSlidesError": "errors",
+    "EmbeddedPatient": "embedded",
     "EmbeddedSlide": "embedded",
     "ExecutionOptions": "config",
     "HierarchicalEmbeddingArtifact": "artifacts",
@@ -64,6 +70,7 @@ _HOMES = {
     "SlideEmbeddingArtifact": "artifacts",
     "SlideOutcome": "stream",
     "TileEmbeddingArtifact": "artifacts",
+    "TileFeatures": "artifacts",
     "list_models": "recipes",
 }
 

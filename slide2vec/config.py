@@ -127,7 +127,8 @@ class PreprocessingConfig(_Config):
         backend: reader; "auto" picks per slide (cucim, vips, openslide, asap) by what opens the file.
         requested_spacing_um: µm/px of the tiles; None = the preset's.
         requested_tile_size_px: side of the tiles at that spacing; None = the preset's.
-        requested_region_size_px, region_tile_multiple: hierarchical extraction.
+        region_tile_multiple: hierarchical extraction: regions of so many tiles a side (2 or more).
+        requested_region_size_px: the same as the side of a region in px, a multiple of the tile's.
         tolerance: relative spacing difference within which a level is read as it is.
         overlap: of neighbouring tiles, as a fraction of their side.
         tissue_threshold: smallest tissue fraction of a tile that is kept.
@@ -167,6 +168,33 @@ class PreprocessingConfig(_Config):
     filtering: FilterConfig = FilterConfig()
     preview: PreviewConfig = PreviewConfig()
 
+    @property
+    def hierarchical(self) -> bool:
+        """Whether tiles are grouped into regions."""
+        return self.region_tile_multiple is not None or self.requested_region_size_px is not None
+
+    def resolved(self, spacing_um: float, tile_size_px: int) -> Self:
+        """With the spacing (µm/px) and tile size that the preset decides, and regions by size and multiple.
+
+        Raises:
+            ConfigError: the regions are no multiple of these tiles.
+        """
+        made = self.updated(requested_spacing_um=spacing_um, requested_tile_size_px=tile_size_px)
+        if not made.hierarchical:
+            return made
+        region, multiple = made.requested_region_size_px, made.region_tile_multiple
+        multiple = multiple or (region or 0) // tile_size_px
+        return made.updated(region_tile_multiple=multiple, requested_region_size_px=tile_size_px * multiple)
+
+    @model_validator(mode="after")
+    def _regions_do_not_overlap(self) -> Self:
+        if self.hierarchical and self.overlap:
+            raise ConfigError(
+                f"overlap={self.overlap:g} with regions: the tiles of a region lie side by side, and so do "
+                "regions; leave overlap out, or region_tile_multiple and requested_region_size_px"
+            )
+        return self
+
     @model_validator(mode="after")
     def _region_is_a_multiple(self) -> Self:
         region, tile, multiple = (
@@ -203,7 +231,9 @@ class ExecutionOptions(_Config):
         persistent_workers: has no effect: readers are threads, started within a millisecond per call.
         save_tile_embeddings, save_slide_embeddings, save_latents: extra artifacts of slide-level
             and patient-level models.
-        output_dtype: of the embeddings; None = fp16 for fp16 runs, else fp32.
+        output_dtype: of the embeddings; None = fp16 for those of tiles in fp16 runs, else fp32.
+        on_bad_slide: "fail" the patient one of whose slides cannot be embedded, or "skip" the slide and
+            embed the patient from the others.
     """
 
     output_dir: Path | None = None
@@ -221,11 +251,17 @@ class ExecutionOptions(_Config):
     save_slide_embeddings: bool = False
     save_latents: bool = False
     output_dtype: Literal["fp16", "fp32"] | None = None
+    on_bad_slide: Literal["fail", "skip"] = "fail"
 
     def feature_dtype(self, precision: str) -> Literal["float16", "float32"]:
         """Of the embeddings, for a run in `precision`."""
         half = self.output_dtype == "fp16" or (self.output_dtype is None and precision == "fp16")
         return "float16" if half else "float32"
+
+    @property
+    def vector_dtype(self) -> Literal["float16", "float32"]:
+        """Of the embeddings of slides and patients on disk."""
+        return "float16" if self.output_dtype == "fp16" else "float32"
 
     def reading_threads(self) -> int:
         """Threads that read and resize tiles: `num_workers`, else the job's CPUs."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-__all__ = ["EmbeddedSlide"]
+__all__ = ["EmbeddedPatient", "EmbeddedSlide"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -20,14 +21,17 @@ class EmbeddedSlide:
 
     Attributes:
         sample_id: the slide's name.
-        tile_embeddings: (N, D) float32 (float16 for fp16 runs), on the CPU, in the order of x and y.
+        tile_embeddings: (N, D) float32 (float16 for fp16 runs), on the CPU, in the order of x and y. With
+            regions (R, m², D): tile k of a region is in its row k // m, column k % m.
         slide_embedding: (D,) for slide-level models, else None.
-        x, y: (N,) int64, top-left corners of the tiles in level-0 px; sorted by x, then y.
+        x, y: (N,) int64, top-left corners of the tiles in level-0 px; sorted by x, then y. With regions
+            (R,): those of the regions.
         tile_size_lv0: side of a tile in level-0 px.
         image_path, mask_path: the files.
-        num_tiles: N; 0 for a slide without tissue.
+        num_tiles: N, with regions R · m²; 0 for a slide without tissue.
         mask_preview_path, tiling_preview_path: pictures, where they were asked for.
         latents: of slide encoders that have them.
+        tile_x, tile_y: (R, m²) int64, top-left corners of the tiles of regions in level-0 px; else None.
     """
 
     sample_id: str
@@ -42,3 +46,20 @@ class EmbeddedSlide:
     mask_preview_path: Path | None = None
     tiling_preview_path: Path | None = None
     latents: torch.Tensor | None = None
+    tile_x: NDArray[np.int64] | None = None
+    tile_y: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EmbeddedPatient:
+    """The embedding of one patient.
+
+    Attributes:
+        patient_id: whose it is.
+        patient_embedding: (D,) float32, on the CPU; None where no slide has tissue.
+        slide_embeddings: sample_id -> (D,) float32 of each slide that it was made from.
+    """
+
+    patient_id: str
+    patient_embedding: torch.Tensor | None
+    slide_embeddings: Mapping[str, torch.Tensor] = field(default_factory=dict)

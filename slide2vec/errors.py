@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 __all__ = [
     "ArtifactError",
     "BackendError",
     "ConfigError",
+    "EmbedPatientsError",
     "EmbedSlidesError",
     "EngineError",
     "ExtraMissingError",
@@ -20,6 +21,7 @@ __all__ = [
     "NothingToEmbedError",
     "OutputError",
     "OutputLockedError",
+    "PatientError",
     "PresetError",
     "Slide2VecError",
     "SlideError",
@@ -104,6 +106,10 @@ class ArtifactError(Slide2VecError, ValueError):
     """An embedding file, its sidecar or a process list cannot be read or is incomplete."""
 
 
+class PatientError(Slide2VecError, RuntimeError):
+    """A patient cannot be embedded: slides of theirs failed, or the patient encoder did."""
+
+
 class OutputError(Slide2VecError, OSError):
     """A file of a run cannot be written (a full disk, say); what is complete stays."""
 
@@ -132,23 +138,33 @@ class EmbedSlidesError(ExceptionGroup[Exception], Slide2VecError):
 
     results: Sequence[Any]
     failed: Mapping[str, Exception]
+    what = "slides"
 
     @classmethod
-    def of(cls, failed: Mapping[str, Exception], results: Sequence[Any]) -> EmbedSlidesError:
+    def of(cls, failed: Mapping[str, Exception], results: Sequence[Any]) -> Self:
         names = ", ".join(failed)
         done = sum(result is not None for result in results)
         message = (
-            f"{len(failed)} of {len(results)} slides failed ({names}); the {done} embedded ones are in "
+            f"{len(failed)} of {len(results)} {cls.what} failed ({names}); the {done} embedded ones are in "
             '.results (or pass on_error="skip")'
         )
         group = cls(message, list(failed.values()))
         group.results, group.failed = results, failed
         return group
 
-    def derive(self, excs: Sequence[Exception]) -> EmbedSlidesError:  # type: ignore[override]
-        group = EmbedSlidesError(self.message, list(excs))
+    def derive(self, excs: Sequence[Exception]) -> Self:  # type: ignore[override]
+        group = type(self)(self.message, list(excs))
         group.results, group.failed = self.results, self.failed
         return group
+
+
+class EmbedPatientsError(EmbedSlidesError):
+    """Some patients of a call failed; the others are in `results`, None in the place of each failed one.
+
+    `failed` has patient_id -> its PatientError, whose cause is the error of its first failed slide.
+    """
+
+    what = "patients"
 
 
 def nearest_names(name: str, allowed: Iterable[str], count: int = 3) -> str:

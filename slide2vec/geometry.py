@@ -8,7 +8,7 @@ coordinates computed here and there are the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,9 @@ __all__ = [
     "floor_to_level",
     "is_plausible_spacing",
     "nearest_downsample_level",
+    "region_geometry",
     "select_level",
+    "subtile_geometry",
     "tile_geometry",
 ]
 
@@ -120,10 +122,7 @@ def tile_geometry(
         SpacingError: see `select_level`.
     """
     choice = select_level(requested_spacing_um, base_spacing_um, downsamples, tolerance)
-    read = requested_tile_size_px
-    if not choice.is_within_tolerance:
-        read = round(requested_tile_size_px * (requested_spacing_um / choice.spacing_um))
-    lv0 = round(read * choice.spacing_um / base_spacing_um)
+    read, lv0 = _sides(requested_tile_size_px, requested_spacing_um, base_spacing_um, choice)
     read_step = max(1, round(read * (1.0 - overlap)))
     return TileGeometry(
         requested_tile_size_px=requested_tile_size_px,
@@ -138,6 +137,55 @@ def tile_geometry(
         tolerance=tolerance,
         overlap=overlap,
         is_within_tolerance=choice.is_within_tolerance,
+    )
+
+
+def _sides(size_px: int, spacing_um: float, base_spacing_um: float, choice: LevelChoice) -> tuple[int, int]:
+    """Side of a tile at the level that is read, and at level 0, px."""
+    read = size_px
+    if not choice.is_within_tolerance:
+        read = round(size_px * (spacing_um / choice.spacing_um))
+    return read, round(read * choice.spacing_um / base_spacing_um)
+
+
+def region_geometry(tile: TileGeometry, multiple: int) -> TileGeometry:
+    """The geometry of regions of `multiple` x `multiple` tiles, side by side.
+
+    Tile-first, as the original slide2vec has it: sizes of the tile are rounded, and a region is a
+    whole number of them at every level.
+    """
+    return replace(
+        tile,
+        requested_tile_size_px=tile.requested_tile_size_px * multiple,
+        read_tile_size_px=tile.read_tile_size_px * multiple,
+        tile_size_lv0=tile.tile_size_lv0 * multiple,
+        read_step_px=tile.read_tile_size_px * multiple,
+        step_px_lv0=tile.tile_size_lv0 * multiple,
+        overlap=0.0,
+    )
+
+
+def subtile_geometry(region: TileGeometry, multiple: int) -> TileGeometry:
+    """The geometry of the `multiple` x `multiple` tiles of a region: the inverse of `region_geometry`.
+
+    Of a region that another program has laid out region-first, a few px larger or smaller, too: its
+    tiles have the size that tiles of this spacing have.
+    """
+    size = region.requested_tile_size_px // multiple
+    choice = LevelChoice(
+        level=region.read_level,
+        spacing_um=region.read_spacing_um,
+        is_within_tolerance=region.is_within_tolerance,
+    )
+    read, lv0 = _sides(size, region.requested_spacing_um, region.base_spacing_um, choice)
+    return replace(
+        region,
+        requested_tile_size_px=size,
+        read_tile_size_px=read,
+        tile_size_lv0=lv0,
+        read_step_px=read,
+        step_px_lv0=lv0,
+        overlap=0.0,
     )
 
 

@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Self
+from contextlib import closing
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
 
-from slide2vec.aggregate import aggregate_artifact
-from slide2vec.artifacts import SlideEmbeddingArtifact, TileEmbeddingArtifact
+from slide2vec.aggregate import (
+    Aggregator,
+    aggregate_patients,
+    aggregate_slides,
+    embed_groups,
+    embed_one,
+    group_slides,
+    one_patient,
+    patient_embedding,
+    pool_slides,
+    regrouped,
+    with_slide_embedding,
+)
 from slide2vec.cohort import embed_cohort
 from slide2vec.compile import Subject, select_engine
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
-from slide2vec.embedded import EmbeddedSlide
-from slide2vec.encoders import build_encoder
+from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
+from slide2vec.encoders.parts import (
+    PartsWeights,
+    below,
+    build_part,
+    weights_as_text,
+    weights_by_part,
+    weights_identity,
+)
 from slide2vec.encoders.weights import weights_digest
-from slide2vec.errors import ConfigError, EmbedSlidesError, ManifestError, ModelLevelError
+from slide2vec.errors import ConfigError, EmbedSlidesError, ManifestError, ModelLevelError, Slide2VecError
 from slide2vec.prepare.torch_preparer import TorchPreparer
 from slide2vec.progress import RunStarted, active_reporter, live_progress
 from slide2vec.recipes import Recipe, Variant, load_recipe
@@ -29,6 +48,12 @@ from slide2vec.stream import SlideOutcome, SlidePlan, Stream, plan_slide
 if TYPE_CHECKING:
     from torch import nn
 
+    from slide2vec.artifacts import (
+        PatientEmbeddingArtifact,
+        SlideEmbeddingArtifact,
+        TileEmbeddingArtifact,
+        TileFeaturesLike,
+    )
     from slide2vec.cohort.run import OnPersisted
     from slide2vec.compile.select import Selected
     from slide2vec.tiling import Tiling
@@ -58,9 +83,13 @@ class Model:
         precision: str,
         weights: str,
         origin: Mapping[str, Any] | None = None,
+        below: Model | None = None,
     ) -> None:
         self.recipe, self.variant, self.device, self.precision = recipe, variant, device, precision
         self._encoder, self._weights = encoder, weights
+        #: The model whose embeddings it takes: of tiles for slide-level presets, of slides for
+        #: patient-level ones; None for tile-level ones.
+        self.below = below
         self._engines: dict[tuple[str, str], Selected] = {}
         #: What `from_preset` was given besides the name, resolved; kept with a run's settings.
         self.origin: Mapping[str, Any] = origin or {}
@@ -70,7 +99,7 @@ class Model:
         cls,
         name: str,
         *,
-        weights: str | os.PathLike[str] | None = None,
+        weights: PartsWeights = None,
         seed: int = 0,
         device: str | torch.device | None = None,
         output_variant: str | None = None,
@@ -86,8 +115,10 @@ class Model:
                 "hf-hub:<owner>/<repo>"; its spacing is then for the caller to say.
             weights: None = the Hugging Face hub at the recipe's revision; a local file or directory;
                 or "random": initialised from `seed`, to try the pipeline (the embeddings mean nothing).
+                For presets of several parts None or "random" is for all of them, and a mapping says it of
+                each: {"lunit": "lunit.pth", "moozy-slide": "moozy.pt", "moozy": "moozy.pt"}.
             device: "cuda", "cuda:1", "mps" or "cpu"; None = the first of these that is there.
-            output_variant: which output of the encoder; None = the preset's default.
+            output_variant: which output of the preset's own encoder; None = the preset's default.
             precision: "fp32", "bf16" or "fp16"; None = the preset's on CUDA, fp32 elsewhere.
             input_size_px: side of the encoder's input, where its backbone takes others than the one it was
                 trained on: a multiple of its patch; tiles are resized to it. None = the preset's.
@@ -109,17 +140,35 @@ class Model:
         resolved = resolve_precision(precision, recipe.precision, chosen)
         if weights == "random" and recipe.weights is not None:
             logger.warning("preset %s has random weights (seed %d): its embeddings mean nothing", name, seed)
-        encoder = _build(recipe, variant, weights, seed, trust_remote_code)
+        by_part = weights_by_part(recipe, weights)
+        own = by_part.pop(name)
+        lower = below(recipe)
+        under = None
+        if lower is not None:
+            under = cls.from_preset(
+                lower[0],
+                weights=by_part,
+                seed=seed,
+                device=chosen,
+                output_variant=lower[1],
+                precision=precision,
+                input_size_px=input_size_px,
+                allow_non_recommended_settings=allow_non_recommended_settings,
+                trust_remote_code=trust_remote_code,
+            )
+            resolved = under.precision
+        encoder = build_part(recipe, variant, own, seed, trust_remote_code)
         return cls(
-            recipe if input_size_px is None else _with_input(recipe, encoder, input_size_px),
+            recipe if input_size_px is None or under else _with_input(recipe, encoder, input_size_px),
             variant_name,
-            encoder,
+            encoder if under is None else encoder.to(chosen),
             device=chosen,
             precision=resolved,
-            weights=_weights_identity(recipe, weights, seed),
+            weights=weights_identity(recipe, own, seed),
+            below=under,
             origin={
                 "output_variant": variant_name,
-                "weights": None if weights is None else os.fspath(weights),
+                "weights": weights_as_text(weights),
                 "seed": seed,
                 "device": str(chosen),
                 "input_size_px": input_size_px,
@@ -148,11 +197,30 @@ class Model:
         return self._encoder
 
     @property
+    def has_latents(self) -> bool:
+        """Whether its slide encoder has latents beside its embedding."""
+        return self.recipe.has_latents or (self.below is not None and self.below.has_latents)
+
+    @property
+    def _tiles(self) -> Model:
+        """The model of tiles under it: itself, for tile-level presets."""
+        return self if self.below is None else self.below._tiles
+
+    @property
     def _variant(self) -> Variant:
         return self.recipe.variants[self.variant]
 
     def identity(self, execution: ExecutionOptions | None = None) -> dict[str, Any]:
         """What decides an embedding, besides the slide and its tiling; JSON-ready."""
+        if self.below is not None:
+            return {
+                "name": self.name,
+                "level": self.level,
+                "output_variant": self.variant,
+                "weights": self._weights_digest,
+                "weights_source": self._weights,
+                "below": self.below.identity(execution),
+            }
         engine = self._select(execution or ExecutionOptions()).engine
         return {
             "name": self.name,
@@ -168,7 +236,7 @@ class Model:
 
     def engine_in_words(self, execution: ExecutionOptions | None = None) -> str:
         """What runs the encoder: "PyTorch, fp32 on cpu", "openvino, bf16 on cpu"."""
-        engine = self._select(execution or ExecutionOptions()).engine
+        engine = self._tiles._select(execution or ExecutionOptions()).engine
         runtime = "PyTorch" if engine.runtime == "torch" else engine.runtime
         return f"{runtime}, {engine.precision} on {self.device}"
 
@@ -231,8 +299,7 @@ class Model:
             EmbedSlidesError: some slides failed, or the run itself broke off after some were finished.
             ManifestError: a slide is not well given, or two have one sample_id.
         """
-        if on_error not in ("raise", "skip"):
-            raise ConfigError(f'on_error={on_error!r} is not "raise" or "skip"')
+        _check_on_error(on_error)
         asked = as_slides(slides)
         outcomes: dict[str, SlideOutcome] = {}
         try:
@@ -272,8 +339,41 @@ class Model:
         def plan(slide: Slide) -> SlidePlan:
             return plan_slide(slide, config, execution.output_dir)
 
-        with live_progress():
-            yield from self.outcomes(as_slides(slides), config, execution, plan)
+        with (
+            live_progress(),
+            closing(self.outcomes(as_slides(slides), config, execution, plan)) as outcomes,
+        ):
+            yield from map(partial(self._with_slide_embedding, latents=execution.save_latents), outcomes)
+
+    def _with_slide_embedding(self, outcome: SlideOutcome, latents: bool) -> SlideOutcome:
+        if outcome.embedded is None:
+            return outcome
+        try:
+            return replace(outcome, embedded=self.aggregated(outcome.embedded, latents=latents))
+        except Slide2VecError as error:
+            return SlideOutcome(outcome.slide, error=error)
+
+    def aggregated(self, embedded: EmbeddedSlide, *, latents: bool = False) -> EmbeddedSlide:
+        """The slide with its slide_embedding, where the preset has a slide encoder and the slide tiles.
+
+        Raises:
+            SlideError: the slide encoder failed.
+        """
+        if self.below is None:
+            return embedded
+        if self.level == "patient":
+            return self.below.aggregated(embedded, latents=latents)
+        return with_slide_embedding(embedded, self._encoder, self.device, preset=self.name, latents=latents)
+
+    def patient_embedding(self, slides: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """(D,) float32 of a patient from their slide embeddings (D,), by sample_id.
+
+        Raises:
+            ModelLevelError: the preset is none of patients.
+            PatientError: the patient encoder failed.
+        """
+        self._require_patient_level("patient_embedding")
+        return patient_embedding(slides, self._encoder, self.device, preset=self.name)
 
     def outcomes(
         self,
@@ -287,14 +387,14 @@ class Model:
         Args:
             config: resolved by `resolve_preprocessing`.
         """
-        self._require_tile_level()
         if not config.on_the_fly or config.save_tiles:
             _require_output_dir(execution, "on_the_fly=False" if not config.on_the_fly else "save_tiles=True")
         if (execution.num_gpus or 1) > 1:
             logger.warning("num_gpus=%d: this version uses one device (%s)", execution.num_gpus, self.device)
         active_reporter().emit(RunStarted(len(slides), self.name))
-        stream = self._stream(config, execution)
-        yield from stream.run(slides, plan)
+        stream = self._tiles._stream(config, execution)
+        with closing(stream.run(slides, plan)) as outcomes:
+            yield from map(regrouped, outcomes)
 
     def resolve_preprocessing(self, config: PreprocessingConfig | None = None) -> PreprocessingConfig:
         """The configuration with the preset's spacing and tile size filled in.
@@ -304,18 +404,19 @@ class Model:
                 not trained on; or it lacks the spacing of a model that is no preset.
         """
         config = config or PreprocessingConfig()
-        for field, asked in (
-            ("region_tile_multiple", config.region_tile_multiple is not None),
-            ("requested_region_size_px", config.requested_region_size_px is not None),
-            ("gpu_decode=True", config.gpu_decode is True),
-        ):
-            if asked:
-                raise ConfigError(
-                    f"PreprocessingConfig.{field} is not supported by this version; leave it out"
-                )
+        if config.gpu_decode is True:
+            raise ConfigError(
+                "PreprocessingConfig.gpu_decode=True is not supported by this version; leave it out"
+            )
+        if config.hierarchical and self.level != "tile":
+            raise ConfigError(
+                f"preset {self.name} is {self.level}-level and takes all tiles of a slide: regions "
+                f"(region_tile_multiple, requested_region_size_px) are for tile-level presets, such as "
+                f"{self._tiles.name}"
+            )
         spacing, tile_size = self.recipe.tiles(config.requested_spacing_um, config.requested_tile_size_px)
         self._check_recommended(spacing, tile_size)
-        return config.updated(requested_spacing_um=spacing, requested_tile_size_px=tile_size)
+        return config.resolved(spacing, tile_size)
 
     def _check_recommended(self, spacing_um: float, tile_size_px: int) -> None:
         problem = self.recipe.not_recommended(spacing_um, tile_size_px)
@@ -366,10 +467,6 @@ class Model:
             return self.precision
         return resolve_precision(execution.precision, self.recipe.precision, self.device)
 
-    def _require_tile_level(self) -> None:
-        if self.level != "tile":
-            raise ModelLevelError(f"preset {self.name} is a {self.level}-level model, which is not there yet")
-
     def embed_tiles(
         self,
         slides: Iterable[SlideLike],
@@ -381,6 +478,8 @@ class Model:
     ) -> list[TileEmbeddingArtifact]:
         """Embed the tiles of slides onto disk, each slide's files the moment it is complete.
 
+        Models of slides and patients embed tiles with their tile encoder; `aggregate_tiles` goes on.
+
         Args:
             tiling_results: the slides' tiles, in their order or by sample_id (from
                 `slide2vec.tiling.load_coordinates`, say); None = find them.
@@ -388,7 +487,7 @@ class Model:
             on_slide_persisted: called with each new artifact, in a thread of the run.
 
         Returns:
-            An artifact per slide, in input order.
+            An artifact per slide, in input order (HierarchicalEmbeddingArtifact with regions).
 
         Raises:
             EmbedSlidesError: some slides failed; the artifacts of the others are in `.results`.
@@ -397,73 +496,131 @@ class Model:
         """
         todo = as_slides(slides)
         result = embed_cohort(
-            self,
+            self._tiles,
             todo,
             self.resolve_preprocessing(preprocessing),
             _require_output_dir(execution, "embed_tiles"),
             tilings=_by_sample_id(todo, tiling_results),
             on_slide_persisted=on_slide_persisted,
         )
+        artifacts = cast(
+            "list[TileEmbeddingArtifact]", result.tile_artifacts or result.hierarchical_artifacts
+        )
         if result.failed:
-            made = {artifact.sample_id: artifact for artifact in result.tile_artifacts}
+            made = {artifact.sample_id: artifact for artifact in artifacts}
             failed = {item.sample_id: item.error for item in result.failed}
             raise EmbedSlidesError.of(failed, [made.get(slide.sample_id) for slide in todo])
-        return result.tile_artifacts
+        return artifacts
 
     def aggregate_tiles(
         self,
-        tile_artifacts: Iterable[TileEmbeddingArtifact],
+        tile_artifacts: Iterable[TileFeaturesLike],
         *,
         preprocessing: PreprocessingConfig | None = None,
         execution: ExecutionOptions | None = None,
-        aggregator: Literal["mean", "max"] | None = None,
-    ) -> list[SlideEmbeddingArtifact]:
-        """Slide embeddings from tile embeddings that are on disk, without reading a slide.
+        aggregator: Aggregator | None = None,
+        patient_id_map: Mapping[str, str] | None = None,
+    ) -> list[SlideEmbeddingArtifact] | list[PatientEmbeddingArtifact]:
+        """Slide (or patient) embeddings from tile embeddings that are on disk, without reading a slide.
 
         Args:
-            tile_artifacts: of `embed_tiles` or `Pipeline.run`.
+            tile_artifacts: of `embed_tiles` or `Pipeline.run`; or what other tools wrote: paths, or
+                `TileFeatures` that say where coordinates are and how large tiles are.
             preprocessing: not needed; accepted for symmetry.
-            execution: its output_dir is where `slide_embeddings/` goes.
-            aggregator: "mean" or "max" over the tiles, for tile-level models, which have no slide
-                encoder.
+            execution: its output_dir is where `slide_embeddings/` or `patient_embeddings/` goes.
+            aggregator: instead of a slide encoder, for embeddings of any tile preset: "mean" or "max" over
+                the tiles, or "top_tissue", the mean of the tiles with the most tissue.
+            patient_id_map: sample_id -> patient_id, for patient-level models; else `TileFeatures` say it,
+                else every slide is a patient of its own.
 
         Returns:
-            An artifact per slide, in input order.
+            An artifact per slide, in input order; of patient-level models one per patient, in order of
+            first appearance.
 
         Raises:
             ModelLevelError: a tile-level model and no aggregator.
-            ArtifactError: tile embeddings cannot be read, or there are none (a slide without tissue).
+            ArtifactError: tile embeddings cannot be read or are not of the preset's tile encoder, or there
+                are none (a slide without tissue).
+            SlideError, PatientError: an encoder failed.
         """
-        if aggregator is None:
-            raise ModelLevelError(
-                f"preset {self.name} is {self.level}-level and has no slide encoder; "
-                'aggregate_tiles(…, aggregator="mean") or "max" needs none'
-            )
         execution = _require_output_dir(execution, "aggregate_tiles")
-        return [aggregate_artifact(artifact, aggregator, execution) for artifact in tile_artifacts]
+        if aggregator is not None:
+            return pool_slides(tile_artifacts, aggregator, execution)
+        if self.level == "slide":
+            return aggregate_slides(self, tile_artifacts, execution)
+        if self.level == "patient":
+            return aggregate_patients(self, tile_artifacts, execution, patient_id_map)
+        raise ModelLevelError(
+            f"preset {self.name} is tile-level and has no slide encoder; "
+            'aggregate_tiles(…, aggregator="mean"), "max" or "top_tissue" need none'
+        )
 
-    def embed_patient(self, slides: Iterable[SlideLike], patient_id: str | None = None) -> None:
-        """Embed a patient; only patient-level models can.
+    def embed_patient(
+        self,
+        slides: Iterable[SlideLike],
+        patient_id: str | None = None,
+        *,
+        preprocessing: PreprocessingConfig | None = None,
+        execution: ExecutionOptions | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> EmbeddedPatient:
+        """Embed one patient from all their slides.
+
+        Args:
+            slides: as for `embed_slides`.
+            patient_id: None = that of the slides, else the sample_id of the first.
+            on_error: "raise" when a slide fails, or "skip" it and embed the patient from the others.
 
         Raises:
-            ModelLevelError: a ValueError, on any other model.
+            ModelLevelError: a ValueError, on a model that is not patient-level.
+            ManifestError: a ValueError: slides name different patients, or two have one sample_id.
+            PatientError: slides failed.
         """
-        raise self._not_patient_level("embed_patient")
+        self._require_patient_level("embed_patient")
+        theirs = one_patient(as_slides(slides), patient_id)
+        _check_on_error(on_error)
+        outcomes = self.iter_slides(theirs, preprocessing, execution)
+        return embed_one(theirs, outcomes, self.patient_embedding, on_error)
 
     def embed_patients(
-        self, slides: Iterable[SlideLike], patient_id_map: dict[str, str] | None = None
-    ) -> None:
-        """Embed several patients; only patient-level models can.
+        self,
+        slides: Iterable[SlideLike],
+        patient_id_map: Mapping[str, str] | None = None,
+        *,
+        preprocessing: PreprocessingConfig | None = None,
+        execution: ExecutionOptions | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> list[EmbeddedPatient]:
+        """Embed several patients, each from all their slides; one result each, in order of first appearance.
+
+        Args:
+            slides: as for `embed_slides`; their patient_id counts, and without one their sample_id.
+            patient_id_map: sample_id -> patient_id, which counts over that of the slides.
+            on_error: "raise" an EmbedPatientsError at the end when slides failed, which carries the other
+                patients; or "skip" these slides, and the patients who have no other.
 
         Raises:
-            ModelLevelError: a ValueError, on any other model.
+            ModelLevelError: a ValueError, on a model that is not patient-level.
+            ManifestError: a ValueError: two slides have one sample_id, or the map names others.
+            EmbedPatientsError: some patients failed.
         """
-        raise self._not_patient_level("embed_patients")
+        self._require_patient_level("embed_patients")
+        _check_on_error(on_error)
+        asked = group_slides(as_slides(slides), patient_id_map)
+        outcomes = self.iter_slides(asked, preprocessing, execution)
+        return embed_groups(asked, outcomes, self.patient_embedding, on_error)
 
-    def _not_patient_level(self, method: str) -> ModelLevelError:
-        return ModelLevelError(
-            f"{method} needs a patient-level preset; {self.name} is {self.level}-level: use embed_slide(s)"
-        )
+    def _require_patient_level(self, method: str) -> None:
+        if self.level != "patient":
+            raise ModelLevelError(
+                f"{method} needs a patient-level preset; {self.name} is {self.level}-level: use "
+                "embed_slide(s)"
+            )
+
+
+def _check_on_error(on_error: str) -> None:
+    if on_error not in ("raise", "skip"):
+        raise ConfigError(f'on_error={on_error!r} is not "raise" or "skip"')
 
 
 def _require_output_dir(execution: ExecutionOptions | None, what: str) -> ExecutionOptions:
@@ -480,17 +637,6 @@ def _by_sample_id(
     if len(tilings) != len(slides):
         raise ManifestError(f"{len(slides)} slides and {len(tilings)} tiling_results: give one per slide")
     return {slide.sample_id: tiling for slide, tiling in zip(slides, tilings, strict=True)}
-
-
-def _build(
-    recipe: Recipe, variant: Variant, weights: str | os.PathLike[str] | None, seed: int, trusted: bool
-) -> nn.Module:
-    """The encoder with its weights."""
-    if recipe.generic and weights != "random":
-        from slide2vec.encoders.timm import generic_encoder
-
-        return generic_encoder(recipe, variant, weights)
-    return build_encoder(recipe, variant, weights, seed, trust_remote_code=trusted)
 
 
 def _with_input(recipe: Recipe, encoder: nn.Module, size_px: int) -> Recipe:
@@ -512,12 +658,3 @@ def _with_input(recipe: Recipe, encoder: nn.Module, size_px: int) -> Recipe:
     transform = recipe.transform.model_copy(update={"resize": size_px, "crop": size_px})
     gflops = recipe.gflops * (size_px / crop) ** 2
     return recipe.model_copy(update={"transform": transform, "gflops": gflops})
-
-
-def _weights_identity(recipe: Recipe, weights: str | os.PathLike[str] | None, seed: int) -> str:
-    """Where the weights came from, in a word."""
-    if recipe.weights is None:
-        return "none"
-    if weights is None:
-        return f"{recipe.weights.repo}@{recipe.weights.revision}"
-    return f"random:{seed}" if weights == "random" else os.fspath(weights)

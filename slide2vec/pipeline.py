@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,13 +65,15 @@ class Pipeline:
             on_slide_persisted: called with each new artifact, in a thread of the run.
 
         Raises:
-            ManifestError: the manifest is malformed, with its line; or both or neither were given.
+            ManifestError: the manifest is malformed, with its line; or both or neither were given; or a
+                slide of a patient-level model has no patient_id.
             OutputLockedError: another run writes into the output directory.
             OutputError: a file cannot be written; what is finished stays.
         """
         if (slides is None) == (manifest_path is None):
             raise ManifestError("Pipeline.run takes either slides or manifest_path")
         todo = read_manifest(manifest_path) if manifest_path is not None else as_slides(slides or ())
+        self._check_patients(todo, "the slides" if manifest_path is None else f"manifest {manifest_path}")
         settings = self._settings(self.preprocessing, manifest_path)
         if tiling_only:
             return tile_cohort(todo, self.preprocessing, self.execution, settings=settings)
@@ -95,7 +97,8 @@ class Pipeline:
 
         Args:
             coordinates_dir: holds <sample_id>.coordinates.{npz,meta.json}, itself or in `tiles/`.
-            slides: None = all that have coordinate files there, at the paths recorded in them.
+            slides: None = all that have coordinate files there, at the paths recorded in them. Patient-level
+                models need them, for their patient_id.
             on_slide_persisted: called with each new artifact, in a thread of the run.
 
         Raises:
@@ -104,6 +107,7 @@ class Pipeline:
         """
         directory = Path(coordinates_dir)
         todo: list[Slide] = recorded_slides(directory) if slides is None else as_slides(slides)
+        self._check_patients(todo, f"{directory}" if slides is None else "the slides")
         config = self.preprocessing.updated(read_coordinates_from=directory)
         return embed_cohort(
             self.model,
@@ -113,6 +117,18 @@ class Pipeline:
             settings=self._settings(config),
             on_slide_persisted=on_slide_persisted,
         )
+
+    def _check_patients(self, slides: Sequence[Slide], where: str) -> None:
+        """Raises ManifestError where a patient-level model is not told whose slides they are."""
+        if self.model.level != "patient":
+            return
+        without = [slide.sample_id for slide in slides if slide.patient_id is None]
+        if without:
+            more = f" and {len(without) - 5} more" if len(without) > 5 else ""
+            raise ManifestError(
+                f"{where}: preset {self.model.name} embeds patients, and {len(without)} slides have no "
+                f"patient_id ({', '.join(without[:5])}{more}): fill the column patient_id"
+            )
 
     def _settings(
         self, config: PreprocessingConfig, manifest_path: str | os.PathLike[str] | None = None

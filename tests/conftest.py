@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,10 +18,12 @@ def slides_folder() -> Path:
     return Path(given) if given else Path(__file__).resolve().parents[2] / "shared" / "slides"
 
 
-@pytest.fixture(autouse=True)
-def no_engines_of_the_user(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def no_engines_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """An empty engine store: whoever runs the tests may have built engines."""
-    monkeypatch.setenv("SLIDE2VEC_ENGINES", str(tmp_path_factory.mktemp("engines")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLIDE2VEC_ENGINES", str(tmp_path_factory.mktemp("engines")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ ROOMS = {
     "prepare": 4,
     "artifacts": 5,
     "stream": 6,
-    "aggregate": 6,
+    "aggregate": 7,
     "cohort": 7,
     "compile": 7,
     "scale": 7,

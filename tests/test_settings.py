@@ -686,7 +686,7 @@ def _random_settings(rng: random.Random) -> RunSettings:
         requested_region_size_px=maybe(tile * multiple) if tile and multiple else None,
         region_tile_multiple=multiple,
         tolerance=rng.random(),
-        overlap=rng.random(),
+        overlap=0.0 if multiple else rng.random(),
         tissue_threshold=rng.random(),
         read_coordinates_from=maybe(path()),
         read_tiles_from=maybe(path()),
@@ -715,6 +715,7 @@ def _random_settings(rng: random.Random) -> RunSettings:
         save_slide_embeddings=flag(),
         save_latents=flag(),
         output_dtype=rng.choice([None, "fp16", "fp32"]),
+        on_bad_slide=rng.choice(["fail", "skip"]),
     )
     return RunSettings(
         manifest_path=maybe(path()),

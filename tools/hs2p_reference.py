@@ -108,6 +108,7 @@ def _case(slide: str, **changes: Any) -> dict[str, Any]:
         "mask": None,
         "requested_spacing_um": 0.5,
         "requested_tile_size_px": 224,
+        "region_tile_multiple": None,
         "overlap": 0.0,
         "tissue_threshold": 0.1,
         "tolerance": 0.05,
@@ -165,7 +166,27 @@ def cases() -> list[dict[str, Any]]:
         GENERATED,
     ):
         found += _slide_cases(slide)
-    return found
+    return found + _region_cases()
+
+
+def _region_cases() -> list[dict[str, Any]]:
+    """Regions, which the original slide2vec has HS2P lay out as tiles of their size. At spacings where
+    nothing is rounded: elsewhere it reads regions of another size than their tiles make up."""
+    settings: list[tuple[str, dict[str, Any]]] = [
+        (PATTERN, {"requested_tile_size_px": 64, "region_tile_multiple": 3}),
+        (PATTERN, {"requested_tile_size_px": 112, "region_tile_multiple": 6, "tissue_threshold": 0.01}),
+        (PATTERN, {"requested_spacing_um": 0.25, "region_tile_multiple": 2, "tissue_threshold": 0.5}),
+        (PATTERN, {"requested_spacing_um": 1.0, "requested_tile_size_px": 50, "region_tile_multiple": 4}),
+        (PATTERN, {"requested_tile_size_px": 64, "region_tile_multiple": 2, "mask": "fine"}),
+        (PATTERN, {"requested_tile_size_px": 64, "region_tile_multiple": 3, "filtering": _FILTERS}),
+        ("CMU-1-Small-Region.svs", {"region_tile_multiple": 2}),
+        ("CMU-1-Small-Region.svs", {"requested_tile_size_px": 64, "region_tile_multiple": 6}),
+        (GENERATED, {"region_tile_multiple": 6, "tissue_threshold": 0.01}),
+    ]
+    return [_case(slide, **changes) for slide, changes in settings]
+
+
+_FILTERS = {"ref_tile_size": 16, "filter_white": True, "filter_grayspace": True}
 
 
 def _slide_cases(slide: str) -> list[dict[str, Any]]:
@@ -223,7 +244,7 @@ def _reference(case: dict[str, Any], path: Path, mask: Path | None) -> Any:
         tissue_mask_path=mask,
         backend="openslide",
         spacing_override=case["base_spacing_um"],
-        requested_tile_size_px=case["requested_tile_size_px"],
+        requested_tile_size_px=case["requested_tile_size_px"] * (case["region_tile_multiple"] or 1),
         requested_spacing_um=case["requested_spacing_um"],
         min_tissue_fraction=case["tissue_threshold"],
         overlap=case["overlap"],

@@ -35,7 +35,7 @@ class Content:
     Attributes:
         name: of the array, "features" or "latents".
         values: any shape, float16, bfloat16, float32 or float64.
-        coords: (N, 2) int64, x and y of the tiles in level-0 px; None where there are no tiles.
+        coords: (N, 2) int64, x and y of the tiles (or regions) in level-0 px; None where there are none.
         about: what a safetensors file says of itself.
         about_values, about_coords: attributes of the two datasets of an h5 file.
     """
@@ -162,7 +162,7 @@ def _write_pt(file: BinaryIO, content: Content) -> None:
 
 def _write_npz(file: BinaryIO, content: Content) -> None:
     arrays = {content.name: _as_array(content)}
-    if content.coords is not None:
+    if content.coords is not None and content.values.ndim == 2:
         arrays["tile_index"] = np.arange(len(content.coords), dtype=np.int64)
     with zipfile.ZipFile(file, "w") as archive:
         for name, array in arrays.items():

@@ -22,7 +22,7 @@ from slide2vec.errors import ArtifactError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load_coords", "load_embeddings"]
+__all__ = ["load_coords", "load_embeddings", "load_tile_size"]
 
 #: The array of embeddings by the names it may have, the first found counts.
 _VALUES = ("features", "latents")
@@ -81,6 +81,45 @@ def load_coords(path: str | Path) -> NDArray[np.int64] | None:
         if coords.ndim != 2 or coords.shape[1] != 2 or coords.dtype.kind not in "iu":
             raise ArtifactError(f"coords are {coords.dtype} of shape {coords.shape}, not (N, 2) integers")
         return coords.astype(np.int64)
+
+
+def load_tile_size(path: str | Path) -> int | None:
+    """Side of a tile in level-0 px, as the attributes of `coords` in an .h5 file say; None where they do not.
+
+    `patch_size_level0` (ours and TRIDENT's), else `patch_size` at `patch_level` times its `downsample`
+    (CLAM's).
+
+    Raises:
+        ArtifactError: as for `load_embeddings`.
+    """
+    path = Path(path)
+    if path.suffix != ".h5":
+        return None
+    import h5py
+
+    with _refusing(path), h5py.File(path, "r", locking=False) as file:
+        if not _has(file, "coords"):
+            return None
+        attributes = _dataset(file, "coords", path.stat().st_size).attrs
+        known = {
+            name: _number(attributes, name) for name in ("patch_size_level0", "patch_size", "downsample")
+        }
+    if known["patch_size_level0"]:
+        return round(known["patch_size_level0"])
+    if known["patch_size"] and known["downsample"]:
+        return round(known["patch_size"] * known["downsample"])
+    return None
+
+
+def _number(attributes: Any, name: str) -> float | None:
+    """A positive number, or the first of a pair (CLAM has x and y); None for anything else."""
+    if name not in attributes:
+        return None
+    identity = attributes.get_id(name)
+    if identity.dtype.kind not in "iuf" or math.prod(identity.shape) not in (1, 2):
+        return None
+    value = float(np.ravel(attributes[name])[0])
+    return value if 0 < value < 2**31 else None
 
 
 _Read = Callable[[Path, tuple[str, ...]], Any]

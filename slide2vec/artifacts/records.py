@@ -20,6 +20,9 @@ __all__ = [
     "PatientEmbeddingArtifact",
     "SlideEmbeddingArtifact",
     "TileEmbeddingArtifact",
+    "find_hierarchical_artifact",
+    "find_patient_artifact",
+    "find_slide_artifact",
     "find_tile_artifact",
     "read_metadata",
     "tile_artifacts",
@@ -124,33 +127,62 @@ def find_tile_artifact(output_dir: str | Path, sample_id: str) -> TileEmbeddingA
     that it says. Half-written, damaged and foreign files never count, and raise nothing. Costs one
     small read and one stat.
     """
-    if Path(sample_id).name != sample_id:
+    found = _complete(output_dir, "tile_embeddings", sample_id, ("num_tiles",))
+    return None if found is None else TileEmbeddingArtifact(**found, sample_id=sample_id)
+
+
+def find_hierarchical_artifact(
+    output_dir: str | Path, sample_id: str
+) -> HierarchicalEmbeddingArtifact | None:
+    """The complete embeddings of a slide by region, as `find_tile_artifact`."""
+    found = _complete(output_dir, "hierarchical_embeddings", sample_id, ("num_regions", "tiles_per_region"))
+    return None if found is None else HierarchicalEmbeddingArtifact(**found, sample_id=sample_id)
+
+
+def find_slide_artifact(output_dir: str | Path, sample_id: str) -> SlideEmbeddingArtifact | None:
+    """The complete embedding of a slide, with its latents where they are there, as `find_tile_artifact`."""
+    found = _complete(output_dir, "slide_embeddings", sample_id, ())
+    if found is None:
         return None
-    folder = Path(output_dir) / "tile_embeddings"
-    metadata_path = folder / f"{sample_id}{SIDECAR}"
+    latents = Path(output_dir) / "slide_latents" / found["path"].name
+    return SlideEmbeddingArtifact(
+        **found, sample_id=sample_id, latent_path=latents if latents.is_file() else None
+    )
+
+
+def find_patient_artifact(output_dir: str | Path, patient_id: str) -> PatientEmbeddingArtifact | None:
+    """The complete embedding of a patient, as `find_tile_artifact`."""
+    found = _complete(output_dir, "patient_embeddings", patient_id, ("num_slides",))
+    return None if found is None else PatientEmbeddingArtifact(**found, patient_id=patient_id)
+
+
+def _complete(output_dir: str | Path, kind: str, name: str, counts: tuple[str, ...]) -> dict[str, Any] | None:
+    """What every artifact has, and these counts of its sidecar; None unless it is complete.
+
+    Args:
+        kind: its folder, and its artifact_type.
+    """
+    if Path(name).name != name:
+        return None
+    folder = Path(output_dir) / kind
+    metadata_path = folder / f"{name}{SIDECAR}"
     try:
         found = read_metadata(metadata_path)
     except ArtifactError:
         return None
-    path = folder / f"{sample_id}.{found.get('format')}"
-    if not _describes_tiles(found, sample_id) or _size_of(path) != found["file_size_bytes"]:
+    path = folder / f"{name}.{found.get('format')}"
+    if not _describes(found, kind, name, counts) or _size_of(path) != found["file_size_bytes"]:
         return None
-    return TileEmbeddingArtifact(
-        sample_id=sample_id,
-        path=path,
-        metadata_path=metadata_path,
-        format=found["format"],
-        feature_dim=found["feature_dim"],
-        num_tiles=found["num_tiles"],
-    )
+    known = {key: found[key] for key in ("format", "feature_dim", *counts)}
+    return {"path": path, "metadata_path": metadata_path, **known}
 
 
-def _describes_tiles(metadata: dict[str, Any], sample_id: str) -> bool:
-    numbers = [metadata.get(key) for key in ("feature_dim", "num_tiles", "file_size_bytes")]
+def _describes(metadata: dict[str, Any], kind: str, name: str, counts: tuple[str, ...]) -> bool:
+    numbers = [metadata.get(key) for key in ("feature_dim", "file_size_bytes", *counts)]
     return (
         metadata.get("schema_version") == SCHEMA_VERSION
-        and metadata.get("artifact_type") == "tile_embeddings"
-        and metadata.get("sample_id") == sample_id
+        and metadata.get("artifact_type") == kind
+        and metadata.get("patient_id" if kind == "patient_embeddings" else "sample_id") == name
         and metadata.get("format") in FORMATS
         and all(type(number) is int and number >= 0 for number in numbers)
     )

@@ -16,7 +16,7 @@ from slide2vec.artifacts.records import (
     FORMATS,
     SCHEMA_VERSION,
     SIDECAR,
-    SlideEmbeddingArtifact,
+    HierarchicalEmbeddingArtifact,
     TileEmbeddingArtifact,
 )
 from slide2vec.config import OutputFormat
@@ -29,14 +29,25 @@ from slide2vec.tiling import Tiling
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["write_json", "write_slide_embedding", "write_tile_embeddings"]
+__all__ = [
+    "NOTHING",
+    "about_tiles",
+    "common_metadata",
+    "content_of",
+    "remove_others",
+    "write_artifact",
+    "write_hierarchical_embeddings",
+    "write_json",
+    "write_tile_embeddings",
+]
 
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 #: What a safetensors file says of itself, from its sidecar: what is read without knowing the run.
 _IN_SAFETENSORS = (
     "schema_version",
     "artifact_type",
     "sample_id",
+    "patient_id",
     "encoder_name",
     "encoder_level",
     "requested_spacing_um",
@@ -69,7 +80,7 @@ def write_tile_embeddings(
     *,
     file_format: OutputFormat = "pt",
     encoder: Mapping[str, Any],
-    compatibility: Mapping[str, Any] = _NOTHING,
+    compatibility: Mapping[str, Any] = NOTHING,
     coordinates: tuple[Path | None, Path | None] = (None, None),
     tiles_tar_path: Path | None = None,
     skipped_tiles: Sequence[Mapping[str, Any]] = (),
@@ -91,20 +102,82 @@ def write_tile_embeddings(
         ArtifactError: the embeddings do not fit their coordinates or the format.
         OutputError: a file cannot be written.
     """
-    check_id(embedded.sample_id, "sample_id")
-    values, coords = embedded.tile_embeddings, np.stack([embedded.x, embedded.y], axis=1)
-    if values.ndim != 2 or len(values) != len(coords):
-        raise ArtifactError(
-            f"slide {embedded.sample_id}: embeddings of shape {tuple(values.shape)} do not belong to "
-            f"{len(coords)} tiles"
-        )
-    geometry = tiling.geometry
+    values = embedded.tile_embeddings
+    _check_shape(embedded, (len(embedded.x),))
     metadata = {
-        **_common_metadata(embedded.sample_id, "tile_embeddings", file_format, values, encoder),
+        **common_metadata(embedded.sample_id, "tile_embeddings", file_format, values, encoder),
+        **about_tiles(embedded, tiling, encoder, coordinates, tiles_tar_path, skipped_tiles),
+        "compatibility": compatibility,
+    }
+    common = _write_tiles(output_dir, embedded, tiling, metadata)
+    return TileEmbeddingArtifact(**common, num_tiles=len(values))
+
+
+def write_hierarchical_embeddings(
+    output_dir: str | Path,
+    embedded: EmbeddedSlide,
+    tiling: Tiling,
+    *,
+    file_format: OutputFormat = "pt",
+    encoder: Mapping[str, Any],
+    compatibility: Mapping[str, Any] = NOTHING,
+    coordinates: tuple[Path | None, Path | None] = (None, None),
+    tiles_tar_path: Path | None = None,
+    skipped_tiles: Sequence[Mapping[str, Any]] = (),
+) -> HierarchicalEmbeddingArtifact:
+    """Write a slide's embeddings by region, (R, m², D), to `hierarchical_embeddings/`; the sidecar last.
+
+    Args:
+        tiling: of the tiles of the regions.
+        coordinates: the HS2P coordinate files of the regions.
+        file_format, encoder, compatibility, tiles_tar_path, skipped_tiles: as for `write_tile_embeddings`.
+
+    Raises:
+        ArtifactError, OutputError: as `write_tile_embeddings`.
+    """
+    multiple, regions = tiling.region_tile_multiple, tiling.recorded.geometry
+    values = embedded.tile_embeddings
+    _check_shape(embedded, (len(embedded.x), multiple**2))
+    metadata = {
+        **common_metadata(embedded.sample_id, "hierarchical_embeddings", file_format, values, encoder),
+        **about_tiles(embedded, tiling, encoder, coordinates, tiles_tar_path, skipped_tiles),
+        "num_regions": len(values),
+        "tiles_per_region": multiple**2,
+        "region_tile_multiple": multiple,
+        "requested_region_size_px": regions.requested_tile_size_px,
+        "read_region_size_px": tiling.geometry.read_tile_size_px * multiple,
+        "subtile_order": "row_major",
+        "compatibility": compatibility,
+    }
+    common = _write_tiles(output_dir, embedded, tiling, metadata)
+    return HierarchicalEmbeddingArtifact(**common, num_regions=len(values), tiles_per_region=multiple**2)
+
+
+def _check_shape(embedded: EmbeddedSlide, expected: tuple[int, ...]) -> None:
+    shape = tuple(embedded.tile_embeddings.shape)
+    if len(shape) != len(expected) + 1 or shape[:-1] != expected:
+        what = "regions of tiles" if len(expected) == 2 else "tiles"
+        raise ArtifactError(
+            f"slide {embedded.sample_id}: embeddings of shape {shape} do not belong to "
+            f"{' x '.join(map(str, expected))} {what}"
+        )
+
+
+def about_tiles(
+    embedded: EmbeddedSlide,
+    tiling: Tiling,
+    encoder: Mapping[str, Any],
+    coordinates: tuple[Path | None, Path | None],
+    tiles_tar_path: Path | None,
+    skipped_tiles: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What sidecars say of the tiles."""
+    geometry = tiling.geometry
+    return {
+        "num_tiles": len(tiling),
         "image_path": embedded.image_path,
         "mask_path": embedded.mask_path,
-        "num_tiles": len(values),
-        "encoder_input_size_px": encoder["input_size_px"],
+        "encoder_input_size_px": encoder.get("input_size_px"),
         "backend": tiling.backend,
         "tile_size_lv0": geometry.tile_size_lv0,
         "read_tile_size_px": geometry.read_tile_size_px,
@@ -114,84 +187,47 @@ def write_tile_embeddings(
         "coordinates_meta_path": coordinates[1],
         "tiles_tar_path": tiles_tar_path,
         "skipped_tiles": list(skipped_tiles),
-        "compatibility": compatibility,
     }
-    content = _content(metadata, "features", values, coords=coords, about_coords=about_coords(tiling))
-    path, metadata_path = _write(Path(output_dir), metadata, [("tile_embeddings", content)])
-    return TileEmbeddingArtifact(
-        sample_id=embedded.sample_id,
-        path=path,
-        metadata_path=metadata_path,
-        format=file_format,
-        feature_dim=values.shape[1],
-        num_tiles=len(values),
-    )
 
 
-def write_slide_embedding(
-    output_dir: str | Path,
-    sample_id: str,
-    embedding: torch.Tensor,
-    *,
-    file_format: OutputFormat = "pt",
-    encoder: Mapping[str, Any],
-    metadata: Mapping[str, Any] = _NOTHING,
-    compatibility: Mapping[str, Any] = _NOTHING,
-    latents: torch.Tensor | None = None,
-) -> SlideEmbeddingArtifact:
-    """Write a slide's embedding (D,) to `slide_embeddings/`, its latents to `slide_latents/`; the
-    sidecar, which stands for both, last.
-
-    Args:
-        file_format, encoder, compatibility: as for `write_tile_embeddings`.
-        metadata: more for the sidecar.
-        latents: of slide encoders that have them; any shape.
-
-    Raises:
-        ArtifactError: the embedding is no vector, or the format cannot hold it.
-        OutputError: a file cannot be written.
-    """
-    check_id(sample_id, "sample_id")
-    if embedding.ndim != 1:
-        raise ArtifactError(
-            f"slide {sample_id}: a slide embedding is a vector, got shape {tuple(embedding.shape)}"
-        )
-    sidecar = {
-        **metadata,
-        **_common_metadata(sample_id, "slide_embeddings", file_format, embedding, encoder),
-        "compatibility": compatibility,
+def _write_tiles(
+    output_dir: str | Path, embedded: EmbeddedSlide, tiling: Tiling, metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write features and sidecar; what every artifact has."""
+    coords = np.stack([embedded.x, embedded.y], axis=1)
+    about = about_coords(tiling.recorded)
+    content = content_of(metadata, "features", embedded.tile_embeddings, coords=coords, about_coords=about)
+    path, metadata_path = write_artifact(Path(output_dir), metadata, [(metadata["artifact_type"], content)])
+    return {
+        "sample_id": embedded.sample_id,
+        "path": path,
+        "metadata_path": metadata_path,
+        "format": metadata["format"],
+        "feature_dim": embedded.tile_embeddings.shape[-1],
     }
-    contents = [("slide_embeddings", _content(sidecar, "features", embedding))]
-    if latents is not None:
-        contents.append(("slide_latents", _content(sidecar, "latents", latents)))
-    path, metadata_path = _write(Path(output_dir), sidecar, contents)
-    latents_folder = Path(output_dir) / "slide_latents"
-    latent_path = None if latents is None else latents_folder / path.name
-    _remove_others(latents_folder, sample_id, keep=latent_path)
-    return SlideEmbeddingArtifact(
-        sample_id=sample_id,
-        path=path,
-        metadata_path=metadata_path,
-        format=file_format,
-        feature_dim=len(embedding),
-        latent_path=latent_path,
-    )
 
 
-def _common_metadata(
-    sample_id: str,
+def common_metadata(
+    name: str,
     artifact_type: str,
     file_format: OutputFormat,
     values: torch.Tensor,
     encoder: Mapping[str, Any],
 ) -> dict[str, Any]:
+    """What the sidecar of every artifact says.
+
+    Raises:
+        ConfigError: an unknown format.
+    """
+    key = _id_key(artifact_type)
+    check_id(name, key)
     if file_format not in FORMATS:
         raise ConfigError(f"embeddings cannot be written as {file_format!r}; allowed: {', '.join(FORMATS)}")
     return {
         "schema_version": SCHEMA_VERSION,
         "artifact_type": artifact_type,
         "format": file_format,
-        "sample_id": sample_id,
+        key: name,
         "feature_dim": values.shape[-1],
         "feature_dtype": str(values.dtype).removeprefix("torch."),
         "encoder_name": encoder["name"],
@@ -199,18 +235,23 @@ def _common_metadata(
     }
 
 
-def _content(metadata: Mapping[str, Any], name: str, values: torch.Tensor, **more: Any) -> Content:
-    sample_id = metadata["sample_id"]
+def _id_key(artifact_type: str) -> str:
+    return "patient_id" if artifact_type == "patient_embeddings" else "sample_id"
+
+
+def content_of(metadata: Mapping[str, Any], name: str, values: torch.Tensor, **more: Any) -> Content:
+    """What goes into a features file that a sidecar describes; `name` is the array's."""
+    whose = metadata[_id_key(metadata["artifact_type"])]
     return Content(
         name=name,
         values=values.detach().cpu().contiguous(),
         about={key: str(metadata[key]) for key in _IN_SAFETENSORS if key in metadata},
-        about_values={"name": sample_id, "encoder": metadata["encoder_name"]},
+        about_values={"name": whose, "encoder": metadata["encoder_name"]},
         **more,
     )
 
 
-def _write(
+def write_artifact(
     output_dir: Path, metadata: Mapping[str, Any], contents: Sequence[tuple[str, Content]]
 ) -> tuple[Path, Path]:
     """Write (folder, content) pairs and the sidecar of the first.
@@ -218,25 +259,26 @@ def _write(
     The old sidecar goes when all new files are written beside the old ones and before the first is
     renamed: a process killed at any time leaves the old artifact whole, or none, or the new one.
     """
-    sample_id, file_format = metadata["sample_id"], metadata["format"]
-    paths = [output_dir / folder / f"{sample_id}.{file_format}" for folder, _ in contents]
-    metadata_path = paths[0].with_name(f"{sample_id}{SIDECAR}")
+    key, file_format = _id_key(metadata["artifact_type"]), metadata["format"]
+    name = metadata[key]
+    paths = [output_dir / folder / f"{name}.{file_format}" for folder, _ in contents]
+    metadata_path = paths[0].with_name(f"{name}{SIDECAR}")
     with ExitStack() as renamed:  # on leaving, the last first: latents before the embedding
         for path, (_, content) in zip(paths, contents, strict=True):
             temporary = renamed.enter_context(atomic_path(path))
-            with _naming_slide(sample_id):
+            with _naming(f"{'patient' if key == 'patient_id' else 'slide'} {name}"):
                 write_content(temporary, content, file_format)
             if path == paths[0]:
                 size = temporary.stat().st_size
         metadata_path.unlink(missing_ok=True)
     write_json(metadata_path, {**metadata, "file_size_bytes": size})
-    _remove_others(paths[0].parent, sample_id, keep=paths[0])
+    remove_others(paths[0].parent, name, keep=paths[0])
     return paths[0], metadata_path
 
 
-def _remove_others(folder: Path, sample_id: str, keep: Path | None) -> None:
-    """Remove a slide's files in other formats: one artifact per slide."""
-    for path in (folder / f"{sample_id}.{file_format}" for file_format in FORMATS):
+def remove_others(folder: Path, name: str, keep: Path | None) -> None:
+    """Remove files of that name in other formats: one artifact per slide or patient."""
+    for path in (folder / f"{name}.{file_format}" for file_format in FORMATS):
         try:
             if path != keep:
                 path.unlink(missing_ok=True)
@@ -245,8 +287,8 @@ def _remove_others(folder: Path, sample_id: str, keep: Path | None) -> None:
 
 
 @contextmanager
-def _naming_slide(sample_id: str) -> Iterator[None]:
+def _naming(whose: str) -> Iterator[None]:
     try:
         yield
     except ArtifactError as error:
-        raise ArtifactError(f"slide {sample_id}: {error}") from None
+        raise ArtifactError(f"{whose}: {error}") from None

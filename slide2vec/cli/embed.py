@@ -44,6 +44,9 @@ def embed(
     ] = None,
     spacing: Annotated[float | None, typer.Option(help="µm/px of the tiles [the preset's].")] = None,
     tile_size: Annotated[int | None, typer.Option(help="Side of the tiles in px [the preset's].")] = None,
+    region_tile_multiple: Annotated[
+        int | None, typer.Option(help="Group tiles into regions of so many a side (2 or more).")
+    ] = None,
     overlap: Annotated[float, typer.Option(min=0, max=0.99, help="Of neighbouring tiles, 0 to 1.")] = 0.0,
     tissue_threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Least tissue in a tile, 0 to 1.")
@@ -69,6 +72,12 @@ def embed(
     on_bad_tile: Annotated[
         Literal["fail", "skip"], typer.Option(help="Fail a slide with damaged tiles, or leave these out.")
     ] = "fail",
+    save_tile_embeddings: Annotated[
+        bool, typer.Option("--save-tile-embeddings", help="Also with models of slides and patients.")
+    ] = False,
+    save_latents: Annotated[
+        bool, typer.Option("--save-latents", help="Also latents, with models that have them.")
+    ] = False,
     previews: Annotated[bool, typer.Option("--previews", help="Pictures of tissue and tiles.")] = False,
     draw_map: Annotated[bool, typer.Option("--map", help="A picture of the embeddings (PCA).")] = False,
     input_size: Annotated[
@@ -94,6 +103,7 @@ def embed(
         backend=backend,
         requested_spacing_um=spacing,
         requested_tile_size_px=tile_size,
+        region_tile_multiple=region_tile_multiple,
         overlap=overlap,
         preview=PreviewConfig(save_mask_preview=previews, save_tiling_preview=previews),
         tissue_threshold=tissue_threshold,
@@ -105,6 +115,8 @@ def embed(
         output_format=file_format,
         batch_size=batch_size,
         num_workers=num_workers,
+        save_tile_embeddings=save_tile_embeddings,
+        save_latents=save_latents,
         engine=engine,
     )
     output.mkdir(parents=True, exist_ok=True)
@@ -129,5 +141,5 @@ def embed(
         print_json({"encoder": model.identity(execution), "output_dir": output, **report.as_json()})
     else:
         print_report(report, model, execution)
-    if report.result.failed:
+    if report.result.failed or report.result.failed_patients:
         raise typer.Exit(1)

@@ -11,6 +11,7 @@ from slide2vec.cli.console import facts, stdout, table
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from slide2vec.artifacts import PatientEmbeddingArtifact
     from slide2vec.cli.writing import Made, Report
     from slide2vec.cohort import RunResult
     from slide2vec.config import ExecutionOptions
@@ -30,7 +31,10 @@ def print_report(report: Report, model: Model, execution: ExecutionOptions) -> N
     from rich.text import Text
 
     console = stdout()
-    if report.made:
+    if report.patients:
+        console.print(_patients_table(report.patients))
+        console.print(facts(_patient_places(report.patients, model, execution)))
+    elif report.made:
         console.print(_made_table(report.made))
         if len(report.made) > MOST_ROWS:
             console.print(Text(f"… and {len(report.made) - MOST_ROWS:,} more", "dim"))
@@ -57,6 +61,11 @@ def print_outcome(result: RunResult) -> None:
             console.print(
                 Text(f"… and {len(result.failed) - MOST_ROWS:,} more in {result.process_list_path}", "dim")
             )
+    if result.failed_patients:
+        console.print()
+        console.print(Text(f"{counted(len(result.failed_patients), 'patient')} failed", "bold red"))
+        failed = [(f.patient_id, str(f.error)) for f in result.failed_patients[:MOST_ROWS]]
+        console.print(table(("patient", "error"), failed))
     if result.summary is not None:
         console.print()
         console.print(Text(str(result.summary).replace("; ", "\n"), "bold"))
@@ -100,6 +109,22 @@ def _made_table(made: Sequence[Made]) -> Table:
     return table(("slide", "tiles", "read with"), rows, numbers=("tiles",))
 
 
+def _patients_table(patients: Sequence[PatientEmbeddingArtifact]) -> Table:
+    rows = [(patient.patient_id, f"{patient.num_slides:,}") for patient in patients[:MOST_ROWS]]
+    return table(("patient", "slides"), rows, numbers=("slides",))
+
+
+def _patient_places(
+    patients: Sequence[PatientEmbeddingArtifact], model: Model, execution: ExecutionOptions
+) -> Iterator[tuple[str, str]]:
+    output_dir = execution.output_dir
+    assert output_dir is not None
+    yield "encoder", f"{model.name} ({model.variant}), {model.engine_in_words(execution)}"
+    yield "written to", f"{output_dir}/"
+    each = "" if len(patients) == 1 else "each "
+    yield "patients", f"{_below(patients[0].path.parent, output_dir)}/, {each}({model.feature_dim},)"
+
+
 def _places(made: Sequence[Made], model: Model, execution: ExecutionOptions) -> Iterator[tuple[str, str]]:
     """Where the files are, one line per kind: the file of a single slide, the folder of several."""
     output_dir = execution.output_dir
@@ -113,7 +138,9 @@ def _places(made: Sequence[Made], model: Model, execution: ExecutionOptions) -> 
         "tiles": [item.tiling_preview_path for item in made],
         "PCA map": [item.map_path for item in made],
     }
-    shape = {"embeddings": f", {'' if len(made) == 1 else 'each '}(tiles, {model.feature_dim})"}
+    each = "" if len(made) == 1 else "each "
+    axes = "regions, tiles, " if made[0].num_regions is not None else "tiles, " * (model.level == "tile")
+    shape = {"embeddings": f", {each}({axes}{model.feature_dim}{'' if axes else ','})"}
     for what, paths in files.items():
         found = [_below(path, output_dir) for path in paths if path is not None]
         if found:

@@ -52,6 +52,9 @@ def run(
     output_variant: Annotated[str | None, typer.Option(help="Which output of the encoder.")] = None,
     spacing: Annotated[float | None, typer.Option(help="µm/px of the tiles [the preset's].")] = None,
     tile_size: Annotated[int | None, typer.Option(help="Side of the tiles in px [the preset's].")] = None,
+    region_tile_multiple: Annotated[
+        int | None, typer.Option(help="Group tiles into regions of so many a side (2 or more).")
+    ] = None,
     overlap: Annotated[float | None, typer.Option(help="Of neighbouring tiles, 0 to 1.")] = None,
     tissue_threshold: Annotated[float | None, typer.Option(help="Least tissue in a tile, 0 to 1.")] = None,
     backend: Annotated[
@@ -76,6 +79,26 @@ def run(
     on_bad_tile: Annotated[
         Literal["fail", "skip"] | None,
         typer.Option(help="Fail a slide with damaged tiles, or leave these out.", show_default=False),
+    ] = None,
+    on_bad_slide: Annotated[
+        Literal["fail", "skip"] | None,
+        typer.Option(help="Fail a patient with a slide that fails, or skip it.", show_default=False),
+    ] = None,
+    save_tile_embeddings: Annotated[
+        bool | None,
+        typer.Option(
+            "--save-tile-embeddings/--no-save-tile-embeddings", help="Also with models of slides, patients."
+        ),
+    ] = None,
+    save_slide_embeddings: Annotated[
+        bool | None,
+        typer.Option(
+            "--save-slide-embeddings/--no-save-slide-embeddings", help="Also with models of patients."
+        ),
+    ] = None,
+    save_latents: Annotated[
+        bool | None,
+        typer.Option("--save-latents/--no-save-latents", help="Also latents, with models that have them."),
     ] = None,
     save_tiles: Annotated[
         bool | None, typer.Option("--save-tiles/--no-save-tiles", help="Write tile archives, too.")
@@ -134,6 +157,7 @@ def run(
         "model.output_variant": output_variant,
         "tiling.params.requested_spacing_um": spacing,
         "tiling.params.requested_tile_size_px": tile_size,
+        "tiling.params.region_tile_multiple": region_tile_multiple,
         "tiling.params.overlap": overlap,
         "tiling.params.tissue_threshold": tissue_threshold,
         "tiling.backend": backend,
@@ -146,6 +170,10 @@ def run(
         "output_format": file_format,
         "speed.output_dtype": output_dtype,
         "on_bad_tile": on_bad_tile,
+        "on_bad_slide": on_bad_slide,
+        "model.save_tile_embeddings": save_tile_embeddings,
+        "model.save_slide_embeddings": save_slide_embeddings,
+        "model.save_latents": save_latents,
         "save_tiles": save_tiles,
         "tiling.preview.save_mask_preview": previews,
         "tiling.preview.save_tiling_preview": previews,
@@ -195,7 +223,7 @@ def _run(settings: RunSettings, *, tiling_only: bool, trust_remote_code: bool, a
             )
         else:
             print_report(report, model, settings.execution)
-    if result.failed:
+    if result.failed or result.failed_patients:
         raise typer.Exit(1)
 
 

@@ -36,6 +36,9 @@ def tile(
     ] = False,
     spacing: Annotated[float | None, typer.Option(help="µm/px of the tiles [the preset's].")] = None,
     tile_size: Annotated[int | None, typer.Option(help="Side of the tiles in px [the preset's].")] = None,
+    region_tile_multiple: Annotated[
+        int | None, typer.Option(help="Group tiles into regions of so many a side (2 or more).")
+    ] = None,
     overlap: Annotated[float, typer.Option(min=0, max=0.99, help="Of neighbouring tiles, 0 to 1.")] = 0.0,
     tissue_threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Least tissue in a tile, 0 to 1.")
@@ -74,6 +77,7 @@ def tile(
         backend=backend,
         requested_spacing_um=spacing,
         requested_tile_size_px=tile_size,
+        region_tile_multiple=region_tile_multiple,
         overlap=overlap,
         tissue_threshold=tissue_threshold,
         save_tiles=save_tiles,
@@ -103,13 +107,10 @@ def resolved(config: PreprocessingConfig, preset: str | None) -> PreprocessingCo
         from slide2vec.recipes import load_recipe
 
         recipe = load_recipe(preset)
-        return config.updated(
-            requested_spacing_um=config.requested_spacing_um or recipe.default_spacing_um,
-            requested_tile_size_px=config.requested_tile_size_px or recipe.tile_size_px,
-        )
+        return config.resolved(*recipe.tiles(config.requested_spacing_um, config.requested_tile_size_px))
     if config.requested_spacing_um is None or config.requested_tile_size_px is None:
         raise ConfigError("say which tiles: --preset, or --spacing and --tile-size")
-    return config
+    return config.resolved(config.requested_spacing_um, config.requested_tile_size_px)
 
 
 def tile_and_report(slides: Sequence[Slide], settings: RunSettings) -> RunResult:

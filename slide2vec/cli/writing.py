@@ -8,7 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slide2vec.artifacts import TileEmbeddingArtifact, load_embeddings
+from slide2vec.artifacts import (
+    HierarchicalEmbeddingArtifact,
+    PatientEmbeddingArtifact,
+    SlideEmbeddingArtifact,
+    TileEmbeddingArtifact,
+    load_embeddings,
+)
 from slide2vec.cli.report import failures_json
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import Slide2VecError
@@ -29,6 +35,7 @@ from slide2vec.tiling.previews import thumbnail
 
 if TYPE_CHECKING:
     from slide2vec.cohort import RunResult
+    from slide2vec.cohort.finished import Artifact
     from slide2vec.model import Model
 
 __all__ = ["Made", "Report", "embed_and_write", "live_display"]
@@ -41,11 +48,12 @@ MAP_PX = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """The files of one embedded slide; None where there is none."""
+    """The files of one embedded slide, and its tiles; None where there is none."""
 
     sample_id: str
     image_path: Path
     num_tiles: int
+    num_regions: int | None
     backend: str | None
     embeddings_path: Path
     metadata_path: Path
@@ -64,6 +72,10 @@ class Report:
     result: RunResult
 
     @property
+    def patients(self) -> list[PatientEmbeddingArtifact]:
+        return self.result.patient_artifacts
+
+    @property
     def summary(self) -> RunSummary | None:
         return self.result.summary
 
@@ -72,7 +84,12 @@ class Report:
         summary = None if self.summary is None else _summary_json(self.summary)
         return {
             "slides": [asdict(made) for made in self.made],
+            "patients": [asdict(patient) for patient in self.patients],
             "failed": failures_json(self.result),
+            "failed_patients": [
+                {"patient_id": failed.patient_id, "error": str(failed.error)}
+                for failed in self.result.failed_patients
+            ],
             "resumed": self.result.resumed,
             "recomputed": dict(self.result.recomputed),
             "without_tissue": list(self.result.without_tissue),
@@ -113,24 +130,29 @@ def embed_and_write(
     assert output_dir is not None
     by_name = {slide.sample_id: slide for slide in slides}
 
-    def draw(artifact: TileEmbeddingArtifact) -> None:
-        _write_map(artifact, by_name[artifact.sample_id], output_dir)
+    def draw(artifact: Artifact) -> None:
+        if isinstance(artifact, TileEmbeddingArtifact):
+            _write_map(artifact, by_name[artifact.sample_id], output_dir)
 
     with activate_progress_reporter(live_display()):
         pipeline = Pipeline(model, preprocessing, execution)
         given = slides if manifest_path is None else None
         result = pipeline.run(given, manifest_path, on_slide_persisted=draw if draw_map else None)
-    return Report([_made(artifact, output_dir) for artifact in result.tile_artifacts], result)
+    main = result.slide_artifacts or result.hierarchical_artifacts or result.tile_artifacts
+    return Report([_made(artifact, output_dir) for artifact in main], result)
 
 
-def _made(artifact: TileEmbeddingArtifact, output_dir: Path) -> Made:
+def _made(
+    artifact: TileEmbeddingArtifact | HierarchicalEmbeddingArtifact | SlideEmbeddingArtifact, output_dir: Path
+) -> Made:
     recorded, name = artifact.metadata, artifact.sample_id
     npz, meta = recorded.get("coordinates_npz_path"), recorded.get("coordinates_meta_path")
     pictures = output_dir / "preview"
     return Made(
         sample_id=name,
         image_path=Path(recorded["image_path"]),
-        num_tiles=artifact.num_tiles,
+        num_tiles=recorded["num_tiles"],
+        num_regions=recorded.get("num_regions"),
         backend=recorded.get("backend"),
         embeddings_path=artifact.path,
         metadata_path=artifact.metadata_path,

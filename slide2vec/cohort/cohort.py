@@ -11,54 +11,46 @@ import logging
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
-from slide2vec.artifacts import TileEmbeddingArtifact, find_tile_artifact, write_tile_embeddings
-from slide2vec.cohort.identity import compatibility, difference
+from slide2vec.cohort.embedder import Encoder, identities_of
+from slide2vec.cohort.finished import Artifact, Finished, Kind
 from slide2vec.cohort.lock import output_lock
+from slide2vec.cohort.patients import Patient, by_patient, patient_of
 from slide2vec.cohort.process_list import ProcessList, read_process_list
-from slide2vec.cohort.results import FailedSlide, RunResult
+from slide2vec.cohort.results import FailedPatient, FailedSlide, RunResult, Stage
+from slide2vec.cohort.todo import Kept, Todo, everything, what_is_left
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
-from slide2vec.errors import ArtifactError, ConfigError, OutputError, TilingError
+from slide2vec.errors import ArtifactError, ConfigError, OutputError
 from slide2vec.files import atomic_path, remove_partial
 from slide2vec.progress import RunSummary
+from slide2vec.recipes import Level
 from slide2vec.slides import Slide
-from slide2vec.stream import SlideOutcome, SlidePlan, coordinates_dir, plan_slide
-from slide2vec.tiling import Tiling, load_coordinates, write_coordinates
+from slide2vec.stream import SlidePlan, plan_slide
+from slide2vec.tiling import Tiling, write_coordinates
 from slide2vec.tiling.coordinates import coordinate_paths
 
-__all__ = ["Cohort", "Encoder"]
+__all__ = ["Cohort", "Planned"]
 
 logger = logging.getLogger(__name__)
 
-#: Threads that look at the files of finished slides, on network storage perhaps.
-_LOOKERS = 16
-_FOLDERS = ("", "tiles", "tile_embeddings", "preview/mask", "preview/tiling")
+_FOLDERS = (
+    *("", "tiles", "tile_embeddings", "hierarchical_embeddings", "slide_embeddings", "slide_latents"),
+    *("patient_embeddings", "preview/mask", "preview/tiling"),
+)
 
 
 @dataclass(frozen=True)
-class _Planned:
-    """What is known of a slide whose coordinates are published."""
+class Planned:
+    """What is known of a slide whose coordinates are published; `compatibility` by kind of artifact."""
 
     tiles: int
     coordinates: tuple[Path | None, Path]
-    compatibility: Mapping[str, Any]
-
-
-class Encoder(Protocol):
-    """What is recorded of the model."""
-
-    @property
-    def name(self) -> str: ...
-
-    variant: str
-
-    def identity(self, execution: ExecutionOptions | None = None) -> dict[str, Any]: ...
+    compatibility: Mapping[Kind, Mapping[str, Any]]
 
 
 class Cohort:
@@ -89,15 +81,53 @@ class Cohort:
         self.slides, self.config, self.execution = slides, config, execution
         self.output_dir = execution.output_dir
         self._encoder, self._tilings, self._settings = encoder, tilings or {}, settings
-        self._identity = encoder.identity(execution) if encoder else {}
-        self._planned: dict[str, _Planned] = {}
-        self._artifacts: dict[str, TileEmbeddingArtifact] = {}
+        self.identities = identities_of(encoder, config, execution)
+        #: What is made of each slide; what is made of patients comes on top.
+        self.wanted = self._wanted_kinds()
+        self.finished = Finished(
+            config,
+            execution,
+            self.identities,
+            self._tilings,
+            latents=execution.save_latents and encoder is not None and encoder.has_latents,
+        )
+        self.planned: dict[str, Planned] = {}
+        self._artifacts: dict[Kind, dict[str, Artifact]] = {
+            "tile": {},
+            "hierarchical": {},
+            "slide": {},
+            "patient": {},
+        }
         self._failed: dict[str, FailedSlide] = {}
+        self._failed_patients: dict[str, FailedPatient] = {}
         self._empty: set[str] = set()
         self._skipped: dict[str, int] = {}
         self._recomputed: Counter[str] = Counter()
         self._resumed = 0
         self._stack = ExitStack()
+
+    @property
+    def level(self) -> Level:
+        """Of the model."""
+        return self._encoder.level if self._encoder else "tile"
+
+    @property
+    def kind(self) -> Kind:
+        """What the run makes."""
+        return "hierarchical" if "hierarchical" in self.identities else self.level
+
+    @property
+    def tiles_kind(self) -> Kind:
+        """Of the artifacts that hold embeddings of tiles."""
+        return "hierarchical" if self.config.hierarchical else "tile"
+
+    def _wanted_kinds(self) -> tuple[Kind, ...]:
+        if self.level == "tile":
+            return (self.kind,)
+        wanted: list[Kind] = ["tile"] if self.execution.save_tile_embeddings else []
+        if self.level == "slide" or self.execution.save_slide_embeddings:
+            wanted.append("slide")
+        return tuple(wanted)
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -133,7 +163,8 @@ class Cohort:
                     "feature_status": "tbp",
                     "encoder_name": self._encoder.name,
                     "output_variant": self._encoder.variant,
-                    "feature_kind": "tile",
+                    "feature_kind": self.kind,
+                    "aggregation_status": None if self.level == "tile" else "tbp",
                 }
             yield row
             previous.pop(slide.sample_id, None)
@@ -141,96 +172,48 @@ class Cohort:
 
     # what is to be done ------------------------------------------------------------------------
 
-    def pending(self) -> list[Slide]:
-        """The slides that are not finished; all of them, unless the run resumes another."""
-        if self._encoder is None:
-            return list(self.slides)
-        if not self.config.resume:
+    def todo(self) -> Todo:
+        """What is not finished; everything, unless the run resumes another."""
+        if self._encoder is None or not self.config.resume:
             self._warn_of_finished()
-            return list(self.slides)
-        with ThreadPoolExecutor(_LOOKERS, thread_name_prefix="resume") as pool:
-            found = list(pool.map(self._finished, self.slides))
-        todo = []
-        for slide, artifact in zip(self.slides, found, strict=True):
-            if isinstance(artifact, TileEmbeddingArtifact):
-                self._keep(artifact)
-            else:
-                todo.append(slide)
-                self._recomputed.update([artifact] if artifact else [])
+            return everything(self.slides, self.kind)
+        found = what_is_left(self.slides, self.kind, self.wanted, self.finished)
+        for kept in found.kept:
+            self._keep(kept)
+        self._recomputed = found.recomputed
         for reason, count in self._recomputed.items():
             logger.warning("%d slides were finished with another %s: they are embedded anew", count, reason)
-        return todo
+        return found
 
     def _warn_of_finished(self) -> None:
-        folder = self.output_dir / "tile_embeddings"
-        there = sum((folder / f"{slide.sample_id}.meta.json").exists() for slide in self.slides)
+        if self._encoder is None:
+            return
+        folder = self.output_dir / f"{self.kind}_embeddings"
+        names = by_patient(self.slides) if self.kind == "patient" else [s.sample_id for s in self.slides]
+        there = sum((folder / f"{name}.meta.json").exists() for name in names)
         if there:
             logger.warning(
-                "%d slides are finished in %s and are embedded anew: resume keeps those that agree",
-                *(there, self.output_dir),
+                "%d %s are finished in %s and are embedded anew: resume keeps those that agree",
+                *(there, "patients" if self.kind == "patient" else "slides", self.output_dir),
             )
 
-    def _finished(self, slide: Slide) -> TileEmbeddingArtifact | str | None:
-        """The artifact of a finished slide; else what differs from the one that is there, None for none."""
-        artifact = find_tile_artifact(self.output_dir, slide.sample_id)
-        if artifact is None:
-            return None
-        try:
-            recorded = artifact.metadata
-            asked = self._compatibility(slide)
-        except (OSError, ArtifactError, TilingError):
-            return None
-        if artifact.format != self.execution.output_format:
-            return "output_format"
-        if recorded.get("feature_dtype") != self.execution.feature_dtype(self._identity["precision"]):
-            return "output_dtype"
-        if recorded.get("skipped_tiles") and self.config.on_bad_tile == "fail":
-            return "on_bad_tile"
-        return difference(recorded.get("compatibility"), asked) or artifact
-
-    def _compatibility(self, slide: Slide) -> dict[str, Any]:
-        return compatibility(slide, self.config, self._identity, self._given(slide))
-
-    def _given(self, slide: Slide) -> Tiling | None:
-        kept = coordinates_dir(slide, self.config)
-        if slide.sample_id in self._tilings or kept is None:
-            return self._tilings.get(slide.sample_id)
-        return load_coordinates(kept, slide.sample_id)
-
-    def _keep(self, artifact: TileEmbeddingArtifact) -> None:
-        recorded = artifact.metadata
+    def _keep(self, kept: Kept) -> None:
+        name, main = kept.slide.sample_id, kept.artifacts[self.kind]
         self._resumed += 1
-        self._record(artifact, recorded.get("skipped_tiles") or ())
-        self._list.update(
-            artifact.sample_id,
-            backend=recorded.get("backend"),
-            coordinates_npz_path=recorded.get("coordinates_npz_path"),
-            coordinates_meta_path=recorded.get("coordinates_meta_path"),
-            tiles_tar_path=recorded.get("tiles_tar_path"),
-            mask_preview_path=self._preview("mask", artifact.sample_id),
-            tiling_preview_path=self._preview("tiling", artifact.sample_id),
-        )
-
-    def _preview(self, kind: str, sample_id: str) -> Path | None:
-        path = self.output_dir / "preview" / kind / f"{sample_id}.jpg"
-        return path if path.is_file() else None
-
-    def _record(self, artifact: TileEmbeddingArtifact, skipped: Sequence[Mapping[str, Any]]) -> None:
-        """A slide is complete."""
-        name = artifact.sample_id
-        self._artifacts[name] = artifact
-        if not artifact.num_tiles:
-            self._empty.add(name)
-        if skipped:
-            self._skipped[name] = len(skipped)
-        self._list.update(
-            name,
-            tiling_status="success",
-            num_tiles=artifact.num_tiles,
-            feature_status="success",
-            feature_path=artifact.path,
-            error=_remark(artifact.num_tiles, skipped),
-        )
+        for kind, artifact in kept.artifacts.items():
+            self.add(kind, patient_of(kept.slide) if kind == "patient" else name, artifact)
+        recorded = main.metadata
+        if self.kind == "patient":
+            skipped = (recorded.get("skipped_slides") or {}).get(name)
+            recorded = (recorded.get("slides") or {}).get(name) or {}
+            if skipped is not None:
+                self.note(name, feature_status="error", aggregation_status="error", error=skipped)
+                return
+        self.describe(name, recorded)
+        self.tiles_done(name, recorded)
+        if self.kind in ("slide", "patient"):
+            done = {"feature_path": main.path} if recorded.get("num_tiles") else {}
+            self.note(name, aggregation_status="success" if done else "skipped", **done)
 
     # what becomes of it ------------------------------------------------------------------------
 
@@ -250,67 +233,72 @@ class Cohort:
         return plan
 
     def _publish_plan(self, plan: SlidePlan) -> None:
-        name = plan.slide.sample_id
-        identity = self._compatibility(plan.slide) if self._encoder else {}
+        name, tiles = plan.slide.sample_id, len(plan.tiling)
+        identities = self.finished.compatibilities(plan.slide) if self._encoder else {}
         if plan.coordinates_dir is None:
-            npz, meta = write_coordinates(self.output_dir / "tiles", plan.tiling)
+            npz, meta = write_coordinates(self.output_dir / "tiles", plan.tiling.recorded)
         else:
             arrays, meta = coordinate_paths(plan.coordinates_dir, name)
-            npz = arrays if len(plan.tiling) else None
-        self._planned[name] = _Planned(len(plan.tiling), (npz, meta), identity)
-        self._list.update(
+            npz = arrays if tiles else None
+        self.planned[name] = Planned(tiles, (npz, meta), identities)
+        self.note(
             name,
             backend=plan.source.backend,
             tiling_status="success",
-            num_tiles=len(plan.tiling),
+            num_tiles=tiles,
             coordinates_npz_path=npz,
             coordinates_meta_path=meta,
             tiles_tar_path=plan.tiles_tar_path,
             mask_preview_path=plan.mask_preview_path,
             tiling_preview_path=plan.tiling_preview_path,
-            error=_remark(len(plan.tiling), [asdict(bad) for bad in plan.skipped]),
+            error=_remark(tiles, [asdict(bad) for bad in plan.skipped]),
         )
 
     def tiled(self, plan: SlidePlan) -> None:
         """A slide that is only tiled is complete."""
         name = plan.slide.sample_id
-        del self._planned[name]
+        del self.planned[name]
         if not len(plan.tiling):
             self._empty.add(name)
         if plan.skipped:
             self._skipped[name] = len(plan.skipped)
 
-    def publish(self, outcome: SlideOutcome) -> TileEmbeddingArtifact | None:
-        """Write the files of a slide that is through, or record why it failed.
+    def note(self, sample_id: str, **columns: Any) -> None:
+        """Set columns of a slide in the process list."""
+        self._list.update(sample_id, **columns)
 
-        Raises:
-            OutputError: a file cannot be written.
-        """
-        name = outcome.slide.sample_id
-        planned = self._planned.pop(name, None)
-        if outcome.error is not None:
-            self.fail(outcome.slide, outcome.error, planned=planned is not None)
-            return None
-        assert outcome.embedded is not None and outcome.tiling is not None and planned is not None
-        coordinates = planned.coordinates
-        if len(outcome.tiling) < planned.tiles:
-            coordinates = npz, meta = write_coordinates(self.output_dir / "tiles", outcome.tiling)
-            self._list.update(name, coordinates_npz_path=npz, coordinates_meta_path=meta)
-        artifact = write_tile_embeddings(
-            self.output_dir,
-            outcome.embedded,
-            outcome.tiling,
-            file_format=self.execution.output_format,
-            encoder=self._identity,
-            compatibility=planned.compatibility,
-            coordinates=coordinates,
-            tiles_tar_path=outcome.tiles_tar_path,
-            skipped_tiles=[asdict(bad) for bad in outcome.skipped],
+    def describe(self, sample_id: str, recorded: Mapping[str, Any]) -> None:
+        """Note what a sidecar says of a slide that was planned by an earlier run."""
+        names = ("backend", "coordinates_npz_path", "coordinates_meta_path", "tiles_tar_path")
+        self.note(
+            sample_id,
+            tiling_status="success",
+            mask_preview_path=self._preview("mask", sample_id),
+            tiling_preview_path=self._preview("tiling", sample_id),
+            **{name: recorded.get(name) for name in names},
         )
-        self._record(artifact, [asdict(bad) for bad in outcome.skipped])
-        return artifact
 
-    def fail(self, slide: Slide, error: Exception, *, planned: bool) -> None:
+    def _preview(self, kind: str, sample_id: str) -> Path | None:
+        path = self.output_dir / "preview" / kind / f"{sample_id}.jpg"
+        return path if path.is_file() else None
+
+    def add(self, kind: Kind, name: str, artifact: Artifact) -> None:
+        """An artifact is on disk; `name` is its slide's or patient's."""
+        self._artifacts[kind][name] = artifact
+        if kind == self.tiles_kind and kind == self.kind:
+            self.note(name, feature_path=artifact.path)
+
+    def tiles_done(self, sample_id: str, about: Mapping[str, Any]) -> None:
+        """The tiles of a slide are embedded; `about` is what sidecars say of them."""
+        tiles, skipped = about.get("num_tiles"), about.get("skipped_tiles") or ()
+        self.planned.pop(sample_id, None)
+        if tiles == 0:
+            self._empty.add(sample_id)
+        if skipped:
+            self._skipped[sample_id] = len(skipped)
+        self.note(sample_id, num_tiles=tiles, feature_status="success", error=_remark(tiles or 0, skipped))
+
+    def fail(self, slide: Slide, error: Exception, stage: Stage) -> None:
         """Record a slide's failure.
 
         Raises:
@@ -318,27 +306,55 @@ class Cohort:
         """
         if isinstance(error, OutputError):
             raise error
+        name = slide.sample_id
+        self.planned.pop(name, None)
         text = "".join(traceback.format_exception(error))
         _forget_frames(error)
-        stage = "embedding" if planned else "tiling"
-        failed = FailedSlide(slide.sample_id, slide.image_path, "embedding" if planned else "tiling", error)
-        self._failed[slide.sample_id] = failed
-        status = {"feature_status": "error"} if self._encoder else {}
-        self._list.update(
-            slide.sample_id,
-            tiling_status="success" if stage == "embedding" else "failed",
+        self._failed[name] = FailedSlide(name, slide.image_path, stage, error)
+        if stage == "aggregation":  # after the stream, which tells of its own
+            logger.error("%s", error)
+        status: dict[str, str] = {}
+        if self._encoder and stage != "aggregation":
+            status["feature_status"] = "error"
+        if self.kind in ("slide", "patient"):
+            status["aggregation_status"] = "error"
+        self.note(
+            name,
+            tiling_status="failed" if stage == "tiling" else "success",
             error=str(error) or type(error).__name__,
             traceback=text,
             **status,
         )
 
+    def fail_patient(self, patient: Patient, error: Exception) -> None:
+        """Record that a patient cannot be embedded, with those of their slides that have not failed."""
+        self._failed_patients[patient.patient_id] = FailedPatient(patient.patient_id, error)
+        logger.error("%s", error)
+        for slide in patient.slides:
+            if slide.sample_id not in patient.failed:
+                self.note(slide.sample_id, aggregation_status="error", error=str(error))
+
+    def note_patient(self, patient: Patient, **columns: Any) -> None:
+        """Set columns of the slides of a patient that have an embedding, or of all where none has."""
+        for name in patient.embeddings or [slide.sample_id for slide in patient.slides]:
+            self.note(name, **columns)
+
     def result(self, summary: RunSummary | None) -> RunResult:
         """What the run gave, in the order of its slides."""
         names = [slide.sample_id for slide in self.slides]
+        patients = list(by_patient(self.slides)) if self.kind == "patient" else []
+        made: dict[Kind, list[Any]] = {
+            kind: [found[name] for name in (patients if kind == "patient" else names) if name in found]
+            for kind, found in self._artifacts.items()
+        }
         return RunResult(
-            tile_artifacts=[self._artifacts[name] for name in names if name in self._artifacts],
+            tile_artifacts=made["tile"],
+            hierarchical_artifacts=made["hierarchical"],
+            slide_artifacts=made["slide"],
+            patient_artifacts=made["patient"],
             process_list_path=self._list.path,
             failed=tuple(self._failed[name] for name in names if name in self._failed),
+            failed_patients=tuple(self._failed_patients[p] for p in patients if p in self._failed_patients),
             without_tissue=tuple(name for name in names if name in self._empty),
             skipped_tiles={name: self._skipped[name] for name in names if name in self._skipped},
             resumed=self._resumed,
@@ -347,9 +363,12 @@ class Cohort:
         )
 
     @property
-    def complete(self) -> int:
-        """Slides whose embeddings are on disk."""
-        return len(self._artifacts)
+    def complete(self) -> str:
+        """How much is on disk, in words."""
+        what, total = "slides", len(self.slides)
+        if self.kind == "patient":
+            what, total = "patients", len(by_patient(self.slides))
+        return f"{len(self._artifacts[self.kind])} of {total} {what} are complete"
 
 
 def _previous_rows(path: Path) -> dict[str, dict[str, Any]]:

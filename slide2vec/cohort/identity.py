@@ -14,11 +14,13 @@ from slide2vec.slides import Slide
 from slide2vec.tiling import Tiling
 from slide2vec.tiling.archives import find_archive
 
-__all__ = ["compatibility", "difference", "fingerprint"]
+__all__ = ["compatibility", "difference", "encoder_identity", "fingerprint"]
 
 #: Read of each end of a file: slides are too large to be read whole, and a changed one differs there
 #: (header, index, length).
 _END_BYTES = 65_536
+#: Of which the difference is told in full.
+_EXPLAINED = ("encoder", "below", "geometry")
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
@@ -60,8 +62,18 @@ def compatibility(
         "image": fingerprint(_image(slide, config)),
         "mask": None if slide.mask_path is None or given is not None else fingerprint(slide.mask_path),
         "tiles_from": "archive" if from_archive else "slide" if config.on_the_fly else "jpeg",
-        "encoder": {name: value for name, value in encoder.items() if name != "weights_source"},
+        "encoder": encoder_identity(encoder),
         "geometry": _geometry(slide, config, given),
+    }
+    return dict(json.loads(json.dumps(made)))
+
+
+def encoder_identity(encoder: Mapping[str, Any]) -> dict[str, Any]:
+    """`Model.identity()` without where the weights came from, also of the models that it builds on."""
+    made = {
+        name: encoder_identity(value) if name == "below" else value
+        for name, value in encoder.items()
+        if name != "weights_source"
     }
     return dict(json.loads(json.dumps(made)))
 
@@ -78,6 +90,8 @@ def _geometry(slide: Slide, config: PreprocessingConfig, given: Tiling | None) -
         "requested_tile_size_px": config.requested_tile_size_px,
         "spacing_at_level_0": slide.spacing_at_level_0,
     }
+    if config.region_tile_multiple is not None:
+        asked["region_tile_multiple"] = config.region_tile_multiple
     if given is not None:
         return {**asked, "coordinates": _digest(given)}
     return {
@@ -107,5 +121,5 @@ def difference(recorded: Any, asked: Mapping[str, Any]) -> str | None:
         old, new = recorded.get(name), asked.get(name)
         if old != new:
             inner = difference(old, new) if isinstance(old, Mapping) and isinstance(new, Mapping) else None
-            return f"{name} {inner}" if inner and name in ("encoder", "geometry") else name
+            return f"{name} {inner}" if inner and name in _EXPLAINED else name
     return None

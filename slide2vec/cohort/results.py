@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from slide2vec.artifacts import (
     HierarchicalEmbeddingArtifact,
@@ -15,16 +15,27 @@ from slide2vec.artifacts import (
 )
 from slide2vec.progress import RunSummary
 
-__all__ = ["FailedSlide", "RunResult"]
+__all__ = ["FailedPatient", "FailedSlide", "RunResult", "Stage"]
+
+
+Stage: TypeAlias = Literal["tiling", "embedding", "aggregation"]
 
 
 @dataclass(frozen=True)
 class FailedSlide:
-    """A slide that could not be tiled or embedded, and why."""
+    """A slide that could not be tiled or embedded, or whose tiles could not be aggregated, and why."""
 
     sample_id: str
     image_path: Path
-    stage: Literal["tiling", "embedding"]
+    stage: Stage
+    error: Exception
+
+
+@dataclass(frozen=True)
+class FailedPatient:
+    """A patient who could not be embedded, and why."""
+
+    patient_id: str
     error: Exception
 
 
@@ -36,6 +47,8 @@ class RunResult:
         tile_artifacts, hierarchical_artifacts, slide_artifacts, patient_artifacts: by what they embed.
         process_list_path: the table of all slides.
         failed: slides that failed; the others are complete.
+        failed_patients: patients without an embedding because a slide of theirs, or their own
+            aggregation, failed.
         without_tissue: sample_ids of slides with 0 tiles.
         skipped_tiles: sample_id -> tiles left out because they could not be decoded.
         resumed: slides that an earlier run had finished with the same settings.
@@ -49,6 +62,7 @@ class RunResult:
     patient_artifacts: list[PatientEmbeddingArtifact] = field(default_factory=list)
     process_list_path: Path
     failed: tuple[FailedSlide, ...] = ()
+    failed_patients: tuple[FailedPatient, ...] = ()
     without_tissue: tuple[str, ...] = ()
     skipped_tiles: Mapping[str, int] = field(default_factory=dict)
     resumed: int = 0

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager
+from functools import partial
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
-from slide2vec.artifacts import TileEmbeddingArtifact
-from slide2vec.cohort.cohort import Cohort, Encoder
+from slide2vec.cohort.cohort import Cohort
+from slide2vec.cohort.embedder import Embedder
+from slide2vec.cohort.finished import Artifact
 from slide2vec.cohort.log import RunLog
+from slide2vec.cohort.publish import Publisher
 from slide2vec.cohort.results import RunResult
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import OutputError
@@ -30,27 +33,15 @@ from slide2vec.progress import (
     live_progress,
 )
 from slide2vec.slides import Slide
-from slide2vec.stream import SlideOutcome, SlidePlan
+from slide2vec.stream import SlideOutcome
 from slide2vec.tiling import Tiling
 
-__all__ = ["Embedder", "OnPersisted", "embed_cohort", "tile_cohort"]
+__all__ = ["OnPersisted", "embed_cohort", "tile_cohort"]
 
 #: Slides that may wait to be written while the next ones are encoded.
 _UNWRITTEN = 2
 
-OnPersisted = Callable[[TileEmbeddingArtifact], None]
-
-
-class Embedder(Encoder, Protocol):
-    """A model, as far as a cohort needs it."""
-
-    def outcomes(
-        self,
-        slides: Sequence[Slide],
-        config: PreprocessingConfig,
-        execution: ExecutionOptions,
-        plan: Callable[[Slide], SlidePlan],
-    ) -> Generator[SlideOutcome, None, None]: ...
+OnPersisted = Callable[[Artifact], None]
 
 
 def embed_cohort(
@@ -76,23 +67,31 @@ def embed_cohort(
         OutputError: a file cannot be written; finished slides stay.
     """
     with _books(Cohort(slides, config, execution, embedder, tilings, settings)) as (cohort, log):
-
-        def publish(outcome: SlideOutcome) -> None:
-            artifact = cohort.publish(outcome)
-            if artifact is not None and on_slide_persisted is not None:
-                on_slide_persisted(artifact)
-
-        todo = cohort.pending()
-        log.write(f"{len(todo)} of {len(slides)} slides to embed")
+        todo = cohort.todo()
+        log.write(
+            f"{len(todo.slides)} of {len(slides)} slides to embed, {len(todo.tiles)} to aggregate from their "
+            "tile embeddings on disk"
+        )
         if todo:
-            with (
-                _Writer(publish) as writer,
-                closing(embedder.outcomes(todo, config, execution, cohort.plan)) as outcomes,
-            ):
-                for outcome in outcomes:
-                    writer.put(outcome)
-                    del outcome  # the memory of the last slide, while the next one is waited for
+            publisher = Publisher(cohort, embedder, todo)
+            with _Writer(on_slide_persisted) as writer:
+                for slide, tiles in todo.tiles:
+                    writer.put(partial(publisher.stored_tiles, slide, tiles))
+                for slide, embedding in todo.embeddings:
+                    writer.put(partial(publisher.stored_embedding, slide, embedding))
+                _embed(embedder, todo.slides, cohort, lambda o: writer.put(partial(publisher.outcome, o)))
         return cohort.result(log.summary)
+
+
+def _embed(
+    embedder: Embedder, slides: Sequence[Slide], cohort: Cohort, put: Callable[[SlideOutcome], None]
+) -> None:
+    if not slides:
+        return
+    with closing(embedder.outcomes(slides, cohort.config, cohort.execution, cohort.plan)) as outcomes:
+        for outcome in outcomes:
+            put(outcome)
+            del outcome  # the memory of the last slide, while the next one is waited for
 
 
 @contextmanager
@@ -108,29 +107,35 @@ def _books(cohort: Cohort) -> Iterator[tuple[Cohort, RunLog]]:
             yield cohort, log
     except OutputError as error:
         told = OutputError(
-            f"{error}. {cohort.complete} of {len(cohort.slides)} slides are complete in "
-            f"{cohort.output_dir}: mend it, then run again with resume to go on from there"
+            f"{error}. {cohort.complete} in {cohort.output_dir}: mend it, then run again with resume to go "
+            "on from there"
         )
         told.errno = error.errno
         raise told from error
 
 
 class _Writer:
-    """Publishes outcomes in a thread of its own, so that the encoder does not wait for the disk."""
+    """Publishes in a thread of its own, so that the encoder waits neither for the disk nor for what comes
+    after its tiles."""
 
-    def __init__(self, publish: Callable[[SlideOutcome], None]) -> None:
-        self._publish = publish
+    def __init__(self, on_persisted: OnPersisted | None) -> None:
+        self._on_persisted = on_persisted
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._unwritten: deque[Future[None]] = deque()
 
-    def put(self, outcome: SlideOutcome) -> None:
-        """Hand over an outcome; waits while `_UNWRITTEN` others are not written yet.
+    def put(self, publish: Callable[[], Iterable[Artifact]]) -> None:
+        """Hand over what writes files; waits while `_UNWRITTEN` others are not through yet.
 
-        Raises what publishing an earlier one has raised.
+        Raises what an earlier one has raised.
         """
         while len(self._unwritten) >= _UNWRITTEN:
             self._unwritten.popleft().result()
-        self._unwritten.append(self._pool.submit(self._publish, outcome))
+        self._unwritten.append(self._pool.submit(self._run, publish))
+
+    def _run(self, publish: Callable[[], Iterable[Artifact]]) -> None:
+        for artifact in publish():
+            if self._on_persisted is not None:
+                self._on_persisted(artifact)
 
     def __enter__(self) -> Self:
         return self
@@ -180,7 +185,7 @@ def tile_cohort(
                     log.emit(SlideFinished(slide.sample_id, count))
                 elif isinstance(error, Exception):
                     failed += 1
-                    cohort.fail(slide, error, planned=False)
+                    cohort.fail(slide, error, "tiling")
                     log.emit(SlideFailed(slide.sample_id, error))
                 else:
                     raise error

@@ -116,8 +116,10 @@ def build_engine(
 
 def check_compilable(recipe: Recipe) -> None:
     """Raise EngineError where a preset cannot be compiled, with the reason."""
-    if not recipe.compile:
-        raise EngineError(f"preset {recipe.name} cannot be compiled: {recipe.compile_note}")
+    if recipe.compile:
+        return
+    tiles = f"; the encoder of its tiles, {recipe.tile_encoder.preset}, can" if recipe.tile_encoder else ""
+    raise EngineError(f"preset {recipe.name} cannot be compiled: {recipe.compile_note}{tiles}")
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,7 @@ KEYS: dict[str, Key] = {
     "resume_dirname": Key(Text),
     "save_tiles": _of(PreprocessingConfig, "save_tiles"),
     "on_bad_tile": _of(PreprocessingConfig, "on_bad_tile"),
+    "on_bad_slide": _of(ExecutionOptions, "on_bad_slide"),
     "output_format": _of(ExecutionOptions, "output_format"),
     "seed": Key(Annotated[int, Field(ge=0, lt=2**32)], 0),
     "model.name": Key(Text),

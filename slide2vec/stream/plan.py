@@ -25,6 +25,7 @@ from slide2vec.tiling import BadTile, Tiling, TissueMask, load_coordinates, tile
 from slide2vec.tiling.archives import Block, archive_paths, find_archive, write_archive
 from slide2vec.tiling.coordinates import check_tiling, find_coordinates
 from slide2vec.tiling.previews import write_mask_preview, write_tiling_preview
+from slide2vec.tiling.regions import unroll
 from slide2vec.tiling.reuse import find_reusable, is_newer
 
 __all__ = ["SlidePlan", "coordinates_dir", "plan_slide"]
@@ -36,7 +37,9 @@ class SlidePlan:
 
     Attributes:
         source: gives the tiles' pixels.
-        skips_bad_tiles: leave tiles out that cannot be decoded, rather than fail the slide.
+        tiling: of its tiles; with regions, of the tiles of these.
+        skips_bad_tiles: leave tiles out that cannot be decoded (with their regions), rather than fail the
+            slide.
         skipped: tiles that `tiling` has lost so already.
         tiles_tar_path: the archive of the tiles, where there is one.
         coordinates_dir: where coordinate files hold just this tiling; None where none do yet.
@@ -95,7 +98,7 @@ def _plan_archive(slide: Slide, config: PreprocessingConfig, tiling: Tiling) -> 
     """Tiles and coordinates are both there: the slide itself is not needed."""
     assert config.read_tiles_from is not None
     check_tiling(tiling, slide, None, config)
-    tiling = replace(tiling, image_path=slide.image_path)
+    tiling = _tiles_of(replace(tiling, image_path=slide.image_path), config)
     path = find_archive(config.read_tiles_from, slide.sample_id)
     return SlidePlan(
         slide,
@@ -122,6 +125,7 @@ def _plan(
             mask_preview_path=mask_path,
             tiling_preview_path=tiling_path,
         )
+    tiling = _tiles_of(tiling, config)
     plan = SlidePlan(
         slide,
         SlideSource(reader, tiling, grouped=config.use_supertiles),
@@ -141,6 +145,11 @@ def _plan(
     return replace(plan, source=open_archive(plan.tiles_tar_path, plan.tiling))
 
 
+def _tiles_of(tiling: Tiling, config: PreprocessingConfig) -> Tiling:
+    """The tiles to embed: those of the regions where the tiling is one of regions."""
+    return tiling if config.region_tile_multiple is None else unroll(tiling, config.region_tile_multiple)
+
+
 def _tiles(
     reader: SlideReader,
     slide: Slide,
@@ -148,7 +157,8 @@ def _tiles(
     output_dir: Path | None,
     given: Tiling | None,
 ) -> tuple[Tiling, TissueMask | None, bool]:
-    """Tiling, tissue (where it was looked for), and whether both were there from a previous run."""
+    """Tiling (of regions, with such), tissue (where it was looked for), and whether both were there from a
+    previous run."""
     if given is not None:
         check_tiling(given, slide, reader, config)
         return replace(given, image_path=slide.image_path, backend=reader.backend), None, False
@@ -222,7 +232,7 @@ def _pixels(plan: SlidePlan, bad: dict[int, SlideReadError]) -> Iterator[Block]:
             bad.update(_placed(plan.source, number, list(targets)))
         except OSError as error:  # of the slide's storage: not to be taken for the archive's
             raise SlideReadError(f"slide {plan.slide.sample_id}: it cannot be read: {error}") from error
-        if bad and not (plan.skips_bad_tiles and len(bad) < len(plan.tiling)):
+        if bad and not (plan.skips_bad_tiles and plan.tiling.kept(bad).any()):
             raise damaged(plan.tiling, bad)
         yield tiles, targets
     if bad:

@@ -373,7 +373,7 @@ class Stream:
 
     def _complete(self, job: _Job) -> Iterator[SlideOutcome]:
         assert job.plan is not None
-        if job.bad and len(job.bad) == len(job.plan.tiling):
+        if job.bad and not job.plan.tiling.kept(job.bad).any():
             yield from self._fail(job, damaged(job.plan.tiling, job.bad))
         else:
             yield self._finish(job)
@@ -384,7 +384,7 @@ class Stream:
         tiling, skipped = plan.tiling, plan.skipped
         if job.bad:
             skipped += tuple(bad_tiles(tiling, job.bad))
-            embeddings = embeddings[[tile for tile in range(len(tiling)) if tile not in job.bad]]
+            embeddings = embeddings[torch.from_numpy(tiling.kept(job.bad))]
             tiling = tiling.without(job.bad)
         job.settled = True
         self._tiles += len(embeddings)

@@ -98,11 +98,13 @@ class Tiling:
         dimensions: (width, height) of level 0, px.
         downsamples: of each level along x, level 0 first.
         geometry: sizes, steps, level and spacings of the tiles.
-        x, y: (N,) int64, level-0 px, top-left corners, sorted by x, then y, without duplicates.
+        x, y: (N,) int64, level-0 px, top-left corners, sorted by x, then y, without duplicates; with
+            `regions`, region by region, and row by row within one.
         tissue_fractions: (N,) float32, 0 to 1.
         tissue_threshold: the smallest tissue fraction that was kept.
         segmentation: how tissue was found.
         filtering: which contours and tiles were kept (`ref_tile_size` is set).
+        regions: the regions that the tiles make up, all of one number of tiles; None without.
     """
 
     sample_id: str
@@ -120,12 +122,38 @@ class Tiling:
     tissue_threshold: float
     segmentation: Segmentation
     filtering: FilterConfig
+    regions: Tiling | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
-    def without(self, tiles: Iterable[int]) -> Tiling:
-        """The tiling with some tiles, given by their indices, left out."""
+    @property
+    def recorded(self) -> Tiling:
+        """What coordinate files hold: its regions, where it has them, else the tiling itself."""
+        return self if self.regions is None else self.regions
+
+    @property
+    def region_tile_multiple(self) -> int:
+        """Tiles along a side of a region; 1 without regions."""
+        return self.recorded.geometry.requested_tile_size_px // self.geometry.requested_tile_size_px
+
+    def kept(self, bad: Iterable[int]) -> NDArray[np.bool_]:
+        """Which tiles stay when some, given by their indices, cannot be had: (N,) bool.
+
+        A region stays whole or goes whole.
+        """
         kept = np.ones(len(self), bool)
-        kept[list(tiles)] = False
+        kept[list(bad)] = False
+        per_region = self.region_tile_multiple**2
+        return kept.reshape(-1, per_region).all(1).repeat(per_region)
+
+    def without(self, bad: Iterable[int]) -> Tiling:
+        """The tiling without tiles, given by their indices, and without the regions that hold one."""
+        kept = self.kept(bad)
+        regions = None
+        if self.regions is not None:
+            regions = self.regions._only(kept[:: self.region_tile_multiple**2])
+        return replace(self._only(kept), regions=regions)
+
+    def _only(self, kept: NDArray[np.bool_]) -> Tiling:
         return replace(self, x=self.x[kept], y=self.y[kept], tissue_fractions=self.tissue_fractions[kept])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import ConfigError, SpacingError
-from slide2vec.geometry import TileGeometry, tile_geometry
+from slide2vec.geometry import TileGeometry, region_geometry, tile_geometry
 from slide2vec.readers import SlideReader
 from slide2vec.slides import Slide
 from slide2vec.tiling.contours import find_pieces, smallest_area
@@ -22,24 +22,24 @@ def tile_slide(
     slide: Slide,
     base_spacing_um: float,
     config: PreprocessingConfig,
-    geometry: TileGeometry | None = None,
 ) -> tuple[Tiling, TissueMask]:
-    """The tiles of a slide that hold tissue, and the tissue. A slide without tissue has no tiles.
+    """The tiles (or regions) of a slide that hold tissue, and the tissue. A slide without tissue has none.
 
     Args:
         base_spacing_um: µm/px of level 0.
-        config: with requested_spacing_um and requested_tile_size_px set.
-        geometry: of what is laid over the tissue, where it is not the tiles of `config` (regions).
+        config: with requested_spacing_um and requested_tile_size_px set. With region_tile_multiple, the
+            tiling is one of regions: grid, tissue fraction and pixel filters are theirs, as in HS2P with
+            tiles of that size.
 
     Raises:
         SpacingError: finer tiles are asked for than the slide has pixels.
         MaskError: the slide's mask cannot be used.
         SlideReadError: pixels cannot be decoded.
     """
-    geometry = geometry or _geometry(reader, slide, base_spacing_um, config)
+    geometry = _geometry(reader, slide, base_spacing_um, config)
     filtering = config.filtering
-    if filtering.ref_tile_size is None:
-        filtering = filtering.updated(ref_tile_size=geometry.requested_tile_size_px)
+    if filtering.ref_tile_size is None:  # of the tile with regions, too: as large pieces of tissue count
+        filtering = filtering.updated(ref_tile_size=config.requested_tile_size_px)
     config = config.updated(filtering=filtering)
     tissue = find_tissue(reader, slide, geometry, config)
     x, y, fractions = tissue_tiles(tissue, geometry, reader.dimensions, config.tissue_threshold)
@@ -90,7 +90,7 @@ def _geometry(
             f"{spacing} and {size}; a model fills in its preset's"
         )
     try:
-        return tile_geometry(
+        tile = tile_geometry(
             requested_tile_size_px=size,
             requested_spacing_um=spacing,
             base_spacing_um=base_spacing_um,
@@ -100,3 +100,5 @@ def _geometry(
         )
     except SpacingError as error:
         raise SpacingError(f"slide {slide.sample_id}: {error}") from error
+    multiple = config.region_tile_multiple
+    return tile if multiple is None else region_geometry(tile, multiple)

@@ -343,7 +343,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         write_tile_embeddings(tmp_path, fewer, TILING, encoder=ENCODER)
     with pytest.raises(ConfigError, match="'csv'; allowed: pt"):
         write_tile_embeddings(tmp_path, slide, TILING, encoder=ENCODER, file_format="csv")  # type: ignore[arg-type]
-    with pytest.raises(ArtifactError, match=r"slide s: a slide embedding is a vector, got shape \(1, 4\)"):
+    with pytest.raises(ArtifactError, match=r"slide s: its embedding is a vector, got shape \(1, 4\)"):
         write_slide_embedding(tmp_path, "s", torch.ones(1, 4), encoder=ENCODER)
     half = embedded(TILING, dtype=torch.bfloat16)
     with pytest.raises(ArtifactError, match=r"slide s: torch\.bfloat16 cannot be stored as npz or h5"):

@@ -17,9 +17,14 @@ import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
+from slide2vec import ExecutionOptions, Model, Pipeline
 from slide2vec.artifacts import (
+    find_hierarchical_artifact,
+    find_patient_artifact,
     find_tile_artifact,
+    load_coords,
     load_embeddings,
+    write_patient_embedding,
     write_slide_embedding,
     write_tile_embeddings,
 )
@@ -281,10 +286,28 @@ def test_failures_are_in_the_report(export: Export, run: Path, tmp_path: Path) -
     assert "Traceback" not in result.output
 
 
-def test_what_is_left_out_is_said(export: Export, run: Path, tmp_path: Path) -> None:
-    (run / "hierarchical_embeddings").mkdir()
-    result = export(run, "-o", tmp_path / "out")
-    assert result.exit_code == 0 and "hierarchical_embeddings/ is not exported" in result.stderr
+def test_regions_and_patients(export: Export, small_slide: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    model = Model.from_preset("scattering", device="cpu")
+    config = PreprocessingConfig(requested_tile_size_px=224, region_tile_multiple=2, tissue_threshold=0.5)
+    (made,) = (
+        Pipeline(model, config, ExecutionOptions(output_dir=run)).run([small_slide]).hierarchical_artifacts
+    )
+    encoder = {"name": "moozy", "level": "patient"}
+    vector = torch.arange(5.0)
+    write_patient_embedding(run, "p 1", vector, num_slides=2, encoder=encoder, metadata={"slides": {"a": {}}})
+    result = export(run, "-o", out, "--json")
+    assert result.exit_code == 0
+    assert [item["kind"] for item in json.loads(result.stdout)["exported"]] == ["hierarchical", "patient"]
+    regions = find_hierarchical_artifact(out, made.sample_id)
+    assert regions is not None and (regions.format, regions.num_regions) == ("h5", made.num_regions)
+    assert torch.equal(load_embeddings(regions.path), load_embeddings(made.path))
+    assert regions.metadata["compatibility"] == made.metadata["compatibility"]
+    coords = load_coords(regions.path)
+    assert coords is not None and len(coords) == made.num_regions > 0
+    patient = find_patient_artifact(out, "p 1")
+    assert patient is not None and patient.num_slides == 2 and patient.metadata["slides"] == {"a": {}}
+    assert torch.equal(load_embeddings(patient.path), vector)
 
 
 def test_into_itself_or_from_nothing(export: Export, run: Path, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def tiling_of(slide: Slide) -> Tiling:
 class Embedder:
     """Gives every slide's number as its embedding; counts the results that are alive."""
 
-    name, variant = "made up", "default"
+    name, variant, level, below, has_latents = "made up", "default", "tile", None, False
 
     def __init__(self, fail: Callable[[Slide], Exception | None] = lambda slide: None) -> None:
         self.fail, self.alive, self.most = fail, 0, 0

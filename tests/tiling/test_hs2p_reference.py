@@ -58,8 +58,8 @@ def test_the_pattern_is_the_one_that_hs2p_saw() -> None:
 
 def config_of(case: dict[str, Any]) -> PreprocessingConfig:
     names = (
-        *("requested_spacing_um", "requested_tile_size_px", "overlap", "tissue_threshold", "tolerance"),
-        *("segmentation", "filtering"),
+        *("requested_spacing_um", "requested_tile_size_px", "region_tile_multiple", "overlap"),
+        *("tissue_threshold", "tolerance", "segmentation", "filtering"),
     )
     return PreprocessingConfig(**{name: case[name] for name in names})
 
@@ -107,6 +107,7 @@ def name_of(number: int) -> str:
     case = CASES[number]
     changes = {**case["segmentation"], **case["filtering"]}
     parts = [case["slide"].split(".")[0], case["requested_spacing_um"], case["requested_tile_size_px"]]
+    parts += [f"x{case['region_tile_multiple']}"] if case["region_tile_multiple"] else []
     parts += [f"o{case['overlap']}", f"t{case['tissue_threshold']}", case["mask"] or ""]
     parts += [f"{key}={value}" for key, value in changes.items() if key != "ref_tile_size"]
     return f"{number}-" + "-".join(str(part) for part in parts if part != "")

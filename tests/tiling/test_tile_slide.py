@@ -256,12 +256,3 @@ def test_errors_name_the_slide() -> None:
         tile_slide(reader, a_slide(), 0.5, settings(requested_spacing_um=0.25))
     with pytest.raises(ConfigError, match="slide s: "):
         tile_slide(reader, a_slide(), 0.5, settings(requested_tile_size_px=None))
-
-
-def test_a_given_geometry_replaces_that_of_the_settings() -> None:
-    reader = ArrayReader([blank(400, 400, (0, 0, 400, 400))])
-    region = tile_geometry(
-        requested_tile_size_px=200, requested_spacing_um=0.5, base_spacing_um=0.5, downsamples=[1.0]
-    )
-    tiling, _ = tile_slide(reader, a_slide(), 0.5, settings(requested_tile_size_px=50), region)
-    assert tiling.geometry is region and len(tiling) == 4

@@ -1,0 +1,24 @@
+"""From tiles to what lies above them: regions, slides, patients."""
+
+from __future__ import annotations
+
+from slide2vec.aggregate.disk import aggregate_patients, aggregate_slides, pool_slides
+from slide2vec.aggregate.patients import embed_groups, embed_one, group_slides, one_patient, patient_embedding
+from slide2vec.aggregate.pooling import Aggregator, aggregate
+from slide2vec.aggregate.regions import regrouped
+from slide2vec.aggregate.slides import with_slide_embedding
+
+__all__ = [
+    "Aggregator",
+    "aggregate",
+    "aggregate_patients",
+    "aggregate_slides",
+    "embed_groups",
+    "embed_one",
+    "group_slides",
+    "one_patient",
+    "patient_embedding",
+    "pool_slides",
+    "regrouped",
+    "with_slide_embedding",
+]

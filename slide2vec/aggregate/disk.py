@@ -1,0 +1,212 @@
+"""Embeddings of slides and patients from tile embeddings on disk, without a slide."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from slide2vec.aggregate.pooling import Aggregator, aggregate
+from slide2vec.artifacts import (
+    PatientEmbeddingArtifact,
+    SlideEmbeddingArtifact,
+    StoredTiles,
+    TileFeaturesLike,
+    as_embedded,
+    load_stored,
+    write_patient_embedding,
+    write_slide_embedding,
+)
+from slide2vec.config import ExecutionOptions
+from slide2vec.embedded import EmbeddedSlide
+from slide2vec.errors import ArtifactError, ManifestError
+from slide2vec.slides import Slide
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["aggregate_patients", "aggregate_slides", "pool_slides"]
+
+
+class Aggregating(Protocol):
+    """A model of slides or patients, as far as tiles on disk need it."""
+
+    @property
+    def below(self) -> Aggregating | None: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def feature_dim(self) -> int: ...
+
+    def identity(self, execution: ExecutionOptions | None = None) -> dict[str, Any]: ...
+
+    def aggregated(self, embedded: EmbeddedSlide, *, latents: bool = False) -> EmbeddedSlide: ...
+
+    def patient_embedding(self, slides: Mapping[str, Tensor]) -> Tensor: ...
+
+
+def pool_slides(
+    given: Iterable[TileFeaturesLike], aggregator: Aggregator, execution: ExecutionOptions
+) -> list[SlideEmbeddingArtifact]:
+    """Slide embeddings by a statistic of the tiles, of whatever encoder these are.
+
+    Raises:
+        ConfigError: no such aggregator.
+        ArtifactError: tile embeddings cannot be read, or there are none.
+    """
+    assert execution.output_dir is not None
+    made = []
+    for stored in _loaded(given):
+        identity = {"aggregator": aggregator}
+        made.append(
+            write_slide_embedding(
+                execution.output_dir,
+                stored.sample_id,
+                aggregate(stored.features, aggregator, stored.tissue_fractions),
+                file_format=execution.output_format,
+                encoder={"name": stored.about.get("encoder_name"), "level": "slide"},
+                metadata={**_about(stored), **identity},
+                compatibility=_compatibility(stored, identity),
+            )
+        )
+    return made
+
+
+def aggregate_slides(
+    model: Aggregating, given: Iterable[TileFeaturesLike], execution: ExecutionOptions
+) -> list[SlideEmbeddingArtifact]:
+    """Slide embeddings by the slide encoder of a model.
+
+    Raises:
+        ArtifactError: tile embeddings cannot be read, are not of the model's tile encoder, or there are none.
+        SlideError: the slide encoder failed.
+    """
+    return [
+        _write_slide(model, stored, embedded, execution)
+        for stored, embedded in _aggregated(model, given, execution)
+    ]
+
+
+def aggregate_patients(
+    model: Aggregating,
+    given: Iterable[TileFeaturesLike],
+    execution: ExecutionOptions,
+    patient_id_map: Mapping[str, str] | None,
+) -> list[PatientEmbeddingArtifact]:
+    """Patient embeddings by the slide and patient encoders of a model, in order of first appearance.
+
+    Raises:
+        ArtifactError, SlideError: as `aggregate_slides`.
+        PatientError: the patient encoder failed.
+    """
+    assert execution.output_dir is not None and model.below is not None
+    patients: dict[str, dict[str, Tensor]] = {}
+    identities: dict[str, dict[str, Any]] = {}
+    for stored, embedded in _aggregated(model, given, execution):
+        name = stored.sample_id
+        assert embedded.slide_embedding is not None
+        if execution.save_slide_embeddings:
+            _write_slide(model.below, stored, embedded, execution)
+        whose = (patient_id_map or {}).get(name) or stored.patient_id or name
+        patients.setdefault(whose, {})[name] = embedded.slide_embedding
+        identities[name] = _compatibility(stored, _own_identity(model.below))
+    return [
+        write_patient_embedding(
+            execution.output_dir,
+            patient_id,
+            model.patient_embedding(slides).to(getattr(torch, execution.vector_dtype)),
+            num_slides=len(slides),
+            file_format=execution.output_format,
+            encoder=model.identity(),
+            metadata={"slides": {name: {} for name in slides}},
+            compatibility={
+                "encoder": _own_identity(model),
+                "slides": {name: identities[name] for name in slides},
+            },
+        )
+        for patient_id, slides in patients.items()
+    ]
+
+
+def _aggregated(
+    model: Aggregating, given: Iterable[TileFeaturesLike], execution: ExecutionOptions
+) -> Iterator[tuple[StoredTiles, EmbeddedSlide]]:
+    """Slides with their embedding, one after the other."""
+    tiles = model
+    while tiles.below is not None:
+        tiles = tiles.below
+    for stored in _loaded(given):
+        _check_encoder(stored, tiles)
+        slide = Slide(
+            sample_id=stored.sample_id, image_path=Path(stored.about.get("image_path") or stored.path)
+        )
+        yield stored, model.aggregated(as_embedded(slide, stored), latents=execution.save_latents)
+
+
+def _loaded(given: Iterable[TileFeaturesLike]) -> Iterator[StoredTiles]:
+    """Raises ManifestError when two have one sample_id, ArtifactError for one without tiles."""
+    seen: set[str] = set()
+    for item in given:
+        stored = load_stored(item)
+        if stored.sample_id in seen:
+            raise ManifestError(
+                f"sample_id {stored.sample_id!r} appears twice: give TileFeatures(sample_id=…)"
+            )
+        seen.add(stored.sample_id)
+        if not len(stored.features):
+            raise ArtifactError(
+                f"slide {stored.sample_id} has no tissue, so no tiles to aggregate: leave it out"
+            )
+        yield stored
+
+
+def _check_encoder(stored: StoredTiles, tiles: Aggregating) -> None:
+    recorded, dim = stored.about.get("encoder_name"), stored.features.shape[1]
+    if recorded not in (None, tiles.name) or dim != tiles.feature_dim:
+        what = recorded or f"an encoder of {dim} dimensions"
+        raise ArtifactError(
+            f"slide {stored.sample_id}: {stored.path} has tile embeddings of {what}; those of "
+            f"{tiles.name}, of {tiles.feature_dim} dimensions, are needed"
+        )
+
+
+def _write_slide(
+    model: Aggregating, stored: StoredTiles, embedded: EmbeddedSlide, execution: ExecutionOptions
+) -> SlideEmbeddingArtifact:
+    assert execution.output_dir is not None and embedded.slide_embedding is not None
+    dtype = getattr(torch, execution.vector_dtype)
+    return write_slide_embedding(
+        execution.output_dir,
+        stored.sample_id,
+        embedded.slide_embedding.to(dtype),
+        file_format=execution.output_format,
+        encoder=model.identity(),
+        metadata=_about(stored),
+        compatibility=_compatibility(stored, _own_identity(model)),
+        latents=None if embedded.latents is None else embedded.latents.to(dtype),
+    )
+
+
+def _own_identity(model: Aggregating) -> dict[str, Any]:
+    return {
+        name: value for name, value in model.identity().items() if name not in ("weights_source", "below")
+    }
+
+
+def _compatibility(stored: StoredTiles, above: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run from slides would record, where the tile embeddings are of one; else what they are."""
+    recorded = stored.about.get("compatibility")
+    if isinstance(recorded, dict) and "encoder" in recorded:
+        return {**recorded, "encoder": {**above, "below": recorded["encoder"]}}
+    digest = hashlib.blake2b(stored.features.contiguous().view(torch.uint8).numpy().tobytes(), digest_size=16)
+    return {"tiles": digest.hexdigest(), "encoder": dict(above)}
+
+
+def _about(stored: StoredTiles) -> dict[str, Any]:
+    recorded = {name: stored.about[name] for name in ("image_path", "mask_path") if name in stored.about}
+    return {**recorded, "num_tiles": len(stored.features), "tile_size_lv0": stored.tile_size_lv0}

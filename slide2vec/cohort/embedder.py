@@ -1,0 +1,80 @@
+"""What a run needs of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from slide2vec.cohort.finished import Kind
+from slide2vec.config import ExecutionOptions, PreprocessingConfig
+from slide2vec.embedded import EmbeddedSlide
+from slide2vec.recipes import Level
+from slide2vec.slides import Slide
+from slide2vec.stream import SlideOutcome, SlidePlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Embedder", "Encoder", "identities_of"]
+
+
+class Encoder(Protocol):
+    """What is recorded of the model."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def level(self) -> Level: ...
+
+    @property
+    def below(self) -> Encoder | None:
+        """The model whose embeddings it takes; None for one of tiles."""
+        ...
+
+    @property
+    def has_latents(self) -> bool: ...
+
+    variant: str
+
+    def identity(self, execution: ExecutionOptions | None = None) -> dict[str, Any]: ...
+
+
+class Embedder(Encoder, Protocol):
+    """A model, as far as a cohort needs it."""
+
+    def outcomes(
+        self,
+        slides: Sequence[Slide],
+        config: PreprocessingConfig,
+        execution: ExecutionOptions,
+        plan: Callable[[Slide], SlidePlan],
+    ) -> Generator[SlideOutcome, None, None]: ...
+
+    def aggregated(self, embedded: EmbeddedSlide, *, latents: bool = False) -> EmbeddedSlide:
+        """With its slide embedding, (D,) float32; as it is for tile-level models and without tiles.
+
+        Raises:
+            SlideError: the slide encoder failed.
+        """
+        ...
+
+    def patient_embedding(self, slides: Mapping[str, Tensor]) -> Tensor:
+        """(D,) float32 from the slide embeddings of a patient, by sample_id.
+
+        Raises:
+            PatientError: the patient encoder failed.
+        """
+        ...
+
+
+def identities_of(
+    encoder: Encoder | None, config: PreprocessingConfig, execution: ExecutionOptions
+) -> dict[Kind, dict[str, Any]]:
+    """What identifies the encoder of each kind of artifact."""
+    found: dict[Kind, dict[str, Any]] = {}
+    while encoder is not None:
+        hierarchical = encoder.level == "tile" and config.hierarchical
+        found["hierarchical" if hierarchical else encoder.level] = encoder.identity(execution)
+        encoder = encoder.below
+    return found

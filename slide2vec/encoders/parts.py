@@ -1,0 +1,117 @@
+"""Presets of several parts: a tile encoder, a slide encoder upon it, a patient encoder upon that."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+from slide2vec.encoders import build_encoder
+from slide2vec.encoders.slide import build_patient_encoder, build_slide_encoder
+from slide2vec.encoders.weights import WeightsChoice
+from slide2vec.errors import PresetError, WeightsError, nearest_names
+from slide2vec.recipes import Recipe, Variant, load_recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = [
+    "PartsWeights",
+    "below",
+    "build_part",
+    "parts_of",
+    "weights_as_text",
+    "weights_by_part",
+    "weights_identity",
+]
+
+#: One choice for all parts (None or "random"), or preset -> choice.
+PartsWeights: TypeAlias = "WeightsChoice | Mapping[str, WeightsChoice]"
+
+
+def below(recipe: Recipe) -> tuple[str, str | None] | None:
+    """The preset whose embeddings a preset takes, and its output; None for tile-level presets."""
+    if recipe.level == "patient":
+        assert recipe.slide_encoder is not None
+        return recipe.slide_encoder, None
+    if recipe.level == "slide":
+        assert recipe.tile_encoder is not None
+        return recipe.tile_encoder.preset, recipe.tile_encoder.variant
+    return None
+
+
+def parts_of(recipe: Recipe) -> list[str]:
+    """The presets that a preset is made of, itself first, its tile encoder last."""
+    under = below(recipe)
+    return [recipe.name] if under is None else [recipe.name, *parts_of(load_recipe(under[0]))]
+
+
+def weights_by_part(recipe: Recipe, weights: PartsWeights) -> dict[str, WeightsChoice]:
+    """Where the weights of every part come from.
+
+    Args:
+        weights: None (the hub) or "random" for all; a mapping of presets to files, directories, None or
+            "random", those left out from the hub, or the same as text, "lunit=/a.pth,moozy=/b.pt".
+
+    Raises:
+        WeightsError: a path for a preset of several parts.
+        PresetError: a part that the preset has not.
+    """
+    names = parts_of(recipe)
+    if isinstance(weights, str) and weights != "random" and len(names) > 1:
+        weights = _parsed(weights, names)
+    if isinstance(weights, Mapping):
+        for name in weights:
+            if name not in names:
+                raise PresetError(f"preset {recipe.name} has no part {name!r}. {nearest_names(name, names)}")
+        return {name: weights.get(name) for name in names}
+    if weights not in (None, "random") and len(names) > 1:
+        example = ", ".join(f'"{name}": …' for name in names)
+        raise WeightsError(
+            f"preset {recipe.name} has {len(names)} parts with weights of their own ({', '.join(names)}), "
+            f"and weights={os.fspath(weights)!r} is for one: give weights={{{example}}}, where a part that "
+            "is left out comes from the Hugging Face hub"
+        )
+    return dict.fromkeys(names, weights)
+
+
+def _parsed(text: str, names: Sequence[str]) -> PartsWeights:
+    """The mapping that a text such as "lunit=/a.pth,moozy=/b.pt" stands for; else the text itself."""
+    begins = re.compile(rf"(?:^|,)({'|'.join(map(re.escape, names))})=")
+    pieces = begins.split(text)
+    if pieces[0] or len(pieces) == 1:
+        return text
+    return dict(zip(pieces[1::2], pieces[2::2], strict=True))
+
+
+def weights_as_text(weights: PartsWeights) -> str | None:
+    """As `weights_by_part` reads it."""
+    if isinstance(weights, Mapping):
+        given = [(name, choice) for name, choice in weights.items() if choice is not None]
+        return ",".join(f"{name}={os.fspath(choice)}" for name, choice in given) or None
+    return None if weights is None else os.fspath(weights)
+
+
+def build_part(
+    recipe: Recipe, variant: Variant, weights: WeightsChoice, seed: int, trusted: bool
+) -> nn.Module:
+    """The encoder of a recipe of any level, with its weights; raises what the builders raise."""
+    if recipe.level == "slide":
+        return build_slide_encoder(recipe, variant, weights, seed, trust_remote_code=trusted)
+    if recipe.level == "patient":
+        return build_patient_encoder(recipe, variant, weights, seed)
+    if recipe.generic and weights != "random":
+        from slide2vec.encoders.timm import generic_encoder
+
+        return generic_encoder(recipe, variant, weights)
+    return build_encoder(recipe, variant, weights, seed, trust_remote_code=trusted)
+
+
+def weights_identity(recipe: Recipe, weights: WeightsChoice, seed: int) -> str:
+    """Where the weights came from, in a word."""
+    if recipe.weights is None:
+        return "none"
+    if weights is None:
+        return f"{recipe.weights.repo}@{recipe.weights.revision}"
+    return f"random:{seed}" if weights == "random" else os.fspath(weights)

@@ -1,0 +1,278 @@
+"""Hierarchical extraction: which regions, which tiles in them, and that grouping changes no embedding."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openslide
+import pytest
+import torch
+from torch import Tensor
+
+from slide2vec import EmbeddedSlide, ExecutionOptions, Model, Pipeline, PreprocessingConfig
+from slide2vec.artifacts import find_hierarchical_artifact, load_coords, load_embeddings
+from slide2vec.errors import ConfigError, SlideReadError
+from slide2vec.geometry import region_geometry, subtile_geometry, tile_geometry
+from slide2vec.slides import Slide
+from slide2vec.stream.sources import SlideSource
+from slide2vec.tiling import load_coordinates, write_coordinates
+
+PREPROCESSING = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5)
+REGIONS = PREPROCESSING.updated(region_tile_multiple=3)
+#: The same arithmetic in batches of another composition: no difference is expected but of rounding.
+ROUNDING = 1e-6
+
+
+@pytest.fixture(scope="module")
+def embedded(tile_model: Model, slides: list[Path]) -> EmbeddedSlide:
+    return tile_model.embed_slide(slides[2], REGIONS)
+
+
+def test_shapes_and_order(embedded: EmbeddedSlide) -> None:
+    found = embedded
+    regions = len(found.x)
+    assert regions > 3 and found.tile_embeddings.shape == (regions, 9, 195)
+    assert found.x.shape == found.y.shape == (regions,) and found.num_tiles == 9 * regions
+    assert found.tile_x is not None and found.tile_y is not None
+    assert found.tile_size_lv0 == 128  # 64 px at 0.5 µm/px of a slide of 0.25
+    for k in range(9):
+        assert np.array_equal(found.tile_x[:, k], found.x + 128 * (k % 3))
+        assert np.array_equal(found.tile_y[:, k], found.y + 128 * (k // 3))
+
+
+def test_the_same_tiles_flat_have_the_same_embeddings(
+    tile_model: Model, slides: list[Path], embedded: EmbeddedSlide, tmp_path: Path
+) -> None:
+    """Their coordinates as those of a flat run, in another order, without supertiles."""
+    execution = ExecutionOptions(output_dir=tmp_path, batch_size=5)
+    tile_model.embed_tiles([slides[2]], preprocessing=PREPROCESSING, execution=execution)
+    tiling = load_coordinates(tmp_path / "tiles", "s2")
+    assert embedded.tile_x is not None and embedded.tile_y is not None
+    x, y = embedded.tile_x.ravel(), embedded.tile_y.ravel()
+    order = np.lexsort((y, x))
+    flat = replace(tiling, x=x[order], y=y[order], tissue_fractions=np.ones(len(x), np.float32))
+    write_coordinates(tmp_path / "flat", flat)
+    config = PREPROCESSING.updated(read_coordinates_from=tmp_path / "flat", use_supertiles=False)
+    found = tile_model.embed_slide(slides[2], config).tile_embeddings
+    expected = embedded.tile_embeddings.reshape(len(x), -1)[order]
+    assert torch.allclose(found, expected, atol=ROUNDING, rtol=0)
+
+
+def test_pixels_are_openslides_and_white_beyond_the_edge(
+    tile_model: Model, slides: list[Path], embedded: EmbeddedSlide
+) -> None:
+    assert embedded.tile_x is not None and embedded.tile_y is not None
+    with openslide.OpenSlide(slides[2]) as slide:
+        size = slide.dimensions[0]
+        outside = np.argwhere(embedded.tile_x >= size)
+        inside = np.argwhere((embedded.tile_x + 128 <= size) & (embedded.tile_y + 128 <= size))
+        assert len(outside) and len(inside)
+        for region, k in [*inside[::7], *outside[:3]]:
+            place = int(embedded.tile_x[region, k]), int(embedded.tile_y[region, k])
+            pixels = np.full((128, 128, 3), 255, np.uint8)
+            read = np.asarray(slide.read_region(place, 0, (128, 128)))
+            pixels[read[..., 3] > 0] = read[read[..., 3] > 0][:, :3]
+            expected = _encoded(tile_model, pixels)
+            #: cuCIM and OpenSlide decode JPEG within one grey level of 255 of each other.
+            assert torch.allclose(embedded.tile_embeddings[region, k], expected, atol=1.5 / 255)
+
+
+def _encoded(model: Model, pixels: np.ndarray) -> Tensor:
+    """Area averaging to 64 px, the recipe's resize and scaling by torchvision, the encoder."""
+    import cv2
+    from torchvision.transforms import v2
+
+    small = torch.from_numpy(cv2.resize(pixels, (64, 64), interpolation=cv2.INTER_AREA)).permute(2, 0, 1)
+    resized = v2.functional.resize(small, [224], v2.InterpolationMode.BICUBIC, antialias=True)
+    return model.encoder(resized[None].float() / 255)[0]
+
+
+def test_regions_are_hs2ps_tiles_of_that_size(tile_model: Model, slides: list[Path], tmp_path: Path) -> None:
+    """On a level of the requested spacing nothing is rounded: a tiling of tiles as large as regions
+    (compared with hs2p itself in tests/tiling) has the same origins."""
+    filtering = {"ref_tile_size": 64}
+    regions = tile_model.embed_slide(slides[1], REGIONS.updated(filtering=filtering))
+    large = PREPROCESSING.updated(requested_tile_size_px=192, filtering=filtering)
+    tiles = tile_model.embed_slide(slides[1], large)
+    assert np.array_equal(regions.x, tiles.x) and np.array_equal(regions.y, tiles.y)
+
+
+@pytest.mark.parametrize("spacing", [0.5, 0.6, 0.77, 1.0, 1.9])
+@pytest.mark.parametrize("multiple", [2, 6])
+def test_geometry_is_tile_first(spacing: float, multiple: int) -> None:
+    tile = tile_geometry(
+        requested_tile_size_px=224,
+        requested_spacing_um=spacing,
+        base_spacing_um=0.2528,
+        downsamples=[1.0, 4.0003],
+    )
+    region = region_geometry(tile, multiple)
+    assert region.requested_tile_size_px == 224 * multiple
+    assert region.read_tile_size_px == tile.read_tile_size_px * multiple
+    assert region.tile_size_lv0 == region.step_px_lv0 == tile.tile_size_lv0 * multiple
+    assert subtile_geometry(region, multiple) == tile
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"region_tile_multiple": 1}, "region_tile_multiple"),
+        ({"requested_region_size_px": 200}, "requested_region_size_px=200"),
+        ({"requested_region_size_px": 64}, "requested_region_size_px=64"),
+        ({"requested_region_size_px": 192, "region_tile_multiple": 2}, "times 2"),
+        ({"region_tile_multiple": 2, "overlap": 0.25}, "side by side"),
+    ],
+)
+def test_what_makes_no_regions_is_refused(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        PREPROCESSING.updated(**changes)
+
+
+def test_region_size_alone_is_checked_against_the_presets_tiles(tile_model: Model) -> None:
+    resolved = tile_model.resolve_preprocessing(PreprocessingConfig(requested_region_size_px=448))
+    assert (resolved.region_tile_multiple, resolved.requested_tile_size_px) == (2, 224)
+    with pytest.raises(ConfigError, match="requested_region_size_px=500"):
+        tile_model.resolve_preprocessing(PreprocessingConfig(requested_region_size_px=500))
+
+
+def test_regions_need_a_tile_level_preset(slide_model: Model) -> None:
+    with pytest.raises(ConfigError, match="moozy-slide is slide-level"):
+        slide_model.resolve_preprocessing(PreprocessingConfig(region_tile_multiple=2))
+
+
+# on disk ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file_format", ["pt", "npz", "safetensors", "h5"])
+def test_artifacts(
+    tile_model: Model, slides: list[Path], embedded: EmbeddedSlide, tmp_path: Path, file_format: Any
+) -> None:
+    execution = ExecutionOptions(output_dir=tmp_path, output_format=file_format)
+    result = Pipeline(tile_model, REGIONS, execution).run(slides)
+    assert not result.tile_artifacts and not (tmp_path / "tile_embeddings").exists()
+    artifact = result.hierarchical_artifacts[2]
+    assert find_hierarchical_artifact(tmp_path, "s2") == artifact
+    assert artifact.path == tmp_path / f"hierarchical_embeddings/s2.{file_format}"
+    values = load_embeddings(artifact.path)
+    assert torch.allclose(values, embedded.tile_embeddings, atol=ROUNDING, rtol=0)
+    assert (artifact.num_regions, artifact.tiles_per_region) == values.shape[:2]
+    meta = artifact.metadata
+    assert (meta["region_tile_multiple"], meta["subtile_order"]) == (3, "row_major")
+    assert (meta["requested_region_size_px"], meta["read_region_size_px"]) == (
+        192,
+        meta["read_tile_size_px"] * 3,
+    )
+    assert meta["tile_size_lv0"] == 128
+    regions = load_coordinates(tmp_path / "tiles", "s2")
+    assert np.array_equal(regions.x, embedded.x) and regions.geometry.requested_tile_size_px == 192
+    coords = load_coords(artifact.path)
+    if file_format in ("h5", "safetensors"):
+        assert coords is not None and np.array_equal(coords, np.stack([embedded.x, embedded.y], 1))
+    row = result.process_list_path.read_text().splitlines()[3]
+    assert ",hierarchical," in row and f",{embedded.num_tiles}," in row
+
+
+def test_resume_compares_regions(tile_model: Model, slides: list[Path], tmp_path: Path) -> None:
+    def run(**changes: Any) -> Any:
+        return Pipeline(tile_model, REGIONS.updated(**changes), ExecutionOptions(output_dir=tmp_path)).run(
+            slides
+        )
+
+    first = run()
+    again = run(resume=True)
+    assert (again.resumed, again.hierarchical_artifacts) == (3, first.hierarchical_artifacts)
+    assert "no tissue" not in again.process_list_path.read_text()
+    other = run(resume=True, region_tile_multiple=2)
+    assert (other.resumed, other.recomputed) == (0, {"geometry region_tile_multiple": 3})
+    flat = run(resume=True, region_tile_multiple=None)
+    assert flat.resumed == 0 and len(flat.tile_artifacts) == 3
+
+
+def test_run_with_coordinates_and_tile_archives(
+    tile_model: Model, slides: list[Path], tmp_path: Path
+) -> None:
+    def run(config: PreprocessingConfig, name: str) -> Pipeline:
+        return Pipeline(tile_model, config, ExecutionOptions(output_dir=tmp_path / name))
+
+    first = run(REGIONS.updated(save_tiles=True), "first").run(slides)
+    expected = [load_embeddings(a.path) for a in first.hierarchical_artifacts]
+    again = run(REGIONS, "again").run_with_coordinates(tmp_path / "first")
+    for artifact, values in zip(again.hierarchical_artifacts, expected, strict=True):
+        assert torch.allclose(load_embeddings(artifact.path), values, atol=ROUNDING, rtol=0)
+    archived = run(REGIONS.updated(read_tiles_from=tmp_path / "first"), "archived").run(slides)
+    for artifact, values in zip(archived.hierarchical_artifacts, expected, strict=True):
+        found = load_embeddings(artifact.path)
+        assert torch.nn.functional.cosine_similarity(found, values, dim=-1).min() > 0.999  # JPEG, quality 90
+    (wrong,) = run(PREPROCESSING, "wrong").run_with_coordinates(tmp_path / "first", slides=slides[:1]).failed
+    assert "tile size in px 192; 64 is needed" in str(wrong.error)
+
+
+def test_a_region_with_a_bad_tile_is_left_out_whole(
+    tile_model: Model, slides: list[Path], embedded: EmbeddedSlide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert embedded.tile_x is not None and embedded.tile_y is not None
+    bad = (int(embedded.tile_x[1, 4]), int(embedded.tile_y[1, 4]))
+    read = SlideSource.read_tile
+
+    def corrupt(self: SlideSource, number: int) -> Any:
+        raise SlideReadError("corrupt")
+
+    def read_tile(self: SlideSource, tile: int, target: Any) -> None:
+        if (int(self._tiling.x[tile]), int(self._tiling.y[tile])) == bad:
+            raise SlideReadError("corrupt")
+        read(self, tile, target)
+
+    monkeypatch.setattr(SlideSource, "fetch", corrupt)
+    monkeypatch.setattr(SlideSource, "read_tile", read_tile)
+    with pytest.raises(SlideReadError, match=str(bad[0])):
+        tile_model.embed_slide(slides[2], REGIONS)
+    (outcome,) = tile_model.iter_slides([slides[2]], REGIONS.updated(on_bad_tile="skip"))
+    found = outcome.embedded
+    assert found is not None and [(tile.x, tile.y) for tile in outcome.skipped] == [bad]
+    kept = [region for region in range(len(embedded.x)) if region != 1]
+    assert np.array_equal(found.x, embedded.x[kept]) and found.num_tiles == 9 * len(kept)
+    assert torch.allclose(found.tile_embeddings, embedded.tile_embeddings[kept], atol=ROUNDING, rtol=0)
+
+
+def test_slide_without_tissue(tile_model: Model, blank_slide: Path, tmp_path: Path) -> None:
+    found = tile_model.embed_slide(blank_slide, REGIONS)
+    assert found.tile_embeddings.shape == (0, 9, 195) and found.x.shape == (0,)
+    execution = ExecutionOptions(output_dir=tmp_path)
+    result = Pipeline(tile_model, REGIONS, execution).run([blank_slide])
+    assert result.without_tissue == ("blank",) and result.hierarchical_artifacts[0].num_regions == 0
+
+
+def test_the_documents_example(real_slide: Callable[[str], Path]) -> None:
+    """As written, but for the preset, whose weights are gated and large."""
+    model = Model.from_preset("scattering", device="cpu")
+    preprocessing = PreprocessingConfig(
+        requested_spacing_um=0.5,
+        requested_tile_size_px=224,
+        region_tile_multiple=6,  # 6x6 tiles per region
+    )
+    slide = Slide(sample_id="a", image_path=real_slide("CMU-1-Small-Region.svs"))
+    embedded = model.embed_slide(slide, preprocessing=preprocessing)
+    assert embedded.tile_embeddings.shape == (len(embedded.x), 36, model.feature_dim) and len(embedded.x) >= 2
+
+
+def test_the_picture_shows_regions(tile_model: Model, slides: list[Path], tmp_path: Path) -> None:
+    config = REGIONS.updated(preview={"save_tiling_preview": True, "downsample": 4})
+    Pipeline(tile_model, config, ExecutionOptions(output_dir=tmp_path)).run([slides[0]])
+    import cv2
+
+    picture = cv2.imread(str(tmp_path / "preview/tiling/s0.jpg"))
+    x, y = (int(v) // 4 for v in _first_region(tmp_path))
+    line = picture[y + 20 : y + 70, x].astype(int).sum(1)
+    between = picture[y + 20 : y + 30, x + 32].astype(int).sum(1)  # where a tile ends within the region
+    assert line.max() < between.min()
+
+
+def _first_region(folder: Path) -> tuple[int, int]:
+    meta = json.loads((folder / "hierarchical_embeddings/s0.meta.json").read_text())
+    with np.load(meta["coordinates_npz_path"]) as arrays:
+        return int(arrays["x"][0]), int(arrays["y"][0])
