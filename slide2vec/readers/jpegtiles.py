@@ -137,13 +137,11 @@ class JpegTiles:
     def colour_conflict(self, level: int) -> str | None:
         """Why a decoder that only sees the JPEGs would take other colours than the TIFF tells, or None."""
         spec = self._levels[level]
-        first = next((place for place in self.under(level, 0, 0, spec.width, spec.height)), None)
-        if first is None or self._file is None:
+        present = np.flatnonzero(spec.counts)
+        if not len(present) or self._file is None:
             return None
-        start = int(spec.offsets[first.tile])
-        head = (spec.jpeg_tables or b"") + os.pread(
-            self._file, min(2048, int(spec.counts[first.tile])), start
-        )
+        start, size = int(spec.offsets[present[0]]), int(spec.counts[present[0]])
+        head = (spec.jpeg_tables or b"") + os.pread(self._file, min(_HEAD, size), start)
         if spec.photometric == "RGB" and _JFIF in head:
             return "its tiles are RGB and carry a JFIF marker, which says YCbCr"
         if spec.photometric == "YCBCR" and _ADOBE in head and _JFIF not in head:
