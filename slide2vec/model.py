@@ -18,13 +18,13 @@ from slide2vec.embedded import EmbeddedSlide
 from slide2vec.encoders import build_encoder
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError, EmbedSlidesError, ManifestError, ModelLevelError
-from slide2vec.prepare.torch_preparer import TorchPreparer
+from slide2vec.prepare import choose_preparer
 from slide2vec.progress import RunStarted, active_reporter, live_progress
 from slide2vec.recipes import Recipe, Variant, load_recipe
 from slide2vec.runtime import batch_size_for, pick_device, resolve_precision
 from slide2vec.runtime.torch_engine import TorchEngine
 from slide2vec.slides import Slide, SlideLike, as_slide, as_slides
-from slide2vec.stream import SlideOutcome, SlidePlan, Stream, plan_slide
+from slide2vec.stream import SlideOutcome, SlidePlan, Stream, feed_for, fitting_batch_size, plan_slide
 
 if TYPE_CHECKING:
     from torch import nn
@@ -294,7 +294,6 @@ class Model:
         for field, asked in (
             ("region_tile_multiple", config.region_tile_multiple is not None),
             ("requested_region_size_px", config.requested_region_size_px is not None),
-            ("gpu_decode=True", config.gpu_decode is True),
         ):
             if asked:
                 raise ConfigError(
@@ -317,17 +316,24 @@ class Model:
 
     def _stream(self, config: PreprocessingConfig, execution: ExecutionOptions, precision: str) -> Stream:
         assert config.requested_tile_size_px is not None
+        tile_size = config.requested_tile_size_px
+        feed = feed_for(self.device, config.gpu_decode)
         engine = self._engine(precision)
+        preparer = choose_preparer(
+            config.preparer, self.recipe.transform, self.device, engine.layout, tile_size
+        )
+        wanted = batch_size_for(self.recipe.gflops, self.device)
         return Stream(
             engine,
-            TorchPreparer(self.recipe.transform, self.device, engine.layout),
-            batch_size=execution.batch_size or batch_size_for(self.recipe.gflops, self.device),
-            tile_size_px=config.requested_tile_size_px,
+            preparer,
+            batch_size=execution.batch_size or fitting_batch_size(engine, preparer, wanted, tile_size),
+            tile_size_px=tile_size,
             dtype=getattr(torch, execution.feature_dtype(precision)),
             readers=execution.reading_threads(),
             planners=execution.planning_threads(),
             ahead=execution.prefetch_factor,
             reporter=active_reporter(),
+            feed=feed,
         )
 
     def _engine(self, precision: str) -> Engine:
