@@ -93,7 +93,7 @@ def decode(args: argparse.Namespace) -> dict[str, Row]:
         feed = DeviceFeed(args.device, "auto" if road != "uploaded" else False)
         feed._roads = [(name, opened) for name, opened in feed._roads if name == road]
         plan = feed.adopt(planned(args.slide))
-        if road not in str(plan.road):
+        if plan.road not in (f"{road} on the device", f"{plan.source.backend}, {road}"):
             rows[road] = {"not_run": f"left for {plan.road}, or not installed; see the log"}
             continue
         row = rows[road] = {"tiles": len(plan.tiling)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -28,11 +29,14 @@ class TritonPreparer:
 
     Raises:
         ExtraMissingError: Triton is not installed.
+        ConfigError: the device is no NVIDIA GPU, and Triton's interpreter is not asked for.
     """
 
     def __init__(self, transform: Transform, device: torch.device, layout: Layout = "float32_nchw") -> None:
         if reason := triton_unavailable():
             raise ExtraMissingError(reason)
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ConfigError(f'preparer="triton" needs an NVIDIA GPU, and the model is on {device}')
         self.transform, self.device, self.layout = transform, device, layout
         self._scale = [1 / (255 * std) for std in transform.std]
         self._shift = [-mean / std for mean, std in zip(transform.mean, transform.std, strict=True)]

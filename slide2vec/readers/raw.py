@@ -26,7 +26,7 @@ _Key: TypeAlias = tuple[int, int]
 class RawReader(PyramidReader):
     """A SlideReader over `RawBoxes`; its pixels are of the decoder's kind.
 
-    Only for decoding on a GPU: with OpenCV on a CPU it has cuCIM's pixels at two thirds of its speed.
+    Meant for decoding on a GPU: with OpenCV on the CPU it has cuCIM's pixels at 0.6 of its speed.
 
     Raises:
         BackendError: the file has no JPEG tiles, or their colours cannot be told from them alone.

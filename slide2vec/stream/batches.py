@@ -17,8 +17,6 @@ __all__ = ["Batch", "Batches", "Piece", "Stopped"]
 
 Owner = TypeVar("Owner")
 
-CPU = torch.device("cpu")
-
 #: How often a thread that waits for room looks whether anybody is still there.
 LOOK_UP_S = 0.5
 
@@ -74,6 +72,10 @@ class Batch(Generic[Owner]):
         return self.sealed and self.filled == self.reserved
 
 
+def _zeros(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.uint8)
+
+
 class Batches(Generic[Owner]):
     """Hands out slots in the order they are asked for, and each batch when it is full.
 
@@ -84,7 +86,7 @@ class Batches(Generic[Owner]):
         ready: called with each full batch.
         abandoned: whether nobody will come for the batches any more: a script that dies while it
             holds the iterator leaves the stream suspended, and its threads must end all the same.
-        device: where their memory is.
+        allocate: gives their memory, (B, S, S, 3) uint8.
     """
 
     def __init__(
@@ -95,13 +97,13 @@ class Batches(Generic[Owner]):
         ahead: int,
         ready: Callable[[Batch[Owner]], None],
         abandoned: Callable[[], bool] = lambda: False,
-        device: torch.device = CPU,
+        allocate: Callable[[tuple[int, ...]], torch.Tensor] = _zeros,
     ) -> None:
         self._shape = (size, tile_size_px, tile_size_px, 3)
         self._ahead = ahead
         self._ready = ready
         self._abandoned = abandoned
-        self._device = device
+        self._allocate = allocate
         self._free: list[tuple[torch.Tensor, Event | None]] = []
         self._open: Batch[Owner] | None = None
         self._unreleased = 0
@@ -141,7 +143,7 @@ class Batches(Generic[Owner]):
     def _new(self) -> Batch[Owner]:
         if self._free:
             return Batch(*self._free.pop())
-        return Batch(torch.zeros(self._shape, dtype=torch.uint8, device=self._device))
+        return Batch(self._allocate(self._shape))
 
     def _seal(self, batch: Batch[Owner]) -> None:
         batch.sealed, self._open = True, None

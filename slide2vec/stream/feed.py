@@ -53,6 +53,10 @@ class Feed(Protocol):
     device: torch.device
     lane: Lane
 
+    def allocate(self, shape: tuple[int, ...]) -> Tensor:
+        """Memory of the device for tiles, uint8, in the order of the lane."""
+        ...
+
     def adopt(self, plan: SlidePlan) -> SlidePlan:
         """The plan with a source whose tiles can be placed there, and its road. Called in planning threads.
 
@@ -68,6 +72,10 @@ class HostFeed:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.lane: Lane = HostLane(self.device)
+
+    def allocate(self, shape: tuple[int, ...]) -> Tensor:
+        """See `Feed.allocate`."""
+        return torch.zeros(shape, dtype=torch.uint8)
 
     def adopt(self, plan: SlidePlan) -> SlidePlan:
         """The plan as it is."""
@@ -108,6 +116,11 @@ class DeviceFeed:
             return
         load_on(self.device)
         self._roads.append(("cucim", lambda probe: CucimCudaReader(probe, self.device)))
+
+    def allocate(self, shape: tuple[int, ...]) -> Tensor:
+        """See `Feed.allocate`: filled on the lane, or the filling could overtake the tiles."""
+        with self.lane.current():
+            return torch.zeros(shape, dtype=torch.uint8, device=self.device)
 
     def adopt(self, plan: SlidePlan) -> SlidePlan:
         """See `Feed.adopt`."""

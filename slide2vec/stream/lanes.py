@@ -101,6 +101,7 @@ class CudaLane:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(device))  # weights may be on their way
 
     @contextlib.contextmanager
     def _current(self) -> Iterator[None]:

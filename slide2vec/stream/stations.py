@@ -183,7 +183,7 @@ class Stream:
             ahead=max(ahead, 2 * readers * TILES_PER_READ // batch_size),
             ready=self._inbox.put,
             abandoned=lambda: not self._consumer.is_alive(),
-            device=feed.device,
+            allocate=feed.allocate,
         )
         self._consumer = threading.current_thread()
         self._meters = Meters()

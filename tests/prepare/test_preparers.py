@@ -131,6 +131,13 @@ def test_triton_says_that_it_does_not_resize() -> None:
         choose_preparer("triton", recipe(248, 224), CPU, "float32_nchw", 256)
 
 
+def test_triton_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match='preparer="triton" needs an NVIDIA GPU, and the model is on cpu'):
+        choose_preparer("triton", recipe(224, 224), CPU, "float32_nchw", 224)
+
+
 def test_auto_on_a_cpu_is_pytorch() -> None:
     assert isinstance(choose_preparer("auto", recipe(224, 224), CPU, "float32_nchw", 224), TorchPreparer)
 
