@@ -7,7 +7,7 @@ DEMO_DIR ?= demo
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench gpu-check clean
+.PHONY: help setup demo test test-slow lint bench gpu-check clean
 
 help:  ## show this list
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,7 +27,10 @@ demo: $(STAMP)  ## embed a generated slide on this machine and draw the result i
 	@$(BIN)/slide2vec demo --output $(DEMO_DIR)
 
 test: $(STAMP)  ## run the test suite
-	@$(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+	@$(BIN)/python -m pytest -q -m "not gpu and not slow" $(ARGS)
+
+test-slow: $(STAMP)  ## run the tests that take minutes and gigabytes
+	@$(BIN)/python -m pytest -q -m slow $(ARGS)
 
 lint: $(STAMP)  ## ruff (lint and format) and mypy --strict
 	@$(BIN)/ruff check .

@@ -19,7 +19,16 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-PACKAGES = ("slide2vec", "torch", "timm", "cucim-cu13", "opencv-python-headless", "openslide-python", "numpy")
+PACKAGES = (
+    "slide2vec",
+    "torch",
+    "timm",
+    "openvino",
+    "cucim-cu13",
+    "opencv-python-headless",
+    "openslide-python",
+    "numpy",
+)
 
 #: Slides in the stream that feeds: enough that starting threads does not show.
 SLIDES = 3

@@ -120,8 +120,10 @@ def _touched(tiling: Any, side: int, width: int, height: int) -> Any:
                 yield column * width, row * height
 
 
-def encode(slide: Path, repeat: int) -> dict[str, float]:
-    """The whole stream with a ViT-S."""
+def encode(
+    slide: Path, repeat: int, engine: str = "torch", precision: str = "fp32", batch_size: int = 32
+) -> dict[str, Any]:
+    """The whole stream with a ViT-S; a compiled engine has to be there."""
     import torch
 
     from slide2vec import ExecutionOptions, Model
@@ -129,9 +131,20 @@ def encode(slide: Path, repeat: int) -> dict[str, float]:
     torch.set_num_threads(THREADS)
     model = Model.from_preset(PRESET, weights="random", device="cpu")
     slides = [{"sample_id": str(i), "image_path": slide} for i in range(repeat)]
+    options = ExecutionOptions(
+        num_workers=THREADS,
+        batch_size=batch_size,
+        engine=engine,
+        precision=precision,
+    )
+    model.identity(options)  # loads the engine
     start = time.perf_counter()
-    results = model.embed_slides(slides, configs(), ExecutionOptions(num_workers=THREADS, batch_size=32))
-    return {"tiles": sum(r.num_tiles for r in results), "seconds": time.perf_counter() - start}
+    results = model.embed_slides(slides, configs(), options)
+    return {
+        "tiles": sum(r.num_tiles for r in results),
+        "seconds": time.perf_counter() - start,
+        "encoder": model.engine_in_words(options),
+    }
 
 
 def bare(slide: Path, repeat: int) -> dict[str, float]:
@@ -155,7 +168,7 @@ def bare(slide: Path, repeat: int) -> dict[str, float]:
     return {"tiles": tiles, "seconds": time.perf_counter() - start}
 
 
-PARTS = {"feed": feed, "decode": decode, "encode": encode, "bare": bare}
+PARTS: dict[str, Any] = {"feed": feed, "decode": decode, "encode": encode, "bare": bare}
 
 
 def main() -> None:
@@ -163,8 +176,12 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("slide", type=Path)
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--engine", default="torch", help="of encode")
+    parser.add_argument("--precision", default="fp32", help="of encode")
+    parser.add_argument("--batch-size", type=int, default=32, help="of encode")
     args = parser.parse_args()
-    measured = PARTS[args.part](args.slide, args.repeat)
+    more = {name: getattr(args, name) for name in ("engine", "precision", "batch_size")}
+    measured = PARTS[args.part](args.slide, args.repeat, **(more if args.part == "encode" else {}))
     measured["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps(measured))
 

@@ -17,6 +17,7 @@ from slide2vec.errors import ConfigError, nearest_names
 
 __all__ = [
     "Backend",
+    "EngineChoice",
     "ExecutionOptions",
     "FilterConfig",
     "OutputFormat",
@@ -28,7 +29,8 @@ __all__ = [
 ]
 
 Backend = Literal["auto", "cucim", "openslide", "vips", "asap"]
-Precision = Literal["fp16", "bf16", "fp32"]
+Precision = Literal["fp16", "bf16", "fp32", "fp8"]
+EngineChoice = Literal["auto", "torch", "tensorrt", "openvino", "inductor"]
 OutputFormat = Literal["pt", "npz", "safetensors", "h5"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -197,7 +199,10 @@ class ExecutionOptions(_Config):
         num_preprocessing_workers: slides planned (segmented, tiled) at once; None = the job's CPUs,
             64 at most.
         num_gpus: devices to use; None = all.
-        precision: None = the preset's (fp32 on a CPU).
+        precision: None = the preset's (fp32 on a CPU). "fp8" needs an engine.
+        engine: what runs the encoder. "auto": an engine that `slide2vec build-engine` made for it, this
+            precision and this machine, else PyTorch; "torch"; or a runtime whose engine has to be there.
+        torch_compile: use PyTorch's just-in-time compiler, where PyTorch runs it.
         prefetch_factor: batches that may be ready before the encoder needs them, at least.
         persistent_workers: has no effect: readers are threads, started within a millisecond per call.
         save_tile_embeddings, save_slide_embeddings, save_latents: extra artifacts of slide-level
@@ -212,6 +217,8 @@ class ExecutionOptions(_Config):
     num_preprocessing_workers: Positive | None = None
     num_gpus: Annotated[int, Field(ge=0)] | None = None
     precision: Precision | None = None
+    engine: EngineChoice = "auto"
+    torch_compile: bool = False
     prefetch_factor: Positive = 4
     persistent_workers: bool = True
     save_tile_embeddings: bool = False

@@ -11,6 +11,7 @@ __all__ = [
     "BackendError",
     "ConfigError",
     "EmbedSlidesError",
+    "EngineError",
     "ExtraMissingError",
     "GatedWeightsError",
     "ManifestError",
@@ -60,6 +61,10 @@ class GatedWeightsError(WeightsError):
 
 class ExtraMissingError(Slide2VecError, ImportError):
     """An optional package is needed and not installed; the message names the pip extra."""
+
+
+class EngineError(Slide2VecError, RuntimeError):
+    """An engine cannot be built, found, read or run; the message says why and what can be done."""
 
 
 class BackendError(Slide2VecError, RuntimeError):

@@ -13,6 +13,7 @@ import torch
 from slide2vec.aggregate import aggregate_artifact
 from slide2vec.artifacts import SlideEmbeddingArtifact, TileEmbeddingArtifact
 from slide2vec.cohort import embed_cohort
+from slide2vec.compile import Subject, select_engine
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.encoders import build_encoder
@@ -22,7 +23,6 @@ from slide2vec.prepare import choose_preparer
 from slide2vec.progress import RunStarted, active_reporter, live_progress
 from slide2vec.recipes import Recipe, Variant, load_recipe
 from slide2vec.runtime import batch_size_for, pick_device, resolve_precision
-from slide2vec.runtime.torch_engine import TorchEngine
 from slide2vec.slides import Slide, SlideLike, as_slide, as_slides
 from slide2vec.stream import SlideOutcome, SlidePlan, Stream, feed_for, fitting_batch_size, plan_slide
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from slide2vec.cohort.run import OnPersisted
-    from slide2vec.runtime import Engine
+    from slide2vec.compile.select import Selected
     from slide2vec.tiling import Tiling
 
 __all__ = ["Model"]
@@ -61,6 +61,7 @@ class Model:
     ) -> None:
         self.recipe, self.variant, self.device, self.precision = recipe, variant, device, precision
         self._encoder, self._weights = encoder, weights
+        self._engines: dict[tuple[str, str], Selected] = {}
         #: What `from_preset` was given besides the name, resolved; kept with a run's settings.
         self.origin: Mapping[str, Any] = origin or {}
 
@@ -150,25 +151,37 @@ class Model:
     def _variant(self) -> Variant:
         return self.recipe.variants[self.variant]
 
-    def identity(self, precision: str | None = None) -> dict[str, Any]:
+    def identity(self, execution: ExecutionOptions | None = None) -> dict[str, Any]:
         """What decides an embedding, besides the slide and its tiling; JSON-ready."""
+        engine = self._select(execution or ExecutionOptions()).engine
         return {
             "name": self.name,
             "level": self.level,
             "output_variant": self.variant,
             "weights": self._weights_digest,
             "weights_source": self._weights,
-            "precision": precision or self.precision,
-            "runtime": "torch",
+            "precision": engine.precision,
+            "runtime": engine.runtime,
             "input_size_px": self.recipe.transform.crop,
             "transform": self.recipe.transform.model_dump(mode="json"),
         }
+
+    def engine_in_words(self, execution: ExecutionOptions | None = None) -> str:
+        """What runs the encoder: "PyTorch, fp32 on cpu", "openvino, bf16 on cpu"."""
+        engine = self._select(execution or ExecutionOptions()).engine
+        runtime = "PyTorch" if engine.runtime == "torch" else engine.runtime
+        return f"{runtime}, {engine.precision} on {self.device}"
 
     @cached_property
     def _weights_digest(self) -> str:
         """What the weights are, wherever they came from."""
         if self.recipe.weights is None or self._weights.startswith("random:"):
             return self._weights
+        return self._content_digest
+
+    @cached_property
+    def _content_digest(self) -> str:
+        """Of the weights' values."""
         return weights_digest(self._encoder)
 
     def embed_slide(
@@ -280,7 +293,7 @@ class Model:
         if (execution.num_gpus or 1) > 1:
             logger.warning("num_gpus=%d: this version uses one device (%s)", execution.num_gpus, self.device)
         active_reporter().emit(RunStarted(len(slides), self.name))
-        stream = self._stream(config, execution, self._call_precision(execution))
+        stream = self._stream(config, execution)
         yield from stream.run(slides, plan)
 
     def resolve_preprocessing(self, config: PreprocessingConfig | None = None) -> PreprocessingConfig:
@@ -314,21 +327,23 @@ class Model:
             )
         logger.warning("%s", problem)
 
-    def _stream(self, config: PreprocessingConfig, execution: ExecutionOptions, precision: str) -> Stream:
+    def _stream(self, config: PreprocessingConfig, execution: ExecutionOptions) -> Stream:
         assert config.requested_tile_size_px is not None
         tile_size = config.requested_tile_size_px
         feed = feed_for(self.device, config.gpu_decode)
-        engine = self._engine(precision)
+        selected = self._select(execution)
+        engine = selected.engine
         preparer = choose_preparer(
             config.preparer, self.recipe.transform, self.device, engine.layout, tile_size
         )
         wanted = batch_size_for(self.recipe.gflops, self.device)
+        size = execution.batch_size or selected.batch_size
         return Stream(
             engine,
             preparer,
-            batch_size=execution.batch_size or fitting_batch_size(engine, preparer, wanted, tile_size),
+            batch_size=size or fitting_batch_size(engine, preparer, wanted, tile_size),
             tile_size_px=tile_size,
-            dtype=getattr(torch, execution.feature_dtype(precision)),
+            dtype=getattr(torch, execution.feature_dtype(engine.precision)),
             readers=execution.reading_threads(),
             planners=execution.planning_threads(),
             ahead=execution.prefetch_factor,
@@ -336,10 +351,21 @@ class Model:
             feed=feed,
         )
 
-    def _engine(self, precision: str) -> Engine:
-        return TorchEngine(
-            self._encoder, feature_dim=self.feature_dim, precision=precision, device=self.device
+    def _select(self, execution: ExecutionOptions) -> Selected:
+        """What runs the encoder; a compiled engine is loaded once."""
+        precision = self._call_precision(execution)
+        if (execution.engine, precision) in self._engines:
+            return self._engines[execution.engine, precision]
+        selected = select_engine(
+            execution.engine,
+            self._encoder,
+            Subject(self.recipe, self.variant, self.device, lambda: self._content_digest),
+            precision,
+            compiled=execution.torch_compile,
         )
+        if selected.batch_size is not None:
+            self._engines[execution.engine, precision] = selected
+        return selected
 
     def _call_precision(self, execution: ExecutionOptions) -> str:
         if execution.precision is None:

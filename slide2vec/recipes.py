@@ -24,6 +24,8 @@ SCHEMA = 1
 GENERIC = ("timm:", "hf-hub:")
 #: Relative difference within which two spacings are one: 5 %, and what decimals lack in binary.
 SAME_SPACING = 0.05 + 1e-9
+#: Least cosine of an engine's features to the encoder's in fp32, where a recipe asks for no other.
+MIN_COSINE = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.999, "fp8": 0.99}
 Level = Literal["tile", "slide", "patient"]
 Pool = Literal["none", "cls", "cls_patch_mean", "token_mean"]
 Family = Literal["timm", "scattering", "coca", "clip_linear", "musk", "channelwise", "remote"]
@@ -88,6 +90,27 @@ class Variant(_Section):
     normalise: bool = False
 
 
+class EnginePolicy(_Section):
+    """How the encoder is compiled, and how close an engine has to stay to it.
+
+    Attributes:
+        islands: parts that stay in fp32 in a half-precision engine: "norm" (layer norms),
+            "patch_embed", "attention" (queries, keys and values are brought to fp32 for the product).
+        layout: what its engines take (see `slide2vec.runtime.base.Layout`), where none is asked for.
+        min_cosine: least cosine similarity, over real tissue tiles, of an engine's features to those of
+            the encoder in fp32; below it an engine is not published.
+    """
+
+    islands: tuple[Literal["norm", "patch_embed", "attention"], ...] = ("norm", "patch_embed")
+    layout: Literal["float32_nchw", "uint8_nhwc"] = "uint8_nhwc"
+    min_cosine: dict[Literal["fp32", "fp16", "bf16", "fp8"], Annotated[float, Field(gt=0, lt=1)]] = {}
+
+    def threshold(self, precision: str) -> float:
+        """The least cosine of engines of a precision."""
+        asked = (least for name, least in self.min_cosine.items() if name == precision)
+        return next(asked, MIN_COSINE[precision])
+
+
 class Licence(_Section):
     """The licence's name, what it allows in a line, and where to ask for access."""
 
@@ -112,6 +135,7 @@ class Recipe(_Section):
         variants, default_variant: its outputs.
         citation, note: for people.
         compile, compile_note: whether the encoder may be exported and compiled; why not, or what to mind.
+        engine: how it is compiled.
         verified: how our loader was compared with the original one, without the published weights.
         unconfirmed: what only a site with access to the weights can confirm.
     """
@@ -137,6 +161,7 @@ class Recipe(_Section):
     note: str = ""
     compile: bool = True
     compile_note: str = ""
+    engine: EnginePolicy = EnginePolicy()
     verified: str = ""
     unconfirmed: str = ""
 

@@ -18,6 +18,12 @@ def slides_folder() -> Path:
     return Path(given) if given else Path(__file__).resolve().parents[2] / "shared" / "slides"
 
 
+@pytest.fixture(autouse=True)
+def no_engines_of_the_user(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty engine store: whoever runs the tests may have built engines."""
+    monkeypatch.setenv("SLIDE2VEC_ENGINES", str(tmp_path_factory.mktemp("engines")))
+
+
 @pytest.fixture(scope="session")
 def real_slide() -> Callable[[str], Path]:
     """Gives the path of a real slide by its file name; skips the test when it is not there."""

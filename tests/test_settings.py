@@ -318,7 +318,7 @@ def test_what_is_not_supported_is_an_error(load: Load, override: str, message: s
         ("seed: -1", ["seed", "greater than or equal to 0"]),
         ("seed: 99999999999", ["seed", "less than"]),
         ("output_format: csv", ["output_format", "'pt'", "'csv'"]),
-        ("speed: {precision: fp8}", ["speed.precision", "'fp8'"]),
+        ("speed: {precision: fp7}", ["speed.precision", "'fp7'"]),
         ("model: {output_variant: cls}", ["model.output_variant", "uni", "cls"]),
         ("tiling: {seg_params: {method: hsv, use_hsv: false}}", ["method=hsv", "threshold"]),
         (

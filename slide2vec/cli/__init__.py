@@ -1,4 +1,5 @@
-"""The command line: `slide2vec run`, `embed`, `tile`, `status`, `export`, `info`, `models`, `doctor`, `demo`.
+"""The command line: `slide2vec run`, `embed`, `tile`, `status`, `export`, `info`, `models`, `build-engine`,
+`engines`, `bench`, `doctor`, `demo`.
 
 Subcommands import what they need when they run, so that `--help` answers at once.
 """
@@ -11,10 +12,13 @@ import typer
 from typer.core import TyperGroup
 
 from slide2vec import __version__
+from slide2vec.cli.bench import bench
+from slide2vec.cli.build_engine import build_engine
 from slide2vec.cli.console import debugging, log_to_stderr, print_error
 from slide2vec.cli.demo import demo
 from slide2vec.cli.doctor import doctor
 from slide2vec.cli.embed import embed
+from slide2vec.cli.engines import engines
 from slide2vec.cli.export import export
 from slide2vec.cli.info import info
 from slide2vec.cli.models import models
@@ -69,6 +73,9 @@ app.command()(status)
 app.command()(export)
 app.command()(info)
 app.command()(models)
+app.command()(build_engine)
+app.add_typer(engines, name="engines")
+app.command()(bench)
 app.command()(doctor)
 app.command()(demo)
 

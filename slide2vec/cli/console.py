@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Backend",
     "Debug",
+    "Engine",
+    "EngineName",
     "Format",
     "Json",
+    "Precision",
     "debugging",
     "facts",
     "log_to_stderr",
@@ -43,12 +46,24 @@ class _StderrHandler(logging.Handler):
         typer.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
 
 
+class _AdviceHandler(logging.Handler):
+    """Shows what is neither a warning nor only for debugging."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno == logging.INFO and not debugging():
+            note(record.getMessage())
+
+
 def log_to_stderr(level: int = logging.WARNING) -> None:
     """Show the library's records from `level` on; `--debug` shows all."""
     for handler in list(_logger.handlers):
         if isinstance(handler, _StderrHandler):
             _logger.removeHandler(handler)
     _logger.addHandler(_StderrHandler(level))
+    advice = logging.getLogger("slide2vec.compile.select")  # one line at most, about a faster way
+    advice.setLevel(min(level, logging.INFO))
+    if not advice.handlers:
+        advice.addHandler(_AdviceHandler(logging.INFO))
     # What tifffile complains of comes back in our errors, with the slide's name.
     logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
@@ -67,6 +82,11 @@ def debugging() -> bool:
 #: As in slide2vec.config, which is not imported for the sake of start-up time.
 Backend = Literal["auto", "cucim", "vips", "openslide", "asap"]
 Format = Literal["pt", "npz", "safetensors", "h5"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]
+EngineName = Literal["auto", "torch", "tensorrt", "openvino", "inductor"]
+Engine = Annotated[
+    EngineName, typer.Option(help="What runs the encoder: auto takes a compiled one where there is one.")
+]
 Debug = Annotated[
     bool,
     typer.Option("--debug", callback=_debug, is_eager=True, help="Log more; show tracebacks of errors."),

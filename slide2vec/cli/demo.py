@@ -44,14 +44,15 @@ def demo(
 
     model = Model.from_preset(preset, weights=weights)
     pictures = PreviewConfig(save_mask_preview=True, save_tiling_preview=True, downsample=max(8, size / 2048))
+    execution = ExecutionOptions(output_dir=output)
     report = embed_and_write(
         model,
         [as_slide(slide_path)],
         PreprocessingConfig(preview=pictures, tissue_threshold=TISSUE_THRESHOLD),
-        ExecutionOptions(output_dir=output),
+        execution,
         draw_map=True,
     )
-    print_report(report, model, output)
+    print_report(report, model, execution)
     if report.result.failed:
         raise typer.Exit(1)
     made = report.made[0]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from slide2vec.cli.console import Backend, Debug, Format, Json, note, print_json
+from slide2vec.cli.console import Backend, Debug, Engine, Format, Json, Precision, note, print_json
 
 __all__ = ["NonRecommended", "TrustRemoteCode", "embed"]
 
@@ -55,9 +55,10 @@ def embed(
     backend: Annotated[Backend, typer.Option(help="What reads the slides.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu; by default the best.")] = None,
     precision: Annotated[
-        Literal["fp32", "bf16", "fp16"] | None,
+        Precision | None,
         typer.Option(help="By default the preset's on a GPU, fp32 on a CPU.", show_default=False),
     ] = None,
+    engine: Engine = "auto",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Tiles per forward pass [by device].")] = None,
     num_workers: Annotated[int | None, typer.Option(min=1, help="Reading threads [all CPUs].")] = None,
     file_format: Annotated[Format, typer.Option("--format", help="Of the embeddings.")] = "pt",
@@ -100,7 +101,11 @@ def embed(
         resume=resume,
     )
     execution = ExecutionOptions(
-        output_dir=output, output_format=file_format, batch_size=batch_size, num_workers=num_workers
+        output_dir=output,
+        output_format=file_format,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        engine=engine,
     )
     output.mkdir(parents=True, exist_ok=True)
     note(f"loading {preset} …")
@@ -121,8 +126,8 @@ def embed(
     )
     report = embed_and_write(model, found, preprocessing, execution, draw_map=draw_map)
     if as_json:
-        print_json({"encoder": model.identity(), "output_dir": output, **report.as_json()})
+        print_json({"encoder": model.identity(execution), "output_dir": output, **report.as_json()})
     else:
-        print_report(report, model, output)
+        print_report(report, model, execution)
     if report.result.failed:
         raise typer.Exit(1)

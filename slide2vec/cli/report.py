@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from slide2vec.cli.writing import Made, Report
     from slide2vec.cohort import RunResult
+    from slide2vec.config import ExecutionOptions
     from slide2vec.model import Model
     from slide2vec.progress import RunSummary
 
@@ -24,7 +25,7 @@ MOST_NAMES = 10
 NO_TILES = "0 tiles: no tissue, or too little; --previews draws what was taken for tissue."
 
 
-def print_report(report: Report, model: Model, output_dir: Path) -> None:
+def print_report(report: Report, model: Model, execution: ExecutionOptions) -> None:
     """Print what was made and where, what failed, how fast it was and what held it back."""
     from rich.text import Text
 
@@ -36,7 +37,7 @@ def print_report(report: Report, model: Model, output_dir: Path) -> None:
         if not all(item.num_tiles for item in report.made):
             console.print(Text(NO_TILES, "dim"))
         console.print()
-        console.print(facts(_places(report.made, model, output_dir)))
+        console.print(facts(_places(report.made, model, execution)))
     print_outcome(report.result)
 
 
@@ -99,9 +100,11 @@ def _made_table(made: Sequence[Made]) -> Table:
     return table(("slide", "tiles", "read with"), rows, numbers=("tiles",))
 
 
-def _places(made: Sequence[Made], model: Model, output_dir: Path) -> Iterator[tuple[str, str]]:
+def _places(made: Sequence[Made], model: Model, execution: ExecutionOptions) -> Iterator[tuple[str, str]]:
     """Where the files are, one line per kind: the file of a single slide, the folder of several."""
-    yield "encoder", f"{model.name} ({model.variant}), {model.precision} on {model.device}"
+    output_dir = execution.output_dir
+    assert output_dir is not None
+    yield "encoder", f"{model.name} ({model.variant}), {model.engine_in_words(execution)}"
     yield "written to", f"{output_dir}/"
     files: dict[str, list[Path | None]] = {
         "embeddings": [item.embeddings_path for item in made],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from slide2vec.cli.console import Backend, Debug, Format, Json, note, print_json
+from slide2vec.cli.console import Backend, Debug, EngineName, Format, Json, Precision, note, print_json
 from slide2vec.cli.embed import TrustRemoteCode
 from slide2vec.errors import ConfigError
 
@@ -58,8 +58,9 @@ def run(
         Backend | None, typer.Option(help="What reads the slides.", show_default=False)
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu; by default the best.")] = None,
-    precision: Annotated[
-        Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Of the encoder.", show_default=False)
+    precision: Annotated[Precision | None, typer.Option(help="Of the encoder.", show_default=False)] = None,
+    engine: Annotated[
+        EngineName | None, typer.Option(help="What runs the encoder [auto].", show_default=False)
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Tiles per forward pass [by device].")] = None,
     num_workers: Annotated[int | None, typer.Option(help="Reading threads [all CPUs].")] = None,
@@ -138,6 +139,7 @@ def run(
         "tiling.backend": backend,
         "model.device": "cpu" if run_on_cpu else device,
         "speed.precision": precision or ("fp32" if run_on_cpu else None),
+        "speed.engine": engine,
         "model.batch_size": batch_size,
         "speed.num_dataloader_workers": num_workers,
         "speed.num_preprocessing_workers": num_preprocessing_workers,
@@ -188,9 +190,11 @@ def _run(settings: RunSettings, *, tiling_only: bool, trust_remote_code: bool, a
         )
         result = report.result
         if as_json:
-            print_json({"encoder": model.identity(), "output_dir": output_dir, **report.as_json()})
+            print_json(
+                {"encoder": model.identity(settings.execution), "output_dir": output_dir, **report.as_json()}
+            )
         else:
-            print_report(report, model, output_dir)
+            print_report(report, model, settings.execution)
     if result.failed:
         raise typer.Exit(1)
 

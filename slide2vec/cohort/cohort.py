@@ -58,7 +58,7 @@ class Encoder(Protocol):
 
     variant: str
 
-    def identity(self, precision: str | None = None) -> dict[str, Any]: ...
+    def identity(self, execution: ExecutionOptions | None = None) -> dict[str, Any]: ...
 
 
 class Cohort:
@@ -89,7 +89,7 @@ class Cohort:
         self.slides, self.config, self.execution = slides, config, execution
         self.output_dir = execution.output_dir
         self._encoder, self._tilings, self._settings = encoder, tilings or {}, settings
-        self._identity = encoder.identity(execution.precision) if encoder else {}
+        self._identity = encoder.identity(execution) if encoder else {}
         self._planned: dict[str, _Planned] = {}
         self._artifacts: dict[str, TileEmbeddingArtifact] = {}
         self._failed: dict[str, FailedSlide] = {}

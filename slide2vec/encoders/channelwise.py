@@ -75,13 +75,13 @@ class Rotation(nn.Module):
 
     def forward(self, grid: int) -> tuple[Tensor, Tensor]:
         """Two of (grid * grid, head_dim), patches row by row."""
-        periods = self.periods.to(ROPE_DTYPE)
-        centres = torch.arange(0.5, grid, dtype=ROPE_DTYPE, device=periods.device) / grid
+        periods = rounded(self.periods)
+        centres = rounded(torch.arange(0.5, grid, device=periods.device) / grid)
         rows, columns = torch.meshgrid(centres, centres, indexing="ij")
-        coordinates = 2.0 * torch.stack([rows, columns], dim=-1).flatten(0, 1) - 1.0
-        angles = 2 * math.pi * coordinates[:, :, None] / periods
+        coordinates = rounded(2.0 * torch.stack([rows, columns], dim=-1).flatten(0, 1) - 1.0)
+        angles = rounded(rounded(2 * math.pi * coordinates[:, :, None]) / periods)
         angles = angles.flatten(1).repeat(1, 2)
-        return angles.sin(), angles.cos()
+        return rounded(angles.sin()), rounded(angles.cos())
 
 
 class Block(nn.Module):
@@ -122,16 +122,23 @@ class Attention(nn.Module):
 
 
 def rotated(values: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
-    """(N, heads, T, d) -> the same, with all but the prefix tokens turned, in the precision of `sine`.
+    """(N, heads, T, d) -> the same, with all but the prefix tokens turned, in ROPE_DTYPE.
 
-    The prefix passes through that precision as well, as in the published model.
+    The prefix passes through that precision as well, as in the published model. It is computed in
+    fp32 and rounded after every step, which gives the same bits: few runtimes compute in bf16.
     """
-    turned = values.to(sine.dtype)
+    turned = rounded(values)
     start = turned.shape[2] - sine.shape[0]
     prefix, patches = turned[:, :, :start], turned[:, :, start:]
     first, second = patches.chunk(2, dim=-1)
-    patches = patches * cosine + torch.cat([-second, first], dim=-1) * sine
+    crossed = torch.cat([-second, first], dim=-1)
+    patches = rounded(rounded(patches * cosine) + rounded(crossed * sine))
     return torch.cat([prefix, patches], dim=2).to(values.dtype)
+
+
+def rounded(values: Tensor) -> Tensor:
+    """Float32 values that ROPE_DTYPE has."""
+    return values.to(ROPE_DTYPE).float()
 
 
 class GatedMlp(nn.Module):

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+
+from slide2vec.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Engine", "Layout"]
+__all__ = ["BatchProfile", "Engine", "Layout"]
 
 #: What an engine takes. "float32_nchw": normalised pixels (B, 3, H, W) float32, as the encoder itself.
 #: "uint8_nhwc": pixels as they are, (B, H, W, 3) uint8; the engine normalises them.
 Layout: TypeAlias = Literal["float32_nchw", "uint8_nhwc"]
+
+
+@dataclass(frozen=True)
+class BatchProfile:
+    """The batch sizes an engine is compiled for, in tiles: it is fastest at `opt`.
+
+    Raises:
+        ConfigError: not 1 <= min <= opt <= max.
+    """
+
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise ConfigError(
+                f"batch profile {self.min}, {self.opt}, {self.max}: it must be 1 <= min <= opt <= max"
+            )
 
 
 class Engine(Protocol):

@@ -12,7 +12,7 @@ __all__ = ["batch_size_for", "pick_device", "resolve_precision"]
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:

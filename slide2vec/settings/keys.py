@@ -139,6 +139,8 @@ KEYS: dict[str, Key] = {
         ("downsample", "tissue_contour_color", "mask_overlay_alpha"),
     ),
     "speed.precision": _of(ExecutionOptions, "precision"),
+    "speed.engine": _of(ExecutionOptions, "engine"),
+    "speed.torch_compile": _of(ExecutionOptions, "torch_compile"),
     "speed.output_dtype": _of(ExecutionOptions, "output_dtype"),
     "speed.num_dataloader_workers": _of(ExecutionOptions, "num_workers"),
     "speed.num_preprocessing_workers": _of(ExecutionOptions, "num_preprocessing_workers"),

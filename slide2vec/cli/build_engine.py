@@ -1,0 +1,222 @@
+"""`slide2vec build-engine`: compile an encoder for this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from slide2vec.cli.console import Debug, Json, Precision, note, print_error, print_json, stdout, table
+from slide2vec.cli.embed import TrustRemoteCode
+from slide2vec.errors import ConfigError, Slide2VecError
+
+if TYPE_CHECKING:
+    from slide2vec.compile import BuildOptions, EngineStore, StoredEngine
+    from slide2vec.compile.builders import Progress
+    from slide2vec.model import Model
+
+__all__ = ["EnginesDir", "Runtime", "build_engine", "building", "engine_row"]
+
+Runtime = Literal["tensorrt", "openvino", "inductor"]
+EnginesDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--engines",
+        "--output",
+        "-o",
+        help="Folder of engines [$SLIDE2VEC_ENGINES, else the user's cache].",
+        show_default=False,
+    ),
+]
+COLUMNS = ("engine", "runtime", "precision", "tiles/s", "PyTorch", "times", "cosine", "MB", "built in s")
+
+
+def build_engine(
+    preset: Annotated[
+        str | None, typer.Option("--preset", "-p", help="The encoder; see `slide2vec models`.")
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every preset that can be compiled and whose weights are there.")
+    ] = False,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(help="By default the preset's on a GPU, fp32 on a CPU.", show_default=False),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Tiles per forward pass [by encoder and device].")
+    ] = None,
+    runtime: Annotated[
+        Runtime | None, typer.Option(help="By default the best for the device.", show_default=False)
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help='Weights file or directory, or "random"; by default from Hugging Face.')
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
+    output_variant: Annotated[str | None, typer.Option(help="Which output of the encoder.")] = None,
+    input_size: Annotated[
+        int | None, typer.Option(help="Side of the encoder's input in px, where it takes others.")
+    ] = None,
+    opset: Annotated[int | None, typer.Option(help="Of the ONNX [23, else 20].", show_default=False)] = None,
+    slide: Annotated[
+        Path | None, typer.Option(help="Compare on its tissue [a generated slide].", show_default=False)
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu; by default the best.")] = None,
+    engines: EnginesDir = None,
+    keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="Keep the ONNX file beside it.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build it although it is there.")] = False,
+    workspace_gb: Annotated[
+        float | None, typer.Option(help="TensorRT: most GPU memory for scratch [all].")
+    ] = None,
+    optimization_level: Annotated[
+        int, typer.Option(min=0, max=5, help="TensorRT: more takes longer to build and runs faster.")
+    ] = 3,
+    hardware_compatibility: Annotated[
+        Literal["none", "same_compute_capability", "ampere_plus"],
+        typer.Option(help="TensorRT: other GPUs that may run it, more slowly."),
+    ] = "none",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compile a preset's encoder for this machine; from then on it is used by itself.
+
+    The engine is compared with the encoder in fp32 on tiles of tissue and published only if it is close
+    enough; a precision that is not makes way for the next higher one, and you are told.
+    """
+    from slide2vec.compile import BuildOptions, EngineStore
+
+    if (preset is None) == (not every):
+        raise ConfigError("build-engine takes either --preset NAME or --all")
+    options = BuildOptions(
+        runtime=runtime,
+        precision=precision,
+        batch_size=batch_size,
+        opset=opset,
+        slide=slide,
+        keep_onnx=keep_onnx,
+        force=force,
+        workspace_bytes=None if workspace_gb is None else int(workspace_gb * 1e9),
+        optimization_level=optimization_level,
+        hardware_compatibility=hardware_compatibility,
+    )
+    model = {
+        "weights": weights,
+        "seed": seed,
+        "device": device,
+        "output_variant": output_variant,
+        "input_size_px": input_size,
+        "trust_remote_code": trust_remote_code,
+    }
+    store = EngineStore(engines)
+    names = [preset] if preset else _compilable()
+    built: list[StoredEngine] = []
+    failed: dict[str, Exception] = {}
+    for name in names:
+        try:
+            built.append(_build(name, model, options, store))
+        except (Slide2VecError, OSError) as error:
+            if not every or debug:
+                raise
+            failed[name] = error
+    _print(built, failed, as_json)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _compilable() -> list[str]:
+    from slide2vec.recipes import list_models, load_recipe
+
+    return [name for name in list_models("tile") if load_recipe(name).compile]
+
+
+def _build(preset: str, model: dict[str, Any], options: BuildOptions, store: EngineStore) -> StoredEngine:
+    from slide2vec.compile.build import check_compilable
+    from slide2vec.recipes import load_recipe
+
+    recipe = load_recipe(preset)
+    recipe.variant(model["output_variant"])  # what cannot work is found before anything slow
+    check_compilable(recipe)
+    note(f"loading {preset} …")
+    from slide2vec.model import Model
+
+    return building(Model.from_preset(preset, **model), store, options)
+
+
+def building(model: Model, store: EngineStore, options: BuildOptions) -> StoredEngine:
+    """Build an engine and tell on stderr how far it is."""
+    from slide2vec.compile import build_engine
+
+    with _progress() as progress:
+        return build_engine(
+            model.encoder, model.recipe, model.variant, model.device, options, store=store, progress=progress
+        )
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """Stages as lines on stderr, and a bar for those that count their steps."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    stage = ""
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("", visible=False)
+
+        def show(what: str, step: int, steps: int) -> None:
+            nonlocal stage
+            if what != stage:
+                stage = what
+                note(f"{what} …")
+            bars.update(task, description=what, completed=step, total=steps or None, visible=steps > 0)
+
+        yield show
+
+
+def engine_row(engine: StoredEngine) -> tuple[object, ...]:
+    """An engine in a table with COLUMNS."""
+    record = engine.record
+    speed, plain = record.speed.get("engine"), record.speed.get("torch")
+    return (
+        engine.name,
+        record.runtime,
+        record.precision,
+        f"{speed:,.1f}" if speed else "",
+        f"{plain:,.1f}" if plain else "",
+        f"{speed / plain:.2f}" if speed and plain else "",
+        f"{record.parity['min_cosine']:.6f}",
+        f"{engine.size_bytes / 1e6:,.0f}",
+        f"{record.build_seconds:,.0f}",
+    )
+
+
+def _print(built: list[StoredEngine], failed: dict[str, Exception], as_json: bool) -> None:
+    if as_json:
+        print_json(
+            {
+                "engines": [{"name": each.name, **each.record.as_dict()} for each in built],
+                "failed": {name: str(error) for name, error in failed.items()},
+            }
+        )
+        return
+    if built:
+        numbers = COLUMNS[3:]
+        stdout().print(table(COLUMNS, [engine_row(engine) for engine in built], numbers=numbers))
+        typer.echo(
+            f"\nIn {built[0].directory.parent}; used from now on where precision and machine are the same."
+        )
+    for engine in built:
+        _print_remarks(engine)
+    for name, error in failed.items():
+        print_error(f"{name}: {error}")
+
+
+def _print_remarks(engine: StoredEngine) -> None:
+    record = engine.record
+    for step in record.steps_down:
+        note(f"{record.preset}: not in {step['precision']}: {step['reason']}")
+    if record.speed and record.speed["engine"] < record.speed["torch"]:
+        note(f"{engine.name} was slower than PyTorch: `slide2vec engines remove {engine.name}` drops it")
+    note(f"licence of {record.preset}: {record.licence}")

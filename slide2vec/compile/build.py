@@ -1,0 +1,328 @@
+"""Build an engine: export, compile, compare with the encoder, publish."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slide2vec.compile.builders import BUILDERS, Built, Job, Progress, default_runtime, unavailable
+from slide2vec.compile.identity import Subject, identity, key_of, library_versions
+from slide2vec.compile.parity import Parity, batch_sizes, compare, reference_features
+from slide2vec.compile.select import find_engine
+from slide2vec.compile.speed import tiles_per_second
+from slide2vec.compile.store import EngineStore, StoredEngine, engine_name
+from slide2vec.compile.tiles import tissue_pixels
+from slide2vec.compile.verify import write_reference
+from slide2vec.encoders.weights import weights_digest
+from slide2vec.errors import ConfigError, EngineError
+from slide2vec.recipes import Recipe
+from slide2vec.runtime import batch_size_for
+from slide2vec.runtime.base import BatchProfile, Engine, Layout
+from slide2vec.runtime.loading import load_engine
+from slide2vec.runtime.record import RECORD_NAME, EngineRecord
+from slide2vec.runtime.torch_engine import TorchEngine
+
+__all__ = ["BuildOptions", "build_engine", "check_compilable"]
+
+logger = logging.getLogger(__name__)
+
+#: What is tried when a precision is not close enough to the encoder.
+STEPS_DOWN = {
+    "fp8": ("fp8", "fp16", "bf16", "fp32"),
+    "fp16": ("fp16", "bf16", "fp32"),
+    "bf16": ("bf16", "fp32"),
+}
+#: Tiles that an engine is compared on.
+TILES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """What to build.
+
+    Attributes:
+        runtime: "tensorrt", "openvino" or "inductor"; None = the best that there is for the device.
+        precision: "fp32", "bf16", "fp16" or "fp8"; None = the preset's on CUDA, fp32 elsewhere.
+        batch_size: tiles that it is built for; None = chosen for the encoder and device.
+        layout: of the pixels it takes; None = the recipe's.
+        opset: of the ONNX; None = the best that works.
+        slide: whose tissue it is compared on (and calibrated with); None = a generated slide.
+        keep_onnx: keep the ONNX file beside it.
+        force: build it although it is there.
+        workspace_bytes, optimization_level, hardware_compatibility: TensorRT's.
+    """
+
+    runtime: str | None = None
+    precision: str | None = None
+    batch_size: int | None = None
+    layout: Layout | None = None
+    opset: int | None = None
+    slide: Path | None = None
+    keep_onnx: bool = False
+    force: bool = False
+    workspace_bytes: int | None = None
+    optimization_level: int = 3
+    hardware_compatibility: str = "none"
+
+
+def build_engine(
+    encoder: nn.Module,
+    recipe: Recipe,
+    variant: str,
+    device: torch.device,
+    options: BuildOptions | None = None,
+    *,
+    store: EngineStore | None = None,
+    progress: Progress = lambda what, step, steps: None,
+) -> StoredEngine:
+    """Compile an encoder for a device, compare it with the encoder, and publish it in the store.
+
+    Where a precision is not close enough to the encoder in fp32, the next of fp8, fp16, bf16, fp32 is
+    tried; the record says so. An engine that is there already is returned as it is.
+
+    Args:
+        encoder: of `build_encoder`, with its weights.
+        variant: name of its output.
+        progress: called with what is being done, step, and steps (0 = not known).
+
+    Raises:
+        EngineError: the preset cannot be compiled, no runtime can build here, the compiler failed, or no
+            precision is close enough to the encoder.
+        SlideError: the slide cannot be read.
+        OutputError: the store cannot be written to.
+    """
+    options = options or BuildOptions()
+    check_compilable(recipe)
+    plan = _Plan.of(recipe, device, options)
+    subject = Subject(recipe, variant, device, lambda: weights_digest(encoder))
+    encoder = encoder.cpu()
+    store = store or EngineStore()
+    with store.building(plan.name(subject)) as folder:
+        there = _there(store, subject, plan)
+        if there is not None and not options.force:
+            logger.warning("engine %s is there already", there.name)
+            return there
+        return _Build(encoder, subject, plan, options, store, folder, progress).run()
+
+
+def check_compilable(recipe: Recipe) -> None:
+    """Raise EngineError where a preset cannot be compiled, with the reason."""
+    if not recipe.compile:
+        raise EngineError(f"preset {recipe.name} cannot be compiled: {recipe.compile_note}")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The options, resolved."""
+
+    runtime: str
+    precision: str
+    layout: Layout
+    profile: BatchProfile
+    opset: int | None
+
+    @classmethod
+    def of(cls, recipe: Recipe, device: torch.device, options: BuildOptions) -> _Plan:
+        precision = options.precision or (recipe.precision if device.type == "cuda" else "fp32")
+        if options.runtime is None:
+            runtime = default_runtime(precision, device)
+        elif options.runtime not in BUILDERS:
+            raise ConfigError(f"runtime={options.runtime!r} is not one of {', '.join(BUILDERS)}")
+        else:
+            runtime = options.runtime
+        if reason := unavailable(runtime, precision, device):
+            raise EngineError(f"no {runtime} engine in {precision} can be built here: {reason}")
+        size = options.batch_size or batch_size_for(recipe.gflops, device)
+        return cls(
+            runtime,
+            precision,
+            options.layout or recipe.engine.layout,
+            BatchProfile(1, size, size),
+            options.opset,
+        )
+
+    def identity(self, subject: Subject, precision: str | None = None) -> dict[str, Any]:
+        """Of the engine, weights included; in a lower precision when given."""
+        made = identity(
+            subject,
+            runtime=self.runtime,
+            precision=precision or self.precision,
+            layout=self.layout,
+            profile=self.profile,
+            opset=self.opset,
+        )
+        return {**made, "weights": subject.weights()}
+
+    def name(self, subject: Subject) -> str:
+        """Of the engine's folder, as asked for."""
+        key = key_of(self.identity(subject))
+        return engine_name(subject.recipe.name, subject.variant, self.runtime, self.precision, key)
+
+
+def _there(store: EngineStore, subject: Subject, plan: _Plan) -> StoredEngine | None:
+    """The very engine that is asked for."""
+    for engine in find_engine(store, subject, plan.precision, (plan.runtime,)).matching:
+        wanted = plan.identity(subject, engine.record.precision)
+        if engine.record.identity == wanted:
+            return engine
+    return None
+
+
+class _Build:
+    """One engine on its way into the store."""
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        subject: Subject,
+        plan: _Plan,
+        options: BuildOptions,
+        store: EngineStore,
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        self.encoder, self.subject, self.plan, self.options = encoder, subject, plan, options
+        self.store, self.folder, self.progress = store, folder, progress
+        self.recipe = subject.recipe
+        self.dim = self.recipe.variants[subject.variant].dim
+        self.mean_std = (self.recipe.transform.mean, self.recipe.transform.std)
+        self.started = time.perf_counter()
+
+    def run(self) -> StoredEngine:
+        """Try the precisions in turn until one is close enough."""
+        self.progress("cutting tissue tiles", 0, 0)
+        known = pixels, reference = self._known_tiles()
+        if self.options.slide is not None:
+            pixels = tissue_pixels(self.recipe, TILES, self.options.slide)
+            reference = self._reference(pixels)
+        failed: list[dict[str, str]] = []
+        for precision in self._precisions():
+            try:
+                record = self._built_in(precision, pixels, reference, failed)
+                write_reference(self.folder, *known)
+                return self.store.publish(self.folder, record)
+            except EngineError as error:
+                failed.append({"precision": precision, "reason": str(error)})
+                logger.warning(
+                    "%s engine of %s in %s: %s", self.plan.runtime, self.recipe.name, precision, error
+                )
+                _empty(self.folder)
+        tried = "; ".join(f"{each['precision']}: {each['reason']}" for each in failed)
+        raise EngineError(f"no {self.plan.runtime} engine of {self.recipe.name} could be built ({tried})")
+
+    def _known_tiles(self) -> tuple[Tensor, Tensor]:
+        """Tiles of a generated slide and their features in fp32: what the engine is verified with later."""
+        pixels = tissue_pixels(self.recipe, TILES)
+        return pixels, self._reference(pixels)
+
+    def _reference(self, pixels: Tensor) -> Tensor:
+        self.progress("reference in PyTorch, fp32", 0, 0)
+        found = reference_features(self.encoder, self.mean_std, pixels, self.subject.device, self.dim)
+        self.encoder.cpu()
+        return found
+
+    def _precisions(self) -> Iterator[str]:
+        for precision in STEPS_DOWN.get(self.plan.precision, (self.plan.precision,)):
+            if unavailable(self.plan.runtime, precision, self.subject.device) is None:
+                yield precision
+
+    def _built_in(
+        self, precision: str, pixels: Tensor, reference: Tensor, failed: list[dict[str, str]]
+    ) -> EngineRecord:
+        """Build in one precision and compare.
+
+        Raises:
+            EngineError: it cannot be built, or is not close enough.
+        """
+        built = BUILDERS[self.plan.runtime](self._job(precision, pixels))
+        record = self._record(precision, built, failed)
+        (self.folder / RECORD_NAME).write_text(record.as_json(), encoding="utf-8")  # to be loaded by
+        engine = load_engine(self.folder, self.subject.device)
+        try:
+            self.progress("comparing with PyTorch", 0, 0)
+            least = self.recipe.engine.threshold(precision)
+            sizes = batch_sizes(self.plan.profile)
+            parity = compare(engine, self.mean_std, pixels, reference, sizes, least)
+            if problem := parity.problem():
+                raise EngineError(problem)
+            speed = self._speed(engine, pixels)
+        finally:
+            engine.close()
+        seconds = round(time.perf_counter() - self.started, 1)
+        return replace(record, parity=_as_json(parity), speed=speed, build_seconds=seconds)
+
+    def _job(self, precision: str, pixels: Tensor) -> Job:
+        return Job(
+            encoder=self.encoder,
+            recipe=self.recipe,
+            folder=self.folder,
+            device=self.subject.device,
+            precision=precision,
+            layout=self.plan.layout,
+            profile=self.plan.profile,
+            opset=self.plan.opset,
+            calibration=pixels,
+            progress=self.progress,
+            keep_onnx=self.options.keep_onnx,
+            workspace_bytes=self.options.workspace_bytes,
+            optimization_level=self.options.optimization_level,
+            hardware_compatibility=self.options.hardware_compatibility,
+            timing_cache=self.store.root / "tensorrt-timing.cache",
+        )
+
+    def _record(self, precision: str, built: Built, failed: list[dict[str, str]]) -> EngineRecord:
+        made = self.plan.identity(self.subject, precision)
+        licence = self.recipe.licence
+        return EngineRecord(
+            key=key_of(made),
+            identity=made,
+            preset=self.recipe.name,
+            variant=self.subject.variant,
+            runtime=self.plan.runtime,
+            precision=precision,
+            asked_precision=self.plan.precision,
+            layout=self.plan.layout,
+            input_size_px=self.recipe.transform.crop,
+            feature_dim=self.dim,
+            profile=self.plan.profile,
+            file=built.file,
+            opset=built.opset,
+            parity={},
+            licence=f"{licence.name}: {licence.terms} ({licence.url})",
+            versions=library_versions(self.plan.runtime),
+            built_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            build_seconds=0.0,
+            steps_down=failed,
+        )
+
+    def _speed(self, engine: Engine, pixels: Tensor) -> dict[str, float]:
+        """Tiles/s of the engine and, in the same minute, of PyTorch in the same precision."""
+        self.progress("measuring", 0, 0)
+        device = self.subject.device
+        precision = "fp16" if engine.precision == "fp8" else engine.precision
+        plain = TorchEngine(self.encoder, feature_dim=self.dim, precision=precision, device=device)
+        rivals = {"engine": engine, "torch": plain}
+        found = tiles_per_second(rivals, self.mean_std, pixels, self.plan.profile.opt)
+        self.encoder.cpu()
+        return {name: round(speed, 2) for name, speed in found.items()}
+
+
+def _as_json(parity: Parity) -> dict[str, Any]:
+    return {**asdict(parity), "batch_sizes": list(parity.batch_sizes)}
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

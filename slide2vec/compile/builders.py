@@ -1,0 +1,213 @@
+"""From an exported encoder to a file that a runtime loads: one builder per runtime."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from slide2vec.compile.exported import ExportedEncoder
+from slide2vec.compile.onnx import batch_dimension, example_pixels, export_onnx
+from slide2vec.compile.onnx import unavailable as no_onnx
+from slide2vec.compile.quiet import first_line, quiet
+from slide2vec.errors import EngineError
+from slide2vec.recipes import Recipe
+from slide2vec.runtime.base import BatchProfile, Layout
+from slide2vec.runtime.loading import runtimes_for
+
+__all__ = ["BUILDERS", "Built", "Job", "Progress", "default_runtime", "unavailable"]
+
+#: Called with what is being done, and how far it is: step, of steps (0 = not known).
+Progress: TypeAlias = Callable[[str, int, int], None]
+
+ONNX_NAME = "encoder.onnx"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """An engine to build.
+
+    Attributes:
+        encoder: in fp32, on the CPU.
+        folder: empty, for the engine's files.
+        device: it is for.
+        opset: of the ONNX; None = the best that works.
+        calibration: (N, H, W, 3) uint8, tiles that number ranges are taken from (fp8).
+        keep_onnx: leave the ONNX file beside the engine.
+        workspace_bytes, optimization_level, hardware_compatibility, timing_cache: TensorRT's.
+    """
+
+    encoder: nn.Module
+    recipe: Recipe
+    folder: Path
+    device: torch.device
+    precision: str
+    layout: Layout
+    profile: BatchProfile
+    opset: int | None
+    calibration: Tensor
+    progress: Progress
+    keep_onnx: bool = False
+    workspace_bytes: int | None = None
+    optimization_level: int = 3
+    hardware_compatibility: str = "none"
+    timing_cache: Path | None = None
+
+    def exported(self, precision: str) -> ExportedEncoder:
+        """The module to export, in a precision of PyTorch's."""
+        recipe = self.recipe
+        made = ExportedEncoder(self.encoder, recipe.transform, self.layout, precision, recipe.engine)
+        return made.eval()
+
+    def to_onnx(self, precision: str) -> tuple[Path, int]:
+        """The encoder as ONNX in the folder, and its opset."""
+        self.progress("exporting to ONNX", 0, 0)
+        path = self.folder / ONNX_NAME
+        size = self.recipe.transform.crop
+        return path, export_onnx(self.exported(precision), path, input_size_px=size, opset=self.opset)
+
+    def drop_onnx(self, path: Path) -> None:
+        """Remove the ONNX, unless it is to be kept."""
+        if not self.keep_onnx:
+            for each in self.folder.glob(f"{path.name}*"):
+                each.unlink()
+
+
+@dataclass(frozen=True)
+class Built:
+    """Name of the engine's file in the folder, and the opset of the ONNX it was made from."""
+
+    file: str
+    opset: int | None = None
+
+
+def unavailable(runtime: str, precision: str, device: torch.device) -> str | None:
+    """Why engines of a runtime cannot be built here in a precision, None when they can."""
+    if runtime not in runtimes_for(device):
+        known = ", ".join(runtimes_for(device)) or "none"
+        return f"{runtime} has no engines for {device.type}; those that have: {known}"
+    return _REASONS[runtime](precision, device)
+
+
+def default_runtime(precision: str, device: torch.device) -> str:
+    """The best runtime that can build here.
+
+    Raises:
+        EngineError: none can, and why.
+    """
+    reasons = []
+    for runtime in runtimes_for(device):
+        reason = unavailable(runtime, precision, device)
+        if reason is None:
+            return runtime
+        reasons.append(f"{runtime}: {reason}")
+    raise EngineError(
+        f"no engine in {precision} can be built for {device.type} here"
+        + (f" ({'; '.join(reasons)})" if reasons else "")
+    )
+
+
+def _openvino(job: Job) -> Built:
+    """OpenVINO's own model, in fp32: it computes in the precision that it is loaded for."""
+    import openvino
+
+    onnx, opset = job.to_onnx("fp32")
+    job.progress("compiling for OpenVINO", 0, 0)
+    try:
+        model = openvino.Core().read_model(str(onnx))
+        openvino.save_model(model, str(job.folder / "encoder.xml"), compress_to_fp16=False)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise EngineError(f"OpenVINO cannot compile preset {job.recipe.name}: {reason}") from error
+    del model  # it maps the ONNX file
+    job.drop_onnx(onnx)
+    return Built("encoder.xml", opset)
+
+
+def _no_openvino(precision: str, device: torch.device) -> str | None:
+    from slide2vec.runtime.openvino_engine import unavailable
+
+    return no_onnx() or unavailable(precision)
+
+
+def _inductor(job: Job) -> Built:
+    """A package of compiled code and weights."""
+    job.progress("compiling with AOTInductor", 0, 0)
+    module = job.exported(job.precision)
+    if job.device.type != "cpu":
+        module = copy.deepcopy(module).to(job.device)
+    pixels = example_pixels(module, job.recipe.transform.crop).to(job.device)
+    shapes = batch_dimension(job.profile.max) if job.profile.max > 1 else None
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.export.export(
+                module, (pixels[: job.profile.max],), dynamic_shapes=shapes, strict=False
+            )
+            torch._inductor.aoti_compile_and_package(program, package_path=str(job.folder / "encoder.pt2"))
+    except Exception as error:  # the compiler's own errors have no common base
+        raise EngineError(
+            f"AOTInductor cannot compile preset {job.recipe.name}: {first_line(error)}"
+        ) from error
+    return Built("encoder.pt2")
+
+
+def _no_inductor(precision: str, device: torch.device) -> str | None:
+    if precision not in ("fp32", "bf16", "fp16"):
+        return f"AOTInductor does not compute in {precision}"
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        return "AOTInductor needs a C++ compiler (g++ or clang++)"
+    return None
+
+
+def _tensorrt(job: Job) -> Built:
+    """A plan for this GPU."""
+    from slide2vec.compile.fp8 import quantise_fp8
+    from slide2vec.compile.parity import for_layout
+    from slide2vec.compile.tensorrt import build_plan
+
+    transform = job.recipe.transform
+    onnx, opset = job.to_onnx("fp16" if job.precision == "fp8" else job.precision)
+    if job.precision == "fp8":
+        job.progress("calibrating fp8", 0, 0)
+        pixels = for_layout(job.calibration, (transform.mean, transform.std), job.layout).numpy()
+        quantised = job.folder / f"{ONNX_NAME}.fp8"
+        quantise_fp8(onnx, quantised, pixels)
+        onnx = quantised
+    with torch.cuda.device(job.device):
+        build_plan(
+            onnx,
+            job.folder / "encoder.plan",
+            profile=job.profile,
+            precision=job.precision,
+            workspace_bytes=job.workspace_bytes,
+            optimization_level=job.optimization_level,
+            timing_cache=job.timing_cache,
+            on_progress=job.progress,
+            hardware_compatibility=job.hardware_compatibility,
+        )
+    job.drop_onnx(job.folder / ONNX_NAME)
+    return Built("encoder.plan", opset)
+
+
+def _no_tensorrt(precision: str, device: torch.device) -> str | None:
+    from slide2vec.compile.tensorrt import unavailable
+
+    return no_onnx() or unavailable()
+
+
+BUILDERS: dict[str, Callable[[Job], Built]] = {
+    "openvino": _openvino,
+    "inductor": _inductor,
+    "tensorrt": _tensorrt,
+}
+_REASONS: dict[str, Callable[[str, torch.device], str | None]] = {
+    "openvino": _no_openvino,
+    "inductor": _no_inductor,
+    "tensorrt": _no_tensorrt,
+}

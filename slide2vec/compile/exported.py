@@ -1,0 +1,128 @@
+"""An encoder as an engine holds it: pixels in, features out, normalisation and number types inside."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from slide2vec.recipes import EnginePolicy, Transform
+from slide2vec.runtime.base import Layout
+from slide2vec.runtime.torch_engine import DTYPES
+
+__all__ = ["ExportedEncoder", "typed_copy"]
+
+NORMS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.RMSNorm)
+
+
+class ExportedEncoder(nn.Module):
+    """What is exported and compiled.
+
+    `forward` takes pixels of `layout`, (B, 3, H, W) float32 or (B, H, W, 3) uint8, and returns features
+    (B, D) float32. Strongly typed runtimes compute in the types of the graph, so the precision is
+    decided here: parameters of the half precisions are converted once, but for the policy's islands.
+
+    Args:
+        encoder: in fp32; it is not changed.
+        transform: whose mean and std are applied to uint8 pixels.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self, encoder: nn.Module, transform: Transform, layout: Layout, precision: str, policy: EnginePolicy
+    ) -> None:
+        super().__init__()
+        dtype, islands = DTYPES[precision], policy.islands
+        self.layout = layout
+        self.encoder = encoder if precision == "fp32" else typed_copy(encoder, dtype, islands)
+        self.upcasts = "attention" in islands and precision != "fp32"
+        self.input_dtype = torch.float32 if "patch_embed" in islands else dtype
+        mean, std = torch.tensor(transform.mean), torch.tensor(transform.std)
+        self.register_buffer("scale", (1 / (255 * std))[:, None, None])
+        self.register_buffer("shift", (-mean / std)[:, None, None])
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) float32 or (B, H, W, 3) uint8 -> (B, D) float32."""
+        if self.layout == "uint8_nhwc":
+            pixels = torch.addcmul(self.shift, pixels.permute(0, 3, 1, 2).float(), self.scale)
+        pixels = pixels.to(self.input_dtype)
+        if not self.upcasts:
+            return cast("Tensor", self.encoder(pixels).float())
+        with _UpcastAttention():
+            return cast("Tensor", self.encoder(pixels).float())
+
+
+def typed_copy(encoder: nn.Module, dtype: torch.dtype, islands: Sequence[str]) -> nn.Module:
+    """A copy whose floating-point parameters and buffers have `dtype`, but for the islands."""
+    kept = [module for _, module in _islands(encoder, islands)]
+    spared = {id(tensor) for module in kept for tensor in _tensors(module)}
+    memo: dict[int, Any] = {}
+    for tensor in _tensors(encoder):
+        if tensor.is_floating_point() and id(tensor) not in spared:
+            memo[id(tensor)] = _as(tensor, dtype)
+    made = copy.deepcopy(encoder, memo)  # takes converted tensors from `memo`: never two copies in fp32
+    for _, module in _islands(made, islands):
+        module.register_forward_pre_hook(_to_float, with_kwargs=True)
+        module.register_forward_hook(_to(dtype))
+    return made
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    converted = tensor.detach().to(dtype)
+    return nn.Parameter(converted, requires_grad=False) if isinstance(tensor, nn.Parameter) else converted
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _islands(encoder: nn.Module, islands: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that stay in fp32, by name."""
+    for name, module in encoder.named_modules():
+        is_norm = "norm" in islands and isinstance(module, NORMS)
+        is_patches = "patch_embed" in islands and _is_patch_embed(name, module)
+        if is_norm or is_patches:
+            yield name, module
+
+
+def _is_patch_embed(name: str, module: nn.Module) -> bool:
+    """The module of that name; where it only holds others, the projection in it."""
+    if isinstance(module, nn.ModuleDict):
+        return False
+    own, parent = name.split(".")[-1], name.split(".")[-2:-1]
+    return own == "patch_embed" or (own == "proj" and parent == ["patch_embed"])
+
+
+def _to_float(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return tuple(_floated(value) for value in args), {key: _floated(v) for key, v in kwargs.items()}
+
+
+def _floated(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _to(dtype: torch.dtype) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        return output.to(dtype)
+
+    return hook
+
+
+class _UpcastAttention(TorchFunctionMode):
+    """Attention products in fp32, back to the type of the queries."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        dtype = args[0].dtype
+        return func(*map(_floated, args), **{k: _floated(v) for k, v in kwargs.items()}).to(dtype)

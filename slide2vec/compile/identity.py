@@ -1,0 +1,125 @@
+"""What makes one engine another: what its key is made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from slide2vec import __version__
+from slide2vec.recipes import Recipe
+from slide2vec.runtime.base import BatchProfile, Layout
+from slide2vec.runtime.record import SCHEMA, EngineRecord
+
+__all__ = ["Subject", "differences", "identity", "key_of", "library_versions"]
+
+#: Distributions of a runtime, the first that is installed counts.
+DISTRIBUTIONS = {
+    "openvino": ("openvino",),
+    "inductor": ("torch",),
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings"),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The encoder that an engine is of, and the device it is for.
+
+    Attributes:
+        variant: name of the output.
+        weights: gives the digest of the weights; it reads them all, and is asked last.
+    """
+
+    recipe: Recipe
+    variant: str
+    device: torch.device
+    weights: Callable[[], str]
+
+
+def identity(
+    subject: Subject,
+    *,
+    runtime: str,
+    precision: str,
+    layout: Layout,
+    profile: BatchProfile,
+    opset: int | None,
+) -> dict[str, Any]:
+    """Everything but the weights that would make another engine, JSON-ready."""
+    recipe = subject.recipe
+    transform = recipe.transform
+    found = {
+        "schema": SCHEMA,
+        "slide2vec": __version__,
+        "preset": recipe.name,
+        "encoder": recipe.encoder.model_dump(mode="json"),
+        "output": recipe.variants[subject.variant].model_dump(mode="json"),
+        "input_size_px": transform.crop,
+        "normalisation": [transform.mean, transform.std],
+        "islands": recipe.engine.islands,
+        "precision": precision,
+        "layout": layout,
+        "profile": asdict(profile),
+        "opset": opset,
+        "runtime": runtime,
+        "runtime_version": _version(DISTRIBUTIONS[runtime]),
+        "device": _device(subject.device, runtime),
+    }
+    return dict(json.loads(json.dumps(found)))
+
+
+def key_of(made: Mapping[str, Any]) -> str:
+    """Digest of an identity, weights included."""
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def differences(subject: Subject, record: EngineRecord) -> Iterator[str]:
+    """What makes a recorded engine another one than this machine would build: names of fields."""
+    wanted = identity(
+        subject,
+        runtime=record.runtime,
+        precision=record.precision,
+        layout=record.layout,
+        profile=record.profile,
+        opset=record.identity.get("opset"),
+    )
+    names = [name for name in wanted if wanted[name] != record.identity.get(name)]
+    if not names and subject.weights() != record.identity.get("weights"):
+        names = ["weights"]
+    yield from names
+
+
+def library_versions(runtime: str) -> dict[str, str]:
+    """Of what an engine is built with."""
+    names = {"torch": ("torch",), "timm": ("timm",), "onnx": ("onnx",), runtime: DISTRIBUTIONS[runtime]}
+    found = {name: _version(candidates) for name, candidates in names.items()}
+    return {"slide2vec": __version__} | {name: each for name, each in found.items() if each}
+
+
+def _version(distributions: tuple[str, ...]) -> str:
+    for name in distributions:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return ""
+
+
+def _device(device: torch.device, runtime: str) -> dict[str, Any]:
+    """The hardware as far as an engine depends on it."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        name = torch.cuda.get_device_name(device)
+        return {"type": "cuda", "name": name, "compute_capability": f"{major}.{minor}"}
+    if runtime == "openvino":  # its model is compiled when it is loaded; only what it computes in counts
+        from slide2vec.runtime.openvino_engine import capabilities
+
+        return {"type": "cpu", "machine": platform.machine(), "computes_in": capabilities()}
+    able = {name: value for name, value in torch.cpu.get_capabilities().items() if isinstance(value, bool)}
+    return {"type": "cpu", "machine": platform.machine(), "instructions": able}

@@ -1,0 +1,168 @@
+"""Which engine runs an encoder: one of the store's, or PyTorch."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from slide2vec.compile.builders import default_runtime
+from slide2vec.compile.identity import Subject, differences
+from slide2vec.compile.store import EngineStore, StoredEngine
+from slide2vec.errors import ConfigError, EngineError, ExtraMissingError
+from slide2vec.runtime.base import Engine
+from slide2vec.runtime.loading import COMPILED, load_engine, runtimes_for
+from slide2vec.runtime.torch_engine import DTYPES, TorchEngine
+
+__all__ = ["Found", "Selected", "find_engine", "select_engine"]
+
+logger = logging.getLogger(__name__)
+
+_suggested: set[tuple[str, str]] = set()
+
+
+@dataclass
+class Found:
+    """Engines of an encoder that fit, the best first; and why others of it do not, by name."""
+
+    matching: list[StoredEngine] = field(default_factory=list)
+    stale: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What runs an encoder; the batch size that it was built for, None for PyTorch."""
+
+    engine: Engine
+    batch_size: int | None = None
+
+
+def find_engine(store: EngineStore, subject: Subject, precision: str, runtimes: tuple[str, ...]) -> Found:
+    """Look for the engines of an encoder that were built for a precision, in the order of `runtimes`.
+
+    The weights are read only where everything else agrees.
+    """
+    found = Found()
+    for engine in store:
+        record = engine.record
+        if (record.preset, record.variant) != (subject.recipe.name, subject.variant):
+            continue
+        if record.runtime not in runtimes or precision not in (record.precision, record.asked_precision):
+            continue
+        if changed := list(differences(subject, record)):
+            found.stale[engine.name] = f"built with another {', '.join(changed)}"
+        else:
+            found.matching.append(engine)
+    found.matching.sort(key=lambda engine: _rank(engine, precision, runtimes))
+    return found
+
+
+def _rank(engine: StoredEngine, precision: str, runtimes: tuple[str, ...]) -> tuple[int, bool, float]:
+    """By runtime, then exactly the precision, then speed when it was built."""
+    record = engine.record
+    return runtimes.index(record.runtime), record.precision != precision, -record.speed.get("engine", 0.0)
+
+
+def select_engine(
+    choice: str,
+    encoder: nn.Module,
+    subject: Subject,
+    precision: str,
+    *,
+    store: EngineStore | None = None,
+    compiled: bool = False,
+) -> Selected:
+    """Find what runs the encoder.
+
+    Args:
+        choice: "auto": an engine of the store that fits, else PyTorch, saying in one line (logged) what
+            `slide2vec build-engine` would do; "torch"; or a runtime, whose engine has to be there.
+        compiled: PyTorch's just-in-time compiler, where PyTorch runs it.
+
+    Raises:
+        EngineError: the runtime asked for has no engine of this encoder that can run here; or fp8 is
+            asked for, which PyTorch does not do, and there is no engine.
+    """
+    if choice == "torch":
+        return _torch(encoder, subject, precision, compiled)
+    runtimes = runtimes_for(subject.device)
+    if choice != "auto":
+        runtimes = tuple(name for name in runtimes if name == choice)
+        if choice not in {name for names in COMPILED.values() for name in names}:
+            raise ConfigError(f"engine={choice!r} is not auto, torch, tensorrt, openvino or inductor")
+        if not runtimes:
+            raise EngineError(f"engine={choice!r} does not run on {subject.device}")
+    store = store or EngineStore()
+    found = find_engine(store, subject, precision, runtimes)
+    problems = dict(found.stale)
+    for engine in found.matching:
+        try:
+            loaded = load_engine(engine.directory, subject.device)
+        except (EngineError, ExtraMissingError) as error:
+            problems[engine.name] = str(error)
+            continue
+        _tell_precision(engine, precision)
+        return Selected(loaded, engine.record.profile.opt)
+    if choice != "auto":
+        raise EngineError(_missing(choice, subject, precision, problems))
+    for name, problem in problems.items():
+        logger.warning("engine %s is not used: %s", name, problem)
+    _suggest(subject, precision)
+    return _torch(encoder, subject, precision, compiled)
+
+
+def _torch(encoder: nn.Module, subject: Subject, precision: str, compiled: bool) -> Selected:
+    if precision not in DTYPES:
+        raise EngineError(
+            f"PyTorch does not run {subject.recipe.name} in {precision}, and no engine does: "
+            f"{_command(subject, precision)} builds one where the hardware can"
+        )
+    dim = subject.recipe.variants[subject.variant].dim
+    return Selected(
+        TorchEngine(encoder, feature_dim=dim, precision=precision, device=subject.device, compiled=compiled)
+    )
+
+
+def _tell_precision(engine: StoredEngine, precision: str) -> None:
+    record = engine.record
+    if record.precision != precision:
+        reasons = "; ".join(f"{each['precision']}: {each['reason']}" for each in record.steps_down)
+        logger.warning(
+            "engine %s computes in %s, not %s (%s)", engine.name, record.precision, precision, reasons
+        )
+
+
+def _missing(runtime: str, subject: Subject, precision: str, problems: dict[str, str]) -> str:
+    others = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+    return (
+        f"there is no {runtime} engine of {subject.recipe.name} ({subject.variant}) in {precision} for this "
+        f"machine{f' ({others})' if others else ''}: build it with {_command(subject, precision, runtime)}"
+    )
+
+
+def _suggest(subject: Subject, precision: str) -> None:
+    """Say, once per preset and precision, what could be done instead."""
+    name = subject.recipe.name
+    if not runtimes_for(subject.device) or (name, precision) in _suggested:
+        return
+    _suggested.add((name, precision))
+    if not subject.recipe.compile:
+        logger.info("%s cannot be compiled: %s", name, subject.recipe.compile_note)
+        return
+    try:
+        runtime = default_runtime(precision, subject.device)
+    except EngineError as error:
+        logger.info("%s runs in PyTorch: %s", name, error)
+        return
+    logger.info(
+        "%s runs in PyTorch; %s compiles it for this machine with %s",
+        name,
+        _command(subject, precision),
+        runtime,
+    )
+
+
+def _command(subject: Subject, precision: str, runtime: str | None = None) -> str:
+    chosen = f" --runtime {runtime}" if runtime else ""
+    return f"`slide2vec build-engine --preset {subject.recipe.name} --precision {precision}{chosen}`"

@@ -1,0 +1,79 @@
+"""The runtimes by name: which can be used here, and an engine out of its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from slide2vec.errors import EngineError
+from slide2vec.runtime.record import EngineRecord, read_record
+
+if TYPE_CHECKING:
+    from slide2vec.runtime.base import Engine
+
+__all__ = ["COMPILED", "load_engine", "runtimes_for"]
+
+#: Runtimes of compiled engines, the preferred one first, by the kind of device they run on.
+COMPILED = {"cuda": ("tensorrt", "inductor"), "cpu": ("openvino", "inductor")}
+
+
+def runtimes_for(device: torch.device) -> tuple[str, ...]:
+    """Runtimes of compiled engines that exist for a device, the preferred one first."""
+    return COMPILED.get(device.type, ())
+
+
+def load_engine(directory: Path, device: torch.device) -> Engine:
+    """The engine in a folder, ready to run.
+
+    Raises:
+        EngineError: its record or file cannot be read, or the device cannot run it.
+        ExtraMissingError: the runtime is not installed.
+    """
+    record = read_record(directory)
+    if record.runtime not in runtimes_for(device):
+        raise EngineError(f"{directory}: an engine of {record.runtime} does not run on {device}")
+    return _LOADERS[record.runtime](record, directory / record.file, device)
+
+
+def _openvino(record: EngineRecord, file: Path, device: torch.device) -> Engine:
+    from slide2vec.runtime.openvino_engine import OpenVINOEngine
+
+    return OpenVINOEngine(
+        file, precision=record.precision, feature_dim=record.feature_dim, layout=record.layout
+    )
+
+
+def _inductor(record: EngineRecord, file: Path, device: torch.device) -> Engine:
+    from slide2vec.runtime.inductor_engine import InductorEngine
+
+    return InductorEngine(
+        file,
+        device=device,
+        precision=record.precision,
+        feature_dim=record.feature_dim,
+        layout=record.layout,
+        profile=record.profile,
+    )
+
+
+def _tensorrt(record: EngineRecord, file: Path, device: torch.device) -> Engine:
+    from slide2vec.runtime.tensorrt import TensorRTEngine
+
+    return TensorRTEngine(
+        file,
+        device=device,
+        precision=record.precision,
+        feature_dim=record.feature_dim,
+        layout=record.layout,
+        profile=record.profile,
+    )
+
+
+_LOADERS: dict[str, Callable[[EngineRecord, Path, torch.device], Engine]] = {
+    "openvino": _openvino,
+    "inductor": _inductor,
+    "tensorrt": _tensorrt,
+}

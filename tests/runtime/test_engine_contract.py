@@ -1,0 +1,152 @@
+"""What every engine promises, checked on each that can run here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "compile"))
+
+from compile_helpers import SIDE, smooth_pixels, tiny_encoder, tiny_recipe
+
+from slide2vec.compile import BuildOptions, EngineStore, build_engine
+from slide2vec.compile.builders import unavailable
+from slide2vec.compile.parity import for_layout
+from slide2vec.errors import EngineError
+from slide2vec.runtime.base import Engine
+from slide2vec.runtime.loading import load_engine
+from slide2vec.runtime.torch_engine import TorchEngine
+
+#: Largest difference of a tile's features alone and in a batch, relative to their spread: other
+#: kernels, other order of sums; in half precision at most a few of its steps.
+ALONE = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.02}
+COSINE = {"fp32": 0.9999, "bf16": 0.999, "fp16": 0.999}
+
+RECIPE = tiny_recipe()
+Opener = Callable[[], Engine]
+
+
+def device_of(kind: str) -> torch.device:
+    return torch.device("cuda" if kind.endswith("cuda") else "cpu")
+
+
+CASES = [
+    "torch fp32 cpu",
+    "torch bf16 cpu",
+    "openvino fp32 cpu",
+    "openvino bf16 cpu",
+    "inductor fp32 cpu",
+    "inductor bf16 cpu",
+    *(
+        pytest.param(f"{runtime} {precision} cuda", marks=pytest.mark.gpu)
+        for runtime in ("torch", "inductor", "tensorrt")
+        for precision in ("fp32", "bf16", "fp16")
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def opener(case: str, tmp_path_factory: pytest.TempPathFactory) -> Opener:
+    """Opens the engine of a case, as often as asked."""
+    runtime, precision, _ = case.split()
+    device, encoder = device_of(case), tiny_encoder(RECIPE)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if runtime == "torch":
+        return lambda: TorchEngine(encoder, feature_dim=128, precision=precision, device=device)
+    if reason := unavailable(runtime, precision, device):
+        pytest.skip(reason)
+    options = BuildOptions(runtime=runtime, precision=precision, batch_size=4)
+    store = EngineStore(tmp_path_factory.mktemp("engines"))
+    built = build_engine(encoder, RECIPE, "both", device, options, store=store)
+    assert built.record.precision == precision, built.record.steps_down
+    return lambda: load_engine(built.directory, device)
+
+
+@pytest.fixture(scope="module")
+def engine(opener: Opener) -> Engine:
+    return opener()
+
+
+def pixels_for(engine: Engine, count: int, seed: int = 0) -> torch.Tensor:
+    transform = RECIPE.transform
+    pixels = for_layout(smooth_pixels(count, SIDE, seed), (transform.mean, transform.std), engine.layout)
+    return pixels.to(engine.device)
+
+
+def test_attributes(case: str, engine: Engine) -> None:
+    runtime, precision, device = case.split()
+    assert (engine.runtime, engine.precision, engine.device.type) == (runtime, precision, device)
+    assert engine.feature_dim == 128 and engine.layout in ("uint8_nhwc", "float32_nchw")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
+def test_any_batch(engine: Engine, count: int) -> None:
+    """Also beyond the batch that it was built for (4)."""
+    found = engine.run(pixels_for(engine, count))
+    assert found.shape == (count, 128) and found.dtype == torch.float32
+    assert found.device.type == engine.device.type and found.isfinite().all()
+
+
+def test_features_are_those_of_the_encoder(engine: Engine) -> None:
+    pixels = pixels_for(engine, 6)
+    transform = RECIPE.transform
+    plain = for_layout(smooth_pixels(6, SIDE), (transform.mean, transform.std), "float32_nchw")
+    with torch.inference_mode():
+        expected = tiny_encoder(RECIPE)(plain)
+    cosine = torch.nn.functional.cosine_similarity(engine.run(pixels).cpu(), expected)
+    assert cosine.min() > COSINE[engine.precision]
+
+
+def test_a_tile_is_the_same_in_any_company(engine: Engine) -> None:
+    pixels = pixels_for(engine, 5)
+    together = engine.run(pixels)
+    alone = torch.cat([engine.run(pixels[index : index + 1]) for index in range(5)])
+    difference = (together - alone).abs().max() / together.std()
+    assert difference < ALONE[engine.precision]
+
+
+def test_same_pixels_same_features(engine: Engine) -> None:
+    pixels = pixels_for(engine, 4)
+    assert torch.equal(engine.run(pixels), engine.run(pixels.clone()))
+
+
+def test_results_outlive_the_next_run(engine: Engine) -> None:
+    first = engine.run(pixels_for(engine, 4, seed=1))
+    kept = first.clone()
+    for seed in range(2, 6):
+        engine.run(pixels_for(engine, 4, seed))
+    assert torch.equal(first, kept)
+
+
+def test_input_is_left_alone(engine: Engine) -> None:
+    pixels = pixels_for(engine, 3)
+    kept = pixels.clone()
+    engine.run(pixels)
+    assert torch.equal(pixels, kept)
+
+
+def test_pixels_that_are_a_view(engine: Engine) -> None:
+    """As the preparer's permuted and cropped ones are."""
+    pixels = pixels_for(engine, 8)
+    assert torch.equal(engine.run(pixels[::2]), engine.run(pixels[::2].contiguous()))
+
+
+def test_close_twice(opener: Opener) -> None:
+    engine = opener()
+    pixels = pixels_for(engine, 1)
+    engine.run(pixels)
+    engine.close()
+    engine.close()
+    if engine.runtime != "torch":
+        with pytest.raises(EngineError, match="closed"):
+            engine.run(pixels)
