@@ -29,7 +29,7 @@ PREPARERS: Mapping[str, tuple[str, str]] = MappingProxyType(
     }
 )
 #: What "auto" tries on a GPU before PyTorch. On the CPU it takes PyTorch, which does in a second of CPU
-#: time 2.5 times as many tiles as DALI without a resize, and 5.5 times as many with one.
+#: time twice as many tiles as DALI without a resize, and 5.4 times as many with one (benchmarks.cpu).
 _AUTO_ON_GPU = ("dali",)
 #: Largest mean difference to PyTorch's pixels in grey levels: libraries round differently, by one level in
 #: at most every third pixel.

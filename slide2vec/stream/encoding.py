@@ -36,6 +36,7 @@ class Ticket:
     Attributes:
         features: (n, D) float32 in host memory, there once `done`.
         read: its tiles are no longer needed.
+        memory: of the output ring, that holds the features.
         kept: tensors that lanes still work on.
         spans: stations with the beginning and the end of their work.
     """

@@ -100,6 +100,8 @@ class DeviceFeed:
         self.device, self.lane, self._gpu_decode = device, lane_for(device), gpu_decode
         self._roads: list[_Road] = []
         self._missing: list[str] = []
+        if device.type == "cuda":
+            load_on(device)  # before a planning thread imports cuCIM with another device current
         if gpu_decode is not False:
             self._find_roads()
         if gpu_decode is True and not self._roads:
@@ -112,10 +114,8 @@ class DeviceFeed:
             self._roads.append(("raw + nvimgcodec", lambda probe: RawReader(probe, decoder)))
         except ExtraMissingError as error:
             self._missing.append(str(error))
-        if self.device.type != "cuda":
-            return
-        load_on(self.device)
-        self._roads.append(("cucim", lambda probe: CucimCudaReader(probe, self.device)))
+        if self.device.type == "cuda":
+            self._roads.append(("cucim", lambda probe: CucimCudaReader(probe, self.device)))
 
     def allocate(self, shape: tuple[int, ...]) -> Tensor:
         """See `Feed.allocate`: filled on the lane, or the filling could overtake the tiles."""
@@ -147,7 +147,6 @@ class DeviceFeed:
             reasons.append(f"{name}: {wrong}")
         why = "; ".join(reasons)
         if self._gpu_decode is True:
-            source.close()
             raise BackendError(
                 f"slide {plan.slide.sample_id}: gpu_decode=True, but the GPU cannot decode it ({why}); "
                 "gpu_decode='auto' has the CPU decode such slides"

@@ -269,7 +269,12 @@ class Stream:
 
     def _plan(self, plan: Callable[[Slide], SlidePlan], slide: Slide) -> SlidePlan:
         with self._meters.busy("plan"):
-            return self._feed.adopt(plan(slide))
+            planned = plan(slide)
+            try:
+                return self._feed.adopt(planned)
+            except BaseException:
+                planned.source.close()
+                raise
 
     def _dispatch(self, job: _Job, planned: Future[SlidePlan]) -> None:
         """Give every supertile of a slide its slots, as room allows."""

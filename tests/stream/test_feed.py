@@ -25,6 +25,8 @@ from slide2vec.tiling.archives import write_archive
 CPU = torch.device("cpu")
 #: Fractional area averages are summed in another order than OpenCV's.
 GREY_LEVELS = 1
+#: What the project promises of embeddings, whatever the road (the slide is reduced by 4.008 here).
+MIN_COSINE = 0.9999
 NVIMGCODEC = pytest.mark.skipif(
     decoders.nvimgcodec_unavailable() is not None, reason="nvImageCodec is not installed"
 )
@@ -80,6 +82,8 @@ def test_the_raw_road_gives_the_hosts_pixels(
     np.testing.assert_array_equal(singly(plan), found)
     for opened in (host, plan):
         opened.source.close()
+    with pytest.raises(SlideReadError, match="closed"):
+        plan.source.fetch(0)
 
 
 @pytest.mark.parametrize("gpu_decode", [False, "auto"])
@@ -277,3 +281,19 @@ def test_archives_are_uploaded_or_decoded_on_the_device(
         np.testing.assert_array_equal(pixels(adopted), expected)
         np.testing.assert_array_equal(singly(adopted), expected)
         adopted.source.close()
+
+
+@NVIMGCODEC
+def test_embeddings_of_a_model_do_not_depend_on_the_feed(
+    reference_slide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole way: `Model` over the device's stream, here on the CPU."""
+    from slide2vec import Model, model
+
+    scattering = Model.from_preset("scattering", device="cpu")
+    config = PreprocessingConfig(requested_spacing_um=2.0)
+    expected = scattering.embed_slide(reference_slide, config)
+    monkeypatch.setattr(model, "feed_for", lambda device, gpu_decode: DeviceFeed(device, True))
+    found = scattering.embed_slide(reference_slide, config)
+    cosine = torch.nn.functional.cosine_similarity(found.tile_embeddings, expected.tile_embeddings)
+    assert found.num_tiles > 0 and cosine.min() >= MIN_COSINE

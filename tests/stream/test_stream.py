@@ -17,7 +17,7 @@ import torch
 from late_lanes import LateLane
 
 from slide2vec.config import FilterConfig
-from slide2vec.errors import SlideReadError, SpacingError
+from slide2vec.errors import BackendError, SlideReadError, SpacingError
 from slide2vec.geometry import tile_geometry
 from slide2vec.progress import (
     RunFinished,
@@ -309,6 +309,21 @@ def test_failing_engine_raises_and_cleans_up() -> None:
     shapes = {n: (20, 20) for n in range(5)}
     with pytest.raises(RuntimeError, match="out of memory"):
         list(stream(Broken()).run(map(slide, shapes), plan_of(shapes)))
+    assert Reader.open_now == 0
+
+
+def test_a_slide_that_the_feed_refuses_is_closed() -> None:
+    class Refusing(HostFeed):
+        def adopt(self, plan: SlidePlan) -> SlidePlan:
+            if plan.slide.sample_id == "s1":
+                raise BackendError("slide s1: gpu_decode=True, but the GPU cannot decode it")
+            return plan
+
+    shapes = {n: (3, 3) for n in range(3)}
+    outcomes = by_number(stream(Engine(), feed=Refusing()).run(map(slide, shapes), plan_of(shapes)))
+    assert isinstance(outcomes[1].error, BackendError)
+    check(outcomes[0], 0, (3, 3))
+    check(outcomes[2], 2, (3, 3))
     assert Reader.open_now == 0
 
 
