@@ -17,6 +17,7 @@ __all__ = [
     "ManifestError",
     "MaskError",
     "ModelLevelError",
+    "NothingToEmbedError",
     "OutputError",
     "OutputLockedError",
     "PresetError",
@@ -93,6 +94,10 @@ class MaskError(SlideError, ValueError):
 
 class TilingError(SlideError, ValueError):
     """A coordinate file cannot be read or does not belong to the slide and settings at hand."""
+
+
+class NothingToEmbedError(SlideError, ValueError):
+    """A slide encoder was given no tiles, or a patient encoder no slides."""
 
 
 class ArtifactError(Slide2VecError, ValueError):

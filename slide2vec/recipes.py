@@ -3,6 +3,7 @@
 A recipe says what the encoder is and where its weights are, how tiles are prepared for it, which
 outputs it offers, and what its licence asks. `docs` of every key: the classes below. Any other model of
 timm has a recipe too, made from what timm says of it: "timm:<architecture>", "hf-hub:<owner>/<repo>".
+A preset of a slide encoder names the tile preset that feeds it, one of a patient encoder the slide preset.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from slide2vec.errors import ConfigError, PresetError, nearest_names
 
-__all__ = ["Recipe", "Transform", "Variant", "WeightsSource", "list_models", "load_recipe", "read_recipe"]
+__all__ = [
+    "Recipe",
+    "TileEncoderRef",
+    "Transform",
+    "Variant",
+    "WeightsSource",
+    "list_models",
+    "load_recipe",
+    "read_recipe",
+]
 
 SCHEMA = 1
 #: What begins the name of a model without a recipe file.
@@ -27,8 +37,9 @@ SAME_SPACING = 0.05 + 1e-9
 #: Least cosine of an engine's features to the encoder's in fp32, where a recipe asks for no other.
 MIN_COSINE = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.999, "fp8": 0.99}
 Level = Literal["tile", "slide", "patient"]
-Pool = Literal["none", "cls", "cls_patch_mean", "token_mean"]
-Family = Literal["timm", "scattering", "coca", "clip_linear", "musk", "channelwise", "remote"]
+Pool = Literal["none", "cls", "cls_patch_mean", "token_mean", "base", "diagnostic"]
+TileFamily = Literal["timm", "scattering", "coca", "clip_linear", "musk", "channelwise", "remote"]
+SlideFamily = Literal["titan", "prism", "longnet", "moozy_slide", "moozy_case"]
 
 
 class _Section(BaseModel):
@@ -42,7 +53,7 @@ class EncoderSpec(_Section):
     by the builder. `prefix_tokens` counts class and register tokens before the patch tokens.
     """
 
-    family: Family
+    family: TileFamily | SlideFamily
     arch: str = ""
     kwargs: dict[str, Any] = {}
     prefix_tokens: int = 1
@@ -56,6 +67,10 @@ class WeightsSource(_Section):
     the checkpoint without being in the encoder; anything else must match exactly. `convert` names
     the function of `slide2vec.encoders.checkpoints` that renames (and fuses, splits) the checkpoint's
     keys into the encoder's; "" = they are the encoder's already.
+
+    Where a file holds several models, `part` names the entry with this one's weights, and `config` the
+    entries, tried in order, with the configuration it was trained with, which must agree with
+    `encoder.kwargs` and `expect`.
     """
 
     repo: str
@@ -64,6 +79,9 @@ class WeightsSource(_Section):
     gated: bool = False
     ignore: tuple[str, ...] = ()
     convert: str = ""
+    part: str = ""
+    config: tuple[str, ...] = ()
+    expect: dict[str, Any] = {}
     note: str = ""
 
 
@@ -83,7 +101,8 @@ class Transform(_Section):
 
 class Variant(_Section):
     """One output of the encoder: its dimension, how tokens are pooled into it, and whether the result
-    is divided by its Euclidean norm. "none": the encoder's module pools by itself."""
+    is divided by its Euclidean norm. "none": the encoder's module pools by itself; "base" and
+    "diagnostic" are outputs of Prism2's own code."""
 
     dim: Annotated[int, Field(gt=0)]
     pool: Pool
@@ -111,6 +130,13 @@ class EnginePolicy(_Section):
         return next(asked, MIN_COSINE[precision])
 
 
+class TileEncoderRef(_Section):
+    """The tile preset, and which of its outputs, whose embeddings a slide encoder takes."""
+
+    preset: str
+    variant: str
+
+
 class Licence(_Section):
     """The licence's name, what it allows in a line, and where to ask for access."""
 
@@ -127,11 +153,16 @@ class Recipe(_Section):
         schema_version: of the file.
         title, summary: for people.
         level: what it embeds.
+        tile_encoder: of a slide preset, what its tiles are embedded with.
+        slide_encoder: of a patient preset, the slide preset that its slides are embedded with.
+        has_latents: whether a slide encoder has latents (L, D) beside its embedding.
         tile_size_px: side of the tiles it was trained on, in px at its spacing.
         spacing_um: µm/px it was trained on; empty = any.
         default_spacing_um: used when none is asked for; None = one has to be.
         precision: for accelerators; a CPU uses fp32 unless told otherwise.
-        params_m, gflops: millions of parameters; GFLOP per tile (2 x MAC).
+        params_m: millions of parameters, without those that are not used.
+        gflops: GFLOP per tile (2 x MAC) of a tile encoder.
+        transform: of tiles; above the tile level that of the tile preset, so it is not in the file.
         variants, default_variant: its outputs.
         citation, note: for people.
         compile, compile_note: whether the encoder may be exported and compiled; why not, or what to mind.
@@ -145,12 +176,15 @@ class Recipe(_Section):
     title: str
     summary: str
     level: Level = "tile"
+    tile_encoder: TileEncoderRef | None = None
+    slide_encoder: str | None = None
+    has_latents: bool = False
     tile_size_px: Annotated[int, Field(gt=0)]
     spacing_um: tuple[float, ...] = ()
     default_spacing_um: Annotated[float, Field(gt=0)] | None
     precision: Literal["fp16", "bf16", "fp32"]
     params_m: float
-    gflops: float
+    gflops: float = 0.0
     encoder: EncoderSpec
     weights: WeightsSource | None = None
     transform: Transform
@@ -179,6 +213,14 @@ class Recipe(_Section):
             raise ValueError("compile = false needs compile_note: why it cannot be compiled")
         if self.transform.crop > self.transform.resize:
             raise ValueError("transform.crop is larger than transform.resize")
+        if self.level == "tile" and "gflops" not in self.model_fields_set:
+            raise ValueError("a tile preset needs gflops")
+        if self.level != "slide" and (self.tile_encoder or self.has_latents):
+            raise ValueError(
+                f"tile_encoder and has_latents are for slide presets, not for level {self.level!r}"
+            )
+        if self.level != "patient" and self.slide_encoder:
+            raise ValueError(f"slide_encoder is for patient presets, not for level {self.level!r}")
         return self
 
     @property
@@ -240,11 +282,32 @@ def read_recipe(path: Path) -> Recipe:
     """
     try:
         with path.open("rb") as file:
-            return Recipe(name=path.stem, **tomllib.load(file))
+            content = tomllib.load(file)
+        return Recipe(name=path.stem, **_with_transform(content, path))
     except (OSError, tomllib.TOMLDecodeError, TypeError) as error:
         raise PresetError(f"recipe {path}: {error}") from error
     except ValidationError as error:
         raise PresetError(f"recipe {path}: {_in_words(error)}") from None
+
+
+def _with_transform(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A recipe file's content; above the tile level with the transform of the preset that feeds it."""
+    level = content.get("level", "tile")
+    if level not in ("slide", "patient"):
+        return content
+    key, below = ("tile_encoder", "tile") if level == "slide" else ("slide_encoder", "slide")
+    named = content.get(key)
+    preset = named.get("preset") if isinstance(named, dict) else named
+    if not isinstance(preset, str):
+        raise PresetError(f"recipe {path}: a {level} preset needs {key}: the {below} preset that feeds it")
+    if "transform" in content:
+        raise PresetError(f"recipe {path}: transform is that of {preset}, and not to be given again")
+    feeder = read_recipe(path.with_name(f"{preset}.toml"))
+    if feeder.level != below:
+        raise PresetError(f"recipe {path}: {key} names {preset}, which is a {feeder.level} preset")
+    if isinstance(named, dict):
+        feeder.variant(named.get("variant"))
+    return {**content, "transform": feeder.transform}
 
 
 def _in_words(error: ValidationError) -> str:

@@ -31,6 +31,49 @@ def test_presets_of_this_release() -> None:
     assert list_models() == sorted(list_models())
 
 
+def test_presets_above_the_tile_level() -> None:
+    assert list_models("slide") == ["gigapath-slide", "moozy-slide", "prism", "prism2", "titan"]
+    assert list_models("patient") == ["moozy"]
+    titan, moozy = load_recipe("titan"), load_recipe("moozy")
+    assert titan.tile_encoder is not None
+    assert (titan.tile_encoder.preset, titan.tile_encoder.variant) == ("conchv15", "default")
+    assert moozy.slide_encoder == "moozy-slide" and moozy.transform == load_recipe("lunit").transform
+    assert titan.tile_size_px == 512 and titan.transform.resize == 448  # as it was trained
+    assert [name for name in list_models() if load_recipe(name).has_latents] == ["prism"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("titan", ('preset = "conchv15"', 'preset = "conchv16"'), "conchv16"),
+        ("titan", ('preset = "conchv15"', ""), "needs tile_encoder"),
+        ("titan", ('variant = "default"', 'variant = "other"'), "no output variant 'other'"),
+        ("titan", ('level = "slide"', 'level = "patient"'), "needs slide_encoder"),
+        ("titan", ('preset = "conchv15"', 'preset = "prism"'), "prism, which is a slide preset"),
+        ("titan", ("[encoder]", "[transform]\nresize = 448\n\n[encoder]"), "transform is that of conchv15"),
+        ("moozy", ('slide_encoder = "moozy-slide"\n', ""), "needs slide_encoder"),
+        ("moozy", ('"moozy-slide"', '"lunit"'), "lunit, which is a tile preset"),
+        (
+            "lunit",
+            ("schema_version = 1", 'schema_version = 1\nslide_encoder = "moozy-slide"'),
+            "for patient presets",
+        ),
+        ("lunit", ("schema_version = 1", "schema_version = 1\nhas_latents = true"), "for slide presets"),
+        ("lunit", ("gflops", "#gflops"), "needs gflops"),
+    ],
+)
+def test_what_feeds_a_preset_must_be_there(
+    name: str, change: tuple[str, str], message: str, tmp_path: Path
+) -> None:
+    for source in (Path(__file__).parents[1] / "engines").glob("*.toml"):
+        (tmp_path / source.name).write_text(source.read_text())
+    path = tmp_path / f"{name}.toml"
+    assert change[0] in path.read_text()
+    path.write_text(path.read_text().replace(*change))
+    with pytest.raises(PresetError, match=message):
+        read_recipe(path)
+
+
 def test_traps_of_single_presets() -> None:
     """What the names and the hub's configurations say wrongly."""
     gigapath, gpfm, mstar = (load_recipe(name) for name in ("gigapath", "gpfm", "mstar"))

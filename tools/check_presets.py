@@ -1,8 +1,9 @@
 """Compare our encoders with the original ones: python tools/check_presets.py [PRESET ...]
 
 For maintainers, where the Hugging Face hub can be reached and access to gated weights was granted. Every
-preset is loaded by us and as its authors load it (timm from the hub, or transformers), and both see the same
-tiles: random pixels and painted tissue. Downloads every preset's weights; one is in memory at a time.
+preset is loaded by us and as its authors load it (timm from the hub, transformers, or MOOZY's package), and
+both see the same: tiles of random pixels and painted tissue, a slide of random tile embeddings, a patient of
+random slide embeddings. Downloads every preset's weights; one is in memory at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import openslide
 import timm
 import torch
@@ -20,8 +23,10 @@ from torch import Tensor, nn
 
 from slide2vec.cli.console import stdout, table
 from slide2vec.encoders import build_encoder
+from slide2vec.encoders.slide import SlideFeatures, TileBag, build_patient_encoder, build_slide_encoder
 from slide2vec.encoders.timm import LAYERS
-from slide2vec.errors import ExtraMissingError, PresetError, WeightsError
+from slide2vec.encoders.weights import find_weights
+from slide2vec.errors import ConfigError, ExtraMissingError, PresetError, WeightsError
 from slide2vec.prepare.torch_preparer import TorchPreparer
 from slide2vec.recipes import Recipe, Variant, list_models, load_recipe
 from slide2vec.synthetic import write_synthetic_slide
@@ -44,11 +49,11 @@ class Row:
 def main(arguments: list[str] | None = None) -> int:
     """Check the presets and print a table; 1 if any differs from its original, or cannot be loaded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("presets", nargs="*", help="all tile-level presets with weights, by default")
+    parser.add_argument("presets", nargs="*", help="all presets with weights, by default")
     parser.add_argument("--tiles", type=int, default=4, help="of each kind (4)")
     parser.add_argument("--trust-remote-code", action="store_true", help="let repositories run their code")
     chosen = parser.parse_args(arguments)
-    recipes = [load_recipe(name) for name in chosen.presets or list_models("tile")]
+    recipes = [load_recipe(name) for name in chosen.presets or list_models()]
     tiles = torch.cat([random_tiles(chosen.tiles), tissue_tiles(chosen.tiles)])
     rows = []
     for recipe in recipes:
@@ -81,15 +86,15 @@ def check(recipe: Recipe, tiles: Tensor, trusted: bool) -> Row:
     """Load a preset in both ways and compare its default output."""
     name, variant = recipe.variant(None)
     try:
-        ours = build_encoder(recipe, variant, trust_remote_code=trusted)
-    except (PresetError, ExtraMissingError) as error:
+        ours = load_ours(recipe, variant, trusted)
+    except (PresetError, ExtraMissingError, ConfigError) as error:
         return Row(recipe.name, "not run", note=_line(error))
     except WeightsError as error:
         if "https://huggingface.co" in str(error):  # of fetching; errors of loading name a file
             return Row(recipe.name, "no access", note=_line(error.__cause__ or error))
         return Row(recipe.name, "DOES NOT LOAD", note=_line(error))
-    pixels = TorchPreparer(recipe.transform, torch.device("cpu")).prepare(tiles)
-    found = _features(ours, pixels)
+    given = inputs(recipe, tiles)
+    found = _features(ours, given)
     if found.shape[1] != variant.dim:
         return Row(recipe.name, "DIFFERS", note=f"{name} has {found.shape[1]} dimensions, not {variant.dim}")
     del ours
@@ -99,7 +104,27 @@ def check(recipe: Recipe, tiles: Tensor, trusted: bool) -> Row:
         return Row(recipe.name, "loads", note=f"the original does not: {_line(error)}")
     if original is None:
         return Row(recipe.name, "loads", note="its original is no model of timm or transformers")
-    return compared(recipe.name, found, _features(original, pixels))
+    return compared(recipe.name, found, _features(original, given))
+
+
+def load_ours(recipe: Recipe, variant: Variant, trusted: bool) -> nn.Module:
+    if recipe.level == "patient":
+        return build_patient_encoder(recipe, variant)
+    build = build_encoder if recipe.level == "tile" else build_slide_encoder
+    return build(recipe, variant, trust_remote_code=trusted)
+
+
+def inputs(recipe: Recipe, tiles: Tensor) -> list[Any]:
+    """What the preset is run on, one by one: prepared tiles, a slide's tiles, a patient's slides."""
+    if recipe.level == "tile":
+        pixels = TorchPreparer(recipe.transform, torch.device("cpu")).prepare(tiles)
+        return [tile[None] for tile in pixels]
+    kwargs, generator = recipe.encoder.kwargs, torch.Generator().manual_seed(0)
+    if recipe.level == "patient":
+        return [torch.randn(3, kwargs["d_model"], generator=generator)]
+    places = torch.randperm(400, generator=generator)[:150].sort().values
+    features = torch.randn(150, kwargs.get("in_dim") or kwargs["feat_dim"], generator=generator)
+    return [TileBag(features, torch.stack([places // 20, places % 20], dim=1) * 512, 512)]
 
 
 def compared(preset: str, found: Tensor, expected: Tensor) -> Row:
@@ -112,11 +137,15 @@ def compared(preset: str, found: Tensor, expected: Tensor) -> Row:
     return Row(preset, "same" if same else "DIFFERS", difference, cosine)
 
 
-def load_original(recipe: Recipe, variant: Variant, trusted: bool) -> Callable[[Tensor], Tensor] | None:
-    """Features (N, D) from pixels, with the loader of the model's authors; None where it is another
-    package's, or ours runs it already."""
+def load_original(recipe: Recipe, variant: Variant, trusted: bool) -> Callable[[Any], Tensor] | None:
+    """Features (N, D) of what `inputs` gives, with the loader of the model's authors; None where it is
+    another package's, or ours runs it already."""
     source = recipe.weights
     assert source is not None
+    if recipe.encoder.family in ("titan", "prism"):
+        return _slides_of_transformers(recipe, trusted)
+    if recipe.encoder.family in ("moozy_slide", "moozy_case"):
+        return _of_moozy(recipe)
     if recipe.encoder.family != "timm":
         return None
     if source.convert:
@@ -137,6 +166,38 @@ def _of_transformers(recipe: Recipe, variant: Variant, trusted: bool) -> Callabl
     return lambda pixels: _pooled(model(pixel_values=pixels).last_hidden_state, variant, prefix)
 
 
+def _slides_of_transformers(recipe: Recipe, trusted: bool) -> Callable[[TileBag], Tensor]:
+    from transformers import AutoModel
+
+    source = recipe.weights
+    assert source is not None
+    model = AutoModel.from_pretrained(source.repo, revision=source.revision, trust_remote_code=trusted).eval()
+    if recipe.encoder.family == "prism":
+        return lambda bag: model.slide_representations(bag.features[None])["image_embedding"]
+    return lambda bag: model.encode_slide_from_patch_features(
+        bag.features[None], bag.coords[None], np.int64(bag.tile_size_lv0)
+    )
+
+
+def _of_moozy(recipe: Recipe) -> Callable[[Any], Tensor]:
+    """pip install --no-deps moozy"""
+    from moozy.models.case_transformer import CaseAggregator
+    from moozy.models.serialization import build_slide_encoder_from_payload
+
+    payload = torch.load(find_weights(recipe, None), map_location="cpu", weights_only=True)
+    if recipe.level == "patient":
+        case = CaseAggregator(**payload["case_transformer_config"]).eval()
+        case.load_state_dict(payload["case_transformer"])
+        return lambda slides: case(slides)[None]
+    config = payload.get("slide_encoder_config") or payload["meta"]
+    encoder = build_slide_encoder_from_payload(payload["teacher_slide_encoder"], config).eval()
+    return lambda bag: encoder(
+        bag.features[None, None],
+        coords_xy=bag.coords[None, None].float(),
+        patch_sizes=torch.tensor([float(bag.tile_size_lv0)]),
+    )[0]
+
+
 def _pooled(tokens: Tensor, variant: Variant, prefix: int) -> Tensor:
     parts = {
         "cls": lambda: tokens[:, 0],
@@ -147,10 +208,12 @@ def _pooled(tokens: Tensor, variant: Variant, prefix: int) -> Tensor:
     return nn.functional.normalize(features, dim=1) if variant.normalise else features
 
 
-def _features(model: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
-    """One tile at a time: a giant model then needs little more than its weights."""
+def _features(model: Callable[[Any], Any], given: list[Any]) -> Tensor:
+    """(N, D), one input at a time: a giant model then needs little more than its weights."""
     with torch.inference_mode():
-        return torch.cat([model(tile[None]) for tile in pixels])
+        found = [model(each) for each in given]
+    found = [each.embedding if isinstance(each, SlideFeatures) else each for each in found]
+    return torch.cat([each.reshape(-1, each.shape[-1]) for each in found])
 
 
 def _cells(row: Row) -> Iterator[str]:

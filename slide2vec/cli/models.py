@@ -37,11 +37,14 @@ def models(
     if name:
         _print_details(recipes[0])
         return
-    rows = [_row(recipe) for recipe in recipes]
-    columns = ("preset", "level", "dim", "params", "tile", "µm/px", "licence", "check")
     console = stdout()
-    console.print(table(columns, rows, numbers=("dim", "params", "tile")))
-    console.print(f"\n{_FOOTNOTE}", style="dim")
+    columns = ("preset", "dim", "params", "tile", "µm/px", "licence", "check")
+    for heading in ("tile", "slide", "patient"):
+        if rows := [_row(recipe) for recipe in recipes if recipe.level == heading]:
+            console.print(f"{heading} level", style="bold")
+            console.print(table(columns, rows, numbers=("dim", "params", "tile")))
+            console.print()
+    console.print(_FOOTNOTE, style="dim")
 
 
 _FOOTNOTE = (
@@ -54,7 +57,6 @@ _FOOTNOTE = (
 def _row(recipe: Recipe) -> tuple[object, ...]:
     return (
         recipe.name,
-        recipe.level,
         recipe.variants[recipe.default_variant].dim,
         f"{recipe.params_m:.0f}M" if recipe.params_m else "none",
         recipe.tile_size_px,
@@ -106,12 +108,15 @@ def _details(recipe: Recipe) -> Iterator[tuple[str, str]]:
         default = " (default)" if variant_name == recipe.default_variant and len(recipe.variants) > 1 else ""
         unit = ", of length 1" if variant.normalise else ""
         yield "output", f"{variant_name}: {variant.dim} dimensions{unit}{default}"
+    yield from _feeding(recipe)
     yield "tiles", f"{recipe.tile_size_px} px at {_spacings(recipe)} µm/px{_default_spacing(recipe)}"
     yield "transform", _transform(recipe)
-    yield "size", f"{_params(recipe)} parameters, {recipe.gflops:.4g} GFLOP per tile"
+    work = f", {recipe.gflops:.4g} GFLOP per tile" if recipe.level == "tile" else ""
+    yield "size", f"{_params(recipe)} parameters{work}"
     if recipe.params_m:
         yield "memory", ", ".join(f"{_memory(recipe, bits)} in {name}" for name, bits in _PRECISIONS.items())
-    yield "precision", f"{recipe.precision} on a GPU, fp32 on a CPU"
+    on_cpu = "" if recipe.encoder.arch == "prism2" else ", fp32 on a CPU"
+    yield "precision", f"{recipe.precision} on a GPU{on_cpu}"
     yield from _access(recipe)
     yield "cite", recipe.citation
     if recipe.note:
@@ -120,6 +125,16 @@ def _details(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "verified", recipe.verified
     if recipe.unconfirmed:
         yield "unconfirmed", recipe.unconfirmed
+
+
+def _feeding(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What is embedded first, above the tile level."""
+    if recipe.has_latents:
+        yield "latents", "beside the embedding, with save_latents"
+    if recipe.tile_encoder is not None:
+        yield "fed by", f"{recipe.tile_encoder.preset}, output {recipe.tile_encoder.variant}"
+    if recipe.slide_encoder is not None:
+        yield "fed by", recipe.slide_encoder
 
 
 def _access(recipe: Recipe) -> Iterator[tuple[str, str]]:

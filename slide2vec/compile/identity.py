@@ -121,5 +121,11 @@ def _device(device: torch.device, runtime: str) -> dict[str, Any]:
         from slide2vec.runtime.openvino_engine import capabilities
 
         return {"type": "cpu", "machine": platform.machine(), "computes_in": capabilities()}
-    able = {name: value for name, value in torch.cpu.get_capabilities().items() if isinstance(value, bool)}
-    return {"type": "cpu", "machine": platform.machine(), "instructions": able}
+    return {"type": "cpu", "machine": platform.machine(), "instructions": _instructions()}
+
+
+def _instructions() -> list[str]:
+    """Of this CPU: code is compiled for just these."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # older PyTorch knows the vector width only
+        return [torch.backends.cpu.get_cpu_capability()]
+    return sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from slide2vec.encoders.weights import WeightsChoice, load_weights, seeded
+from slide2vec.errors import ModelLevelError
 from slide2vec.recipes import EncoderSpec, Recipe, Variant
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def build_encoder(
     *,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The encoder of a recipe in evaluation mode, on the CPU, in fp32.
+    """The tile encoder of a recipe in evaluation mode, on the CPU, in fp32.
 
     Args:
         variant: which output, see `Recipe.variant`.
@@ -84,7 +85,10 @@ def build_encoder(
         PresetError: the recipe needs remote code and it was not allowed; says whose.
         ExtraMissingError: it needs a package that is not installed.
         WeightsError: the weights cannot be had, or do not match the encoder key by key.
+        ModelLevelError: the recipe is of a slide or patient encoder (`slide2vec.encoders.slide`).
     """
+    if recipe.level != "tile":
+        raise ModelLevelError(f"preset {recipe.name} is {recipe.level}-level: it embeds no tiles")
     if recipe.encoder.family == "remote":
         from slide2vec.encoders.remote import build_remote
 

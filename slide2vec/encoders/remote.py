@@ -15,7 +15,7 @@ from slide2vec.encoders.weights import WeightsChoice
 from slide2vec.errors import ExtraMissingError, GatedWeightsError, PresetError, WeightsError
 from slide2vec.recipes import Recipe, Variant, WeightsSource
 
-__all__ = ["RemoteEncoder", "build_remote"]
+__all__ = ["RemoteEncoder", "build_remote", "consented", "load_remote"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,19 @@ def build_remote(recipe: Recipe, variant: Variant, weights: WeightsChoice, conse
         ExtraMissingError: transformers is not installed.
         WeightsError, GatedWeightsError: the repository cannot be had or does not load.
     """
+    place = consented(recipe, weights, consent)
+    network = cast("nn.Module", load_remote(recipe, place, "AutoModel"))
+    return RemoteEncoder(network.float(), recipe.encoder.prefix_tokens, variant)
+
+
+def consented(recipe: Recipe, weights: WeightsChoice, consent: bool) -> Path | None:
+    """Where to load a recipe's repository from, with the user's consent: a directory, None = the hub.
+
+    Raises:
+        PresetError: no consent.
+        ExtraMissingError: transformers is not installed.
+        WeightsError: `weights` is no copy of the repository.
+    """
     source = recipe.weights
     if source is None:
         raise PresetError(f"preset {recipe.name} is of family remote and names no repository (weights.repo)")
@@ -67,8 +80,7 @@ def build_remote(recipe: Recipe, variant: Variant, weights: WeightsChoice, conse
         raise ExtraMissingError(
             f'preset {recipe.name} needs the package transformers: pip install "slide2vec[models]"'
         )
-    network = _loaded(recipe.name, source, place)
-    return RemoteEncoder(network.float(), recipe.encoder.prefix_tokens, variant)
+    return place
 
 
 def _place(preset: str, source: WeightsSource, weights: WeightsChoice) -> Path | None:
@@ -94,21 +106,31 @@ def _described(source: WeightsSource, place: Path | None) -> str:
     return hub if place is None else f"{place} (a copy of {hub})"
 
 
-def _loaded(preset: str, source: WeightsSource, place: Path | None) -> nn.Module:
-    """The repository's model, at the pinned revision for weights and code alike."""
+def load_remote(recipe: Recipe, place: Path | None, loader: str, **options: Any) -> Any:
+    """What a class of transformers ("AutoModel", say) loads from the repository, at the pinned revision
+    for weights and code alike.
+
+    Args:
+        place: from `consented`.
+        options: of the loader.
+
+    Raises:
+        WeightsError, GatedWeightsError: the repository cannot be had or does not load.
+    """
     import transformers
 
+    source = recipe.weights
+    assert source is not None
     pins: dict[str, Any] = {}
     if place is None:
         pins = {"revision": source.revision, "code_revision": source.revision}
     logger.info("running the code of %s", _described(source, place))
     try:
-        network = transformers.AutoModel.from_pretrained(
-            source.repo if place is None else str(place), trust_remote_code=True, **pins
+        return getattr(transformers, loader).from_pretrained(
+            source.repo if place is None else str(place), trust_remote_code=True, **pins, **options
         )
     except (OSError, ValueError, RuntimeError, ImportError, AttributeError, TypeError, KeyError) as error:
-        raise _explained(preset, source, place, error) from error
-    return cast("nn.Module", network)
+        raise _explained(recipe.name, source, place, error) from error
 
 
 def _explained(preset: str, source: WeightsSource, place: Path | None, error: Exception) -> WeightsError:

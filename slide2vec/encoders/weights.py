@@ -58,7 +58,7 @@ def load_weights(build: Callable[[], nn.Module], recipe: Recipe, weights: Weight
     """
     path = find_weights(recipe, weights)
     assert recipe.weights is not None
-    state = convert(recipe.weights.convert, read_checkpoint(path), recipe.encoder)
+    state = convert(recipe.weights.convert, _state(path, recipe), recipe.encoder)
     with torch.device("meta"):
         encoder = build()
     module: nn.Module = getattr(encoder, "trunk", encoder)
@@ -161,6 +161,37 @@ def _first_line(error: Exception | None) -> str:
     return lines[0].strip().rstrip(".") if lines else type(error).__name__
 
 
+def _state(path: Path, recipe: Recipe) -> dict[str, Tensor]:
+    """The weights of the recipe's encoder, from a file that holds them alone or beside others'."""
+    source = recipe.weights
+    assert source is not None
+    if not source.part:
+        return read_checkpoint(path)
+    content = _unpickled(path)
+    held = content if isinstance(content, Mapping) else {}
+    if source.part not in held:
+        raise WeightsError(
+            f"weights file {path} is not for preset {recipe.name}: it has no {source.part}, only "
+            f"{', '.join(map(str, list(held)[:5])) or type(content).__name__}"
+        )
+    _check_config(held, recipe, path)
+    return _tensors(held[source.part], path)
+
+
+def _check_config(held: Mapping[str, object], recipe: Recipe, path: Path) -> None:
+    """The configuration beside the weights must be the recipe's. What it leaves out is off (0, false),
+    as the model's own loader takes it."""
+    source = recipe.weights
+    assert source is not None
+    config = next((held[name] for name in source.config if held.get(name)), None)
+    if not isinstance(config, Mapping):
+        raise WeightsError(f"weights file {path} has no configuration ({' or '.join(source.config)})")
+    expected = {**recipe.encoder.kwargs, **source.expect}
+    if wrong := [key for key, value in expected.items() if config.get(key, 0) != value]:
+        values = ", ".join(f"{key} {config.get(key)} instead of {expected[key]}" for key in wrong)
+        raise WeightsError(f"weights file {path} is of another model than preset {recipe.name}: {values}")
+
+
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors file, of a PyTorch file read without unpickling code, or of all the
     files that an index names.
@@ -170,17 +201,26 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """
     if path.name.endswith(INDEX):
         return _read_shards(path)
+    content = _unpickled(path)
+    for key in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    return _tensors(content, path)
+
+
+def _unpickled(path: Path) -> object:
+    """What a file holds, read without running code of it."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise WeightsError(f"weights file {path} cannot be read: {_first_line(error)}") from error
-    for key in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+
+
+def _tensors(content: object, path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise WeightsError(f"weights file {path} is not a mapping of names to tensors")
     return dict(content)

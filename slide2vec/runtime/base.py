@@ -42,7 +42,7 @@ class Engine(Protocol):
     Attributes:
         runtime: name of the library that runs it ("torch", …).
         device: where pixels are expected and features are returned.
-        precision: "fp32", "bf16" or "fp16".
+        precision: "fp32", "bf16", "fp16" or "fp8".
         feature_dim: D.
         layout: of the pixels it takes.
     """

@@ -56,8 +56,9 @@ class InductorEngine:
 
 def _loaded(package: Path, device: torch.device) -> Any:
     try:
-        index = (device.index or 0) if device.type == "cuda" else -1
-        return torch._inductor.aoti_load_package(str(package), device_index=index)
+        if device.type == "cpu":
+            return torch._inductor.aoti_load_package(str(package))
+        return torch._inductor.aoti_load_package(str(package), device_index=device.index or 0)
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
         raise EngineError(f"AOTInductor cannot load {package}: {reason}") from error

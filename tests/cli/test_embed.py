@@ -40,7 +40,7 @@ def test_embeddings_are_those_of_the_api(run, small_slide: Path, tmp_path: Path)
 def test_report(run, small_slide: Path, tmp_path: Path) -> None:
     text = run("embed", small_slide, *FAST, "-o", tmp_path).stdout
     assert "small" in text and f"tile_embeddings/small.pt, (tiles, {DIM})" in text
-    assert "scattering (default), fp32 on cpu" in text
+    assert "scattering (default), PyTorch, fp32 on cpu" in text
     assert "tiles/s" in text and "bottleneck: " in text and "busy: plan" in text
     assert max(map(len, text.splitlines())) <= 80 + len(str(tmp_path))
 

@@ -18,10 +18,21 @@ def test_table_names_every_preset_and_fits(run) -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_slide_and_patient_presets_say_what_feeds_them(run) -> None:
+    text = " ".join(run("models", "prism").stdout.split())
+    assert "fed by virchow, output cls_patch_mean" in text and "latents beside the embedding" in text
+    assert "GFLOP" not in text and "99 M parameters" in text and "224 px" in text
+    assert "fed by moozy-slide" in " ".join(run("models", "moozy").stdout.split())
+    prism2 = " ".join(run("models", "prism2").stdout.split())
+    assert "bf16 on a GPU" in prism2 and "fp32 on a CPU" not in prism2
+    assert "--trust-remote-code" in prism2 and "diagnostic: 3072 dimensions" in prism2
+
+
 def test_level(run) -> None:
     assert "virchow2" in run("models", "--level", "tile").stdout
     slide_level = run("models", "--level", "slide")
     assert slide_level.exit_code == 0 and "virchow2" not in slide_level.stdout
+    assert "titan" in slide_level.stdout and "moozy " in run("models", "--level", "patient").stdout
 
 
 def test_details(run) -> None:

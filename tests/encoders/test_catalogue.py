@@ -14,6 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from slide2vec.encoders import build_encoder
+from slide2vec.encoders.slide import SlideFeatures
 from slide2vec.recipes import Recipe, list_models, load_recipe
 
 #: Of the published parameter counts, which are rounded.
@@ -22,6 +23,7 @@ PARAMETERS = 1e-3
 FLOPS = 5e-3
 
 NAMES = list_models("tile")
+ABOVE = [*list_models("slide"), *list_models("patient")]
 BUILT = [name for name in NAMES if load_recipe(name).encoder.family != "remote"]
 
 
@@ -30,7 +32,7 @@ def on_meta(recipe: Recipe, variant: str) -> torch.nn.Module:
         return build_encoder(recipe, recipe.variants[variant], "random")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *ABOVE])
 def test_says_what_is_needed(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.licence.url.startswith("https://") and recipe.licence.terms
@@ -105,9 +107,9 @@ def test_check_without_the_hub(
     """A line per preset that says why, and no failure."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert tool.main(["lunit", "uni", "phikon", "scattering"]) == 0
+    assert tool.main(["lunit", "uni", "phikon", "scattering", "titan", "moozy"]) == 0
     text = capsys.readouterr().out
-    assert text.count("no access") == 6 and "Traceback" not in text  # while it runs, and in the table
+    assert text.count("no access") == 10 and "Traceback" not in text  # while it runs, and in the table
     assert "scattering" not in text
 
 
@@ -128,3 +130,20 @@ def test_check_tells_same_from_different(
     assert row.status == status
     assert asked == ["hf-hub:waticlems/Prost40M@main"]
     assert row.difference == pytest.approx(shift, abs=1e-6) and row.cosine > 0.99
+
+
+@pytest.mark.parametrize(("name", "dim"), [("titan", 768), ("moozy", 768), ("prism", 1280)])
+@pytest.mark.parametrize(("shift", "status"), [(0.0, "same"), (1.0, "DIFFERS")])
+def test_check_compares_slides_and_patients(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, dim: int, shift: float, status: str
+) -> None:
+    """A stand-in for the network of both sides, which sees whole slides and patients."""
+
+    def features(given: Any) -> torch.Tensor:
+        return (given.features if name != "moozy" else given).mean(0)[:1].expand(dim)
+
+    ours = {"titan": SlideFeatures, "prism": SlideFeatures, "moozy": lambda values: values}[name]
+    monkeypatch.setattr(tool, "load_ours", lambda *_: lambda given: ours(features(given)))
+    monkeypatch.setattr(tool, "load_original", lambda *_: lambda given: features(given)[None] + shift)
+    row = tool.check(load_recipe(name), torch.empty(0), False)
+    assert (row.status, row.difference) == (status, pytest.approx(shift))

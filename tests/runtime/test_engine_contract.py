@@ -36,6 +36,7 @@ def device_of(kind: str) -> torch.device:
 
 CASES = [
     "torch fp32 cpu",
+    "compiled fp32 cpu",
     "torch bf16 cpu",
     "openvino fp32 cpu",
     "openvino bf16 cpu",
@@ -61,8 +62,10 @@ def opener(case: str, tmp_path_factory: pytest.TempPathFactory) -> Opener:
     device, encoder = device_of(case), tiny_encoder(RECIPE)
     if device.type == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    if runtime == "torch":
-        return lambda: TorchEngine(encoder, feature_dim=128, precision=precision, device=device)
+    if runtime in ("torch", "compiled"):
+        return lambda: TorchEngine(
+            encoder, feature_dim=128, precision=precision, device=device, compiled=runtime == "compiled"
+        )
     if reason := unavailable(runtime, precision, device):
         pytest.skip(reason)
     options = BuildOptions(runtime=runtime, precision=precision, batch_size=4)
@@ -85,6 +88,7 @@ def pixels_for(engine: Engine, count: int, seed: int = 0) -> torch.Tensor:
 
 def test_attributes(case: str, engine: Engine) -> None:
     runtime, precision, device = case.split()
+    runtime = runtime.replace("compiled", "torch")
     assert (engine.runtime, engine.precision, engine.device.type) == (runtime, precision, device)
     assert engine.feature_dim == 128 and engine.layout in ("uint8_nhwc", "float32_nchw")
 

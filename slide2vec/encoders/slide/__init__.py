@@ -1,0 +1,129 @@
+"""Slide and patient encoders: from the tile embeddings of a slide, or the slide embeddings of a patient, to
+one embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from slide2vec.encoders.slide.bag import SlideFeatures, TileBag
+from slide2vec.encoders.weights import WeightsChoice, load_weights, seeded
+from slide2vec.errors import ModelLevelError
+from slide2vec.recipes import Recipe, Variant
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["SlideFeatures", "TileBag", "build_patient_encoder", "build_slide_encoder"]
+
+Builder = Callable[..., "nn.Module"]
+
+
+def _titan(**kwargs: Any) -> nn.Module:
+    from slide2vec.encoders.slide.titan import TitanEncoder
+
+    return TitanEncoder(**kwargs)
+
+
+def _prism(**kwargs: Any) -> nn.Module:
+    from slide2vec.encoders.slide.prism import PrismEncoder
+
+    return PrismEncoder(**kwargs)
+
+
+def _longnet(**kwargs: Any) -> nn.Module:
+    from slide2vec.encoders.slide.longnet import LongNetEncoder
+
+    return LongNetEncoder(**kwargs)
+
+
+def _moozy_slide(**kwargs: Any) -> nn.Module:
+    from slide2vec.encoders.slide.moozy import MoozySlideEncoder
+
+    return MoozySlideEncoder(**kwargs)
+
+
+def _moozy_case(**kwargs: Any) -> nn.Module:
+    from slide2vec.encoders.slide.moozy import MoozyCaseTransformer
+
+    return MoozyCaseTransformer(**kwargs)
+
+
+#: family -> builder; each imports its module only when it is used. Family "remote" is not here.
+_BUILDERS: dict[str, Builder] = {
+    "titan": _titan,
+    "prism": _prism,
+    "longnet": _longnet,
+    "moozy_slide": _moozy_slide,
+    "moozy_case": _moozy_case,
+}
+
+
+def build_slide_encoder(
+    recipe: Recipe,
+    variant: Variant,
+    weights: WeightsChoice = None,
+    seed: int = 0,
+    *,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The slide encoder of a recipe in evaluation mode, on the CPU, in fp32 (remote ones: as published).
+
+    Its `forward` takes a `TileBag` and returns `SlideFeatures`; it raises NothingToEmbedError for a slide
+    without tiles. Memory stays bounded: no (N, N) matrix is made.
+
+    Args:
+        variant: which output, see `Recipe.variant`.
+        weights: None = the Hugging Face hub; a file or directory; or "random", seeded by `seed`.
+        trust_remote_code: the user lets code of the model's repository run, which recipes of family
+            "remote" need; nothing of the kind is run for the others.
+
+    Raises:
+        ModelLevelError: the recipe is not of a slide encoder.
+        PresetError: the recipe needs remote code and it was not allowed; says whose.
+        ExtraMissingError: it needs a package that is not installed.
+        ConfigError: it needs a device that is not there.
+        WeightsError: the weights cannot be had, or do not match the encoder key by key.
+    """
+    _require(recipe, "slide")
+    if recipe.encoder.family == "remote":
+        from slide2vec.encoders.slide.prism2 import build_prism2
+
+        return build_prism2(recipe, variant, weights, trust_remote_code).eval().requires_grad_(False)
+    return _built(recipe, weights, seed)
+
+
+def build_patient_encoder(
+    recipe: Recipe, variant: Variant, weights: WeightsChoice = None, seed: int = 0
+) -> nn.Module:
+    """The patient encoder of a recipe in evaluation mode, on the CPU, in fp32.
+
+    Its `forward` takes slide embeddings (S, D) float, of the slide preset that the recipe names, in any
+    order, and returns the patient's (D,) float32; it raises NothingToEmbedError for none.
+
+    Args:
+        variant, weights, seed: as for `build_slide_encoder`.
+
+    Raises:
+        ModelLevelError: the recipe is not of a patient encoder.
+        WeightsError: the weights cannot be had, or do not match the encoder key by key.
+    """
+    _require(recipe, "patient")
+    return _built(recipe, weights, seed)
+
+
+def _require(recipe: Recipe, level: str) -> None:
+    if recipe.level != level:
+        raise ModelLevelError(f"preset {recipe.name} is {recipe.level}-level: it has no {level} encoder")
+
+
+def _built(recipe: Recipe, weights: WeightsChoice, seed: int) -> nn.Module:
+    def build() -> nn.Module:
+        return _BUILDERS[recipe.encoder.family](**recipe.encoder.kwargs)
+
+    if weights == "random":
+        with seeded(seed):
+            encoder = build()
+    else:
+        encoder = load_weights(build, recipe, weights)
+    return encoder.eval().requires_grad_(False)
