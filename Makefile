@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.synced
 DEMO_DIR ?= demo
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint bench gpu-check clean
@@ -39,8 +40,8 @@ lint: $(STAMP)  ## ruff (lint and format) and mypy --strict
 bench: $(STAMP)  ## CPU benchmarks, side by side; results under benchmarks/results/
 	@$(BIN)/python -m benchmarks.cpu $(ARGS)
 
-gpu-check: $(STAMP)  ## the tests that need an NVIDIA GPU (skipped, visibly, without one)
-	@$(BIN)/python -m pytest -q -m gpu $(ARGS)
+gpu-check:  ## tests and benchmarks on an NVIDIA GPU, with what is installed (.venv, else PYTHON as it is)
+	@$(GPU_PYTHON) tools/gpu_check.py $(ARGS)
 
 clean:  ## remove the environment and what the demo wrote
 	rm -rf $(VENV) $(DEMO_DIR) .pytest_cache .mypy_cache .ruff_cache

@@ -86,6 +86,26 @@ def feed(args: argparse.Namespace) -> Row:
     return compared(in_turns(rivals, args.rounds), "ours")
 
 
+def roads(args: argparse.Namespace) -> Row:
+    rivals = {
+        "ours": lambda: part("feed", args.slide, SLIDES),
+        "raw road, OpenCV": lambda: part("feed_raw", args.slide, SLIDES),
+    }
+    return compared(in_turns(rivals, args.rounds), "ours")
+
+
+def prepare(args: argparse.Namespace) -> Row:
+    found: Row = {}
+    for side in (224, 256):
+        ours, theirs = f"PyTorch, {side} px", f"DALI, {side} px"
+        rivals: dict[str, Callable[[], Row]] = {
+            ours: lambda side=side: part(f"prepare_torch_{side}", args.slide),  # type: ignore[misc]
+            theirs: lambda side=side: part(f"prepare_dali_{side}", args.slide),  # type: ignore[misc]
+        }
+        found |= compared(in_turns(rivals, args.rounds), ours)
+    return found
+
+
 def coordinates(slide: Path) -> Path:
     """Our coordinate files of the slide, which the peer loads: both feed the same tiles."""
     from benchmarks.parts import configs
@@ -137,6 +157,8 @@ def start(args: argparse.Namespace) -> Row:
 
 PARTS: dict[str, Callable[[argparse.Namespace], Row]] = {
     "feed": feed,
+    "roads": roads,
+    "prepare": prepare,
     "encode": encode,
     "memory": memory,
     "start": start,

@@ -9,6 +9,7 @@ import argparse
 import json
 import resource
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,22 @@ def configs() -> Any:
     return PreprocessingConfig(requested_spacing_um=SPACING_UM, requested_tile_size_px=TILE_PX)
 
 
-def feed(slide: Path, repeat: int) -> dict[str, float]:
+def feed_raw(slide: Path, repeat: int) -> dict[str, float]:
+    """`feed`, but its compressed tiles are read in file order, and decoded once each by OpenCV."""
+    from dataclasses import replace
+
+    from slide2vec.prepare import cut_tiles
+    from slide2vec.readers.decoders import OpencvDecoder
+    from slide2vec.readers.raw import RawReader
+
+    def through_raw(plan: Any) -> Any:
+        reader = RawReader(plan.source.reader.probe, OpencvDecoder())
+        return replace(plan, source=plan.source.through(reader, cut_tiles))
+
+    return feed(slide, repeat, through_raw)
+
+
+def feed(slide: Path, repeat: int, adapt: Callable[[Any], Any] = lambda plan: plan) -> dict[str, float]:
     """Plan, read, cut and resize every tile; the encoder's own transform is left to `encode`."""
     from slide2vec.progress import NullReporter
     from slide2vec.slides import Slide
@@ -64,7 +80,7 @@ def feed(slide: Path, repeat: int) -> dict[str, float]:
             reporter=NullReporter(),
         )
         slides = [Slide(sample_id=str(i), image_path=slide) for i in range(count)]
-        return sum(o.embedded.num_tiles for o in stream.run(slides, lambda s: plan_slide(s, config)))  # type: ignore[union-attr]
+        return sum(o.embedded.num_tiles for o in stream.run(slides, lambda s: adapt(plan_slide(s, config))))  # type: ignore[union-attr]
 
     config = configs()
     plan_slide(Slide(sample_id="warm-up", image_path=slide), config).source.close()  # imports, page cache
@@ -168,7 +184,36 @@ def bare(slide: Path, repeat: int) -> dict[str, float]:
     return {"tiles": tiles, "seconds": time.perf_counter() - start}
 
 
-PARTS: dict[str, Any] = {"feed": feed, "decode": decode, "encode": encode, "bare": bare}
+def prepare(name: str, side: int) -> Callable[[Path, int], dict[str, float]]:
+    """Tiles to the encoder's input, without a resize or with one; seconds of CPU time, in a single thread."""
+
+    def run(_: Path, repeat: int) -> dict[str, float]:
+        import torch
+
+        from slide2vec.prepare import choose_preparer
+        from slide2vec.recipes import load_recipe
+
+        torch.set_num_threads(1)
+        transform = load_recipe(PRESET).transform
+        preparer = choose_preparer(name, transform, torch.device("cpu"), "float32_nchw", side)
+        tiles = torch.randint(0, 256, (8, side, side, 3), dtype=torch.uint8)
+        preparer.prepare(tiles)
+        start = time.process_time()
+        for _ in range(50 * repeat):
+            preparer.prepare(tiles)
+        return {"tiles": 400 * repeat, "seconds": time.process_time() - start}
+
+    return run
+
+
+PARTS: dict[str, Any] = {
+    "feed": feed,
+    "feed_raw": feed_raw,
+    "decode": decode,
+    "encode": encode,
+    "bare": bare,
+    **{f"prepare_{name}_{side}": prepare(name, side) for name in ("torch", "dali") for side in (224, 256)},
+}
 
 
 def main() -> None:

@@ -139,7 +139,10 @@ class PreprocessingConfig(_Config):
         save_tiles: also write the tiles to archives under the output directory.
         on_bad_tile: "fail" the slide when pixels of a tile cannot be decoded, or "skip" the tile:
             it is left out of coordinates and embeddings, and recorded.
-        gpu_decode: "auto", or force decoding on the GPU on or off.
+        gpu_decode: "auto" decodes on the GPU what comes out right there, and the rest on the CPU; True fails
+            slides that the GPU cannot decode; False never decodes there.
+        preparer: what brings tiles to the encoder's input; "auto" is PyTorch on the CPU and DALI, where it
+            is installed, on a GPU. "triton" does not resize.
         use_supertiles: read blocks of neighbouring tiles at once (same pixels, faster).
         num_cucim_workers: has no effect on a CPU, where a reading thread reads one block at a time and
             the job's CPUs are not shared out twice.
@@ -161,6 +164,7 @@ class PreprocessingConfig(_Config):
     save_tiles: bool = False
     on_bad_tile: Literal["fail", "skip"] = "fail"
     gpu_decode: bool | Literal["auto"] = "auto"
+    preparer: Literal["auto", "torch", "dali", "triton"] = "auto"
     use_supertiles: bool = True
     num_cucim_workers: Positive = 4
     resume: bool = False

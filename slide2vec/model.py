@@ -38,12 +38,12 @@ from slide2vec.encoders.parts import (
 )
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError, EmbedSlidesError, ManifestError, ModelLevelError, Slide2VecError
-from slide2vec.prepare.torch_preparer import TorchPreparer
+from slide2vec.prepare import choose_preparer
 from slide2vec.progress import RunStarted, active_reporter, live_progress
 from slide2vec.recipes import Recipe, Variant, load_recipe
 from slide2vec.runtime import batch_size_for, pick_device, resolve_precision
 from slide2vec.slides import Slide, SlideLike, as_slide, as_slides
-from slide2vec.stream import SlideOutcome, SlidePlan, Stream, plan_slide
+from slide2vec.stream import SlideOutcome, SlidePlan, Stream, feed_for, fitting_batch_size, plan_slide
 
 if TYPE_CHECKING:
     from torch import nn
@@ -404,10 +404,6 @@ class Model:
                 not trained on; or it lacks the spacing of a model that is no preset.
         """
         config = config or PreprocessingConfig()
-        if config.gpu_decode is True:
-            raise ConfigError(
-                "PreprocessingConfig.gpu_decode=True is not supported by this version; leave it out"
-            )
         if config.hierarchical and self.level != "tile":
             raise ConfigError(
                 f"preset {self.name} is {self.level}-level and takes all tiles of a slide: regions "
@@ -431,19 +427,26 @@ class Model:
 
     def _stream(self, config: PreprocessingConfig, execution: ExecutionOptions) -> Stream:
         assert config.requested_tile_size_px is not None
+        tile_size = config.requested_tile_size_px
+        feed = feed_for(self.device, config.gpu_decode)
         selected = self._select(execution)
         engine = selected.engine
-        default = selected.batch_size or batch_size_for(self.recipe.gflops, self.device)
+        preparer = choose_preparer(
+            config.preparer, self.recipe.transform, self.device, engine.layout, tile_size
+        )
+        wanted = batch_size_for(self.recipe.gflops, self.device)
+        size = execution.batch_size or selected.batch_size
         return Stream(
             engine,
-            TorchPreparer(self.recipe.transform, self.device, engine.layout),
-            batch_size=execution.batch_size or default,
-            tile_size_px=config.requested_tile_size_px,
+            preparer,
+            batch_size=size or fitting_batch_size(engine, preparer, wanted, tile_size),
+            tile_size_px=tile_size,
             dtype=getattr(torch, execution.feature_dtype(engine.precision)),
             readers=execution.reading_threads(),
             planners=execution.planning_threads(),
             ahead=execution.prefetch_factor,
             reporter=active_reporter(),
+            feed=feed,
         )
 
     def _select(self, execution: ExecutionOptions) -> Selected:

@@ -406,15 +406,9 @@ def test_half_precision_stays_close(
     assert cosines(exact, reduced.float()).min() > 0.9995
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"gpu_decode": True},
-    ],
-)
-def test_what_is_not_supported_is_refused(scattering: Model, values: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(values))):
-        scattering.resolve_preprocessing(PreprocessingConfig(**values))
+def test_decoding_on_a_gpu_needs_one(slides_dir: Path, scattering: Model) -> None:
+    with pytest.raises(ConfigError, match="gpu_decode=True needs an NVIDIA GPU, and the model is on cpu"):
+        scattering.embed_slide(slides_dir / "CMU-1-Small-Region.svs", PreprocessingConfig(gpu_decode=True))
 
 
 def test_coordinates_of_a_previous_run_are_reused(

@@ -341,7 +341,7 @@ def test_a_slide_on_failing_storage_does_not_stop_the_run(
     read = SlideSource.fetch
 
     def fetch(source: SlideSource, number: int) -> Any:
-        if source._tiling.sample_id == "s1":
+        if source.tiling.sample_id == "s1":
             raise OSError(errno.EIO, "Input/output error")
         return read(source, number)
 

@@ -14,5 +14,5 @@ class Preparer(Protocol):
     """Turns a batch of tiles into the encoder's input."""
 
     def prepare(self, tiles: torch.Tensor) -> torch.Tensor:
-        """(B, S, S, 3) uint8 tiles in host memory -> pixels in the engine's layout, on its device."""
+        """(B, S, S, 3) uint8 tiles, wherever they are -> pixels in the engine's layout, on its device."""
         ...

@@ -16,7 +16,7 @@ class TorchPreparer:
     """See `slide2vec.prepare.base.Preparer`.
 
     Resizing is antialiased and rounds to uint8, as Pillow's and torchvision's does (within one
-    grey level of Pillow); then centre crop, then (pixels / 255 - mean) / std in one multiply-add, which
+    grey level of Pillow); then centre crop, then (pixels / 255 - mean) / std as a multiply and an add, which
     engines of layout "uint8_nhwc" do themselves.
     """
 
@@ -34,7 +34,9 @@ class TorchPreparer:
             pixels = centre_crop(self._resized(pixels), self.transform.crop)
             if self.layout == "uint8_nhwc":
                 return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-            return torch.addcmul(self._shift, pixels.float(), self._scale)
+            # Into contiguous memory first: twice as fast as arithmetic on interleaved channels (CPU).
+            planes = torch.empty(pixels.shape, dtype=torch.float32, device=self.device)
+            return planes.copy_(pixels).mul_(self._scale).add_(self._shift)
 
     def _resized(self, pixels: Tensor) -> Tensor:
         size = self.transform.resize

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 __all__ = [
@@ -63,6 +63,7 @@ class RunSummary:
         seconds: wall time of the stream.
         stations: in stream order.
         bottleneck: name of the station that was busiest.
+        roads: how slides were read (a reader's name, "raw, nvimgcodec on cuda:0", …) -> how many.
     """
 
     slides: int
@@ -71,6 +72,7 @@ class RunSummary:
     seconds: float
     stations: tuple[StationTime, ...]
     bottleneck: str
+    roads: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def tiles_per_second(self) -> float:
@@ -84,7 +86,11 @@ class RunSummary:
         done = f"{self.tiles:,} tile{'' if self.tiles == 1 else 's'} of {slides}{failed}"
         rate = self.tiles_per_second
         speed = f"{self.seconds:.1f} s, {rate:,.{0 if rate >= 10 else 1}f} tiles/s"
-        return f"{done} in {speed}; bottleneck: {self.bottleneck}{self._bottleneck_share()}"
+        return f"{done} in {speed}; bottleneck: {self.bottleneck}{self._bottleneck_share()}{self._read_by()}"
+
+    def _read_by(self) -> str:
+        roads = ", ".join(f"{road} ({count:,})" for road, count in self.roads.items())
+        return f"; read by {roads}" if roads else ""
 
     def _bottleneck_share(self) -> str:
         """How busy the bottleneck was, in brackets."""

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from slide2vec.errors import BackendError, ExtraMissingError, SlideReadError
 from slide2vec.readers.probe import Probe, TiffLevel
 from slide2vec.readers.pyramid import PyramidReader, to_level0
 from slide2vec.readers.tilecheck import TileCheck
 
-__all__ = ["CucimReader", "tame_cufile", "unavailable"]
+__all__ = ["CucimCudaReader", "CucimReader", "load_on", "tame_cufile", "unavailable"]
 
 _VENDORS = ("aperio", "generic", "ome", "philips")
 #: Read with the same pixels as OpenSlide's; a damaged tile raises (JPEG ones: see TileCheck).
@@ -54,19 +53,22 @@ class CucimReader(PyramidReader):
             )
         self._check = TileCheck(probe.path, probe.levels, self._read_error)
 
-    def _read_box(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+    def _read_box(self, level: int, x: int, y: int, width: int, height: int) -> Any:
         if self._image is None:
             raise SlideReadError(f"slide {self.name} was closed")
         left_out = self._check(level, x, y, width, height)
         downsample = self._native_downsamples[level]
         location = (to_level0(x, downsample), to_level0(y, downsample))
         try:
-            pixels = np.asarray(self._image.read_region(location, (width, height), level))
+            pixels = self._read_native(location, (width, height), level)
         except RuntimeError as error:
             raise self._read_error(level, x, y, error) from error
         for where in left_out:
             pixels[where] = 255
         return pixels
+
+    def _read_native(self, location: tuple[int, int], size: tuple[int, int], level: int) -> Any:
+        return np.asarray(self._image.read_region(location, size, level))  # type: ignore[union-attr]
 
     def close(self) -> None:
         """Release the file. May be called twice."""
@@ -136,3 +138,42 @@ def _expected_dimensions(probe: Probe) -> tuple[tuple[int, int], ...]:
 
     with openslide.OpenSlide(probe.path) as handle:
         return tuple(handle.level_dimensions)
+
+
+class CucimCudaReader(CucimReader):
+    """Decodes JPEG tiles on the GPU; gives tensors.
+
+    The pixels are complete when `read_region` returns. They are not always right: cuCIM does not see that the
+    components of many Aperio files are RGB (26.10), so compare a tile with another reader's.
+
+    Args:
+        device: a torch.device, "cuda:…".
+
+    Raises:
+        ExtraMissingError: cuCIM is not installed.
+        BackendError: it does not read such a file, or not on a GPU.
+    """
+
+    def __init__(self, probe: Probe, device: Any) -> None:
+        others = {level.compression for level in probe.levels} - {"JPEG"}
+        if others:
+            raise BackendError(f"cuCIM decodes only JPEG on a GPU, not {', '.join(sorted(others))}")
+        super().__init__(probe)
+        self._torch, self._device = import_module("torch"), device
+
+    def _read_native(self, location: tuple[int, int], size: tuple[int, int], level: int) -> Any:
+        torch = self._torch
+        with torch.cuda.device(self._device):
+            region = self._image.read_region(location, size, level, device="cuda")  # type: ignore[union-attr]
+            return torch.as_tensor(region, device=self._device).clone()  # cuCIM frees its own memory
+
+    def _canvas(self, height: int, width: int) -> Any:
+        return self._torch.full((height, width, 3), 255, dtype=self._torch.uint8, device=self._device)
+
+
+def load_on(device: Any) -> None:
+    """Import cuCIM with its CUDA context on one device, rather than on any that is visible."""
+    if unavailable() is None:
+        tame_cufile()
+        with import_module("torch").cuda.device(device):
+            import_module("cucim")

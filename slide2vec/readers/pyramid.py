@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import ceil, floor
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ class PyramidReader(ABC):
     backend: str
 
     def __init__(self, probe: Probe, level_dimensions: Sequence[tuple[int, int]]) -> None:
-        self.path, self.name = probe.path, probe.name
+        self.path, self.name, self.probe = probe.path, probe.name, probe
         self.level_dimensions = tuple((int(width), int(height)) for width, height in level_dimensions)
         self.dimensions = self.level_dimensions[0]
         self.downsamples = tuple(self.dimensions[0] / width for width, _ in self.level_dimensions)
@@ -56,10 +56,14 @@ class PyramidReader(ABC):
         x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + width, right), min(y + height, bottom)
         if (x0, y0, x1, y1) == (x, y, x + width, y + height):
             return self._read_box(level, x, y, width, height)
-        canvas = np.full((height, width, 3), 255, np.uint8)
+        canvas = self._canvas(height, width)
         if x0 < x1 and y0 < y1:
             canvas[y0 - y : y1 - y, x0 - x : x1 - x] = self._read_box(level, x0, y0, x1 - x0, y1 - y0)
-        return canvas
+        return canvas  # type: ignore[no-any-return]
+
+    def _canvas(self, height: int, width: int) -> Any:
+        """White pixels, of the kind that `_read_box` gives."""
+        return np.full((height, width, 3), 255, np.uint8)
 
     def _read_error(self, level: int, x: int, y: int, why: object) -> SlideReadError:
         at = (round(x * self.downsamples[level]), round(y * self.downsamples[level]))

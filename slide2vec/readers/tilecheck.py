@@ -77,12 +77,19 @@ class TileCheck:
         """What is wrong with a JPEG tile, None when nothing is."""
         head = self._read(offset, min(count, _HEADER_BYTES))
         tail = self._read(offset + count - 4, 4) if count > 4 else head
-        known = self._headers[level]
-        if _END in tail and any(head.startswith(header) for header in known):
-            return None
-        data = self._read(offset, count)
-        tables = self._levels[level].jpeg_tables
+        return None if self._is_known(level, head, tail) else self._decode(level, self._read(offset, count))
+
+    def wrong(self, level: int, data: bytes) -> str | None:
+        """What is wrong with a JPEG tile that has been read, None when nothing is."""
+        return None if self._is_known(level, data[:_HEADER_BYTES], data[-4:]) else self._decode(level, data)
+
+    def _is_known(self, level: int, head: bytes, tail: bytes) -> bool:
+        return _END in tail and any(head.startswith(header) for header in self._headers[level])
+
+    def _decode(self, level: int, data: bytes) -> str | None:
+        tables, known = self._levels[level].jpeg_tables, self._headers[level]
         wrong = _decoding_error(tables[:-2] + data[2:] if tables and data[:2] == tables[:2] else data)
+        head = data[:_HEADER_BYTES]
         scan = head.find(_START_OF_SCAN)
         if wrong is None and scan > 0 and len(known) < _MOST_HEADERS:
             known.append(head[: scan + 2 + int.from_bytes(head[scan + 2 : scan + 4], "big")])

@@ -109,6 +109,7 @@ KEYS: dict[str, Key] = {
             "backend",
             "on_the_fly",
             "gpu_decode",
+            "preparer",
             "use_supertiles",
             "read_coordinates_from",
             "read_tiles_from",

@@ -1,6 +1,16 @@
 """The stream: plan, read, prepare, encode, collect, on one device."""
 
+from slide2vec.stream.feed import feed_for
+from slide2vec.stream.fitting import fitting_batch_size
 from slide2vec.stream.plan import SlidePlan, coordinates_dir, plan_slide
 from slide2vec.stream.stations import SlideOutcome, Stream
 
-__all__ = ["SlideOutcome", "SlidePlan", "Stream", "coordinates_dir", "plan_slide"]
+__all__ = [
+    "SlideOutcome",
+    "SlidePlan",
+    "Stream",
+    "coordinates_dir",
+    "feed_for",
+    "fitting_batch_size",
+    "plan_slide",
+]

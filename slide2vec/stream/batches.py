@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from slide2vec.stream.lanes import Event
+
 __all__ = ["Batch", "Batches", "Piece", "Stopped"]
 
 Owner = TypeVar("Owner")
@@ -41,16 +43,24 @@ class Piece(Generic[Owner]):
         """Where in the batch."""
         return slice(self.start, self.start + len(self.tiles))
 
-    def targets(self) -> NDArray[np.uint8]:
-        """(n, S, S, 3) uint8 view of the batch to write the tiles into."""
-        return self.batch.pixels.numpy()[self.slots]
+    def targets(self) -> NDArray[np.uint8] | torch.Tensor:
+        """(n, S, S, 3) uint8 view of the batch to write the tiles into: an array, on a device a tensor."""
+        pixels = self.batch.pixels
+        return pixels.numpy()[self.slots] if pixels.device.type == "cpu" else pixels[self.slots]
 
 
 @dataclass(eq=False)
 class Batch(Generic[Owner]):
-    """Slots for tiles: `pixels` (B, S, S, 3) uint8, of which `reserved` are spoken for."""
+    """Slots for tiles: `pixels` (B, S, S, 3) uint8, of which `reserved` are spoken for.
+
+    Attributes:
+        free: after which they may be written: whoever read them before has done so.
+        written: after which they are, as far as they are `filled`.
+    """
 
     pixels: torch.Tensor
+    free: Event | None = None
+    written: list[Event] = field(default_factory=list)
     pieces: list[Piece[Owner]] = field(default_factory=list)
     reserved: int = 0
     filled: int = 0
@@ -60,6 +70,10 @@ class Batch(Generic[Owner]):
     def is_ready(self) -> bool:
         """Every slot that will be used holds its tile."""
         return self.sealed and self.filled == self.reserved
+
+
+def _zeros(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.uint8)
 
 
 class Batches(Generic[Owner]):
@@ -72,7 +86,7 @@ class Batches(Generic[Owner]):
         ready: called with each full batch.
         abandoned: whether nobody will come for the batches any more: a script that dies while it
             holds the iterator leaves the stream suspended, and its threads must end all the same.
-        pinned: allocate page-locked memory, for asynchronous copies to a GPU.
+        allocate: gives their memory, (B, S, S, 3) uint8.
     """
 
     def __init__(
@@ -83,14 +97,14 @@ class Batches(Generic[Owner]):
         ahead: int,
         ready: Callable[[Batch[Owner]], None],
         abandoned: Callable[[], bool] = lambda: False,
-        pinned: bool = False,
+        allocate: Callable[[tuple[int, ...]], torch.Tensor] = _zeros,
     ) -> None:
         self._shape = (size, tile_size_px, tile_size_px, 3)
         self._ahead = ahead
         self._ready = ready
         self._abandoned = abandoned
-        self._pinned = pinned
-        self._free: list[torch.Tensor] = []
+        self._allocate = allocate
+        self._free: list[tuple[torch.Tensor, Event | None]] = []
         self._open: Batch[Owner] | None = None
         self._unreleased = 0
         self._stopped = False
@@ -128,25 +142,26 @@ class Batches(Generic[Owner]):
 
     def _new(self) -> Batch[Owner]:
         if self._free:
-            return Batch(self._free.pop())
-        return Batch(torch.zeros(self._shape, dtype=torch.uint8, pin_memory=self._pinned))
+            return Batch(*self._free.pop())
+        return Batch(self._allocate(self._shape))
 
     def _seal(self, batch: Batch[Owner]) -> None:
         batch.sealed, self._open = True, None
         self._unreleased += 1
 
-    def fill(self, piece: Piece[Owner]) -> None:
-        """The piece's slots are written (or given up: nobody will look at them)."""
+    def fill(self, piece: Piece[Owner], written: Event | None = None) -> None:
+        """The piece's slots are written, once the event comes (or given up: nobody will look at them)."""
         with self._room:
+            piece.batch.written += [written] if written else []
             piece.batch.filled += len(piece.tiles)
             ready = piece.batch.is_ready
         if ready:
             self._ready(piece.batch)
 
-    def release(self, batch: Batch[Owner]) -> None:
-        """The batch is encoded; its memory is used again."""
+    def release(self, batch: Batch[Owner], read: Event | None = None) -> None:
+        """The batch's pixels have been read, once the event comes; its memory is used again."""
         with self._room:
-            self._free.append(batch.pixels)
+            self._free.append((batch.pixels, read))
             self._unreleased -= 1
             self._room.notify_all()
 

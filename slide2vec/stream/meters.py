@@ -39,8 +39,15 @@ class Meters:
         try:
             yield
         finally:
-            with self._lock:
-                seconds[station] += time.perf_counter() - start
+            self._add(seconds, station, time.perf_counter() - start)
+
+    def add_busy(self, station: str, spent: float) -> None:
+        """Seconds of work that a device did for a station."""
+        self._add(self._busy, station, spent)
+
+    def _add(self, seconds: defaultdict[str, float], station: str, spent: float) -> None:
+        with self._lock:
+            seconds[station] += spent
 
     def times(self, workers: Mapping[str, int]) -> tuple[StationTime, ...]:
         """One record per station of `workers` (name -> number of threads)."""

@@ -43,6 +43,7 @@ class SlidePlan:
         skipped: tiles that `tiling` has lost so already.
         tiles_tar_path: the archive of the tiles, where there is one.
         coordinates_dir: where coordinate files hold just this tiling; None where none do yet.
+        road: how its pixels get to the device; None = as the source's back end gives them.
     """
 
     slide: Slide
@@ -54,6 +55,7 @@ class SlidePlan:
     tiling_preview_path: Path | None = None
     tiles_tar_path: Path | None = None
     coordinates_dir: Path | None = None
+    road: str | None = None
 
 
 def plan_slide(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -110,7 +111,9 @@ class SlideSource:
 
     def __init__(self, reader: SlideReader, tiling: Tiling, *, grouped: bool = True) -> None:
         level = tiling.geometry.read_level
-        self._reader, self._tiling = reader, tiling
+        self.reader, self.tiling = reader, tiling
+        self._cut: Callable[..., None] = cut_tiles
+        self._others: tuple[SlideReader, ...] = ()
         self._supertiles = plan_supertiles(
             tiling.x,
             tiling.y,
@@ -122,28 +125,35 @@ class SlideSource:
         self.backend = reader.backend
         self.blocks = [supertile.tiles for supertile in self._supertiles]
 
-    def fetch(self, number: int) -> Pixels:
+    def through(self, reader: SlideReader, cut: Callable[..., None]) -> SlideSource:
+        """The same tiles by another reader, cut by what takes its pixels; it closes both readers."""
+        other = copy(self)
+        other.reader, other._cut, other._others = reader, cut, (self.reader, *self._others)
+        return other
+
+    def fetch(self, number: int) -> Any:
         """The pixels of a supertile, (h, w, 3) uint8."""
         supertile = self._supertiles[number]
-        level = self._tiling.geometry.read_level
-        return self._reader.read_region(supertile.location_lv0, level, supertile.size)
+        level = self.tiling.geometry.read_level
+        return self.reader.read_region(supertile.location_lv0, level, supertile.size)
 
-    def place(self, number: int, data: Pixels, targets: Sequence[Pixels]) -> None:
+    def place(self, number: int, data: Any, targets: Sequence[Pixels]) -> None:
         """Cut the tiles out of a supertile."""
-        size = self._tiling.geometry.read_tile_size_px
-        cut_tiles(data, self._supertiles[number].offsets, size, targets)
+        size = self.tiling.geometry.read_tile_size_px
+        self._cut(data, self._supertiles[number].offsets, size, targets)
 
     def read_tile(self, tile: int, target: Pixels) -> None:
         """Read a tile by itself."""
-        geometry = self._tiling.geometry
+        geometry = self.tiling.geometry
         size = geometry.read_tile_size_px
-        location = int(self._tiling.x[tile]), int(self._tiling.y[tile])
-        pixels = self._reader.read_region(location, geometry.read_level, (size, size))
-        cut_tiles(pixels, np.zeros((1, 2), np.int64), size, [target])
+        location = int(self.tiling.x[tile]), int(self.tiling.y[tile])
+        pixels = self.reader.read_region(location, geometry.read_level, (size, size))
+        self._cut(pixels, np.zeros((1, 2), np.int64), size, [target])
 
     def close(self) -> None:
         """Close the slide."""
-        self._reader.close()
+        for reader in (self.reader, *self._others):
+            reader.close()
 
 
 def open_archive(path: Path, tiling: Tiling) -> TileSource:

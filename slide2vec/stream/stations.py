@@ -2,7 +2,7 @@
 
     dispatcher ── plans slides ahead in a pool, gives every block of tiles its slots ──▶ tasks
     readers    ── read a block of tiles, cut and resize them into their slots ─────────▶ inbox
-    caller     ── takes full batches, prepares, encodes, scatters the features ────────▶ outcomes
+    caller     ── has full batches prepared and encoded, scatters their features ──────▶ outcomes
 
 Slots are given out in input order, so that batches hold the same tiles whatever the threads do.
 A slide that fails keeps its slots, which nobody looks at.
@@ -14,7 +14,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,6 +39,8 @@ from slide2vec.progress import (
 from slide2vec.runtime import Engine
 from slide2vec.slides import Slide
 from slide2vec.stream.batches import Batch, Batches, Piece, Stopped
+from slide2vec.stream.encoding import IN_FLIGHT, Encoding, Ticket
+from slide2vec.stream.feed import HOST_FEED, Feed
 from slide2vec.stream.meters import Meters, find_bottleneck
 from slide2vec.stream.plan import SlidePlan
 from slide2vec.stream.sources import bad_tiles, damaged, place_singly
@@ -48,6 +50,8 @@ __all__ = ["SlideOutcome", "Stream"]
 
 #: Tiles of a typical supertile: readers need slots for about two each to stay busy.
 TILES_PER_READ = 64
+#: How often it is looked whether features have come, while no batch does.
+LOOK_UP_S = 0.001
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,7 @@ class Stream:
         readers, planners: threads of those stations.
         ahead: batches that readers may be ahead of the encoder.
         reporter: receives progress events, from the calling thread.
+        feed: where tiles are kept, and how they get there.
     """
 
     def __init__(
@@ -164,8 +169,9 @@ class Stream:
         planners: int,
         ahead: int,
         reporter: ProgressReporter,
+        feed: Feed = HOST_FEED,
     ) -> None:
-        self._engine, self._preparer, self._dtype = engine, preparer, dtype
+        self._engine, self._dtype, self._feed = engine, dtype, feed
         self._readers, self._planners, self._reporter = readers, planners, reporter
         self._inbox: queue.SimpleQueue[Batch[_Job] | _Planned | _Failed | _Broken | _End] = (
             queue.SimpleQueue()
@@ -177,10 +183,13 @@ class Stream:
             ahead=max(ahead, 2 * readers * TILES_PER_READ // batch_size),
             ready=self._inbox.put,
             abandoned=lambda: not self._consumer.is_alive(),
-            pinned=engine.device.type == "cuda",
+            allocate=feed.allocate,
         )
         self._consumer = threading.current_thread()
         self._meters = Meters()
+        self._encoding = Encoding(engine, preparer, self._meters, batch_size=batch_size)
+        self._flight: deque[tuple[Batch[_Job], Ticket]] = deque()
+        self._roads: Counter[str] = Counter()
         self._stopping = False
         self._tiles = 0
 
@@ -203,6 +212,7 @@ class Stream:
             self._batches.stop()
             for thread in threads:
                 thread.join()
+            self._land()
         self._reporter.emit(RunFinished(self._summary(embedded, failed, time.perf_counter() - started)))
 
     def _start(self, slides: Iterable[Slide], plan: Callable[[Slide], SlidePlan]) -> list[threading.Thread]:
@@ -259,7 +269,12 @@ class Stream:
 
     def _plan(self, plan: Callable[[Slide], SlidePlan], slide: Slide) -> SlidePlan:
         with self._meters.busy("plan"):
-            return plan(slide)
+            planned = plan(slide)
+            try:
+                return self._feed.adopt(planned)
+            except BaseException:
+                planned.source.close()
+                raise
 
     def _dispatch(self, job: _Job, planned: Future[SlidePlan]) -> None:
         """Give every supertile of a slide its slots, as room allows."""
@@ -298,13 +313,15 @@ class Stream:
                 self._inbox.put(_Failed(task.job, error))
             finally:
                 task.job.end_read()
+                written = self._feed.lane.record()
                 for piece in task.pieces:
-                    self._batches.fill(piece)
+                    self._batches.fill(piece, written)
 
     def _read(self, task: _Read) -> None:
         assert task.job.plan is not None
         source = task.job.plan.source
-        targets = [target for piece in task.pieces for target in piece.targets()]
+        targets: list[Any] = [target for piece in task.pieces for target in piece.targets()]
+        self._feed.lane.wait(piece.batch.free for piece in task.pieces if piece.batch.free is not None)
         try:
             with self._meters.busy("read"):
                 data = source.fetch(task.block)
@@ -320,10 +337,8 @@ class Stream:
         settled, expected = 0, None
         while settled != expected:
             self._consumer = threading.current_thread()
-            with self._meters.waiting("encode"):
-                item = self._inbox.get()
             outcomes: Iterable[SlideOutcome] = ()
-            match item:
+            match self._next():
                 case _End(slides):
                     expected = slides
                 case _Broken(error):
@@ -332,15 +347,32 @@ class Stream:
                     outcomes = self._planned(job)
                 case _Failed(job, error):
                     outcomes = self._fail(job, error)
+                case (batch, ticket):
+                    outcomes = self._collect(batch, ticket)
                 case batch:
-                    outcomes = self._encode(batch)
+                    self._submit(batch)
             for outcome in outcomes:
                 settled += 1
                 yield outcome
 
+    def _next(self) -> Any:
+        """Of what there is to do: features that are there, else the next item of the inbox.
+
+        Waits for the oldest features only when as many batches as may be are in flight.
+        """
+        with self._meters.waiting("encode"):
+            while True:
+                if self._flight and (len(self._flight) >= IN_FLIGHT or self._flight[0][1].done.query()):
+                    self._flight[0][1].done.synchronize()
+                    return self._flight.popleft()
+                with contextlib.suppress(queue.Empty):
+                    return self._inbox.get(timeout=LOOK_UP_S if self._flight else None)
+
     def _planned(self, job: _Job) -> Iterator[SlideOutcome]:
         assert job.plan is not None
-        self._reporter.emit(SlidePlanned(job.slide.sample_id, job.missing, job.plan.source.backend))
+        road = job.plan.road or job.plan.source.backend
+        self._roads[road] += 1
+        self._reporter.emit(SlidePlanned(job.slide.sample_id, job.missing, road))
         if not job.missing:
             job.embeddings = torch.empty((0, self._engine.feature_dim), dtype=self._dtype)
             yield self._finish(job)
@@ -351,25 +383,30 @@ class Stream:
             self._reporter.emit(SlideFailed(job.slide.sample_id, error))
             yield SlideOutcome(job.slide, error=error)
 
-    def _encode(self, batch: Batch[_Job]) -> Iterator[SlideOutcome]:
-        alive = [piece for piece in batch.pieces if not piece.owner.failed]
-        if not alive:
+    def _submit(self, batch: Batch[_Job]) -> None:
+        if all(piece.owner.failed for piece in batch.pieces):
             self._batches.release(batch)
             return
-        features = self._features(batch)
-        self._batches.release(batch)
-        for piece in alive:
+        ticket = self._encoding.submit(batch.pixels[: batch.reserved], batch.written)
+        self._batches.release(batch, ticket.read)
+        self._flight.append((batch, ticket))
+
+    def _collect(self, batch: Batch[_Job], ticket: Ticket) -> Iterator[SlideOutcome]:
+        for piece in batch.pieces:
+            if piece.owner.failed:
+                continue
             with self._meters.busy("collect"):
-                piece.owner.collect(torch.from_numpy(piece.tiles), features[piece.slots], self._dtype)
+                features = ticket.features[piece.slots]
+                piece.owner.collect(torch.from_numpy(piece.tiles), features, self._dtype)
             self._reporter.emit(TilesEncoded(len(piece.tiles)))
             if not piece.owner.missing:
                 yield from self._complete(piece.owner)
+        self._encoding.release(ticket)
 
-    def _features(self, batch: Batch[_Job]) -> Tensor:
-        with self._meters.busy("prepare"):
-            pixels = self._preparer.prepare(batch.pixels[: batch.reserved])
-        with self._meters.busy("encode"):
-            return self._engine.run(pixels).cpu()
+    def _land(self) -> None:
+        """Wait for what is in flight: its memory is about to go."""
+        while self._flight:
+            self._flight.popleft()[1].done.synchronize()
 
     def _complete(self, job: _Job) -> Iterator[SlideOutcome]:
         assert job.plan is not None
@@ -427,4 +464,5 @@ class Stream:
             seconds=seconds,
             stations=stations,
             bottleneck=find_bottleneck(stations, seconds),
+            roads=dict(self._roads),
         )

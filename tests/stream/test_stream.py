@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from late_lanes import LateLane
 
 from slide2vec.config import FilterConfig
-from slide2vec.errors import SlideReadError, SpacingError
+from slide2vec.errors import BackendError, SlideReadError, SpacingError
 from slide2vec.geometry import tile_geometry
 from slide2vec.progress import (
     RunFinished,
@@ -28,7 +29,9 @@ from slide2vec.progress import (
 )
 from slide2vec.runtime.base import Layout
 from slide2vec.slides import Slide
-from slide2vec.stream import SlideOutcome, SlidePlan, Stream
+from slide2vec.stream import SlideOutcome, SlidePlan, Stream, encoding
+from slide2vec.stream.feed import HostFeed
+from slide2vec.stream.lanes import HostLane
 from slide2vec.stream.meters import find_bottleneck
 from slide2vec.stream.sources import SlideSource
 from slide2vec.tiling import Segmentation, Tiling
@@ -307,6 +310,73 @@ def test_failing_engine_raises_and_cleans_up() -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         list(stream(Broken()).run(map(slide, shapes), plan_of(shapes)))
     assert Reader.open_now == 0
+
+
+def test_a_slide_that_the_feed_refuses_is_closed() -> None:
+    class Refusing(HostFeed):
+        def adopt(self, plan: SlidePlan) -> SlidePlan:
+            if plan.slide.sample_id == "s1":
+                raise BackendError("slide s1: gpu_decode=True, but the GPU cannot decode it")
+            return plan
+
+    shapes = {n: (3, 3) for n in range(3)}
+    outcomes = by_number(stream(Engine(), feed=Refusing()).run(map(slide, shapes), plan_of(shapes)))
+    assert isinstance(outcomes[1].error, BackendError)
+    check(outcomes[0], 0, (3, 3))
+    check(outcomes[2], 2, (3, 3))
+    assert Reader.open_now == 0
+
+
+def test_features_that_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device they are collected a batch or two later; on this CPU a stand-in lane does the same."""
+    monkeypatch.setattr(encoding, "lane_for", LateLane)
+    shapes = {0: (5, 4), 1: (1, 1), 2: (20, 13), 3: (2, 9)}
+    flights: list[int] = []
+    run = stream(Engine())
+    submit = run._submit
+
+    def counted(batch: Any) -> None:
+        submit(batch)
+        flights.append(len(run._flight))
+
+    monkeypatch.setattr(run, "_submit", counted)
+    outcomes = by_number(run.run(map(slide, range(5)), plan_of(shapes, s2=(19 * SIDE, 12 * SIDE))))
+    for number in (0, 1, 3):
+        check(outcomes[number], number, shapes[number])
+    assert isinstance(outcomes[2].error, SlideReadError) and isinstance(outcomes[4].error, SpacingError)
+    assert max(flights) == encoding.IN_FLIGHT
+    assert Reader.open_now == 0
+
+
+def test_memory_is_written_again_only_after_it_was_read() -> None:
+    """Readers wait for the event of the batch that had their slots before."""
+    waited: list[Any] = []
+    read: list[Any] = []
+
+    class Lane(HostLane):
+        def wait(self, events: Any) -> None:
+            waited.extend(events)
+
+    feed = HostFeed()
+    feed.lane = Lane(feed.device)
+    run = stream(Engine(), feed=feed)
+    release = run._batches.release
+    run._batches.release = lambda batch, event=None: (read.append(event), release(batch, event))  # type: ignore
+    list(run.run(map(slide, range(2)), plan_of({0: (30, 20), 1: (30, 20)})))
+    assert waited and set(map(id, waited)) <= set(map(id, read))
+
+
+def test_memory_that_runs_out_loses_nothing() -> None:
+    class Small(Engine):
+        def run(self, pixels: torch.Tensor) -> torch.Tensor:
+            if len(pixels) > 3:
+                raise torch.OutOfMemoryError("out of memory")
+            return super().run(pixels)
+
+    shapes = {0: (5, 4), 1: (1, 1), 2: (10, 3)}
+    outcomes = by_number(stream(Small(), batch_size=16).run(map(slide, shapes), plan_of(shapes)))
+    for number, shape in shapes.items():
+        check(outcomes[number], number, shape)
 
 
 def test_failing_input_raises() -> None:

@@ -1,0 +1,58 @@
+"""How many tiles fit into a GPU's memory at once."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from slide2vec.prepare import Preparer
+from slide2vec.runtime import Engine
+
+__all__ = ["fitting", "fitting_batch_size"]
+
+logger = logging.getLogger(__name__)
+
+#: Tiles of the trial batch.
+TRIAL = 4
+#: Of the free memory: the rest is for decoding, for batches of tiles and for fragmentation.
+SHARE = 0.6
+
+
+def fitting(wanted: int, free_bytes: int, bytes_per_tile: float) -> int:
+    """The largest of wanted, wanted / 2, … tiles that take no more than `SHARE` of what is free."""
+    size = wanted
+    while size > 1 and size * bytes_per_tile > SHARE * free_bytes:
+        size //= 2
+    return size
+
+
+def fitting_batch_size(engine: Engine, preparer: Preparer, wanted: int, tile_size_px: int) -> int:
+    """Tiles per forward pass on a GPU: as many as wanted, or as fit after what a trial batch has taken.
+
+    Elsewhere as many as wanted. An engine that allocates outside PyTorch takes its memory when it is
+    loaded, so that it is not free any more.
+    """
+    if engine.device.type != "cuda":
+        return wanted
+    count = min(TRIAL, wanted)
+    tiles = torch.zeros((count, tile_size_px, tile_size_px, 3), dtype=torch.uint8, device=engine.device)
+    taken = _peak(engine, preparer, tiles) / count
+    free, _ = torch.cuda.mem_get_info(engine.device)
+    size = fitting(wanted, free, taken)
+    if size < wanted:
+        logger.info("batch_size=%d: %.0f MB a tile, %.1f GB free", size, taken / 2**20, free / 2**30)
+    return size
+
+
+def _peak(engine: Engine, preparer: Preparer, tiles: Any) -> int:
+    """Bytes that preparing and encoding take, beyond what was there."""
+    torch.cuda.synchronize(engine.device)
+    torch.cuda.reset_peak_memory_stats(engine.device)
+    before = torch.cuda.memory_allocated(engine.device)
+    engine.run(preparer.prepare(tiles))
+    torch.cuda.synchronize(engine.device)
+    peak = torch.cuda.max_memory_allocated(engine.device) - before
+    torch.cuda.empty_cache()
+    return peak

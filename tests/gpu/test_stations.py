@@ -1,0 +1,123 @@
+"""Every station on the GPU against the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from slide2vec.config import PreprocessingConfig
+from slide2vec.errors import ConfigError, ExtraMissingError
+from slide2vec.prepare import choose_preparer, cut_tiles
+from slide2vec.prepare.device_cut import cut_tiles_on_device
+from slide2vec.prepare.torch_preparer import TorchPreparer
+from slide2vec.recipes import Transform
+from slide2vec.slides import Slide
+from slide2vec.stream import SlidePlan, plan_slide
+from slide2vec.stream.feed import MAX_MEAN_DIFFERENCE, DeviceFeed
+from slide2vec.stream.sources import open_archive
+from slide2vec.tiling.archives import write_archive
+
+pytestmark = pytest.mark.gpu
+
+CPU = torch.device("cpu")
+#: A uint8 resize in fixed point (CPU) and in float (GPU) round differently by one grey level, twice at most.
+GREY_LEVELS = 2.01
+#: Of normalised pixels, at the smallest standard deviation.
+GREY_LEVEL = 1 / 255 / 0.224
+
+
+def recipe(resize: int, crop: int) -> Transform:
+    return Transform(resize=resize, crop=crop, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+def smooth(side: int, count: int = 5) -> torch.Tensor:
+    place = torch.arange(side) / 11
+    waves = torch.sin(place[:, None] + torch.arange(count * 3)[:, None, None]) * torch.cos(place)
+    return (128 + 127 * waves).reshape(count, 3, side, side).permute(0, 2, 3, 1).contiguous().to(torch.uint8)
+
+
+@pytest.mark.parametrize("layout", ["float32_nchw", "uint8_nhwc"])
+@pytest.mark.parametrize(("side", "resize", "crop"), [(224, 224, 224), (256, 224, 224), (256, 256, 224)])
+@pytest.mark.parametrize("name", ["torch", "dali", "triton"])
+def test_preparing(name: str, side: int, resize: int, crop: int, layout: Any, device: torch.device) -> None:
+    tiles = smooth(side)
+    try:
+        preparer = choose_preparer(name, recipe(resize, crop), device, layout, side)
+    except (ExtraMissingError, ConfigError) as error:
+        pytest.skip(f"not run: {error}")
+    expected = TorchPreparer(recipe(resize, crop), CPU, layout).prepare(tiles)
+    found = preparer.prepare(tiles.to(device))
+    assert found.device.type == device.type and found.dtype == expected.dtype
+    level = 1.0 if layout == "uint8_nhwc" else GREY_LEVEL
+    difference = (found.cpu().float() - expected.float()).abs()
+    assert difference.max() <= GREY_LEVELS * level and difference.mean() <= 0.33 * level
+
+
+@pytest.mark.parametrize("read", [224, 448, 672, 301, 500])
+def test_cutting(read: int, device: torch.device) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (1600, 1400, 3)).astype(np.uint8)
+    offsets = np.array([(0, 0), (336, 672), (333, 77)])
+    expected = np.zeros((3, 224, 224, 3), np.uint8)
+    cut_tiles(pixels, offsets, read, list(expected))
+    found = torch.zeros((3, 224, 224, 3), dtype=torch.uint8, device=device)
+    cut_tiles_on_device(torch.from_numpy(pixels).to(device), offsets, read, list(found))
+    difference = (found.cpu().int() - torch.from_numpy(expected).int()).abs()
+    assert difference.max() <= (0 if read % 224 == 0 else 1)
+
+
+def planned(slide: Path) -> SlidePlan:
+    config = PreprocessingConfig(requested_spacing_um=0.5, requested_tile_size_px=224)
+    return plan_slide(Slide(sample_id="s", image_path=slide), config)
+
+
+def placed(plan: SlidePlan, device: torch.device) -> torch.Tensor:
+    tiles = torch.zeros((len(plan.tiling), 224, 224, 3), dtype=torch.uint8, device=device)
+    for number, block in enumerate(plan.source.blocks):
+        plan.source.place(number, plan.source.fetch(number), [tiles[tile] for tile in block])
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return tiles.cpu()
+
+
+def on_host(plan: SlidePlan) -> torch.Tensor:
+    tiles = np.zeros((len(plan.tiling), 224, 224, 3), np.uint8)
+    for number, block in enumerate(plan.source.blocks):
+        plan.source.place(number, plan.source.fetch(number), [tiles[tile] for tile in block])
+    return torch.from_numpy(tiles)
+
+
+@pytest.mark.parametrize("road", ["raw + nvimgcodec", "cucim"])
+def test_decoding(road: str, slide: Path, device: torch.device) -> None:
+    feed = DeviceFeed(device)
+    feed._roads = [(name, opened) for name, opened in feed._roads if name == road]
+    if not feed._roads:
+        pytest.skip(f"not run: {road} is not there")
+    plan = feed.adopt(planned(slide))
+    if plan.road != f"{road} on the device":
+        pytest.skip(f"not run: {road} was left for {plan.road}; the reason is in the log")
+    expected = on_host(planned(slide))
+    difference = (placed(plan, device).int() - expected.int()).abs().float()
+    assert difference.mean() <= MAX_MEAN_DIFFERENCE
+    assert difference.mean(dim=(1, 2, 3)).max() <= 2 * MAX_MEAN_DIFFERENCE  # of every tile
+
+
+def test_uploading(slide: Path, device: torch.device) -> None:
+    plan = DeviceFeed(device, False).adopt(planned(slide))
+    assert plan.road is not None and plan.road.endswith(", uploaded")
+    assert torch.equal(placed(plan, device), on_host(planned(slide)))
+
+
+def test_archives(slide: Path, device: torch.device, cuda: torch.device, tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali", reason="not run: NVIDIA DALI is not installed")
+    plan = planned(slide)
+    tiles = on_host(plan).numpy()
+    path = write_archive(tmp_path, plan.tiling, ((block, tiles[block]) for block in plan.source.blocks))
+    expected = on_host(SlidePlan(plan.slide, open_archive(path, plan.tiling), plan.tiling))
+    adopted = DeviceFeed(device).adopt(SlidePlan(plan.slide, open_archive(path, plan.tiling), plan.tiling))
+    assert adopted.road == "archive, dali on the device"
+    difference = (placed(adopted, device).int() - expected.int()).abs().float()
+    assert difference.mean() <= MAX_MEAN_DIFFERENCE
