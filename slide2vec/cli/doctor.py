@@ -37,6 +37,9 @@ _PARTS = (
     _Part("cuCIM", "fast slide reading", ("cucim-cu13", "cucim-cu12", "cucim"), "cucim"),
     _Part("libvips", "reads more TIFF files", ("pyvips",), "vips"),
     _Part("CuPy", "pixels on the GPU", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "cuda"),
+    _Part(
+        "nvImageCodec", "decoding on the GPU", ("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12"), "cuda"
+    ),
     _Part("DALI", "preparing tiles on the GPU", ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "cuda"),
     _Part(
         "TensorRT", "compiled encoders, NVIDIA", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt"

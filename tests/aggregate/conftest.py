@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +23,6 @@ def with_quick_tiles(model: Model) -> Model:
         tiles = tiles.below
     tiles._encoder = QuickEncoder(tiles.feature_dim)
     return model
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """None of the user's for fixtures of the session, either."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLIDE2VEC_ENGINES", str(tmp_path_factory.mktemp("no-engines")))
-        yield
 
 
 @pytest.fixture(scope="session")
