@@ -1,17 +1,23 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all; arrays read in one thread at a time."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from slide2vec.errors import OutputError
 
-__all__ = ["atomic_path", "remove_partial"]
+__all__ = ["READING_ARRAYS", "atomic_path", "remove_partial"]
+
+#: Held while headers of NumPy's arrays are read. NumPy parses them with `ast`, whose counter of nesting is
+#: shared by all threads (in Python 3.11, at least): where a garbage collection lets in another thread that
+#: parses, too, it ends in "SystemError: AST constructor recursion depth mismatch", and a good slide fails.
+READING_ARRAYS = threading.RLock()
 
 #: Of the folder that holds a file while it is written.
 _SUFFIX = ".partial"

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from slide2vec.artifacts.records import FORMATS
 from slide2vec.errors import ArtifactError
+from slide2vec.files import READING_ARRAYS
 
 if TYPE_CHECKING:
     import torch
@@ -185,7 +186,7 @@ def _starts_with(path: Path, magic: bytes) -> bool:
 
 
 def _read_npz(path: Path, names: tuple[str, ...]) -> NDArray[Any] | None:
-    with zipfile.ZipFile(path) as archive:
+    with READING_ARRAYS, zipfile.ZipFile(path) as archive:
         members = {info.filename: info for info in archive.infolist()}
         name = next((name for name in names if f"{name}.npy" in members), None)
         if name is None:

@@ -41,7 +41,7 @@ def bench(
     ] = None,
     precisions: Annotated[
         list[str] | None,
-        typer.Option("--precision", help="[fp32, bf16 and the preset's]", show_default=False),
+        typer.Option("--precision", help="[fp32, bf16 and, on a GPU, the preset's]", show_default=False),
     ] = None,
     batch_sizes: Annotated[
         list[int] | None,
@@ -72,7 +72,8 @@ def bench(
     note(f"loading {preset} …")
     model = Model.from_preset(preset, weights=weights, seed=seed, device=device)
     recipe = model.recipe
-    wanted = precisions or list(dict.fromkeys(("fp32", "bf16", recipe.precision)))
+    usual = ("fp32", "bf16", *([recipe.precision] if model.device.type == "cuda" else []))
+    wanted = precisions or list(dict.fromkeys(usual))
     origin = {"weights": weights, "seed": seed}
     contenders = list(_contenders(model, origin, runtimes, wanted, EngineStore(engines)))
     default = sorted({1, batch_size_for(recipe.gflops, model.device)})

@@ -11,6 +11,7 @@ from torch import Tensor
 from slide2vec.compile.parity import Parity, compare
 from slide2vec.compile.store import StoredEngine
 from slide2vec.errors import EngineError
+from slide2vec.files import READING_ARRAYS
 from slide2vec.runtime.loading import load_engine
 
 __all__ = ["verify_engine", "write_reference"]
@@ -36,7 +37,7 @@ def verify_engine(engine: StoredEngine, device: torch.device) -> Parity:
     """
     if damage := engine.damage():
         raise EngineError(f"engine {engine.name}: {damage}; build it again")
-    with np.load(engine.directory / REFERENCE_NAME) as kept:
+    with READING_ARRAYS, np.load(engine.directory / REFERENCE_NAME) as kept:
         pixels, features = (torch.from_numpy(kept[name]) for name in ("pixels", "features"))
     record = engine.record
     loaded = load_engine(engine.directory, device)

@@ -48,7 +48,7 @@ def nvimgcodec_unavailable() -> str | None:
     """Why nvImageCodec cannot be used here, None when it can."""
     if find_spec("nvidia") and find_spec("nvidia.nvimgcodec"):
         return None
-    return 'nvImageCodec is not installed: pip install "nvidia-nvimgcodec-cu13[nvjpeg]" (Linux)'
+    return 'nvImageCodec is not installed: pip install "slide2vec[cuda]" (Linux)'
 
 
 class NvimgcodecDecoder:

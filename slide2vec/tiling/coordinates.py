@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from slide2vec.config import FilterConfig, PreprocessingConfig
 from slide2vec.errors import ConfigError, TilingError
-from slide2vec.files import atomic_path
+from slide2vec.files import READING_ARRAYS, atomic_path
 from slide2vec.geometry import TileGeometry
 from slide2vec.readers import SlideReader
 from slide2vec.slides import Slide
@@ -320,7 +320,7 @@ def _filtering(meta: _Sections) -> FilterConfig:
 def _arrays(path: Path, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     if count == 0:
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
-    with np.load(path, allow_pickle=False) as data:
+    with READING_ARRAYS, np.load(path, allow_pickle=False) as data:
         if "coordinates" in data:  # HS2P 3.0 and 3.1
             x, y = data["coordinates"].T
         else:

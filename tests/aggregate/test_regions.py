@@ -223,7 +223,7 @@ def test_a_region_with_a_bad_tile_is_left_out_whole(
         raise SlideReadError("corrupt")
 
     def read_tile(self: SlideSource, tile: int, target: Any) -> None:
-        if (int(self._tiling.x[tile]), int(self._tiling.y[tile])) == bad:
+        if (int(self.tiling.x[tile]), int(self.tiling.y[tile])) == bad:
             raise SlideReadError("corrupt")
         read(self, tile, target)
 

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -234,8 +235,12 @@ def test_a_timing_cache_that_cannot_be_written_does_not_cost_the_plan(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "fp8"])
-def test_the_builder_of_build_engine(precision: str, state: fake_tensorrt._State, tmp_path: Path) -> None:
-    """The way of `build-engine`: export, fp8 where asked for, plan; the ONNX files go."""
+def test_the_builder_of_build_engine(
+    precision: str, state: fake_tensorrt._State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of `build-engine`: export, fp8 where asked for, plan on the right device; the ONNX files go."""
+    current: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(current.append(device)))
     recipe = tiny_recipe()
     state.inputs = [(-1, 64, 64, 3)]
     told: list[str] = []
@@ -253,6 +258,7 @@ def test_the_builder_of_build_engine(precision: str, state: fake_tensorrt._State
     )
     built = BUILDERS["tensorrt"](job)
     assert [path.name for path in tmp_path.iterdir()] == [built.file]
+    assert current == [torch.device("cuda")]
     assert ("calibrating fp8" in told) == (precision == "fp8")
     assert ("set_shape", "pixels", *((size, 64, 64, 3) for size in (1, 32, 64))) in state.calls
 

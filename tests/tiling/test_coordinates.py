@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -239,3 +242,33 @@ def test_impossible_values_are_errors_at_worst(value: Any, tiling: Tiling, tmp_p
     path.write_text("[" * 100_000)
     with pytest.raises(TilingError):
         load_coordinates(tmp_path, "s")
+
+
+class Cycle:
+    """Garbage whose collection lets other threads run."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+    def __del__(self) -> None:
+        for _ in range(30):
+            pass
+
+
+def test_reading_in_several_threads(tiling: Tiling, tmp_path: Path) -> None:
+    """NumPy's way of reading a header fails when a garbage collection brings two of them together."""
+    write_coordinates(tmp_path, tiling)
+
+    def read(_: int) -> bool:
+        Cycle()
+        return same(load_coordinates(tmp_path, tiling.sample_id), tiling)
+
+    threshold, interval = gc.get_threshold(), sys.getswitchinterval()
+    gc.set_threshold(20)
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(read, range(1500)))
+    finally:
+        gc.set_threshold(*threshold)
+        sys.setswitchinterval(interval)
