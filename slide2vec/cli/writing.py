@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from slide2vec.readers import open_slide
 from slide2vec.slides import Slide
 from slide2vec.tiling import load_coordinates
 from slide2vec.tiling.previews import thumbnail
+from slide2vec.tiling.regions import unroll
 
 if TYPE_CHECKING:
     from slide2vec.cohort import RunResult
@@ -131,7 +133,7 @@ def embed_and_write(
     by_name = {slide.sample_id: slide for slide in slides}
 
     def draw(artifact: Artifact) -> None:
-        if isinstance(artifact, TileEmbeddingArtifact):
+        if isinstance(artifact, TileEmbeddingArtifact | HierarchicalEmbeddingArtifact):
             _write_map(artifact, by_name[artifact.sample_id], output_dir)
 
     with activate_progress_reporter(live_display()):
@@ -168,18 +170,22 @@ def _if_there(path: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _write_map(artifact: TileEmbeddingArtifact, slide: Slide, output_dir: Path) -> None:
+def _write_map(
+    artifact: TileEmbeddingArtifact | HierarchicalEmbeddingArtifact, slide: Slide, output_dir: Path
+) -> None:
     """Draw the PCA map of a slide; a picture that cannot be drawn costs no embeddings."""
     name = artifact.sample_id
     try:
         tiling = load_coordinates(output_dir / "tiles", name)
+        if isinstance(artifact, HierarchicalEmbeddingArtifact):
+            tiling = unroll(tiling, math.isqrt(artifact.tiles_per_region))
         with open_slide(slide, tiling.backend) as reader:
             background = thumbnail(reader, max(reader.dimensions) / MAP_PX)
     except Slide2VecError as error:
         logger.warning("slide %s: no map: %s", name, error)
         return
     picture = pca_map(
-        load_embeddings(artifact.path).float().numpy(),
+        load_embeddings(artifact.path).float().flatten(0, -2).numpy(),
         tiling.x,
         tiling.y,
         tiling.geometry.tile_size_lv0,

@@ -65,7 +65,7 @@ def test_regions(run: Run, small_slide: Path, manifest: Path, tmp_path: Path, ho
     if how == "flags":
         result = run("run", "-m", manifest, "-p", "scattering", "-o", out, *tiles)
     elif how == "embed":
-        result = run("embed", small_slide, "-p", "scattering", "-o", out, *tiles)
+        result = run("embed", small_slide, "-p", "scattering", "-o", out, *tiles, "--map")
     else:
         params = {"requested_spacing_um": 2.0, "requested_tile_size_px": 32, "requested_region_size_px": 96}
         config = {"csv": str(manifest), "output_dir": str(out), "model": {"name": "scattering"}}
@@ -76,6 +76,7 @@ def test_regions(run: Run, small_slide: Path, manifest: Path, tmp_path: Path, ho
     assert "regions, tiles, 195" in " ".join(result.stdout.split())
     artifact = find_hierarchical_artifact(out, "small" if how == "embed" else "a")
     assert artifact is not None and artifact.tiles_per_region == 9 and artifact.num_regions > 0
+    assert (out / "preview/map/small.png").is_file() == (how == "embed")
 
 
 def test_regions_are_tiled(run: Run, small_slide: Path, tmp_path: Path) -> None:
