@@ -61,6 +61,7 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
         "gpus": _gpus(),
         "backends": _backends(),
         "parts": _parts(),
+        "engines": _engines(),
         "huggingface": _huggingface(),
         "weights": _weights(),
     }
@@ -195,6 +196,16 @@ def _parts() -> list[dict[str, str | None]]:
     ]
 
 
+def _engines() -> dict[str, Any]:
+    """Compiled encoders, and where they are kept."""
+    try:
+        from slide2vec.compile import EngineStore
+    except (ImportError, OSError) as error:
+        return {"folder": None, "names": [], "problem": f"{error}"}
+    store = EngineStore()
+    return {"folder": str(store.root), "names": [engine.name for engine in store]}
+
+
 def _huggingface() -> dict[str, Any]:
     try:
         import huggingface_hub
@@ -254,6 +265,8 @@ def _print(found: dict[str, Any]) -> None:
     if extras:
         command = f'pip install "slide2vec[{",".join(extras)}]"'
         console.print(f"\nTo add them: {command}", markup=False, soft_wrap=True)
+    section("Compiled encoders")
+    console.print(facts(_engine_facts(found["engines"])))
     section("Hugging Face")
     console.print(facts(_huggingface_facts(found["huggingface"], found["weights"])))
 
@@ -288,6 +301,14 @@ def _machine_facts(machine: dict[str, Any], gpus: dict[str, Any]) -> Iterable[tu
         yield "GPU", "none"
     for line in gpus["driver"]:
         yield "NVIDIA driver", line
+
+
+def _engine_facts(engines: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    if "problem" in engines:
+        yield "problem", engines["problem"]
+        return
+    yield "folder", engines["folder"]
+    yield "engines", ", ".join(engines["names"]) or "none: `slide2vec build-engine --preset NAME` builds one"
 
 
 def _huggingface_facts(hub: dict[str, Any], weights: dict[str, str | None]) -> Iterable[tuple[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,38 +38,27 @@ def load_engine(directory: Path, device: torch.device) -> Engine:
     return _LOADERS[record.runtime](record, directory / record.file, device)
 
 
+def _common(record: EngineRecord) -> dict[str, Any]:
+    """What every runtime is told of its engine."""
+    return {"precision": record.precision, "feature_dim": record.feature_dim, "layout": record.layout}
+
+
 def _openvino(record: EngineRecord, file: Path, device: torch.device) -> Engine:
     from slide2vec.runtime.openvino_engine import OpenVINOEngine
 
-    return OpenVINOEngine(
-        file, precision=record.precision, feature_dim=record.feature_dim, layout=record.layout
-    )
+    return OpenVINOEngine(file, **_common(record))
 
 
 def _inductor(record: EngineRecord, file: Path, device: torch.device) -> Engine:
     from slide2vec.runtime.inductor_engine import InductorEngine
 
-    return InductorEngine(
-        file,
-        device=device,
-        precision=record.precision,
-        feature_dim=record.feature_dim,
-        layout=record.layout,
-        profile=record.profile,
-    )
+    return InductorEngine(file, device=device, profile=record.profile, **_common(record))
 
 
 def _tensorrt(record: EngineRecord, file: Path, device: torch.device) -> Engine:
     from slide2vec.runtime.tensorrt import TensorRTEngine
 
-    return TensorRTEngine(
-        file,
-        device=device,
-        precision=record.precision,
-        feature_dim=record.feature_dim,
-        layout=record.layout,
-        profile=record.profile,
-    )
+    return TensorRTEngine(file, device=device, profile=record.profile, **_common(record))
 
 
 _LOADERS: dict[str, Callable[[EngineRecord, Path, torch.device], Engine]] = {

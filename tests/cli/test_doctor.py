@@ -98,3 +98,9 @@ def test_cached_weights_are_found(run, monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_doctor_is_the_command() -> None:
     assert doctor_module is MODULE.doctor
+
+
+def test_engines_are_named(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIDE2VEC_ENGINES", str(tmp_path))
+    assert json.loads(run("doctor", "--json").stdout)["engines"] == {"folder": str(tmp_path), "names": []}
+    assert "slide2vec build-engine --preset NAME" in " ".join(run("doctor").stdout.split())
