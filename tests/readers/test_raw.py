@@ -185,5 +185,5 @@ def test_closed_reader_says_so(jpeg_pyramid: Path) -> None:
 def test_without_nvimgcodec(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(decoders, "find_spec", lambda name: None)
-    with pytest.raises(ExtraMissingError, match="nvidia-nvimgcodec"):
+    with pytest.raises(ExtraMissingError, match=r"slide2vec\[cuda\]"):
         NvimgcodecDecoder(torch.device("cpu"))
