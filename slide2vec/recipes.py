@@ -116,12 +116,14 @@ class EnginePolicy(_Section):
         islands: parts that stay in fp32 in a half-precision engine: "norm" (layer norms),
             "patch_embed", "attention" (queries, keys and values are brought to fp32 for the product).
         layout: what its engines take (see `slide2vec.runtime.base.Layout`), where none is asked for.
+        advised: whether runs that have no engine tell how to build one.
         min_cosine: least cosine similarity, over real tissue tiles, of an engine's features to those of
             the encoder in fp32; below it an engine is not published.
     """
 
     islands: tuple[Literal["norm", "patch_embed", "attention"], ...] = ("norm", "patch_embed")
     layout: Literal["float32_nchw", "uint8_nhwc"] = "uint8_nhwc"
+    advised: bool = True
     min_cosine: dict[Literal["fp32", "fp16", "bf16", "fp8"], Annotated[float, Field(gt=0, lt=1)]] = {}
 
     def threshold(self, precision: str) -> float:

@@ -217,6 +217,6 @@ def _print_remarks(engine: StoredEngine) -> None:
     record = engine.record
     for step in record.steps_down:
         note(f"{record.preset}: not in {step['precision']}: {step['reason']}")
-    if record.speed and record.speed["engine"] < record.speed["torch"]:
-        note(f"{engine.name} was slower than PyTorch: `slide2vec engines remove {engine.name}` drops it")
+    if record.is_slower:
+        note(f"{engine.name} is slower than PyTorch here: it is used only with --engine {record.runtime}")
     note(f"licence of {record.preset}: {record.licence}")

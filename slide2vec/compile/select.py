@@ -76,8 +76,9 @@ def select_engine(
     """Find what runs the encoder.
 
     Args:
-        choice: "auto": an engine of the store that fits, else PyTorch, saying in one line (logged) what
-            `slide2vec build-engine` would do; "torch"; or a runtime, whose engine has to be there.
+        choice: "auto": an engine of the store that fits and was not slower than PyTorch when it was built,
+            else PyTorch, saying in one line (logged) what `slide2vec build-engine` would do; "torch"; or a
+            runtime, whose engine has to be there.
         compiled: PyTorch's just-in-time compiler, where PyTorch runs it.
 
     Raises:
@@ -97,6 +98,9 @@ def select_engine(
     found = find_engine(store, subject, precision, runtimes)
     problems = dict(found.stale)
     for engine in found.matching:
+        if choice == "auto" and engine.record.is_slower:
+            logger.info("engine %s is not used: PyTorch was faster when it was built", engine.name)
+            continue
         try:
             loaded = load_engine(engine.directory, subject.device)
         except (EngineError, ExtraMissingError) as error:
@@ -144,7 +148,8 @@ def _missing(runtime: str, subject: Subject, precision: str, problems: dict[str,
 def _suggest(subject: Subject, precision: str) -> None:
     """Say, once per preset and precision, what could be done instead."""
     name = subject.recipe.name
-    if not runtimes_for(subject.device) or (name, precision) in _suggested:
+    told = (name, precision) in _suggested
+    if told or not runtimes_for(subject.device) or not subject.recipe.engine.advised:
         return
     _suggested.add((name, precision))
     if not subject.recipe.compile:

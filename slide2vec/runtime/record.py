@@ -15,6 +15,8 @@ __all__ = ["RECORD_NAME", "SCHEMA", "EngineRecord", "read_record"]
 RECORD_NAME = "engine.json"
 #: Of the record and of what an engine's key is made from: records of another one are misses.
 SCHEMA = 1
+#: Share of PyTorch's speed below which an engine counts as slower: rounds vary by a few per cent.
+NOT_SLOWER = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,12 @@ class EngineRecord:
     steps_down: list[dict[str, str]] = field(default_factory=list)
     checksums: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA
+
+    @property
+    def is_slower(self) -> bool:
+        """Whether PyTorch was faster when the engine was built, beyond what is noise."""
+        speed = self.speed
+        return bool(speed) and speed["engine"] < NOT_SLOWER * speed["torch"]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""

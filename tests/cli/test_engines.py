@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,9 @@ def test_runs_use_the_engine(
     built: Path, run, small_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By itself, with the same embeddings; and a run that resumes another keeps only what it would give."""
+    (engine,) = EngineStore(built)  # too small to be a measure: it shall have been fast
+    fast = replace(engine.record, speed={"engine": 200.0, "torch": 100.0})
+    (engine.directory / "engine.json").write_text(fast.as_json())
     monkeypatch.setenv("SLIDE2VEC_ENGINES", str(built))
     command = ("embed", small_slide, "--preset", PRESET, "--weights", "random", "--spacing", "0.25")
     auto = run(*command, "-o", tmp_path / "auto")

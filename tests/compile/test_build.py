@@ -37,6 +37,8 @@ from slide2vec.runtime.openvino_engine import capabilities
 from slide2vec.runtime.record import RECORD_NAME, SCHEMA, read_record
 
 CPU = torch.device("cpu")
+#: Such small encoders are no measure.
+FAST = {"engine": 200.0, "torch": 100.0}
 FP32 = BuildOptions(runtime="openvino", precision="fp32")
 
 
@@ -58,9 +60,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> StoredEngine:
 
 @pytest.fixture
 def store(built: StoredEngine, tmp_path: Path) -> EngineStore:
-    """A store of one engine, to be spoilt."""
+    """A store of one engine that was fast, to be spoilt."""
     shutil.copytree(built.directory, tmp_path / "store" / built.name)
-    return EngineStore(tmp_path / "store")
+    store = EngineStore(tmp_path / "store")
+    changed_record(store, speed=FAST)
+    return store
 
 
 def only(store: EngineStore) -> StoredEngine:
@@ -169,10 +173,12 @@ def test_way_down_is_taken_and_recorded(
     assert step["precision"] == "bf16" and "below 1" in step["reason"]
     assert "bf16" in caplog.text
     caplog.clear()
+    changed_record(store, speed=FAST)
     selected = select_engine("auto", encoder, subject_of(strict, encoder), "bf16", store=store)
     assert (selected.engine.runtime, selected.engine.precision) == ("openvino", "fp32")
     assert "computes in fp32, not bf16" in caplog.text
-    assert build(strict, encoder, store, replace(FP32, precision="bf16")) == made  # not tried again
+    again = build(strict, encoder, store, replace(FP32, precision="bf16"))
+    assert again.record.built_at == made.record.built_at  # not tried again
 
 
 def test_what_cannot_be_compiled_says_why(recipe: Recipe, encoder: nn.Module, tmp_path: Path) -> None:
@@ -335,6 +341,22 @@ def test_auto_takes_the_engine(store: EngineStore, recipe: Recipe, encoder: nn.M
     assert selected.engine.runtime == "openvino" and selected.batch_size == 8
     plain = select_engine("torch", encoder, subject_of(recipe, encoder), "fp32", store=store)
     assert plain.engine.runtime == "torch" and plain.batch_size is None
+
+
+def test_auto_passes_over_what_was_slower(store: EngineStore, recipe: Recipe, encoder: nn.Module) -> None:
+    changed_record(store, speed={"engine": 50.0, "torch": 100.0})
+    subject = subject_of(recipe, encoder)
+    assert select_engine("auto", encoder, subject, "fp32", store=store).engine.runtime == "torch"
+    assert select_engine("openvino", encoder, subject, "fp32", store=store).engine.runtime == "openvino"
+
+
+def test_no_advice_where_it_is_not_worth_it(
+    tmp_path: Path, recipe: Recipe, encoder: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    quick = recipe.model_copy(update={"name": "quick", "engine": EnginePolicy(advised=False)})
+    with caplog.at_level("INFO"):
+        select_engine("auto", encoder, subject_of(quick, encoder), "fp32", store=EngineStore(tmp_path))
+    assert "build-engine" not in caplog.text
 
 
 def test_auto_without_an_engine_tells_how_to_get_one(
