@@ -90,7 +90,7 @@ class Model:
         #: The model whose embeddings it takes: of tiles for slide-level presets, of slides for
         #: patient-level ones; None for tile-level ones.
         self.below = below
-        self._engines: dict[tuple[str, str], Selected] = {}
+        self._engines: dict[tuple[str, str, bool], Selected] = {}
         #: What `from_preset` was given besides the name, resolved; kept with a run's settings.
         self.origin: Mapping[str, Any] = origin or {}
 
@@ -450,10 +450,11 @@ class Model:
         )
 
     def _select(self, execution: ExecutionOptions) -> Selected:
-        """What runs the encoder; a compiled engine is loaded once."""
+        """What runs the encoder; what is compiled is loaded, or compiled, once."""
         precision = self._call_precision(execution)
-        if (execution.engine, precision) in self._engines:
-            return self._engines[execution.engine, precision]
+        asked = execution.engine, precision, execution.torch_compile
+        if asked in self._engines:
+            return self._engines[asked]
         selected = select_engine(
             execution.engine,
             self._encoder,
@@ -461,8 +462,8 @@ class Model:
             precision,
             compiled=execution.torch_compile,
         )
-        if selected.batch_size is not None:
-            self._engines[execution.engine, precision] = selected
+        if selected.batch_size is not None or execution.torch_compile:
+            self._engines[asked] = selected
         return selected
 
     def _call_precision(self, execution: ExecutionOptions) -> str:

@@ -253,6 +253,13 @@ def test_clear_errors(slides_dir: Path, scattering: Model) -> None:
         scattering.embed_slides([], on_error="ignore")  # type: ignore[arg-type]
 
 
+def test_torch_compiles_once(scattering: Model) -> None:
+    compiled, plain = ExecutionOptions(torch_compile=True), ExecutionOptions()
+    engine = scattering._select(compiled).engine
+    assert scattering._select(compiled).engine is engine
+    assert scattering._select(plain).engine is not engine
+
+
 def test_random_weights_are_announced(caplog: pytest.LogCaptureFixture) -> None:
     Model.from_preset("prost40m", weights="random", device="cpu")
     assert "mean nothing" in caplog.text

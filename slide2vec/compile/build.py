@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,8 @@ def build_engine(
     options = options or BuildOptions()
     check_compilable(recipe)
     plan = _Plan.of(recipe, device, options)
-    subject = Subject(recipe, variant, device, lambda: weights_digest(encoder))
     encoder = encoder.cpu()
+    subject = Subject(recipe, variant, device, cache(lambda: weights_digest(encoder)))
     store = store or EngineStore()
     with store.building(plan.name(subject)) as folder:
         there = _there(store, subject, plan)

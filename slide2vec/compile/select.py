@@ -12,7 +12,7 @@ from slide2vec.compile.identity import Subject, differences
 from slide2vec.compile.store import EngineStore, StoredEngine
 from slide2vec.errors import ConfigError, EngineError, ExtraMissingError
 from slide2vec.runtime.base import Engine
-from slide2vec.runtime.loading import COMPILED, load_engine, runtimes_for
+from slide2vec.runtime.loading import COMPILED, load_engine, not_here, runtimes_for
 from slide2vec.runtime.torch_engine import DTYPES, TorchEngine
 
 __all__ = ["Found", "Selected", "find_engine", "select_engine"]
@@ -50,7 +50,9 @@ def find_engine(store: EngineStore, subject: Subject, precision: str, runtimes: 
             continue
         if record.runtime not in runtimes or precision not in (record.precision, record.asked_precision):
             continue
-        if changed := list(differences(subject, record)):
+        if reason := not_here(record.runtime, record.precision):
+            found.stale[engine.name] = reason
+        elif changed := list(differences(subject, record)):
             found.stale[engine.name] = f"built with another {', '.join(changed)}"
         else:
             found.matching.append(engine)
@@ -94,7 +96,13 @@ def select_engine(
             raise ConfigError(f"engine={choice!r} is not auto, torch, tensorrt, openvino or inductor")
         if not runtimes:
             raise EngineError(f"engine={choice!r} does not run on {subject.device}")
-    store = store or EngineStore()
+    try:
+        store = store or EngineStore()
+    except EngineError as error:
+        if choice != "auto":
+            raise
+        logger.info("%s runs in PyTorch: %s", subject.recipe.name, error)
+        return _torch(encoder, subject, precision, compiled)
     found = find_engine(store, subject, precision, runtimes)
     problems = dict(found.stale)
     for engine in found.matching:

@@ -32,11 +32,18 @@ of the weights holds for the copy too: do not pass it on unless the licence allo
 
 
 def default_root() -> Path:
-    """$SLIDE2VEC_ENGINES, else slide2vec/engines in the user's cache."""
+    """$SLIDE2VEC_ENGINES, else slide2vec/engines in the user's cache.
+
+    Raises:
+        EngineError: there is neither; some containers have users without a home.
+    """
     if named := os.environ.get(VARIABLE):
         return Path(named).expanduser()
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "slide2vec" / "engines"
+    try:
+        return (Path(cache) if cache else Path.home() / ".cache") / "slide2vec" / "engines"
+    except RuntimeError as error:
+        raise EngineError(f"no place for engines: set {VARIABLE} to a folder ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,9 @@ class EngineStore:
 
     Args:
         root: None = `default_root()`. It need not exist.
+
+    Raises:
+        EngineError: as `default_root`.
     """
 
     def __init__(self, root: Path | None = None) -> None:

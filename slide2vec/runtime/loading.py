@@ -14,7 +14,7 @@ from slide2vec.runtime.record import EngineRecord, read_record
 if TYPE_CHECKING:
     from slide2vec.runtime.base import Engine
 
-__all__ = ["COMPILED", "load_engine", "runtimes_for"]
+__all__ = ["COMPILED", "load_engine", "not_here", "runtimes_for"]
 
 #: Runtimes of compiled engines, the preferred one first, by the kind of device they run on.
 COMPILED = {"cuda": ("tensorrt", "inductor"), "cpu": ("openvino", "inductor")}
@@ -23,6 +23,19 @@ COMPILED = {"cuda": ("tensorrt", "inductor"), "cpu": ("openvino", "inductor")}
 def runtimes_for(device: torch.device) -> tuple[str, ...]:
     """Runtimes of compiled engines that exist for a device, the preferred one first."""
     return COMPILED.get(device.type, ())
+
+
+def not_here(runtime: str, precision: str) -> str | None:
+    """Why no engine of a runtime can run on this machine, None when it can."""
+    if runtime == "openvino":
+        from slide2vec.runtime.openvino_engine import unavailable
+
+        return unavailable(precision)
+    if runtime == "tensorrt":
+        from slide2vec.runtime.tensorrt import unavailable as no_tensorrt
+
+        return no_tensorrt()
+    return None  # PyTorch brings its own
 
 
 def load_engine(directory: Path, device: torch.device) -> Engine:

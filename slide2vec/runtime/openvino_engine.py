@@ -27,7 +27,11 @@ def unavailable(precision: str = "fp32") -> str | None:
         return 'OpenVINO is not installed: pip install "slide2vec[openvino]"'
     if precision not in HINTS:
         return f"OpenVINO does not compute in {precision}"
-    if precision != "fp32" and precision.upper() not in capabilities():
+    try:
+        able = capabilities()
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"OpenVINO is installed, but does not load: {error}"
+    if precision != "fp32" and precision.upper() not in able:
         return f"this CPU ({platform.machine()}) does not compute in {precision}"
     return None
 

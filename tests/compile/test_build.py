@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -436,6 +437,64 @@ def test_engine_that_cannot_be_loaded(
     assert "OpenVINO cannot load" in caplog.text
     with pytest.raises(EngineError, match="OpenVINO cannot load"):
         select_engine("openvino", encoder, subject_of(recipe, encoder), "fp32", store=store)
+
+
+def test_store_shared_with_a_machine_without_the_runtime(
+    store: EngineStore,
+    recipe: Recipe,
+    encoder: nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("slide2vec.runtime.openvino_engine.find_spec", lambda name: None)
+    capabilities.cache_clear()
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    subject = subject_of(recipe, encoder)
+    assert select_engine("auto", encoder, subject, "fp32", store=store).engine.runtime == "torch"
+    assert "is not used: OpenVINO is not installed" in caplog.text
+    with pytest.raises(EngineError, match=r"OpenVINO is not installed: pip install"):
+        select_engine("openvino", encoder, subject, "fp32", store=store)
+
+
+def test_runtime_that_does_not_load(
+    store: EngineStore, recipe: Recipe, encoder: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise ImportError("libopenvino.so: cannot open shared object file")
+
+    monkeypatch.setattr("slide2vec.runtime.openvino_engine.capabilities", broken)
+    found = find_engine(store, subject_of(recipe, encoder), "fp32", ("openvino",))
+    assert found.matching == []
+    assert found.stale[only(store).name].startswith("OpenVINO is installed, but does not load: libopenvino")
+
+
+def test_user_without_a_home(
+    recipe: Recipe, encoder: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("SLIDE2VEC_ENGINES", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    subject = subject_of(recipe, encoder)
+    with caplog.at_level("INFO"):
+        assert select_engine("auto", encoder, subject, "fp32").engine.runtime == "torch"
+    assert "set SLIDE2VEC_ENGINES" in caplog.text
+    with pytest.raises(EngineError, match="set SLIDE2VEC_ENGINES to a folder"):
+        build_engine(encoder, recipe, "both", CPU, FP32)
+
+
+def test_weights_are_hashed_once_per_build(
+    store: EngineStore, recipe: Recipe, encoder: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the largest encoders take seconds."""
+    hashed = []
+    monkeypatch.setattr(
+        build_module, "weights_digest", lambda module: hashed.append(module) or weights_digest(module)
+    )
+    build(recipe, encoder, store, replace(FP32, force=True))
+    assert len(hashed) == 1
 
 
 def test_choices_that_make_no_sense(tmp_path: Path, recipe: Recipe, encoder: nn.Module) -> None:
