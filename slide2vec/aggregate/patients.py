@@ -104,9 +104,12 @@ def embed_groups(
         on_error: "skip" embeds a patient from the slides that are well, and leaves out those who have none.
 
     Raises:
-        EmbedPatientsError: "raise", and a slide or the encoder failed.
+        EmbedPatientsError: "raise", and a slide or the encoder failed; or the run itself broke off after
+            some slides were through.
     """
-    found = {outcome.slide.sample_id: outcome for outcome in map(_light, outcomes)}
+    found, broken = _through(slides, outcomes)
+    if broken:  # no patient is to be embedded from what happened to be through
+        on_error = "raise"
     results: list[EmbeddedPatient | None] = []
     failed: dict[str, Exception] = {}
     for patient_id in dict.fromkeys(str(slide.patient_id) for slide in slides):
@@ -121,6 +124,24 @@ def embed_groups(
     for problem in failed.values():
         logger.error("%s", problem)
     return [result for result in results if result is not None]
+
+
+def _through(
+    slides: Sequence[Slide], outcomes: Iterable[SlideOutcome]
+) -> tuple[dict[str, SlideOutcome], bool]:
+    """The outcome of every slide by sample_id, and whether the run broke off: its error (of the device,
+    say) is then that of the slides that were not through."""
+    found: dict[str, SlideOutcome] = {}
+    try:
+        for outcome in map(_light, outcomes):
+            found[outcome.slide.sample_id] = outcome
+    except Exception as error:
+        if not found:
+            raise
+        for slide in slides:
+            found.setdefault(slide.sample_id, SlideOutcome(slide, error=error))
+        return found, True
+    return found, False
 
 
 def _light(outcome: SlideOutcome) -> SlideOutcome:

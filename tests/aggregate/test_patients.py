@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -32,6 +32,7 @@ from slide2vec.errors import (
     WeightsError,
 )
 from slide2vec.recipes import Recipe, Variant
+from slide2vec.stream import SlideOutcome
 
 PREPROCESSING = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5)
 #: Fused and plain attention of the encoders in fp32, on values of about 1.
@@ -249,6 +250,31 @@ def test_the_other_patients_survive(patient_model: Model, slides: list[Path], tm
 
 
 # weights ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_who_is_complete_survives_a_run_that_breaks_off(
+    patient_model: Model,
+    slides: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    on_error: Literal["raise", "skip"],
+) -> None:
+    given = [{"sample_id": f"s{n}", "image_path": path} for n, path in enumerate(slides[:3])]
+    mapping = {"s0": "a", "s1": "b", "s2": "b"}
+    whole = patient_model.embed_patients(given, mapping, preprocessing=PREPROCESSING)
+    outcomes = patient_model.iter_slides
+
+    def breaking(*arguments: Any, **options: Any) -> Iterator[SlideOutcome]:
+        through = {outcome.slide.sample_id: outcome for outcome in outcomes(*arguments, **options)}
+        yield from (through["s0"], through["s1"])
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(patient_model, "iter_slides", breaking)
+    with pytest.raises(EmbedPatientsError, match="1 of 2 patients failed") as caught:
+        patient_model.embed_patients(given, mapping, preprocessing=PREPROCESSING, on_error=on_error)
+    first, second = caught.value.results
+    assert second is None and torch.equal(first.patient_embedding, whole[0].patient_embedding)
+    assert "the device is gone" in str(caught.value.failed["b"])
 
 
 def test_weights_of_several_parts(tmp_path: Path) -> None:
