@@ -1,11 +1,11 @@
-"""Files of slides and patients that are through: tiles, slide, and the patient with their last slide."""
+"""Files of slides that are through: tiles, slide."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -16,7 +16,6 @@ from slide2vec.artifacts import (
     load_embeddings,
     load_stored,
     write_hierarchical_embeddings,
-    write_patient_embedding,
     write_slide_embedding,
     write_tile_embeddings,
 )
@@ -24,10 +23,8 @@ from slide2vec.artifacts.writing import about_tiles
 from slide2vec.cohort.cohort import Cohort
 from slide2vec.cohort.embedder import Embedder
 from slide2vec.cohort.finished import Artifact
-from slide2vec.cohort.patients import Patient, Patients
-from slide2vec.cohort.todo import Todo
 from slide2vec.embedded import EmbeddedSlide
-from slide2vec.errors import PatientError, Slide2VecError
+from slide2vec.errors import Slide2VecError
 from slide2vec.slides import Slide
 from slide2vec.stream import SlideOutcome
 from slide2vec.tiling import write_coordinates
@@ -35,7 +32,7 @@ from slide2vec.tiling import write_coordinates
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Publisher"]
+__all__ = ["Publisher", "Settle", "Settled", "settled_alone"]
 
 _WITHOUT_TISSUE = "no tissue: 0 tiles"
 #: Of a sidecar of tiles, what those of slides and patients keep.
@@ -55,15 +52,40 @@ class _Tiles:
     about: Mapping[str, Any]
 
 
-class Publisher:
-    """Writes what has been embedded and keeps the cohort's books. Used from one thread."""
+@dataclass(frozen=True)
+class Settled:
+    """A slide that is through, for its patient.
 
-    def __init__(self, cohort: Cohort, embedder: Embedder, todo: Todo) -> None:
+    Attributes:
+        embedding: (D,) float32; None without tissue, or where the slide failed.
+        about: what sidecars of patients say of it.
+    """
+
+    slide: Slide
+    embedding: Tensor | None = None
+    error: Exception | None = None
+    about: Mapping[str, Any] | None = None
+
+
+#: What comes after a slide: artifacts of its patient.
+Settle: TypeAlias = Callable[[Settled], Iterable[Artifact]]
+
+
+def settled_alone(slide: Settled) -> Iterable[Artifact]:
+    """Nothing comes after a slide that belongs to no patient."""
+    return ()
+
+
+class Publisher:
+    """Writes what has been embedded and enters it in the cohort's books. Used from one thread.
+
+    Args:
+        settle: called with each slide that is through.
+    """
+
+    def __init__(self, cohort: Cohort, embedder: Embedder, settle: Settle = settled_alone) -> None:
         self._cohort, self._embedder, self._execution = cohort, embedder, cohort.execution
-        self._output_dir = cohort.output_dir
-        self._patients = Patients(todo.in_progress()) if cohort.kind == "patient" else None
-        #: What sidecars of patients say of each slide.
-        self._about: dict[str, Mapping[str, Any]] = {}
+        self._output_dir, self._settle = cohort.output_dir, settle
 
     def outcome(self, outcome: SlideOutcome) -> Iterator[Artifact]:
         """Write the files of a slide that is through, or record why it failed.
@@ -74,7 +96,7 @@ class Publisher:
         planned = self._cohort.planned.get(outcome.slide.sample_id)
         if outcome.error is not None:
             self._cohort.fail(outcome.slide, outcome.error, "tiling" if planned is None else "embedding")
-            yield from self._settle(outcome.slide, error=outcome.error)
+            yield from self._settle(Settled(outcome.slide, error=outcome.error))
             return
         tiles = self._described(outcome)
         if "tile" in self._cohort.wanted or "hierarchical" in self._cohort.wanted:
@@ -88,11 +110,11 @@ class Publisher:
             embedded = as_embedded(slide, stored)
         except Slide2VecError as error:
             self._cohort.fail(slide, error, "aggregation")
-            yield from self._settle(slide, error=error)
+            yield from self._settle(Settled(slide, error=error))
             return
         self._cohort.describe(slide.sample_id, stored.about)
         if "tile" in self._cohort.wanted:
-            self._cohort.add("tile", slide.sample_id, artifact)
+            self._cohort.entries.add("tile", slide.sample_id, artifact)
         about = {key: value for key, value in stored.about.items() if key in _KEPT}
         yield from self._above(_Tiles(slide, embedded, about))
 
@@ -101,9 +123,9 @@ class Publisher:
         recorded = artifact.metadata
         self._cohort.describe(slide.sample_id, recorded)
         if "slide" in self._cohort.wanted:
-            self._cohort.add("slide", slide.sample_id, artifact)
-        self._about[slide.sample_id] = {key: recorded[key] for key in _KEPT if key in recorded}
-        yield from self._settle(slide, load_embeddings(artifact.path).float())
+            self._cohort.entries.add("slide", slide.sample_id, artifact)
+        about = {key: recorded[key] for key in _KEPT if key in recorded}
+        yield from self._settle(Settled(slide, load_embeddings(artifact.path).float(), about=about))
 
     # tiles ------------------------------------------------------------------------------------------
 
@@ -114,7 +136,7 @@ class Publisher:
         coordinates: tuple[Path | None, Path] = planned.coordinates
         if len(tiling) < planned.tiles:
             coordinates = npz, meta = write_coordinates(self._output_dir / "tiles", tiling.recorded)
-            self._cohort.note(name, coordinates_npz_path=npz, coordinates_meta_path=meta)
+            self._cohort.entries.note(name, coordinates_npz_path=npz, coordinates_meta_path=meta)
         skipped = [asdict(bad) for bad in outcome.skipped]
         identity = self._cohort.identities.get(self._cohort.tiles_kind, {})
         about = about_tiles(embedded, tiling, identity, coordinates, outcome.tiles_tar_path, skipped)
@@ -136,7 +158,7 @@ class Publisher:
             tiles_tar_path=outcome.tiles_tar_path,
             skipped_tiles=tiles.about["skipped_tiles"],
         )
-        cohort.add(kind, name, artifact)
+        cohort.entries.add(kind, name, artifact)
         return artifact
 
     # slides -----------------------------------------------------------------------------------------
@@ -151,14 +173,13 @@ class Publisher:
             embedded = self._embedder.aggregated(tiles.embedded, latents=self._execution.save_latents)
         except Slide2VecError as error:
             cohort.fail(slide, error, "aggregation")
-            yield from self._settle(slide, error=error)
+            yield from self._settle(Settled(slide, error=error))
             return
-        self._about[slide.sample_id] = tiles.about
         if embedded.slide_embedding is None:
-            cohort.note(slide.sample_id, aggregation_status="skipped", error=_WITHOUT_TISSUE)
+            cohort.entries.note(slide.sample_id, aggregation_status="skipped", error=_WITHOUT_TISSUE)
         elif "slide" in cohort.wanted:
             yield self._write_slide(slide, embedded, tiles.about)
-        yield from self._settle(slide, embedded.slide_embedding)
+        yield from self._settle(Settled(slide, embedded.slide_embedding, about=tiles.about))
 
     def _write_slide(self, slide: Slide, embedded: EmbeddedSlide, about: Mapping[str, Any]) -> Artifact:
         cohort, name = self._cohort, slide.sample_id
@@ -174,60 +195,7 @@ class Publisher:
             compatibility=cohort.finished.compatibilities(slide)["slide"],
             latents=None if embedded.latents is None else embedded.latents.to(dtype),
         )
-        cohort.add("slide", name, artifact)
+        cohort.entries.add("slide", name, artifact)
         if cohort.kind == "slide":
-            cohort.note(name, aggregation_status="success", feature_path=artifact.path)
-        return artifact
-
-    # patients ---------------------------------------------------------------------------------------
-
-    def _settle(
-        self, slide: Slide, embedding: Tensor | None = None, error: Exception | None = None
-    ) -> Iterator[Artifact]:
-        if self._patients is None:
-            return
-        patient = self._patients.settle(slide.sample_id, embedding, error)
-        if patient is None:
-            return
-        try:
-            made = self._patient_embedding(patient)
-        except Slide2VecError as failure:
-            self._cohort.fail_patient(patient, failure)
-            return
-        if made is None:
-            self._cohort.note_patient(patient, aggregation_status="skipped")
-        else:
-            yield self._write_patient(patient, made)
-
-    def _patient_embedding(self, patient: Patient) -> Tensor | None:
-        """None for a patient without tissue."""
-        if patient.failed and (self._execution.on_bad_slide == "fail" or not patient.embeddings):
-            raise PatientError(
-                f"patient {patient.patient_id}: {len(patient.failed)} of {len(patient.slides)} slides failed "
-                f'({", ".join(patient.failed)}); on_bad_slide="skip" embeds patients from their other slides'
-            ) from next(iter(patient.failed.values()))
-        if not patient.embeddings:
-            return None
-        return self._embedder.patient_embedding(patient.in_order())
-
-    def _write_patient(self, patient: Patient, embedding: Tensor) -> Artifact:
-        cohort, names = self._cohort, [slide.sample_id for slide in patient.slides]
-        artifact = write_patient_embedding(
-            self._output_dir,
-            patient.patient_id,
-            embedding.to(getattr(torch, self._execution.vector_dtype)),
-            num_slides=len(patient.embeddings),
-            file_format=self._execution.output_format,
-            encoder=cohort.identities["patient"],
-            metadata={
-                "slides": {name: self._about[name] for name in names if name in self._about},
-                "slides_without_embedding": [name for name in names if name not in patient.embeddings],
-                "skipped_slides": {name: str(error) for name, error in patient.failed.items()},
-            },
-            compatibility=cohort.finished.patient_compatibility(patient.slides),
-        )
-        for name in names:
-            self._about.pop(name, None)
-        cohort.add("patient", patient.patient_id, artifact)
-        cohort.note_patient(patient, aggregation_status="success", feature_path=artifact.path)
+            cohort.entries.note(name, aggregation_status="success", feature_path=artifact.path)
         return artifact

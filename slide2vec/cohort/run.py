@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -14,11 +14,12 @@ from typing import Self
 from slide2vec.cohort.cohort import Cohort
 from slide2vec.cohort.embedder import Embedder
 from slide2vec.cohort.finished import Artifact
-from slide2vec.cohort.log import RunLog
-from slide2vec.cohort.publish import Publisher
+from slide2vec.cohort.opened import opened
+from slide2vec.cohort.patient_files import PatientPublisher
+from slide2vec.cohort.publish import Publisher, Settle, settled_alone
 from slide2vec.cohort.results import RunResult
+from slide2vec.cohort.resume import take_up
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
-from slide2vec.errors import OutputError
 from slide2vec.progress import (
     RunFinished,
     RunStarted,
@@ -28,9 +29,6 @@ from slide2vec.progress import (
     SlidePlanned,
     StationTime,
     TilesEncoded,
-    activate_progress_reporter,
-    active_reporter,
-    live_progress,
 )
 from slide2vec.slides import Slide
 from slide2vec.stream import SlideOutcome
@@ -66,21 +64,25 @@ def embed_cohort(
         OutputLockedError: another run writes into the output directory.
         OutputError: a file cannot be written; finished slides stay.
     """
-    with _books(Cohort(slides, config, execution, embedder, tilings, settings)) as (cohort, log):
-        todo = cohort.todo()
+    cohort = Cohort(config, execution, embedder, tilings)
+    with opened(cohort, slides, settings) as (books, log):
+        todo = take_up(cohort, books)
         log.write(
             f"{len(todo.slides)} of {len(slides)} slides to embed, {len(todo.tiles)} to aggregate from their "
             "tile embeddings on disk"
         )
         if todo:
-            publisher = Publisher(cohort, embedder, todo)
+            settle: Settle = settled_alone
+            if cohort.kind == "patient":
+                settle = PatientPublisher(cohort, books, embedder, todo).settle
+            publisher = Publisher(cohort, embedder, settle)
             with _Writer(on_slide_persisted) as writer:
                 for slide, tiles in todo.tiles:
                     writer.put(partial(publisher.stored_tiles, slide, tiles))
                 for slide, embedding in todo.embeddings:
                     writer.put(partial(publisher.stored_embedding, slide, embedding))
                 _embed(embedder, todo.slides, cohort, lambda o: writer.put(partial(publisher.outcome, o)))
-        return cohort.result(log.summary)
+        return books.result(log.summary)
 
 
 def _embed(
@@ -92,26 +94,6 @@ def _embed(
         for outcome in outcomes:
             put(outcome)
             del outcome  # the memory of the last slide, while the next one is waited for
-
-
-@contextmanager
-def _books(cohort: Cohort) -> Iterator[tuple[Cohort, RunLog]]:
-    """The cohort and its log, open; a file that cannot be written is told with what to do about it."""
-    try:
-        with (
-            live_progress(),
-            cohort,
-            RunLog(cohort.output_dir, active_reporter()) as log,
-            activate_progress_reporter(log),
-        ):
-            yield cohort, log
-    except OutputError as error:
-        told = OutputError(
-            f"{error}. {cohort.complete} in {cohort.output_dir}: mend it, then run again with resume to go "
-            "on from there"
-        )
-        told.errno = error.errno
-        raise told from error
 
 
 class _Writer:
@@ -166,7 +148,8 @@ def tile_cohort(
         OutputLockedError: another run writes into the output directory.
         OutputError: a file cannot be written; finished slides stay.
     """
-    with _books(Cohort(slides, config, execution, settings=settings)) as (cohort, log):
+    cohort = Cohort(config, execution)
+    with opened(cohort, slides, settings) as (books, log):
         log.emit(RunStarted(len(slides), "tiling"))
         started = time.perf_counter()
         tiles = failed = 0
@@ -194,7 +177,7 @@ def tile_cohort(
         seconds = time.perf_counter() - started
         station = StationTime("plan", workers, busy, 0.0)
         log.emit(RunFinished(RunSummary(len(slides) - failed, failed, tiles, seconds, (station,), "plan")))
-        return cohort.result(log.summary)
+        return books.result(log.summary)
 
 
 def _tile(cohort: Cohort, slide: Slide) -> tuple[int, str, float]:
