@@ -44,6 +44,7 @@ from slide2vec.recipes import Recipe, Variant, load_recipe
 from slide2vec.runtime import batch_size_for, pick_device, resolve_precision
 from slide2vec.slides import Slide, SlideLike, as_slide, as_slides
 from slide2vec.stream import SlideOutcome, SlidePlan, Stream, feed_for, fitting_batch_size, plan_slide
+from slide2vec.stream.plan import check_archives_here
 
 if TYPE_CHECKING:
     from torch import nn
@@ -389,6 +390,7 @@ class Model:
         """
         if not config.on_the_fly or config.save_tiles:
             _require_output_dir(execution, "on_the_fly=False" if not config.on_the_fly else "save_tiles=True")
+        check_archives_here(config, execution.output_dir)
         if (execution.num_gpus or 1) > 1:
             logger.warning("num_gpus=%d: this version uses one device (%s)", execution.num_gpus, self.device)
         active_reporter().emit(RunStarted(len(slides), self.name))

@@ -10,7 +10,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from slide2vec.errors import ManifestError, nearest_names
+from slide2vec.errors import ConfigError, ManifestError, nearest_names
+from slide2vec.files import as_os_errors, as_path, is_remote
 
 __all__ = ["Slide", "SlideLike", "as_slide", "as_slides", "read_manifest"]
 
@@ -87,7 +88,7 @@ def as_slide(given: SlideLike, spacing_at_level_0: float | None = None) -> Slide
 
 def _from_path_or_mapping(given: str | os.PathLike[str] | Mapping[str, Any]) -> Slide:
     if isinstance(given, str | os.PathLike):
-        path = Path(given)
+        path = _image_file(given, "image_path")
         return Slide(sample_id=path.stem, image_path=path)
     if not isinstance(given, Mapping):
         raise ManifestError(f"a slide is a path, a mapping or a Slide, got {type(given).__name__}: {given!r}")
@@ -102,17 +103,29 @@ def _from_fields(given: Mapping[str, Any]) -> Slide:
     values = {key: value for key, value in given.items() if not _is_blank(value)}
     if "image_path" not in values:
         raise ManifestError(f"a slide needs image_path, got the fields {sorted(given)}")
-    path = Path(values["image_path"])
+    path = _image_file(values["image_path"], "image_path")
     mask = values.get("mask_path")
     spacing = values.get("spacing_at_level_0")
     patient = values.get("patient_id")
     return Slide(
         sample_id=str(values.get("sample_id", path.stem)),
         image_path=path,
-        mask_path=None if mask is None else Path(mask),
+        mask_path=None if mask is None else _image_file(mask, "mask_path"),
         spacing_at_level_0=None if spacing is None else _as_float(spacing),
         patient_id=None if patient is None else str(patient),
     )
+
+
+def _image_file(given: Any, field: str) -> Path:
+    try:
+        path = as_path(given)
+    except ConfigError as error:
+        raise ManifestError(f"{field}: {error}") from None
+    if is_remote(path):
+        raise ManifestError(
+            f"{field} {path} is a URL; slides and masks are read from files: copy it, or mount its bucket"
+        )
+    return path
 
 
 def _is_blank(value: Any) -> bool:
@@ -146,10 +159,16 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Slide]:
     """The slides of a CSV manifest: sample_id and image_path, optional mask_path,
     spacing_at_level_0 and patient_id; other columns are ignored, blank cells mean absent.
 
+    Args:
+        path: of the file, or its URL (s3://…, https://…; `slide2vec[cloud]`).
+
     Raises:
         ManifestError: naming the file and the lines that are wrong.
     """
-    path = Path(path)
+    try:
+        path = as_path(path)
+    except ConfigError as error:
+        raise ManifestError(f"manifest {error}") from None
     slides: dict[str, Slide] = {}
     lines: dict[str, int] = {}
     wrong: list[str] = []
@@ -175,7 +194,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Slide]:
 def _rows(path: Path) -> Iterator[tuple[int, list[str] | dict[str, str]]]:
     """The line number and the cells of every row; those of a row that is too long as a list."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with as_os_errors(path), path.open(newline="", encoding="utf-8-sig") as file:
             table = csv.reader(file, strict=True)
             header = [name.strip() for name in next(table, [])]
             for column in ("sample_id", "image_path"):

@@ -142,9 +142,8 @@ def _aggregated(
         tiles = tiles.below
     for stored in _loaded(given):
         _check_encoder(stored, tiles)
-        slide = Slide(
-            sample_id=stored.sample_id, image_path=Path(stored.about.get("image_path") or stored.path)
-        )
+        image = stored.about.get("image_path")
+        slide = Slide(sample_id=stored.sample_id, image_path=Path(image) if image else stored.path)
         yield stored, model.aggregated(as_embedded(slide, stored), latents=execution.save_latents)
 
 

@@ -13,6 +13,7 @@ import typer
 
 from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
 from slide2vec.errors import ArtifactError, ConfigError
+from slide2vec.files import as_path
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -28,7 +29,12 @@ Row = Mapping[str, str]
 
 
 def status(
-    directory: Annotated[Path, typer.Argument(help="The output directory of a run.", show_default=False)],
+    output_dir: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIRECTORY", help="The output directory of a run, or its URL.", show_default=False
+        ),
+    ],
     watch: Annotated[
         bool, typer.Option("--watch", "-w", help="Go on showing it until the run ends.")
     ] = False,
@@ -38,6 +44,7 @@ def status(
     """Show how far a run is: slides by state, tiles, failures, and whether it is alive."""
     if watch and as_json:
         raise ConfigError("--watch and --json exclude each other: ask for --json as often as needed")
+    directory = as_path(output_dir)
     found = _look(directory)
     if as_json:
         print_json(found)

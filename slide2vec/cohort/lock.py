@@ -6,14 +6,14 @@ import fcntl
 import json
 import logging
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from slide2vec.cohort.lease import lease_holder, leased, signature
 from slide2vec.errors import OutputError, OutputLockedError
+from slide2vec.files import is_remote
 
 __all__ = ["LOCK_NAME", "holder", "output_lock"]
 
@@ -26,11 +26,17 @@ LOCK_NAME = ".slide2vec.lock"
 def output_lock(output_dir: Path) -> Iterator[None]:
     """Hold an output directory; the operating system releases it when the process ends, however it ends.
 
+    One behind a URL is held as well as can be: see `leased`.
+
     Raises:
         OutputLockedError: another process holds it.
         OutputError: the directory cannot be made or written to.
     """
     path = output_dir / LOCK_NAME
+    if is_remote(path):
+        with leased(path):
+            yield
+        return
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -60,20 +66,17 @@ def _acquire(descriptor: int, output_dir: Path) -> None:
 
 
 def _sign(descriptor: int, output_dir: Path) -> None:
-    by = {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
     try:
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(by).encode(), 0)
+        os.pwrite(descriptor, json.dumps(signature()).encode(), 0)
     except OSError as error:
         raise OutputError.of(output_dir / LOCK_NAME, error) from error
 
 
 def holder(output_dir: Path) -> Mapping[str, Any] | None:
     """Who writes into an output directory now (host, pid, started); None when nobody does."""
+    if is_remote(output_dir):
+        return lease_holder(output_dir / LOCK_NAME)
     try:
         descriptor = os.open(output_dir / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from slide2vec.errors import OutputError
+from slide2vec.files import atomic_path, is_remote
 from slide2vec.progress import (
     ProgressEvent,
     ProgressReporter,
@@ -22,6 +23,9 @@ from slide2vec.progress import (
 )
 
 __all__ = ["RunLog"]
+
+
+logger = logging.getLogger(__name__)
 
 
 class _File(logging.FileHandler):
@@ -39,6 +43,7 @@ class _File(logging.FileHandler):
 class RunLog:
     """A log file in `logs/` of an output directory, and the reporter that feeds it.
 
+    Behind a URL it appears at the end of the run, or with its failure; that of a killed run is lost.
     As a reporter it passes every event on, and keeps the run's summary.
     """
 
@@ -46,8 +51,12 @@ class RunLog:
         self.summary: RunSummary | None = None
         self._inner = inner
         path = output_dir / "logs" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}.log"
+        self._upload = ExitStack()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if is_remote(path):
+                path = self._upload.enter_context(atomic_path(path))
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
             self._handler = _File(path, encoding="utf-8")
         except OSError as error:
             raise OutputError.of(path, error) from error
@@ -66,6 +75,10 @@ class RunLog:
         if error is not None:
             self.write(f"the run ended early: {type(error).__name__}: {error}")
         self._handler.close()
+        try:
+            self._upload.close()
+        except OutputError as lost:
+            logger.warning("%s", lost)
 
     def write(self, text: str) -> None:
         """A line of our own."""

@@ -32,7 +32,9 @@ def _warn_of_finished(cohort: Cohort, books: Books) -> None:
     folder = cohort.output_dir / f"{cohort.kind}_embeddings"
     patients = cohort.kind == "patient"
     names = by_patient(books.slides) if patients else [slide.sample_id for slide in books.slides]
-    there = sum((folder / f"{name}.meta.json").exists() for name in names)
+    # One listing: a request per slide would take minutes behind a URL.
+    made = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    there = sum(f"{name}.meta.json" in made for name in names)
     if there:
         logger.warning(
             "%d %s are finished in %s and are embedded anew: resume keeps those that agree",

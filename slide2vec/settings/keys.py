@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from slide2vec.config import (
     ExecutionOptions,
     FilterConfig,
+    Location,
     PreprocessingConfig,
     PreviewConfig,
     SegmentationConfig,
@@ -82,7 +83,7 @@ Text = str | None
 
 #: All keys, in the order in which they are written.
 KEYS: dict[str, Key] = {
-    "csv": Key(Path | None),
+    "csv": Key(Location | None),
     "output_dir": _of(ExecutionOptions, "output_dir", Path("output")),
     "resume": _of(PreprocessingConfig, "resume"),
     "resume_dirname": Key(Text),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import ManifestError, TilingError
+from slide2vec.files import as_os_errors
 from slide2vec.readers import SlideReader
 from slide2vec.slides import Slide
 from slide2vec.tiling.coordinates import check_tiling, coordinate_paths, load_coordinates
@@ -36,7 +37,9 @@ def is_newer(made: Path, slide: Slide) -> bool:
     """Whether a file was made after the slide's files were last changed."""
     sources = [path for path in (slide.image_path, slide.mask_path) if path is not None]
     try:
-        return made.stat().st_mtime >= max(path.stat().st_mtime for path in sources)
+        with as_os_errors(made):
+            made_at = made.stat().st_mtime
+        return made_at >= max(path.stat().st_mtime for path in sources)
     except OSError:
         return False
 
