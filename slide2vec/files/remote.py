@@ -45,6 +45,8 @@ def as_path(given: object) -> Path:
     if not isinstance(given, str | os.PathLike):
         raise ConfigError(f"a path or a URL is needed, got {given!r}")
     text = str(os.fspath(given))
+    if "::" in text and "://" in text:
+        raise ConfigError(f"{text}: chained URLs are not supported; give that of the folder itself")
     url = _URL.fullmatch(text)
     if url is None:
         if _MANGLED.match(text):
@@ -63,8 +65,6 @@ def _of_this_machine(text: str, path: str) -> Path:
 
 
 def _opened(text: str, protocol: str, rest: str) -> UPath:
-    if "::" in text:
-        raise ConfigError(f"{text}: chained URLs are not supported; give that of the folder itself")
     if protocol in _STORES and not re.match(r"[^/]", rest):
         raise ConfigError(f"{text} names no bucket: write {protocol}://bucket/folder")
     try:
