@@ -62,7 +62,7 @@ def memory() -> MemoryFileSystem:
     return MemoryFileSystem()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def patient_model() -> Model:
     model = Model.from_preset("moozy", weights="random", device="cpu", allow_non_recommended_settings=True)
     assert model.below is not None and model.below.below is not None
@@ -72,13 +72,13 @@ def patient_model() -> Model:
     return model
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def slide_model(patient_model: Model) -> Model:
     assert patient_model.below is not None
     return patient_model.below
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tile_model(slide_model: Model) -> Model:
     assert slide_model.below is not None
     return slide_model.below
