@@ -1,0 +1,1 @@
+"""One cohort over several devices and machines."""
