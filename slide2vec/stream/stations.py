@@ -16,8 +16,9 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from slide2vec.stream.encoding import IN_FLIGHT, Encoding, Ticket
 from slide2vec.stream.feed import HOST_FEED, Feed
 from slide2vec.stream.meters import Meters, find_bottleneck
 from slide2vec.stream.plan import SlidePlan
+from slide2vec.stream.planning import Planning
 from slide2vec.stream.sources import bad_tiles, damaged, place_singly
 from slide2vec.tiling import BadTile, Tiling
 
@@ -201,7 +203,8 @@ class Stream:
         `plan` is called in worker threads. Memory does not grow with the number of slides.
         """
         started = time.perf_counter()
-        threads = self._start(slides, plan)
+        planning = Planning(slides, partial(self._plan, plan), self._planners)
+        threads = self._start(planning)
         embedded = failed = 0
         try:
             for outcome in self._encode_all():
@@ -209,18 +212,19 @@ class Stream:
                 yield outcome
         finally:
             self._stopping = True
+            planning.stop()
             self._batches.stop()
             for thread in threads:
                 thread.join()
             self._land()
         self._reporter.emit(RunFinished(self._summary(embedded, failed, time.perf_counter() - started)))
 
-    def _start(self, slides: Iterable[Slide], plan: Callable[[Slide], SlidePlan]) -> list[threading.Thread]:
+    def _start(self, planning: Planning) -> list[threading.Thread]:
         """The readers and the dispatcher, running."""
         work: list[tuple[str, Callable[..., None], tuple[Any, ...]]] = [
             (f"read-{number}", self._read_all, ()) for number in range(self._readers)
         ]
-        work.append(("dispatch", self._dispatch_all, (slides, plan)))
+        work.append(("dispatch", self._dispatch_all, (planning,)))
         threads = [threading.Thread(name=n, target=f, args=args) for n, f, args in work]
         for thread in threads:
             thread.start()
@@ -228,16 +232,13 @@ class Stream:
 
     # plan -------------------------------------------------------------------------------------
 
-    def _dispatch_all(self, slides: Iterable[Slide], plan: Callable[[Slide], SlidePlan]) -> None:
+    def _dispatch_all(self, planning: Planning) -> None:
         count = 0
         try:
-            with (
-                ThreadPoolExecutor(self._planners, thread_name_prefix="plan") as pool,
-                contextlib.closing(self._planned_ahead(pool, slides, plan)) as jobs,
-            ):
-                for job, planned in jobs:
+            with planning:
+                for slide, planned in planning:
                     count += 1
-                    self._dispatch(job, planned)
+                    self._dispatch(_Job(slide), planned)
             self._batches.finish()
         except Stopped:
             if not self._stopping:
@@ -248,24 +249,6 @@ class Stream:
             for _ in range(self._readers):
                 self._tasks.put(None)
             self._inbox.put(_End(count))
-
-    def _planned_ahead(
-        self, pool: ThreadPoolExecutor, slides: Iterable[Slide], plan: Callable[[Slide], SlidePlan]
-    ) -> Generator[tuple[_Job, Future[SlidePlan]], None, None]:
-        """Jobs in input order, while the pool plans up to as many slides ahead as it has threads."""
-        waiting: deque[tuple[_Job, Future[SlidePlan]]] = deque()
-        source = iter(slides)
-        try:
-            while not self._stopping:
-                while len(waiting) <= self._planners and (slide := next(source, None)) is not None:
-                    waiting.append((_Job(slide), pool.submit(self._plan, plan, slide)))
-                if not waiting:
-                    return
-                yield waiting.popleft()
-        finally:
-            for _, planned in waiting:
-                if not planned.cancel() and planned.exception() is None:
-                    planned.result().source.close()
 
     def _plan(self, plan: Callable[[Slide], SlidePlan], slide: Slide) -> SlidePlan:
         with self._meters.busy("plan"):
