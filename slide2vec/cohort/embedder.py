@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from slide2vec.cohort.finished import Kind
@@ -15,7 +15,11 @@ from slide2vec.stream import SlideOutcome, SlidePlan
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Embedder", "Encoder", "identities_of"]
+    from slide2vec.cohort.books import Entry
+    from slide2vec.cohort.publish import Settled
+    from slide2vec.tiling import Tiling
+
+__all__ = ["Embedder", "Encoder", "Workers", "identities_of"]
 
 
 class Encoder(Protocol):
@@ -40,12 +44,36 @@ class Encoder(Protocol):
     def identity(self, execution: ExecutionOptions | None = None) -> dict[str, Any]: ...
 
 
+class Workers(Protocol):
+    """Processes that embed a cohort's slides and publish their files themselves."""
+
+    @property
+    def lost(self) -> int:
+        """How many have died."""
+        ...
+
+    def publish(
+        self,
+        slides: Sequence[Slide],
+        config: PreprocessingConfig,
+        execution: ExecutionOptions,
+        tilings: Mapping[str, Tiling],
+    ) -> Generator[Entry | Settled | SlideOutcome, None, None]:
+        """Embed slides, and tell what is to be entered in the books; an outcome is told only of a slide that
+        no worker has survived."""
+        ...
+
+
 class Embedder(Encoder, Protocol):
     """A model, as far as a cohort needs it."""
 
+    def workers(self, execution: ExecutionOptions) -> Workers | None:
+        """Who embeds slides, if not `outcomes` in this process."""
+        ...
+
     def outcomes(
         self,
-        slides: Sequence[Slide],
+        slides: Iterable[Slide],
         config: PreprocessingConfig,
         execution: ExecutionOptions,
         plan: Callable[[Slide], SlidePlan],

@@ -3,9 +3,11 @@
 from slide2vec.stream.feed import feed_for
 from slide2vec.stream.fitting import fitting_batch_size
 from slide2vec.stream.plan import SlidePlan, coordinates_dir, plan_slide
+from slide2vec.stream.planning import Arrivals
 from slide2vec.stream.stations import SlideOutcome, Stream
 
 __all__ = [
+    "Arrivals",
     "SlideOutcome",
     "SlidePlan",
     "Stream",
