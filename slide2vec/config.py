@@ -226,7 +226,13 @@ class ExecutionOptions(_Config):
         num_workers: reading threads; None = from the job's CPUs.
         num_preprocessing_workers: slides planned (segmented, tiled) at once; None = the job's CPUs,
             64 at most.
-        num_gpus: devices to use; None = all.
+        num_gpus: devices to use; None = all, unless the model was given one. Each has a process of its own;
+            `embed_slide` shares out the tiles of the slide, everything else whole slides.
+        devices: the same by name, and on a CPU: ("cuda:0", "cuda:2"), ("cpu", "cpu").
+        executor: "local": the devices of this machine; "ray": those of a Ray cluster, num_gpus of them or
+            all that there are; on a cluster without GPUs a worker for each entry of `devices`, or each node.
+        ray_address: of the cluster's head, "auto" where one runs on this machine; None = the one that
+            RAY_ADDRESS names, else a new one on this machine.
         precision: None = the preset's (fp32 on a CPU). "fp8" needs an engine.
         engine: what runs the encoder. "auto": an engine that `slide2vec build-engine` made for it, this
             precision and this machine, else PyTorch; "torch"; or a runtime whose engine has to be there.
@@ -246,6 +252,9 @@ class ExecutionOptions(_Config):
     num_workers: Positive | None = None
     num_preprocessing_workers: Positive | None = None
     num_gpus: Annotated[int, Field(ge=0)] | None = None
+    devices: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    executor: Literal["local", "ray"] = "local"
+    ray_address: str | None = None
     precision: Precision | None = None
     engine: EngineChoice = "auto"
     torch_compile: bool = False

@@ -64,6 +64,7 @@ class Coordinator:
         self._schedule = Schedule(sizes, depth=DEPTH, expected=fleet.size)
         self._drained: set[str] = set()
         self._planned: set[str] = set()
+        self._working: set[str] = set()
         self._begun: set[str] = set()
         self._logged: set[str] = set()
         self._broken: dict[str, Exception] = {}
@@ -78,33 +79,37 @@ class Coordinator:
             Slide2VecError: workers cannot load the model, write, or get any slide through.
         """
         for worker in self._fleet.ready:
-            self._fleet.send(worker, Begin(self._job))
+            self._begin(worker)
         while not self._schedule.finished:
             for worker, report in self._fleet.receive():
                 yield from self._take(worker, report)
-        for worker in self._schedule.workers:
+        for worker in self._working:
             self._fleet.send(worker, Finish())
-        yield from self._last_words()
-
-    def _last_words(self) -> Iterator[Report | Failed]:
-        """Until all workers have told that they are through."""
-        working = set(self._schedule.workers)
-        while working:
+        while self._working:
             for worker, report in self._fleet.receive():
-                if isinstance(report, Begun):  # it came too late
-                    self._fleet.send(worker, Finish())
-                    working.add(worker)
-                elif isinstance(report, Finished | Lost):
-                    working.discard(worker)
-                if isinstance(report, Finished):
-                    self.summaries += report.summaries
-                elif not isinstance(report, Ready | Begun | Lost | Broken):
-                    yield from self._pass_on(report)
+                yield from self._take_last(worker, report)
+
+    def _begin(self, worker: str) -> None:
+        self._working.add(worker)
+        self._fleet.send(worker, Begin(self._job))
+
+    def _take_last(self, worker: str, report: Report) -> Iterator[Report]:
+        """Of a worker that has nothing more to do."""
+        match report:
+            case Finished(summaries):
+                self.summaries += summaries
+                self._working.discard(worker)
+            case Lost():
+                self._working.discard(worker)
+            case Ready() | Begun() | Broken():
+                pass
+            case _:
+                yield from self._pass_on(report)
 
     def _take(self, worker: str, report: Report) -> Iterator[Report | Failed]:
         match report:
             case Ready():
-                self._fleet.send(worker, Begin(self._job))
+                self._begin(worker)
             case Begun():
                 self._begun.add(worker)
                 self._schedule.join(worker)
@@ -153,6 +158,7 @@ class Coordinator:
     def _lose(self, worker: str, reason: str) -> Iterator[Failed]:
         self.lost += 1
         self._without_success += 1
+        self._working.discard(worker)
         broken = self._broken.pop(worker, None)
         reason = f"{type(broken).__name__}: {broken}" if broken else reason
         logger.warning("worker %s is lost: %s", worker, reason)

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slide2vec.scale.features import adopt, spool_folder
-from slide2vec.scale.messages import Begin, Command, Load, Lost, Ready, Report
+from slide2vec.scale.messages import Begin, Command, Finished, Load, Lost, Ready, Report
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,10 +88,8 @@ class LocalFleet:
             return
         if isinstance(command, Begin):
             process.ready = False
-        try:
+        with suppress(OSError):  # it is lost: receive will tell
             process.connection.send(command)
-        except OSError:
-            pass  # it is lost: receive will tell
 
     def receive(self) -> Sequence[tuple[str, Report]]:
         """See `Fleet`."""
@@ -102,7 +101,7 @@ class LocalFleet:
                 report = process.connection.recv()
             except (EOFError, OSError):
                 report = Lost(self._bury(process))
-            process.ready = process.ready or isinstance(report, Ready)
+            process.ready = process.ready or isinstance(report, Ready | Finished)
             told.append((process.name, report))
         return told
 

@@ -1,6 +1,6 @@
 """A worker in a process of its own: `python -m slide2vec.scale.process DESCRIPTOR FOLDER`.
 
-Its device is in its environment before it imports anything, and it ends when the process that started it does.
+Its device is in its environment before it imports anything, and it ends with the process that started it.
 """
 
 from __future__ import annotations

@@ -137,7 +137,8 @@ class _Session:
         embedded, features = outcome.embedded, None
         if embedded is not None:
             try:
-                embedded = self._model.aggregated(embedded, latents=self._job.execution.save_latents)
+                if self._job.aggregate:
+                    embedded = self._model.aggregated(embedded, latents=self._job.execution.save_latents)
                 features = self._store(embedded.tile_embeddings)
                 embedded = replace(embedded, tile_embeddings=torch.empty(0))
                 outcome = replace(outcome, embedded=embedded)
