@@ -143,7 +143,7 @@ class Model:
         recipe = load_recipe(name)
         variant_name, variant = recipe.variant(output_variant)
         chosen = pick_device(device)
-        again = {
+        again: dict[str, Any] = {
             "weights": weights,
             "seed": seed,
             "output_variant": output_variant,

@@ -58,7 +58,7 @@ def _write(values: Tensor, folder: Path) -> Path:
             size = values.numel() * values.element_size()
             if size and shutil.disk_usage(folder).free < size:
                 raise OSError(f"{folder} has no room for {size:,} bytes")
-            file.write(memoryview(values.view(-1).numpy()).cast("B") if size else b"")
+            values.numpy().tofile(file)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

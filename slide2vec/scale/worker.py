@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from slide2vec.errors import ConfigError
-from slide2vec.progress import ProgressEvent, RunFinished, RunSummary, activate_progress_reporter
+from slide2vec.progress import ProgressEvent, RunFinished, RunSummary, SlideFailed, activate_progress_reporter
 from slide2vec.scale.messages import (
     Begin,
     Begun,
@@ -212,8 +212,8 @@ class _Told:
             if event.summary.slides or event.summary.failed:
                 self.summaries.append(event.summary)
             return
-        if (error := getattr(event, "error", None)) is not None:
-            event = replace(event, error=portable(error))  # type: ignore[call-arg]
+        if isinstance(event, SlideFailed):
+            event = replace(event, error=portable(event.error))
         self._tell(Event(event))
 
     def close(self) -> None:
