@@ -71,7 +71,7 @@ def name_of(setting: Setting) -> str:
 
 
 def sweep(preset: str, args: argparse.Namespace) -> dict[str, list[Row]]:
-    """Every setting once per round, the automatic one too; added to what earlier rounds found."""
+    """Every setting once per round, the automatic one too."""
     rivals: dict[str, Callable[[], Row]] = {AUTOMATIC: partial(run, preset, args, None)}
     for setting in itertools.product(THREADS, THREADS, THREADS) if args.all else args.settings:
         rivals[name_of(setting)] = partial(run, preset, args, setting)
@@ -153,7 +153,7 @@ def main() -> None:
         found["parts"] = json.loads(stem.with_suffix(".json").read_text())["parts"]
     for preset in args.presets:
         where = f"CPU {args.cpus} only" if args.cpus else "all CPUs"
-        title = f"{preset}, {where}, {'every setting' if args.all else 'the best of them'}"
+        title = f"{preset}, {where}, {'every setting' if args.all else 'some settings'}"
         found["parts"][title] = compared(sweep(preset, args))
         stem.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
         stem.with_suffix(".md").write_text(report(found))

@@ -262,8 +262,11 @@ class ExecutionOptions(_Config):
         """Of the embeddings of slides and patients on disk."""
         return "float16" if self.output_dtype == "fp16" else "float32"
 
-    def budget(self, device_type: str) -> Budget:
+    def budget(self, device_type: str, gflops: float | None = None) -> Budget:
         """Threads of the stations of a process whose encoder runs on "cpu", "cuda" or "mps".
+
+        Args:
+            gflops: the encoder's work per tile; None = a lot.
 
         Raises:
             ConfigError: the environment variable SLIDE2VEC_CPUS is no positive integer.
@@ -272,4 +275,5 @@ class ExecutionOptions(_Config):
             device_type,
             num_workers=self.num_workers,
             num_preprocessing_workers=self.num_preprocessing_workers,
+            gflops=gflops,
         )

@@ -17,6 +17,9 @@ __all__ = ["MAX_CPUS", "VARIABLE", "Budget", "JobCpus", "cgroup_cpus", "find_cpu
 VARIABLE = "SLIDE2VEC_CPUS"
 #: More are not taken without being asked for: the reading of one process does not get faster with them.
 MAX_CPUS = 64
+#: Encoders with less work per tile are slower in several threads than in one: wavelet scattering (0.16) gives
+#: 249 tiles/s in one, 198 in two; a ViT-S (12) gains from the second.
+SMALL_GFLOPS = 1.0
 #: "2(x3)" of "2(x3),1": so many, on so many nodes.
 _PER_NODE = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 
@@ -34,14 +37,15 @@ class Budget:
     """How many threads each station of a stream gets.
 
     Readers, planners and the encoder each have as many threads as there are CPUs, since a station mostly
-    waits while the slowest one works: set apart, CPUs of the faster ones would idle (benchmarks.budget). A
-    reading thread reads one block at a time, whatever the reader; so `num_cucim_workers`, threads within a
-    reading thread, is no part of it.
+    waits while the slowest one works: set apart, CPUs of the faster ones would idle. Only an encoder of small
+    operations has one thread, which is faster than several (benchmarks.budget). A reading thread reads one
+    block at a time, whatever the reader; so `num_cucim_workers`, threads within a reading thread, is no part
+    of it.
 
     Attributes:
         reading_threads: that read, cut and resize tiles.
         planning_threads: slides segmented and tiled at once.
-        encoder_threads: of PyTorch or OpenVINO on the CPU; 1 where a GPU encodes.
+        encoder_threads: of PyTorch or OpenVINO on the CPU; 1 for a small encoder, or where a GPU encodes.
     """
 
     reading_threads: int
@@ -55,6 +59,7 @@ class Budget:
         *,
         num_workers: int | None = None,
         num_preprocessing_workers: int | None = None,
+        gflops: float | None = None,
         cpus: int | None = None,
     ) -> Self:
         """The budget of a process whose encoder runs on a device.
@@ -62,16 +67,18 @@ class Budget:
         Args:
             device_type: "cpu", "cuda" or "mps".
             num_workers, num_preprocessing_workers: reading and planning threads; None = the CPUs.
+            gflops: the encoder's work per tile; None = a lot.
             cpus: None = this job's.
 
         Raises:
             ConfigError: SLIDE2VEC_CPUS is no positive integer.
         """
         cpus = cpus or job_cpus()
+        small = gflops is not None and gflops < SMALL_GFLOPS
         return cls(
             reading_threads=num_workers or cpus,
             planning_threads=num_preprocessing_workers or cpus,
-            encoder_threads=cpus if device_type == "cpu" else 1,
+            encoder_threads=cpus if device_type == "cpu" and not small else 1,
         )
 
 

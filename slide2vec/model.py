@@ -436,7 +436,7 @@ class Model:
         )
         wanted = batch_size_for(self.recipe.gflops, self.device)
         size = execution.batch_size or selected.batch_size
-        budget = execution.budget(self.device.type)
+        budget = execution.budget(self.device.type, self.recipe.gflops)
         return Stream(
             engine,
             preparer,

@@ -150,6 +150,8 @@ def test_budget_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ExecutionOptions().budget("cuda") == Budget(6, 6, 1)
     assert ExecutionOptions(num_workers=2, num_preprocessing_workers=3).budget("cpu") == Budget(2, 3, 6)
     assert Budget.of("cpu", cpus=4) == Budget(4, 4, 4)
+    assert Budget.of("cpu", cpus=4, gflops=0.16) == Budget(4, 4, 1)
+    assert Budget.of("cpu", cpus=4, gflops=12) == Budget(4, 4, 4)
 
 
 @pytest.mark.parametrize(

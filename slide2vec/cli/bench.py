@@ -85,7 +85,7 @@ def bench(
         tissue_pixels(recipe, 16),
         sizes,
         rounds,
-        Budget.of("cpu").encoder_threads if model.device.type == "cpu" else None,
+        Budget.of("cpu", gflops=recipe.gflops).encoder_threads if model.device.type == "cpu" else None,
     )
     if as_json:
         print_json([row for each in found for row in as_rows(each, found, sizes)])
