@@ -33,8 +33,10 @@ Setting = tuple[int, int, int]
 def embed(preset: str, slides: list[Path], repeat: int, readers: int, planners: int) -> Row:
     """One run in this process; 0 threads = automatic. SLIDE2VEC_CPUS says how many encode."""
     from benchmarks.parts import configs
-    from slide2vec import ExecutionOptions, Model
+    from slide2vec import ExecutionOptions, Model, cpus
 
+    if readers:
+        cpus.SMALL_GFLOPS = 0.0  # an encoder has the threads it is given, however small it is
     model = Model.from_preset(preset, weights="random", device="cpu", allow_non_recommended_settings=True)
     options = ExecutionOptions(
         num_workers=readers or None, num_preprocessing_workers=planners or None, engine="torch"
