@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,8 @@ def name_of(setting: Setting) -> str:
     return "{} read, {} plan, {} encode".format(*setting)
 
 
-def sweep(preset: str, args: argparse.Namespace) -> dict[str, list[Row]]:
-    """Every setting once per round, the automatic one too."""
+def sweep(preset: str, args: argparse.Namespace) -> Iterator[dict[str, list[Row]]]:
+    """Every setting once per round, the automatic one too; what was found so far, after each round."""
     rivals: dict[str, Callable[[], Row]] = {AUTOMATIC: partial(run, preset, args, None)}
     for setting in itertools.product(THREADS, THREADS, THREADS) if args.all else args.settings:
         rivals[name_of(setting)] = partial(run, preset, args, setting)
@@ -84,7 +84,7 @@ def sweep(preset: str, args: argparse.Namespace) -> dict[str, list[Row]]:
             print(
                 f"  round {number + 1}: {name:<26} {rows[name][-1]['tiles_per_s']:7.1f} tiles/s", flush=True
             )
-    return rows
+        yield rows
 
 
 def compared(rows: dict[str, list[Row]]) -> Row:
@@ -156,9 +156,10 @@ def main() -> None:
     for preset in args.presets:
         where = f"CPU {args.cpus} only" if args.cpus else "all CPUs"
         title = f"{preset}, {where}, {'every setting' if args.all else 'some settings'}"
-        found["parts"][title] = compared(sweep(preset, args))
-        stem.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
-        stem.with_suffix(".md").write_text(report(found))
+        for rows in sweep(preset, args):
+            found["parts"][title] = compared(rows)
+            stem.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
+            stem.with_suffix(".md").write_text(report(found))
     print(report(found))
 
 
