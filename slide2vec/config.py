@@ -6,13 +6,12 @@ the machine", as each field says.
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from slide2vec.cpus import Budget
 from slide2vec.errors import ConfigError, nearest_names
 
 __all__ = [
@@ -25,7 +24,6 @@ __all__ = [
     "PreprocessingConfig",
     "PreviewConfig",
     "SegmentationConfig",
-    "job_cpus",
 ]
 
 Backend = Literal["auto", "cucim", "openslide", "vips", "asap"]
@@ -35,8 +33,6 @@ OutputFormat = Literal["pt", "npz", "safetensors", "h5"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 GrayLevel = Annotated[int, Field(ge=0, le=255)]
-
-MAX_WORKERS = 64
 
 
 class _Config(BaseModel):
@@ -144,8 +140,8 @@ class PreprocessingConfig(_Config):
         preparer: what brings tiles to the encoder's input; "auto" is PyTorch on the CPU and DALI, where it
             is installed, on a GPU. "triton" does not resize.
         use_supertiles: read blocks of neighbouring tiles at once (same pixels, faster).
-        num_cucim_workers: has no effect on a CPU, where a reading thread reads one block at a time and
-            the job's CPUs are not shared out twice.
+        num_cucim_workers: has no effect: a reading thread reads one block at a time, and the job's CPUs are
+            not shared out twice.
         resume: keep what a previous run into the same output directory finished with these settings.
         segmentation, filtering, preview: mappings merged over the defaults of their classes.
     """
@@ -223,9 +219,8 @@ class ExecutionOptions(_Config):
         output_dir: where artifacts and previews go; None = nothing is written.
         output_format: of embedding files.
         batch_size: tiles per forward pass; None = chosen for the encoder and device.
-        num_workers: reading threads; None = from the job's CPUs.
-        num_preprocessing_workers: slides planned (segmented, tiled) at once; None = the job's CPUs,
-            64 at most.
+        num_workers: reading threads; None = the job's CPUs (see `slide2vec.cpus`).
+        num_preprocessing_workers: slides planned (segmented, tiled) at once; None = the job's CPUs.
         num_gpus: devices to use; None = all, unless the model was given one. Each has a process of its own;
             `embed_slide` shares out the tiles of the slide, everything else whole slides.
         devices: the same by name, and on a CPU: ("cuda:0", "cuda:2"), ("cpu", "cpu").
@@ -276,37 +271,18 @@ class ExecutionOptions(_Config):
         """Of the embeddings of slides and patients on disk."""
         return "float16" if self.output_dtype == "fp16" else "float32"
 
-    def reading_threads(self) -> int:
-        """Threads that read and resize tiles: `num_workers`, else the job's CPUs."""
-        return self.num_workers or job_cpus()
+    def budget(self, device_type: str, gflops: float | None = None) -> Budget:
+        """Threads of the stations of a process whose encoder runs on "cpu", "cuda" or "mps".
 
-    def planning_threads(self) -> int:
-        """Slides segmented at once: `num_preprocessing_workers`, else the job's CPUs."""
-        return self.num_preprocessing_workers or job_cpus()
+        Args:
+            gflops: the encoder's work per tile; None = a lot.
 
-
-def job_cpus() -> int:
-    """CPUs this job may use: SLURM's figure, else affinity and the cgroup quota; 64 at most."""
-    for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "SLURM_JOB_CPUS_PER_NODE"):
-        found = re.match(r"\d+", os.environ.get(name, ""))
-        if found and int(found[0]) > 0:
-            return min(int(found[0]), MAX_WORKERS)
-    affinity = getattr(os, "sched_getaffinity", None)
-    available = len(affinity(0)) if affinity else (os.cpu_count() or 1)
-    return max(1, min(available, _cgroup_cpus() or available, MAX_WORKERS))
-
-
-def _cgroup_cpus() -> int | None:
-    """Whole CPUs of the cgroup quota (v2, then v1), None without one."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        quota, period = (root / "cpu.max").read_text().split()[:2]
-    except (OSError, ValueError):
-        try:
-            quota = (root / "cpu/cpu.cfs_quota_us").read_text().strip()
-            period = (root / "cpu/cpu.cfs_period_us").read_text().strip()
-        except OSError:
-            return None
-    if not quota.isdigit():
-        return None
-    return max(1, int(quota) // int(period))
+        Raises:
+            ConfigError: the environment variable SLIDE2VEC_CPUS is no positive integer.
+        """
+        return Budget.of(
+            device_type,
+            num_workers=self.num_workers,
+            num_preprocessing_workers=self.num_preprocessing_workers,
+            gflops=gflops,
+        )

@@ -460,14 +460,16 @@ class Model:
         )
         wanted = batch_size_for(self.recipe.gflops, self.device)
         size = execution.batch_size or selected.batch_size
+        budget = execution.budget(self.device.type, self.recipe.gflops)
         return Stream(
             engine,
             preparer,
             batch_size=size or fitting_batch_size(engine, preparer, wanted, tile_size),
             tile_size_px=tile_size,
             dtype=getattr(torch, execution.feature_dtype(engine.precision)),
-            readers=execution.reading_threads(),
-            planners=execution.planning_threads(),
+            readers=budget.reading_threads,
+            planners=budget.planning_threads,
+            encoder_threads=budget.encoder_threads,
             ahead=execution.prefetch_factor,
             reporter=active_reporter(),
             feed=feed,

@@ -148,7 +148,7 @@ def tile_cohort(
         started = time.perf_counter()
         tiles = failed = 0
         busy = 0.0
-        workers = execution.planning_threads()
+        workers = execution.budget("cpu").planning_threads
         pool = ThreadPoolExecutor(workers, thread_name_prefix="plan")
         try:
             jobs = {pool.submit(_tile, cohort, slide): slide for slide in slides}

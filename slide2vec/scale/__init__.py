@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from slide2vec.config import job_cpus
+from slide2vec.cpus import job_cpus, share
 from slide2vec.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,4 +58,4 @@ def _starter(
 ) -> Callable[[], Fleet]:
     from slide2vec.scale.local import LocalFleet
 
-    return partial(LocalFleet, devices, loader, max(1, job_cpus() // len(devices)))
+    return partial(LocalFleet, devices, loader, share(job_cpus(), len(devices)))

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 #: Slides that a worker may have ahead of the one that it reads, to plan them meanwhile.
 DEPTH = 4
 #: Workers that may be lost one after the other, per worker, while no slide gets through.
-HOPELESS = 3
+HOPELESS = 2
 
 
 class Failed:

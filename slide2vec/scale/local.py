@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slide2vec.cpus import VARIABLE
 from slide2vec.scale.features import adopt, spool_folder
 from slide2vec.scale.messages import Begin, Command, Finished, Load, Lost, Ready, Report
 
@@ -33,6 +34,7 @@ ENDING_S = 5.0
 class _Process:
     name: str
     device: str
+    cpus: int
     connection: Connection[Command, Report]
     process: subprocess.Popen[bytes]
     ready: bool = False
@@ -44,16 +46,16 @@ class LocalFleet:
     Args:
         devices: of the workers: "cuda:1", "cpu"; one process each.
         loader: called in each as `loader(device=…)`.
-        cpus: that each may use.
+        cpus: that each may use, in the order of the devices.
     """
 
-    def __init__(self, devices: Sequence[str], loader: Callable[..., Any], cpus: int) -> None:
-        self._loader, self._cpus, self._folder = loader, cpus, spool_folder()
+    def __init__(self, devices: Sequence[str], loader: Callable[..., Any], cpus: Sequence[int]) -> None:
+        self._loader, self._folder = loader, spool_folder()
         self._processes: dict[str, _Process] = {}
         self._started = 0
         self._end = weakref.finalize(self, _end, self._processes, self._folder)
-        for device in devices:
-            self._start(device)
+        for device, count in zip(devices, cpus, strict=True):
+            self._start(device, count)
 
     @property
     def size(self) -> int:
@@ -65,7 +67,7 @@ class LocalFleet:
         """See `Fleet`."""
         return [process.name for process in self._processes.values() if process.ready]
 
-    def _start(self, device: str) -> None:
+    def _start(self, device: str, cpus: int) -> None:
         self._started += 1
         name = f"{device} #{self._started}"
         ours, theirs = socket.socketpair()
@@ -75,9 +77,9 @@ class LocalFleet:
                 [*command, str(self._folder)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env=os.environ | _environment(device, self._cpus, os.environ),
+                env=os.environ | _environment(device, cpus, os.environ),
             )
-        made = _Process(name, device, Connection(ours.detach()), process)
+        made = _Process(name, device, cpus, Connection(ours.detach()), process)
         self._processes[name] = made
         self.send(name, Load(self._loader, "cuda:0" if device.startswith("cuda") else device))
 
@@ -110,7 +112,7 @@ class LocalFleet:
         del self._processes[process.name]
         process.connection.close()
         reason = _ending(process.process)
-        self._start(process.device)
+        self._start(process.device, process.cpus)
         return reason
 
     def adopt(self, features: Any) -> Tensor:
@@ -125,7 +127,7 @@ class LocalFleet:
 def _environment(device: str, cpus: int, ours: Mapping[str, str]) -> dict[str, str]:
     """What pins a worker to its device and its CPUs, and lets it import what this process does."""
     made = {
-        "SLIDE2VEC_CPUS": str(cpus),
+        VARIABLE: str(cpus),
         "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
     }
     if device.startswith("cuda"):

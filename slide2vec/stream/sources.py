@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from slide2vec.cpus import job_cpus
 from slide2vec.errors import SlideReadError
 from slide2vec.prepare import cut_tiles, dali_archive
 from slide2vec.readers import SlideReader
@@ -22,7 +23,7 @@ __all__ = ["SlideSource", "TileSource", "bad_tiles", "damaged", "open_archive", 
 
 #: Places that an error lists.
 _LISTED = 10
-#: Of DALI's own, per open slide.
+#: Of DALI's own, per open slide, where the job has as many CPUs.
 _DALI_THREADS = 4
 
 Pixels = NDArray[np.uint8]
@@ -165,4 +166,4 @@ def open_archive(path: Path, tiling: Tiling) -> TileSource:
     if not torch.cuda.is_available() or dali_archive.unavailable() is not None:
         return archive
     side = tiling.geometry.requested_tile_size_px
-    return dali_archive.DaliArchive(archive, tile_size_px=side, threads=_DALI_THREADS)
+    return dali_archive.DaliArchive(archive, tile_size_px=side, threads=min(_DALI_THREADS, job_cpus()))

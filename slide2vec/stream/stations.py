@@ -154,6 +154,7 @@ class Stream:
         tile_size_px: side of the tiles as planned (the requested size).
         dtype: of the embeddings.
         readers, planners: threads of those stations.
+        encoder_threads: of PyTorch on the CPU, while it prepares and encodes; None = as they are set.
         ahead: batches that readers may be ahead of the encoder.
         reporter: receives progress events, from the calling thread.
         feed: where tiles are kept, and how they get there.
@@ -169,6 +170,7 @@ class Stream:
         dtype: torch.dtype = torch.float32,
         readers: int,
         planners: int,
+        encoder_threads: int | None = None,
         ahead: int,
         reporter: ProgressReporter,
         feed: Feed = HOST_FEED,
@@ -189,7 +191,9 @@ class Stream:
         )
         self._consumer = threading.current_thread()
         self._meters = Meters()
-        self._encoding = Encoding(engine, preparer, self._meters, batch_size=batch_size)
+        self._encoding = Encoding(
+            engine, preparer, self._meters, batch_size=batch_size, threads=encoder_threads
+        )
         self._flight: deque[tuple[Batch[_Job], Ticket]] = deque()
         self._roads: Counter[str] = Counter()
         self._stopping = False

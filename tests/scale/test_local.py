@@ -144,7 +144,8 @@ def test_a_bad_slide_fails_alone(model: Deadly, slides: list[Path], tmp_path: Pa
 def test_workers_that_cannot_do_anything_end_the_run(model: Deadly, slides: list[Path]) -> None:
     given = [{"sample_id": f"deadly{n}", "image_path": slides[0]} for n in range(20)]
     with pytest.raises(Slide2VecError, match="lost one after the other, and no slide got through"):
-        model.embed_slides(given, PREPROCESSING, ExecutionOptions(devices=TWO))
+        for outcome in model.iter_slides(given, PREPROCESSING, ExecutionOptions(devices=TWO)):
+            assert isinstance(outcome.error, WorkerLostError)
 
 
 def test_an_iterator_that_is_closed_ends_its_workers(model: Deadly, slides: list[Path]) -> None:
@@ -288,7 +289,7 @@ def test_a_model_made_otherwise_is_told(model: Deadly, slides: list[Path]) -> No
     bare = Model(
         model.recipe, model.variant, model.encoder, device=model.device, precision="fp32", weights="mine"
     )
-    with pytest.raises(ConfigError, match="Model.from_preset"):
+    with pytest.raises(ConfigError, match=r"Model\.from_preset"):
         bare.embed_slides(slides[:2], PREPROCESSING, ExecutionOptions(devices=TWO))
 
 
