@@ -44,7 +44,15 @@ from slide2vec.recipes import Recipe, Variant, load_recipe
 from slide2vec.runtime import batch_size_for, devices_for, pick_device, resolve_precision
 from slide2vec.scale import workers_for
 from slide2vec.slides import Slide, SlideLike, as_slide, as_slides
-from slide2vec.stream import SlideOutcome, SlidePlan, Stream, feed_for, fitting_batch_size, plan_slide
+from slide2vec.stream import (
+    Arrivals,
+    SlideOutcome,
+    SlidePlan,
+    Stream,
+    feed_for,
+    fitting_batch_size,
+    plan_slide,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -405,7 +413,7 @@ class Model:
 
     def outcomes(
         self,
-        slides: Iterable[Slide],
+        slides: Iterable[Slide] | Arrivals,
         config: PreprocessingConfig,
         execution: ExecutionOptions,
         plan: Callable[[Slide], SlidePlan],

@@ -15,24 +15,39 @@ from slide2vec.stream.plan import SlidePlan
 __all__ = ["Arrivals", "Planning"]
 
 
+class _Mark:
+    """Stands between slides."""
+
+
+_END, _LOOK = _Mark(), _Mark()
+
+
 class Arrivals:
-    """Slides that come one after another, from another thread."""
+    """Slides that come one after another, from another thread.
+
+    Those up to an end are for one stream, those after it for the next.
+    """
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[Slide | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Slide | _Mark] = queue.SimpleQueue()
 
     def put(self, slide: Slide) -> None:
         """One more slide."""
         self._queue.put(slide)
 
     def end(self) -> None:
-        """No more slides come."""
-        self._queue.put(None)
+        """No more slides come, for this stream."""
+        self._queue.put(_END)
 
-    def __iter__(self) -> Iterator[Slide]:
+    def look_up(self) -> None:
+        """Have whoever waits for a slide ask whether to go on."""
+        self._queue.put(_LOOK)
+
+    def until(self, stopping: Callable[[], bool]) -> Iterator[Slide]:
         """The slides, waiting for each, until the end."""
-        while (slide := self._queue.get()) is not None:
-            yield slide
+        while (slide := self._queue.get()) is not _END and not stopping():
+            if isinstance(slide, Slide):
+                yield slide
 
 
 class Planning:
@@ -46,7 +61,9 @@ class Planning:
         threads: that plan; one slide more than these is planned ahead.
     """
 
-    def __init__(self, slides: Iterable[Slide], plan: Callable[[Slide], SlidePlan], threads: int) -> None:
+    def __init__(
+        self, slides: Iterable[Slide] | Arrivals, plan: Callable[[Slide], SlidePlan], threads: int
+    ) -> None:
         self._slides, self._plan = slides, plan
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="plan")
         self._room = threading.Semaphore(threads + 1)
@@ -61,11 +78,16 @@ class Planning:
         self._stopping = True
         self._room.release()
         if isinstance(self._slides, Arrivals):
-            self._slides.end()
+            self._slides.look_up()
+
+    def _source(self) -> Iterable[Slide]:
+        if isinstance(self._slides, Arrivals):
+            return self._slides.until(lambda: self._stopping)
+        return self._slides
 
     def _take_all(self) -> None:
         try:
-            for slide in self._slides:
+            for slide in self._source():
                 self._room.acquire()
                 if self._stopping:
                     return

@@ -44,7 +44,7 @@ from slide2vec.stream.encoding import IN_FLIGHT, Encoding, Ticket
 from slide2vec.stream.feed import HOST_FEED, Feed
 from slide2vec.stream.meters import Meters, find_bottleneck
 from slide2vec.stream.plan import SlidePlan
-from slide2vec.stream.planning import Planning
+from slide2vec.stream.planning import Arrivals, Planning
 from slide2vec.stream.sources import bad_tiles, damaged, place_singly
 from slide2vec.tiling import BadTile, Tiling
 
@@ -200,7 +200,7 @@ class Stream:
         self._tiles = 0
 
     def run(
-        self, slides: Iterable[Slide], plan: Callable[[Slide], SlidePlan]
+        self, slides: Iterable[Slide] | Arrivals, plan: Callable[[Slide], SlidePlan]
     ) -> Generator[SlideOutcome, None, None]:
         """Embed slides; yields each as soon as it is complete or has failed.
 

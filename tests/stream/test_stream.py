@@ -29,7 +29,7 @@ from slide2vec.progress import (
 )
 from slide2vec.runtime.base import Layout
 from slide2vec.slides import Slide
-from slide2vec.stream import SlideOutcome, SlidePlan, Stream, encoding
+from slide2vec.stream import Arrivals, SlideOutcome, SlidePlan, Stream, encoding
 from slide2vec.stream.feed import HostFeed
 from slide2vec.stream.lanes import HostLane
 from slide2vec.stream.meters import find_bottleneck
@@ -491,3 +491,29 @@ def test_threads_stay_as_they_are_unless_told(three_threads: int) -> None:
     engine = ThreadsSeen()
     list(stream(engine).run([slide(0)], plan_of({0: (2, 2)})))
     assert engine.threads == [three_threads]
+
+
+def test_slides_that_come_one_by_one_are_through_before_the_next_comes() -> None:
+    """Nobody waits for the slide after the present one; the last batch only for the end."""
+    shapes = {0: (7, 2), 1: (7, 3), 2: (1, 1)}
+    arrivals = Arrivals()
+    arrivals.put(slide(0))
+    outcomes = stream(Engine(), batch_size=7).run(arrivals, plan_of(shapes))
+    for number in (0, 1):
+        check(next(outcomes), number, shapes[number])
+        arrivals.put(slide(number + 1))
+    arrivals.end()
+    check(next(outcomes), 2, shapes[2])
+    assert next(outcomes, None) is None
+    arrivals.put(slide(0))
+    arrivals.end()
+    again = by_number(stream(Engine(), batch_size=7).run(arrivals, plan_of(shapes)))
+    assert again.keys() == {0}, "what comes after an end is the next stream's"
+
+
+def test_a_stream_that_is_closed_does_not_wait_for_slides_that_might_come() -> None:
+    arrivals = Arrivals()
+    arrivals.put(slide(0))
+    outcomes = stream(Engine(), batch_size=7).run(arrivals, plan_of({0: (7, 2)}))
+    next(outcomes)
+    outcomes.close()
