@@ -43,7 +43,17 @@ from slide2vec.progress import RunStarted, active_reporter, live_progress
 from slide2vec.recipes import Recipe, Variant, load_recipe
 from slide2vec.runtime import batch_size_for, pick_device, resolve_precision
 from slide2vec.slides import Slide, SlideLike, as_slide, as_slides
-from slide2vec.stream import SlideOutcome, SlidePlan, Stream, feed_for, fitting_batch_size, plan_slide
+from slide2vec.stream import (
+    IN_PLACE,
+    InPlace,
+    SlideOutcome,
+    SlidePlan,
+    Stream,
+    feed_for,
+    fitting_batch_size,
+    plan_slide,
+    stager_for,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -336,8 +346,8 @@ class Model:
         execution = execution or ExecutionOptions()
         config = self.resolve_preprocessing(preprocessing)
 
-        def plan(slide: Slide) -> SlidePlan:
-            return plan_slide(slide, config, execution.output_dir)
+        def plan(slide: Slide, stager: InPlace = IN_PLACE) -> SlidePlan:
+            return plan_slide(slide, config, execution.output_dir, stager=stager)
 
         with (
             live_progress(),
@@ -380,9 +390,11 @@ class Model:
         slides: Sequence[Slide],
         config: PreprocessingConfig,
         execution: ExecutionOptions,
-        plan: Callable[[Slide], SlidePlan],
+        plan: Callable[[Slide, InPlace], SlidePlan],
     ) -> Generator[SlideOutcome, None, None]:
-        """The stream over slides that `plan` plans (in threads); events go to the active reporter.
+        """The stream over slides that `plan` plans (in threads), told what stages them.
+
+        Events go to the active reporter.
 
         Args:
             config: resolved by `resolve_preprocessing`.
@@ -392,9 +404,11 @@ class Model:
         if (execution.num_gpus or 1) > 1:
             logger.warning("num_gpus=%d: this version uses one device (%s)", execution.num_gpus, self.device)
         active_reporter().emit(RunStarted(len(slides), self.name))
-        stream = self._tiles._stream(config, execution)
-        with closing(stream.run(slides, plan)) as outcomes:
-            yield from map(regrouped, outcomes)
+        with stager_for(execution) as stager:
+            stream = self._tiles._stream(config, execution, stager)
+            outcomes = stream.run(slides, lambda slide: plan(slide, stager))
+            with closing(outcomes):
+                yield from map(regrouped, outcomes)
 
     def resolve_preprocessing(self, config: PreprocessingConfig | None = None) -> PreprocessingConfig:
         """The configuration with the preset's spacing and tile size filled in.
@@ -425,7 +439,7 @@ class Model:
             )
         logger.warning("%s", problem)
 
-    def _stream(self, config: PreprocessingConfig, execution: ExecutionOptions) -> Stream:
+    def _stream(self, config: PreprocessingConfig, execution: ExecutionOptions, stager: InPlace) -> Stream:
         assert config.requested_tile_size_px is not None
         tile_size = config.requested_tile_size_px
         feed = feed_for(self.device, config.gpu_decode)
@@ -447,6 +461,7 @@ class Model:
             ahead=execution.prefetch_factor,
             reporter=active_reporter(),
             feed=feed,
+            stager=stager,
         )
 
     def _select(self, execution: ExecutionOptions) -> Selected:

@@ -10,7 +10,7 @@ from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.recipes import Level
 from slide2vec.slides import Slide
-from slide2vec.stream import SlideOutcome, SlidePlan
+from slide2vec.stream import InPlace, SlideOutcome, SlidePlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ class Embedder(Encoder, Protocol):
         slides: Sequence[Slide],
         config: PreprocessingConfig,
         execution: ExecutionOptions,
-        plan: Callable[[Slide], SlidePlan],
+        plan: Callable[[Slide, InPlace], SlidePlan],
     ) -> Generator[SlideOutcome, None, None]: ...
 
     def aggregated(self, embedded: EmbeddedSlide, *, latents: bool = False) -> EmbeddedSlide:

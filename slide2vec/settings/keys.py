@@ -149,6 +149,8 @@ KEYS: dict[str, Key] = {
     "speed.num_gpus": _of(ExecutionOptions, "num_gpus"),
     "speed.prefetch_factor_embedding": _of(ExecutionOptions, "prefetch_factor"),
     "speed.persistent_workers_embedding": _of(ExecutionOptions, "persistent_workers"),
+    "speed.stage_dir": _of(ExecutionOptions, "stage_dir"),
+    "speed.stage_gb": _of(ExecutionOptions, "stage_gb"),
     "wandb.enable": Key(bool, False),
 }
 
