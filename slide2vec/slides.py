@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from slide2vec.errors import ExtraMissingError, ManifestError, nearest_names
 
-__all__ = ["Slide", "SlideLike", "as_slide", "as_slides", "is_remote", "read_manifest"]
+__all__ = ["Slide", "SlideLike", "as_path", "as_slide", "as_slides", "is_remote", "read_manifest"]
 
 #: µm/px that a user may state; wider than what is believed of a file (an overview may have 30).
 GIVEN_SPACING_UM = (0.01, 100.0)
@@ -65,7 +65,7 @@ def is_remote(path: Path | None) -> bool:
     return path is not None and not isinstance(path, Path)
 
 
-def _as_path(given: Any) -> Path:
+def as_path(given: Any) -> Path:
     """A Path; of the URL of a remote file (s3://bucket/slide.svs) a UPath, which has the same methods."""
     if isinstance(given, str) and _URL.match(given):
         try:
@@ -75,7 +75,7 @@ def _as_path(given: Any) -> Path:
                 f'{given}: remote files need universal-pathlib: pip install "slide2vec[cloud]"'
             ) from None
         given = UPath(given)
-    return Path(given) if isinstance(given, str | os.PathLike) else given  # type: ignore[no-any-return]
+    return Path(given) if isinstance(given, str | os.PathLike) else given
 
 
 def check_id(value: str, field: str) -> None:
@@ -109,7 +109,7 @@ def as_slide(given: SlideLike, spacing_at_level_0: float | None = None) -> Slide
 
 def _from_path_or_mapping(given: str | os.PathLike[str] | Mapping[str, Any]) -> Slide:
     if isinstance(given, str | os.PathLike) or hasattr(given, "protocol"):
-        path = _as_path(given)
+        path = as_path(given)
         return Slide(sample_id=path.stem, image_path=path)
     if not isinstance(given, Mapping):
         raise ManifestError(f"a slide is a path, a mapping or a Slide, got {type(given).__name__}: {given!r}")
@@ -124,14 +124,14 @@ def _from_fields(given: Mapping[str, Any]) -> Slide:
     values = {key: value for key, value in given.items() if not _is_blank(value)}
     if "image_path" not in values:
         raise ManifestError(f"a slide needs image_path, got the fields {sorted(given)}")
-    path = _as_path(values["image_path"])
+    path = as_path(values["image_path"])
     mask = values.get("mask_path")
     spacing = values.get("spacing_at_level_0")
     patient = values.get("patient_id")
     return Slide(
         sample_id=str(values.get("sample_id", path.stem)),
         image_path=path,
-        mask_path=None if mask is None else _as_path(mask),
+        mask_path=None if mask is None else as_path(mask),
         spacing_at_level_0=None if spacing is None else _as_float(spacing),
         patient_id=None if patient is None else str(patient),
     )
