@@ -87,7 +87,8 @@ def main() -> None:
     for local, alone, run in rows:
         hidden = (local + alone - run) / min(local, alone)
         lines.append(
-            f"| {local:.2f} | {alone:.2f} | {local + alone:.2f} | {max(local, alone):.2f} | {run:.2f} | {hidden:.0%} |"
+            f"| {local:.2f} | {alone:.2f} | {local + alone:.2f} | {max(local, alone):.2f} | {run:.2f} "
+            f"| {hidden:.0%} |"
         )
     lines += [
         "",
