@@ -78,10 +78,10 @@ def main() -> None:
         f"# Staging, {date}",
         "",
         f"{found['cpu']}, {found['cpus']} CPUs. {SLIDES} generated slides of {SIZE_PX:,} px, "
-        f"{total / 1e6:.1f} MB in all, preset scattering; storage held to {rate / 1e6:.2f} MB/s; seconds. Reading in place through",
-        "the same throttle was not measured: libraries read files by themselves. One after the other is the sum.",
+        f"{total / 1e6:.1f} MB in all, preset scattering; storage held to {rate / 1e6:.2f} MB/s; seconds.",
+        "Reading in place through the same throttle was not measured: libraries read files by themselves.",
         "",
-        "| embedding, slides local | copying alone | one after the other | larger of both | staged | hidden |",
+        "| embedding, slides local | copying alone | sum | larger of both | staged | hidden |",
         "|---|---|---|---|---|---|",
     ]
     for local, alone, run in rows:
