@@ -24,7 +24,7 @@ class Throttle:
     def __init__(self, bytes_per_s: float) -> None:
         self._rate, self._free_at, self._lock = bytes_per_s, 0.0, threading.Lock()
 
-    def copy(self, _: object, source: Path, target: Path, chunk_bytes: int = 2**16) -> None:
+    def copy(self, source: Path, target: Path, chunk_bytes: int = 2**14) -> None:
         with source.open("rb") as reading, target.open("wb") as writing:
             while chunk := reading.read(chunk_bytes):
                 with self._lock:
@@ -65,13 +65,16 @@ def main() -> None:
             started = time.perf_counter()
             with stager_for(staged) as stager:
                 for slide in list(stager.ahead(as_slide(path) for path in slides)):
-                    stager.take(slide).close()
+                    copied = stager.take(slide)
+                    if copied.image_path == slide.image_path:
+                        raise SystemExit(f"{slide.image_path} was not staged: nothing is measured")
+                    copied.close()
             return time.perf_counter() - started
 
         embed(options)
         rate = total / embed(options)
         throttle = Throttle(rate)
-        Stager._copy_file = throttle.copy  # type: ignore[method-assign,assignment]
+        Stager._copy_file = lambda _, source, target: throttle.copy(source, target)  # type: ignore[method-assign]
         rows = [(embed(options), copy(), embed(staged)) for _ in range(args.rounds)]
     date, found = datetime.date.today(), machine()
     lines = [
