@@ -237,6 +237,10 @@ class ExecutionOptions(_Config):
         save_tile_embeddings, save_slide_embeddings, save_latents: extra artifacts of slide-level
             and patient-level models.
         output_dtype: of the embeddings; None = fp16 for those of tiles in fp16 runs, else fp32.
+        stage_dir: folder on a local disk to which the next slides are copied while the present ones are
+            embedded, for slides on slow or remote storage; None = slides are read where they are.
+        stage_gb: GB (1e9 bytes) that the copies of a process may take there; None = half of what is free when
+            it begins. A larger slide is read where it is.
         on_bad_slide: "fail" the patient one of whose slides cannot be embedded, or "skip" the slide and
             embed the patient from the others.
     """
@@ -260,6 +264,8 @@ class ExecutionOptions(_Config):
     save_latents: bool = False
     output_dtype: Literal["fp16", "fp32"] | None = None
     on_bad_slide: Literal["fail", "skip"] = "fail"
+    stage_dir: Path | None = None
+    stage_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     def feature_dtype(self, precision: str) -> Literal["float16", "float32"]:
         """Of the embeddings, for a run in `precision`."""

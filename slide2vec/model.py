@@ -45,13 +45,16 @@ from slide2vec.runtime import batch_size_for, devices_for, pick_device, resolve_
 from slide2vec.scale import workers_for
 from slide2vec.slides import Slide, SlideLike, as_slide, as_slides
 from slide2vec.stream import (
+    IN_PLACE,
     Arrivals,
+    InPlace,
     SlideOutcome,
     SlidePlan,
     Stream,
     feed_for,
     fitting_batch_size,
     plan_slide,
+    stager_for,
 )
 
 if TYPE_CHECKING:
@@ -360,8 +363,8 @@ class Model:
     ) -> Generator[SlideOutcome, None, None]:
         """Here or in workers."""
 
-        def plan(slide: Slide) -> SlidePlan:
-            return plan_slide(slide, config, execution.output_dir)
+        def plan(slide: Slide, stager: InPlace = IN_PLACE) -> SlidePlan:
+            return plan_slide(slide, config, execution.output_dir, stager=stager)
 
         workers = self.workers(execution)
         if workers is not None:
@@ -416,17 +419,18 @@ class Model:
         slides: Iterable[Slide] | Arrivals,
         config: PreprocessingConfig,
         execution: ExecutionOptions,
-        plan: Callable[[Slide], SlidePlan],
+        plan: Callable[[Slide, InPlace], SlidePlan],
     ) -> Generator[SlideOutcome, None, None]:
-        """The stream over slides that `plan` plans (in threads), on the model's own device; events go to the
-        active reporter.
+        """The stream, on the model's own device, over slides that `plan` plans (in threads; told what stages
+        them). Events go to the active reporter.
 
         Args:
             config: resolved by `resolve_preprocessing`.
         """
-        stream = self._tiles._stream(config, execution)
-        with closing(stream.run(slides, plan)) as outcomes:
-            yield from map(regrouped, outcomes)
+        with stager_for(execution) as stager:
+            stream = self._tiles._stream(config, execution, stager)
+            with closing(stream.run(slides, lambda slide: plan(slide, stager))) as outcomes:
+                yield from map(regrouped, outcomes)
 
     def resolve_preprocessing(self, config: PreprocessingConfig | None = None) -> PreprocessingConfig:
         """The configuration with the preset's spacing and tile size filled in.
@@ -457,7 +461,7 @@ class Model:
             )
         logger.warning("%s", problem)
 
-    def _stream(self, config: PreprocessingConfig, execution: ExecutionOptions) -> Stream:
+    def _stream(self, config: PreprocessingConfig, execution: ExecutionOptions, stager: InPlace) -> Stream:
         assert config.requested_tile_size_px is not None
         tile_size = config.requested_tile_size_px
         feed = feed_for(self.device, config.gpu_decode)
@@ -481,6 +485,7 @@ class Model:
             ahead=execution.prefetch_factor,
             reporter=active_reporter(),
             feed=feed,
+            stager=stager,
         )
 
     def _select(self, execution: ExecutionOptions) -> Selected:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from slide2vec.errors import ManifestError, nearest_names
+from slide2vec.errors import ExtraMissingError, ManifestError, nearest_names
 
-__all__ = ["Slide", "SlideLike", "as_slide", "as_slides", "read_manifest"]
+__all__ = ["Slide", "SlideLike", "as_path", "as_slide", "as_slides", "is_remote", "read_manifest"]
 
 #: µm/px that a user may state; wider than what is believed of a file (an overview may have 30).
 GIVEN_SPACING_UM = (0.01, 100.0)
 
 #: Wrong lines of a manifest that an error lists.
 _MOST_LINES = 5
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
 #: Bytes; file systems allow 255 with what we add.
 _LONGEST_ID = 200
 
@@ -31,7 +34,8 @@ class Slide:
 
     Attributes:
         sample_id: its name, unique in a call; a file stem, so without path separators.
-        image_path: the slide file.
+        image_path: the slide file; a UPath where it is on remote storage, which ExecutionOptions(stage_dir=…)
+            makes readable.
         mask_path: an optional tissue mask raster (tissue = 1) that replaces segmentation.
         spacing_at_level_0: µm/px of level 0, where the file's own value is missing or wrong.
         patient_id: for patient-level models.
@@ -54,6 +58,24 @@ class Slide:
                 f"slide {self.sample_id}: spacing_at_level_0={spacing!r} is not a plausible µm/px "
                 f"({low:g} to {high:g}); scanners give about 0.25 at 40x and 0.5 at 20x"
             )
+
+
+def is_remote(path: Path | None) -> bool:
+    """Whether a path is a URL's (a UPath), which no library opens in place."""
+    return path is not None and not isinstance(path, Path)
+
+
+def as_path(given: Any) -> Path:
+    """A Path; of the URL of a remote file (s3://bucket/slide.svs) a UPath, which has the same methods."""
+    if isinstance(given, str) and _URL.match(given):
+        try:
+            from upath import UPath
+        except ImportError:
+            raise ExtraMissingError(
+                f'{given}: remote files need universal-pathlib: pip install "slide2vec[cloud]"'
+            ) from None
+        given = UPath(given)
+    return Path(given) if isinstance(given, str | os.PathLike) else given
 
 
 def check_id(value: str, field: str) -> None:
@@ -86,8 +108,8 @@ def as_slide(given: SlideLike, spacing_at_level_0: float | None = None) -> Slide
 
 
 def _from_path_or_mapping(given: str | os.PathLike[str] | Mapping[str, Any]) -> Slide:
-    if isinstance(given, str | os.PathLike):
-        path = Path(given)
+    if isinstance(given, str | os.PathLike) or hasattr(given, "protocol"):
+        path = as_path(given)
         return Slide(sample_id=path.stem, image_path=path)
     if not isinstance(given, Mapping):
         raise ManifestError(f"a slide is a path, a mapping or a Slide, got {type(given).__name__}: {given!r}")
@@ -102,14 +124,14 @@ def _from_fields(given: Mapping[str, Any]) -> Slide:
     values = {key: value for key, value in given.items() if not _is_blank(value)}
     if "image_path" not in values:
         raise ManifestError(f"a slide needs image_path, got the fields {sorted(given)}")
-    path = Path(values["image_path"])
+    path = as_path(values["image_path"])
     mask = values.get("mask_path")
     spacing = values.get("spacing_at_level_0")
     patient = values.get("patient_id")
     return Slide(
         sample_id=str(values.get("sample_id", path.stem)),
         image_path=path,
-        mask_path=None if mask is None else Path(mask),
+        mask_path=None if mask is None else as_path(mask),
         spacing_at_level_0=None if spacing is None else _as_float(spacing),
         patient_id=None if patient is None else str(patient),
     )

@@ -10,7 +10,7 @@ from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.recipes import Level
 from slide2vec.slides import Slide
-from slide2vec.stream import Arrivals, SlideOutcome, SlidePlan
+from slide2vec.stream import Arrivals, InPlace, SlideOutcome, SlidePlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +76,7 @@ class Embedder(Encoder, Protocol):
         slides: Iterable[Slide] | Arrivals,
         config: PreprocessingConfig,
         execution: ExecutionOptions,
-        plan: Callable[[Slide], SlidePlan],
+        plan: Callable[[Slide, InPlace], SlidePlan],
     ) -> Generator[SlideOutcome, None, None]: ...
 
     def aggregated(self, embedded: EmbeddedSlide, *, latents: bool = False) -> EmbeddedSlide:

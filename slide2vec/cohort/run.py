@@ -30,7 +30,7 @@ from slide2vec.progress import (
     active_reporter,
 )
 from slide2vec.slides import Slide
-from slide2vec.stream import SlideOutcome
+from slide2vec.stream import InPlace, SlideOutcome, stager_for
 from slide2vec.tiling import Tiling
 
 __all__ = ["OnPersisted", "embed_cohort", "tile_cohort"]
@@ -143,7 +143,7 @@ def tile_cohort(
         OutputError: a file cannot be written; finished slides stay.
     """
     cohort = Cohort(config, execution)
-    with opened(cohort, slides, settings) as (books, log):
+    with opened(cohort, slides, settings) as (books, log), stager_for(execution) as stager:
         log.emit(RunStarted(len(slides), "tiling"))
         started = time.perf_counter()
         tiles = failed = 0
@@ -151,7 +151,7 @@ def tile_cohort(
         workers = execution.budget("cpu").planning_threads
         pool = ThreadPoolExecutor(workers, thread_name_prefix="plan")
         try:
-            jobs = {pool.submit(_tile, cohort, slide): slide for slide in slides}
+            jobs = {pool.submit(_tile, cohort, slide, stager): slide for slide in stager.ahead(slides)}
             for job in as_completed(jobs):
                 slide, error = jobs.pop(job), job.exception()
                 if error is None:
@@ -167,6 +167,7 @@ def tile_cohort(
                 else:
                     raise error
         finally:
+            stager.stop()
             pool.shutdown(cancel_futures=True)
         seconds = time.perf_counter() - started
         station = StationTime("plan", workers, busy, 0.0)
@@ -174,10 +175,10 @@ def tile_cohort(
         return books.result(log.summary)
 
 
-def _tile(cohort: Cohort, slide: Slide) -> tuple[int, str, float]:
+def _tile(cohort: Cohort, slide: Slide, stager: InPlace) -> tuple[int, str, float]:
     """Tiles of a slide, what read it, and seconds."""
     started = time.perf_counter()
-    plan = cohort.plan(slide)
+    plan = cohort.plan(slide, stager)
     plan.source.close()
     cohort.tiled(plan)
     return len(plan.tiling), plan.source.backend, time.perf_counter() - started

@@ -124,8 +124,9 @@ class _Session:
 
         config, execution = self._job.config, self._job.execution
 
-        def plan(slide: Any) -> Any:
-            return plan_slide(slide, config, execution.output_dir, self._tilings.get(slide.sample_id))
+        def plan(slide: Any, stager: Any) -> Any:
+            given = self._tilings.get(slide.sample_id)
+            return plan_slide(slide, config, execution.output_dir, given, stager)
 
         with closing(self._model.outcomes(self._arrivals, config, execution, plan)) as outcomes:
             for outcome in outcomes:

@@ -152,6 +152,8 @@ KEYS: dict[str, Key] = {
     "speed.ray_address": _of(ExecutionOptions, "ray_address"),
     "speed.prefetch_factor_embedding": _of(ExecutionOptions, "prefetch_factor"),
     "speed.persistent_workers_embedding": _of(ExecutionOptions, "persistent_workers"),
+    "speed.stage_dir": _of(ExecutionOptions, "stage_dir"),
+    "speed.stage_gb": _of(ExecutionOptions, "stage_gb"),
     "wandb.enable": Key(bool, False),
 }
 

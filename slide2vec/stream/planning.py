@@ -11,6 +11,7 @@ from typing import Self
 
 from slide2vec.slides import Slide
 from slide2vec.stream.plan import SlidePlan
+from slide2vec.stream.staging import IN_PLACE, InPlace
 
 __all__ = ["Arrivals", "Planning"]
 
@@ -59,12 +60,17 @@ class Planning:
     Args:
         plan: called in threads.
         threads: that plan; one slide more than these is planned ahead.
+        stager: told of each slide as it is taken.
     """
 
     def __init__(
-        self, slides: Iterable[Slide] | Arrivals, plan: Callable[[Slide], SlidePlan], threads: int
+        self,
+        slides: Iterable[Slide] | Arrivals,
+        plan: Callable[[Slide], SlidePlan],
+        threads: int,
+        stager: InPlace = IN_PLACE,
     ) -> None:
-        self._slides, self._plan = slides, plan
+        self._slides, self._plan, self._stager = slides, plan, stager
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="plan")
         self._room = threading.Semaphore(threads + 1)
         self._waiting: queue.SimpleQueue[tuple[Slide, Future[SlidePlan]] | Exception | None] = (
@@ -87,7 +93,7 @@ class Planning:
 
     def _take_all(self) -> None:
         try:
-            for slide in self._source():
+            for slide in self._stager.ahead(self._source()):
                 self._room.acquire()
                 if self._stopping:
                     return

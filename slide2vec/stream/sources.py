@@ -108,12 +108,20 @@ def damaged(tiling: Tiling, bad: Mapping[int, SlideReadError]) -> SlideReadError
 
 
 class SlideSource:
-    """Supertiles of a slide. See `TileSource`; closing it closes the reader."""
+    """Supertiles of a slide. See `TileSource`; closing it closes the reader, and calls `closed`."""
 
-    def __init__(self, reader: SlideReader, tiling: Tiling, *, grouped: bool = True) -> None:
+    def __init__(
+        self,
+        reader: SlideReader,
+        tiling: Tiling,
+        *,
+        grouped: bool = True,
+        closed: Callable[[], None] = lambda: None,
+    ) -> None:
         level = tiling.geometry.read_level
         self.reader, self.tiling = reader, tiling
         self._cut: Callable[..., None] = cut_tiles
+        self._closed = closed
         self._others: tuple[SlideReader, ...] = ()
         self._supertiles = plan_supertiles(
             tiling.x,
@@ -131,6 +139,10 @@ class SlideSource:
         other = copy(self)
         other.reader, other._cut, other._others = reader, cut, (self.reader, *self._others)
         return other
+
+    def over(self, tiling: Tiling, *, grouped: bool) -> SlideSource:
+        """Other tiles of the same slide, by the same reader."""
+        return SlideSource(self.reader, tiling, grouped=grouped, closed=self._closed)
 
     def fetch(self, number: int) -> Any:
         """The pixels of a supertile, (h, w, 3) uint8."""
@@ -155,6 +167,7 @@ class SlideSource:
         """Close the slide."""
         for reader in (self.reader, *self._others):
             reader.close()
+        self._closed()
 
 
 def open_archive(path: Path, tiling: Tiling) -> TileSource:

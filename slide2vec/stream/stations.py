@@ -46,6 +46,7 @@ from slide2vec.stream.meters import Meters, find_bottleneck
 from slide2vec.stream.plan import SlidePlan
 from slide2vec.stream.planning import Arrivals, Planning
 from slide2vec.stream.sources import bad_tiles, damaged, place_singly
+from slide2vec.stream.staging import IN_PLACE, InPlace
 from slide2vec.tiling import BadTile, Tiling
 
 __all__ = ["SlideOutcome", "Stream"]
@@ -158,6 +159,7 @@ class Stream:
         ahead: batches that readers may be ahead of the encoder.
         reporter: receives progress events, from the calling thread.
         feed: where tiles are kept, and how they get there.
+        stager: is told of each slide as it is taken, and copies it ahead of `plan`.
     """
 
     def __init__(
@@ -174,7 +176,9 @@ class Stream:
         ahead: int,
         reporter: ProgressReporter,
         feed: Feed = HOST_FEED,
+        stager: InPlace = IN_PLACE,
     ) -> None:
+        self._stager = stager
         self._engine, self._dtype, self._feed = engine, dtype, feed
         self._readers, self._planners, self._reporter = readers, planners, reporter
         self._inbox: queue.SimpleQueue[Batch[_Job] | _Planned | _Failed | _Broken | _End] = (
@@ -207,7 +211,7 @@ class Stream:
         `plan` is called in worker threads. Memory does not grow with the number of slides.
         """
         started = time.perf_counter()
-        planning = Planning(slides, partial(self._plan, plan), self._planners)
+        planning = Planning(slides, partial(self._plan, plan), self._planners, self._stager)
         threads = self._start(planning)
         embedded = failed = 0
         try:
@@ -218,6 +222,7 @@ class Stream:
             self._stopping = True
             planning.stop()
             self._batches.stop()
+            self._stager.stop()
             for thread in threads:
                 thread.join()
             self._land()
@@ -255,6 +260,8 @@ class Stream:
             self._inbox.put(_End(count))
 
     def _plan(self, plan: Callable[[Slide], SlidePlan], slide: Slide) -> SlidePlan:
+        with self._meters.waiting("plan"):
+            self._stager.wait(slide)
         with self._meters.busy("plan"):
             planned = plan(slide)
             try:
@@ -443,6 +450,9 @@ class Stream:
             "encode": 1,
             "collect": 1,
         }
+        if self._stager.threads:
+            workers["stage"] = self._stager.threads
+            self._meters.add_busy("stage", self._stager.busy_s)
         stations = self._meters.times(workers)
         return RunSummary(
             slides=embedded,

@@ -21,7 +21,7 @@ from slide2vec.errors import ConfigError, TilingError
 from slide2vec.files import READING_ARRAYS, atomic_path
 from slide2vec.geometry import TileGeometry
 from slide2vec.readers import SlideReader
-from slide2vec.slides import Slide
+from slide2vec.slides import Slide, as_path
 from slide2vec.tiling.records import PRECOMPUTED, Segmentation, Tiling
 
 __all__ = [
@@ -240,8 +240,8 @@ def _tiling(meta: _Sections, arrays: Path) -> Tiling:
     width, height = meta.get("slide", "dimensions")
     return Tiling(
         sample_id=str(meta.get("provenance", "sample_id")),
-        image_path=Path(meta.get("provenance", "image_path")),
-        mask_path=None if mask_path is None else Path(mask_path),
+        image_path=as_path(meta.get("provenance", "image_path")),
+        mask_path=None if mask_path is None else as_path(mask_path),
         spacing_at_level_0=None if spacing is None else float(spacing),
         backend=str(meta.get("provenance", "backend")),
         requested_backend=str(meta.get("provenance", "requested_backend", default="auto")),

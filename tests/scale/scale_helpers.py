@@ -21,14 +21,14 @@ class Deadly(Model):
     """Dies of slides called "deadly…", and once of those that have a file `<image_path>.once`."""
 
     def outcomes(
-        self, slides: Any, config: Any, execution: Any, plan: Callable[[Slide], SlidePlan]
+        self, slides: Any, config: Any, execution: Any, plan: Callable[[Slide, Any], SlidePlan]
     ) -> Generator[Any, None, None]:
-        def deadly(slide: Slide) -> SlidePlan:
+        def deadly(slide: Slide, stager: Any) -> SlidePlan:
             once = Path(f"{slide.image_path}.once")
             if slide.sample_id.startswith("deadly") or once.exists():
                 once.unlink(missing_ok=True)
                 os.kill(os.getpid(), signal.SIGKILL)
-            return plan(slide)
+            return plan(slide, stager)
 
         return super().outcomes(slides, config, execution, deadly)
 
