@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.cpu import RESULTS, generated, installed
 from slide2vec import ExecutionOptions, Model, PreprocessingConfig
-from slide2vec.config import job_cpus
+from slide2vec.cpus import job_cpus
 from slide2vec.errors import Slide2VecError
 from slide2vec.prepare import choose_preparer
 from slide2vec.progress import NullReporter, RunFinished, RunSummary, activate_progress_reporter

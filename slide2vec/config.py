@@ -6,8 +6,6 @@ the machine", as each field says.
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from slide2vec.cpus import Budget
 from slide2vec.errors import ConfigError, nearest_names
 from slide2vec.files import as_path, is_remote
 
@@ -35,7 +34,6 @@ __all__ = [
     "PreprocessingConfig",
     "PreviewConfig",
     "SegmentationConfig",
-    "job_cpus",
 ]
 
 Backend = Literal["auto", "cucim", "openslide", "vips", "asap"]
@@ -59,9 +57,6 @@ def _writable(given: object) -> Path:
     if str(path := as_path(given)).startswith(("http://", "https://")):
         raise ConfigError(f"{path}: web pages cannot be written to; s3://, gs:// and folders can")
     return path
-
-
-MAX_WORKERS = 64
 
 
 class _Config(BaseModel):
@@ -169,8 +164,8 @@ class PreprocessingConfig(_Config):
         preparer: what brings tiles to the encoder's input; "auto" is PyTorch on the CPU and DALI, where it
             is installed, on a GPU. "triton" does not resize.
         use_supertiles: read blocks of neighbouring tiles at once (same pixels, faster).
-        num_cucim_workers: has no effect on a CPU, where a reading thread reads one block at a time and
-            the job's CPUs are not shared out twice.
+        num_cucim_workers: has no effect: a reading thread reads one block at a time, and the job's CPUs are
+            not shared out twice.
         resume: keep what a previous run into the same output directory finished with these settings.
         segmentation, filtering, preview: mappings merged over the defaults of their classes.
     """
@@ -251,10 +246,15 @@ class ExecutionOptions(_Config):
             (AWS_PROFILE, AWS_ENDPOINT_URL, …); a `upath.UPath` brings others.
         output_format: of embedding files.
         batch_size: tiles per forward pass; None = chosen for the encoder and device.
-        num_workers: reading threads; None = from the job's CPUs.
-        num_preprocessing_workers: slides planned (segmented, tiled) at once; None = the job's CPUs,
-            64 at most.
-        num_gpus: devices to use; None = all.
+        num_workers: reading threads; None = the job's CPUs (see `slide2vec.cpus`).
+        num_preprocessing_workers: slides planned (segmented, tiled) at once; None = the job's CPUs.
+        num_gpus: devices to use; None = all, unless the model was given one. Each has a process of its own;
+            `embed_slide` shares out the tiles of the slide, everything else whole slides.
+        devices: the same by name, and on a CPU: ("cuda:0", "cuda:2"), ("cpu", "cpu").
+        executor: "local": the devices of this machine; "ray": those of a Ray cluster, num_gpus of them or
+            all that there are; on a cluster without GPUs a worker for each entry of `devices`, or each node.
+        ray_address: of the cluster's head, "auto" where one runs on this machine; None = the one that
+            RAY_ADDRESS names, else a new one on this machine.
         precision: None = the preset's (fp32 on a CPU). "fp8" needs an engine.
         engine: what runs the encoder. "auto": an engine that `slide2vec build-engine` made for it, this
             precision and this machine, else PyTorch; "torch"; or a runtime whose engine has to be there.
@@ -264,6 +264,10 @@ class ExecutionOptions(_Config):
         save_tile_embeddings, save_slide_embeddings, save_latents: extra artifacts of slide-level
             and patient-level models.
         output_dtype: of the embeddings; None = fp16 for those of tiles in fp16 runs, else fp32.
+        stage_dir: folder on a local disk to which the next slides are copied while the present ones are
+            embedded, for slides on slow or remote storage; None = slides are read where they are.
+        stage_gb: GB (1e9 bytes) that the copies of a process may take there; None = half of what is free when
+            it begins. A larger slide is read where it is.
         on_bad_slide: "fail" the patient one of whose slides cannot be embedded, or "skip" the slide and
             embed the patient from the others.
     """
@@ -274,6 +278,9 @@ class ExecutionOptions(_Config):
     num_workers: Positive | None = None
     num_preprocessing_workers: Positive | None = None
     num_gpus: Annotated[int, Field(ge=0)] | None = None
+    devices: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    executor: Literal["local", "ray"] = "local"
+    ray_address: str | None = None
     precision: Precision | None = None
     engine: EngineChoice = "auto"
     torch_compile: bool = False
@@ -284,6 +291,8 @@ class ExecutionOptions(_Config):
     save_latents: bool = False
     output_dtype: Literal["fp16", "fp32"] | None = None
     on_bad_slide: Literal["fail", "skip"] = "fail"
+    stage_dir: Path | None = None
+    stage_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     def feature_dtype(self, precision: str) -> Literal["float16", "float32"]:
         """Of the embeddings, for a run in `precision`."""
@@ -295,37 +304,18 @@ class ExecutionOptions(_Config):
         """Of the embeddings of slides and patients on disk."""
         return "float16" if self.output_dtype == "fp16" else "float32"
 
-    def reading_threads(self) -> int:
-        """Threads that read and resize tiles: `num_workers`, else the job's CPUs."""
-        return self.num_workers or job_cpus()
+    def budget(self, device_type: str, gflops: float | None = None) -> Budget:
+        """Threads of the stations of a process whose encoder runs on "cpu", "cuda" or "mps".
 
-    def planning_threads(self) -> int:
-        """Slides segmented at once: `num_preprocessing_workers`, else the job's CPUs."""
-        return self.num_preprocessing_workers or job_cpus()
+        Args:
+            gflops: the encoder's work per tile; None = a lot.
 
-
-def job_cpus() -> int:
-    """CPUs this job may use: SLURM's figure, else affinity and the cgroup quota; 64 at most."""
-    for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "SLURM_JOB_CPUS_PER_NODE"):
-        found = re.match(r"\d+", os.environ.get(name, ""))
-        if found and int(found[0]) > 0:
-            return min(int(found[0]), MAX_WORKERS)
-    affinity = getattr(os, "sched_getaffinity", None)
-    available = len(affinity(0)) if affinity else (os.cpu_count() or 1)
-    return max(1, min(available, _cgroup_cpus() or available, MAX_WORKERS))
-
-
-def _cgroup_cpus() -> int | None:
-    """Whole CPUs of the cgroup quota (v2, then v1), None without one."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        quota, period = (root / "cpu.max").read_text().split()[:2]
-    except (OSError, ValueError):
-        try:
-            quota = (root / "cpu/cpu.cfs_quota_us").read_text().strip()
-            period = (root / "cpu/cpu.cfs_period_us").read_text().strip()
-        except OSError:
-            return None
-    if not quota.isdigit():
-        return None
-    return max(1, int(quota) // int(period))
+        Raises:
+            ConfigError: the environment variable SLIDE2VEC_CPUS is no positive integer.
+        """
+        return Budget.of(
+            device_type,
+            num_workers=self.num_workers,
+            num_preprocessing_workers=self.num_preprocessing_workers,
+            gflops=gflops,
+        )

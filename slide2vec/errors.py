@@ -30,6 +30,7 @@ __all__ = [
     "SpacingError",
     "TilingError",
     "WeightsError",
+    "WorkerLostError",
     "nearest_names",
 ]
 
@@ -96,6 +97,10 @@ class MaskError(SlideError, ValueError):
 
 class TilingError(SlideError, ValueError):
     """A coordinate file cannot be read or does not belong to the slide and settings at hand."""
+
+
+class WorkerLostError(SlideError):
+    """The processes that had a slide in hand died, twice: of it, perhaps, or of a lack of memory."""
 
 
 class NothingToEmbedError(SlideError, ValueError):

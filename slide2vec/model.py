@@ -41,9 +41,21 @@ from slide2vec.errors import ConfigError, EmbedSlidesError, ManifestError, Model
 from slide2vec.prepare import choose_preparer
 from slide2vec.progress import RunStarted, active_reporter, live_progress
 from slide2vec.recipes import Recipe, Variant, load_recipe
-from slide2vec.runtime import batch_size_for, pick_device, resolve_precision
+from slide2vec.runtime import batch_size_for, devices_for, pick_device, resolve_precision
+from slide2vec.scale import workers_for
 from slide2vec.slides import Slide, SlideLike, as_slide, as_slides
-from slide2vec.stream import SlideOutcome, SlidePlan, Stream, feed_for, fitting_batch_size, plan_slide
+from slide2vec.stream import (
+    IN_PLACE,
+    Arrivals,
+    InPlace,
+    SlideOutcome,
+    SlidePlan,
+    Stream,
+    feed_for,
+    fitting_batch_size,
+    plan_slide,
+    stager_for,
+)
 from slide2vec.stream.plan import check_archives_here
 
 if TYPE_CHECKING:
@@ -57,6 +69,7 @@ if TYPE_CHECKING:
     )
     from slide2vec.cohort.run import OnPersisted
     from slide2vec.compile.select import Selected
+    from slide2vec.scale import Elsewhere, Fleets
     from slide2vec.tiling import Tiling
 
 __all__ = ["Model"]
@@ -85,6 +98,7 @@ class Model:
         weights: str,
         origin: Mapping[str, Any] | None = None,
         below: Model | None = None,
+        loader: Callable[..., Model] | None = None,
     ) -> None:
         self.recipe, self.variant, self.device, self.precision = recipe, variant, device, precision
         self._encoder, self._weights = encoder, weights
@@ -92,6 +106,9 @@ class Model:
         #: patient-level ones; None for tile-level ones.
         self.below = below
         self._engines: dict[tuple[str, str, bool], Selected] = {}
+        #: Builds it anew in another process, as `loader(device=…)`; and workers that have.
+        self._loader = loader
+        self._fleets: Fleets = {}
         #: What `from_preset` was given besides the name, resolved; kept with a run's settings.
         self.origin: Mapping[str, Any] = origin or {}
 
@@ -138,6 +155,15 @@ class Model:
         recipe = load_recipe(name)
         variant_name, variant = recipe.variant(output_variant)
         chosen = pick_device(device)
+        again: dict[str, Any] = {
+            "weights": weights,
+            "seed": seed,
+            "output_variant": output_variant,
+            "precision": precision,
+            "input_size_px": input_size_px,
+            "allow_non_recommended_settings": allow_non_recommended_settings,
+            "trust_remote_code": trust_remote_code,
+        }
         resolved = resolve_precision(precision, recipe.precision, chosen)
         if weights == "random" and recipe.weights is not None:
             logger.warning("preset %s has random weights (seed %d): its embeddings mean nothing", name, seed)
@@ -146,17 +172,8 @@ class Model:
         lower = below(recipe)
         under = None
         if lower is not None:
-            under = cls.from_preset(
-                lower[0],
-                weights=by_part,
-                seed=seed,
-                device=chosen,
-                output_variant=lower[1],
-                precision=precision,
-                input_size_px=input_size_px,
-                allow_non_recommended_settings=allow_non_recommended_settings,
-                trust_remote_code=trust_remote_code,
-            )
+            theirs = {**again, "weights": by_part, "output_variant": lower[1]}
+            under = cls.from_preset(lower[0], device=device, **theirs)
             resolved = under.precision
         encoder = build_part(recipe, variant, own, seed, trust_remote_code)
         return cls(
@@ -167,11 +184,12 @@ class Model:
             precision=resolved,
             weights=weights_identity(recipe, own, seed),
             below=under,
+            loader=partial(cls.from_preset, name, **again),
             origin={
                 "output_variant": variant_name,
                 "weights": weights_as_text(weights),
                 "seed": seed,
-                "device": str(chosen),
+                "device": "cuda" if chosen.type == "cuda" and not _is_numbered(device) else str(chosen),
                 "input_size_px": input_size_px,
                 "allow_non_recommended_settings": allow_non_recommended_settings,
             },
@@ -336,18 +354,28 @@ class Model:
         """
         execution = execution or ExecutionOptions()
         config = self.resolve_preprocessing(preprocessing)
-
-        def plan(slide: Slide) -> SlidePlan:
-            return plan_slide(slide, config, execution.output_dir)
-
-        with (
-            live_progress(),
-            closing(self.outcomes(as_slides(slides), config, execution, plan)) as outcomes,
-        ):
+        if not config.on_the_fly or config.save_tiles:
+            _require_output_dir(execution, "on_the_fly=False" if not config.on_the_fly else "save_tiles=True")
+        check_archives_here(config, execution.output_dir)
+        with live_progress(), closing(self._outcomes(as_slides(slides), config, execution)) as outcomes:
             yield from map(partial(self._with_slide_embedding, latents=execution.save_latents), outcomes)
 
+    def _outcomes(
+        self, slides: Sequence[Slide], config: PreprocessingConfig, execution: ExecutionOptions
+    ) -> Generator[SlideOutcome, None, None]:
+        """Here or in workers."""
+
+        def plan(slide: Slide, stager: InPlace = IN_PLACE) -> SlidePlan:
+            return plan_slide(slide, config, execution.output_dir, stager=stager)
+
+        workers = self.workers(execution)
+        if workers is not None:
+            return workers.outcomes(slides, config, execution)
+        active_reporter().emit(RunStarted(len(slides), self.name))
+        return self.outcomes(slides, config, execution, plan)
+
     def _with_slide_embedding(self, outcome: SlideOutcome, latents: bool) -> SlideOutcome:
-        if outcome.embedded is None:
+        if outcome.embedded is None or outcome.embedded.slide_embedding is not None:
             return outcome
         try:
             return replace(outcome, embedded=self.aggregated(outcome.embedded, latents=latents))
@@ -376,27 +404,35 @@ class Model:
         self._require_patient_level("patient_embedding")
         return patient_embedding(slides, self._encoder, self.device, preset=self.name)
 
+    def workers(self, execution: ExecutionOptions) -> Elsewhere | None:
+        """Processes that embed slides, where there are several devices for them; they wait for further calls.
+
+        Raises:
+            ConfigError: there are not so many devices, or the model is not one of `from_preset`.
+        """
+        chosen = _is_numbered(self.origin.get("device", "cuda:0"))
+        named = devices_for(
+            self.device, chosen=chosen, num_gpus=execution.num_gpus, devices=execution.devices
+        )
+        return workers_for(self, self._loader, named, execution, self._fleets)
+
     def outcomes(
         self,
-        slides: Sequence[Slide],
+        slides: Iterable[Slide] | Arrivals,
         config: PreprocessingConfig,
         execution: ExecutionOptions,
-        plan: Callable[[Slide], SlidePlan],
+        plan: Callable[[Slide, InPlace], SlidePlan],
     ) -> Generator[SlideOutcome, None, None]:
-        """The stream over slides that `plan` plans (in threads); events go to the active reporter.
+        """The stream, on the model's own device, over slides that `plan` plans (in threads; told what stages
+        them). Events go to the active reporter.
 
         Args:
             config: resolved by `resolve_preprocessing`.
         """
-        if not config.on_the_fly or config.save_tiles:
-            _require_output_dir(execution, "on_the_fly=False" if not config.on_the_fly else "save_tiles=True")
-        check_archives_here(config, execution.output_dir)
-        if (execution.num_gpus or 1) > 1:
-            logger.warning("num_gpus=%d: this version uses one device (%s)", execution.num_gpus, self.device)
-        active_reporter().emit(RunStarted(len(slides), self.name))
-        stream = self._tiles._stream(config, execution)
-        with closing(stream.run(slides, plan)) as outcomes:
-            yield from map(regrouped, outcomes)
+        with stager_for(execution) as stager:
+            stream = self._tiles._stream(config, execution, stager)
+            with closing(stream.run(slides, lambda slide: plan(slide, stager))) as outcomes:
+                yield from map(regrouped, outcomes)
 
     def resolve_preprocessing(self, config: PreprocessingConfig | None = None) -> PreprocessingConfig:
         """The configuration with the preset's spacing and tile size filled in.
@@ -427,7 +463,7 @@ class Model:
             )
         logger.warning("%s", problem)
 
-    def _stream(self, config: PreprocessingConfig, execution: ExecutionOptions) -> Stream:
+    def _stream(self, config: PreprocessingConfig, execution: ExecutionOptions, stager: InPlace) -> Stream:
         assert config.requested_tile_size_px is not None
         tile_size = config.requested_tile_size_px
         feed = feed_for(self.device, config.gpu_decode)
@@ -438,17 +474,20 @@ class Model:
         )
         wanted = batch_size_for(self.recipe.gflops, self.device)
         size = execution.batch_size or selected.batch_size
+        budget = execution.budget(self.device.type, self.recipe.gflops)
         return Stream(
             engine,
             preparer,
             batch_size=size or fitting_batch_size(engine, preparer, wanted, tile_size),
             tile_size_px=tile_size,
             dtype=getattr(torch, execution.feature_dtype(engine.precision)),
-            readers=execution.reading_threads(),
-            planners=execution.planning_threads(),
+            readers=budget.reading_threads,
+            planners=budget.planning_threads,
+            encoder_threads=budget.encoder_threads,
             ahead=execution.prefetch_factor,
             reporter=active_reporter(),
             feed=feed,
+            stager=stager,
         )
 
     def _select(self, execution: ExecutionOptions) -> Selected:
@@ -622,6 +661,11 @@ class Model:
                 f"{method} needs a patient-level preset; {self.name} is {self.level}-level: use "
                 "embed_slide(s)"
             )
+
+
+def _is_numbered(device: str | torch.device | None) -> bool:
+    """Whether it is one device, not a kind of which there may be several."""
+    return device is not None and torch.device(device).index is not None
 
 
 def _check_on_error(on_error: str) -> None:

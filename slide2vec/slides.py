@@ -32,7 +32,8 @@ class Slide:
 
     Attributes:
         sample_id: its name, unique in a call; a file stem, so without path separators.
-        image_path: the slide file.
+        image_path: the slide file; a UPath where it is on remote storage, which ExecutionOptions(stage_dir=…)
+            makes readable.
         mask_path: an optional tissue mask raster (tissue = 1) that replaces segmentation.
         spacing_at_level_0: µm/px of level 0, where the file's own value is missing or wrong.
         patient_id: for patient-level models.
@@ -87,8 +88,8 @@ def as_slide(given: SlideLike, spacing_at_level_0: float | None = None) -> Slide
 
 
 def _from_path_or_mapping(given: str | os.PathLike[str] | Mapping[str, Any]) -> Slide:
-    if isinstance(given, str | os.PathLike):
-        path = _image_file(given, "image_path")
+    if isinstance(given, str | os.PathLike) or is_remote(given):
+        path = _file(given, "image_path")
         return Slide(sample_id=path.stem, image_path=path)
     if not isinstance(given, Mapping):
         raise ManifestError(f"a slide is a path, a mapping or a Slide, got {type(given).__name__}: {given!r}")
@@ -103,29 +104,24 @@ def _from_fields(given: Mapping[str, Any]) -> Slide:
     values = {key: value for key, value in given.items() if not _is_blank(value)}
     if "image_path" not in values:
         raise ManifestError(f"a slide needs image_path, got the fields {sorted(given)}")
-    path = _image_file(values["image_path"], "image_path")
+    path = _file(values["image_path"], "image_path")
     mask = values.get("mask_path")
     spacing = values.get("spacing_at_level_0")
     patient = values.get("patient_id")
     return Slide(
         sample_id=str(values.get("sample_id", path.stem)),
         image_path=path,
-        mask_path=None if mask is None else _image_file(mask, "mask_path"),
+        mask_path=None if mask is None else _file(mask, "mask_path"),
         spacing_at_level_0=None if spacing is None else _as_float(spacing),
         patient_id=None if patient is None else str(patient),
     )
 
 
-def _image_file(given: Any, field: str) -> Path:
+def _file(given: Any, field: str) -> Path:
     try:
-        path = as_path(given)
+        return as_path(given)
     except ConfigError as error:
         raise ManifestError(f"{field}: {error}") from None
-    if is_remote(path):
-        raise ManifestError(
-            f"{field} {path} is a URL; slides and masks are read from files: copy it, or mount its bucket"
-        )
-    return path
 
 
 def _is_blank(value: Any) -> bool:

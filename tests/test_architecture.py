@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "slide2vec"
 #: Room -> number; a room imports only from rooms with a smaller number.
 ROOMS = {
     "errors": 0,
+    "cpus": 1,
     "geometry": 1,
     "files": 1,
     "config": 2,

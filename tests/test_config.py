@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from slide2vec.config import ExecutionOptions, PreprocessingConfig, job_cpus
+from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ConfigError
 
 
@@ -82,15 +82,3 @@ def test_updated_validates() -> None:
     assert (changed.overlap, changed.segmentation.close, changed.requested_tile_size_px) == (0.5, 2, 256)
     with pytest.raises(ConfigError):
         config.updated(requested_tile_size_px=0)
-
-
-def test_cpu_budget_follows_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "SLURM_JOB_CPUS_PER_NODE"):
-        monkeypatch.delenv(name, raising=False)
-    assert 1 <= job_cpus() <= 64
-    monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", "16(x2)")
-    assert job_cpus() == 16
-    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "12")
-    assert job_cpus() == 12
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "200")
-    assert job_cpus() == 64

@@ -10,8 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from slide2vec.cpus import Budget
 from slide2vec.embedded import EmbeddedPatient
 from slide2vec.errors import EmbedPatientsError, ManifestError, PatientError, Slide2VecError
+from slide2vec.runtime.threads import torch_threads
 from slide2vec.slides import Slide
 from slide2vec.stream import SlideOutcome
 
@@ -29,7 +31,7 @@ def patient_embedding(
         PatientError: the encoder failed.
     """
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch_threads(Budget.of(device.type).encoder_threads):
             stacked = torch.stack([embedding.float() for embedding in slides.values()])
             found: Tensor = encoder(stacked.to(device))
             return found.float().cpu()

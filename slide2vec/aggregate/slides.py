@@ -7,9 +7,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from slide2vec.cpus import Budget
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.encoders.slide import TileBag
 from slide2vec.errors import Slide2VecError, SlideError
+from slide2vec.runtime.threads import torch_threads
 
 __all__ = ["with_slide_embedding"]
 
@@ -30,7 +32,7 @@ def with_slide_embedding(
     if not embedded.num_tiles:
         return embedded
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch_threads(Budget.of(device.type).encoder_threads):
             found = encoder(_bag(embedded, device))
     except Slide2VecError:
         raise

@@ -61,7 +61,7 @@ def bench(
     from slide2vec.compile import EngineStore
     from slide2vec.compile.bench import measure
     from slide2vec.compile.tiles import tissue_pixels
-    from slide2vec.config import job_cpus
+    from slide2vec.cpus import Budget
     from slide2vec.model import Model
     from slide2vec.recipes import load_recipe
     from slide2vec.runtime import batch_size_for
@@ -85,7 +85,7 @@ def bench(
         tissue_pixels(recipe, 16),
         sizes,
         rounds,
-        job_cpus() if model.device.type == "cpu" else None,
+        Budget.of("cpu", gflops=recipe.gflops).encoder_threads if model.device.type == "cpu" else None,
     )
     if as_json:
         print_json([row for each in found for row in as_rows(each, found, sizes)])

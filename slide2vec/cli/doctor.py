@@ -94,11 +94,12 @@ def _versions() -> dict[str, str]:
 
 
 def _machine() -> dict[str, Any]:
-    from slide2vec.config import job_cpus
+    from slide2vec.cpus import find_cpus
 
-    flags = _cpu_flags()
+    flags, found = _cpu_flags(), find_cpus()
     return {
-        "cpus_for_this_job": job_cpus(),
+        "cpus_for_this_job": found.count,
+        "cpus_decided_by": found.decided_by,
         "cpus": os.cpu_count(),
         "cpu": _cpu_name(),
         "memory_gb": _memory_gb(),
@@ -286,8 +287,9 @@ def _state(part: dict[str, str | None]) -> object:
 
 
 def _machine_facts(machine: dict[str, Any], gpus: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    shared = "" if machine["cpus"] == machine["cpus_for_this_job"] else f" of {machine['cpus']}"
-    yield "CPU", f"{machine['cpu']}, {machine['cpus_for_this_job']}{shared} for this job"
+    yield "CPU", machine["cpu"]
+    count = f"{machine['cpus_for_this_job']} of {machine['cpus']}"
+    yield "CPUs for this job", f"{count} ({machine['cpus_decided_by']})"
     bf16 = {True: "native", False: "emulated: use fp32", None: "unknown"}[machine["cpu_bf16"]]
     yield "bf16 on CPU", bf16
     memory = machine["memory_gb"]

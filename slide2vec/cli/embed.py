@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -63,6 +64,10 @@ def embed(
     engine: Engine = "auto",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Tiles per forward pass [by device].")] = None,
     num_workers: Annotated[int | None, typer.Option(min=1, help="Reading threads [all CPUs].")] = None,
+    stage_dir: Annotated[
+        Path | None, typer.Option(help="Local folder to copy the next slides to, off slow storage.")
+    ] = None,
+    stage_gb: Annotated[float | None, typer.Option(help="GB it may take [half of what is free].")] = None,
     file_format: Annotated[Format, typer.Option("--format", help="Of the embeddings.")] = "pt",
     resume: Annotated[
         bool,
@@ -115,6 +120,8 @@ def embed(
         output_format=file_format,
         batch_size=batch_size,
         num_workers=num_workers,
+        stage_dir=stage_dir,
+        stage_gb=stage_gb,
         save_tile_embeddings=save_tile_embeddings,
         save_latents=save_latents,
         engine=engine,

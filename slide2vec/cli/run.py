@@ -73,6 +73,10 @@ def run(
     num_preprocessing_workers: Annotated[
         int | None, typer.Option(help="Slides tiled at once [all CPUs].")
     ] = None,
+    stage_dir: Annotated[
+        Path | None, typer.Option(help="Local folder to copy the next slides to, off slow storage.")
+    ] = None,
+    stage_gb: Annotated[float | None, typer.Option(help="GB it may take [half of what is free].")] = None,
     file_format: Annotated[
         Format | None, typer.Option("--format", help="Of the embeddings [pt].", show_default=False)
     ] = None,
@@ -170,6 +174,8 @@ def run(
         "model.batch_size": batch_size,
         "speed.num_dataloader_workers": num_workers,
         "speed.num_preprocessing_workers": num_preprocessing_workers,
+        "speed.stage_dir": stage_dir and str(stage_dir),
+        "speed.stage_gb": stage_gb,
         "output_format": file_format,
         "speed.output_dtype": output_dtype,
         "on_bad_tile": on_bad_tile,

@@ -152,7 +152,7 @@ def _made(
     pictures = output_dir / "preview"
     return Made(
         sample_id=name,
-        image_path=Path(recorded["image_path"]),
+        image_path=as_path(recorded["image_path"]),
         num_tiles=recorded["num_tiles"],
         num_regions=recorded.get("num_regions"),
         backend=recorded.get("backend"),

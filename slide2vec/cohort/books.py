@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from slide2vec.cohort.finished import Artifact, Kind
 from slide2vec.cohort.patients import Patient, by_patient
@@ -17,7 +18,7 @@ from slide2vec.progress import RunSummary
 from slide2vec.recipes import Level
 from slide2vec.slides import Slide
 
-__all__ = ["Books", "Entries", "first_rows", "remark"]
+__all__ = ["Books", "Entries", "Entry", "PostedEntries", "first_rows", "remark"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,42 @@ class Entries(Protocol):
     def fail(self, failed: FailedSlide, traceback: str) -> None:
         """A slide has failed."""
         ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry on its way to the books, from another process perhaps."""
+
+    what: Literal["note", "add", "tiles_done", "fail"]
+    values: tuple[Any, ...]
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    def enter(self, entries: Entries) -> None:
+        """Make it."""
+        getattr(entries, self.what)(*self.values, **self.columns)
+
+
+class PostedEntries:
+    """See `Entries`: hands them over to be sent to the books."""
+
+    def __init__(self, post: Callable[[Entry], None]) -> None:
+        self._post = post
+
+    def note(self, sample_id: str, **columns: Any) -> None:
+        """See `Entries`."""
+        self._post(Entry("note", (sample_id,), columns))
+
+    def add(self, kind: Kind, name: str, artifact: Artifact) -> None:
+        """See `Entries`."""
+        self._post(Entry("add", (kind, name, artifact)))
+
+    def tiles_done(self, sample_id: str, about: Mapping[str, Any]) -> None:
+        """See `Entries`."""
+        self._post(Entry("tiles_done", (sample_id, about)))
+
+    def fail(self, failed: FailedSlide, traceback: str) -> None:
+        """See `Entries`."""
+        self._post(Entry("fail", (failed, traceback)))
 
 
 class Books:

@@ -21,7 +21,7 @@ from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ConfigError, OutputError
 from slide2vec.recipes import Level
 from slide2vec.slides import Slide
-from slide2vec.stream import SlidePlan, plan_slide
+from slide2vec.stream import IN_PLACE, InPlace, SlidePlan, plan_slide
 from slide2vec.stream.plan import check_archives_here
 from slide2vec.tiling import Tiling, write_coordinates
 from slide2vec.tiling.coordinates import coordinate_paths
@@ -114,14 +114,15 @@ class Cohort:
             }
         return columns
 
-    def plan(self, slide: Slide) -> SlidePlan:
+    def plan(self, slide: Slide, stager: InPlace = IN_PLACE) -> SlidePlan:
         """Plan a slide and publish its coordinates. Called in threads.
 
         Raises:
             SlideError: the slide cannot be tiled.
             OutputError: a file cannot be written.
         """
-        plan = plan_slide(slide, self.config, self.output_dir, self.tilings.get(slide.sample_id))
+        given = self.tilings.get(slide.sample_id)
+        plan = plan_slide(slide, self.config, self.output_dir, given, stager)
         try:
             self._publish_plan(plan)
         except BaseException:

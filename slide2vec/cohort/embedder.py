@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from slide2vec.cohort.finished import Kind
@@ -10,12 +10,16 @@ from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.recipes import Level
 from slide2vec.slides import Slide
-from slide2vec.stream import SlideOutcome, SlidePlan
+from slide2vec.stream import Arrivals, InPlace, SlideOutcome, SlidePlan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Embedder", "Encoder", "identities_of"]
+    from slide2vec.cohort.books import Entry
+    from slide2vec.cohort.publish import Settled
+    from slide2vec.tiling import Tiling
+
+__all__ = ["Embedder", "Encoder", "Workers", "identities_of"]
 
 
 class Encoder(Protocol):
@@ -40,15 +44,39 @@ class Encoder(Protocol):
     def identity(self, execution: ExecutionOptions | None = None) -> dict[str, Any]: ...
 
 
-class Embedder(Encoder, Protocol):
-    """A model, as far as a cohort needs it."""
+class Workers(Protocol):
+    """Processes that embed a cohort's slides and publish their files themselves."""
 
-    def outcomes(
+    @property
+    def lost(self) -> int:
+        """How many have died."""
+        ...
+
+    def publish(
         self,
         slides: Sequence[Slide],
         config: PreprocessingConfig,
         execution: ExecutionOptions,
-        plan: Callable[[Slide], SlidePlan],
+        tilings: Mapping[str, Tiling],
+    ) -> Generator[Entry | Settled | SlideOutcome, None, None]:
+        """Embed slides, and tell what is to be entered in the books; an outcome is told only of a slide that
+        no worker has survived."""
+        ...
+
+
+class Embedder(Encoder, Protocol):
+    """A model, as far as a cohort needs it."""
+
+    def workers(self, execution: ExecutionOptions) -> Workers | None:
+        """Who embeds slides, if not `outcomes` in this process."""
+        ...
+
+    def outcomes(
+        self,
+        slides: Iterable[Slide] | Arrivals,
+        config: PreprocessingConfig,
+        execution: ExecutionOptions,
+        plan: Callable[[Slide, InPlace], SlidePlan],
     ) -> Generator[SlideOutcome, None, None]: ...
 
     def aggregated(self, embedded: EmbeddedSlide, *, latents: bool = False) -> EmbeddedSlide:

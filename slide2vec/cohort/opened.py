@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from slide2vec.cohort.books import Books, first_rows
 from slide2vec.cohort.cohort import Cohort
@@ -15,7 +16,7 @@ from slide2vec.files import atomic_path, remove_partial
 from slide2vec.progress import activate_progress_reporter, active_reporter, live_progress
 from slide2vec.slides import Slide
 
-__all__ = ["opened"]
+__all__ = ["opened", "remove_all_partial"]
 
 _FOLDERS = (
     *("", "tiles", "tile_embeddings", "hierarchical_embeddings", "slide_embeddings", "slide_latents"),
@@ -54,13 +55,18 @@ def opened(
         raise told from error
 
 
+def remove_all_partial(output_dir: Path) -> None:
+    """Remove what killed processes left half-written, while nobody writes there."""
+    for folder in _FOLDERS:
+        remove_partial(output_dir / folder)
+
+
 @contextmanager
 def _books(cohort: Cohort, slides: Sequence[Slide], settings: str | None) -> Iterator[Books]:
     directory = cohort.output_dir
     path = directory / "process_list.csv"
     with output_lock(directory):
-        for folder in _FOLDERS:
-            remove_partial(directory / folder)
+        remove_all_partial(directory)
         if settings is not None:
             with atomic_path(directory / "config.yaml") as temporary:
                 temporary.write_text(settings, encoding="utf-8")

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from functools import partial
-from types import TracebackType
-from typing import Self
 
+from slide2vec.cohort.books import Books, Entry
 from slide2vec.cohort.cohort import Cohort
 from slide2vec.cohort.embedder import Embedder
-from slide2vec.cohort.finished import Artifact
-from slide2vec.cohort.opened import opened
+from slide2vec.cohort.opened import opened, remove_all_partial
 from slide2vec.cohort.patient_files import PatientPublisher
-from slide2vec.cohort.publish import Publisher, Settle, settled_alone
+from slide2vec.cohort.publish import Publisher, Settle, Settled, settled_alone
 from slide2vec.cohort.results import RunResult
 from slide2vec.cohort.resume import take_up
+from slide2vec.cohort.writer import OnPersisted, Writer
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.progress import (
     RunFinished,
@@ -29,17 +27,13 @@ from slide2vec.progress import (
     SlidePlanned,
     StationTime,
     TilesEncoded,
+    active_reporter,
 )
 from slide2vec.slides import Slide
-from slide2vec.stream import SlideOutcome
+from slide2vec.stream import InPlace, SlideOutcome, stager_for
 from slide2vec.tiling import Tiling
 
 __all__ = ["OnPersisted", "embed_cohort", "tile_cohort"]
-
-#: Slides that may wait to be written while the next ones are encoded.
-_UNWRITTEN = 2
-
-OnPersisted = Callable[[Artifact], None]
 
 
 def embed_cohort(
@@ -76,59 +70,59 @@ def embed_cohort(
             if cohort.kind == "patient":
                 settle = PatientPublisher(cohort, books, embedder, todo).settle
             publisher = Publisher(cohort, embedder, settle)
-            with _Writer(on_slide_persisted) as writer:
+            with Writer(on_slide_persisted) as writer:
                 for slide, tiles in todo.tiles:
                     writer.put(partial(publisher.stored_tiles, slide, tiles))
                 for slide, embedding in todo.embeddings:
                     writer.put(partial(publisher.stored_embedding, slide, embedding))
-                _embed(embedder, todo.slides, cohort, lambda o: writer.put(partial(publisher.outcome, o)))
+                _embed(todo.slides, cohort, embedder, books, publisher, settle, writer)
         return books.result(log.summary)
 
 
 def _embed(
-    embedder: Embedder, slides: Sequence[Slide], cohort: Cohort, put: Callable[[SlideOutcome], None]
+    slides: Sequence[Slide],
+    cohort: Cohort,
+    embedder: Embedder,
+    books: Books,
+    publisher: Publisher,
+    settle: Settle,
+    writer: Writer,
 ) -> None:
+    """From tiles on, here or in workers."""
     if not slides:
         return
+    workers = embedder.workers(cohort.execution)
+    if workers is not None:
+        with closing(workers.publish(slides, cohort.config, cohort.execution, cohort.tilings)) as told:
+            for item in told:
+                _take(item, books, publisher, settle, writer)
+        if workers.lost:  # what they left half-written; nobody writes any more
+            remove_all_partial(cohort.output_dir)
+        return
+    active_reporter().emit(RunStarted(len(slides), embedder.name))
     with closing(embedder.outcomes(slides, cohort.config, cohort.execution, cohort.plan)) as outcomes:
         for outcome in outcomes:
-            put(outcome)
+            writer.put(partial(publisher.outcome, outcome))
             del outcome  # the memory of the last slide, while the next one is waited for
 
 
-class _Writer:
-    """Publishes in a thread of its own, so that the encoder waits neither for the disk nor for what comes
-    after its tiles."""
-
-    def __init__(self, on_persisted: OnPersisted | None) -> None:
-        self._on_persisted = on_persisted
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self._unwritten: deque[Future[None]] = deque()
-
-    def put(self, publish: Callable[[], Iterable[Artifact]]) -> None:
-        """Hand over what writes files; waits while `_UNWRITTEN` others are not through yet.
-
-        Raises what an earlier one has raised.
-        """
-        while len(self._unwritten) >= _UNWRITTEN:
-            self._unwritten.popleft().result()
-        self._unwritten.append(self._pool.submit(self._run, publish))
-
-    def _run(self, publish: Callable[[], Iterable[Artifact]]) -> None:
-        for artifact in publish():
-            if self._on_persisted is not None:
-                self._on_persisted(artifact)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.shutdown()
-        if error is None:
-            for future in self._unwritten:
-                future.result()
+def _take(
+    told: Entry | Settled | SlideOutcome,
+    books: Books,
+    publisher: Publisher,
+    settle: Settle,
+    writer: Writer,
+) -> None:
+    """What a worker has told of a slide, or the outcome of one that no worker has survived."""
+    match told:
+        case Entry():
+            told.enter(books)
+            if told.what == "add":
+                writer.put(partial(iter, told.values[-1:]))
+        case Settled():
+            writer.put(partial(settle, told))
+        case SlideOutcome():
+            writer.put(partial(publisher.outcome, told))
 
 
 def tile_cohort(
@@ -149,15 +143,15 @@ def tile_cohort(
         OutputError: a file cannot be written; finished slides stay.
     """
     cohort = Cohort(config, execution)
-    with opened(cohort, slides, settings) as (books, log):
+    with opened(cohort, slides, settings) as (books, log), stager_for(execution) as stager:
         log.emit(RunStarted(len(slides), "tiling"))
         started = time.perf_counter()
         tiles = failed = 0
         busy = 0.0
-        workers = execution.planning_threads()
+        workers = execution.budget("cpu").planning_threads
         pool = ThreadPoolExecutor(workers, thread_name_prefix="plan")
         try:
-            jobs = {pool.submit(_tile, cohort, slide): slide for slide in slides}
+            jobs = {pool.submit(_tile, cohort, slide, stager): slide for slide in stager.ahead(slides)}
             for job in as_completed(jobs):
                 slide, error = jobs.pop(job), job.exception()
                 if error is None:
@@ -173,6 +167,7 @@ def tile_cohort(
                 else:
                     raise error
         finally:
+            stager.stop()
             pool.shutdown(cancel_futures=True)
         seconds = time.perf_counter() - started
         station = StationTime("plan", workers, busy, 0.0)
@@ -180,10 +175,10 @@ def tile_cohort(
         return books.result(log.summary)
 
 
-def _tile(cohort: Cohort, slide: Slide) -> tuple[int, str, float]:
+def _tile(cohort: Cohort, slide: Slide, stager: InPlace) -> tuple[int, str, float]:
     """Tiles of a slide, what read it, and seconds."""
     started = time.perf_counter()
-    plan = cohort.plan(slide)
+    plan = cohort.plan(slide, stager)
     plan.source.close()
     cohort.tiled(plan)
     return len(plan.tiling), plan.source.backend, time.perf_counter() - started

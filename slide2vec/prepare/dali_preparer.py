@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from slide2vec.cpus import job_cpus
 from slide2vec.errors import ExtraMissingError
 from slide2vec.prepare.dali_archive import unavailable
 from slide2vec.recipes import Transform
@@ -16,7 +17,7 @@ from slide2vec.runtime.base import Layout
 
 __all__ = ["DaliPreparer"]
 
-#: DALI's own threads, on the CPU.
+#: DALI's own threads, on the CPU, where the job has as many.
 _THREADS = 2
 
 
@@ -58,7 +59,7 @@ def _build(transform: Transform, layout: Layout, device: torch.device, side: int
     dali, fn, types = (import_module(f"nvidia.dali{name}") for name in ("", ".fn", ".types"))
     cuda = device.type == "cuda"
     number = (torch.cuda.current_device() if device.index is None else device.index) if cuda else None
-    pipeline = dali.Pipeline(most, _THREADS, device_id=number, prefetch_queue_depth=1)
+    pipeline = dali.Pipeline(most, min(_THREADS, job_cpus()), device_id=number, prefetch_queue_depth=1)
     with pipeline:
         source = {"device": "gpu" if cuda else "cpu", "layout": "HWC", "dtype": types.UINT8}
         tiles = fn.external_source(name="tiles", no_copy=True, **source)

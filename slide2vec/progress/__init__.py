@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ __all__ = [
     "activate_progress_reporter",
     "active_reporter",
     "live_progress",
+    "merged",
 ]
 
 
@@ -98,6 +100,33 @@ class RunSummary:
             if station.name == self.bottleneck:
                 return f" (busy {station.utilisation(self.seconds):.0%})"
         return ""
+
+
+def merged(summaries: Iterable[RunSummary], seconds: float) -> RunSummary:
+    """One summary of several streams that ran side by side for so long."""
+    summaries = list(summaries)
+    stations: dict[str, StationTime] = {}
+    roads: Counter[str] = Counter()
+    for summary in summaries:
+        roads.update(summary.roads)
+        for each in summary.stations:
+            so_far = stations.get(each.name, StationTime(each.name, 0, 0.0, 0.0))
+            stations[each.name] = StationTime(
+                each.name,
+                so_far.workers + each.workers,
+                so_far.busy_s + each.busy_s,
+                so_far.waiting_s + each.waiting_s,
+            )
+    slowest = max(summaries, key=lambda summary: summary.tiles, default=None)
+    return RunSummary(
+        slides=sum(summary.slides for summary in summaries),
+        failed=sum(summary.failed for summary in summaries),
+        tiles=sum(summary.tiles for summary in summaries),
+        seconds=seconds,
+        stations=tuple(stations.values()),
+        bottleneck=slowest.bottleneck if slowest else "",
+        roads=roads,
+    )
 
 
 @dataclass(frozen=True)

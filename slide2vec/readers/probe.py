@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from slide2vec.errors import SlideOpenError
+from slide2vec.files import is_remote
 from slide2vec.readers.spacing import Claim, objective_claim, settle_spacing
 from slide2vec.slides import Slide
 
@@ -71,7 +72,8 @@ class Probe:
     """What a file is, as far as its tags tell.
 
     Attributes:
-        path: the file.
+        path: the file, or the copy of it that is opened.
+        origin: the file, for messages.
         name: the slide's sample_id, for messages.
         kind: container: "tiff", "dicom", "mrxs", or "unrecognised" (OpenSlide may know it).
         vendor: of a TIFF: aperio, hamamatsu, philips, leica, ventana, trestle, ome or generic; else "".
@@ -80,6 +82,7 @@ class Probe:
     """
 
     path: Path
+    origin: Path
     name: str
     kind: Kind
     vendor: str = ""
@@ -88,28 +91,34 @@ class Probe:
     spacing_source: str = "not read from the tags"
 
 
-def probe(slide: Slide) -> Probe:
-    """Inspect a slide's file.
+def probe(slide: Slide, copy: Path | None = None) -> Probe:
+    """Inspect a slide's file, in a copy where there is one.
 
     Raises:
         SlideOpenError: there is no such file, it is a directory, empty, truncated or no slide.
     """
     path, name = slide.image_path, slide.sample_id
-    kind = _kind(path, _head(path, name), name)
+    if copy is None and is_remote(path):
+        raise SlideOpenError(
+            f"slide {name}: {path} is on remote storage and is copied before it can be read: give "
+            "ExecutionOptions(stage_dir=…) (--stage-dir), a folder on a local disk"
+        )
+    opened = copy or path
+    kind = _kind(path, _head(opened, path, name), name)
     if kind != "tiff":
-        return Probe(path=path, name=name, kind=kind)
+        return Probe(path=opened, origin=path, name=name, kind=kind)
     try:
-        with tifffile.TiffFile(path) as tiff:
-            return _probe_tiff(path, name, list(tiff.pages))
+        with tifffile.TiffFile(opened) as tiff:
+            return replace(_probe_tiff(path, name, list(tiff.pages), opened.stat().st_size), path=opened)
     except (tifffile.TiffFileError, OSError, ValueError, LookupError, TypeError, struct.error) as error:
         raise SlideOpenError(
             f"slide {name}: {path} is a malformed or truncated TIFF ({error}); copy it again from its source"
         ) from error
 
 
-def _head(path: Path, name: str) -> bytes:
+def _head(opened: Path, path: Path, name: str) -> bytes:
     try:
-        with path.open("rb") as file:
+        with opened.open("rb") as file:
             head = file.read(256)
     except FileNotFoundError:
         raise SlideOpenError(f"slide {name}: there is no file {path}") from None
@@ -137,14 +146,15 @@ def _kind(path: Path, head: bytes, name: str) -> Kind:
     return "unrecognised"
 
 
-def _probe_tiff(path: Path, name: str, pages: list[Any]) -> Probe:
+def _probe_tiff(path: Path, name: str, pages: list[Any], size: int) -> Probe:
     if not pages:
         raise SlideOpenError(f"slide {name}: {path} is a truncated TIFF: it holds no image directory")
-    _refuse_truncated(path, name, pages)
+    _refuse_truncated(path, name, pages, size)
     vendor = _vendor(pages[0])
     spacing_um, source = settle_spacing(_claims(vendor, pages[0]))
     return Probe(
         path=path,
+        origin=path,
         name=name,
         kind="tiff",
         vendor=vendor,
@@ -154,8 +164,7 @@ def _probe_tiff(path: Path, name: str, pages: list[Any]) -> Probe:
     )
 
 
-def _refuse_truncated(path: Path, name: str, pages: list[Any]) -> None:
-    size = path.stat().st_size
+def _refuse_truncated(path: Path, name: str, pages: list[Any], size: int) -> None:
     for page in pages:
         if not page.dataoffsets or not page.databytecounts:
             continue

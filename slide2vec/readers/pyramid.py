@@ -69,7 +69,7 @@ class PyramidReader(ABC):
         at = (round(x * self.downsamples[level]), round(y * self.downsamples[level]))
         return SlideReadError(
             f"slide {self.name}: {self.backend} cannot decode level {level} at {at} (level-0 px): {why}. "
-            f"The file may be damaged: {self.path}"
+            f"The file may be damaged: {self.probe.origin}"
         )
 
     def __enter__(self) -> Self:

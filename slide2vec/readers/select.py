@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from types import MappingProxyType
 from typing import cast
 
@@ -34,8 +35,11 @@ def backends() -> dict[str, str | None]:
     return {name: import_module(module).unavailable() for name, (module, _) in _READERS.items()}
 
 
-def open_slide(slide: Slide, backend: str = "auto") -> SlideReader:
+def open_slide(slide: Slide, backend: str = "auto", copy: Path | None = None) -> SlideReader:
     """Open a slide with one back end, or with the first that reads it ("auto").
+
+    Args:
+        copy: of the slide, to be opened in its place; messages name the slide's own path.
 
     Raises:
         ConfigError: there is no such back end.
@@ -45,14 +49,14 @@ def open_slide(slide: Slide, backend: str = "auto") -> SlideReader:
     """
     if backend != "auto" and backend not in _READERS:
         raise ConfigError(f"unknown backend {backend!r}. {nearest_names(backend, ('auto', *_READERS))}")
-    found = probe(slide)
+    found = probe(slide, copy)
     if backend == "auto":
         return _open_first(found)
     try:
         return _open(backend, found)
     except BackendError as error:
         raise BackendError(
-            f'slide {slide.sample_id}: backend "{backend}" cannot be used: {error} ({found.path}). '
+            f'slide {slide.sample_id}: backend "{backend}" cannot be used: {error} ({found.origin}). '
             'Use backend="auto", or another one'
         ) from error
 
@@ -74,4 +78,4 @@ def _open_first(found: Probe) -> SlideReader:
                 "slide %s: read with %s%s", found.name, backend, f" ({'; '.join(passed)})" if passed else ""
             )
             return reader
-    raise SlideOpenError(f"slide {found.name}: no back end reads {found.path}: {'; '.join(passed)}")
+    raise SlideOpenError(f"slide {found.name}: no back end reads {found.origin}: {'; '.join(passed)}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
 from slide2vec.errors import ConfigError
 
-__all__ = ["batch_size_for", "pick_device", "resolve_precision"]
+__all__ = ["batch_size_for", "devices_for", "pick_device", "resolve_precision"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,37 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device='mps': this machine has no Metal device")
     return chosen
+
+
+def devices_for(
+    device: torch.device, *, chosen: bool, num_gpus: int | None = None, devices: Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """The devices that a model runs on: those named, else GPUs of this machine, else its own only.
+
+    Args:
+        device: the model's.
+        chosen: it was asked for: then it counts as named, unless num_gpus or devices say otherwise.
+
+    Raises:
+        ConfigError: there are not so many, or they are of another kind than the model's.
+    """
+    if devices is not None:
+        for name in devices:
+            if pick_device(name).type != device.type:
+                raise ConfigError(
+                    f"devices={', '.join(devices)}: the model is on {device}; load it on {name}"
+                )
+        return tuple(devices)
+    if device.type != "cuda":
+        if (num_gpus or 0) > 1:
+            logger.warning("num_gpus=%d: the model is on %s, and runs there only", num_gpus, device)
+        return (str(device),)
+    if num_gpus == 0 or (num_gpus is None and chosen):
+        return (str(device),)
+    there = torch.cuda.device_count()
+    if num_gpus is not None and num_gpus > there:
+        raise ConfigError(f"num_gpus={num_gpus}: PyTorch sees {there} CUDA devices; see `slide2vec doctor`")
+    return tuple(f"cuda:{number}" for number in range(num_gpus or there))
 
 
 def resolve_precision(asked: str | None, preset: str, device: torch.device) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slide2vec.config import job_cpus
+from slide2vec.cpus import Budget
 from slide2vec.errors import EngineError, ExtraMissingError
 from slide2vec.runtime.base import Layout
 
@@ -54,7 +54,7 @@ class OpenVINOEngine:
 
     Args:
         model: an ONNX file or OpenVINO's own (.xml), the weights beside it.
-        threads: None = the job's CPUs.
+        threads: None = as the CPU budget says.
 
     Raises:
         ExtraMissingError: OpenVINO is not installed.
@@ -72,7 +72,8 @@ class OpenVINOEngine:
         if reason := unavailable(precision):
             raise EngineError(reason)
         self.precision, self.feature_dim, self.layout = precision, feature_dim, layout
-        self._request: Any | None = _compiled(model, precision, threads or job_cpus()).create_infer_request()
+        threads = threads or Budget.of("cpu").encoder_threads
+        self._request: Any | None = _compiled(model, precision, threads).create_infer_request()
 
     def run(self, pixels: Tensor) -> Tensor:
         """Pixels of `layout` -> (B, D) float32."""

@@ -148,8 +148,13 @@ KEYS: dict[str, Key] = {
     "speed.num_preprocessing_workers": _of(ExecutionOptions, "num_preprocessing_workers"),
     "speed.num_cucim_workers": _of(PreprocessingConfig, "num_cucim_workers"),
     "speed.num_gpus": _of(ExecutionOptions, "num_gpus"),
+    "speed.devices": _of(ExecutionOptions, "devices"),
+    "speed.executor": _of(ExecutionOptions, "executor"),
+    "speed.ray_address": _of(ExecutionOptions, "ray_address"),
     "speed.prefetch_factor_embedding": _of(ExecutionOptions, "prefetch_factor"),
     "speed.persistent_workers_embedding": _of(ExecutionOptions, "persistent_workers"),
+    "speed.stage_dir": _of(ExecutionOptions, "stage_dir"),
+    "speed.stage_gb": _of(ExecutionOptions, "stage_gb"),
     "wandb.enable": Key(bool, False),
 }
 

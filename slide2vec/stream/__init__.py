@@ -3,9 +3,14 @@
 from slide2vec.stream.feed import feed_for
 from slide2vec.stream.fitting import fitting_batch_size
 from slide2vec.stream.plan import SlidePlan, coordinates_dir, plan_slide
+from slide2vec.stream.planning import Arrivals
+from slide2vec.stream.staging import IN_PLACE, InPlace, stager_for
 from slide2vec.stream.stations import SlideOutcome, Stream
 
 __all__ = [
+    "IN_PLACE",
+    "Arrivals",
+    "InPlace",
     "SlideOutcome",
     "SlidePlan",
     "Stream",
@@ -13,4 +18,5 @@ __all__ = [
     "feed_for",
     "fitting_batch_size",
     "plan_slide",
+    "stager_for",
 ]

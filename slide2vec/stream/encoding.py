@@ -17,6 +17,7 @@ from torch import Tensor
 
 from slide2vec.prepare import Preparer
 from slide2vec.runtime import Engine
+from slide2vec.runtime.threads import torch_threads
 from slide2vec.stream.lanes import Event, lane_for
 from slide2vec.stream.meters import Meters
 
@@ -53,10 +54,22 @@ class Encoding:
     """Prepares and encodes batches on an engine's device.
 
     A batch that does not fit into the device's memory is encoded in halves, and so are those after it.
+
+    Args:
+        batch_size: tiles per forward pass.
+        threads: of PyTorch on the CPU meanwhile; None = as they are set.
     """
 
-    def __init__(self, engine: Engine, preparer: Preparer, meters: Meters, *, batch_size: int) -> None:
-        self._engine, self._preparer, self._meters = engine, preparer, meters
+    def __init__(
+        self,
+        engine: Engine,
+        preparer: Preparer,
+        meters: Meters,
+        *,
+        batch_size: int,
+        threads: int | None = None,
+    ) -> None:
+        self._engine, self._preparer, self._meters, self._threads = engine, preparer, meters, threads
         self._most = self._size = batch_size
         self._prepare, self._encode, self._copy = (lane_for(engine.device) for _ in range(3))
         self._ring: deque[Tensor] = deque()
@@ -83,7 +96,8 @@ class Encoding:
         start = 0
         while start < len(tiles):
             chunk = tiles[start : start + self._most]
-            found = self._attempt(chunk, kept, spans)
+            with torch_threads(self._threads):
+                found = self._attempt(chunk, kept, spans)
             if found is None:
                 self._halve(len(chunk))
                 continue

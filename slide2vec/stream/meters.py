@@ -69,4 +69,6 @@ def find_bottleneck(stations: tuple[StationTime, ...], seconds: float) -> str:
         feeding: read.utilisation(seconds) + prepare.utilisation(seconds),
         "plan": by_name["plan"].utilisation(seconds),
     }
+    if "stage" in by_name:
+        busy["stage"] = by_name["stage"].utilisation(seconds)
     return max(busy, key=lambda name: busy[name])

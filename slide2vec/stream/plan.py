@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from slide2vec.stream.sources import (
     open_archive,
     place_singly,
 )
+from slide2vec.stream.staging import IN_PLACE, InPlace, Staged
 from slide2vec.tiling import BadTile, Tiling, TissueMask, load_coordinates, tile_slide
 from slide2vec.tiling.archives import Block, archive_paths, find_archive, write_archive
 from slide2vec.tiling.coordinates import check_tiling, find_coordinates
@@ -60,7 +62,11 @@ class SlidePlan:
 
 
 def plan_slide(
-    slide: Slide, config: PreprocessingConfig, output_dir: Path | None = None, given: Tiling | None = None
+    slide: Slide,
+    config: PreprocessingConfig,
+    output_dir: Path | None = None,
+    given: Tiling | None = None,
+    stager: InPlace = IN_PLACE,
 ) -> SlidePlan:
     """Find a slide's tissue and tiles (or take those of coordinate files), and open what they are read from.
 
@@ -68,6 +74,7 @@ def plan_slide(
         config: with requested_spacing_um and requested_tile_size_px resolved.
         output_dir: where previews and archives go, if the config asks for them.
         given: its tiles, if they are known.
+        stager: knows where the slide's files are read; all that is recorded names the slide's own paths.
 
     Raises:
         SlideError: the slide cannot be opened, has no spacing, an unreadable mask, …
@@ -78,14 +85,16 @@ def plan_slide(
         given = load_coordinates(kept, slide.sample_id)
     if given is not None and config.read_tiles_from is not None:
         return replace(_plan_archive(slide, config, given), coordinates_dir=kept)
-    reader = open_slide(slide, config.backend)
-    try:
-        plan = _plan(reader, slide, config, output_dir, given)
+    staged = stager.take(slide)
+    with ExitStack() as undo:
+        undo.callback(staged.close)
+        copy = None if staged.image_path == slide.image_path else staged.image_path
+        reader = undo.enter_context(open_slide(slide, config.backend, copy))
+        plan = _plan(reader, slide, config, output_dir, given, staged)
+        if isinstance(plan.source, SlideSource):
+            undo.pop_all()
         # an archive that was written may have lost tiles
         return plan if kept is None or plan.skipped else replace(plan, coordinates_dir=kept)
-    except BaseException:
-        reader.close()
-        raise
 
 
 def coordinates_dir(slide: Slide, config: PreprocessingConfig) -> Path | None:
@@ -127,11 +136,11 @@ def _plan(
     config: PreprocessingConfig,
     output_dir: Path | None,
     given: Tiling | None,
+    staged: Staged,
 ) -> SlidePlan:
-    tiling, mask, resumed = _tiles(reader, slide, config, output_dir, given)
+    tiling, mask, resumed = _tiles(reader, slide, config, output_dir, given, staged)
     mask_path, tiling_path = _previews(reader, tiling, mask, config, output_dir)
     if config.read_tiles_from is not None:
-        reader.close()
         return replace(
             _plan_archive(slide, config, tiling),
             mask_preview_path=mask_path,
@@ -140,7 +149,7 @@ def _plan(
     tiling = _tiles_of(tiling, config)
     plan = SlidePlan(
         slide,
-        SlideSource(reader, tiling, grouped=config.use_supertiles),
+        SlideSource(reader, tiling, grouped=config.use_supertiles, closed=staged.close),
         tiling,
         skips_bad_tiles=config.on_bad_tile == "skip",
         mask_preview_path=mask_path,
@@ -152,7 +161,6 @@ def _plan(
     plan = _with_archive(plan, reader, config, output_dir / "tiles", resumed)
     if config.on_the_fly:
         return plan
-    reader.close()
     assert plan.tiles_tar_path is not None
     return replace(plan, source=open_archive(plan.tiles_tar_path, plan.tiling))
 
@@ -168,6 +176,7 @@ def _tiles(
     config: PreprocessingConfig,
     output_dir: Path | None,
     given: Tiling | None,
+    staged: Staged,
 ) -> tuple[Tiling, TissueMask | None, bool]:
     """Tiling (of regions, with such), tissue (where it was looked for), and whether both were there from a
     previous run."""
@@ -178,7 +187,8 @@ def _tiles(
         found = find_reusable(output_dir / "tiles", slide, reader, config)
         if found is not None:
             return replace(found, backend=reader.backend), None, True
-    return *tile_slide(reader, slide, resolve_spacing(reader, slide), config), False
+    mask_copy = None if staged.mask_path == slide.mask_path else staged.mask_path
+    return *tile_slide(reader, slide, resolve_spacing(reader, slide), config, mask_copy), False
 
 
 def _may_reuse(slide: Slide, config: PreprocessingConfig, output_dir: Path) -> bool:
@@ -220,6 +230,7 @@ def _with_archive(
     path, manifest = archive_paths(directory, plan.slide.sample_id)
     if resumed and path.is_file() and is_newer(manifest, plan.slide):
         return replace(plan, tiles_tar_path=path)
+    assert isinstance(plan.source, SlideSource)
     while True:
         bad: dict[int, SlideReadError] = {}
         try:
@@ -227,7 +238,7 @@ def _with_archive(
         except _BadTilesFound:
             skipped = (*plan.skipped, *bad_tiles(plan.tiling, bad))
             tiling = plan.tiling.without(bad)
-            source = SlideSource(reader, tiling, grouped=config.use_supertiles)
+            source = plan.source.over(tiling, grouped=config.use_supertiles)
             plan = replace(plan, tiling=tiling, source=source, skipped=skipped)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from slide2vec.cpus import job_cpus
 from slide2vec.errors import SlideReadError
 from slide2vec.prepare import cut_tiles, dali_archive
 from slide2vec.readers import SlideReader
@@ -22,7 +23,7 @@ __all__ = ["SlideSource", "TileSource", "bad_tiles", "damaged", "open_archive", 
 
 #: Places that an error lists.
 _LISTED = 10
-#: Of DALI's own, per open slide.
+#: Of DALI's own, per open slide, where the job has as many CPUs.
 _DALI_THREADS = 4
 
 Pixels = NDArray[np.uint8]
@@ -107,12 +108,20 @@ def damaged(tiling: Tiling, bad: Mapping[int, SlideReadError]) -> SlideReadError
 
 
 class SlideSource:
-    """Supertiles of a slide. See `TileSource`; closing it closes the reader."""
+    """Supertiles of a slide. See `TileSource`; closing it closes the reader, and calls `closed`."""
 
-    def __init__(self, reader: SlideReader, tiling: Tiling, *, grouped: bool = True) -> None:
+    def __init__(
+        self,
+        reader: SlideReader,
+        tiling: Tiling,
+        *,
+        grouped: bool = True,
+        closed: Callable[[], None] = lambda: None,
+    ) -> None:
         level = tiling.geometry.read_level
         self.reader, self.tiling = reader, tiling
         self._cut: Callable[..., None] = cut_tiles
+        self._closed = closed
         self._others: tuple[SlideReader, ...] = ()
         self._supertiles = plan_supertiles(
             tiling.x,
@@ -130,6 +139,10 @@ class SlideSource:
         other = copy(self)
         other.reader, other._cut, other._others = reader, cut, (self.reader, *self._others)
         return other
+
+    def over(self, tiling: Tiling, *, grouped: bool) -> SlideSource:
+        """Other tiles of the same slide, by the same reader."""
+        return SlideSource(self.reader, tiling, grouped=grouped, closed=self._closed)
 
     def fetch(self, number: int) -> Any:
         """The pixels of a supertile, (h, w, 3) uint8."""
@@ -154,6 +167,7 @@ class SlideSource:
         """Close the slide."""
         for reader in (self.reader, *self._others):
             reader.close()
+        self._closed()
 
 
 def open_archive(path: Path, tiling: Tiling) -> TileSource:
@@ -165,4 +179,4 @@ def open_archive(path: Path, tiling: Tiling) -> TileSource:
     if not torch.cuda.is_available() or dali_archive.unavailable() is not None:
         return archive
     side = tiling.geometry.requested_tile_size_px
-    return dali_archive.DaliArchive(archive, tile_size_px=side, threads=_DALI_THREADS)
+    return dali_archive.DaliArchive(archive, tile_size_px=side, threads=min(_DALI_THREADS, job_cpus()))

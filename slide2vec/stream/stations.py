@@ -16,8 +16,9 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ from slide2vec.stream.encoding import IN_FLIGHT, Encoding, Ticket
 from slide2vec.stream.feed import HOST_FEED, Feed
 from slide2vec.stream.meters import Meters, find_bottleneck
 from slide2vec.stream.plan import SlidePlan
+from slide2vec.stream.planning import Arrivals, Planning
 from slide2vec.stream.sources import bad_tiles, damaged, place_singly
+from slide2vec.stream.staging import IN_PLACE, InPlace
 from slide2vec.tiling import BadTile, Tiling
 
 __all__ = ["SlideOutcome", "Stream"]
@@ -152,9 +155,11 @@ class Stream:
         tile_size_px: side of the tiles as planned (the requested size).
         dtype: of the embeddings.
         readers, planners: threads of those stations.
+        encoder_threads: of PyTorch on the CPU, while it prepares and encodes; None = as they are set.
         ahead: batches that readers may be ahead of the encoder.
         reporter: receives progress events, from the calling thread.
         feed: where tiles are kept, and how they get there.
+        stager: is told of each slide as it is taken, and copies it ahead of `plan`.
     """
 
     def __init__(
@@ -167,10 +172,13 @@ class Stream:
         dtype: torch.dtype = torch.float32,
         readers: int,
         planners: int,
+        encoder_threads: int | None = None,
         ahead: int,
         reporter: ProgressReporter,
         feed: Feed = HOST_FEED,
+        stager: InPlace = IN_PLACE,
     ) -> None:
+        self._stager = stager
         self._engine, self._dtype, self._feed = engine, dtype, feed
         self._readers, self._planners, self._reporter = readers, planners, reporter
         self._inbox: queue.SimpleQueue[Batch[_Job] | _Planned | _Failed | _Broken | _End] = (
@@ -187,21 +195,24 @@ class Stream:
         )
         self._consumer = threading.current_thread()
         self._meters = Meters()
-        self._encoding = Encoding(engine, preparer, self._meters, batch_size=batch_size)
+        self._encoding = Encoding(
+            engine, preparer, self._meters, batch_size=batch_size, threads=encoder_threads
+        )
         self._flight: deque[tuple[Batch[_Job], Ticket]] = deque()
         self._roads: Counter[str] = Counter()
         self._stopping = False
         self._tiles = 0
 
     def run(
-        self, slides: Iterable[Slide], plan: Callable[[Slide], SlidePlan]
+        self, slides: Iterable[Slide] | Arrivals, plan: Callable[[Slide], SlidePlan]
     ) -> Generator[SlideOutcome, None, None]:
         """Embed slides; yields each as soon as it is complete or has failed.
 
         `plan` is called in worker threads. Memory does not grow with the number of slides.
         """
         started = time.perf_counter()
-        threads = self._start(slides, plan)
+        planning = Planning(slides, partial(self._plan, plan), self._planners, self._stager)
+        threads = self._start(planning)
         embedded = failed = 0
         try:
             for outcome in self._encode_all():
@@ -209,18 +220,20 @@ class Stream:
                 yield outcome
         finally:
             self._stopping = True
+            planning.stop()
             self._batches.stop()
+            self._stager.stop()
             for thread in threads:
                 thread.join()
             self._land()
         self._reporter.emit(RunFinished(self._summary(embedded, failed, time.perf_counter() - started)))
 
-    def _start(self, slides: Iterable[Slide], plan: Callable[[Slide], SlidePlan]) -> list[threading.Thread]:
+    def _start(self, planning: Planning) -> list[threading.Thread]:
         """The readers and the dispatcher, running."""
         work: list[tuple[str, Callable[..., None], tuple[Any, ...]]] = [
             (f"read-{number}", self._read_all, ()) for number in range(self._readers)
         ]
-        work.append(("dispatch", self._dispatch_all, (slides, plan)))
+        work.append(("dispatch", self._dispatch_all, (planning,)))
         threads = [threading.Thread(name=n, target=f, args=args) for n, f, args in work]
         for thread in threads:
             thread.start()
@@ -228,16 +241,13 @@ class Stream:
 
     # plan -------------------------------------------------------------------------------------
 
-    def _dispatch_all(self, slides: Iterable[Slide], plan: Callable[[Slide], SlidePlan]) -> None:
+    def _dispatch_all(self, planning: Planning) -> None:
         count = 0
         try:
-            with (
-                ThreadPoolExecutor(self._planners, thread_name_prefix="plan") as pool,
-                contextlib.closing(self._planned_ahead(pool, slides, plan)) as jobs,
-            ):
-                for job, planned in jobs:
+            with planning:
+                for slide, planned in planning:
                     count += 1
-                    self._dispatch(job, planned)
+                    self._dispatch(_Job(slide), planned)
             self._batches.finish()
         except Stopped:
             if not self._stopping:
@@ -249,25 +259,9 @@ class Stream:
                 self._tasks.put(None)
             self._inbox.put(_End(count))
 
-    def _planned_ahead(
-        self, pool: ThreadPoolExecutor, slides: Iterable[Slide], plan: Callable[[Slide], SlidePlan]
-    ) -> Generator[tuple[_Job, Future[SlidePlan]], None, None]:
-        """Jobs in input order, while the pool plans up to as many slides ahead as it has threads."""
-        waiting: deque[tuple[_Job, Future[SlidePlan]]] = deque()
-        source = iter(slides)
-        try:
-            while not self._stopping:
-                while len(waiting) <= self._planners and (slide := next(source, None)) is not None:
-                    waiting.append((_Job(slide), pool.submit(self._plan, plan, slide)))
-                if not waiting:
-                    return
-                yield waiting.popleft()
-        finally:
-            for _, planned in waiting:
-                if not planned.cancel() and planned.exception() is None:
-                    planned.result().source.close()
-
     def _plan(self, plan: Callable[[Slide], SlidePlan], slide: Slide) -> SlidePlan:
+        with self._meters.waiting("plan"):
+            self._stager.wait(slide)
         with self._meters.busy("plan"):
             planned = plan(slide)
             try:
@@ -456,6 +450,9 @@ class Stream:
             "encode": 1,
             "collect": 1,
         }
+        if self._stager.threads:
+            workers["stage"] = self._stager.threads
+            self._meters.add_busy("stage", self._stager.busy_s)
         stations = self._meters.times(workers)
         return RunSummary(
             slides=embedded,

@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from slide2vec.cpus import job_cpus
 from slide2vec.errors import ConfigError
 from slide2vec.files import atomic_path
 from slide2vec.geometry import is_plausible_spacing
@@ -59,7 +60,7 @@ def write_synthetic_slide(
         levels: number of levels, 1 to 5, each a quarter of the side of the one before; by default as many
             as it takes for the shorter side of the last to be below 1,500 px.
         bigtiff: write a BigTIFF even where a classic TIFF (4 GB) would do.
-        threads: that paint; by default one per CPU.
+        threads: that paint; by default one per CPU of the job.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -74,7 +75,7 @@ def write_synthetic_slide(
         atomic_path(path) as temporary,
         SvsWriter(temporary, dimensions, tile_px, description, bigtiff=bigtiff) as svs,
     ):
-        _write(svs, painter, dimensions, tile_px, quality, threads or os.cpu_count() or 1)
+        _write(svs, painter, dimensions, tile_px, quality, threads or job_cpus())
     return path
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from slide2vec.config import FilterConfig, PreprocessingConfig
 from slide2vec.errors import ConfigError, TilingError
-from slide2vec.files import READING_ARRAYS, as_os_errors, atomic_path, local, remove
+from slide2vec.files import READING_ARRAYS, as_os_errors, as_path, atomic_path, local, remove
 from slide2vec.geometry import TileGeometry
 from slide2vec.readers import SlideReader
 from slide2vec.slides import Slide
@@ -243,8 +243,8 @@ def _tiling(meta: _Sections, arrays: Path) -> Tiling:
     width, height = meta.get("slide", "dimensions")
     return Tiling(
         sample_id=str(meta.get("provenance", "sample_id")),
-        image_path=Path(meta.get("provenance", "image_path")),
-        mask_path=None if mask_path is None else Path(mask_path),
+        image_path=as_path(meta.get("provenance", "image_path")),
+        mask_path=None if mask_path is None else as_path(mask_path),
         spacing_at_level_0=None if spacing is None else float(spacing),
         backend=str(meta.get("provenance", "backend")),
         requested_backend=str(meta.get("provenance", "requested_backend", default="auto")),

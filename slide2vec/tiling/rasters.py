@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from slide2vec.config import SegmentationConfig
 from slide2vec.errors import MaskError, Slide2VecError
+from slide2vec.files import is_remote
 from slide2vec.geometry import nearest_downsample_level, select_level
 from slide2vec.readers import SlideReader, open_slide
 from slide2vec.slides import Slide
@@ -49,9 +50,16 @@ class _Raster:
 
 
 def read_mask(
-    reader: SlideReader, slide: Slide, base_spacing_um: float, config: SegmentationConfig
+    reader: SlideReader,
+    slide: Slide,
+    base_spacing_um: float,
+    config: SegmentationConfig,
+    copy: Path | None = None,
 ) -> tuple[NDArray[np.uint8], Segmentation]:
     """The slide's mask raster at its segmentation level, (h, w) uint8 0 or 255, nearest-resized.
+
+    Args:
+        copy: of the raster, to be read in its place.
 
     Raises:
         MaskError: it is missing, unreadable or too large, has another shape than the slide, or
@@ -61,7 +69,11 @@ def read_mask(
     if path is None:
         raise MaskError(f"slide {slide.sample_id}: no mask_path is given")
     try:
-        labels, read = _read_labels(path, reader.dimensions, base_spacing_um, reader.downsamples, config)
+        if copy is None and is_remote(path):
+            raise OSError("it is on remote storage and needs ExecutionOptions(stage_dir=…)")
+        labels, read = _read_labels(
+            copy or path, reader.dimensions, base_spacing_um, reader.downsamples, config
+        )
     except (OSError, ValueError, RuntimeError, SyntaxError, Slide2VecError) as error:
         raise MaskError(f"slide {slide.sample_id}: the tissue mask {path} cannot be used: {error}") from error
     if not labels.any():

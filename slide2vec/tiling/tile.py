@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import ConfigError, SpacingError
 from slide2vec.geometry import TileGeometry, region_geometry, tile_geometry
@@ -22,6 +24,7 @@ def tile_slide(
     slide: Slide,
     base_spacing_um: float,
     config: PreprocessingConfig,
+    mask_copy: Path | None = None,
 ) -> tuple[Tiling, TissueMask]:
     """The tiles (or regions) of a slide that hold tissue, and the tissue. A slide without tissue has none.
 
@@ -30,6 +33,7 @@ def tile_slide(
         config: with requested_spacing_um and requested_tile_size_px set. With region_tile_multiple, the
             tiling is one of regions: grid, tissue fraction and pixel filters are theirs, as in HS2P with
             tiles of that size.
+        mask_copy: of the slide's mask raster, to be read in its place.
 
     Raises:
         SpacingError: finer tiles are asked for than the slide has pixels.
@@ -41,7 +45,7 @@ def tile_slide(
     if filtering.ref_tile_size is None:  # of the tile with regions, too: as large pieces of tissue count
         filtering = filtering.updated(ref_tile_size=config.requested_tile_size_px)
     config = config.updated(filtering=filtering)
-    tissue = find_tissue(reader, slide, geometry, config)
+    tissue = find_tissue(reader, slide, geometry, config, mask_copy)
     x, y, fractions = tissue_tiles(tissue, geometry, reader.dimensions, config.tissue_threshold)
     good = good_tiles(reader, x, y, geometry, filtering)
     tiling = Tiling(
@@ -65,12 +69,16 @@ def tile_slide(
 
 
 def find_tissue(
-    reader: SlideReader, slide: Slide, geometry: TileGeometry, config: PreprocessingConfig
+    reader: SlideReader,
+    slide: Slide,
+    geometry: TileGeometry,
+    config: PreprocessingConfig,
+    mask_copy: Path | None = None,
 ) -> TissueMask:
     """The tissue of a slide: from its mask raster if it has one, else from its pixels."""
     base = geometry.base_spacing_um
     if slide.mask_path is not None:
-        mask, segmentation = read_mask(reader, slide, base, config.segmentation)
+        mask, segmentation = read_mask(reader, slide, base, config.segmentation, mask_copy)
     else:
         mask, segmentation = segment_tissue(reader, slide.sample_id, base, config.segmentation)
     height, width = mask.shape

@@ -63,6 +63,9 @@ class Embedder:
     def identity(self, execution: ExecutionOptions | None = None) -> dict[str, Any]:
         return {"name": "made up", "level": "tile", "input_size_px": 8, "precision": "fp32"}
 
+    def workers(self, execution: ExecutionOptions) -> None:
+        return None
+
     def outcomes(
         self,
         slides: Sequence[Slide],
@@ -203,12 +206,12 @@ def test_events_reach_an_installed_reporter(slides: list[Slide], tmp_path: Path)
 
     class Emitting(Embedder):
         def outcomes(self, *args: Any) -> Generator[SlideOutcome, None, None]:
-            from slide2vec.progress import RunStarted, active_reporter
+            from slide2vec.progress import TilesEncoded, active_reporter
 
-            active_reporter().emit(RunStarted(40, "made up"))
+            active_reporter().emit(TilesEncoded(4))
             yield from super().outcomes(*args)
 
     with activate_progress_reporter(reporter):
         embed_cohort(Emitting(), slides, CONFIG, ExecutionOptions(output_dir=tmp_path / "out"))
-        assert [type(event).__name__ for event in events] == ["RunStarted"]
+        assert [type(event).__name__ for event in events] == ["RunStarted", "TilesEncoded"]
     assert events[-1] == "closed"

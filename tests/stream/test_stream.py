@@ -29,7 +29,7 @@ from slide2vec.progress import (
 )
 from slide2vec.runtime.base import Layout
 from slide2vec.slides import Slide
-from slide2vec.stream import SlideOutcome, SlidePlan, Stream, encoding
+from slide2vec.stream import Arrivals, SlideOutcome, SlidePlan, Stream, encoding
 from slide2vec.stream.feed import HostFeed
 from slide2vec.stream.lanes import HostLane
 from slide2vec.stream.meters import find_bottleneck
@@ -428,3 +428,92 @@ raise RuntimeError("the user's own")
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
     assert ended.stderr.endswith("the user's own\n")
     assert ended.returncode == 1
+
+
+class ThreadsSeen(Engine):
+    """Notes how many threads PyTorch has while it encodes; breaks at a batch."""
+
+    def __init__(self, breaks_at: int | None = None) -> None:
+        super().__init__()
+        self.threads: list[int] = []
+        self.breaks_at = breaks_at
+
+    def run(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.threads.append(torch.get_num_threads())
+        if len(self.threads) == self.breaks_at:
+            raise MemoryError("the engine breaks")
+        return super().run(pixels)
+
+
+@pytest.fixture
+def three_threads() -> Iterator[int]:
+    """What somebody has set PyTorch to before the run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
+
+
+def test_the_encoder_has_its_threads_while_it_encodes_and_only_then(three_threads: int) -> None:
+    engine = ThreadsSeen()
+    between = [
+        torch.get_num_threads()
+        for _ in stream(engine, encoder_threads=2).run(map(slide, (0, 1)), plan_of({0: (5, 5), 1: (5, 5)}))
+    ]
+    assert set(engine.threads) == {2} and len(engine.threads) == 8
+    assert between == [three_threads, three_threads]
+    assert torch.get_num_threads() == three_threads
+
+
+def test_threads_of_a_new_thread_that_runs_the_stream(three_threads: int) -> None:
+    engine = ThreadsSeen()
+    running = stream(engine, encoder_threads=1).run([slide(0)], plan_of({0: (5, 5)}))
+    thread = threading.Thread(target=lambda: list(running))
+    thread.start()
+    thread.join()
+    assert set(engine.threads) == {1} and torch.get_num_threads() == three_threads
+
+
+def test_threads_are_put_back_when_a_run_breaks_or_is_closed(three_threads: int) -> None:
+    engine = ThreadsSeen(breaks_at=2)
+    with pytest.raises(MemoryError):
+        list(stream(engine, encoder_threads=2).run([slide(0)], plan_of({0: (5, 5)})))
+    assert engine.threads == [2, 2] and torch.get_num_threads() == three_threads
+    running = stream(ThreadsSeen(), encoder_threads=2).run(
+        map(slide, (0, 1)), plan_of({0: (1, 1), 1: (30, 30)})
+    )
+    next(running)
+    running.close()
+    assert torch.get_num_threads() == three_threads
+
+
+def test_threads_stay_as_they_are_unless_told(three_threads: int) -> None:
+    engine = ThreadsSeen()
+    list(stream(engine).run([slide(0)], plan_of({0: (2, 2)})))
+    assert engine.threads == [three_threads]
+
+
+def test_slides_that_come_one_by_one_are_through_before_the_next_comes() -> None:
+    """Nobody waits for the slide after the present one; the last batch only for the end."""
+    shapes = {0: (7, 2), 1: (7, 3), 2: (1, 1)}
+    arrivals = Arrivals()
+    arrivals.put(slide(0))
+    outcomes = stream(Engine(), batch_size=7).run(arrivals, plan_of(shapes))
+    for number in (0, 1):
+        check(next(outcomes), number, shapes[number])
+        arrivals.put(slide(number + 1))
+    arrivals.end()
+    check(next(outcomes), 2, shapes[2])
+    assert next(outcomes, None) is None
+    arrivals.put(slide(0))
+    arrivals.end()
+    again = by_number(stream(Engine(), batch_size=7).run(arrivals, plan_of(shapes)))
+    assert again.keys() == {0}, "what comes after an end is the next stream's"
+
+
+def test_a_stream_that_is_closed_does_not_wait_for_slides_that_might_come() -> None:
+    arrivals = Arrivals()
+    arrivals.put(slide(0))
+    outcomes = stream(Engine(), batch_size=7).run(arrivals, plan_of({0: (7, 2)}))
+    next(outcomes)
+    outcomes.close()

@@ -1,0 +1,61 @@
+"""One cohort over several devices and machines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from slide2vec.cpus import job_cpus, share
+from slide2vec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from slide2vec.cohort.embedder import Encoder
+    from slide2vec.config import ExecutionOptions
+    from slide2vec.scale.elsewhere import Elsewhere
+    from slide2vec.scale.fleet import Fleet
+
+__all__ = ["Elsewhere", "Fleets", "workers_for"]
+
+#: Fleets that wait for the next call, by what decides their workers.
+Fleets: TypeAlias = "dict[tuple[object, ...], list[Fleet]]"
+
+
+def workers_for(
+    model: Encoder,
+    loader: Callable[..., Any] | None,
+    devices: Sequence[str],
+    execution: ExecutionOptions,
+    kept: Fleets,
+) -> Elsewhere | None:
+    """Who embeds the slides of a call; None: its own process, on the model's own device.
+
+    Args:
+        loader: builds the model anew, as `loader(device=…)`.
+        devices: of this machine.
+        kept: fleets of earlier calls.
+
+    Raises:
+        ConfigError: workers are asked for, and cannot load the model.
+        ExtraMissingError: executor="ray", and Ray is not installed.
+    """
+    ray = execution.executor == "ray"
+    if not ray and len(devices) == 1:
+        return None
+    if loader is None:
+        raise ConfigError(
+            "several devices need a model of Model.from_preset, which each of them loads anew; for one that "
+            "was made otherwise say num_gpus=0"
+        )
+    from slide2vec.scale.elsewhere import Elsewhere
+
+    key: tuple[object, ...] = (*devices, execution.executor, execution.ray_address, execution.num_gpus)
+    return Elsewhere(model, _starter(loader, devices, execution), kept.setdefault(key, []))
+
+
+def _starter(
+    loader: Callable[..., Any], devices: Sequence[str], execution: ExecutionOptions
+) -> Callable[[], Fleet]:
+    from slide2vec.scale.local import LocalFleet
+
+    return partial(LocalFleet, devices, loader, share(job_cpus(), len(devices)))

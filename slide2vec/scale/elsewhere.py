@@ -1,0 +1,193 @@
+"""Embed slides in the workers of a fleet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slide2vec.cohort.books import Entry
+from slide2vec.cohort.publish import Settled
+from slide2vec.config import ExecutionOptions, PreprocessingConfig
+from slide2vec.errors import Slide2VecError
+from slide2vec.progress import (
+    RunFinished,
+    RunStarted,
+    SlideFailed,
+    SlideFinished,
+    SlidePlanned,
+    active_reporter,
+    merged,
+)
+from slide2vec.scale.coordinator import Coordinator, Failed
+from slide2vec.scale.fleet import Fleet
+from slide2vec.scale.messages import Embedded, Event, Job, Report, Task
+from slide2vec.scale.parts import SlideInParts, divisible
+from slide2vec.slides import Slide
+from slide2vec.stream import SlideOutcome, plan_slide
+from slide2vec.tiling import Tiling
+
+if TYPE_CHECKING:
+    from slide2vec.cohort.embedder import Encoder
+
+__all__ = ["Elsewhere"]
+
+#: Threads that ask for the sizes of files, on network storage perhaps.
+_LOOKERS = 16
+
+
+class Elsewhere:
+    """A model at work in several processes. See `slide2vec.cohort.embedder.Workers`.
+
+    Args:
+        model: the one that workers load, for its name and identity.
+        start: starts a fleet of them.
+        kept: where a fleet waits for the next call; empty while it works.
+    """
+
+    def __init__(self, model: Encoder, start: Callable[[], Fleet], kept: list[Fleet]) -> None:
+        self._model, self._start, self._kept = model, start, kept
+        self.lost = 0
+
+    def outcomes(
+        self, slides: Sequence[Slide], config: PreprocessingConfig, execution: ExecutionOptions
+    ) -> Generator[SlideOutcome, None, None]:
+        """Embed slides in memory; each is yielded when it is through.
+
+        A single one is embedded in parts, on all devices; then it has no slide embedding yet.
+        """
+        with self._fleet() as fleet:
+            if len(slides) == 1 and fleet.size > 1 and divisible(config):
+                yield self._in_parts(fleet, slides[0], config, execution)
+                return
+            job = self._job(config, execution, publish=False, aggregate=True)
+            reports = self._run(fleet, job, [Task(slide) for slide in slides], len(slides))
+            by_name = {slide.sample_id: slide for slide in slides}
+            yield from self._outcomes(fleet, reports, by_name)
+
+    def publish(
+        self,
+        slides: Sequence[Slide],
+        config: PreprocessingConfig,
+        execution: ExecutionOptions,
+        tilings: Mapping[str, Tiling],
+    ) -> Generator[Entry | Settled | SlideOutcome, None, None]:
+        """See `Workers`."""
+        by_name = {slide.sample_id: slide for slide in slides}
+        tasks = [Task(slide, tilings.get(slide.sample_id)) for slide in slides]
+        job = self._job(config, execution, publish=True, aggregate=True)
+        with self._fleet() as fleet:
+            for report in self._run(fleet, job, tasks, len(slides)):
+                match report:
+                    case Failed(name=name, error=error):
+                        yield SlideOutcome(by_name[name], error=error)
+                    case Entry() | Settled():
+                        yield report
+
+    def _in_parts(
+        self, fleet: Fleet, slide: Slide, config: PreprocessingConfig, execution: ExecutionOptions
+    ) -> SlideOutcome:
+        reporter = active_reporter()
+        try:
+            plan = plan_slide(slide, config, execution.output_dir)
+            parts = SlideInParts(plan, fleet.size)
+            plan.source.close()
+        except Slide2VecError as error:
+            reporter.emit(RunStarted(1, self._model.name))
+            reporter.emit(SlideFailed(slide.sample_id, error))
+            return SlideOutcome(slide, error=error)
+        drawn = config.preview.updated(save_mask_preview=False, save_tiling_preview=False)
+        job = self._job(config.updated(preview=drawn), execution, publish=False, aggregate=False)
+        by_name = {task.name: task.slide for task in parts.tasks}
+        reports = self._run(fleet, job, parts.tasks, 1, whole=slide.sample_id)
+        found = {each.slide.sample_id: each for each in self._outcomes(fleet, reports, by_name)}
+        outcome = parts.joined([found[task.name] for task in parts.tasks])
+        if outcome.error is not None:
+            reporter.emit(SlideFailed(slide.sample_id, outcome.error))
+        return outcome
+
+    def _outcomes(
+        self, fleet: Fleet, reports: Iterator[Report | Failed], slides: Mapping[str, Slide]
+    ) -> Iterator[SlideOutcome]:
+        """Each once: a worker may be lost between the last that it tells of a slide and its end."""
+        seen = set()
+        for report in reports:
+            match report:
+                case Embedded(outcome, features):
+                    if outcome.embedded is not None:
+                        values = fleet.adopt(features)
+                        outcome = replace(outcome, embedded=replace(outcome.embedded, tile_embeddings=values))
+                case Failed(name=name, error=error):
+                    outcome = SlideOutcome(slides[name], error=error)
+                case _:
+                    continue
+            if outcome.slide.sample_id not in seen:
+                seen.add(outcome.slide.sample_id)
+                yield outcome
+
+    def _job(
+        self, config: PreprocessingConfig, execution: ExecutionOptions, *, publish: bool, aggregate: bool
+    ) -> Job:
+        """Each worker takes its one device."""
+        own = execution.updated(devices=None, num_gpus=None, executor="local", ray_address=None)
+        return Job(config, own, publish, aggregate, self._model.identity(own))
+
+    def _run(
+        self, fleet: Fleet, job: Job, tasks: Sequence[Task], slides: int, whole: str | None = None
+    ) -> Iterator[Report | Failed]:
+        """What workers tell, with what the progress reporter is to know told to it.
+
+        Args:
+            whole: the slide that the tasks are parts of.
+        """
+        started, reporter = time.perf_counter(), active_reporter()
+        reporter.emit(RunStarted(slides, self._model.name))
+        coordinator = Coordinator(fleet, job, tasks, _sizes(tasks))
+        for report in coordinator.run():
+            match report:
+                case Event(SlidePlanned() | SlideFinished() | SlideFailed()) if whole is not None:
+                    pass
+                case Event(event):
+                    reporter.emit(event)
+                case Failed(name=name, error=error):
+                    if whole is None:
+                        reporter.emit(SlideFailed(name, error))
+                    yield report
+                case _:
+                    yield report
+        self.lost += coordinator.lost
+        summary = merged(coordinator.summaries, time.perf_counter() - started)
+        if whole is not None:
+            summary = replace(summary, slides=1 - bool(summary.failed), failed=int(bool(summary.failed)))
+        reporter.emit(RunFinished(summary))
+
+    @contextmanager
+    def _fleet(self) -> Iterator[Fleet]:
+        """A fleet, kept for the next call unless this one broke off: then its workers have work in hand."""
+        fleet = self._kept.pop() if self._kept else self._start()
+        try:
+            yield fleet
+        except BaseException:
+            fleet.close()
+            raise
+        self._kept.append(fleet)
+
+
+def _sizes(tasks: Sequence[Task]) -> dict[str, float]:
+    """Tiles where they are known of all, else bytes of the slides' files."""
+    if all(task.tiling is not None for task in tasks):
+        return {task.name: float(len(task.tiling or ())) for task in tasks}
+    with ThreadPoolExecutor(_LOOKERS) as pool:
+        sizes = pool.map(_bytes, [task.slide.image_path for task in tasks])
+        return {task.name: size for task, size in zip(tasks, sizes, strict=True)}
+
+
+def _bytes(path: Path) -> float:
+    try:
+        return float(path.stat().st_size)
+    except OSError:
+        return 0.0

@@ -1,0 +1,180 @@
+"""What passes between the coordinator and its workers. Plain values, so that they can be pickled."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from slide2vec.errors import Slide2VecError
+
+if TYPE_CHECKING:
+    from slide2vec.cohort.books import Entry
+    from slide2vec.cohort.publish import Settled
+    from slide2vec.config import ExecutionOptions, PreprocessingConfig
+    from slide2vec.progress import ProgressEvent, RunSummary
+    from slide2vec.slides import Slide
+    from slide2vec.stream import SlideOutcome
+    from slide2vec.tiling import Tiling
+
+__all__ = [
+    "Begin",
+    "Begun",
+    "Broken",
+    "Command",
+    "Done",
+    "Drain",
+    "Embedded",
+    "Event",
+    "Finish",
+    "Finished",
+    "Job",
+    "Load",
+    "Logged",
+    "Lost",
+    "Ready",
+    "Report",
+    "Task",
+    "portable",
+]
+
+
+# to a worker ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Load:
+    """Load the model: `loader(device=…)`."""
+
+    loader: Callable[..., Any]
+    device: str | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is the same for all slides of a call.
+
+    Attributes:
+        config: resolved for the model.
+        publish: write artifacts to `execution.output_dir`; else embeddings come back.
+        aggregate: slides get their slide embedding, where the model has one.
+        identity: of the model, for `execution`: a worker whose own differs is refused.
+    """
+
+    config: PreprocessingConfig
+    execution: ExecutionOptions
+    publish: bool
+    aggregate: bool
+    identity: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Slides of this job follow."""
+
+    job: Job
+
+
+@dataclass(frozen=True)
+class Task:
+    """A slide to embed, named by its sample_id, with its tiles if they are known."""
+
+    slide: Slide
+    tiling: Tiling | None = None
+
+    @property
+    def name(self) -> str:
+        return self.slide.sample_id
+
+
+@dataclass(frozen=True)
+class Drain:
+    """Nothing comes before what is there is done: encode the partial batch."""
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The job has no more slides."""
+
+
+Command: TypeAlias = Load | Begin | Task | Drain | Finish
+
+
+# from a worker -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The model is loaded."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The job's slides can come."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something for the progress reporter."""
+
+    event: ProgressEvent
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A slide is through, in memory; `features`: its tile embeddings as the fleet keeps them."""
+
+    outcome: SlideOutcome
+    features: Any
+
+
+@dataclass(frozen=True)
+class Done:
+    """A slide is through, whatever became of it: all that there is to tell of it has been told."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The job is finished; a summary per stream that had anything to do."""
+
+    summaries: tuple[RunSummary, ...]
+
+
+@dataclass(frozen=True)
+class Logged:
+    """A line of the library's log."""
+
+    name: str
+    level: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Broken:
+    """The worker cannot go on, and ends."""
+
+    error: Exception
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Said of a worker by its fleet: it is no more, and why."""
+
+    reason: str
+
+
+Report: TypeAlias = (
+    "Ready | Begun | Event | Entry | Settled | Embedded | Done | Finished | Logged | Broken | Lost"
+)
+
+
+def portable(error: Exception) -> Exception:
+    """The error, or one that says the same, if it cannot be pickled and unpickled."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return Slide2VecError(f"{type(error).__name__}: {error}")

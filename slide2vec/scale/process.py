@@ -1,0 +1,51 @@
+"""A worker in a process of its own: `python -m slide2vec.scale.process DESCRIPTOR FOLDER`.
+
+Its device is in its environment before it imports anything, and it ends with the process that started it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from slide2vec.scale.features import store
+from slide2vec.scale.worker import serve
+
+__all__ = ["main"]
+
+
+def main(descriptor: int, folder: Path) -> None:
+    """Serve whoever holds the other end of a socket.
+
+    Args:
+        folder: for tile embeddings on their way.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the coordinator
+    logging.getLogger("slide2vec").addHandler(logging.NullHandler())
+    connection = Connection(descriptor)
+    telling = threading.Lock()
+
+    def tell(report: Any) -> None:
+        with telling:
+            connection.send(report)
+
+    def receive() -> Any:
+        try:
+            return connection.recv()
+        except (EOFError, OSError):
+            shutil.rmtree(folder, ignore_errors=True)
+            os._exit(0)  # threads may be deep in a slide that nobody wants any more
+
+    serve(receive, tell, partial(store, folder=folder))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,127 @@
+"""Slides are planned as they come, so many ahead of the reading."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
+
+from slide2vec.slides import Slide
+from slide2vec.stream.plan import SlidePlan
+from slide2vec.stream.staging import IN_PLACE, InPlace
+
+__all__ = ["Arrivals", "Planning"]
+
+
+class _Mark:
+    """Stands between slides."""
+
+
+_END, _LOOK = _Mark(), _Mark()
+
+
+class Arrivals:
+    """Slides that come one after another, from another thread.
+
+    Those up to an end are for one stream, those after it for the next.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Slide | _Mark] = queue.SimpleQueue()
+
+    def put(self, slide: Slide) -> None:
+        """One more slide."""
+        self._queue.put(slide)
+
+    def end(self) -> None:
+        """No more slides come, for this stream."""
+        self._queue.put(_END)
+
+    def look_up(self) -> None:
+        """Have whoever waits for a slide ask whether to go on."""
+        self._queue.put(_LOOK)
+
+    def until(self, stopping: Callable[[], bool]) -> Iterator[Slide]:
+        """The slides, waiting for each, until the end."""
+        while (slide := self._queue.get()) is not _END and not stopping():
+            if isinstance(slide, Slide):
+                yield slide
+
+
+class Planning:
+    """The plans of slides, in their order, made in threads.
+
+    Slides are taken from where they come as early as there is room, so that the next are planned while
+    their reader is busy with the present one, and this one does not wait for the next to come.
+
+    Args:
+        plan: called in threads.
+        threads: that plan; one slide more than these is planned ahead.
+        stager: told of each slide as it is taken.
+    """
+
+    def __init__(
+        self,
+        slides: Iterable[Slide] | Arrivals,
+        plan: Callable[[Slide], SlidePlan],
+        threads: int,
+        stager: InPlace = IN_PLACE,
+    ) -> None:
+        self._slides, self._plan, self._stager = slides, plan, stager
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="plan")
+        self._room = threading.Semaphore(threads + 1)
+        self._waiting: queue.SimpleQueue[tuple[Slide, Future[SlidePlan]] | Exception | None] = (
+            queue.SimpleQueue()
+        )
+        self._stopping = False
+        self._thread = threading.Thread(target=self._take_all, name="arrive")
+
+    def stop(self) -> None:
+        """Take no more slides. From any thread."""
+        self._stopping = True
+        self._room.release()
+        if isinstance(self._slides, Arrivals):
+            self._slides.look_up()
+
+    def _source(self) -> Iterable[Slide]:
+        if isinstance(self._slides, Arrivals):
+            return self._slides.until(lambda: self._stopping)
+        return self._slides
+
+    def _take_all(self) -> None:
+        try:
+            for slide in self._stager.ahead(self._source()):
+                self._room.acquire()
+                if self._stopping:
+                    return
+                self._waiting.put((slide, self._pool.submit(self._plan, slide)))
+        except Exception as error:  # of where the slides come from
+            self._waiting.put(error)
+        finally:
+            self._waiting.put(None)
+
+    def __iter__(self) -> Iterator[tuple[Slide, Future[SlidePlan]]]:
+        while (item := self._waiting.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            self._room.release()
+            yield item
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close what was planned and not taken."""
+        self.stop()
+        self._thread.join()
+        while not self._waiting.empty():
+            match self._waiting.get():
+                case (_, planned) if not planned.cancel() and planned.exception() is None:
+                    planned.result().source.close()
+        self._pool.shutdown()

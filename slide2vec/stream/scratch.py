@@ -1,0 +1,77 @@
+"""A folder of one run in a directory that other runs and machines may share."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["private_folder"]
+
+_PREFIX = "slide2vec-stage"
+
+
+@contextmanager
+def private_folder(directory: Path) -> Iterator[Path]:
+    """A new folder in a directory, removed when the block ends; those of dead runs are removed first.
+
+    A run holds a lock on the file beside its folder, which the operating system releases however the run
+    ends. Not all network file systems tell one machine of the locks of another, so that only folders of
+    this machine, by its name, are taken for dead.
+
+    Raises:
+        OSError: the directory cannot be made or written to.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    host = re.sub(r"[^\w.]", "_", socket.gethostname())
+    for lock in directory.glob(f"{_PREFIX}-{host}-*.lock"):
+        _remove_if_dead(lock)
+    lock, descriptor = _locked(directory, f"{_PREFIX}-{host}")
+    folder = lock.with_suffix("")
+    try:
+        folder.mkdir(mode=0o700)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _locked(directory: Path, prefix: str) -> tuple[Path, int]:
+    """A new lock file, held: another run may take it for a dead one's until it is."""
+    while True:
+        lock = directory / f"{prefix}-{secrets.token_hex(6)}.lock"
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        if _hold(descriptor) is not False and lock.exists():
+            return lock, descriptor
+        os.close(descriptor)
+
+
+def _remove_if_dead(lock: Path) -> None:
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:  # gone meanwhile, or of another user
+        return
+    try:
+        if _hold(descriptor):
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _hold(descriptor: int) -> bool | None:
+    """Whether this process now holds a lock file; None where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
