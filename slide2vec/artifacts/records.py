@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from slide2vec.config import OutputFormat
 from slide2vec.errors import ArtifactError
-from slide2vec.files import as_os_errors, as_path
+from slide2vec.files import as_os_errors, as_path, entries
 
 __all__ = [
     "FORMATS",
@@ -203,9 +203,7 @@ def _size_of(path: Path) -> int | None:
 def tile_artifacts(output_dir: str | Path) -> Iterator[TileEmbeddingArtifact]:
     """The complete tile embeddings under an output directory, sorted by name."""
     folder = as_path(output_dir) / "tile_embeddings"
-    if not folder.is_dir():
-        return
-    for name in sorted(path.name for path in folder.iterdir() if path.name.endswith(SIDECAR)):
+    for name in sorted(path.name for path in entries(folder) if path.name.endswith(SIDECAR)):
         artifact = find_tile_artifact(output_dir, name.removesuffix(SIDECAR))
         if artifact is not None:
             yield artifact

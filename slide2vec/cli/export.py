@@ -11,7 +11,7 @@ import typer
 
 from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
 from slide2vec.cli.exporting import KINDS, Dtype, Exported, Kind
-from slide2vec.files import as_path
+from slide2vec.files import as_path, entries, is_remote
 
 __all__ = ["export"]
 
@@ -99,9 +99,7 @@ def _names(folder: Path) -> list[str]:
     from slide2vec.artifacts.records import FORMATS, SIDECAR
 
     suffixes = (SIDECAR, *(f".{file_format}" for file_format in FORMATS))
-    if not folder.is_dir():
-        return []
-    names = [path.name for path in folder.iterdir() if path.is_file()]
+    names = [path.name for path in entries(folder) if is_remote(path) or path.is_file()]
     return sorted({name.removesuffix(end) for name in names for end in suffixes if name.endswith(end)})
 
 

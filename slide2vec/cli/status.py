@@ -13,7 +13,7 @@ import typer
 
 from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
 from slide2vec.errors import ArtifactError, ConfigError
-from slide2vec.files import as_path
+from slide2vec.files import as_os_errors, as_path
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -60,9 +60,11 @@ def _look(directory: Path) -> dict[str, Any]:
 
     running = holder(directory)  # first: a run that ends meanwhile is looked at once more
     path = directory / "process_list.csv"
-    if not path.exists() and running is None:
+    with as_os_errors(path):
+        is_there = path.exists()
+    if not is_there and running is None:
         raise ArtifactError(f"{directory} is not the output directory of a run: it has no process_list.csv")
-    rows = read_process_list(path) if path.exists() else []
+    rows = read_process_list(path) if is_there else []
     states = Counter(_state(row) for row in rows)
     failed = [row for row in rows if _state(row) == "failed"]
     return {

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from slide2vec.files.atomic import READING_ARRAYS, atomic_path, remove, remove_partial
-from slide2vec.files.remote import as_os_errors, as_path, is_remote, local
+from slide2vec.files.remote import as_os_errors, as_path, entries, is_remote, local
 
 __all__ = [
     "READING_ARRAYS",
     "as_os_errors",
     "as_path",
     "atomic_path",
+    "entries",
     "is_remote",
     "local",
     "remove",

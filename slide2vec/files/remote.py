@@ -21,7 +21,7 @@ from slide2vec.errors import ConfigError, ExtraMissingError, Slide2VecError
 if TYPE_CHECKING:
     from upath import UPath
 
-__all__ = ["as_os_errors", "as_path", "create", "is_remote", "local", "make_folder", "upload"]
+__all__ = ["as_os_errors", "as_path", "create", "entries", "is_remote", "local", "make_folder", "upload"]
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+)://(.*)", re.DOTALL)
 #: What pathlib makes of a URL.
@@ -108,6 +108,19 @@ def as_os_errors(path: Path) -> Iterator[None]:
         if not is_remote(path):
             raise
         raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def entries(folder: Path) -> list[Path]:
+    """What is in a folder, in one listing; nothing where there is none.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    try:
+        with as_os_errors(folder):
+            return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 @contextmanager

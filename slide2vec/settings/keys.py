@@ -59,6 +59,9 @@ class Key:
         try:  # JSON has the types of YAML: text is no number, 1 is not true, but a list may be a tuple
             return TypeAdapter(self.type).validate_json(text, strict=True)
         except ValidationError as error:
+            own = next((c for item in error.errors() if (c := (item.get("ctx") or {}).get("error"))), None)
+            if isinstance(own, ConfigError):
+                raise own from None
             wrong = dict.fromkeys(item["msg"].lower() for item in error.errors())
             raise ConfigError(f"{'; or '.join(wrong)}, {given}") from None
 

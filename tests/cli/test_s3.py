@@ -124,6 +124,30 @@ def test_run_and_resume(manifest: str, slides: list[Path], tmp_path: Path) -> No
     )
 
 
+def test_workers_publish_themselves(slides: list[Path], tmp_path: Path) -> None:
+    """Two processes into one bucket: the same as one into a folder."""
+    model = Model.from_preset("scattering", device="cpu")
+    config = PreprocessingConfig(requested_tile_size_px=TILE_PX, tissue_threshold=THRESHOLD, resume=True)
+    here = Pipeline(model, config, ExecutionOptions(output_dir=tmp_path)).run(slides)
+    execution = ExecutionOptions(output_dir=as_path("s3://bucket/two"), devices=["cpu", "cpu"])
+    there = Pipeline(model, config, execution).run(slides)
+    assert not there.failed and len(there.tile_artifacts) == 2
+    for local, artifact in zip(here.tile_artifacts, there.tile_artifacts, strict=True):
+        assert str(artifact.path) == f"s3://bucket/two/tile_embeddings/{local.path.name}"
+        assert torch.equal(load_embeddings(artifact.path), load_embeddings(local.path))
+    assert Pipeline(model, config, execution).run(slides).resumed == 2
+
+
+def test_without_credentials_there_is_one_line(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for arguments in (("status", "s3://bucket/run"), ("export", "s3://bucket/run", "-o", "elsewhere")):
+        done = slide2vec(*arguments)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert "NoCredentialsError" in done.stderr
+
+
 def test_one_creation_succeeds() -> None:
     """Moto does as S3: an object is created once (If-None-Match)."""
     path = as_path("s3://bucket/once")
