@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tifffile
 import torch
 from scale_helpers import Deadly, Different, Small, Unloadable
 
@@ -177,8 +179,12 @@ def test_one_slide_shared_out_leaves_its_bad_tiles_out(
     model: Deadly, slides: list[Path], tmp_path: Path
 ) -> None:
     damaged = tmp_path / "damaged.svs"
+    with tifffile.TiffFile(slides[1]) as file:
+        page: Any = file.pages[0]
+        largest = int(np.argmax(page.databytecounts))
+        offset, count = page.dataoffsets[largest], page.databytecounts[largest]
     content = bytearray(slides[1].read_bytes())
-    content[len(content) // 2 : len(content) // 2 + 4000] = bytes(4000)
+    content[offset : offset + count] = bytes(count)
     damaged.write_bytes(content)
     config = PREPROCESSING.updated(on_bad_tile="skip")
     expected = model.embed_slide(damaged, config)
