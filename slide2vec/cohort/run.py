@@ -66,6 +66,7 @@ def embed_cohort(
     """
     cohort = Cohort(config, execution, embedder, tilings)
     with opened(cohort, slides, settings) as (books, log):
+        slides = books.slides  # those of the shard, if it is one
         todo = take_up(cohort, books)
         log.write(
             f"{len(todo.slides)} of {len(slides)} slides to embed, {len(todo.tiles)} to aggregate from their "
@@ -150,6 +151,7 @@ def tile_cohort(
     """
     cohort = Cohort(config, execution)
     with opened(cohort, slides, settings) as (books, log):
+        slides = books.slides  # those of the shard, if it is one
         log.emit(RunStarted(len(slides), "tiling"))
         started = time.perf_counter()
         tiles = failed = 0

@@ -147,6 +147,7 @@ KEYS: dict[str, Key] = {
     "speed.num_preprocessing_workers": _of(ExecutionOptions, "num_preprocessing_workers"),
     "speed.num_cucim_workers": _of(PreprocessingConfig, "num_cucim_workers"),
     "speed.num_gpus": _of(ExecutionOptions, "num_gpus"),
+    "speed.shard": _of(ExecutionOptions, "shard"),
     "speed.prefetch_factor_embedding": _of(ExecutionOptions, "prefetch_factor"),
     "speed.persistent_workers_embedding": _of(ExecutionOptions, "persistent_workers"),
     "wandb.enable": Key(bool, False),
