@@ -242,9 +242,10 @@ def _nothing_in_shard(settings: RunSettings, slides: list[Slide], *, as_json: bo
     from slide2vec.recipes import load_recipe
 
     shard, output_dir = settings.execution.shard, settings.execution.output_dir
+    if shard is None:
+        return False
     assert output_dir is not None
-    patients = load_recipe(settings.preset).level == "patient"
-    if shard is None or not is_empty(slides, shard, patients=patients):
+    if not is_empty(slides, shard, patients=load_recipe(settings.preset).level == "patient"):
         return False
     path = enter_empty(output_dir, shard, (slide.sample_id for slide in slides))
     note(f"shard {shard} is empty: {len(slides)} slides are divided among fewer shards")

@@ -19,7 +19,7 @@ from slide2vec.cohort.merging import merge_shards
 from slide2vec.cohort.process_list import read_process_list
 from slide2vec.errors import OutputLockedError
 from slide2vec.files import atomic_path
-from slide2vec.slides import Slide, as_slides
+from slide2vec.slides import as_slides
 
 #: Few, small tiles.
 CONFIG = PreprocessingConfig(requested_spacing_um=2.0, requested_tile_size_px=64, resume=True)
@@ -203,18 +203,6 @@ def test_only_tiled(slides: list[Path], tmp_path: Path) -> None:
         assert len(tile_cohort(as_slides(slides), CONFIG, execution).process_list_path.read_text()) > 0
     assert merge_shards(tmp_path / "out").complete
     assert len(list((tmp_path / "out/tiles").glob("*.meta.json"))) == 6
-
-
-def test_patients_stay_together(tmp_path: Path) -> None:
-    from slide2vec.cohort.shards import my_slides
-
-    slides = [
-        Slide(sample_id=f"s{n}", image_path=tmp_path / f"{n}.svs", patient_id=f"p{n % 3}") for n in range(9)
-    ]
-    for slide in slides:
-        slide.image_path.write_bytes(bytes(100))
-    parts = [my_slides(slides, f"{number}/3", CONFIG, patients=True) for number in (1, 2, 3)]
-    assert [{slide.patient_id for slide in part} for part in parts] == [{"p0"}, {"p1"}, {"p2"}]
 
 
 # locks ------------------------------------------------------------------------------------------
