@@ -8,11 +8,11 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slide2vec.cohort.books import Entry
 from slide2vec.cohort.publish import Settled
+from slide2vec.cohort.shards import slide_bytes
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import Slide2VecError
 from slide2vec.progress import (
@@ -161,7 +161,7 @@ class Elsewhere:
         """
         started, reporter = time.perf_counter(), active_reporter()
         reporter.emit(RunStarted(slides, self._model.name))
-        coordinator = Coordinator(fleet, job, tasks, _sizes(tasks))
+        coordinator = Coordinator(fleet, job, tasks, _sizes(tasks, job.config))
         for report in coordinator.run():
             match report:
                 case Event(SlidePlanned() | SlideFinished() | SlideFailed()) if whole is not None:
@@ -204,17 +204,10 @@ def _stage_share(execution: ExecutionOptions, workers: int) -> float | None:
         return None
 
 
-def _sizes(tasks: Sequence[Task]) -> dict[str, float]:
+def _sizes(tasks: Sequence[Task], config: PreprocessingConfig) -> dict[str, float]:
     """Tiles where they are known of all, else bytes of the slides' files."""
     if all(task.tiling is not None for task in tasks):
         return {task.name: float(len(task.tiling or ())) for task in tasks}
     with ThreadPoolExecutor(_LOOKERS) as pool:
-        sizes = pool.map(_bytes, [task.slide.image_path for task in tasks])
-        return {task.name: size for task, size in zip(tasks, sizes, strict=True)}
-
-
-def _bytes(path: Path) -> float:
-    try:
-        return float(path.stat().st_size)
-    except OSError:
-        return 0.0
+        sizes = pool.map(lambda task: slide_bytes(task.slide, config), tasks)
+        return {task.name: float(size) for task, size in zip(tasks, sizes, strict=True)}
