@@ -34,6 +34,7 @@ __all__ = [
     "PreprocessingConfig",
     "PreviewConfig",
     "SegmentationConfig",
+    "shard_numbers",
 ]
 
 Backend = Literal["auto", "cucim", "openslide", "vips", "asap"]
@@ -270,6 +271,8 @@ class ExecutionOptions(_Config):
             it begins. A larger slide is read where it is.
         on_bad_slide: "fail" the patient one of whose slides cannot be embedded, or "skip" the slide and
             embed the patient from the others.
+        shard: "i/n", i from 1 to n: a Pipeline embeds the i-th of n parts of its slides, balanced by the
+            size of their files; the same part in every process that is given the same slides.
     """
 
     output_dir: Annotated[Path, PlainValidator(_writable)] | None = None
@@ -293,6 +296,21 @@ class ExecutionOptions(_Config):
     on_bad_slide: Literal["fail", "skip"] = "fail"
     stage_dir: Path | None = None
     stage_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    shard: str | None = None
+
+    @model_validator(mode="after")
+    def _shard_is_of_a_run_on_disk(self) -> Self:
+        if self.shard is not None and self.output_dir is None:
+            raise ConfigError(
+                f"shard={self.shard} is for a Pipeline, whose output_dir is common to all shards: give "
+                "output_dir, or leave shard out"
+            )
+        return self
+
+    @field_validator("shard")
+    @classmethod
+    def _shard_is_i_of_n(cls, value: str | None) -> str | None:
+        return None if value is None else "{}/{}".format(*shard_numbers(value))
 
     def feature_dtype(self, precision: str) -> Literal["float16", "float32"]:
         """Of the embeddings, for a run in `precision`."""
@@ -319,3 +337,19 @@ class ExecutionOptions(_Config):
             num_preprocessing_workers=self.num_preprocessing_workers,
             gflops=gflops,
         )
+
+
+def shard_numbers(shard: str) -> tuple[int, int]:
+    """ "3/16" -> (3, 16).
+
+    Raises:
+        ConfigError: it is not i/n with 1 <= i <= n.
+    """
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard.strip())
+    number, count = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= number <= count:
+        raise ConfigError(
+            f'a shard is "i/n", the i-th of n from 1/n to n/n, got {shard!r}; in a SLURM array that counts '
+            "from 0: $((SLURM_ARRAY_TASK_ID + 1))/$SLURM_ARRAY_TASK_COUNT"
+        )
+    return number, count

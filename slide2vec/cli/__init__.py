@@ -1,5 +1,5 @@
-"""The command line: `slide2vec run`, `embed`, `tile`, `status`, `export`, `info`, `models`, `build-engine`,
-`engines`, `bench`, `doctor`, `demo`.
+"""The command line: `slide2vec run`, `embed`, `tile`, `merge`, `status`, `export`, `info`, `models`,
+`build-engine`, `engines`, `bench`, `doctor`, `demo`.
 
 Subcommands import what they need when they run, so that `--help` answers at once.
 """
@@ -21,6 +21,7 @@ from slide2vec.cli.embed import embed
 from slide2vec.cli.engines import engines
 from slide2vec.cli.export import export
 from slide2vec.cli.info import info
+from slide2vec.cli.merge import merge
 from slide2vec.cli.models import models
 from slide2vec.cli.run import CONFIG_SUFFIXES, run
 from slide2vec.cli.status import status
@@ -69,6 +70,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(embed)
 app.command()(tile)
+app.command()(merge)
 app.command()(status)
 app.command()(export)
 app.command()(info)

@@ -91,6 +91,9 @@ def run(
         Literal["fail", "skip"] | None,
         typer.Option(help="Fail a patient with a slide that fails, or skip it.", show_default=False),
     ] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Embed the I-th of N parts of the slides, 1/N to N/N.")
+    ] = None,
     save_tile_embeddings: Annotated[
         bool | None,
         typer.Option(
@@ -176,6 +179,7 @@ def run(
         "speed.num_preprocessing_workers": num_preprocessing_workers,
         "speed.stage_dir": stage_dir and str(stage_dir),
         "speed.stage_gb": stage_gb,
+        "speed.shard": shard,
         "output_format": file_format,
         "speed.output_dtype": output_dtype,
         "on_bad_tile": on_bad_tile,
@@ -219,6 +223,8 @@ def _run(settings: RunSettings, *, tiling_only: bool, trust_remote_code: bool, a
         config = resolved(settings.preprocessing, settings.preset)
         result = tile_and_report(slides, replace(settings, preprocessing=config))
         print_tiled(result, output_dir, as_json=as_json)
+    elif _nothing_in_shard(settings, slides, as_json=as_json):
+        return
     else:
         note(f"loading {settings.preset} …")
         model = _model(settings, trust_remote_code)
@@ -232,8 +238,29 @@ def _run(settings: RunSettings, *, tiling_only: bool, trust_remote_code: bool, a
             )
         else:
             print_report(report, model, settings.execution)
+    if settings.execution.shard is not None:
+        note(f"shard {settings.execution.shard}; when all are done: slide2vec merge -o {output_dir}")
     if result.failed or result.failed_patients:
         raise typer.Exit(1)
+
+
+def _nothing_in_shard(settings: RunSettings, slides: list[Slide], *, as_json: bool) -> bool:
+    """Whether there are fewer slides than shards, so that no model is needed; says so, and enters it."""
+    from slide2vec.cohort.shard_lists import enter_empty
+    from slide2vec.cohort.shards import is_empty
+    from slide2vec.recipes import load_recipe
+
+    shard, output_dir = settings.execution.shard, settings.execution.output_dir
+    if shard is None:
+        return False
+    assert output_dir is not None
+    if not is_empty(slides, shard, patients=load_recipe(settings.preset).level == "patient"):
+        return False
+    path = enter_empty(output_dir, shard, (slide.sample_id for slide in slides))
+    note(f"shard {shard} is empty: {len(slides)} slides are divided among fewer shards")
+    if as_json:
+        print_json({"output_dir": output_dir, "slides": [], "failed": [], "process_list_path": path})
+    return True
 
 
 def _slides(settings: RunSettings) -> list[Slide]:

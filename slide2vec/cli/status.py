@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
+from slide2vec.cohort.process_list import STATES, state_of
 from slide2vec.errors import ArtifactError, ConfigError
 from slide2vec.files import as_os_errors, as_path
 
@@ -23,8 +24,6 @@ __all__ = ["status"]
 EVERY_S = 2.0
 #: Failures that are listed.
 MOST_ROWS = 10
-STATES = ("finished", "in progress", "to do", "failed")
-
 Row = Mapping[str, str]
 
 
@@ -55,23 +54,30 @@ def status(
 
 
 def _look(directory: Path) -> dict[str, Any]:
-    from slide2vec.cohort.lock import holder
-    from slide2vec.cohort.process_list import read_process_list
+    from slide2vec.cohort.lock import holder, shard_holders
+    from slide2vec.cohort.shard_lists import gathered, list_path
 
-    running = holder(directory)  # first: a run that ends meanwhile is looked at once more
-    path = directory / "process_list.csv"
-    with as_os_errors(path):
-        is_there = path.exists()
-    if not is_there and running is None:
+    shards = shard_holders(directory)  # first: a run that ends meanwhile is looked at once more
+    running = holder(directory) or next(iter(shards.values()), None)
+    found = gathered(directory)
+    rows = list(found.rows.values())
+    with as_os_errors(directory):
+        is_there = list_path(directory, None).exists()
+    if not (running or found.by_shard or is_there):
         raise ArtifactError(f"{directory} is not the output directory of a run: it has no process_list.csv")
-    rows = read_process_list(path) if is_there else []
-    states = Counter(_state(row) for row in rows)
-    failed = [row for row in rows if _state(row) == "failed"]
+    states = Counter(state_of(row) for row in rows)
+    states["to do"] += len(found.missing)  # of shards that have not begun
+    failed = [row for row in rows if state_of(row) == "failed"]
     return {
         "output_dir": directory,
         "running": running,
+        "shards": {
+            "running": shards,
+            "ended": [shard for shard in found.by_shard if shard not in shards],
+            "not_run": [shard for shard in found.not_run if shard not in shards],
+        },
         "encoders": sorted({row["encoder_name"] for row in rows} - {""}),
-        "slides": len(rows),
+        "slides": len(rows) + len(found.missing),
         **{state: states[state] for state in STATES},
         "tiles": _tiles(rows, "finished"),
         "tiles_planned": _tiles(rows, "in progress"),
@@ -80,18 +86,8 @@ def _look(directory: Path) -> dict[str, Any]:
     }
 
 
-def _state(row: Row) -> str:
-    """What has become of a slide; one that is only tiled has no feature_status."""
-    features, tiling = row["feature_status"], row["tiling_status"]
-    if tiling == "failed" or "error" in (features, row["aggregation_status"]):
-        return "failed"
-    if tiling == "success" and features in ("", "success") and row["aggregation_status"] != "tbp":
-        return "finished"
-    return "in progress" if tiling == "success" else "to do"
-
-
 def _tiles(rows: Sequence[Row], state: str) -> int:
-    return sum(_number(row["num_tiles"]) or 0 for row in rows if _state(row) == state)
+    return sum(_number(row["num_tiles"]) or 0 for row in rows if state_of(row) == state)
 
 
 def _number(text: str) -> int | None:
@@ -134,6 +130,8 @@ def _shown(found: Mapping[str, Any]) -> Group:
 
 def _facts(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "run", _running(found)
+    if any(found["shards"].values()):
+        yield "shards", _shards(found["shards"])
     if found["encoders"]:
         yield "encoder", ", ".join(found["encoders"])
     total = found["slides"]
@@ -146,9 +144,17 @@ def _facts(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "no tissue", f"{found['without_tissue']:,} slides"
 
 
+def _shards(shards: Mapping[str, Any]) -> str:
+    """How many are in which state; how many there are is known from the names."""
+    counts = {"running": "running", "ended": "ended", "not_run": "not begun"}
+    return ", ".join(f"{len(shards[name])} {words}" for name, words in counts.items() if shards[name])
+
+
 def _running(found: Mapping[str, Any]) -> str:
     if by := found["running"]:
         return f"running, process {by['pid']} on {by['host']} since {by['started']}"
+    if found["shards"]["ended"] and not found["shards"]["not_run"]:
+        return "not running: slide2vec merge puts its shards together"
     if found["to do"] or found["in progress"]:
         return "not running, and not done: start it again with resume to go on"
     return "not running"

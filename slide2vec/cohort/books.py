@@ -11,8 +11,9 @@ from typing import Any, Literal, Protocol
 
 from slide2vec.cohort.finished import Artifact, Kind
 from slide2vec.cohort.patients import Patient, by_patient
-from slide2vec.cohort.process_list import ProcessList, read_process_list
+from slide2vec.cohort.process_list import ProcessList, Row
 from slide2vec.cohort.results import FailedPatient, FailedSlide, RunResult
+from slide2vec.cohort.shard_lists import gathered
 from slide2vec.errors import ArtifactError
 from slide2vec.progress import RunSummary
 from slide2vec.recipes import Level
@@ -195,13 +196,16 @@ class Books:
         return f"{len(self._artifacts[self.kind])} of {total} {what} are complete"
 
 
-def first_rows(path: Path, slides: Iterable[Slide], common: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
-    """A row per slide, then those that an earlier process list has of other slides.
+def first_rows(
+    output_dir: Path | None, slides: Iterable[Slide], common: Mapping[str, Any]
+) -> Iterable[Mapping[str, Any]]:
+    """A row per slide, then those that earlier process lists have of other slides.
 
     Args:
+        output_dir: of the earlier lists, those of shards among them; None = there are no other slides.
         common: columns that are the same for all.
     """
-    previous = _previous_rows(path)
+    previous = {} if output_dir is None else _previous_rows(output_dir)
     for slide in slides:
         yield {
             "sample_id": slide.sample_id,
@@ -214,11 +218,9 @@ def first_rows(path: Path, slides: Iterable[Slide], common: Mapping[str, Any]) -
     yield from previous.values()
 
 
-def _previous_rows(path: Path) -> dict[str, dict[str, Any]]:
-    if not path.exists():
-        return {}
+def _previous_rows(output_dir: Path) -> dict[str, Row]:
     try:
-        return {row["sample_id"]: dict(row) for row in read_process_list(path)}
+        return dict(gathered(output_dir).rows)
     except ArtifactError as error:
         logger.warning("%s; a new one is begun", error)
         return {}

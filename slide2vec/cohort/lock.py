@@ -1,4 +1,4 @@
-"""One run at a time writes into an output directory."""
+"""One run at a time writes into an output directory, or several shards of one."""
 
 from __future__ import annotations
 
@@ -6,79 +6,147 @@ import fcntl
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from slide2vec.cohort.lease import lease_holder, leased, signature
 from slide2vec.errors import OutputError, OutputLockedError
-from slide2vec.files import is_remote
+from slide2vec.files import entries, is_remote
 
-__all__ = ["LOCK_NAME", "holder", "output_lock"]
+__all__ = ["LOCK_NAME", "SHARD_LOCKS", "holder", "output_lock", "shard_holders", "shard_stem"]
 
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".slide2vec.lock"
+#: Matches the locks of shards.
+SHARD_LOCKS = ".slide2vec.shard-*-of-*.lock"
+_TRIES, _PAUSE_S = 4, 0.05
+
+
+def shard_stem(shard: str) -> str:
+    """Of the names of a shard's files: "3/16" -> "shard-3-of-16"."""
+    return f"shard-{shard.replace('/', '-of-')}"
 
 
 @contextmanager
-def output_lock(output_dir: Path) -> Iterator[None]:
+def output_lock(output_dir: Path, shard: str | None = None) -> Iterator[None]:
     """Hold an output directory; the operating system releases it when the process ends, however it ends.
 
     One behind a URL is held as well as can be: see `leased`.
+
+    Args:
+        shard: hold only this one: other shards may be held meanwhile, the whole directory may not.
 
     Raises:
         OutputLockedError: another process holds it.
         OutputError: the directory cannot be made or written to.
     """
-    path = output_dir / LOCK_NAME
-    if is_remote(path):
-        with leased(path):
-            yield
-        return
+    with ExitStack() as held:
+        if is_remote(output_dir):
+            held.enter_context(_lease(output_dir, shard))
+        else:
+            held.enter_context(_lock(output_dir, LOCK_NAME, shared=shard is not None))
+            if shard is not None:
+                held.enter_context(_lock(output_dir, _shard_lock(shard)))
+        yield
+
+
+def _shard_lock(shard: str) -> str:
+    return f".slide2vec.{shard_stem(shard)}.lock"
+
+
+def _lease(output_dir: Path, shard: str | None) -> AbstractContextManager[None]:
+    """Of a directory behind a URL, while nobody holds a shard of it; of a shard, while nobody holds all."""
+    try:
+        others = [holder(output_dir)] if shard else list(shard_holders(output_dir).values())
+    except OSError as error:
+        raise OutputError.of(output_dir, error) from error
+    if (by := next(filter(None, others), None)) is not None:
+        raise _refusal(by, output_dir)
+    return leased(output_dir / (_shard_lock(shard) if shard else LOCK_NAME))
+
+
+@contextmanager
+def _lock(output_dir: Path, name: str, *, shared: bool = False) -> Iterator[None]:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(output_dir / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise OutputError.of(output_dir, error) from error
     try:
-        _acquire(descriptor, output_dir)
-        _sign(descriptor, output_dir)
+        _acquire(descriptor, output_dir / name, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        if not shared:
+            _sign(descriptor, output_dir / name)
         yield
-        os.ftruncate(descriptor, 0)
+        if not shared:
+            os.ftruncate(descriptor, 0)
     finally:
         os.close(descriptor)
 
 
-def _acquire(descriptor: int, output_dir: Path) -> None:
+def _acquire(descriptor: int, path: Path, kind: int) -> None:
+    output_dir = path.parent
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _patiently(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        by = _read(descriptor)
-        who = f"process {by['pid']} on {by['host']}, since {by['started']}" if by else "another process"
-        raise OutputLockedError(
-            f"{who} is writing into {output_dir}: wait until it is done, stop it, or choose another "
-            "output directory (`slide2vec status` shows how far it is)"
-        ) from None
+        by: Mapping[str, Any] | None = _read(descriptor)
+        if path.name == LOCK_NAME:  # shards in the way hold it together, unsigned
+            by = next(iter(shard_holders(output_dir).values()), by)
+        raise _refusal(by, output_dir) from None
     except OSError as error:  # some network file systems have no locks
         logger.warning("%s cannot be locked (%s): do not run twice into it", output_dir, error.strerror)
 
 
-def _sign(descriptor: int, output_dir: Path) -> None:
+def _refusal(by: Mapping[str, Any] | None, output_dir: Path) -> OutputLockedError:
+    who = f"process {by['pid']} on {by['host']}, since {by['started']}" if by else "another process"
+    return OutputLockedError(
+        f"{who} is writing into {output_dir}: wait until it is done, stop it, or choose another "
+        "output directory (`slide2vec status` shows how far it is)"
+    )
+
+
+def _patiently(descriptor: int, operation: int) -> None:
+    """Lock; whoever asks who holds a lock holds it for a moment, so it is tried more than once."""
+    for _ in range(_TRIES - 1):
+        try:
+            return fcntl.flock(descriptor, operation)
+        except BlockingIOError:
+            time.sleep(_PAUSE_S)
+    return fcntl.flock(descriptor, operation)
+
+
+def _sign(descriptor: int, path: Path) -> None:
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(signature()).encode(), 0)
     except OSError as error:
-        raise OutputError.of(output_dir / LOCK_NAME, error) from error
+        raise OutputError.of(path, error) from error
 
 
 def holder(output_dir: Path) -> Mapping[str, Any] | None:
-    """Who writes into an output directory now (host, pid, started); None when nobody does."""
-    if is_remote(output_dir):
-        return lease_holder(output_dir / LOCK_NAME)
+    """Who holds a whole output directory now (host, pid, started); None when nobody does."""
+    return _holder(output_dir / LOCK_NAME)
+
+
+def shard_holders(output_dir: Path) -> dict[str, Mapping[str, Any]]:
+    """As `holder`, of the shards ("3/16") that are held now, by their number."""
+    found = {}
+    for path in (path for path in entries(output_dir) if fnmatchcase(path.name, SHARD_LOCKS)):
+        number, _, count = path.name.removeprefix(".slide2vec.shard-").removesuffix(".lock").partition("-of-")
+        if number.isdecimal() and count.isdecimal() and (by := _holder(path)) is not None:
+            found[int(count), int(number)] = by
+    return {f"{number}/{count}": by for (count, number), by in sorted(found.items())}
+
+
+def _holder(path: Path) -> Mapping[str, Any] | None:
+    if is_remote(path):
+        return lease_holder(path)
     try:
-        descriptor = os.open(output_dir / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:

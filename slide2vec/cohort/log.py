@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from slide2vec.cohort.lock import shard_stem
 from slide2vec.errors import OutputError
 from slide2vec.files import atomic_path, is_remote
 from slide2vec.progress import (
@@ -45,12 +46,16 @@ class RunLog:
 
     Behind a URL it appears at the end of the run, or with its failure; that of a killed run is lost.
     As a reporter it passes every event on, and keeps the run's summary.
+
+    Args:
+        shard: of the run ("3/16"); it is in the name of the file, as shards may begin in one second.
     """
 
-    def __init__(self, output_dir: Path, inner: ProgressReporter) -> None:
+    def __init__(self, output_dir: Path, inner: ProgressReporter, shard: str | None = None) -> None:
         self.summary: RunSummary | None = None
         self._inner = inner
-        path = output_dir / "logs" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}.log"
+        part = "" if shard is None else f".{shard_stem(shard)}"
+        path = output_dir / "logs" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}{part}.log"
         self._upload = ExitStack()
         try:
             if is_remote(path):

@@ -11,6 +11,8 @@ from slide2vec.cohort.cohort import Cohort
 from slide2vec.cohort.lock import output_lock
 from slide2vec.cohort.log import RunLog
 from slide2vec.cohort.process_list import ProcessList
+from slide2vec.cohort.shard_lists import forget_shards, list_path, write_order
+from slide2vec.cohort.shards import my_slides
 from slide2vec.errors import OutputError
 from slide2vec.files import atomic_path, remove_partial
 from slide2vec.progress import activate_progress_reporter, active_reporter, live_progress
@@ -30,6 +32,8 @@ def opened(
 ) -> Iterator[tuple[Books, RunLog]]:
     """The books of a cohort, which are its `entries`, and the run's log.
 
+    Of a shard (`ExecutionOptions.shard`) the books are of its slides; `slides` are those of all.
+
     A file that cannot be written is told with what to do about it.
 
     Args:
@@ -44,7 +48,7 @@ def opened(
         with (
             live_progress(),
             _books(cohort, slides, settings) as books,
-            RunLog(cohort.output_dir, active_reporter()) as log,
+            RunLog(cohort.output_dir, active_reporter(), cohort.execution.shard) as log,
             activate_progress_reporter(log),
         ):
             yield books, log
@@ -55,22 +59,35 @@ def opened(
         raise told from error
 
 
-def remove_all_partial(output_dir: Path) -> None:
-    """Remove what killed processes left half-written, while nobody writes there."""
-    for folder in _FOLDERS:
-        remove_partial(output_dir / folder)
-
-
 @contextmanager
 def _books(cohort: Cohort, slides: Sequence[Slide], settings: str | None) -> Iterator[Books]:
-    directory = cohort.output_dir
-    path = directory / "process_list.csv"
-    with output_lock(directory):
-        remove_all_partial(directory)
+    directory, shard = cohort.output_dir, cohort.execution.shard
+    with output_lock(directory, shard):
+        if shard is None:  # others write there while a shard does
+            remove_all_partial(directory)
         if settings is not None:
             with atomic_path(directory / "config.yaml") as temporary:
                 temporary.write_text(settings, encoding="utf-8")
-        with ProcessList(path, first_rows(path, slides, cohort.columns())) as table:
+        mine = _share(cohort, slides)
+        rows = first_rows(directory if shard is None else None, mine, cohort.columns())
+        with ProcessList(list_path(directory, shard), rows) as table:
+            if shard is None:
+                forget_shards(directory, order=True)
             level = cohort.level if cohort.encoder else None
-            books = cohort.entries = Books(slides, table, level, cohort.kind)
+            books = cohort.entries = Books(mine, table, level, cohort.kind)
             yield books
+
+
+def _share(cohort: Cohort, slides: Sequence[Slide]) -> Sequence[Slide]:
+    """The slides that are this run's: all of them, or those of its shard."""
+    shard = cohort.execution.shard
+    if shard is None:
+        return slides
+    write_order(cohort.output_dir, (slide.sample_id for slide in slides))
+    return my_slides(slides, shard, cohort.config, patients=cohort.kind == "patient")
+
+
+def remove_all_partial(output_dir: Path) -> None:
+    """Remove what killed processes left half-written. Only for who holds the whole directory."""
+    for folder in _FOLDERS:
+        remove_partial(output_dir / folder)

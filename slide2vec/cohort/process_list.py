@@ -9,12 +9,24 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeAlias
 
 from slide2vec.errors import ArtifactError, OutputError
 from slide2vec.files import as_os_errors, atomic_path
 
-__all__ = ["COLUMNS", "ProcessList", "read_process_list"]
+__all__ = [
+    "COLUMNS",
+    "PROCESS_LIST",
+    "STATES",
+    "ProcessList",
+    "Row",
+    "State",
+    "read_process_list",
+    "state_of",
+]
+
+#: Its name in an output directory.
+PROCESS_LIST = "process_list.csv"
 
 COLUMNS = (
     "sample_id",
@@ -45,6 +57,8 @@ _EVERY_S = 1.0
 _SHARE = 50
 
 Row = dict[str, str]
+State: TypeAlias = Literal["finished", "in progress", "to do", "failed"]
+STATES: tuple[State, ...] = ("finished", "in progress", "to do", "failed")
 
 
 def read_process_list(path: Path) -> list[Row]:
@@ -67,6 +81,16 @@ def read_process_list(path: Path) -> list[Row]:
 def _row(line: Mapping[Any, Any]) -> Row:
     known = {str(name): value or "" for name, value in line.items() if name is not None}
     return {**dict.fromkeys(COLUMNS, ""), **known}
+
+
+def state_of(row: Mapping[str, str]) -> State:
+    """What has become of a slide; one that is only tiled has no feature_status."""
+    features, tiling = row["feature_status"], row["tiling_status"]
+    if tiling == "failed" or "error" in (features, row["aggregation_status"]):
+        return "failed"
+    if tiling == "success" and features in ("", "success") and row["aggregation_status"] != "tbp":
+        return "finished"
+    return "in progress" if tiling == "success" else "to do"
 
 
 class ProcessList:

@@ -60,6 +60,7 @@ def embed_cohort(
     """
     cohort = Cohort(config, execution, embedder, tilings)
     with opened(cohort, slides, settings) as (books, log):
+        slides = books.slides  # those of the shard, if it is one
         todo = take_up(cohort, books)
         log.write(
             f"{len(todo.slides)} of {len(slides)} slides to embed, {len(todo.tiles)} to aggregate from their "
@@ -96,7 +97,7 @@ def _embed(
         with closing(workers.publish(slides, cohort.config, cohort.execution, cohort.tilings)) as told:
             for item in told:
                 _take(item, books, publisher, settle, writer)
-        if workers.lost:  # what they left half-written; nobody writes any more
+        if workers.lost and cohort.execution.shard is None:  # what they left half-written
             remove_all_partial(cohort.output_dir)
         return
     active_reporter().emit(RunStarted(len(slides), embedder.name))
@@ -144,6 +145,7 @@ def tile_cohort(
     """
     cohort = Cohort(config, execution)
     with opened(cohort, slides, settings) as (books, log), stager_for(execution) as stager:
+        slides = books.slides  # those of the shard, if it is one
         log.emit(RunStarted(len(slides), "tiling"))
         started = time.perf_counter()
         tiles = failed = 0

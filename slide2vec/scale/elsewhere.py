@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slide2vec.cohort.books import Entry
 from slide2vec.cohort.publish import Settled
+from slide2vec.cohort.shards import slide_bytes
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import Slide2VecError
 from slide2vec.progress import (
@@ -64,7 +65,7 @@ class Elsewhere:
             if len(slides) == 1 and fleet.size > 1 and divisible(config):
                 yield self._in_parts(fleet, slides[0], config, execution)
                 return
-            job = self._job(config, execution, publish=False, aggregate=True)
+            job = self._job(config, execution, fleet.size, publish=False, aggregate=True)
             reports = self._run(fleet, job, [Task(slide) for slide in slides], len(slides))
             by_name = {slide.sample_id: slide for slide in slides}
             yield from self._outcomes(fleet, reports, by_name)
@@ -79,8 +80,8 @@ class Elsewhere:
         """See `Workers`."""
         by_name = {slide.sample_id: slide for slide in slides}
         tasks = [Task(slide, tilings.get(slide.sample_id)) for slide in slides]
-        job = self._job(config, execution, publish=True, aggregate=True)
         with self._fleet() as fleet:
+            job = self._job(config, execution, fleet.size, publish=True, aggregate=True)
             for report in self._run(fleet, job, tasks, len(slides)):
                 match report:
                     case Failed(name=name, error=error):
@@ -101,7 +102,7 @@ class Elsewhere:
             reporter.emit(SlideFailed(slide.sample_id, error))
             return SlideOutcome(slide, error=error)
         drawn = config.preview.updated(save_mask_preview=False, save_tiling_preview=False)
-        job = self._job(config.updated(preview=drawn), execution, publish=False, aggregate=False)
+        job = self._job(config.updated(preview=drawn), execution, fleet.size, publish=False, aggregate=False)
         by_name = {task.name: task.slide for task in parts.tasks}
         reports = self._run(fleet, job, parts.tasks, 1, whole=slide.sample_id)
         found = {each.slide.sample_id: each for each in self._outcomes(fleet, reports, by_name)}
@@ -130,10 +131,24 @@ class Elsewhere:
                 yield outcome
 
     def _job(
-        self, config: PreprocessingConfig, execution: ExecutionOptions, *, publish: bool, aggregate: bool
+        self,
+        config: PreprocessingConfig,
+        execution: ExecutionOptions,
+        workers: int,
+        *,
+        publish: bool,
+        aggregate: bool,
     ) -> Job:
-        """Each worker takes its one device."""
-        own = execution.updated(devices=None, num_gpus=None, executor="local", ray_address=None)
+        """Each worker takes its one device, and on this machine its share of the disk for staging."""
+        own = execution.updated(
+            devices=None,
+            num_gpus=None,
+            executor="local",
+            ray_address=None,
+            stage_gb=_stage_share(execution, workers)
+            if execution.executor == "local"
+            else execution.stage_gb,
+        )
         return Job(config, own, publish, aggregate, self._model.identity(own))
 
     def _run(
@@ -146,7 +161,7 @@ class Elsewhere:
         """
         started, reporter = time.perf_counter(), active_reporter()
         reporter.emit(RunStarted(slides, self._model.name))
-        coordinator = Coordinator(fleet, job, tasks, _sizes(tasks))
+        coordinator = Coordinator(fleet, job, tasks, _sizes(tasks, job.config))
         for report in coordinator.run():
             match report:
                 case Event(SlidePlanned() | SlideFinished() | SlideFailed()) if whole is not None:
@@ -177,17 +192,22 @@ class Elsewhere:
         self._kept.append(fleet)
 
 
-def _sizes(tasks: Sequence[Task]) -> dict[str, float]:
+def _stage_share(execution: ExecutionOptions, workers: int) -> float | None:
+    """GB that each of several workers may stage; of a cluster's nodes it is not known who shares a disk."""
+    if execution.stage_dir is None or execution.executor != "local":
+        return execution.stage_gb
+    if execution.stage_gb is not None:
+        return execution.stage_gb / workers
+    try:
+        return max(1e-9, shutil.disk_usage(execution.stage_dir).free / 2e9 / workers)
+    except OSError:  # the worker will tell
+        return None
+
+
+def _sizes(tasks: Sequence[Task], config: PreprocessingConfig) -> dict[str, float]:
     """Tiles where they are known of all, else bytes of the slides' files."""
     if all(task.tiling is not None for task in tasks):
         return {task.name: float(len(task.tiling or ())) for task in tasks}
     with ThreadPoolExecutor(_LOOKERS) as pool:
-        sizes = pool.map(_bytes, [task.slide.image_path for task in tasks])
-        return {task.name: size for task, size in zip(tasks, sizes, strict=True)}
-
-
-def _bytes(path: Path) -> float:
-    try:
-        return float(path.stat().st_size)
-    except OSError:
-        return 0.0
+        sizes = pool.map(lambda task: slide_bytes(task.slide, config), tasks)
+        return {task.name: float(size) for task, size in zip(tasks, sizes, strict=True)}

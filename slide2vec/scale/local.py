@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -35,7 +36,7 @@ class _Process:
     name: str
     device: str
     cpus: int
-    connection: Connection[Command, Report]
+    connection: Connection[Any, Any]
     process: subprocess.Popen[bytes]
     ready: bool = False
 
@@ -91,7 +92,7 @@ class LocalFleet:
         if isinstance(command, Begin):
             process.ready = False
         with suppress(OSError):  # it is lost: receive will tell
-            process.connection.send(command)
+            process.connection.send_bytes(pickle.dumps(command))
 
     def receive(self) -> Sequence[tuple[str, Report]]:
         """See `Fleet`."""
@@ -100,7 +101,7 @@ class LocalFleet:
         for connection in wait(list(by_connection), WAIT_S):
             process = by_connection[connection]  # type: ignore[index]
             try:
-                report = process.connection.recv()
+                report = pickle.loads(process.connection.recv_bytes())
             except (EOFError, OSError):
                 report = Lost(self._bury(process))
             process.ready = process.ready or isinstance(report, Ready | Finished)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -34,12 +35,13 @@ def main(descriptor: int, folder: Path) -> None:
     telling = threading.Lock()
 
     def tell(report: Any) -> None:
+        message = pickle.dumps(report)  # by itself: connections pickle tensors into memory that they share
         with telling:
-            connection.send(report)
+            connection.send_bytes(message)
 
     def receive() -> Any:
         try:
-            return connection.recv()
+            return pickle.loads(connection.recv_bytes())
         except (EOFError, OSError):
             shutil.rmtree(folder, ignore_errors=True)
             os._exit(0)  # threads may be deep in a slide that nobody wants any more

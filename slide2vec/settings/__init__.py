@@ -169,14 +169,14 @@ def _built(owner: type[Any], given: Values, **more: Any) -> Any:
 
 
 def settings_as_yaml(settings: RunSettings, extra: Mapping[str, Any]) -> str:
-    """The run as a configuration file that repeats it.
+    """The run as a configuration file that repeats it; without its shard, as all shards write the same file.
 
     Args:
         extra: further keys; `versions` is one that `load_settings` ignores.
     """
     owners: dict[type[BaseModel], BaseModel] = {
         PreprocessingConfig: settings.preprocessing,
-        ExecutionOptions: settings.execution,
+        ExecutionOptions: settings.execution.updated(shard=None),
         SegmentationConfig: settings.preprocessing.segmentation,
         FilterConfig: settings.preprocessing.filtering,
         PreviewConfig: settings.preprocessing.preview,

@@ -154,6 +154,7 @@ KEYS: dict[str, Key] = {
     "speed.devices": _of(ExecutionOptions, "devices"),
     "speed.executor": _of(ExecutionOptions, "executor"),
     "speed.ray_address": _of(ExecutionOptions, "ray_address"),
+    "speed.shard": _of(ExecutionOptions, "shard"),
     "speed.prefetch_factor_embedding": _of(ExecutionOptions, "prefetch_factor"),
     "speed.persistent_workers_embedding": _of(ExecutionOptions, "persistent_workers"),
     "speed.stage_dir": _of(ExecutionOptions, "stage_dir"),

@@ -16,6 +16,7 @@ from torch import nn
 from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig, RunResult
 from slide2vec.artifacts import load_embeddings
 from slide2vec.artifacts.stored import load_stored
+from slide2vec.cohort.merging import merge_shards
 from slide2vec.encoders.slide import SlideFeatures, TileBag
 from slide2vec.errors import ConfigError, ManifestError, OutputError
 from slide2vec.files import as_path
@@ -232,6 +233,18 @@ def test_a_failed_upload_leaves_no_sidecar(
     assert memory.exists("/bucket/run/tile_embeddings/s1.pt")
     assert any("Connection reset" in as_path(f"{URL}/logs/{n}").read_text() for n in names(memory, "logs"))
     assert run(tile_model, slides).resumed == 1
+
+
+def test_shards_are_merged(tile_model: Model, slides: list[Path], memory: MemoryFileSystem) -> None:
+    whole = run(tile_model, slides, "memory://bucket/whole").tile_artifacts
+    for shard in ("1/2", "2/2"):
+        assert len(run(tile_model, slides, URL, {"shard": shard}).tile_artifacts) == 1
+    merged = merge_shards(as_path(URL))
+    assert merged.complete and list(merged.found.rows) == ["s0", "s1"]
+    assert not [name for name in memory.find("/bucket/run") if "shard-" in name and not name.endswith(".log")]
+    for one in whole:
+        there = load_embeddings(f"{URL}/tile_embeddings/{one.path.name}")
+        assert torch.equal(there, load_embeddings(one.path))
 
 
 def test_coordinates_behind_a_url(tile_model: Model, slides: list[Path], tmp_path: Path) -> None:

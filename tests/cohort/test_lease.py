@@ -14,7 +14,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from slide2vec.cohort.lease import DEAD_AFTER_S
-from slide2vec.cohort.lock import LOCK_NAME, holder, output_lock
+from slide2vec.cohort.lock import LOCK_NAME, holder, output_lock, shard_holders
 from slide2vec.errors import OutputError, OutputLockedError
 from slide2vec.files import as_path
 
@@ -114,6 +114,21 @@ def test_the_faster_of_two_wins(output_dir: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(OutputLockedError, match="process 7 on elsewhere"), output_lock(output_dir):
         raise AssertionError("not reached")
     assert on_disk(output_dir)["token"] == "theirs"
+
+
+def test_shards_and_the_whole_exclude_each_other(output_dir: Path) -> None:
+    with output_lock(output_dir, "1/2"), output_lock(output_dir, "2/2"):
+        assert list(shard_holders(output_dir)) == ["1/2", "2/2"] and holder(output_dir) is None
+        for shard in (None, "1/2"):
+            with pytest.raises(OutputLockedError), output_lock(output_dir, shard):
+                raise AssertionError("not reached")
+    assert not shard_holders(output_dir)
+    with (
+        output_lock(output_dir),
+        pytest.raises(OutputLockedError),
+        output_lock(output_dir, "1/2"),
+    ):
+        raise AssertionError("not reached")
 
 
 def test_a_store_that_cannot_be_written(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from slide2vec import EmbeddedSlide, ExecutionOptions, Model, Pipeline, PreprocessingConfig, RunResult
 from slide2vec.artifacts import load_embeddings
+from slide2vec.cohort.merging import merge_shards
 from slide2vec.encoders.slide import SlideFeatures, TileBag
 from slide2vec.errors import ManifestError, PatientError
 from slide2vec.synthetic import write_synthetic_slide
@@ -355,3 +356,19 @@ def test_moved_runs_and_copies_of_manifests(patient_model: Model, given: Path, t
     run(None, given)
     moved = shutil.move(tmp_path / "out", tmp_path / "moved")
     assert runner(patient_model, Path(moved))(None, given).resumed == 3
+
+
+def test_shards_hold_whole_patients(patient_model: Model, slides: list[Path], tmp_path: Path) -> None:
+    """By slides the largest (s2) would be in a shard, and s0 and s1 in the other."""
+    whose = dict(zip(slides, ("a", "b", "a"), strict=True))
+    given = [{"image_path": path, "patient_id": patient} for path, patient in whose.items()]
+    run = runner(patient_model, tmp_path / "out")
+    parts = [run(given, shard=shard) for shard in ("1/2", "2/2")]
+    assert [[a.patient_id for a in part.patient_artifacts] for part in parts] == [["a"], ["b"]]
+    assert [list(rows(part)) for part in parts] == [["s0", "s2"], ["s1"]]
+    merge_shards(tmp_path / "out")
+    whole = runner(patient_model, tmp_path / "whole")(given)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    for artifact in whole.patient_artifacts:
+        made = load_embeddings(tmp_path / f"out/patient_embeddings/{artifact.patient_id}.pt")
+        assert torch.equal(made, load_embeddings(artifact.path))

@@ -1,0 +1,101 @@
+"""`slide2vec merge`: the shards of a run become one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
+from slide2vec.files import as_path
+
+if TYPE_CHECKING:
+    from slide2vec.cohort.merging import Merged
+
+__all__ = ["merge"]
+
+#: Failures and names that are listed.
+MOST_ROWS = 10
+
+
+def merge(
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output", "--output-dir", "-o", help="The output directory of the shards, or its URL."
+        ),
+    ],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Put the process lists of shards (`slide2vec run --shard`) together and say what is missing.
+
+    The exit status is 1 when a shard has not run or is running, or a slide is not finished or failed. Run
+    what is missing with the same --shard, then merge again.
+    """
+    from slide2vec.cohort.merging import merge_shards
+
+    output_dir = as_path(output)
+    merged = merge_shards(output_dir)
+    if as_json:
+        print_json(_as_json(output_dir, merged))
+    else:
+        _print(output_dir, merged)
+    if not merged.complete:
+        raise typer.Exit(1)
+
+
+def _as_json(output: Path, merged: Merged) -> dict[str, Any]:
+    found = merged.found
+    return {
+        "output_dir": output,
+        "process_list_path": merged.process_list_path,
+        "slides": len(found.rows) + len(found.missing),
+        "finished": len(merged.rows("finished")),
+        "failed": [{"sample_id": row["sample_id"], "error": row["error"]} for row in merged.rows("failed")],
+        "not_finished": [row["sample_id"] for row in merged.rows("to do", "in progress")],
+        "missing": list(found.missing),
+        "in_several_shards": found.in_two,
+        "shards": list(found.by_shard),
+        "shards_not_run": list(found.not_run),
+        "shards_running": dict(merged.running),
+    }
+
+
+def _print(output: Path, merged: Merged) -> None:
+    console = stdout()
+    console.print(facts(_facts(output, merged)))
+    if failed := merged.rows("failed"):
+        rows = [(row["sample_id"], row["error"]) for row in failed[:MOST_ROWS]]
+        console.print()
+        console.print(table(("failed", "error"), rows))
+        if len(failed) > MOST_ROWS:
+            console.print(f"… and {len(failed) - MOST_ROWS:,} more")
+
+
+def _facts(output: Path, merged: Merged) -> Iterator[tuple[str, str]]:
+    found, unfinished = merged.found, merged.rows("to do", "in progress")
+    total = len(found.rows) + len(found.missing)
+    yield "finished", f"{len(merged.rows('finished')):,} of {total:,} slides"
+    if merged.running:
+        yield "running", f"shards {_some(list(merged.running))}: nothing is merged until they are done"
+    if not_run := [shard for shard in found.not_run if shard not in merged.running]:
+        yield "not run", f"shards {_some(not_run)}"
+    if unfinished and not merged.running:
+        names = _some([row["sample_id"] for row in unfinished])
+        yield "not finished", f"{len(unfinished):,} slides, of shards that broke off: {names}"
+    if found.missing and not not_run and not merged.running:
+        where = "the shards that have run had none of these; run the cohort again with resume"
+        yield "missing", f"{len(found.missing):,} slides: {_some(found.missing)}; {where}"
+    if twice := found.in_two:
+        why = "files have changed in size between jobs"
+        yield "embedded twice", f"{len(twice):,} slides, as {why}: {_some(list(twice))}"
+    if merged.process_list_path is not None:
+        yield "table", str(merged.process_list_path)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_ROWS:,} more" if len(names) > MOST_ROWS else ""
+    return ", ".join(names[:MOST_ROWS]) + more

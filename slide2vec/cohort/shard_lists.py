@@ -1,0 +1,154 @@
+"""What shards of a cohort keep beside the process list that all slides end up in."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from slide2vec.cohort.lock import SHARD_LOCKS, output_lock, shard_stem
+from slide2vec.cohort.process_list import PROCESS_LIST, ProcessList, Row, read_process_list, state_of
+from slide2vec.files import atomic_path, entries, remove
+
+__all__ = ["Gathered", "enter_empty", "forget_shards", "gathered", "list_path", "write_order"]
+
+#: The sample_ids of a whole cohort in the order of its manifest, one a line. Every shard writes the same.
+_ORDER = ".slide2vec.slides"
+_LIST = re.compile(r"process_list\.shard-(\d+)-of-(\d+)\.csv")
+
+
+def list_path(output_dir: Path, shard: str | None) -> Path:
+    """The process list of a run, or of one shard of it."""
+    return output_dir / (PROCESS_LIST if shard is None else f"process_list.{shard_stem(shard)}.csv")
+
+
+def write_order(output_dir: Path, sample_ids: Iterable[str]) -> None:
+    """Keep which slides the whole cohort has, for `gathered`.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with atomic_path(output_dir / _ORDER) as temporary:
+        temporary.write_text("".join(f"{name}\n" for name in sample_ids), encoding="utf-8")
+
+
+def enter_empty(output_dir: Path, shard: str, sample_ids: Iterable[str]) -> Path:
+    """The process list of a shard without slides, so that it counts as run.
+
+    Args:
+        sample_ids: of the whole cohort.
+
+    Raises:
+        OutputLockedError: the whole directory, or this shard, is held.
+        OutputError: a file cannot be written.
+    """
+    path = list_path(output_dir, shard)
+    with output_lock(output_dir, shard):
+        write_order(output_dir, sample_ids)
+        with ProcessList(path, ()):
+            return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gathered:
+    """All process lists of an output directory together.
+
+    Attributes:
+        rows: by sample_id, in the order of the manifest where shards have told it; then those of other
+            slides, as they were in the common list.
+        by_shard: the slides of each shard that has a list ("3/16" -> sample_ids), by their number.
+        missing: slides of the cohort that are in no list.
+    """
+
+    rows: Mapping[str, Row]
+    by_shard: Mapping[str, tuple[str, ...]]
+    missing: tuple[str, ...]
+
+    @property
+    def not_run(self) -> tuple[str, ...]:
+        """Shards without a list, as long as slides are missing: later all is in the common list."""
+        counts = {shard.split("/")[1] for shard in self.by_shard} if self.missing else set()
+        every = (f"{number}/{count}" for count in sorted(counts, key=int) for number in _up_to(count))
+        return tuple(shard for shard in every if shard not in self.by_shard)
+
+    @property
+    def in_two(self) -> dict[str, tuple[str, ...]]:
+        """Slides that several shards had, and which."""
+        times = Counter(name for names in self.by_shard.values() for name in names)
+        where: defaultdict[str, list[str]] = defaultdict(list)
+        for shard, names in self.by_shard.items():
+            for name in names:
+                if times[name] > 1:
+                    where[name].append(shard)
+        return {name: tuple(shards) for name, shards in where.items()}
+
+
+def _up_to(count: str) -> range:
+    return range(1, int(count) + 1)
+
+
+def gathered(output_dir: Path) -> Gathered:
+    """What the process lists of an output directory say.
+
+    Of a slide in several lists a shard's row counts over the common one (a shard's list that is there is
+    newer), and among shards one that is finished.
+
+    Raises:
+        ArtifactError: a list cannot be read.
+    """
+    common = list_path(output_dir, None)
+    rows = {row["sample_id"]: row for row in read_process_list(common)} if common.exists() else {}
+    by_shard: dict[str, tuple[str, ...]] = {}
+    newer: dict[str, Row] = {}
+    for shard, path in _lists(output_dir):
+        listed = {row["sample_id"]: row for row in read_process_list(path)}
+        by_shard[shard] = tuple(listed)
+        newer |= {
+            name: row
+            for name, row in listed.items()
+            if name not in newer or state_of(newer[name]) != "finished"
+        }
+    found, order = {**rows, **newer}, _order(output_dir)
+    first = order or sorted(newer)
+    ranked = {name: found[name] for name in (*first, *found) if name in found}
+    missing = tuple(name for name in order if name not in found)
+    return Gathered(rows=ranked, by_shard=by_shard, missing=missing)
+
+
+def _lists(output_dir: Path) -> Iterator[tuple[str, Path]]:
+    found = [
+        (int(match[2]), int(match[1]), path)
+        for path in entries(output_dir)
+        if (match := _LIST.fullmatch(path.name))
+    ]
+    for count, number, path in sorted(found):
+        yield f"{number}/{count}", path
+
+
+def _order(output_dir: Path) -> list[str]:
+    """Of the whole cohort, each slide once; nothing where no shard has told it."""
+    try:
+        text = (output_dir / _ORDER).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return []
+    return list(dict.fromkeys(line for line in text.split("\n") if line))
+
+
+def forget_shards(output_dir: Path, *, order: bool) -> None:
+    """Remove the lists and locks of shards, once the common list has their rows. Only for who holds the
+    whole directory.
+
+    Args:
+        order: remove what tells which slides are missing, too.
+
+    Raises:
+        OutputError: one cannot be removed.
+    """
+    gone = [path for _, path in _lists(output_dir)] + [
+        path for path in entries(output_dir) if fnmatchcase(path.name, SHARD_LOCKS)
+    ]
+    for path in [*gone, output_dir / _ORDER] if order else gone:
+        remove(path)

@@ -1,0 +1,99 @@
+"""Shards of a cohort: jobs that know nothing of each other work out the same division of the slides."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from slide2vec.cohort.patients import by_patient
+from slide2vec.config import PreprocessingConfig, shard_numbers
+from slide2vec.errors import TilingError
+from slide2vec.slides import Slide
+from slide2vec.tiling.archives import find_archive
+
+__all__ = ["divided", "is_empty", "my_slides", "slide_bytes"]
+
+#: Threads that ask for sizes of files, on network storage perhaps.
+_LOOKERS = 16
+#: Slides of which the manifest names one file and the others lie beside it.
+_IN_FOLDER = frozenset({".dcm", ".vms", ".vmu"})
+
+
+def my_slides(
+    slides: Sequence[Slide], shard: str, config: PreprocessingConfig, *, patients: bool
+) -> list[Slide]:
+    """The slides of a shard "i/n", in the order of `slides`.
+
+    Every job gives `slides` whole. What is finished does not matter, or jobs that are started again would
+    divide otherwise than those that still run.
+
+    Args:
+        patients: slides of one patient stay together.
+    """
+    number, count = shard_numbers(shard)
+    with ThreadPoolExecutor(_LOOKERS, thread_name_prefix="size") as pool:
+        sizes = list(pool.map(lambda slide: slide_bytes(slide, config), slides))
+    of = {slide.sample_id: size for slide, size in zip(slides, sizes, strict=True)}
+    return divided(slides, of, count, patients=patients)[number - 1]
+
+
+def is_empty(slides: Iterable[Slide], shard: str, *, patients: bool) -> bool:
+    """Whether a shard has no slides. No file is looked at: the first shards get the first slides."""
+    slides = list(slides)
+    number, _ = shard_numbers(shard)
+    return number > len(by_patient(slides) if patients else slides)
+
+
+def divided(
+    slides: Sequence[Slide], sizes: Mapping[str, int], count: int, *, patients: bool
+) -> list[list[Slide]]:
+    """`count` shards, each with its slides in the order of `slides`; a pure function.
+
+    The largest slide (or patient) that is left goes to the shard with the least bytes, so that none has
+    more than the mean and one slide (Graham's longest processing time first). Of equal ones the first
+    sample_id goes first; of equal shards the one with the fewest slides.
+
+    Args:
+        sizes: in bytes, by sample_id.
+        patients: slides of one patient stay together.
+    """
+    groups = list(by_patient(slides).values()) if patients else [[slide] for slide in slides]
+    weighed = [(sum(sizes[slide.sample_id] for slide in group), group) for group in groups]
+    weighed.sort(key=lambda item: (-item[0], min(slide.sample_id for slide in item[1])))
+    loads = [(0, 0, shard) for shard in range(count)]
+    shard_of: dict[str, int] = {}
+    for size, group in weighed:
+        load, slides_there, shard = loads[0]
+        heapq.heapreplace(loads, (load + size, slides_there + len(group), shard))
+        shard_of.update((slide.sample_id, shard) for slide in group)
+    shards: list[list[Slide]] = [[] for _ in range(count)]
+    for slide in slides:
+        shards[shard_of[slide.sample_id]].append(slide)
+    return shards
+
+
+def slide_bytes(slide: Slide, config: PreprocessingConfig) -> int:
+    """Length of what is read of a slide, all its files; 0 where it is missing (which its shard will tell)."""
+    try:
+        if config.read_tiles_from is not None:
+            return find_archive(config.read_tiles_from, slide.sample_id).stat().st_size
+        return _bytes(slide.image_path)
+    except (OSError, TilingError):
+        return 0
+
+
+def _bytes(path: Path) -> int:
+    if path.is_dir():
+        return _files_in(path)
+    alone = path.stat().st_size
+    if path.suffix.lower() in _IN_FOLDER:
+        return _files_in(path.parent)
+    if path.suffix.lower() == ".mrxs":  # an index; the tiles are in the folder of the same name
+        return alone + _files_in(path.with_suffix(""))
+    return alone
+
+
+def _files_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
