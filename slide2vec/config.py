@@ -6,6 +6,7 @@ the machine", as each field says.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
