@@ -10,16 +10,26 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from slide2vec.cpus import Budget
 from slide2vec.errors import ConfigError, nearest_names
+from slide2vec.files import as_path, is_remote
 
 __all__ = [
     "Backend",
     "EngineChoice",
     "ExecutionOptions",
     "FilterConfig",
+    "Location",
     "OutputFormat",
     "Precision",
     "PreprocessingConfig",
@@ -35,6 +45,20 @@ OutputFormat = Literal["pt", "npz", "safetensors", "h5"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 GrayLevel = Annotated[int, Field(ge=0, le=255)]
+#: A path of this machine, or a URL: then a `upath.UPath`, see `slide2vec.files.as_path`.
+Location = Annotated[Path, PlainValidator(as_path)]
+
+
+def _on_this_machine(given: object) -> Path:
+    if is_remote(path := as_path(given)):
+        raise ConfigError(f"{path} is behind a URL; tile archives are read from local folders: copy them")
+    return path
+
+
+def _writable(given: object) -> Path:
+    if str(path := as_path(given)).startswith(("http://", "https://")):
+        raise ConfigError(f"{path}: web pages cannot be written to; s3://, gs:// and folders can")
+    return path
 
 
 class _Config(BaseModel):
@@ -130,7 +154,7 @@ class PreprocessingConfig(_Config):
         tolerance: relative spacing difference within which a level is read as it is.
         overlap: of neighbouring tiles, as a fraction of their side.
         tissue_threshold: smallest tissue fraction of a tile that is kept.
-        read_coordinates_from: directory of HS2P coordinate files to use instead of tiling.
+        read_coordinates_from: directory of HS2P coordinate files to use instead of tiling; may be a URL.
         read_tiles_from: directory of tile archives to use instead of reading slides.
         on_the_fly: read tiles from the slides while embedding; False writes them to archives under
             the output directory first and embeds those.
@@ -156,8 +180,8 @@ class PreprocessingConfig(_Config):
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.05
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.0
     tissue_threshold: Fraction = 0.01
-    read_coordinates_from: Path | None = None
-    read_tiles_from: Path | None = None
+    read_coordinates_from: Location | None = None
+    read_tiles_from: Annotated[Path, PlainValidator(_on_this_machine)] | None = None
     on_the_fly: bool = True
     save_tiles: bool = False
     on_bad_tile: Literal["fail", "skip"] = "fail"
@@ -218,7 +242,10 @@ class ExecutionOptions(_Config):
     """How a run uses the machine and what it writes.
 
     Attributes:
-        output_dir: where artifacts and previews go; None = nothing is written.
+        output_dir: where artifacts and previews go; None = nothing is written. May be a URL that fsspec
+            opens (s3://bucket/folder, gs://…; `slide2vec[cloud]`): every file is then written locally and
+            published by one upload. Credentials and endpoint are the store's own affair
+            (AWS_PROFILE, AWS_ENDPOINT_URL, …); a `upath.UPath` brings others.
         output_format: of embedding files.
         batch_size: tiles per forward pass; None = chosen for the encoder and device.
         num_workers: reading threads; None = the job's CPUs (see `slide2vec.cpus`).
@@ -249,7 +276,7 @@ class ExecutionOptions(_Config):
             size of their files; the same part in every process that is given the same slides.
     """
 
-    output_dir: Path | None = None
+    output_dir: Annotated[Path, PlainValidator(_writable)] | None = None
     output_format: OutputFormat = "pt"
     batch_size: Positive | None = None
     num_workers: Positive | None = None

@@ -56,6 +56,7 @@ from slide2vec.stream import (
     plan_slide,
     stager_for,
 )
+from slide2vec.stream.plan import check_archives_here
 
 if TYPE_CHECKING:
     from torch import nn
@@ -355,6 +356,7 @@ class Model:
         config = self.resolve_preprocessing(preprocessing)
         if not config.on_the_fly or config.save_tiles:
             _require_output_dir(execution, "on_the_fly=False" if not config.on_the_fly else "save_tiles=True")
+        check_archives_here(config, execution.output_dir)
         with live_progress(), closing(self._outcomes(as_slides(slides), config, execution)) as outcomes:
             yield from map(partial(self._with_slide_embedding, latents=execution.save_latents), outcomes)
 

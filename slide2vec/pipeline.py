@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slide2vec.cohort import RunResult, embed_cohort, tile_cohort
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ConfigError, ManifestError
+from slide2vec.files import as_path
 from slide2vec.settings import RunSettings, settings_as_yaml, versions
 from slide2vec.slides import Slide, SlideLike, as_slides, read_manifest
 from slide2vec.tiling.reuse import recorded_slides
@@ -59,7 +59,7 @@ class Pipeline:
         """Embed the slides of a manifest, or those given.
 
         Args:
-            manifest_path: CSV with sample_id and image_path, optionally mask_path,
+            manifest_path: CSV (a path or URL) with sample_id and image_path, optionally mask_path,
                 spacing_at_level_0 and patient_id.
             tiling_only: write coordinates (and previews, archives) and embed nothing.
             on_slide_persisted: called with each new artifact, in a thread of the run.
@@ -105,7 +105,7 @@ class Pipeline:
             ManifestError: there are no coordinate files.
             OutputLockedError, OutputError: as `run`.
         """
-        directory = Path(coordinates_dir)
+        directory = as_path(coordinates_dir)
         todo: list[Slide] = recorded_slides(directory) if slides is None else as_slides(slides)
         self._check_patients(todo, f"{directory}" if slides is None else "the slides")
         config = self.preprocessing.updated(read_coordinates_from=directory)
@@ -135,7 +135,7 @@ class Pipeline:
     ) -> str:
         """The run as a configuration file that repeats it."""
         settings = RunSettings(
-            manifest_path=None if manifest_path is None else Path(manifest_path),
+            manifest_path=None if manifest_path is None else as_path(manifest_path),
             preset=self.model.name,
             preprocessing=config,
             execution=self.execution,

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from slide2vec.errors import ExtraMissingError, ManifestError, nearest_names
+from slide2vec.errors import ConfigError, ManifestError, nearest_names
+from slide2vec.files import as_os_errors, as_path, is_remote
 
-__all__ = ["Slide", "SlideLike", "as_path", "as_slide", "as_slides", "is_remote", "read_manifest"]
+__all__ = ["Slide", "SlideLike", "as_slide", "as_slides", "read_manifest"]
 
 #: µm/px that a user may state; wider than what is believed of a file (an overview may have 30).
 GIVEN_SPACING_UM = (0.01, 100.0)
 
 #: Wrong lines of a manifest that an error lists.
 _MOST_LINES = 5
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-
 #: Bytes; file systems allow 255 with what we add.
 _LONGEST_ID = 200
 
@@ -60,24 +58,6 @@ class Slide:
             )
 
 
-def is_remote(path: Path | None) -> bool:
-    """Whether a path is a URL's (a UPath), which no library opens in place."""
-    return path is not None and not isinstance(path, Path)
-
-
-def as_path(given: Any) -> Path:
-    """A Path; of the URL of a remote file (s3://bucket/slide.svs) a UPath, which has the same methods."""
-    if isinstance(given, str) and _URL.match(given):
-        try:
-            from upath import UPath
-        except ImportError:
-            raise ExtraMissingError(
-                f'{given}: remote files need universal-pathlib: pip install "slide2vec[cloud]"'
-            ) from None
-        given = UPath(given)
-    return Path(given) if isinstance(given, str | os.PathLike) else given
-
-
 def check_id(value: str, field: str) -> None:
     """Refuse an id that could not be a file stem."""
     if not isinstance(value, str) or not value.strip() or value in {".", ".."}:
@@ -108,8 +88,8 @@ def as_slide(given: SlideLike, spacing_at_level_0: float | None = None) -> Slide
 
 
 def _from_path_or_mapping(given: str | os.PathLike[str] | Mapping[str, Any]) -> Slide:
-    if isinstance(given, str | os.PathLike) or hasattr(given, "protocol"):
-        path = as_path(given)
+    if isinstance(given, str | os.PathLike) or is_remote(given):
+        path = _file(given, "image_path")
         return Slide(sample_id=path.stem, image_path=path)
     if not isinstance(given, Mapping):
         raise ManifestError(f"a slide is a path, a mapping or a Slide, got {type(given).__name__}: {given!r}")
@@ -124,17 +104,24 @@ def _from_fields(given: Mapping[str, Any]) -> Slide:
     values = {key: value for key, value in given.items() if not _is_blank(value)}
     if "image_path" not in values:
         raise ManifestError(f"a slide needs image_path, got the fields {sorted(given)}")
-    path = as_path(values["image_path"])
+    path = _file(values["image_path"], "image_path")
     mask = values.get("mask_path")
     spacing = values.get("spacing_at_level_0")
     patient = values.get("patient_id")
     return Slide(
         sample_id=str(values.get("sample_id", path.stem)),
         image_path=path,
-        mask_path=None if mask is None else as_path(mask),
+        mask_path=None if mask is None else _file(mask, "mask_path"),
         spacing_at_level_0=None if spacing is None else _as_float(spacing),
         patient_id=None if patient is None else str(patient),
     )
+
+
+def _file(given: Any, field: str) -> Path:
+    try:
+        return as_path(given)
+    except ConfigError as error:
+        raise ManifestError(f"{field}: {error}") from None
 
 
 def _is_blank(value: Any) -> bool:
@@ -168,10 +155,16 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Slide]:
     """The slides of a CSV manifest: sample_id and image_path, optional mask_path,
     spacing_at_level_0 and patient_id; other columns are ignored, blank cells mean absent.
 
+    Args:
+        path: of the file, or its URL (s3://…, https://…; `slide2vec[cloud]`).
+
     Raises:
         ManifestError: naming the file and the lines that are wrong.
     """
-    path = Path(path)
+    try:
+        path = as_path(path)
+    except ConfigError as error:
+        raise ManifestError(f"manifest {error}") from None
     slides: dict[str, Slide] = {}
     lines: dict[str, int] = {}
     wrong: list[str] = []
@@ -197,7 +190,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Slide]:
 def _rows(path: Path) -> Iterator[tuple[int, list[str] | dict[str, str]]]:
     """The line number and the cells of every row; those of a row that is too long as a list."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with as_os_errors(path), path.open(newline="", encoding="utf-8-sig") as file:
             table = csv.reader(file, strict=True)
             header = [name.strip() for name in next(table, [])]
             for column in ("sample_id", "image_path"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -23,6 +22,7 @@ from slide2vec.artifacts import (
 from slide2vec.config import ExecutionOptions
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import ArtifactError, ManifestError
+from slide2vec.files import as_path
 from slide2vec.slides import Slide
 
 if TYPE_CHECKING:
@@ -142,9 +142,8 @@ def _aggregated(
         tiles = tiles.below
     for stored in _loaded(given):
         _check_encoder(stored, tiles)
-        slide = Slide(
-            sample_id=stored.sample_id, image_path=Path(stored.about.get("image_path") or stored.path)
-        )
+        image = stored.about.get("image_path")
+        slide = Slide(sample_id=stored.sample_id, image_path=as_path(image) if image else stored.path)
         yield stored, model.aggregated(as_embedded(slide, stored), latents=execution.save_latents)
 
 

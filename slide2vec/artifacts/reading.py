@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from slide2vec.artifacts.records import FORMATS
 from slide2vec.errors import ArtifactError
-from slide2vec.files import READING_ARRAYS
+from slide2vec.files import READING_ARRAYS, as_os_errors, as_path, local
 
 if TYPE_CHECKING:
     import torch
@@ -51,8 +51,8 @@ def load_embeddings(path: str | Path) -> torch.Tensor:
     import torch
 
     path, read = _reader(path)
-    with _refusing(path):
-        found = read(path, _VALUES)
+    with _refusing(path), local(path) as file:
+        found = read(file, _VALUES)
         if found is None:
             raise ArtifactError(f"holds no array called {' or '.join(_VALUES)}")
         values = found if isinstance(found, torch.Tensor) else torch.from_numpy(found)
@@ -74,8 +74,8 @@ def load_coords(path: str | Path) -> NDArray[np.int64] | None:
     path, read = _reader(path)
     if path.suffix in (".pt", ".npz"):
         return None
-    with _refusing(path):
-        found = read(path, ("coords",))
+    with _refusing(path), local(path) as file:
+        found = read(file, ("coords",))
         if found is None:
             return None
         coords = np.asarray(found)
@@ -93,15 +93,15 @@ def load_tile_size(path: str | Path) -> int | None:
     Raises:
         ArtifactError: as for `load_embeddings`.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.suffix != ".h5":
         return None
     import h5py
 
-    with _refusing(path), h5py.File(path, "r", locking=False) as file:
+    with _refusing(path), local(path) as copy, h5py.File(copy, "r", locking=False) as file:
         if not _has(file, "coords"):
             return None
-        attributes = _dataset(file, "coords", path.stat().st_size).attrs
+        attributes = _dataset(file, "coords", copy.stat().st_size).attrs
         known = {
             name: _number(attributes, name) for name in ("patch_size_level0", "patch_size", "downsample")
         }
@@ -127,14 +127,22 @@ _Read = Callable[[Path, tuple[str, ...]], Any]
 
 
 def _reader(path: str | Path) -> tuple[Path, _Read]:
-    path = Path(path)
+    path = as_path(path)
     if path.suffix not in _READERS:
         raise ArtifactError(
             f"embeddings file {path}: {path.suffix or 'no suffix'!r} is none of {', '.join(FORMATS)}"
         )
-    if not path.is_file():
+    if not _is_file(path):
         raise ArtifactError(f"embeddings file {path} does not exist; is its slide finished?")
     return path, _READERS[path.suffix]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        with as_os_errors(path):
+            return path.is_file()
+    except OSError as error:
+        raise ArtifactError(f"embeddings file {path} cannot be reached: {error}") from error
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from slide2vec.config import OutputFormat
 from slide2vec.errors import ArtifactError
+from slide2vec.files import as_os_errors, as_path, entries
 
 __all__ = [
     "FORMATS",
@@ -97,8 +98,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
         ArtifactError: it is missing, too large, or no JSON object.
     """
+    path = as_path(path)
     try:
-        with Path(path).open("rb") as file:
+        with as_os_errors(path), path.open("rb") as file:
             data = file.read(MAX_SIDECAR_BYTES + 1)
         if len(data) > MAX_SIDECAR_BYTES:
             raise ArtifactError(
@@ -144,9 +146,9 @@ def find_slide_artifact(output_dir: str | Path, sample_id: str) -> SlideEmbeddin
     found = _complete(output_dir, "slide_embeddings", sample_id, ())
     if found is None:
         return None
-    latents = Path(output_dir) / "slide_latents" / found["path"].name
+    latents = as_path(output_dir) / "slide_latents" / found["path"].name
     return SlideEmbeddingArtifact(
-        **found, sample_id=sample_id, latent_path=latents if latents.is_file() else None
+        **found, sample_id=sample_id, latent_path=None if _size_of(latents) is None else latents
     )
 
 
@@ -164,7 +166,7 @@ def _complete(output_dir: str | Path, kind: str, name: str, counts: tuple[str, .
     """
     if Path(name).name != name:
         return None
-    folder = Path(output_dir) / kind
+    folder = as_path(output_dir) / kind
     metadata_path = folder / f"{name}{SIDECAR}"
     try:
         found = read_metadata(metadata_path)
@@ -191,7 +193,8 @@ def _describes(metadata: dict[str, Any], kind: str, name: str, counts: tuple[str
 def _size_of(path: Path) -> int | None:
     """Bytes of a plain file, else None."""
     try:
-        found = path.stat()
+        with as_os_errors(path):
+            found = path.stat()
     except (OSError, ValueError):
         return None
     return found.st_size if stat.S_ISREG(found.st_mode) else None
@@ -199,10 +202,8 @@ def _size_of(path: Path) -> int | None:
 
 def tile_artifacts(output_dir: str | Path) -> Iterator[TileEmbeddingArtifact]:
     """The complete tile embeddings under an output directory, sorted by name."""
-    folder = Path(output_dir) / "tile_embeddings"
-    if not folder.is_dir():
-        return
-    for name in sorted(path.name for path in folder.iterdir() if path.name.endswith(SIDECAR)):
+    folder = as_path(output_dir) / "tile_embeddings"
+    for name in sorted(path.name for path in entries(folder) if path.name.endswith(SIDECAR)):
         artifact = find_tile_artifact(output_dir, name.removesuffix(SIDECAR))
         if artifact is not None:
             yield artifact

@@ -15,6 +15,7 @@ from slide2vec.artifacts.reading import load_coords, load_embeddings, load_tile_
 from slide2vec.artifacts.records import SIDECAR, TileEmbeddingArtifact, read_metadata
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import ArtifactError
+from slide2vec.files import as_path
 from slide2vec.slides import Slide, check_id
 from slide2vec.tiling import load_coordinates
 from slide2vec.tiling.coordinates import coordinate_paths
@@ -82,8 +83,8 @@ def load_stored(given: TileFeaturesLike) -> StoredTiles:
     if isinstance(given, TileEmbeddingArtifact):
         asked = TileFeatures(path=given.path, sample_id=given.sample_id)
     else:
-        asked = given if isinstance(given, TileFeatures) else TileFeatures(path=Path(given))
-    path = Path(asked.path)
+        asked = given if isinstance(given, TileFeatures) else TileFeatures(path=as_path(given))
+    path = as_path(asked.path)
     about = _sidecar(path)
     found = StoredTiles(
         sample_id=asked.sample_id or str(about.get("sample_id", path.stem)),
@@ -109,7 +110,7 @@ def _with_coordinates(found: StoredTiles, coords_path: Path | None) -> StoredTil
     """From where the caller says, else from the run's coordinate files, else from the features file."""
     if coords_path is None and (folder := _coordinates_folder(found)) is not None:
         return _from_hs2p(found, folder, found.sample_id)
-    path = Path(coords_path or found.path)
+    path = as_path(coords_path or found.path)
     if path.name.endswith(_COORDINATES):
         return _from_hs2p(found, path.parent, path.name.removesuffix(_COORDINATES))
     return replace(
@@ -124,7 +125,7 @@ def _coordinates_folder(found: StoredTiles) -> Path | None:
     recorded = found.about.get("coordinates_meta_path")
     if not isinstance(recorded, str) or not recorded:
         return None
-    folders = (Path(recorded).parent, found.path.parent.parent / "tiles")
+    folders = (as_path(recorded).parent, found.path.parent.parent / "tiles")
     return next((f for f in folders if coordinate_paths(f, found.sample_id)[1].is_file()), None)
 
 

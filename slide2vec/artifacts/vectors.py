@@ -10,6 +10,7 @@ from slide2vec.artifacts.records import PatientEmbeddingArtifact, SlideEmbedding
 from slide2vec.artifacts.writing import NOTHING, common_metadata, content_of, remove_others, write_artifact
 from slide2vec.config import OutputFormat
 from slide2vec.errors import ArtifactError
+from slide2vec.files import as_path
 
 if TYPE_CHECKING:
     import torch
@@ -49,8 +50,8 @@ def write_slide_embedding(
     contents = [("slide_embeddings", content_of(sidecar, "features", embedding))]
     if latents is not None:
         contents.append(("slide_latents", content_of(sidecar, "latents", latents)))
-    path, metadata_path = write_artifact(Path(output_dir), sidecar, contents)
-    latents_folder = Path(output_dir) / "slide_latents"
+    path, metadata_path = write_artifact(as_path(output_dir), sidecar, contents)
+    latents_folder = as_path(output_dir) / "slide_latents"
     latent_path = None if latents is None else latents_folder / path.name
     remove_others(latents_folder, sample_id, keep=latent_path)
     return SlideEmbeddingArtifact(
@@ -91,7 +92,7 @@ def write_patient_embedding(
         "compatibility": compatibility,
     }
     contents = [("patient_embeddings", content_of(sidecar, "features", embedding))]
-    path, metadata_path = write_artifact(Path(output_dir), sidecar, contents)
+    path, metadata_path = write_artifact(as_path(output_dir), sidecar, contents)
     return PatientEmbeddingArtifact(
         patient_id=patient_id,
         path=path,

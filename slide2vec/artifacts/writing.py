@@ -21,8 +21,8 @@ from slide2vec.artifacts.records import (
 )
 from slide2vec.config import OutputFormat
 from slide2vec.embedded import EmbeddedSlide
-from slide2vec.errors import ArtifactError, ConfigError, OutputError
-from slide2vec.files import atomic_path
+from slide2vec.errors import ArtifactError, ConfigError
+from slide2vec.files import as_path, atomic_path, is_remote, remove
 from slide2vec.slides import check_id
 from slide2vec.tiling import Tiling
 
@@ -64,7 +64,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _plain(value: object) -> Any:
-    if isinstance(value, PurePath):
+    if isinstance(value, PurePath) or is_remote(value):
         return str(value)
     if isinstance(value, np.generic):
         return value.item()
@@ -197,7 +197,9 @@ def _write_tiles(
     coords = np.stack([embedded.x, embedded.y], axis=1)
     about = about_coords(tiling.recorded)
     content = content_of(metadata, "features", embedded.tile_embeddings, coords=coords, about_coords=about)
-    path, metadata_path = write_artifact(Path(output_dir), metadata, [(metadata["artifact_type"], content)])
+    path, metadata_path = write_artifact(
+        as_path(output_dir), metadata, [(metadata["artifact_type"], content)]
+    )
     return {
         "sample_id": embedded.sample_id,
         "path": path,
@@ -270,7 +272,7 @@ def write_artifact(
                 write_content(temporary, content, file_format)
             if path == paths[0]:
                 size = temporary.stat().st_size
-        metadata_path.unlink(missing_ok=True)
+        remove(metadata_path)
     write_json(metadata_path, {**metadata, "file_size_bytes": size})
     remove_others(paths[0].parent, name, keep=paths[0])
     return paths[0], metadata_path
@@ -279,11 +281,8 @@ def write_artifact(
 def remove_others(folder: Path, name: str, keep: Path | None) -> None:
     """Remove files of that name in other formats: one artifact per slide or patient."""
     for path in (folder / f"{name}.{file_format}" for file_format in FORMATS):
-        try:
-            if path != keep:
-                path.unlink(missing_ok=True)
-        except OSError as error:
-            raise OutputError.of(path, error) from error
+        if path != keep:
+            remove(path)
 
 
 @contextmanager

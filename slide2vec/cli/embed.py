@@ -31,7 +31,7 @@ def embed(
         ),
     ],
     preset: Annotated[str, typer.Option("--preset", "-p", help="The encoder; see `slide2vec models`.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the files.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Directory for the files, or its URL.")],
     recursive: Annotated[
         bool, typer.Option("--recursive", "-r", help="Look into subdirectories of directories.")
     ] = False,
@@ -99,6 +99,7 @@ def embed(
     """
     from slide2vec.cli.inputs import find_slides
     from slide2vec.config import ExecutionOptions, PreprocessingConfig, PreviewConfig
+    from slide2vec.files import is_remote
     from slide2vec.recipes import load_recipe
 
     load_recipe(preset).variant(output_variant)  # wrong names are found before anything slow
@@ -125,7 +126,9 @@ def embed(
         save_latents=save_latents,
         engine=engine,
     )
-    output.mkdir(parents=True, exist_ok=True)
+    output_dir = execution.output_dir
+    if output_dir is not None and not is_remote(output_dir):  # found out before weights are loaded
+        output_dir.mkdir(parents=True, exist_ok=True)
     note(f"loading {preset} …")
     from slide2vec.cli.report import print_report
     from slide2vec.cli.writing import embed_and_write
@@ -144,7 +147,7 @@ def embed(
     )
     report = embed_and_write(model, found, preprocessing, execution, draw_map=draw_map)
     if as_json:
-        print_json({"encoder": model.identity(execution), "output_dir": output, **report.as_json()})
+        print_json({"encoder": model.identity(execution), "output_dir": output_dir, **report.as_json()})
     else:
         print_report(report, model, execution)
     if report.result.failed or report.result.failed_patients:

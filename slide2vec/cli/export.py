@@ -11,6 +11,7 @@ import typer
 
 from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
 from slide2vec.cli.exporting import KINDS, Dtype, Exported, Kind
+from slide2vec.files import as_path, entries, is_remote
 
 __all__ = ["export"]
 
@@ -24,8 +25,10 @@ class _Failed:
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="Output directory of a run.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the files; another one.")],
+    run: Annotated[str, typer.Argument(help="Output directory of a run, or its URL.", show_default=False)],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Directory (or URL) for the files; another one.")
+    ],
     file_format: Annotated[
         Literal["h5", "safetensors", "npz", "pt"],
         typer.Option("--format", help="h5 is what CLAM and TRIDENT read."),
@@ -44,12 +47,13 @@ def export(
     from slide2vec.cli.exporting import EXPORTERS
     from slide2vec.errors import OutputError, Slide2VecError
 
-    todo = _found(run, output)
+    run_dir, output_dir = as_path(run), as_path(output)
+    todo = _found(run_dir, output_dir)
     done: list[Exported] = []
     failed: list[_Failed] = []
     for kind, sample_id in todo:
         try:
-            done.append(EXPORTERS[kind](run, sample_id, output, file_format, dtype))
+            done.append(EXPORTERS[kind](run_dir, sample_id, output_dir, file_format, dtype))
         except OutputError:
             raise
         except Slide2VecError as error:
@@ -59,15 +63,15 @@ def export(
     if as_json:
         print_json(
             {
-                "run": run,
-                "output_dir": output,
+                "run": run_dir,
+                "output_dir": output_dir,
                 "format": file_format,
                 "exported": [asdict(item) for item in done],
                 "failed": [asdict(item) for item in failed],
             }
         )
     else:
-        _print(done, failed, output)
+        _print(done, failed, output_dir)
     if failed:
         raise typer.Exit(1)
 
@@ -95,9 +99,7 @@ def _names(folder: Path) -> list[str]:
     from slide2vec.artifacts.records import FORMATS, SIDECAR
 
     suffixes = (SIDECAR, *(f".{file_format}" for file_format in FORMATS))
-    if not folder.is_dir():
-        return []
-    names = [path.name for path in folder.iterdir() if path.is_file()]
+    names = [path.name for path in entries(folder) if is_remote(path) or path.is_file()]
     return sorted({name.removesuffix(end) for name in names for end in suffixes if name.endswith(end)})
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from slide2vec.files import as_path
+
 if TYPE_CHECKING:
     import torch
 
@@ -95,7 +97,7 @@ def _as_it_was(metadata: dict[str, Any], run: Path, tiling: Tiling) -> dict[str,
         "encoder": _encoder(metadata, tiling.sample_id),
         "compatibility": _mapping(metadata.get("compatibility")),
         "coordinates": (arrays if len(tiling) else None, coordinates),
-        "tiles_tar_path": None if archive is None else Path(str(archive)),
+        "tiles_tar_path": None if archive is None else as_path(archive),
         "skipped_tiles": skipped if isinstance(skipped, list) else (),
     }
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from slide2vec.errors import ManifestError
+from slide2vec.files import as_path, is_remote
 from slide2vec.slides import Slide, as_slide, read_manifest
 
 __all__ = ["SLIDE_SUFFIXES", "find_slides"]
@@ -42,7 +43,10 @@ def find_slides(
 
 
 def _expanded(argument: str, recursive: bool) -> Iterable[Slide | Path]:
-    path = Path(argument).expanduser()
+    path = as_path(argument)
+    if is_remote(path):
+        return read_manifest(path) if path.suffix.lower() == ".csv" else [path]
+    path = path.expanduser()
     if path.is_dir():
         return _in_directory(path, recursive)
     if path.suffix.lower() == ".csv":

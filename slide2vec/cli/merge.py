@@ -21,7 +21,7 @@ MOST_ROWS = 10
 
 def merge(
     output: Annotated[
-        Path, typer.Option("--output", "--output-dir", "-o", help="The output directory of the shards.")
+        str, typer.Option("--output", "--output-dir", "-o", help="The output directory of the shards.")
     ],
     as_json: Json = False,
     debug: Debug = False,
@@ -32,12 +32,14 @@ def merge(
     what is missing with the same --shard, then merge again.
     """
     from slide2vec.cohort.merging import merge_shards
+    from slide2vec.files import as_path
 
-    merged = merge_shards(output)
+    directory = as_path(output)
+    merged = merge_shards(directory)
     if as_json:
-        print_json(_as_json(output, merged))
+        print_json(_as_json(directory, merged))
     else:
-        _print(output, merged)
+        _print(directory, merged)
     if not merged.complete:
         raise typer.Exit(1)
 

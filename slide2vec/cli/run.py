@@ -38,12 +38,15 @@ def run(
             metavar="[CONFIG.yaml] [KEY=VALUE]...", help="A configuration file, and what to change in it."
         ),
     ] = None,
-    manifest: Annotated[Path | None, typer.Option("--manifest", "-m", help="CSV of the slides.")] = None,
+    manifest: Annotated[
+        str | None, typer.Option("--manifest", "-m", help="CSV of the slides, or its URL.")
+    ] = None,
     preset: Annotated[
         str | None, typer.Option("--preset", "-p", help="The encoder; see `slide2vec models`.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "--output-dir", "-o", help="Directory for the files.")
+        str | None,
+        typer.Option("--output", "--output-dir", "-o", help="Directory for the files, or s3://…, gs://…"),
     ] = None,
     weights: Annotated[
         str | None, typer.Option(help='Weights file or directory, or "random"; by default from Hugging Face.')
@@ -114,7 +117,7 @@ def run(
         bool | None, typer.Option("--previews/--no-previews", help="Pictures of tissue and tiles.")
     ] = None,
     read_coordinates_from: Annotated[
-        Path | None, typer.Option(help="Directory of coordinate files to use instead of tiling.")
+        str | None, typer.Option(help="Directory (or URL) of coordinate files to use instead of tiling.")
     ] = None,
     read_tiles_from: Annotated[
         Path | None, typer.Option(help="Directory of tile archives to read instead of slides.")
@@ -156,9 +159,9 @@ def run(
 
     path, overrides = _file_and_overrides(config or [])
     flags = {
-        "csv": manifest and str(manifest),
+        "csv": manifest,
         "model.name": preset,
-        "output_dir": output and str(output),
+        "output_dir": output,
         "model.weights": weights,
         "seed": seed,
         "model.output_variant": output_variant,
@@ -187,7 +190,7 @@ def run(
         "save_tiles": save_tiles,
         "tiling.preview.save_mask_preview": previews,
         "tiling.preview.save_tiling_preview": previews,
-        "tiling.read_coordinates_from": read_coordinates_from and str(read_coordinates_from),
+        "tiling.read_coordinates_from": read_coordinates_from,
         "tiling.read_tiles_from": read_tiles_from and str(read_tiles_from),
         "resume": resume,
         "model.input_size_px": input_size,

@@ -14,6 +14,7 @@ import typer
 from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
 from slide2vec.cohort.process_list import STATES, state_of
 from slide2vec.errors import ArtifactError, ConfigError
+from slide2vec.files import as_os_errors, as_path
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -27,7 +28,12 @@ Row = Mapping[str, str]
 
 
 def status(
-    directory: Annotated[Path, typer.Argument(help="The output directory of a run.", show_default=False)],
+    output_dir: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIRECTORY", help="The output directory of a run, or its URL.", show_default=False
+        ),
+    ],
     watch: Annotated[
         bool, typer.Option("--watch", "-w", help="Go on showing it until the run ends.")
     ] = False,
@@ -37,6 +43,7 @@ def status(
     """Show how far a run is: slides by state, tiles, failures, and whether it is alive."""
     if watch and as_json:
         raise ConfigError("--watch and --json exclude each other: ask for --json as often as needed")
+    directory = as_path(output_dir)
     found = _look(directory)
     if as_json:
         print_json(found)
@@ -52,9 +59,11 @@ def _look(directory: Path) -> dict[str, Any]:
 
     shards = shard_holders(directory)  # first: a run that ends meanwhile is looked at once more
     running = holder(directory) or next(iter(shards.values()), None)
-    found = gathered(directory)
+    with as_os_errors(directory):
+        found = gathered(directory)
+        is_there = list_path(directory, None).exists()
     rows = list(found.rows.values())
-    if not (running or found.by_shard or list_path(directory, None).exists()):
+    if not (running or found.by_shard or is_there):
         raise ArtifactError(f"{directory} is not the output directory of a run: it has no process_list.csv")
     states = Counter(state_of(row) for row in rows)
     states["to do"] += len(found.missing)  # of shards that have not begun

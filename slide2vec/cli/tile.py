@@ -27,7 +27,7 @@ def tile(
             help="Slides, directories of slides, glob patterns, or CSV manifests.", show_default=False
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the files.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Directory for the files, or its URL.")],
     preset: Annotated[
         str | None, typer.Option("--preset", "-p", help="Whose spacing and tile size to take.")
     ] = None,
@@ -92,7 +92,8 @@ def tile(
         execution=ExecutionOptions(output_dir=output, num_preprocessing_workers=num_preprocessing_workers),
     )
     result = tile_and_report(found, settings)
-    print_tiled(result, output, as_json=as_json)
+    assert settings.execution.output_dir is not None
+    print_tiled(result, settings.execution.output_dir, as_json=as_json)
     if result.failed:
         raise typer.Exit(1)
 

@@ -19,7 +19,7 @@ from slide2vec.artifacts import (
 from slide2vec.cli.report import failures_json
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import Slide2VecError
-from slide2vec.files import atomic_path
+from slide2vec.files import as_path, atomic_path
 from slide2vec.pictures import pca_map, write_picture
 from slide2vec.pipeline import Pipeline
 from slide2vec.progress import (
@@ -152,14 +152,14 @@ def _made(
     pictures = output_dir / "preview"
     return Made(
         sample_id=name,
-        image_path=Path(recorded["image_path"]),
+        image_path=as_path(recorded["image_path"]),
         num_tiles=recorded["num_tiles"],
         num_regions=recorded.get("num_regions"),
         backend=recorded.get("backend"),
         embeddings_path=artifact.path,
         metadata_path=artifact.metadata_path,
-        coordinates_npz_path=None if npz is None else Path(npz),
-        coordinates_meta_path=None if meta is None else Path(meta),
+        coordinates_npz_path=None if npz is None else as_path(npz),
+        coordinates_meta_path=None if meta is None else as_path(meta),
         mask_preview_path=_if_there(pictures / "mask" / f"{name}.jpg"),
         tiling_preview_path=_if_there(pictures / "tiling" / f"{name}.jpg"),
         map_path=_if_there(pictures / "map" / f"{name}.png"),

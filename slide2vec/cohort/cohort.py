@@ -22,6 +22,7 @@ from slide2vec.errors import ConfigError, OutputError
 from slide2vec.recipes import Level
 from slide2vec.slides import Slide
 from slide2vec.stream import IN_PLACE, InPlace, SlidePlan, plan_slide
+from slide2vec.stream.plan import check_archives_here
 from slide2vec.tiling import Tiling, write_coordinates
 from slide2vec.tiling.coordinates import coordinate_paths
 
@@ -63,6 +64,7 @@ class Cohort:
     ) -> None:
         if execution.output_dir is None:
             raise ConfigError("a run on disk needs ExecutionOptions(output_dir=…)")
+        check_archives_here(config, execution.output_dir)
         self.config, self.execution, self.encoder = config, execution, encoder
         self.output_dir, self.tilings = execution.output_dir, tilings or {}
         self.identities = identities_of(encoder, config, execution)

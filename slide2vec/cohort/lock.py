@@ -6,15 +6,16 @@ import fcntl
 import json
 import logging
 import os
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from slide2vec.cohort.lease import lease_holder, leased, signature
 from slide2vec.errors import OutputError, OutputLockedError
+from slide2vec.files import entries, is_remote
 
 __all__ = ["LOCK_NAME", "SHARD_LOCKS", "holder", "output_lock", "shard_holders", "shard_stem"]
 
@@ -35,6 +36,8 @@ def shard_stem(shard: str) -> str:
 def output_lock(output_dir: Path, shard: str | None = None) -> Iterator[None]:
     """Hold an output directory; the operating system releases it when the process ends, however it ends.
 
+    One behind a URL is held as well as can be: see `leased`.
+
     Args:
         shard: hold only this one: other shards may be held meanwhile, the whole directory may not.
 
@@ -42,11 +45,27 @@ def output_lock(output_dir: Path, shard: str | None = None) -> Iterator[None]:
         OutputLockedError: another process holds it.
         OutputError: the directory cannot be made or written to.
     """
+    own = LOCK_NAME if shard is None else f".slide2vec.{shard_stem(shard)}.lock"
     with ExitStack() as held:
-        held.enter_context(_lock(output_dir, LOCK_NAME, shared=shard is not None))
-        if shard is not None:
-            held.enter_context(_lock(output_dir, f".slide2vec.{shard_stem(shard)}.lock"))
+        if is_remote(output_dir):
+            _refuse_others(output_dir, shard)
+            held.enter_context(leased(output_dir / own))
+        else:
+            held.enter_context(_lock(output_dir, LOCK_NAME, shared=shard is not None))
+            if shard is not None:
+                held.enter_context(_lock(output_dir, own))
         yield
+
+
+def _refuse_others(output_dir: Path, shard: str | None) -> None:
+    """Behind a URL: a shard where the whole directory is held, or the other way round."""
+    try:
+        others = shard_holders(output_dir) if shard is None else {"all": holder(output_dir)}
+    except OSError as error:
+        raise OutputError.of(output_dir, error) from error
+    for by in others.values():
+        if by is not None:
+            raise OutputLockedError(_told(output_dir, by))
 
 
 @contextmanager
@@ -75,13 +94,17 @@ def _acquire(descriptor: int, path: Path, kind: int) -> None:
         by: Mapping[str, Any] | None = _read(descriptor)
         if path.name == LOCK_NAME:  # shards in the way hold it together, unsigned
             by = next(iter(shard_holders(output_dir).values()), by)
-        who = f"process {by['pid']} on {by['host']}, since {by['started']}" if by else "another process"
-        raise OutputLockedError(
-            f"{who} is writing into {output_dir}: wait until it is done, stop it, or choose another "
-            "output directory (`slide2vec status` shows how far it is)"
-        ) from None
+        raise OutputLockedError(_told(output_dir, by)) from None
     except OSError as error:  # some network file systems have no locks
         logger.warning("%s cannot be locked (%s): do not run twice into it", output_dir, error.strerror)
+
+
+def _told(output_dir: Path, by: Mapping[str, Any] | None) -> str:
+    who = f"process {by['pid']} on {by['host']}, since {by['started']}" if by else "another process"
+    return (
+        f"{who} is writing into {output_dir}: wait until it is done, stop it, or choose another output "
+        "directory (`slide2vec status` shows how far it is)"
+    )
 
 
 def _patiently(descriptor: int, operation: int) -> None:
@@ -95,14 +118,9 @@ def _patiently(descriptor: int, operation: int) -> None:
 
 
 def _sign(descriptor: int, path: Path) -> None:
-    by = {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
     try:
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(by).encode(), 0)
+        os.pwrite(descriptor, json.dumps(signature()).encode(), 0)
     except OSError as error:
         raise OutputError.of(path, error) from error
 
@@ -115,7 +133,7 @@ def holder(output_dir: Path) -> Mapping[str, Any] | None:
 def shard_holders(output_dir: Path) -> dict[str, Mapping[str, Any]]:
     """As `holder`, of the shards ("3/16") that are held now, by their number."""
     found = {}
-    for path in output_dir.glob(SHARD_LOCKS):
+    for path in (path for path in entries(output_dir) if fnmatch(path.name, SHARD_LOCKS)):
         number, _, count = path.name.removeprefix(".slide2vec.shard-").removesuffix(".lock").partition("-of-")
         if number.isdecimal() and count.isdecimal() and (by := _holder(path)) is not None:
             found[int(count), int(number)] = by
@@ -123,6 +141,8 @@ def shard_holders(output_dir: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def _holder(path: Path) -> Mapping[str, Any] | None:
+    if is_remote(path):
+        return lease_holder(path)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +11,7 @@ from typing import Self
 
 from slide2vec.cohort.lock import shard_stem
 from slide2vec.errors import OutputError
+from slide2vec.files import atomic_path, is_remote
 from slide2vec.progress import (
     ProgressEvent,
     ProgressReporter,
@@ -23,6 +24,9 @@ from slide2vec.progress import (
 )
 
 __all__ = ["RunLog"]
+
+
+logger = logging.getLogger(__name__)
 
 
 class _File(logging.FileHandler):
@@ -40,6 +44,7 @@ class _File(logging.FileHandler):
 class RunLog:
     """A log file in `logs/` of an output directory, and the reporter that feeds it.
 
+    Behind a URL it appears at the end of the run, or with its failure; that of a killed run is lost.
     As a reporter it passes every event on, and keeps the run's summary.
 
     Args:
@@ -51,8 +56,12 @@ class RunLog:
         self._inner = inner
         part = "" if shard is None else f".{shard_stem(shard)}"
         path = output_dir / "logs" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}{part}.log"
+        self._upload = ExitStack()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if is_remote(path):
+                path = self._upload.enter_context(atomic_path(path))
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
             self._handler = _File(path, encoding="utf-8")
         except OSError as error:
             raise OutputError.of(path, error) from error
@@ -71,6 +80,10 @@ class RunLog:
         if error is not None:
             self.write(f"the run ended early: {type(error).__name__}: {error}")
         self._handler.close()
+        try:
+            self._upload.close()
+        except OutputError as lost:
+            logger.warning("%s", lost)
 
     def write(self, text: str) -> None:
         """A line of our own."""

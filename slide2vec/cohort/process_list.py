@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias
 
 from slide2vec.errors import ArtifactError, OutputError
-from slide2vec.files import atomic_path
+from slide2vec.files import as_os_errors, atomic_path
 
 __all__ = [
     "COLUMNS",
@@ -69,7 +69,7 @@ def read_process_list(path: Path) -> list[Row]:
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # tracebacks are long
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with as_os_errors(path), path.open(newline="", encoding="utf-8") as file:
             table = csv.DictReader(file, strict=True)
             if table.fieldnames is None or "sample_id" not in table.fieldnames:
                 raise ArtifactError(f"{path} is no process list: it has no column sample_id")

@@ -8,6 +8,7 @@ from slide2vec.cohort.books import Books
 from slide2vec.cohort.cohort import Cohort
 from slide2vec.cohort.patients import by_patient, patient_of
 from slide2vec.cohort.todo import Kept, Todo, everything, what_is_left
+from slide2vec.files import entries
 
 __all__ = ["take_up"]
 
@@ -32,7 +33,9 @@ def _warn_of_finished(cohort: Cohort, books: Books) -> None:
     folder = cohort.output_dir / f"{cohort.kind}_embeddings"
     patients = cohort.kind == "patient"
     names = by_patient(books.slides) if patients else [slide.sample_id for slide in books.slides]
-    there = sum((folder / f"{name}.meta.json").exists() for name in names)
+    # One listing: a request per slide would take minutes behind a URL.
+    made = {path.name for path in entries(folder)}
+    there = sum(f"{name}.meta.json" in made for name in names)
     if there:
         logger.warning(
             "%d %s are finished in %s and are embedded anew: resume keeps those that agree",

@@ -6,12 +6,12 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from slide2vec.cohort.lock import SHARD_LOCKS, output_lock, shard_stem
 from slide2vec.cohort.process_list import PROCESS_LIST, ProcessList, Row, read_process_list, state_of
-from slide2vec.errors import OutputError
-from slide2vec.files import atomic_path
+from slide2vec.files import atomic_path, entries, remove
 
 __all__ = ["Gathered", "enter_empty", "forget_shards", "gathered", "list_path", "write_order"]
 
@@ -121,7 +121,7 @@ def gathered(output_dir: Path) -> Gathered:
 def _lists(output_dir: Path) -> Iterator[tuple[str, Path]]:
     found = [
         (int(match[2]), int(match[1]), path)
-        for path in output_dir.glob("process_list.shard-*.csv")
+        for path in entries(output_dir)
         if (match := _LIST.fullmatch(path.name))
     ]
     for count, number, path in sorted(found):
@@ -147,9 +147,7 @@ def forget_shards(output_dir: Path, *, order: bool) -> None:
     Raises:
         OutputError: one cannot be removed.
     """
-    gone = [path for _, path in _lists(output_dir)] + list(output_dir.glob(SHARD_LOCKS))
+    locks = [path for path in entries(output_dir) if fnmatch(path.name, SHARD_LOCKS)]
+    gone = [path for _, path in _lists(output_dir)] + locks
     for path in [*gone, output_dir / _ORDER] if order else gone:
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise OutputError.of(path, error) from error
+        remove(path)

@@ -18,8 +18,9 @@ import tifffile
 from numpy.typing import NDArray
 
 from slide2vec.errors import SlideOpenError
+from slide2vec.files import is_remote
 from slide2vec.readers.spacing import Claim, objective_claim, settle_spacing
-from slide2vec.slides import Slide, is_remote
+from slide2vec.slides import Slide
 
 __all__ = ["Probe", "TiffLevel", "probe"]
 

@@ -23,6 +23,7 @@ from slide2vec.config import (
     SegmentationConfig,
 )
 from slide2vec.errors import ConfigError, PresetError
+from slide2vec.files import is_remote
 from slide2vec.recipes import load_recipe
 from slide2vec.settings.keys import KEYS
 from slide2vec.settings.text import as_yaml, parse_yaml, read_yaml
@@ -148,7 +149,8 @@ def _segmentation_method(given: Values) -> str:
 
 
 def _output_dir(given: Values) -> Path:
-    output_dir, name = Path(given["output_dir"]), given["resume_dirname"]
+    output_dir: Path = given["output_dir"]
+    name = given["resume_dirname"]
     return output_dir / name if given["resume"] and name is not None else output_dir
 
 
@@ -189,7 +191,7 @@ def settings_as_yaml(settings: RunSettings, extra: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Path | str):
+    if isinstance(value, Path | str) or is_remote(value):
         return escaped(str(value))
     return list(value) if isinstance(value, tuple) else value
 

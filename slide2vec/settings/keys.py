@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from slide2vec.config import (
     ExecutionOptions,
     FilterConfig,
+    Location,
     PreprocessingConfig,
     PreviewConfig,
     SegmentationConfig,
@@ -58,6 +59,9 @@ class Key:
         try:  # JSON has the types of YAML: text is no number, 1 is not true, but a list may be a tuple
             return TypeAdapter(self.type).validate_json(text, strict=True)
         except ValidationError as error:
+            own = next((c for item in error.errors() if (c := (item.get("ctx") or {}).get("error"))), None)
+            if isinstance(own, ConfigError):
+                raise own from None
             wrong = dict.fromkeys(item["msg"].lower() for item in error.errors())
             raise ConfigError(f"{'; or '.join(wrong)}, {given}") from None
 
@@ -82,7 +86,7 @@ Text = str | None
 
 #: All keys, in the order in which they are written.
 KEYS: dict[str, Key] = {
-    "csv": Key(Path | None),
+    "csv": Key(Location | None),
     "output_dir": _of(ExecutionOptions, "output_dir", Path("output")),
     "resume": _of(PreprocessingConfig, "resume"),
     "resume_dirname": Key(Text),

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from slide2vec.config import PreprocessingConfig
-from slide2vec.errors import SlideReadError
+from slide2vec.errors import ConfigError, SlideReadError
+from slide2vec.files import is_remote
 from slide2vec.readers import SlideReader, open_slide, resolve_spacing
 from slide2vec.slides import Slide
 from slide2vec.stream.sources import (
@@ -30,7 +31,7 @@ from slide2vec.tiling.previews import write_mask_preview, write_tiling_preview
 from slide2vec.tiling.regions import unroll
 from slide2vec.tiling.reuse import find_reusable, is_newer
 
-__all__ = ["SlidePlan", "coordinates_dir", "plan_slide"]
+__all__ = ["SlidePlan", "check_archives_here", "coordinates_dir", "plan_slide"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,15 @@ def coordinates_dir(slide: Slide, config: PreprocessingConfig) -> Path | None:
     if config.read_tiles_from is not None:
         return find_coordinates(config.read_tiles_from, slide.sample_id)
     return None
+
+
+def check_archives_here(config: PreprocessingConfig, output_dir: Path | None) -> None:
+    """Raises ConfigError where archives that tiles are to be read from would lie behind a URL."""
+    if is_remote(output_dir) and not config.on_the_fly and config.read_tiles_from is None:
+        raise ConfigError(
+            f"on_the_fly=False reads tiles from archives in {output_dir}, behind a URL: leave it out "
+            "(save_tiles=True writes the archives all the same), or write into a local folder"
+        )
 
 
 def _plan_archive(slide: Slide, config: PreprocessingConfig, tiling: Tiling) -> SlidePlan:

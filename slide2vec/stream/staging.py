@@ -21,8 +21,9 @@ from typing import Self
 
 from slide2vec.config import ExecutionOptions
 from slide2vec.errors import ConfigError, SlideOpenError
+from slide2vec.files import is_remote
 from slide2vec.readers.companions import files_of
-from slide2vec.slides import Slide, is_remote
+from slide2vec.slides import Slide
 from slide2vec.stream.batches import Stopped
 from slide2vec.stream.scratch import private_folder
 

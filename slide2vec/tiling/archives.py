@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.errors import SlideReadError, TilingError
-from slide2vec.files import atomic_path
+from slide2vec.files import atomic_path, remove
 from slide2vec.tiling.headers import jpeg_fault, tar_members
 from slide2vec.tiling.records import Tiling
 
@@ -79,7 +79,7 @@ def write_archive(directory: Path, tiling: Tiling, blocks: Iterable[Block]) -> P
     with atomic_path(archive) as temporary:
         with temporary.open("wb") as file:
             _write_members(file, tiling, blocks)
-        manifest.unlink(missing_ok=True)
+        remove(manifest)
     with atomic_path(manifest) as temporary, temporary.open("w") as text:
         text.write("tile_index,x,y\n")
         rows = zip(tiling.x.tolist(), tiling.y.tolist(), strict=True)

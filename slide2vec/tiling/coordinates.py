@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from slide2vec.config import FilterConfig, PreprocessingConfig
 from slide2vec.errors import ConfigError, TilingError
-from slide2vec.files import READING_ARRAYS, atomic_path
+from slide2vec.files import READING_ARRAYS, as_os_errors, as_path, atomic_path, local, remove
 from slide2vec.geometry import TileGeometry
 from slide2vec.readers import SlideReader
-from slide2vec.slides import Slide, as_path
+from slide2vec.slides import Slide
 from slide2vec.tiling.records import PRECOMPUTED, Segmentation, Tiling
 
 __all__ = [
@@ -55,7 +55,7 @@ def write_coordinates(directory: Path, tiling: Tiling) -> tuple[Path | None, Pat
         Paths of the .npz (None when there are no tiles, then none is written) and of the .json.
     """
     arrays, metadata = coordinate_paths(directory, tiling.sample_id)
-    metadata.unlink(missing_ok=True)
+    remove(metadata)
     if len(tiling):
         with atomic_path(arrays) as temporary:
             np.savez_compressed(
@@ -66,7 +66,7 @@ def write_coordinates(directory: Path, tiling: Tiling) -> tuple[Path | None, Pat
                 tissue_fractions=tiling.tissue_fractions,
             )
     else:
-        arrays.unlink(missing_ok=True)
+        remove(arrays)
     with atomic_path(metadata) as temporary:
         temporary.write_text(json.dumps(_metadata(tiling), indent=2, sort_keys=True) + "\n")
     return (arrays if len(tiling) else None), metadata
@@ -201,10 +201,13 @@ def load_coordinates(directory: Path, sample_id: str) -> Tiling:
     """
     arrays, metadata = coordinate_paths(directory, sample_id)
     try:
-        meta = json.loads(metadata.read_text())
+        with as_os_errors(metadata):
+            text = metadata.read_text()
+        meta = json.loads(text)
         return _tiling(_Sections(meta), arrays)
     except FileNotFoundError as error:
-        raise TilingError(f"slide {sample_id}: coordinate file {error.filename} does not exist") from error
+        missing = error.filename or error
+        raise TilingError(f"slide {sample_id}: coordinate file {missing} does not exist") from error
     except _UNREADABLE as error:
         raise TilingError(f"slide {sample_id}: {metadata} cannot be read: {error}") from error
 
@@ -320,7 +323,7 @@ def _filtering(meta: _Sections) -> FilterConfig:
 def _arrays(path: Path, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     if count == 0:
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
-    with READING_ARRAYS, np.load(path, allow_pickle=False) as data:
+    with local(path) as file, READING_ARRAYS, np.load(file, allow_pickle=False) as data:
         if "coordinates" in data:  # HS2P 3.0 and 3.1
             x, y = data["coordinates"].T
         else:

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from slide2vec.config import SegmentationConfig
 from slide2vec.errors import MaskError, Slide2VecError
+from slide2vec.files import is_remote
 from slide2vec.geometry import nearest_downsample_level, select_level
 from slide2vec.readers import SlideReader, open_slide
-from slide2vec.slides import Slide, is_remote
+from slide2vec.slides import Slide
 from slide2vec.tiling.levels import read_level
 from slide2vec.tiling.records import PRECOMPUTED, Segmentation
 

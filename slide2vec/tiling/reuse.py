@@ -6,6 +6,7 @@ from pathlib import Path
 
 from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import ManifestError, TilingError
+from slide2vec.files import as_os_errors, entries
 from slide2vec.readers import SlideReader
 from slide2vec.slides import Slide
 from slide2vec.tiling.coordinates import check_tiling, coordinate_paths, load_coordinates
@@ -36,9 +37,14 @@ def is_newer(made: Path, slide: Slide) -> bool:
     """Whether a file was made after the slide's files were last changed."""
     sources = [path for path in (slide.image_path, slide.mask_path) if path is not None]
     try:
-        return made.stat().st_mtime >= max(path.stat().st_mtime for path in sources)
+        return _changed_at(made) >= max(map(_changed_at, sources))
     except OSError:
         return False
+
+
+def _changed_at(path: Path) -> float:
+    with as_os_errors(path):
+        return path.stat().st_mtime
 
 
 def _same_settings(tiling: Tiling, slide: Slide, config: PreprocessingConfig) -> bool:
@@ -77,7 +83,10 @@ def recorded_slides(directory: Path) -> list[Slide]:
         ManifestError: there are none.
     """
     found = {
-        path.name: path for folder in (directory / "tiles", directory) for path in folder.glob(f"*{_SUFFIX}")
+        path.name: path
+        for folder in (directory / "tiles", directory)
+        for path in entries(folder)
+        if path.name.endswith(_SUFFIX)
     }
     if not found:
         raise ManifestError(f"{directory} holds no coordinate files (*{_SUFFIX}), nor does its folder tiles/")

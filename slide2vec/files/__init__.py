@@ -1,0 +1,18 @@
+"""Files that appear whole or not at all, here or behind a URL; arrays read in one thread at a time."""
+
+from __future__ import annotations
+
+from slide2vec.files.atomic import READING_ARRAYS, atomic_path, remove, remove_partial
+from slide2vec.files.remote import as_os_errors, as_path, entries, is_remote, local
+
+__all__ = [
+    "READING_ARRAYS",
+    "as_os_errors",
+    "as_path",
+    "atomic_path",
+    "entries",
+    "is_remote",
+    "local",
+    "remove",
+    "remove_partial",
+]

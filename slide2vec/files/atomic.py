@@ -1,0 +1,102 @@
+"""Files that appear whole or not at all, here or behind a URL; arrays read in one thread at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from slide2vec.errors import OutputError
+from slide2vec.files.remote import as_os_errors, is_remote, upload
+
+__all__ = ["READING_ARRAYS", "atomic_path", "remove", "remove_partial"]
+
+#: Held while headers of NumPy's arrays are read. NumPy parses them with `ast`, whose counter of nesting is
+#: shared by all threads (in Python 3.11, at least): where a garbage collection lets in another thread that
+#: parses, too, it ends in "SystemError: AST constructor recursion depth mismatch", and a good slide fails.
+READING_ARRAYS = threading.RLock()
+
+#: Of the folder that holds a file while it is written.
+_SUFFIX = ".partial"
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name with the suffix of `path`; renamed to it when the block ends, removed if the
+    block fails. Folders are made as needed. What is there after a power cut is whole, too.
+
+    For a URL it is a file in the folder for temporary files (TMPDIR), uploaded when the block ends.
+
+    Raises:
+        OutputError: for any OSError on the way: the file cannot be written.
+    """
+    try:
+        with _temporary_for_upload(path) if is_remote(path) else _temporary_beside(path) as temporary:
+            yield temporary
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError.of(path, error) from error
+
+
+@contextmanager
+def _temporary_for_upload(path: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="slide2vec-") as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        upload(temporary, path)
+
+
+@contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.stem[:64]}.", suffix=_SUFFIX))
+    temporary = folder / path.name
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, if it is there.
+
+    Raises:
+        OutputError: it cannot be removed.
+    """
+    try:
+        if is_remote(path):
+            _remove_remote(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError.of(path, error) from error
+
+
+def _remove_remote(path: Any) -> None:
+    with suppress(FileNotFoundError), as_os_errors(path):
+        path.fs.rm_file(path.path)
+
+
+def remove_partial(directory: Path) -> None:
+    """Remove what killed processes left half-written in a directory (while nobody writes there)."""
+    if is_remote(directory):  # what is half-written is on the machine that writes it
+        return
+    for folder in directory.glob(f".*{_SUFFIX}"):
+        shutil.rmtree(folder, ignore_errors=True)
