@@ -7,7 +7,19 @@ from typing import Annotated, Literal
 
 import typer
 
-from slide2vec.cli.console import Backend, Debug, Engine, Format, Json, Precision, note, print_json
+from slide2vec.cli.console import (
+    Backend,
+    Debug,
+    Devices,
+    Engine,
+    Format,
+    Json,
+    NumGpus,
+    Precision,
+    device_names,
+    note,
+    print_json,
+)
 
 __all__ = ["NonRecommended", "TrustRemoteCode", "embed"]
 
@@ -62,6 +74,8 @@ def embed(
         typer.Option(help="By default the preset's on a GPU, fp32 on a CPU.", show_default=False),
     ] = None,
     engine: Engine = "auto",
+    num_gpus: NumGpus = None,
+    devices: Devices = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Tiles per forward pass [by device].")] = None,
     num_workers: Annotated[int | None, typer.Option(min=1, help="Reading threads [all CPUs].")] = None,
     file_format: Annotated[Format, typer.Option("--format", help="Of the embeddings.")] = "pt",
@@ -115,6 +129,8 @@ def embed(
         output_format=file_format,
         batch_size=batch_size,
         num_workers=num_workers,
+        num_gpus=num_gpus,
+        devices=tuple(device_names(devices) or ()) or None,
         save_tile_embeddings=save_tile_embeddings,
         save_latents=save_latents,
         engine=engine,
