@@ -13,7 +13,6 @@ from slide2vec.cli import app
 
 DOCS = Path(__file__).parents[1] / "docs"
 SCRIPTS = sorted((DOCS / "slurm").glob("*.sbatch"))
-#: Flags that may be missing as long as there is one executor.
 
 #: A call of slide2vec, with the lines that it goes on for.
 _CALL = re.compile(r"\bslide2vec (run|merge|status)((?:[^\n'`\\]|\\\n)*)")
