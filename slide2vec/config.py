@@ -253,10 +253,13 @@ class ExecutionOptions(_Config):
         num_gpus: devices to use; None = all, unless the model was given one. Each has a process of its own;
             `embed_slide` shares out the tiles of the slide, everything else whole slides.
         devices: the same by name, and on a CPU: ("cuda:0", "cuda:2"), ("cpu", "cpu").
-        executor: "local": the devices of this machine; "ray": those of a Ray cluster, num_gpus of them or
-            all that there are; on a cluster without GPUs a worker for each entry of `devices`, or each node.
+        executor: "local": the devices of this machine; "ray": the GPUs of a Ray cluster, num_gpus of them or
+            all that there are, now or later. On a cluster without GPUs, or with num_gpus=0, a worker on the
+            CPUs of each node; with devices=("cpu", "cpu") as many as that. All nodes see the slides, weights
+            and output_dir at the same paths, on storage that they share. A GPU of a cluster that the model's
+            own machine does not have may need `precision`, which is the preset's on a GPU, fp32 on a CPU.
         ray_address: of the cluster's head, "auto" where one runs on this machine; None = the one that
-            RAY_ADDRESS names, else a new one on this machine.
+            RAY_ADDRESS names, else a new one of this machine alone.
         precision: None = the preset's (fp32 on a CPU). "fp8" needs an engine.
         engine: what runs the encoder. "auto": an engine that `slide2vec build-engine` made for it, this
             precision and this machine, else PyTorch; "torch"; or a runtime whose engine has to be there.
@@ -312,6 +315,19 @@ class ExecutionOptions(_Config):
     @classmethod
     def _shard_is_i_of_n(cls, value: str | None) -> str | None:
         return None if value is None else "{}/{}".format(*shard_numbers(value))
+
+    @model_validator(mode="after")
+    def _fits_the_executor(self) -> Self:
+        if self.executor == "local" and self.ray_address is not None:
+            raise ConfigError(
+                f'ray_address={self.ray_address} is for executor="ray"; say so, or leave it out'
+            )
+        if self.executor == "ray" and any(name != "cpu" for name in self.devices or ()):
+            raise ConfigError(
+                f'devices={", ".join(self.devices or ())} with executor="ray": say num_gpus=, for Ray '
+                'chooses which; only workers on CPUs can be named, ("cpu", "cpu")'
+            )
+        return self
 
     def feature_dtype(self, precision: str) -> Literal["float16", "float32"]:
         """Of the embeddings, for a run in `precision`."""

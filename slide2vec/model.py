@@ -410,6 +410,8 @@ class Model:
         Raises:
             ConfigError: there are not so many devices, or the model is not one of `from_preset`.
         """
+        if execution.executor == "ray":  # whose devices are not of this machine
+            return workers_for(self, self._loader, execution.devices or (), execution, self._fleets)
         chosen = _is_numbered(self.origin.get("device", "cuda:0"))
         named = devices_for(
             self.device, chosen=chosen, num_gpus=execution.num_gpus, devices=execution.devices

@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 __all__ = [
     "Backend",
     "Debug",
+    "Devices",
     "Engine",
     "EngineName",
     "Format",
     "Json",
+    "NumGpus",
     "Precision",
     "debugging",
+    "device_names",
     "facts",
     "log_to_stderr",
     "note",
@@ -87,11 +90,21 @@ EngineName = Literal["auto", "torch", "tensorrt", "openvino", "inductor"]
 Engine = Annotated[
     EngineName, typer.Option(help="What runs the encoder: auto takes a compiled one where there is one.")
 ]
+NumGpus = Annotated[int | None, typer.Option(min=0, help="GPUs to use [all, unless --device names one].")]
+Devices = Annotated[
+    str | None,
+    typer.Option(help="The same by name, with commas: cuda:0,cuda:2; or worker processes: cpu,cpu."),
+]
 Debug = Annotated[
     bool,
     typer.Option("--debug", callback=_debug, is_eager=True, help="Log more; show tracebacks of errors."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+
+
+def device_names(given: str | None) -> list[str] | None:
+    """What `--devices` says."""
+    return None if given is None else [name.strip() for name in given.split(",")]
 
 
 def print_error(error: object) -> None:

@@ -7,7 +7,19 @@ from typing import Annotated, Literal
 
 import typer
 
-from slide2vec.cli.console import Backend, Debug, Engine, Format, Json, Precision, note, print_json
+from slide2vec.cli.console import (
+    Backend,
+    Debug,
+    Devices,
+    Engine,
+    Format,
+    Json,
+    NumGpus,
+    Precision,
+    device_names,
+    note,
+    print_json,
+)
 
 __all__ = ["NonRecommended", "TrustRemoteCode", "embed"]
 
@@ -62,6 +74,8 @@ def embed(
         typer.Option(help="By default the preset's on a GPU, fp32 on a CPU.", show_default=False),
     ] = None,
     engine: Engine = "auto",
+    num_gpus: NumGpus = None,
+    devices: Devices = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Tiles per forward pass [by device].")] = None,
     num_workers: Annotated[int | None, typer.Option(min=1, help="Reading threads [all CPUs].")] = None,
     stage_dir: Annotated[
@@ -122,6 +136,8 @@ def embed(
         num_workers=num_workers,
         stage_dir=stage_dir,
         stage_gb=stage_gb,
+        num_gpus=num_gpus,
+        devices=tuple(device_names(devices) or ()) or None,
         save_tile_embeddings=save_tile_embeddings,
         save_latents=save_latents,
         engine=engine,

@@ -22,10 +22,7 @@ MOST_ROWS = 10
 
 def merge(
     output: Annotated[
-        str,
-        typer.Option(
-            "--output", "--output-dir", "-o", help="The output directory of the shards, or its URL."
-        ),
+        str, typer.Option("--output", "--output-dir", "-o", help="The output directory of the shards.")
     ],
     as_json: Json = False,
     debug: Debug = False,
@@ -36,13 +33,14 @@ def merge(
     what is missing with the same --shard, then merge again.
     """
     from slide2vec.cohort.merging import merge_shards
+    from slide2vec.files import as_path
 
-    output_dir = as_path(output)
-    merged = merge_shards(output_dir)
+    directory = as_path(output)
+    merged = merge_shards(directory)
     if as_json:
-        print_json(_as_json(output_dir, merged))
+        print_json(_as_json(directory, merged))
     else:
-        _print(output_dir, merged)
+        _print(directory, merged)
     if not merged.complete:
         raise typer.Exit(1)
 

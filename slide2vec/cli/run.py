@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from slide2vec.cli.console import Backend, Debug, EngineName, Format, Json, Precision, note, print_json
+from slide2vec.cli.console import (
+    Backend,
+    Debug,
+    Devices,
+    EngineName,
+    Format,
+    Json,
+    NumGpus,
+    Precision,
+    device_names,
+    note,
+    print_json,
+)
 from slide2vec.cli.embed import TrustRemoteCode
 from slide2vec.errors import ConfigError
 
@@ -67,6 +79,16 @@ def run(
     precision: Annotated[Precision | None, typer.Option(help="Of the encoder.", show_default=False)] = None,
     engine: Annotated[
         EngineName | None, typer.Option(help="What runs the encoder [auto].", show_default=False)
+    ] = None,
+    num_gpus: NumGpus = None,
+    devices: Devices = None,
+    executor: Annotated[
+        Literal["local", "ray"] | None,
+        typer.Option(help="This machine's devices, or those of a Ray cluster [local].", show_default=False),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help='Of the Ray cluster: host:port, or "auto" on one of its nodes.'),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Tiles per forward pass [by device].")] = None,
     num_workers: Annotated[int | None, typer.Option(help="Reading threads [all CPUs].")] = None,
@@ -174,6 +196,10 @@ def run(
         "model.device": "cpu" if run_on_cpu else device,
         "speed.precision": precision or ("fp32" if run_on_cpu else None),
         "speed.engine": engine,
+        "speed.num_gpus": num_gpus,
+        "speed.devices": device_names(devices),
+        "speed.executor": executor,
+        "speed.ray_address": address,
         "model.batch_size": batch_size,
         "speed.num_dataloader_workers": num_workers,
         "speed.num_preprocessing_workers": num_preprocessing_workers,

@@ -59,10 +59,10 @@ def _look(directory: Path) -> dict[str, Any]:
 
     shards = shard_holders(directory)  # first: a run that ends meanwhile is looked at once more
     running = holder(directory) or next(iter(shards.values()), None)
-    found = gathered(directory)
-    rows = list(found.rows.values())
     with as_os_errors(directory):
+        found = gathered(directory)
         is_there = list_path(directory, None).exists()
+    rows = list(found.rows.values())
     if not (running or found.by_shard or is_there):
         raise ArtifactError(f"{directory} is not the output directory of a run: it has no process_list.csv")
     states = Counter(state_of(row) for row in rows)

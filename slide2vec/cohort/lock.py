@@ -8,8 +8,8 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from fnmatch import fnmatchcase
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -45,29 +45,27 @@ def output_lock(output_dir: Path, shard: str | None = None) -> Iterator[None]:
         OutputLockedError: another process holds it.
         OutputError: the directory cannot be made or written to.
     """
+    own = LOCK_NAME if shard is None else f".slide2vec.{shard_stem(shard)}.lock"
     with ExitStack() as held:
         if is_remote(output_dir):
-            held.enter_context(_lease(output_dir, shard))
+            _refuse_others(output_dir, shard)
+            held.enter_context(leased(output_dir / own))
         else:
             held.enter_context(_lock(output_dir, LOCK_NAME, shared=shard is not None))
             if shard is not None:
-                held.enter_context(_lock(output_dir, _shard_lock(shard)))
+                held.enter_context(_lock(output_dir, own))
         yield
 
 
-def _shard_lock(shard: str) -> str:
-    return f".slide2vec.{shard_stem(shard)}.lock"
-
-
-def _lease(output_dir: Path, shard: str | None) -> AbstractContextManager[None]:
-    """Of a directory behind a URL, while nobody holds a shard of it; of a shard, while nobody holds all."""
+def _refuse_others(output_dir: Path, shard: str | None) -> None:
+    """Behind a URL: a shard where the whole directory is held, or the other way round."""
     try:
-        others = [holder(output_dir)] if shard else list(shard_holders(output_dir).values())
+        others = shard_holders(output_dir) if shard is None else {"all": holder(output_dir)}
     except OSError as error:
         raise OutputError.of(output_dir, error) from error
-    if (by := next(filter(None, others), None)) is not None:
-        raise _refusal(by, output_dir)
-    return leased(output_dir / (_shard_lock(shard) if shard else LOCK_NAME))
+    for by in others.values():
+        if by is not None:
+            raise OutputLockedError(_told(output_dir, by))
 
 
 @contextmanager
@@ -96,16 +94,16 @@ def _acquire(descriptor: int, path: Path, kind: int) -> None:
         by: Mapping[str, Any] | None = _read(descriptor)
         if path.name == LOCK_NAME:  # shards in the way hold it together, unsigned
             by = next(iter(shard_holders(output_dir).values()), by)
-        raise _refusal(by, output_dir) from None
+        raise OutputLockedError(_told(output_dir, by)) from None
     except OSError as error:  # some network file systems have no locks
         logger.warning("%s cannot be locked (%s): do not run twice into it", output_dir, error.strerror)
 
 
-def _refusal(by: Mapping[str, Any] | None, output_dir: Path) -> OutputLockedError:
+def _told(output_dir: Path, by: Mapping[str, Any] | None) -> str:
     who = f"process {by['pid']} on {by['host']}, since {by['started']}" if by else "another process"
-    return OutputLockedError(
-        f"{who} is writing into {output_dir}: wait until it is done, stop it, or choose another "
-        "output directory (`slide2vec status` shows how far it is)"
+    return (
+        f"{who} is writing into {output_dir}: wait until it is done, stop it, or choose another output "
+        "directory (`slide2vec status` shows how far it is)"
     )
 
 
@@ -135,7 +133,7 @@ def holder(output_dir: Path) -> Mapping[str, Any] | None:
 def shard_holders(output_dir: Path) -> dict[str, Mapping[str, Any]]:
     """As `holder`, of the shards ("3/16") that are held now, by their number."""
     found = {}
-    for path in (path for path in entries(output_dir) if fnmatchcase(path.name, SHARD_LOCKS)):
+    for path in (path for path in entries(output_dir) if fnmatch(path.name, SHARD_LOCKS)):
         number, _, count = path.name.removeprefix(".slide2vec.shard-").removesuffix(".lock").partition("-of-")
         if number.isdecimal() and count.isdecimal() and (by := _holder(path)) is not None:
             found[int(count), int(number)] = by

@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import fnmatch
 from pathlib import Path
 
 from slide2vec.cohort.lock import SHARD_LOCKS, output_lock, shard_stem
@@ -147,8 +147,7 @@ def forget_shards(output_dir: Path, *, order: bool) -> None:
     Raises:
         OutputError: one cannot be removed.
     """
-    gone = [path for _, path in _lists(output_dir)] + [
-        path for path in entries(output_dir) if fnmatchcase(path.name, SHARD_LOCKS)
-    ]
+    locks = [path for path in entries(output_dir) if fnmatch(path.name, SHARD_LOCKS)]
+    gone = [path for _, path in _lists(output_dir)] + locks
     for path in [*gone, output_dir / _ORDER] if order else gone:
         remove(path)

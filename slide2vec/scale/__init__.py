@@ -36,16 +36,17 @@ def workers_for(
         kept: fleets of earlier calls.
 
     Raises:
-        ConfigError: workers are asked for, and cannot load the model.
+        ConfigError: workers are asked for, and cannot load the model, or the cluster is not there.
         ExtraMissingError: executor="ray", and Ray is not installed.
     """
     ray = execution.executor == "ray"
     if not ray and len(devices) == 1:
         return None
     if loader is None:
+        alone = 'executor="local"' if ray else "num_gpus=0"
         raise ConfigError(
-            "several devices need a model of Model.from_preset, which each of them loads anew; for one that "
-            "was made otherwise say num_gpus=0"
+            "workers need a model of Model.from_preset, which each of them loads anew; for one that "
+            f"was made otherwise say {alone}"
         )
     from slide2vec.scale.elsewhere import Elsewhere
 
@@ -56,6 +57,15 @@ def workers_for(
 def _starter(
     loader: Callable[..., Any], devices: Sequence[str], execution: ExecutionOptions
 ) -> Callable[[], Fleet]:
+    if execution.executor == "ray":
+        return partial(_ray_fleet, loader, execution)
     from slide2vec.scale.local import LocalFleet
 
     return partial(LocalFleet, devices, loader, share(job_cpus(), len(devices)))
+
+
+def _ray_fleet(loader: Callable[..., Any], execution: ExecutionOptions) -> Fleet:
+    from slide2vec.scale.ray_fleet import RayFleet
+
+    workers = None if execution.devices is None else len(execution.devices)
+    return RayFleet(loader, address=execution.ray_address, workers=workers, num_gpus=execution.num_gpus)
