@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
-from slide2vec.files import as_path
 
 if TYPE_CHECKING:
     from slide2vec.cohort.merging import Merged
