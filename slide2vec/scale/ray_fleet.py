@@ -161,7 +161,8 @@ class RayFleet:
             self._heard_at = float("inf")
             needs = {(actor.place.cpus, actor.place.gpus) for actor in self._actors.values()}
             logger.warning(
-                "the Ray cluster has no room for a worker (%s), and is waited for: see `ray status`",
+                "the Ray cluster has no room for a worker (%s), and is waited for: see `ray status` for what "
+                "holds it; workers of other models of this process do while these models are there",
                 "; ".join(f"{cpus} CPUs, {gpus} GPUs on one node" for cpus, gpus in needs) or "no nodes",
             )
 
