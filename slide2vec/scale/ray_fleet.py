@@ -35,7 +35,7 @@ PATIENCE_S = 30.0
 #: Threads of an actor: for a receive that waits, and sends meanwhile.
 THREADS = 4
 #: Characters of what Ray says of a lost actor.
-MAX_REASON = 400
+MAX_REASON = 1000
 
 
 @dataclass(eq=False)
@@ -151,7 +151,7 @@ class RayFleet:
         del self._actors[actor.name]
         with suppress(self._ray.exceptions.RayError):
             self._ray.kill(actor.handle)
-        return Lost(" ".join(str(error).split())[-MAX_REASON:])
+        return Lost(" ".join(str(error).split())[:MAX_REASON])
 
     def _tell_of_waiting(self) -> None:
         now = time.monotonic()
