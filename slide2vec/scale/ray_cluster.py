@@ -16,6 +16,8 @@ from slide2vec.errors import ConfigError, ExtraMissingError
 
 __all__ = ["Connection", "Place", "Places", "import_ray"]
 
+logger = logging.getLogger(__name__)
+
 #: Seconds that a cluster has to take a connection.
 ANSWER_S = 10.0
 #: Addresses that name no host.
@@ -50,12 +52,13 @@ class Connection:
 
     _fleets: ClassVar[int] = 0
     _address: ClassVar[str | None] = None
+    _printing: ClassVar[Any] = None
 
     def __init__(self, address: str | None) -> None:
         self.ray, cls = import_ray(), Connection
         if not self.ray.is_initialized():
             _connect(self.ray, address)
-            cls._fleets, cls._address = 0, address
+            cls._fleets, cls._address, cls._printing = 0, address, _hush(self.ray)
             self._ours = True
         else:
             self._ours = cls._fleets > 0
@@ -72,6 +75,7 @@ class Connection:
         Connection._fleets -= self._ours
         if self._ours and not Connection._fleets and self.ray.is_initialized():
             self.ray.shutdown()
+            self.ray._private.worker.print_to_stdstream = Connection._printing
 
 
 def _connect(ray: ModuleType, address: str | None) -> None:
@@ -91,6 +95,21 @@ def _connect(ray: ModuleType, address: str | None) -> None:
             f"({' '.join(str(error).split())}): start one (ray start --head --port=6379), give the address "
             'that it prints, "auto" where it runs on this machine, or none for a new one of this machine'
         ) from error
+
+
+def _hush(ray: ModuleType) -> Any:
+    """Log what nodes complain of; Ray prints it to stdout, where results go. Returns what prints it."""
+    worker = ray._private.worker
+    printing = worker.print_to_stdstream
+
+    def print_or_log(data: Mapping[str, Any], **options: Any) -> None:
+        if data.get("pid") == "raylet":
+            logger.debug("Ray: %s", "\n".join(data["lines"]))
+        else:
+            printing(data, **options)
+
+    worker.print_to_stdstream = print_or_log
+    return printing
 
 
 def _knock(address: str) -> None:

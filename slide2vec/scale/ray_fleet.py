@@ -35,7 +35,7 @@ PATIENCE_S = 30.0
 #: Threads of an actor: for a receive that waits, and sends meanwhile.
 THREADS = 4
 #: Characters of what Ray says of a lost actor.
-MAX_REASON = 400
+MAX_REASON = 1000
 
 
 @dataclass(eq=False)
@@ -151,7 +151,7 @@ class RayFleet:
         del self._actors[actor.name]
         with suppress(self._ray.exceptions.RayError):
             self._ray.kill(actor.handle)
-        return Lost(" ".join(str(error).split())[-MAX_REASON:])
+        return Lost(" ".join(str(error).split())[:MAX_REASON])
 
     def _tell_of_waiting(self) -> None:
         now = time.monotonic()
@@ -161,7 +161,8 @@ class RayFleet:
             self._heard_at = float("inf")
             needs = {(actor.place.cpus, actor.place.gpus) for actor in self._actors.values()}
             logger.warning(
-                "the Ray cluster has no room for a worker (%s), and is waited for: see `ray status`",
+                "the Ray cluster has no room for a worker (%s), and is waited for: see `ray status` for what "
+                "holds it; workers of other models of this process do while these models are there",
                 "; ".join(f"{cpus} CPUs, {gpus} GPUs on one node" for cpus, gpus in needs) or "no nodes",
             )
 

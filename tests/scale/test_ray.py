@@ -1,0 +1,235 @@
+"""Ray clusters of several nodes on this machine: the same embeddings, whatever becomes of the nodes."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scale_helpers import Deadly
+
+from slide2vec import EmbeddedSlide, ExecutionOptions, Model, Pipeline, PreprocessingConfig, RunResult
+from slide2vec.errors import EmbedSlidesError, WorkerLostError
+from slide2vec.progress import RunFinished, RunStarted, TilesEncoded, activate_progress_reporter
+from slide2vec.scale.ray_fleet import RayFleet
+from slide2vec.synthetic import write_synthetic_slide
+
+cluster_utils = pytest.importorskip("ray.cluster_utils")
+
+#: Small tiles, so that slides have many.
+PREPROCESSING = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5, resume=True)
+SIZES = (768, 2048, 1024, 1536, 1280, 1024)
+STORE_BYTES = 80 * 2**20
+
+
+class Clusters:
+    """One cluster at a time: a head with one CPU, and other nodes."""
+
+    def __init__(self) -> None:
+        self.now: Any = None
+        self.others: list[Any] = []
+        self.start()
+
+    def start(self, nodes: int = 2) -> None:
+        self.end()
+        head = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False}
+        self.now = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
+        for _ in range(nodes - 1):
+            self.add()
+
+    def add(self, **resources: int) -> None:
+        options = {"num_cpus": 1, "object_store_memory": STORE_BYTES, **resources}
+        self.others.append(self.now.add_node(**options))
+
+    def lose(self) -> None:
+        """The last node, as if its plug were pulled."""
+        self.now.remove_node(self.others.pop(), allow_graceful=False)
+
+    def complete(self) -> None:
+        """Two nodes again."""
+        if not self.others:
+            self.add()
+
+    def options(self, **options: Any) -> ExecutionOptions:
+        return ExecutionOptions(executor="ray", ray_address=self.now.address, **options)
+
+    def end(self) -> None:
+        if self.now is not None:
+            self.now.shutdown()
+            self.others.clear()
+
+
+@pytest.fixture(scope="module")
+def left_by_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("left")
+
+
+@pytest.fixture(scope="module")
+def clusters(left_by_workers: Path) -> Iterator[Clusters]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("SLIDE2VEC_TEST_FOLDER", str(left_by_workers))
+        clusters = Clusters()
+        yield clusters
+        clusters.end()
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("slides")
+    return [
+        write_synthetic_slide(folder / f"s{n}.svs", size_px=size, seed=n, levels=1)
+        for n, size in enumerate(SIZES)
+    ]
+
+
+@pytest.fixture(scope="module")
+def kept(clusters: Clusters) -> Iterator[Deadly]:
+    """A model whose workers are kept from test to test."""
+    model = Deadly.from_preset("scattering", device="cpu", allow_non_recommended_settings=True)
+    yield model
+    end_workers(model)
+
+
+@pytest.fixture
+def model(kept: Deadly, clusters: Clusters) -> Deadly:
+    clusters.complete()
+    return kept
+
+
+@pytest.fixture(scope="module")
+def alone(kept: Deadly, slides: list[Path]) -> list[EmbeddedSlide]:
+    """In this process."""
+    return kept.embed_slides(slides, PREPROCESSING)
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bad") / "bad.svs"
+    path.write_bytes(b"no slide")
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(
+    kept: Deadly, slides: list[Path], bad: Path, tmp_path_factory: pytest.TempPathFactory
+) -> RunResult:
+    """On disk, from this process."""
+    execution = ExecutionOptions(output_dir=tmp_path_factory.mktemp("one"))
+    return Pipeline(kept, PREPROCESSING, execution).run([*slides, bad])
+
+
+def end_workers(model: Model) -> None:
+    for fleets in model._fleets.values():
+        while fleets:
+            fleets.pop().close()
+
+
+def same(found: EmbeddedSlide, expected: EmbeddedSlide) -> None:
+    assert (found.sample_id, found.num_tiles) == (expected.sample_id, expected.num_tiles)
+    assert torch.equal(found.tile_embeddings, expected.tile_embeddings)
+    assert (found.x == expected.x).all() and (found.y == expected.y).all()
+
+
+def rows(result: RunResult) -> list[dict[str, str]]:
+    """Of the process list, without what is the directory's or the stack's."""
+    folder = str(result.process_list_path.parent)
+    with result.process_list_path.open() as file:
+        return [
+            {name: value.replace(folder, "OUT") for name, value in row.items() if name != "traceback"}
+            for row in csv.DictReader(file)
+        ]
+
+
+def files(result: RunResult) -> set[str]:
+    folder = result.process_list_path.parent
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return {name for name in found if not name.startswith("logs")}
+
+
+def same_on_disk(found: RunResult, expected: RunResult) -> None:
+    assert files(found) == files(expected)
+    assert rows(found) == rows(expected)
+    assert len(found.tile_artifacts) == len(SIZES)
+    for one, other in zip(found.tile_artifacts, expected.tile_artifacts, strict=True):
+        assert one.path.read_bytes() == other.path.read_bytes()
+        assert one.metadata["compatibility"] == other.metadata["compatibility"]
+
+
+class Recorder:
+    """Keeps events, and does something at each."""
+
+    def __init__(self, at: Callable[[Any], None] = lambda event: None) -> None:
+        self.events: list[Any] = []
+        self._at = at
+
+    def emit(self, event: Any) -> None:
+        self.events.append(event)
+        self._at(event)
+
+    def close(self) -> None:
+        pass
+
+
+def test_slides_are_the_same_in_the_order_of_the_input(
+    model: Deadly, clusters: Clusters, slides: list[Path], alone: list[EmbeddedSlide]
+) -> None:
+    recorder = Recorder()
+    with activate_progress_reporter(recorder):
+        found = model.embed_slides(slides, PREPROCESSING, clusters.options())
+    for one, other in zip(found, alone, strict=True):
+        same(one, other)
+        assert one.x.flags.writeable, "nothing of Ray's object store"
+    tiles = sum(each.num_tiles for each in alone)
+    assert recorder.events[0] == RunStarted(len(slides), "scattering")
+    assert sum(event.count for event in recorder.events if isinstance(event, TilesEncoded)) == tiles
+    summary = recorder.events[-1].summary
+    assert isinstance(recorder.events[-1], RunFinished) and (summary.slides, summary.tiles) == (6, tiles)
+    same(model.embed_slide(slides[1], PREPROCESSING, clusters.options()), alone[1])
+    ((fleet,),) = model._fleets.values()
+    assert isinstance(fleet, RayFleet) and list(fleet._actors) == ["#1", "#2"], "they wait for the next call"
+
+
+def test_a_killed_worker_costs_nothing(
+    model: Deadly, clusters: Clusters, slides: list[Path], bad: Path, expected: RunResult, tmp_path: Path
+) -> None:
+    once = Path(f"{slides[2]}.once")
+    once.touch()
+    persisted: list[str] = []
+    run = Pipeline(model, PREPROCESSING, clusters.options(output_dir=tmp_path)).run
+    found = run([*slides, bad], on_slide_persisted=lambda made: persisted.append(made.sample_id))
+    assert not once.exists(), "a worker has killed itself"
+    same_on_disk(found, expected)
+    assert sorted(persisted) == [f"s{n}" for n in range(6)]
+    assert [each.sample_id for each in found.failed] == ["bad"] and "slide bad" in str(found.failed[0].error)
+
+
+def test_a_slide_that_kills_its_workers_fails_alone(
+    model: Deadly, clusters: Clusters, slides: list[Path], alone: list[EmbeddedSlide]
+) -> None:
+    given: list[Any] = [*slides[:3], {"sample_id": "deadly", "image_path": slides[1]}]
+    with pytest.raises(EmbedSlidesError) as caught:
+        model.embed_slides(given, PREPROCESSING, clusters.options())
+    assert list(caught.value.failed) == ["deadly"]
+    assert isinstance(caught.value.failed["deadly"], WorkerLostError)
+    for one, other in zip(caught.value.results[:-1], alone, strict=False):
+        same(one, other)
+
+
+def test_a_lost_node_costs_nothing(
+    model: Deadly, clusters: Clusters, slides: list[Path], bad: Path, expected: RunResult, tmp_path: Path
+) -> None:
+    lost: list[str] = []
+
+    def lose(made: Any) -> None:
+        if not lost:
+            lost.append(made.sample_id)
+            clusters.lose()
+
+    execution = clusters.options(output_dir=tmp_path)
+    found = Pipeline(model, PREPROCESSING, execution).run([*slides, bad], on_slide_persisted=lose)
+    assert lost and not clusters.others
+    same_on_disk(found, expected)
