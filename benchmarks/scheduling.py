@@ -40,7 +40,8 @@ class Setting:
         tiles_per_s: of a worker.
         speeds: standard deviation of the workers' speeds, relative.
         start_s: to start a worker and load its model, up to a tenth more.
-        plan_s: to open and segment a slide, while the one before is encoded.
+        plan_s: to open and segment a slide, while those before are encoded.
+        planners: slides of a worker that are planned at once; by itself a stream takes one per CPU.
         slide_s: of each slide's time that nothing hides.
         message_s: until what the coordinator gives is there.
         losses_per_h: of a worker.
@@ -51,6 +52,7 @@ class Setting:
     speeds: float = 0.05
     start_s: float = 60.0
     plan_s: float = 2.0
+    planners: int = 2
     slide_s: float = 0.1
     message_s: float = 0.01
     losses_per_h: float = 0.05
@@ -98,6 +100,7 @@ class _Queues:
     def __init__(self, queues: list[deque[str]], depth: int) -> None:
         self._queues, self._depth = queues, depth
         self._hands: dict[str, list[str]] = {}
+        self._holder: dict[str, str] = {}
         self._left = sum(map(len, queues))
 
     @property
@@ -111,15 +114,17 @@ class _Queues:
         queue, hand = self._queue(worker), self._hands[worker]
         if not queue or len(hand) >= self._depth:
             return None
-        hand.append(queue.popleft())
-        return hand[-1]
+        task = queue.popleft()
+        hand.append(task)
+        self._holder[task] = worker
+        return task
 
     def planned(self, task: str, tiles: int) -> None: ...
     def encoded(self, task: str, tiles: int) -> None: ...
 
     def done(self, task: str) -> None:
         self._left -= 1
-        next(hand for hand in self._hands.values() if task in hand).remove(task)
+        self._hands[self._holder[task]].remove(task)
 
     def lost(self, worker: str) -> list[str]:
         self._queue(worker).extendleft(reversed(self._hands.pop(worker)))
@@ -157,7 +162,7 @@ class _Worker:
     name: str
     tiles_per_s: float
     ahead: deque[tuple[str, float]] = field(default_factory=deque)
-    planner_free: float = 0.0
+    planners_free: list[float] = field(default_factory=list)
     busy: bool = False
 
 
@@ -199,8 +204,8 @@ class Simulation:
 
     @property
     def longest(self) -> float:
-        """Seconds of the largest slide with a worker of usual speed: no run can be shorter."""
-        return max(self._tiles.values()) / self._setting.tiles_per_s
+        """Seconds of the largest slide with the fastest worker: no run can be shorter."""
+        return max(self._tiles.values()) / max(self._speeds)
 
     def _at(self, when: float, happen: Callable[[], None]) -> None:
         heapq.heappush(self._events, (when, next(self._order), happen))
@@ -209,7 +214,8 @@ class Simulation:
         self._at(self._now + self._setting.start_s * self._random.uniform(1, 1.1), lambda: self._join(name))
 
     def _join(self, name: str) -> None:
-        worker = _Worker(name, self._speeds[int(name.split(".")[0])], planner_free=self._now)
+        worker = _Worker(name, self._speeds[int(name.split(".")[0])])
+        worker.planners_free = [self._now] * self._setting.planners
         self._alive[name] = worker
         self._policy.join(name)
         if self._setting.losses_per_h:
@@ -228,9 +234,9 @@ class Simulation:
 
     def _feed(self, worker: _Worker) -> None:
         while (task := self._policy.give(worker.name)) is not None:
-            begun = max(self._now + self._setting.message_s, worker.planner_free)
-            worker.planner_free = begun + self._setting.plan_s
-            worker.ahead.append((task, worker.planner_free))
+            begun = max(self._now + self._setting.message_s, worker.planners_free[0])
+            heapq.heapreplace(worker.planners_free, begun + self._setting.plan_s)
+            worker.ahead.append((task, begun + self._setting.plan_s))
         self._go_on(worker)
 
     def _go_on(self, worker: _Worker) -> None:
