@@ -10,22 +10,16 @@ import argparse
 import datetime
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu import HERE, RESULTS, Row, compared, in_turns, machine
+from benchmarks.cpu import RESULTS, Row
+from benchmarks.scaling_measured import PRESETS, embed, measure, measured_report
 from benchmarks.scaling_plot import BEST, scaling_plot
-from benchmarks.scheduling import MIXES, POLICIES, Setting, Simulation, cohort
-
-# simulated -----------------------------------------------------------------------------------------
+from benchmarks.scheduling import MEAN_TILES, MIXES, POLICIES, Setting, Simulation, cohort
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
 SLIDES, MANY, SEEDS = 10_000, 100_000, 5
@@ -102,7 +96,7 @@ def mix_table(rows: dict[str, dict[int, Row]]) -> list[str]:
     for workers, ours in rows["Schedule"].items():
         others = " | ".join(f"{rows[policy][workers]['efficiency']:.3f}" for policy in rivals)
         lines.append(
-            f"| {workers:,} | {ours['ideal_s']:,.0f} | {ours['best']:.3f} | {spread(ours)} "
+            f"| {int(workers):,} | {ours['ideal_s']:,.0f} | {ours['best']:.3f} | {spread(ours)} "
             f"| {ours['with_start']:.3f} | {others} |"
         )
     return lines
@@ -114,24 +108,33 @@ def simulation_report(found: Row, picture: str) -> str:
         "",
         f"{found['slides']:,} slides; the coordinator's own `Schedule` and rivals, workers simulated. Median "
         f"(range) of {found['seeds']} seeds.",
-        "Efficiency: the time that all tiles take on all workers that never wait, over the time of the run from "
-        "the first start-up's end; with start-up: from the beginning. At best: no more is possible, since "
-        "the largest slide takes longer than the ideal time.",
+        "Efficiency: the time that all tiles would take if no worker ever waited (ideal), over the time of "
+        f"the run without its first {found['setting']['start_s']:g} s, in which workers start; with "
+        "start-up: over all of it. At best: where the largest slide alone takes longer than the ideal, no "
+        "more is possible.",
         "",
-        "Sizes, recorded: of the files of 258 TCGA colon slides (8 MB to 2.8 GB), with a mean of 7,594 tiles as "
-        "published for Prov-GigaPath; tiles per byte are log-normal. Made up: biopsies and a few large resections. "
+        "Sizes, recorded: of the files of 258 TCGA colon slides (8 MB to 2.8 GB). Made up: biopsies and a "
+        "few large resections. Numbers of tiles are not recorded: they are taken in proportion to the bytes, "
+        f"but for a log-normal error, with a mean of {MEAN_TILES:,.0f} as published for Prov-GigaPath. "
         "Sources are in benchmarks/scheduling.py. Speeds, latencies and losses are assumed:",
         "",
         *(f"- {name}: {value:g}" for name, value in found["setting"].items()),
         "",
         "Split by tiles: as slide2vec 7.1.4 does it, once all slides are tiled; that time is not counted. "
-        "A split's lost worker is replaced, and goes on with its part. Pulled one by one: nothing is planned ahead.",
+        "A split's lost worker is replaced, and goes on with its part. Pulled one by one: nothing is planned "
+        "ahead.",
         "",
         f"![Efficiency over workers]({picture})",
     ]
     for mix, rows in found["mixes"].items():
         lines += ["", f"## Sizes {mix}", "", *mix_table(rows)]
-    lines += ["", "## 64 workers, one thing changed", "", "| | recorded | made up | lost |", "|---|---|---|---|"]
+    lines += [
+        "",
+        "## 64 workers, one thing changed",
+        "",
+        "| | recorded | made up | lost |",
+        "|---|---|---|---|",
+    ]
     for name, row in found["otherwise"]["recorded"].items():
         other = found["otherwise"]["made up"][name]
         lines.append(f"| {name} | {spread(row)} | {spread(other)} | {row['lost']:g} |")
@@ -139,7 +142,7 @@ def simulation_report(found: Row, picture: str) -> str:
     lines += [f"| workers | ideal, s | {' | '.join(FEW)} |", "|---" * (2 + len(FEW)) + "|"]
     for workers, rows in found["many"].items():
         shown = " | ".join(spread(rows[policy]) for policy in FEW)
-        lines.append(f"| {workers:,} | {rows['Schedule']['ideal_s']:,.0f} | {shown} |")
+        lines.append(f"| {int(workers):,} | {rows['Schedule']['ideal_s']:,.0f} | {shown} |")
     return "\n".join(lines) + "\n"
 
 
@@ -147,119 +150,12 @@ def draw(found: Row, path: Path) -> None:
     mixes = {}
     for mix, policies in found["mixes"].items():
         lines = {
-            policy: [(workers, row["efficiency"], *row["range"]) for workers, row in rows.items()]
+            policy: [(int(workers), row["efficiency"], *row["range"]) for workers, row in rows.items()]
             for policy, rows in policies.items()
         }
-        best = [(workers, row["best"], 0.0, 0.0) for workers, row in policies["Schedule"].items()]
+        best = [(int(workers), row["best"], 0.0, 0.0) for workers, row in policies["Schedule"].items()]
         mixes[f"efficiency, {found['slides']:,} slides, sizes {mix} (dashed: 0.97)"] = lines | {BEST: best}
     scaling_plot(mixes, path)
-
-
-# measured ------------------------------------------------------------------------------------------
-
-PRESETS = {"scattering": 24, "prost40m": 12}
-#: Sides of the generated slides in turns, px.
-SIDES = (2048, 3072, 4096)
-BASE, OURS, RIVAL = "1 process, 1 CPU", "2 workers, 1 CPU each", "1 process, 2 CPUs"
-
-
-def slides_in(folder: Path, count: int) -> list[Path]:
-    """Generated slides, made once; the first is the one to warm up with."""
-    from slide2vec.synthetic import write_synthetic_slide
-
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"scaling-{number}.svs" for number in range(count + 1)]
-    for number, path in enumerate(paths):
-        if not path.exists():
-            write_synthetic_slide(path, size_px=SIDES[number % len(SIDES)], seed=number, levels=2)
-    return paths
-
-
-def embed(kind: str, preset: str, folder: Path, count: int) -> Row:
-    """One run in this process, after a first call that starts what there is to start."""
-    if kind == BASE:
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    import torch
-
-    from slide2vec import ExecutionOptions, Model, PreprocessingConfig
-
-    first, *slides = slides_in(folder, count)
-    model = Model.from_preset(preset, weights="random", device="cpu")
-    config = PreprocessingConfig(requested_tile_size_px=224)
-    options = ExecutionOptions(devices=("cpu", "cpu") if kind == OURS else None)
-    model.embed_slides([first], config, options)
-    started = time.perf_counter()
-    results = model.embed_slides(slides, config, options)
-    seconds = time.perf_counter() - started
-    torch.save([result.tile_embeddings for result in results], folder / f"{preset}-{kind}.pt")
-    return {"tiles": sum(result.num_tiles for result in results), "seconds": seconds}
-
-
-def child(kind: str, preset: str, args: argparse.Namespace) -> Row:
-    count = args.slides or PRESETS[preset]
-    given = [kind, preset, str(args.work_dir), str(count)]
-    environ = os.environ | {"SLIDE2VEC_CPUS": "1" if kind == BASE else "2"}
-    command = [sys.executable, "-m", "benchmarks.scaling", "--part", *given]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, env=environ)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    row: Row = json.loads(done.stdout.strip().splitlines()[-1])
-    return row | {"tiles_per_s": row["tiles"] / row["seconds"], "differs": differs(preset, kind, args)}
-
-
-def differs(preset: str, kind: str, args: argparse.Namespace) -> float:
-    """The largest difference of an embedding from the base's; 0: all are `torch.equal`."""
-    import torch
-
-    ours, base = (torch.load(args.work_dir / f"{preset}-{name}.pt") for name in (kind, BASE))
-    if all(map(torch.equal, ours, base)):
-        return 0.0
-    return max(float((one - other).abs().max()) for one, other in zip(ours, base, strict=True))
-
-
-def measure(args: argparse.Namespace) -> Row:
-    found: Row = {"machine": machine(), "presets": {}}
-    for preset in args.presets:
-        slides_in(args.work_dir, args.slides or PRESETS[preset])
-        rivals = {kind: lambda kind=kind: child(kind, preset, args) for kind in (BASE, OURS, RIVAL)}  # type: ignore[misc]
-        rows = in_turns(rivals, args.rounds)
-        found["presets"][preset] = compared(rows, BASE)
-        for kind, row in found["presets"][preset].items():
-            row["speed_up"] = ratios(row, found["presets"][preset][BASE])
-            row["differs"] = max(run["differs"] for run in rows[kind])
-            row["slides"] = args.slides or PRESETS[preset]
-    return found
-
-
-def ratios(row: Row, base: Row) -> Sequence[float]:
-    """Of the speeds, round by round."""
-    return [one / other for one, other in zip(row["runs"], base["runs"], strict=True)]
-
-
-def measured_report(found: Row) -> str:
-    packages = ", ".join(f"{k} {v}" for k, v in found["machine"]["packages"].items() if v)
-    lines = [
-        f"# Scaling, measured, {found['date']}",
-        "",
-        f"{found['machine']['cpu']}, {found['machine']['cpus']} CPUs, {packages}. Generated slides of "
-        f"{', '.join(f'{side:,}' for side in SIDES)} px, random weights, `Model.embed_slides`.",
-        "Medians; speed-ups are taken round by round. Each run is a process of its own, and its first call, on "
-        "another slide, is not timed: starting workers and loading models is not in the figures. 1 CPU: the "
-        "process is pinned to it.",
-        "",
-        "| preset (slides, tiles) | how | tiles/s | speed-up (range) | efficiency | embeddings |",
-        "|---|---|---|---|---|---|",
-    ]
-    for preset, rows in found["presets"].items():
-        for kind, row in rows.items():
-            times = statistics.median(row["speed_up"])
-            efficiency = times / (1 if kind == BASE else 2)
-            same = f"within {row['differs']:.1e}" if row["differs"] else "equal"
-            lines.append(
-                f"| {preset} ({row['slides']}, {row['tiles']:,}) | {kind} | {row['tiles_per_s']:,.1f} | {times:.2f} "
-                f"({min(row['speed_up']):.2f} to {max(row['speed_up']):.2f}) | {efficiency:.2f} | {same} |"
-            )
-    return "\n".join(lines) + "\n"
 
 
 def written(found: Row, stem: Path, text: str) -> None:

@@ -35,7 +35,11 @@ def scaling_plot(mixes: dict[str, dict[str, list[Point]]], path: Path) -> None:
 
 
 def _panel(
-    canvas: Any, left: int, title: str, lines: dict[str, list[Point]], colours: dict[str, tuple[int, int, int]]
+    canvas: Any,
+    left: int,
+    title: str,
+    lines: dict[str, list[Point]],
+    colours: dict[str, tuple[int, int, int]],
 ) -> None:
     most = math.log(max(point[0] for points in lines.values() for point in points))
 

@@ -16,7 +16,7 @@ import numpy as np
 from slide2vec.scale.coordinator import DEPTH
 from slide2vec.scale.schedule import Schedule
 
-__all__ = ["MIXES", "POLICIES", "Cohort", "Setting", "Simulation", "cohort"]
+__all__ = ["MEAN_TILES", "MIXES", "POLICIES", "Cohort", "Setting", "Simulation", "cohort"]
 
 #: Percentages of slides and, of each mix, the file size in MB that so many do not exceed.
 PERCENTAGES = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 100)
