@@ -107,12 +107,15 @@ def report(found: Row) -> str:
     for preset, rows in found["presets"].items():
         by_count = {row["tiles"]: figure(row) for row in rows}
         lines.append(f"| `{preset}` | {' | '.join(by_count.get(count, '') for count in counts)} |")
+    if any("measured_s" in row for rows in found["presets"].values() for row in rows):
+        lines += [
+            "",
+            "about: a pass over all the tiles, at the same memory, of which a part was computed, and its time "
+            f"taken for the rest: {LAYERS} of the 12 equal layers of `gigapath-slide` (the weights of the "
+            "others, 0.3 GB, are missing from its memory), one block of rows in each "
+            "layer's attention of the others.",
+        ]
     lines += [
-        "",
-        "about: a pass over all the tiles, at the same memory, of which a part was computed, and its time "
-        f"taken for the rest: {LAYERS} of the 12 equal layers of `gigapath-slide` (the weights of the "
-        "others, 0.3 GB, are missing from its memory), one block of rows in each "
-        "layer's attention of the others.",
         "",
         "A whole matrix of the attention biases of `titan` or `moozy-slide` would take 480 GB for 100,000 "
         "tiles (12 heads, fp32).",

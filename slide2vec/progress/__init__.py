@@ -125,7 +125,7 @@ def merged(summaries: Iterable[RunSummary], seconds: float) -> RunSummary:
         seconds=seconds,
         stations=tuple(stations.values()),
         bottleneck=slowest.bottleneck if slowest else "",
-        roads=roads,
+        roads=dict(roads),  # a Counter does not survive dataclasses.asdict
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +111,4 @@ def test_summaries_of_streams_side_by_side() -> None:
     assert found.stations[0] == StationTime("read", 4, 6.0, 2.0) and found.roads == {"cucim": 6}
     assert found.bottleneck == "encode", "of the stream that did the most"
     assert str(merged([], 1.0)).startswith("0 tiles")
+    assert json.loads(json.dumps(asdict(found)))["roads"] == {"cucim": 6}
