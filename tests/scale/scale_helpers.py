@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, Self
@@ -79,3 +80,48 @@ class Small(Model):
         model = super().from_preset(*args, **options)
         model._encoder = {"tile": Tiles, "slide": Slides, "patient": Patients}[model.level]()
         return model
+
+
+class Waiting(Model):
+    """After its first slide it waits for a second process; each leaves a file beside the slides."""
+
+    def outcomes(
+        self, slides: Any, config: Any, execution: Any, plan: Callable[[Slide, Any], SlidePlan]
+    ) -> Generator[Any, None, None]:
+        def waiting(slide: Slide, stager: Any) -> SlidePlan:
+            folder = slide.image_path.parent
+            first = not list(folder.glob("*.here"))
+            (folder / f"{os.getpid()}.here").touch()
+            deadline = time.monotonic() + 120
+            while not first and len(list(folder.glob("*.here"))) < 2:
+                if time.monotonic() > deadline:
+                    raise TimeoutError("no other process came")
+                time.sleep(0.05)
+            return plan(slide, stager)
+
+        return super().outcomes(slides, config, execution, waiting)
+
+
+class OnGpus(Model):
+    """Takes the CPU for the GPU that Ray has given it, and leaves a file named after that and its CPUs."""
+
+    @classmethod
+    def from_preset(cls, *args: Any, **options: Any) -> Self:
+        folder = os.environ.get("SLIDE2VEC_TEST_FOLDER")
+        if options.get("device") == "cuda:0" and folder:
+            mine = f"gpu {os.environ['CUDA_VISIBLE_DEVICES']}, cpus {os.environ['SLIDE2VEC_CPUS']}"
+            (Path(folder) / mine).touch()
+            options["device"] = "cpu"
+        return super().from_preset(*args, **options)
+
+
+class Unshared(Model):
+    """In workers, the directory that the run has locked looks as if it were another one."""
+
+    @classmethod
+    def from_preset(cls, *args: Any, **options: Any) -> Self:
+        if os.environ.get("SLIDE2VEC_CPUS"):
+            from slide2vec.scale import ray_worker
+
+            ray_worker.LOCK_NAME = "not there"
+        return super().from_preset(*args, **options)

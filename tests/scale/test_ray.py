@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import csv
+import json
+import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from scale_helpers import Deadly
+from scale_helpers import Deadly, OnGpus, Small, Unloadable, Unshared, Waiting
+from typer.testing import CliRunner
 
 from slide2vec import EmbeddedSlide, ExecutionOptions, Model, Pipeline, PreprocessingConfig, RunResult
-from slide2vec.errors import EmbedSlidesError, WorkerLostError
-from slide2vec.progress import RunFinished, RunStarted, TilesEncoded, activate_progress_reporter
+from slide2vec.artifacts import load_embeddings
+from slide2vec.cli import app
+from slide2vec.errors import ConfigError, EmbedSlidesError, ExtraMissingError, WorkerLostError
+from slide2vec.progress import RunFinished, RunStarted, SlidePlanned, TilesEncoded, activate_progress_reporter
 from slide2vec.scale.ray_fleet import RayFleet
 from slide2vec.synthetic import write_synthetic_slide
 
@@ -233,3 +239,147 @@ def test_a_lost_node_costs_nothing(
     found = Pipeline(model, PREPROCESSING, execution).run([*slides, bad], on_slide_persisted=lose)
     assert lost and not clusters.others
     same_on_disk(found, expected)
+
+
+def test_a_node_that_comes_late_gets_work(
+    kept: Deadly, clusters: Clusters, slides: list[Path], alone: list[EmbeddedSlide]
+) -> None:
+    end_workers(kept)
+    while clusters.others:
+        clusters.lose()
+
+    def add(event: Any) -> None:
+        if isinstance(event, SlidePlanned) and not clusters.others:
+            clusters.add()
+
+    model = Waiting.from_preset("scattering", device="cpu", allow_non_recommended_settings=True)
+    with activate_progress_reporter(Recorder(add)):
+        found = model.embed_slides(slides, PREPROCESSING, clusters.options())
+    end_workers(model)
+    for one, other in zip(found, alone, strict=True):
+        same(one, other)
+    assert len(list(slides[0].parent.glob("*.here"))) == 2
+
+
+def test_patients_are_the_same(kept: Deadly, clusters: Clusters, slides: list[Path], tmp_path: Path) -> None:
+    end_workers(kept)
+    model = Small.from_preset("moozy", weights="random", device="cpu", allow_non_recommended_settings=True)
+    cohort = [
+        {"sample_id": path.stem, "image_path": path, "patient_id": f"p{n // 2}"}
+        for n, path in enumerate(slides)
+    ]
+    one, two = (
+        Pipeline(
+            model, PREPROCESSING, options.updated(output_dir=tmp_path / name, save_slide_embeddings=True)
+        ).run(cohort)
+        for name, options in (("one", ExecutionOptions()), ("two", clusters.options()))
+    )
+    end_workers(model)
+    assert files(two) == files(one) and rows(two) == rows(one)
+    assert (len(two.slide_artifacts), len(two.patient_artifacts)) == (6, 3)
+    for kind in ("slide_artifacts", "patient_artifacts"):
+        for found, wanted in zip(getattr(two, kind), getattr(one, kind), strict=True):
+            assert torch.equal(load_embeddings(found.path), load_embeddings(wanted.path))
+
+
+def test_the_command_line(
+    kept: Deadly, clusters: Clusters, slides: list[Path], expected: RunResult, tmp_path: Path
+) -> None:
+    end_workers(kept)
+    manifest = tmp_path / "slides.csv"
+    manifest.write_text("sample_id,image_path\n" + "".join(f"{p.stem},{p}\n" for p in slides[:3]))
+    tiles = ("--tile-size", "64", "--allow-non-recommended-settings", "--device", "cpu")
+    where = ("--executor", "ray", "--address", clusters.now.address, "--devices", "cpu,cpu")
+    given = ("run", "--manifest", str(manifest), "-p", "scattering", "-o", str(tmp_path / "out"), "--json")
+    done = CliRunner().invoke(app, [*given, *tiles, *where])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["output_dir"] == str(tmp_path / "out")
+    for number in range(3):
+        name = f"tile_embeddings/s{number}.pt"
+        whole = expected.process_list_path.parent / name
+        assert (tmp_path / "out" / name).read_bytes() == whole.read_bytes()
+
+
+def test_a_worker_has_a_gpu_of_its_own_and_its_share_of_the_cpus(
+    kept: Deadly, clusters: Clusters, slides: list[Path], alone: list[EmbeddedSlide], left_by_workers: Path
+) -> None:
+    end_workers(kept)
+    clusters.add(num_cpus=2, num_gpus=2)
+    try:
+        model = OnGpus.from_preset("scattering", device="cpu", allow_non_recommended_settings=True)
+        found = model.embed_slides(slides, PREPROCESSING, clusters.options())
+        end_workers(model)
+    finally:
+        clusters.start()  # anew: Ray believes in a lost node, and its GPUs, for a while
+    for one, other in zip(found, alone, strict=True):
+        same(one, other)
+    assert {path.name for path in left_by_workers.iterdir()} == {"gpu 0, cpus 1", "gpu 1, cpus 1"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"), [(Unloadable, "no such weights here"), (Unshared, "is not that of the run")]
+)
+def test_workers_that_cannot_work_end_the_run(
+    kept: Deadly,
+    clusters: Clusters,
+    slides: list[Path],
+    tmp_path: Path,
+    kind: type[Model],
+    error: str,
+) -> None:
+    end_workers(kept)
+    model = kind.from_preset("scattering", device="cpu", allow_non_recommended_settings=True)
+    with pytest.raises(ValueError, match=error):
+        Pipeline(model, PREPROCESSING, clusters.options(output_dir=tmp_path)).run(slides[:2])
+    assert not list(tmp_path.glob("tile_embeddings/*")) and not list(tmp_path.glob("tiles/*"))
+
+
+def test_another_cluster_goes_on_where_one_was_left(
+    kept: Deadly, clusters: Clusters, slides: list[Path], bad: Path, expected: RunResult, tmp_path: Path
+) -> None:
+    first = Pipeline(kept, PREPROCESSING, clusters.options(output_dir=tmp_path)).run(slides[:4])
+    assert len(first.tile_artifacts) == 4
+    with pytest.raises(ConfigError, match="already; drop the models"):
+        kept.embed_slides(slides, PREPROCESSING, ExecutionOptions(executor="ray", ray_address="auto"))
+    end_workers(kept)
+    clusters.start(nodes=1)
+    recorder = Recorder()
+    with activate_progress_reporter(recorder):
+        found = Pipeline(kept, PREPROCESSING, clusters.options(output_dir=tmp_path)).run([*slides, bad])
+    assert found.resumed == 4
+    encoded = sum(event.count for event in recorder.events if isinstance(event, TilesEncoded))
+    assert encoded == sum(artifact.metadata["num_tiles"] for artifact in found.tile_artifacts[4:])
+    same_on_disk(found, expected)
+    recorder.events.clear()
+    with activate_progress_reporter(recorder):
+        again = Pipeline(kept, PREPROCESSING, clusters.options(output_dir=tmp_path)).run(slides)
+    assert again.resumed == 6
+    assert not any(isinstance(event, TilesEncoded) for event in recorder.events)
+
+
+def test_an_address_where_nothing_answers_is_told(kept: Deadly, slides: list[Path]) -> None:
+    end_workers(kept)
+    with socket.socket() as taken:  # and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=rf"ray_address={address}: .*refused.*ray start --head"):
+            kept.embed_slides(slides, PREPROCESSING, ExecutionOptions(executor="ray", ray_address=address))
+    with pytest.raises(ConfigError, match=r"ray_address=headnode: .*an address is host:port"):
+        kept.embed_slides(slides, PREPROCESSING, ExecutionOptions(executor="ray", ray_address="headnode"))
+
+
+def test_ray_that_is_not_installed_is_told(
+    kept: Deadly, slides: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end_workers(kept)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ExtraMissingError, match=r'pip install "slide2vec\[ray\]"'):
+        kept.embed_slides(slides, PREPROCESSING, ExecutionOptions(executor="ray"))
+
+
+def test_a_model_made_otherwise_is_told(kept: Deadly, slides: list[Path]) -> None:
+    bare = Model(
+        kept.recipe, kept.variant, kept.encoder, device=kept.device, precision="fp32", weights="mine"
+    )
+    with pytest.raises(ConfigError, match=r'Model\.from_preset.* executor="local"'):
+        bare.embed_slides(slides[:2], PREPROCESSING, ExecutionOptions(executor="ray"))
