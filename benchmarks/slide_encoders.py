@@ -110,8 +110,8 @@ def report(found: Row) -> str:
     if any("measured_s" in row for rows in found["presets"].values() for row in rows):
         lines += [
             "",
-            "about: a pass over all the tiles, at the same memory, of which a part was computed, and its time "
-            f"taken for the rest: {LAYERS} of the 12 equal layers of `gigapath-slide` (the weights of the "
+            "about: a pass over all the tiles, at the same memory, of which a part was computed, and its "
+            f"time taken for the rest: {LAYERS} of the 12 equal layers of `gigapath-slide` (the weights of the "
             "others, 0.3 GB, are missing from its memory), one block of rows in each "
             "layer's attention of the others.",
         ]
