@@ -111,9 +111,9 @@ def report(found: Row) -> str:
         lines += [
             "",
             "about: a pass over all the tiles, at the same memory, of which a part was computed, and its "
-            f"time taken for the rest: {LAYERS} of the 12 equal layers of `gigapath-slide` (the weights of the "
-            "others, 0.3 GB, are missing from its memory), one block of rows in each "
-            "layer's attention of the others.",
+            f"time taken for the rest: {LAYERS} of the 12 equal layers of `gigapath-slide` (the weights of "
+            "the others, 0.3 GB, are missing from its memory), one block of rows in each layer's attention "
+            "of the others.",
         ]
     lines += [
         "",

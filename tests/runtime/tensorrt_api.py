@@ -59,7 +59,10 @@ OPTIONS = (
     "--no-pretty",
 )
 #: What our sources use of ours, so that the type checker sees it, too.
-COMPANIONS = tuple(PACKAGE / name for name in ("errors.py", "files.py", "runtime/base.py"))
+COMPANIONS = tuple(
+    PACKAGE / name
+    for name in ("errors.py", "files/__init__.py", "files/atomic.py", "files/remote.py", "runtime/base.py")
+)
 
 BUILTIN = {"int", "float", "str", "bool", "bytes", "list", "tuple", "dict", "object", "None"}
 PYTHON = {
