@@ -127,6 +127,16 @@ class OutputError(Slide2VecError, OSError):
     def __str__(self) -> str:
         return str(self.args[0])  # not errno and file name over again
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """With errno and file name, which OSError drops where they are no arguments."""
+        return _output_error, (type(self), str(self), self.errno, self.filename)
+
+
+def _output_error(kind: type[OutputError], told: str, number: int | None, filename: Any) -> OutputError:
+    made = kind(told)
+    made.errno, made.filename = number, filename
+    return made
+
 
 class OutputLockedError(Slide2VecError, RuntimeError):
     """Another run writes into the same output directory."""

@@ -160,7 +160,7 @@ def tile_cohort(
                     count, backend, took = job.result()
                     tiles, busy = tiles + count, busy + took
                     log.emit(SlidePlanned(slide.sample_id, count, backend))
-                    log.emit(TilesEncoded(count))
+                    log.emit(TilesEncoded(count, slide.sample_id))
                     log.emit(SlideFinished(slide.sample_id, count))
                 elif isinstance(error, Exception):
                     failed += 1

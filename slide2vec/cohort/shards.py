@@ -13,7 +13,7 @@ from slide2vec.errors import TilingError
 from slide2vec.slides import Slide
 from slide2vec.tiling.archives import find_archive
 
-__all__ = ["divided", "is_empty", "my_slides", "slide_bytes"]
+__all__ = ["divided", "is_empty", "my_slides", "slide_bytes", "slide_sizes"]
 
 #: Threads that ask for sizes of files, on network storage perhaps.
 _LOOKERS = 16
@@ -33,10 +33,14 @@ def my_slides(
         patients: slides of one patient stay together.
     """
     number, count = shard_numbers(shard)
+    return divided(slides, slide_sizes(slides, config), count, patients=patients)[number - 1]
+
+
+def slide_sizes(slides: Sequence[Slide], config: PreprocessingConfig) -> dict[str, int]:
+    """`slide_bytes` of each, by sample_id; looked up in threads."""
     with ThreadPoolExecutor(_LOOKERS, thread_name_prefix="size") as pool:
-        sizes = list(pool.map(lambda slide: slide_bytes(slide, config), slides))
-    of = {slide.sample_id: size for slide, size in zip(slides, sizes, strict=True)}
-    return divided(slides, of, count, patients=patients)[number - 1]
+        sizes = pool.map(lambda slide: slide_bytes(slide, config), slides)
+        return {slide.sample_id: size for slide, size in zip(slides, sizes, strict=True)}
 
 
 def is_empty(slides: Iterable[Slide], shard: str, *, patients: bool) -> bool:

@@ -148,9 +148,10 @@ class SlidePlanned:
 
 @dataclass(frozen=True)
 class TilesEncoded:
-    """`count` more tiles have been through the encoder."""
+    """`count` more tiles have been through the encoder, of one slide where it is named."""
 
     count: int
+    sample_id: str | None = None
 
 
 @dataclass(frozen=True)

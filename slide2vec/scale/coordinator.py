@@ -81,6 +81,8 @@ class Coordinator:
         for worker in self._fleet.ready:
             self._begin(worker)
         while not self._schedule.finished:
+            if not self._fleet.size:
+                raise Slide2VecError("no worker is left: none could be started in the place of those lost")
             for worker, report in self._fleet.receive():
                 yield from self._take(worker, report)
         for worker in self._working:
@@ -116,7 +118,7 @@ class Coordinator:
                 self._feed(worker)
             case Broken(error):
                 self._broken[worker] = error
-                if worker not in self._begun or isinstance(error, OutputError):
+                if isinstance(error, OutputError) or not self._schedule.workers:
                     raise error
             case Lost(reason):
                 yield from self._lose(worker, reason)
@@ -130,9 +132,11 @@ class Coordinator:
                 if name not in self._planned:
                     yield report
                 self._planned.add(name)
-            case Event(TilesEncoded()):
-                yield report
+            case Event(TilesEncoded(count, name)):
+                if name is not None:
+                    self._schedule.encoded(name, count)
                 self._feed(worker)
+                yield report
             case _:
                 yield from self._pass_on(report)
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from slide2vec.cohort.books import Entry
 from slide2vec.cohort.publish import Settled
-from slide2vec.cohort.shards import slide_bytes
+from slide2vec.cohort.shards import slide_sizes
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
-from slide2vec.errors import Slide2VecError
 from slide2vec.progress import (
     RunFinished,
     RunStarted,
@@ -29,16 +27,13 @@ from slide2vec.scale.fleet import Fleet
 from slide2vec.scale.messages import Embedded, Event, Job, Report, Task
 from slide2vec.scale.parts import SlideInParts, divisible
 from slide2vec.slides import Slide
-from slide2vec.stream import SlideOutcome, plan_slide
+from slide2vec.stream import SlideOutcome, plan_slide, stager_for
 from slide2vec.tiling import Tiling
 
 if TYPE_CHECKING:
     from slide2vec.cohort.embedder import Encoder
 
 __all__ = ["Elsewhere"]
-
-#: Threads that ask for the sizes of files, on network storage perhaps.
-_LOOKERS = 16
 
 
 class Elsewhere:
@@ -94,10 +89,11 @@ class Elsewhere:
     ) -> SlideOutcome:
         reporter = active_reporter()
         try:
-            plan = plan_slide(slide, config, execution.output_dir)
-            parts = SlideInParts(plan, fleet.size)
-            plan.source.close()
-        except Slide2VecError as error:
+            with stager_for(execution) as stager:
+                plan = plan_slide(slide, config, execution.output_dir, stager=stager)
+                with closing(plan.source):
+                    parts = SlideInParts(plan, fleet.size)
+        except Exception as error:  # the boundary of one slide, as in the stream
             reporter.emit(RunStarted(1, self._model.name))
             reporter.emit(SlideFailed(slide.sample_id, error))
             return SlideOutcome(slide, error=error)
@@ -145,9 +141,7 @@ class Elsewhere:
             num_gpus=None,
             executor="local",
             ray_address=None,
-            stage_gb=_stage_share(execution, workers)
-            if execution.executor == "local"
-            else execution.stage_gb,
+            stage_gb=_stage_share(execution, workers),
         )
         return Job(config, own, publish, aggregate, self._model.identity(own))
 
@@ -204,10 +198,8 @@ def _stage_share(execution: ExecutionOptions, workers: int) -> float | None:
         return None
 
 
-def _sizes(tasks: Sequence[Task], config: PreprocessingConfig) -> dict[str, float]:
+def _sizes(tasks: Sequence[Task], config: PreprocessingConfig) -> Mapping[str, float]:
     """Tiles where they are known of all, else bytes of the slides' files."""
     if all(task.tiling is not None for task in tasks):
         return {task.name: float(len(task.tiling or ())) for task in tasks}
-    with ThreadPoolExecutor(_LOOKERS) as pool:
-        sizes = pool.map(lambda task: slide_bytes(task.slide, config), tasks)
-        return {task.name: float(size) for task, size in zip(tasks, sizes, strict=True)}
+    return slide_sizes([task.slide for task in tasks], config)

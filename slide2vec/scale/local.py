@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["LocalFleet"]
 
 WAIT_S = 1.0
+#: Processes that may end before they are ready, one after the other; then their device is given up.
+ATTEMPTS = 3
 #: Seconds that a process has to end by itself.
 ENDING_S = 5.0
 
@@ -38,6 +40,8 @@ class _Process:
     cpus: int
     connection: Connection[Any, Any]
     process: subprocess.Popen[bytes]
+    attempt: int
+    loaded: bool = False
     ready: bool = False
 
 
@@ -68,7 +72,7 @@ class LocalFleet:
         """See `Fleet`."""
         return [process.name for process in self._processes.values() if process.ready]
 
-    def _start(self, device: str, cpus: int) -> None:
+    def _start(self, device: str, cpus: int, attempt: int = 1) -> None:
         self._started += 1
         name = f"{device} #{self._started}"
         ours, theirs = socket.socketpair()
@@ -80,7 +84,7 @@ class LocalFleet:
                 pass_fds=[theirs.fileno()],
                 env=os.environ | _environment(device, cpus, os.environ),
             )
-        made = _Process(name, device, cpus, Connection(ours.detach()), process)
+        made = _Process(name, device, cpus, Connection(ours.detach()), process, attempt)
         self._processes[name] = made
         self.send(name, Load(self._loader, "cuda:0" if device.startswith("cuda") else device))
 
@@ -104,16 +108,19 @@ class LocalFleet:
                 report = pickle.loads(process.connection.recv_bytes())
             except (EOFError, OSError):
                 report = Lost(self._bury(process))
+            process.loaded = process.loaded or isinstance(report, Ready)
             process.ready = process.ready or isinstance(report, Ready | Finished)
             told.append((process.name, report))
         return told
 
     def _bury(self, process: _Process) -> str:
-        """How a process ended; another takes its place."""
+        """How a process ended; another takes its place, unless its device is given up."""
         del self._processes[process.name]
         process.connection.close()
         reason = _ending(process.process)
-        self._start(process.device, process.cpus)
+        attempt = 1 if process.loaded else process.attempt + 1
+        if attempt <= ATTEMPTS:
+            self._start(process.device, process.cpus, attempt)
         return reason
 
     def adopt(self, features: Any) -> Tensor:

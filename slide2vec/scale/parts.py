@@ -30,14 +30,14 @@ class SlideInParts:
 
     Args:
         plan: of the whole slide; its source may be closed.
-        count: parts that are wanted; fewer for a slide of few supertiles.
+        count: parts that are wanted; fewer for a slide of few supertiles, one for a slide without tissue.
     """
 
     def __init__(self, plan: SlidePlan, count: int) -> None:
         self._plan = plan
         self._all: Tiling = plan.tiling.recorded
         groups = _by_region(self._all, count) if plan.tiling.regions is not None else _by_block(plan, count)
-        self._indices = [group for group in groups if len(group)]
+        self._indices = [group for group in groups if len(group)] or [np.arange(0, dtype=np.int64)]
         self.tasks = [self._task(number) for number in range(len(self._indices))]
 
     def _task(self, number: int) -> Task:

@@ -15,7 +15,7 @@ import threading
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from slide2vec.scale.features import store
 from slide2vec.scale.worker import serve
@@ -34,17 +34,24 @@ def main(descriptor: int, folder: Path) -> None:
     connection = Connection(descriptor)
     telling = threading.Lock()
 
+    def leave() -> NoReturn:
+        """Nobody is there any more who wants what threads are deep in."""
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(0)
+
     def tell(report: Any) -> None:
         message = pickle.dumps(report)  # by itself: connections pickle tensors into memory that they share
         with telling:
-            connection.send_bytes(message)
+            try:
+                connection.send_bytes(message)
+            except OSError:
+                leave()
 
     def receive() -> Any:
         try:
             return pickle.loads(connection.recv_bytes())
         except (EOFError, OSError):
-            shutil.rmtree(folder, ignore_errors=True)
-            os._exit(0)  # threads may be deep in a slide that nobody wants any more
+            leave()
 
     serve(receive, tell, partial(store, folder=folder))
 

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 WAIT_S = 1.0
 #: Seconds between looks at which nodes there are.
 LOOK_S = 3.0
+#: Seconds, at most, after which a worker is asked for again where some ended before they were ready.
+RETRY_S = 300.0
 #: Seconds without any worker after which it is said that the run waits for the cluster.
 PATIENCE_S = 30.0
 #: Threads of an actor: for a receive that waits, and sends meanwhile.
@@ -45,6 +47,7 @@ class _Actor:
     handle: Any
     sent: int = 0
     heard: bool = False
+    loaded: bool = False
     ready: bool = False
 
 
@@ -72,6 +75,8 @@ class RayFleet:
         self._ray, self._actors = self._connection.ray, dict[str, _Actor]()
         self._end = weakref.finalize(self, _end, self._connection, self._actors)
         self._polls: dict[Any, _Actor] = {}
+        self._failures: Counter[Place] = Counter()
+        self._retry_at: dict[Place, float] = {}
         self._started = self._most = 0
         self._look_at, self._heard_at = 0.0, time.monotonic()
         try:
@@ -97,8 +102,9 @@ class RayFleet:
         wanted = self._places.wanted(self._ray.nodes())
         there = Counter(actor.place for actor in self._actors.values())
         for place, count in wanted.items():
-            for _ in range(count - there[place]):
-                self._start(place)
+            if time.monotonic() >= self._retry_at.get(place, 0.0):
+                for _ in range(count - there[place]):
+                    self._start(place)
         self._most = max(self._most, wanted.total())
 
     def _start(self, place: Place) -> None:
@@ -140,6 +146,8 @@ class RayFleet:
         except self._ray.exceptions.RayError as error:
             return [(actor, self._bury(actor, error))]
         actor.heard, self._heard_at = True, time.monotonic()
+        if any(isinstance(report, Ready) for report in reports):
+            actor.loaded, self._failures[actor.place] = True, 0
         actor.ready = actor.ready or any(isinstance(report, Ready | Finished) for report in reports)
         if any(isinstance(report, Broken) for report in reports):
             self._ray.kill(actor.handle)
@@ -147,8 +155,12 @@ class RayFleet:
         return [(actor, report) for report in reports]
 
     def _bury(self, actor: _Actor, error: Exception) -> Lost:
-        """Another is asked for at the next look at what there is."""
+        """Another is asked for at the next look at what there is; later and later where none gets ready."""
         del self._actors[actor.name]
+        if not actor.loaded:
+            self._failures[actor.place] += 1
+            pause = min(RETRY_S, LOOK_S * 2 ** self._failures[actor.place])
+            self._retry_at[actor.place] = time.monotonic() + pause
         with suppress(self._ray.exceptions.RayError):
             self._ray.kill(actor.handle)
         return Lost(" ".join(str(error).split())[:MAX_REASON])

@@ -392,7 +392,7 @@ class Stream:
             with self._meters.busy("collect"):
                 features = ticket.features[piece.slots]
                 piece.owner.collect(torch.from_numpy(piece.tiles), features, self._dtype)
-            self._reporter.emit(TilesEncoded(len(piece.tiles)))
+            self._reporter.emit(TilesEncoded(len(piece.tiles), piece.owner.slide.sample_id))
             if not piece.owner.missing:
                 yield from self._complete(piece.owner)
         self._encoding.release(ticket)

@@ -1,7 +1,8 @@
-"""Models for workers: processes of their own, which import them from here."""
+"""Models for workers, processes of their own, which import them from here; and what tests of them compare."""
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import time
@@ -12,10 +13,13 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from slide2vec import ExecutionOptions, Model
+from slide2vec import EmbeddedSlide, ExecutionOptions, Model, RunResult
 from slide2vec.encoders.slide import SlideFeatures, TileBag
 from slide2vec.slides import Slide
 from slide2vec.stream import SlidePlan
+
+#: Sides of the slides of a cohort, px.
+SIZES = (768, 2048, 1024, 1536, 1280, 1024)
 
 
 class Deadly(Model):
@@ -48,6 +52,19 @@ class Unloadable(Model):
     def from_preset(cls, *args: Any, **options: Any) -> Self:
         if os.environ.get("SLIDE2VEC_CPUS"):
             raise ValueError("no such weights here")
+        return super().from_preset(*args, **options)
+
+
+class Scarce(Deadly):
+    """Loads in two workers, and in no more, as if the rest of the memory were taken."""
+
+    @classmethod
+    def from_preset(cls, *args: Any, **options: Any) -> Self:
+        folder = os.environ.get("SLIDE2VEC_TEST_FOLDER")
+        if os.environ.get("SLIDE2VEC_CPUS") and folder:
+            (Path(folder) / f"{os.getpid()}.loads").touch()
+            if len(list(Path(folder).glob("*.loads"))) > 2:
+                raise RuntimeError("out of memory")
         return super().from_preset(*args, **options)
 
 
@@ -125,3 +142,55 @@ class Unshared(Model):
 
             ray_worker.LOCK_NAME = "not there"
         return super().from_preset(*args, **options)
+
+
+def end_workers(model: Model) -> None:
+    for fleets in model._fleets.values():
+        while fleets:
+            fleets.pop().close()
+
+
+def same(found: EmbeddedSlide, expected: EmbeddedSlide) -> None:
+    assert (found.sample_id, found.num_tiles) == (expected.sample_id, expected.num_tiles)
+    assert torch.equal(found.tile_embeddings, expected.tile_embeddings)
+    assert (found.x == expected.x).all() and (found.y == expected.y).all()
+
+
+def rows(result: RunResult) -> list[dict[str, str]]:
+    """Of the process list, without what is the directory's or the stack's."""
+    folder = str(result.process_list_path.parent)
+    with result.process_list_path.open() as file:
+        return [
+            {name: value.replace(folder, "OUT") for name, value in row.items() if name != "traceback"}
+            for row in csv.DictReader(file)
+        ]
+
+
+def files(result: RunResult) -> set[str]:
+    folder = result.process_list_path.parent
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return {name for name in found if not name.startswith("logs")}
+
+
+def same_on_disk(found: RunResult, expected: RunResult) -> None:
+    assert files(found) == files(expected)
+    assert rows(found) == rows(expected)
+    assert len(found.tile_artifacts) == len(SIZES)
+    for one, other in zip(found.tile_artifacts, expected.tile_artifacts, strict=True):
+        assert one.path.read_bytes() == other.path.read_bytes()
+        assert one.metadata["compatibility"] == other.metadata["compatibility"]
+
+
+class Recorder:
+    """Keeps events, and does something at each."""
+
+    def __init__(self, at: Callable[[Any], None] = lambda event: None) -> None:
+        self.events: list[Any] = []
+        self._at = at
+
+    def emit(self, event: Any) -> None:
+        self.events.append(event)
+        self._at(event)
+
+    def close(self) -> None:
+        pass

@@ -68,7 +68,9 @@ class Peculiar(Exception):
 def test_errors_survive_the_way() -> None:
     for error in (SlideOpenError("slide a: gone"), OutputError.of("/out", OSError(28, "No space"))):
         found = portable(error)
-        assert type(found) is type(error) and str(pickle.loads(pickle.dumps(found))) == str(error)
+        again = pickle.loads(pickle.dumps(found))
+        assert type(again) is type(error) and str(again) == str(error)
+        assert getattr(again, "errno", None) == getattr(error, "errno", None)
     assert str(portable(Peculiar("a", "b"))) == "Peculiar: a b"
 
 

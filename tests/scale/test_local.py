@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,20 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from scale_helpers import Deadly, Different, Small, Unloadable
+from scale_helpers import (
+    SIZES,
+    Deadly,
+    Different,
+    Recorder,
+    Scarce,
+    Small,
+    Unloadable,
+    end_workers,
+    files,
+    rows,
+    same,
+    same_on_disk,
+)
 
 from slide2vec import EmbeddedSlide, ExecutionOptions, Model, Pipeline, PreprocessingConfig
 from slide2vec.artifacts import load_embeddings
@@ -30,7 +42,6 @@ from slide2vec.synthetic import write_synthetic_slide
 #: Small tiles, so that slides have many.
 PREPROCESSING = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5)
 TWO = ("cpu", "cpu")
-SIZES = (768, 2048, 1024, 1536, 1280, 1024)
 
 
 @pytest.fixture(scope="module")
@@ -54,38 +65,10 @@ def alone(model: Deadly, slides: list[Path]) -> list[EmbeddedSlide]:
     return model.embed_slides(slides, PREPROCESSING)
 
 
-def end_workers(model: Model) -> None:
-    for kept in model._fleets.values():
-        while kept:
-            kept.pop().close()
-
-
 def processes(model: Model) -> dict[str, int]:
     """Of the workers that wait for the next call."""
     fleets: Any = [fleet for kept in model._fleets.values() for fleet in kept]
     return {name: each.process.pid for fleet in fleets for name, each in fleet._processes.items()}
-
-
-def same(found: EmbeddedSlide, expected: EmbeddedSlide) -> None:
-    assert (found.sample_id, found.num_tiles) == (expected.sample_id, expected.num_tiles)
-    assert torch.equal(found.tile_embeddings, expected.tile_embeddings)
-    assert (found.x == expected.x).all() and (found.y == expected.y).all()
-    assert found.image_path == expected.image_path
-
-
-class Recorder:
-    """Keeps events, and does something at each."""
-
-    def __init__(self, at: Callable[[Any], None] = lambda event: None) -> None:
-        self.events: list[Any] = []
-        self._at = at
-
-    def emit(self, event: Any) -> None:
-        self.events.append(event)
-        self._at(event)
-
-    def close(self) -> None:
-        pass
 
 
 def test_slides_are_the_same_in_the_order_of_the_input(
@@ -109,7 +92,8 @@ def test_slides_are_the_same_in_the_order_of_the_input(
 
 def test_a_killed_worker_costs_nothing(model: Deadly, slides: list[Path], alone: list[EmbeddedSlide]) -> None:
     model.embed_slides(slides[:2], PREPROCESSING, ExecutionOptions(devices=TWO))
-    victims = list(processes(model).values())[:1]
+    before = processes(model)
+    victims = list(before.values())[:1]
 
     def kill(event: Any) -> None:
         if isinstance(event, TilesEncoded) and victims:
@@ -119,6 +103,7 @@ def test_a_killed_worker_costs_nothing(model: Deadly, slides: list[Path], alone:
         found = model.embed_slides(slides, PREPROCESSING, ExecutionOptions(devices=TWO))
     for one, other in zip(found, alone, strict=True):
         same(one, other)
+    assert not victims and len(processes(model)) == 2 and processes(model) != before
 
 
 def test_a_slide_that_kills_its_workers_fails_alone(
@@ -197,20 +182,28 @@ def test_one_slide_shared_out_survives_a_killed_worker(model: Deadly, slides: li
     expected = model.embed_slide(slides[1], PREPROCESSING)
     Path(f"{slides[1]}.once").touch()
     same(model.embed_slide(slides[1], PREPROCESSING, ExecutionOptions(devices=TWO)), expected)
+    assert not Path(f"{slides[1]}.once").exists(), "a worker has died of a part"
 
 
-def rows(output_dir: Path) -> list[dict[str, str]]:
-    """Of the process list, without what is the directory's."""
-    with (output_dir / "process_list.csv").open() as file:
-        return [
-            {name: value.replace(str(output_dir), "OUT") for name, value in row.items()}
-            for row in csv.DictReader(file)
-        ]
+def test_a_slide_without_tissue_is_shared_out(model: Deadly, tmp_path: Path) -> None:
+    glass = tmp_path / "glass.tiff"
+    resolution = {"resolution": (40_000, 40_000), "resolutionunit": "CENTIMETER"}  # 0.25 µm/px
+    blank = np.full((1024, 1024, 3), 245, np.uint8)
+    tifffile.imwrite(glass, blank, tile=(256, 256), photometric="rgb", **resolution)
+    for config in (PREPROCESSING, PREPROCESSING.updated(region_tile_multiple=2)):
+        expected = model.embed_slide(glass, config)
+        assert expected.num_tiles == 0
+        found = model.embed_slide(glass, config, ExecutionOptions(devices=TWO))
+        same(found, expected)
+        assert found.tile_embeddings.shape == expected.tile_embeddings.shape
 
 
-def files(output_dir: Path) -> set[str]:
-    found = {str(path.relative_to(output_dir)) for path in output_dir.rglob("*") if path.is_file()}
-    return {name for name in found if not name.startswith("logs")}
+def test_a_single_slide_that_cannot_be_read_fails_as_one(model: Deadly, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.svs"
+    bad.write_bytes(b"no slide")
+    for error in (Slide2VecError, RuntimeError):
+        with pytest.raises(error, match="slide bad"):
+            model.embed_slide(bad, PREPROCESSING, ExecutionOptions(devices=TWO))
 
 
 def test_a_cohort_on_disk_is_the_same(model: Deadly, slides: list[Path], tmp_path: Path) -> None:
@@ -233,13 +226,8 @@ def test_a_cohort_on_disk_is_the_same(model: Deadly, slides: list[Path], tmp_pat
     assert (
         [each.sample_id for each in found.failed] == ["bad"] == [each.sample_id for each in expected.failed]
     )
-    assert files(tmp_path / "two") == files(tmp_path / "one")
-    assert [row | {"traceback": ""} for row in rows(tmp_path / "two")] == [
-        row | {"traceback": ""} for row in rows(tmp_path / "one")
-    ]
-    for one, other in zip(found.tile_artifacts, expected.tile_artifacts, strict=True):
-        assert one.path.read_bytes() == other.path.read_bytes()
-        assert one.metadata["compatibility"] == other.metadata["compatibility"]
+    assert not Path(f"{slides[2]}.once").exists(), "a worker has died of it"
+    same_on_disk(found, expected)
     assert run("two").resumed == 6, "what workers have finished is finished"
 
 
@@ -253,8 +241,8 @@ def test_patients_are_the_same(slides: list[Path], tmp_path: Path) -> None:
     for name, devices in (("one", None), ("two", TWO)):
         execution = ExecutionOptions(output_dir=tmp_path / name, devices=devices, save_slide_embeddings=True)
         outputs[name] = Pipeline(model, PREPROCESSING, execution).run(cohort)
-    assert files(tmp_path / "two") == files(tmp_path / "one")
-    assert rows(tmp_path / "two") == rows(tmp_path / "one")
+    assert files(outputs["two"]) == files(outputs["one"])
+    assert rows(outputs["two"]) == rows(outputs["one"])
     for kind in ("slide_artifacts", "patient_artifacts"):
         pairs = zip(getattr(outputs["two"], kind), getattr(outputs["one"], kind), strict=True)
         for found, expected in pairs:
@@ -284,10 +272,27 @@ def test_workers_that_would_embed_otherwise_are_refused(slides: list[Path]) -> N
         model.embed_slides(slides[:2], PREPROCESSING, ExecutionOptions(devices=TWO))
 
 
-def test_a_model_that_workers_cannot_load_is_told(slides: list[Path]) -> None:
+def test_a_model_that_workers_cannot_load_is_told(
+    slides: list[Path], capfd: pytest.CaptureFixture[str]
+) -> None:
     model = Unloadable.from_preset("scattering", device="cpu", allow_non_recommended_settings=True)
     with pytest.raises(ValueError, match="no such weights here"):
         model.embed_slides(slides[:2], PREPROCESSING, ExecutionOptions(devices=TWO))
+    assert "Traceback" not in capfd.readouterr().err, "the other worker ends quietly"
+
+
+def test_the_others_go_on_where_no_worker_can_take_the_place_of_a_lost_one(
+    slides: list[Path], alone: list[EmbeddedSlide], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLIDE2VEC_TEST_FOLDER", str(tmp_path))
+    model = Scarce.from_preset("scattering", device="cpu", allow_non_recommended_settings=True)
+    model.embed_slides(slides[:2], PREPROCESSING, ExecutionOptions(devices=TWO))
+    Path(f"{slides[0]}.once").touch()
+    found = model.embed_slides(slides, PREPROCESSING, ExecutionOptions(devices=TWO))
+    assert not Path(f"{slides[0]}.once").exists()
+    for one, other in zip(found, alone, strict=True):
+        same(one, other)
+    end_workers(model)
 
 
 def test_a_model_made_otherwise_is_told(model: Deadly, slides: list[Path]) -> None:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from scale_helpers import Deadly, OnGpus, Small, Unloadable, Unshared, Waiting
+from scale_helpers import (
+    SIZES,
+    Deadly,
+    OnGpus,
+    Recorder,
+    Small,
+    Unloadable,
+    Unshared,
+    Waiting,
+    end_workers,
+    files,
+    rows,
+    same,
+    same_on_disk,
+)
 from typer.testing import CliRunner
 
 from slide2vec import EmbeddedSlide, ExecutionOptions, Model, Pipeline, PreprocessingConfig, RunResult
@@ -27,7 +40,6 @@ cluster_utils = pytest.importorskip("ray.cluster_utils")
 
 #: Small tiles, so that slides have many.
 PREPROCESSING = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5, resume=True)
-SIZES = (768, 2048, 1024, 1536, 1280, 1024)
 STORE_BYTES = 80 * 2**20
 
 
@@ -126,58 +138,6 @@ def expected(
     """On disk, from this process."""
     execution = ExecutionOptions(output_dir=tmp_path_factory.mktemp("one"))
     return Pipeline(kept, PREPROCESSING, execution).run([*slides, bad])
-
-
-def end_workers(model: Model) -> None:
-    for fleets in model._fleets.values():
-        while fleets:
-            fleets.pop().close()
-
-
-def same(found: EmbeddedSlide, expected: EmbeddedSlide) -> None:
-    assert (found.sample_id, found.num_tiles) == (expected.sample_id, expected.num_tiles)
-    assert torch.equal(found.tile_embeddings, expected.tile_embeddings)
-    assert (found.x == expected.x).all() and (found.y == expected.y).all()
-
-
-def rows(result: RunResult) -> list[dict[str, str]]:
-    """Of the process list, without what is the directory's or the stack's."""
-    folder = str(result.process_list_path.parent)
-    with result.process_list_path.open() as file:
-        return [
-            {name: value.replace(folder, "OUT") for name, value in row.items() if name != "traceback"}
-            for row in csv.DictReader(file)
-        ]
-
-
-def files(result: RunResult) -> set[str]:
-    folder = result.process_list_path.parent
-    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    return {name for name in found if not name.startswith("logs")}
-
-
-def same_on_disk(found: RunResult, expected: RunResult) -> None:
-    assert files(found) == files(expected)
-    assert rows(found) == rows(expected)
-    assert len(found.tile_artifacts) == len(SIZES)
-    for one, other in zip(found.tile_artifacts, expected.tile_artifacts, strict=True):
-        assert one.path.read_bytes() == other.path.read_bytes()
-        assert one.metadata["compatibility"] == other.metadata["compatibility"]
-
-
-class Recorder:
-    """Keeps events, and does something at each."""
-
-    def __init__(self, at: Callable[[Any], None] = lambda event: None) -> None:
-        self.events: list[Any] = []
-        self._at = at
-
-    def emit(self, event: Any) -> None:
-        self.events.append(event)
-        self._at(event)
-
-    def close(self) -> None:
-        pass
 
 
 def test_slides_are_the_same_in_the_order_of_the_input(
