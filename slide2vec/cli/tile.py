@@ -60,6 +60,10 @@ def tile(
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Keep what an earlier run tiled, if settings agree.")
     ] = True,
+    fingerprint: Annotated[
+        Literal["ends", "whole"],
+        typer.Option(help="Know slides by a digest of their ends, or read the whole of them for it."),
+    ] = "ends",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -82,6 +86,7 @@ def tile(
         tissue_threshold=tissue_threshold,
         save_tiles=save_tiles,
         resume=resume,
+        fingerprint=fingerprint,
         segmentation=SegmentationConfig(method=method),
         preview=PreviewConfig(save_mask_preview=previews, save_tiling_preview=previews),
     )
