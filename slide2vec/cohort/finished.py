@@ -17,7 +17,7 @@ from slide2vec.artifacts import (
 )
 from slide2vec.cohort.identity import compatibility, difference, encoder_identity
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
-from slide2vec.errors import ArtifactError, TilingError
+from slide2vec.errors import ArtifactError, ManifestError, TilingError
 from slide2vec.slides import Slide
 from slide2vec.stream import coordinates_dir
 from slide2vec.tiling import Tiling, load_coordinates
@@ -62,7 +62,7 @@ class Finished:
         """A slide's artifact if it is finished; else what differs from the one there, None for none."""
         try:
             return self._find(kind, slide.sample_id, self.compatibilities(slide)[kind])
-        except (OSError, TilingError):
+        except (OSError, TilingError, ManifestError):
             return None
 
     def find_patient(self, patient_id: str, slides: list[Slide]) -> Artifact | str | None:
@@ -74,6 +74,7 @@ class Finished:
 
         Raises:
             OSError, TilingError: a file of the slide cannot be read.
+            ManifestError: its own tiling options are wrong.
         """
         given = self._given(slide)
         common = compatibility(slide, self._config, {}, given)
@@ -91,7 +92,7 @@ class Finished:
     def _or_none(self, slide: Slide) -> dict[str, Any] | None:
         try:
             return self.compatibilities(slide)["slide"]
-        except (OSError, TilingError):
+        except (OSError, TilingError, ManifestError):
             return None
 
     def _given(self, slide: Slide) -> Tiling | None:

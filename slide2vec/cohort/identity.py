@@ -56,7 +56,9 @@ def compatibility(
     Raises:
         OSError: a file of the slide cannot be read.
         TilingError: it has no tile archive where there should be one.
+        ManifestError: its own tiling options are wrong.
     """
+    config = config.for_slide(slide.sample_id, slide.tiling)
     from_archive = config.read_tiles_from is not None
     made = {
         "image": fingerprint(_image(slide, config)),
