@@ -157,7 +157,7 @@ class Cohort:
             tiles_tar_path=plan.tiles_tar_path,
             mask_preview_path=plan.mask_preview_path,
             tiling_preview_path=plan.tiling_preview_path,
-            error=remark(tiles, [asdict(bad) for bad in plan.skipped]),
+            error=remark(tiles, [asdict(bad) for bad in plan.skipped], plan.tiling.remarks),
         )
 
     def write_coordinates(self, tiling: Tiling, files: SlideIdentity) -> tuple[Path | None, Path]:
@@ -184,7 +184,8 @@ class Cohort:
     def tiled(self, plan: SlidePlan) -> None:
         """A slide that is only tiled is complete."""
         skipped = [asdict(bad) for bad in plan.skipped]
-        self.tiles_done(plan.slide.sample_id, {"num_tiles": len(plan.tiling), "skipped_tiles": skipped})
+        about = {"num_tiles": len(plan.tiling), "skipped_tiles": skipped, "remarks": plan.tiling.remarks}
+        self.tiles_done(plan.slide.sample_id, about)
 
     def tiles_done(self, sample_id: str, about: Mapping[str, Any]) -> None:
         """See `Entries`."""

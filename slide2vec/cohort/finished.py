@@ -17,7 +17,7 @@ from slide2vec.artifacts import (
 )
 from slide2vec.cohort.identity import compatibility, difference, encoder_identity
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
-from slide2vec.errors import ArtifactError, TilingError
+from slide2vec.errors import ArtifactError, ManifestError, TilingError
 from slide2vec.slides import Slide
 from slide2vec.stream import coordinates_dir
 from slide2vec.stream.identities import Identities, SlideIdentity
@@ -85,7 +85,7 @@ class Finished:
             known = None if anew else self._files.known(slide.sample_id)
             files = known or self._files.of(slide, masked=given is None)
             return self.compatibilities(slide, files, given)
-        except (OSError, TilingError):
+        except (OSError, TilingError, ManifestError):
             return None
 
     def compatibilities(
@@ -96,6 +96,9 @@ class Finished:
         Args:
             files: what its files were when they were read.
             given: its tiles, where they are not found by segmentation.
+
+        Raises:
+            ManifestError: its own tiling options are wrong.
         """
         common = compatibility(slide, self._config, {}, files.content, given)
         return {

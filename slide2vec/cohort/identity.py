@@ -35,7 +35,11 @@ def compatibility(
         encoder: `Model.identity()`.
         files: `SlideIdentity.content`: what the image (or tile archive) and the mask were.
         given: the slide's tiles, where they are not found by segmentation.
+
+    Raises:
+        ManifestError: its own tiling options are wrong.
     """
+    config = config.for_slide(slide.sample_id, slide.tiling)
     from_archive = config.read_tiles_from is not None
     made = {
         **files,

@@ -35,12 +35,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Publisher", "Settle", "Settled", "settled_alone"]
 
-_WITHOUT_TISSUE = "no tissue: 0 tiles"
 #: Of a sidecar of tiles, what those of slides and patients keep.
 _KEPT = (
     *("image_path", "mask_path", "encoder_input_size_px", "backend", "tile_size_lv0", "read_tile_size_px"),
     *("requested_tile_size_px", "requested_spacing_um", "coordinates_npz_path", "coordinates_meta_path"),
-    *("tiles_tar_path", "skipped_tiles", "num_tiles"),
+    *("tiles_tar_path", "skipped_tiles", "num_tiles", "remarks"),
 )
 
 
@@ -204,7 +203,7 @@ class Publisher:
             yield from self._fail(slide, error, "aggregation", tiles.identity)
             return
         if embedded.slide_embedding is None:
-            cohort.entries.note(slide.sample_id, aggregation_status="skipped", error=_WITHOUT_TISSUE)
+            cohort.entries.note(slide.sample_id, aggregation_status="skipped")
         elif "slide" in cohort.wanted:
             yield self._write_slide(tiles, embedded)
         yield from self._settle(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -33,6 +34,8 @@ from slide2vec.tiling.regions import unroll
 from slide2vec.tiling.reuse import Previous, find_reusable
 
 __all__ = ["SlidePlan", "check_archives_here", "coordinates_dir", "plan_slide"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,10 @@ def plan_slide(
 
     Raises:
         SlideError: the slide cannot be opened, has no spacing, an unreadable mask, …
+        ManifestError: its own tiling options are wrong.
         OutputError: a preview or an archive cannot be written.
     """
+    config = config.for_slide(slide.sample_id, slide.tiling)
     kept = None if given is not None else coordinates_dir(slide, config)
     if kept is not None:
         given = load_coordinates(kept, slide.sample_id)
@@ -221,7 +226,10 @@ def _tiles(
         if found is not None:
             return replace(found, backend=reader.backend), None, True
     mask_copy = None if staged.mask_path == slide.mask_path else staged.mask_path
-    return *tile_slide(reader, slide, resolve_spacing(reader, slide), config, mask_copy), False
+    tiling, tissue = tile_slide(reader, slide, resolve_spacing(reader, slide), config, mask_copy)
+    for remark in tiling.remarks:
+        logger.warning("slide %s: %s", slide.sample_id, remark)
+    return tiling, tissue, False
 
 
 def _may_reuse(slide: Slide, config: PreprocessingConfig, output_dir: Path) -> bool:
