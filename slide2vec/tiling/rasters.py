@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from slide2vec.tiling.records import PRECOMPUTED, Segmentation
 
 __all__ = ["MAX_RASTER_PX", "read_mask"]
 
-logger = logging.getLogger(__name__)
 
 TISSUE = 1
 
@@ -77,11 +75,6 @@ def read_mask(
         )
     except (OSError, ValueError, RuntimeError, SyntaxError, Slide2VecError) as error:
         raise MaskError(f"slide {slide.sample_id}: the tissue mask {path} cannot be used: {error}") from error
-    if not labels.any():
-        logger.warning(
-            "slide %s: the tissue mask %s holds no tissue (value %d), so the slide has no tiles",
-            *(slide.sample_id, path, TISSUE),
-        )
     size = reader.level_dimensions[read.level]
     mask = cv2.resize(labels * np.uint8(255), size, interpolation=cv2.INTER_NEAREST)
     return np.asarray(mask, np.uint8), read
