@@ -220,7 +220,7 @@ def test_what_counts_as_square(resolution: tuple[int, int], tmp_path: Path) -> N
 
 
 def ome(path: Path, pixels: str = "", images: list[Image] | None = None, *, xml: str = "") -> Path:
-    """An OME-TIFF, of 800x600 px unless `images` say otherwise; `pixels` goes into Pixels, or `xml` is all."""
+    """An OME-TIFF, of 800x600 px unless `images` say otherwise; `pixels` go into Pixels, or `xml` is all."""
     head = '<?xml version="1.0" encoding="UTF-8"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">'
     xml = xml or f'<Image ID="Image:0" Name="slide"><Pixels SizeX="800" SizeY="600" {pixels}</Pixels></Image>'
     (size, options), *more = images or [((800, 600), {})]
