@@ -28,6 +28,7 @@ from slide2vec.cohort import embed_cohort
 from slide2vec.compile import Subject, select_engine
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
+from slide2vec.encoders.input_size import for_input
 from slide2vec.encoders.parts import (
     PartsWeights,
     below,
@@ -105,7 +106,9 @@ class Model:
         #: The model whose embeddings it takes: of tiles for slide-level presets, of slides for
         #: patient-level ones; None for tile-level ones.
         self.below = below
-        self._engines: dict[tuple[str, str, bool], Selected] = {}
+        self._engines: dict[tuple[str, str, bool, int], Selected] = {}
+        #: The recipe for tiles of other sizes than its own, by size.
+        self._inputs: dict[int, Recipe] = {}
         #: Builds it anew in another process, as `loader(device=…)`; and workers that have.
         self._loader = loader
         self._fleets: Fleets = {}
@@ -138,12 +141,12 @@ class Model:
             device: "cuda", "cuda:1", "mps" or "cpu"; None = the first of these that is there.
             output_variant: which output of the preset's own encoder; None = the preset's default.
             precision: "fp32", "bf16" or "fp16"; None = the preset's on CUDA, fp32 elsewhere.
-            input_size_px: side of the encoder's input, where its backbone takes others than the one it was
-                trained on: a multiple of its patch; tiles are resized to it. None = the preset's.
+            input_size_px: side of the encoder's input, to which tiles of any size are resized, with the
+                recipe's interpolation (antialiased). It may be another one than the encoder was trained on
+                where its backbone takes that: a multiple of its patch. None = tiles are encoded as they are.
             allow_non_recommended_settings: warn, instead of refusing, when a spacing or a tile size is
-                asked for that the preset was not trained on. Tiles of another size are then brought to
-                the encoder's input by its transform (resized, cropped), as everywhere in the field;
-                only `input_size_px` changes what the encoder sees.
+                asked for that the preset was not trained on. Tiles of another size are then encoded at
+                exactly that size where the backbone takes it, and refused where it does not.
             trust_remote_code: let a preset that needs it run the Python code of its repository.
 
         Raises:
@@ -175,9 +178,13 @@ class Model:
             theirs = {**again, "weights": by_part, "output_variant": lower[1]}
             under = cls.from_preset(lower[0], device=device, **theirs)
             resolved = under.precision
+            if under.level == "tile":
+                under._feed(recipe)
         encoder = build_part(recipe, variant, own, seed, trust_remote_code)
+        if input_size_px is not None and under is None:
+            recipe = for_input(recipe, encoder, input_size_px, f"input_size_px={input_size_px}")
         return cls(
-            recipe if input_size_px is None or under else _with_input(recipe, encoder, input_size_px),
+            recipe,
             variant_name,
             encoder if under is None else encoder.to(chosen),
             device=chosen,
@@ -220,6 +227,30 @@ class Model:
         """Whether its slide encoder has latents beside its embedding."""
         return self.recipe.has_latents or (self.below is not None and self.below.has_latents)
 
+    def _feed(self, above: Recipe) -> None:
+        """Prepare tiles as the authors of a slide encoder have fed it."""
+        sizes = {"resize": above.transform.resize, "crop": above.transform.crop}
+        if self.origin.get("input_size_px") is not None:
+            sizes = dict.fromkeys(sizes, self.recipe.transform.crop)
+        transform = above.transform.model_copy(update=sizes)
+        self.recipe = self.recipe.model_copy(
+            update={"transform": transform, "tile_size_px": above.tile_size_px}
+        )
+
+    def _fed_with(self, tile_size_px: int | None) -> Recipe:
+        """The recipe for tiles of a size, which are not resized unless that is asked for; None = its own.
+
+        Raises:
+            ConfigError: the backbone does not take such tiles.
+        """
+        own = (None, self.recipe.tile_size_px, self.recipe.transform.crop)
+        if tile_size_px in own or self.origin.get("input_size_px") is not None:
+            return self.recipe
+        if tile_size_px not in self._inputs:
+            asked = f"requested_tile_size_px={tile_size_px}"
+            self._inputs[tile_size_px] = for_input(self.recipe, self._encoder, tile_size_px, asked)
+        return self._inputs[tile_size_px]
+
     @property
     def _tiles(self) -> Model:
         """The model of tiles under it: itself, for tile-level presets."""
@@ -229,8 +260,14 @@ class Model:
     def _variant(self) -> Variant:
         return self.recipe.variants[self.variant]
 
-    def identity(self, execution: ExecutionOptions | None = None) -> dict[str, Any]:
-        """What decides an embedding, besides the slide and its tiling; JSON-ready."""
+    def identity(
+        self, execution: ExecutionOptions | None = None, tile_size_px: int | None = None
+    ) -> dict[str, Any]:
+        """What decides an embedding, besides the slide and its tiling; JSON-ready.
+
+        Args:
+            tile_size_px: side of the tiles; None = the preset's.
+        """
         if self.below is not None:
             return {
                 "name": self.name,
@@ -238,9 +275,10 @@ class Model:
                 "output_variant": self.variant,
                 "weights": self._weights_digest,
                 "weights_source": self._weights,
-                "below": self.below.identity(execution),
+                "below": self.below.identity(execution, tile_size_px),
             }
-        engine = self._select(execution or ExecutionOptions()).engine
+        recipe = self._fed_with(tile_size_px)
+        engine = self._select(execution or ExecutionOptions(), recipe).engine
         return {
             "name": self.name,
             "level": self.level,
@@ -249,8 +287,8 @@ class Model:
             "weights_source": self._weights,
             "precision": engine.precision,
             "runtime": engine.runtime,
-            "input_size_px": self.recipe.transform.crop,
-            "transform": self.recipe.transform.model_dump(mode="json"),
+            "input_size_px": recipe.transform.crop,
+            "transform": recipe.transform.model_dump(mode="json"),
         }
 
     def engine_in_words(self, execution: ExecutionOptions | None = None) -> str:
@@ -441,7 +479,8 @@ class Model:
 
         Raises:
             ConfigError: it asks for something that this version does not do, or that the preset was
-                not trained on; or it lacks the spacing of a model that is no preset.
+                not trained on; or for tiles that its backbone does not take; or it lacks the
+                spacing of a model that is no preset.
         """
         config = config or PreprocessingConfig()
         if config.hierarchical and self.level != "tile":
@@ -452,6 +491,7 @@ class Model:
             )
         spacing, tile_size = self.recipe.tiles(config.requested_spacing_um, config.requested_tile_size_px)
         self._check_recommended(spacing, tile_size)
+        self._tiles._fed_with(tile_size)
         return config.resolved(spacing, tile_size)
 
     def _check_recommended(self, spacing_um: float, tile_size_px: int) -> None:
@@ -469,14 +509,13 @@ class Model:
         assert config.requested_tile_size_px is not None
         tile_size = config.requested_tile_size_px
         feed = feed_for(self.device, config.gpu_decode)
-        selected = self._select(execution)
+        recipe = self._fed_with(tile_size)
+        selected = self._select(execution, recipe)
         engine = selected.engine
-        preparer = choose_preparer(
-            config.preparer, self.recipe.transform, self.device, engine.layout, tile_size
-        )
-        wanted = batch_size_for(self.recipe.gflops, self.device)
+        preparer = choose_preparer(config.preparer, recipe.transform, self.device, engine.layout, tile_size)
+        wanted = batch_size_for(recipe.gflops, self.device)
         size = execution.batch_size or selected.batch_size
-        budget = execution.budget(self.device.type, self.recipe.gflops)
+        budget = execution.budget(self.device.type, recipe.gflops)
         return Stream(
             engine,
             preparer,
@@ -492,16 +531,21 @@ class Model:
             stager=stager,
         )
 
-    def _select(self, execution: ExecutionOptions) -> Selected:
-        """What runs the encoder; what is compiled is loaded, or compiled, once."""
+    def _select(self, execution: ExecutionOptions, recipe: Recipe | None = None) -> Selected:
+        """What runs the encoder; what is compiled is loaded, or compiled, once.
+
+        Args:
+            recipe: of `_fed_with`, None = of the preset's own tiles.
+        """
+        recipe = recipe or self.recipe
         precision = self._call_precision(execution)
-        asked = execution.engine, precision, execution.torch_compile
+        asked = execution.engine, precision, execution.torch_compile, recipe.transform.crop
         if asked in self._engines:
             return self._engines[asked]
         selected = select_engine(
             execution.engine,
             self._encoder,
-            Subject(self.recipe, self.variant, self.device, lambda: self._content_digest),
+            Subject(recipe, self.variant, self.device, lambda: self._content_digest),
             precision,
             compiled=execution.torch_compile,
         )
@@ -689,24 +733,3 @@ def _by_sample_id(
     if len(tilings) != len(slides):
         raise ManifestError(f"{len(slides)} slides and {len(tilings)} tiling_results: give one per slide")
     return {slide.sample_id: tiling for slide, tiling in zip(slides, tilings, strict=True)}
-
-
-def _with_input(recipe: Recipe, encoder: nn.Module, size_px: int) -> Recipe:
-    """The recipe with another input size.
-
-    Raises:
-        ConfigError: the backbone does not take it.
-    """
-    trunk: Any = getattr(encoder, "trunk", None)
-    crop = recipe.transform.crop
-    if not getattr(trunk, "dynamic_img_size", False):
-        raise ConfigError(f"preset {recipe.name} takes inputs of {crop} px only: leave input_size_px out")
-    patch = trunk.patch_embed.patch_size[0]
-    if size_px < patch or size_px % patch:
-        raise ConfigError(
-            f"input_size_px={size_px}: the patches of preset {recipe.name} have {patch} px a side, and its "
-            f"inputs a multiple of that, such as {max(1, round(size_px / patch)) * patch}"
-        )
-    transform = recipe.transform.model_copy(update={"resize": size_px, "crop": size_px})
-    gflops = recipe.gflops * (size_px / crop) ** 2
-    return recipe.model_copy(update={"transform": transform, "gflops": gflops})

@@ -86,10 +86,11 @@ class WeightsSource(_Section):
 
 
 class Transform(_Section):
-    """From a tile of the requested size to the encoder's input.
+    """From a picture to the encoder's input.
 
     Resize the shorter side to `resize` px (antialiased), crop the centre to `crop` px, scale to
-    [0, 1], subtract `mean` and divide by `std` per RGB channel.
+    [0, 1], subtract `mean` and divide by `std` per RGB channel. Where both sizes are the picture's,
+    nothing is resized or cropped.
     """
 
     resize: Annotated[int, Field(gt=0)]
@@ -97,6 +98,16 @@ class Transform(_Section):
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+
+class ImageGeometry(_Section):
+    """How the authors bring a ready image to the encoder's input, where that is not as its tiles are: see
+    `Transform`. `square` resizes both sides, whatever the image's aspect."""
+
+    resize: Annotated[int, Field(gt=0)]
+    crop: Annotated[int, Field(gt=0)]
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    square: bool = False
 
 
 class Variant(_Section):
@@ -164,7 +175,13 @@ class Recipe(_Section):
         precision: for accelerators; a CPU uses fp32 unless told otherwise.
         params_m: millions of parameters, without those that are not used.
         gflops: GFLOP per tile (2 x MAC) of a tile encoder.
-        transform: of tiles; above the tile level that of the tile preset, so it is not in the file.
+        transform: of tiles of `tile_size_px` on slides, which are normalised and, where its sizes are theirs,
+            nothing else. Above the tile level that of the preset that feeds it, unless the file of a slide
+            preset gives, as `fed_with`, the one that its authors fed it with.
+        images: geometry of the published transform of ready images, where it differs from `transform`; the
+            statistics are the same.
+        positions: how position embeddings are resampled for inputs of another size: as timm does
+            ("antialiased"), as transformers does ("plain") or did until 4.41 ("shifted"); or not at all.
         variants, default_variant: its outputs.
         citation, note: for people.
         compile, compile_note: whether the encoder may be exported and compiled; why not, or what to mind.
@@ -190,6 +207,8 @@ class Recipe(_Section):
     encoder: EncoderSpec
     weights: WeightsSource | None = None
     transform: Transform
+    images: ImageGeometry | None = None
+    positions: Literal["antialiased", "plain", "shifted", "fixed"] = "antialiased"
     variants: dict[str, Variant]
     default_variant: str
     licence: Licence
@@ -213,8 +232,9 @@ class Recipe(_Section):
             raise ValueError(f"default_spacing_um {self.default_spacing_um} is not in spacing_um")
         if not self.compile and not self.compile_note:
             raise ValueError("compile = false needs compile_note: why it cannot be compiled")
-        if self.transform.crop > self.transform.resize:
-            raise ValueError("transform.crop is larger than transform.resize")
+        for name, made in (("transform", self.transform), ("images", self.images)):
+            if made is not None and made.crop > made.resize:
+                raise ValueError(f"{name}.crop is larger than {name}.resize")
         if self.level == "tile" and "gflops" not in self.model_fields_set:
             raise ValueError("a tile preset needs gflops")
         if self.level != "slide" and (self.tile_encoder or self.has_latents):
@@ -293,7 +313,8 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def _with_transform(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A recipe file's content; above the tile level with the transform of the preset that feeds it."""
+    """A recipe file's content; above the tile level with the transform of the preset that feeds it,
+    unless `fed_with` is what its authors fed it with."""
     level = content.get("level", "tile")
     if level not in ("slide", "patient"):
         return content
@@ -304,12 +325,13 @@ def _with_transform(content: dict[str, Any], path: Path) -> dict[str, Any]:
         raise PresetError(f"recipe {path}: a {level} preset needs {key}: the {below} preset that feeds it")
     if "transform" in content:
         raise PresetError(f"recipe {path}: transform is that of {preset}, and not to be given again")
+    made = {name: value for name, value in content.items() if name != "fed_with"}
     feeder = read_recipe(path.with_name(f"{preset}.toml"))
     if feeder.level != below:
         raise PresetError(f"recipe {path}: {key} names {preset}, which is a {feeder.level} preset")
     if isinstance(named, dict):
         feeder.variant(named.get("variant"))
-    return {**content, "transform": feeder.transform}
+    return {**made, "transform": content.get("fed_with", feeder.transform)}
 
 
 def _in_words(error: ValidationError) -> str:
@@ -349,7 +371,7 @@ def list_models(level: Level | None = None) -> list[str]:
 
 @functools.cache
 def _generic_recipe(name: str) -> Recipe:
-    """What timm says of a model: its own pooled features, its evaluation transform."""
+    """What timm says of a model: its own pooled features, its input size, its statistics."""
     arch = name.removeprefix("timm:")  # "hf-hub:" is timm's own spelling
     try:
         found = _tried(arch)
@@ -377,9 +399,13 @@ def _generic_recipe(name: str) -> Recipe:
                 ignore=tuple(f"{head}.*" for head in ((heads,) if isinstance(heads, str) else heads)),
             ),
             transform=Transform(
+                resize=side, crop=side, **{key: data[key] for key in ("interpolation", "mean", "std")}
+            ),
+            images=ImageGeometry(
                 resize=int(side / data["crop_pct"]),
                 crop=side,
-                **{key: data[key] for key in ("interpolation", "mean", "std")},
+                interpolation=data["interpolation"],
+                square=data["crop_mode"] == "squash",
             ),
             default_variant="default",
             licence=Licence(

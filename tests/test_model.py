@@ -48,11 +48,7 @@ def reference(
     transform = model.recipe.transform
     steps = transforms.Compose(
         [
-            transforms.Resize(
-                transform.resize, interpolation=transforms.InterpolationMode(transform.interpolation)
-            ),
-            transforms.CenterCrop(transform.crop),
-            transforms.ToTensor(),
+            transforms.ToTensor(),  # nothing is resized or cropped
             transforms.Normalize(transform.mean, transform.std),
         ]
     )
@@ -79,7 +75,7 @@ def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def test_embeddings_equal_the_reference(
     slides_dir: Path, vit: Model, backend: str, supertiles: bool, spacing: float, tile: int
 ) -> None:
-    """Tiles read as they are and resized by the transform; and tiles of 1.1 µm/px, which this slide
+    """Tiles that are encoded at their size; and tiles of 1.1 µm/px, which this slide
     has only as level 0, reduced by area."""
     path = slides_dir / "CMU-1-Small-Region.svs"
     config = PreprocessingConfig(
@@ -97,7 +93,7 @@ def test_embeddings_equal_the_reference(
 
 @pytest.mark.parametrize("preset", ["scattering", "lunit"])
 def test_presets_equal_the_reference(slides_dir: Path, preset: str, scattering: Model) -> None:
-    """lunit resizes to 248 and crops; its tiles are few here because it is slow."""
+    """lunit's published transform, for images, crops; its tiles are few here because it is slow."""
     options: dict[str, Any] = {"weights": "random", "allow_non_recommended_settings": True}
     model = scattering if preset == "scattering" else Model.from_preset(preset, device="cpu", **options)
     config = PreprocessingConfig(requested_spacing_um=2.0, requested_tile_size_px=224)
@@ -327,12 +323,16 @@ def test_any_model_of_timm_equals_the_reference(slides_dir: Path, name: str) -> 
     assert found.tile_embeddings.shape == (found.num_tiles, model.feature_dim)
     expected = reference(model, path, config, found)
     assert cosines(found.tile_embeddings[: len(expected)], expected).min() >= MIN_COSINE
-    other = PreprocessingConfig(requested_spacing_um=2.0, requested_tile_size_px=100)
+    other = PreprocessingConfig(requested_spacing_um=2.0, requested_tile_size_px=96)
     assert model.embed_slide(path, other).num_tiles > found.num_tiles
 
 
 def test_transform_of_any_model_is_timms() -> None:
-    found = load_recipe("timm:resnet50").transform
+    recipe = load_recipe("timm:resnet50")
+    assert recipe.transform.resize == recipe.transform.crop == recipe.tile_size_px == 224  # no crop_pct
+    assert recipe.images is not None
+    sizes = {"resize": recipe.images.resize, "crop": recipe.images.crop}
+    found = recipe.transform.model_copy(update=sizes)
     steps = timm.data.create_transform(**timm.data.resolve_model_data_config(timm.create_model("resnet50")))
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8))
     ours = TorchPreparer(found, torch.device("cpu")).prepare(torch.from_numpy(np.array(picture))[None])
@@ -501,7 +501,7 @@ def test_another_input_size(slides_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     ("preset", "size", "message"),
-    [("prost40m", 100, "such as 98"), ("scattering", 112, "takes inputs of 224 px only")],
+    [("prost40m", 100, "such as 98"), ("scattering", 16, "takes no inputs of 16 px")],
 )
 def test_impossible_input_sizes(preset: str, size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -37,7 +37,7 @@ def test_presets_above_the_tile_level() -> None:
     titan, moozy = load_recipe("titan"), load_recipe("moozy")
     assert titan.tile_encoder is not None
     assert (titan.tile_encoder.preset, titan.tile_encoder.variant) == ("conchv15", "default")
-    assert moozy.slide_encoder == "moozy-slide" and moozy.transform == load_recipe("lunit").transform
+    assert moozy.slide_encoder == "moozy-slide" and moozy.transform == load_recipe("moozy-slide").transform
     assert titan.tile_size_px == 512 and titan.transform.resize == 448  # as it was trained
     assert [name for name in list_models() if load_recipe(name).has_latents] == ["prism"]
 
@@ -78,7 +78,7 @@ def test_traps_of_single_presets() -> None:
     """What the names and the hub's configurations say wrongly."""
     gigapath, gpfm, mstar = (load_recipe(name) for name in ("gigapath", "gpfm", "mstar"))
     assert gigapath.encoder.kwargs["patch_size"] == 16
-    assert (gigapath.tile_size_px, gigapath.transform.resize, gigapath.transform.crop) == (256, 256, 224)
+    assert (gigapath.tile_size_px, gigapath.transform.resize, gigapath.transform.crop) == (224, 224, 224)
     assert (gpfm.transform.resize, gpfm.transform.crop) == (224, 224)
     assert mstar.transform.mean == (0.485, 0.456, 0.406)
     assert load_recipe("uni2").encoder.prefix_tokens == 9

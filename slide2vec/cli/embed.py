@@ -178,7 +178,8 @@ def embed(
     )
     report = embed_and_write(model, found, preprocessing, execution, draw_map=draw_map)
     if as_json:
-        print_json({"encoder": model.identity(execution), "output_dir": output_dir, **report.as_json()})
+        identity = model.identity(execution, preprocessing.requested_tile_size_px)
+        print_json({"encoder": identity, "output_dir": output_dir, **report.as_json()})
     else:
         print_report(report, model, execution)
     if report.result.failed or report.result.failed_patients:

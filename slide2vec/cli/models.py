@@ -111,6 +111,9 @@ def _details(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from _feeding(recipe)
     yield "tiles", f"{recipe.tile_size_px} px at {_spacings(recipe)} µm/px{_default_spacing(recipe)}"
     yield "transform", _transform(recipe)
+    if recipe.images is not None:
+        made = recipe.images
+        yield "images", f"resize to {made.resize} px ({made.interpolation}), central {made.crop} px"
     work = f", {recipe.gflops:.4g} GFLOP per tile" if recipe.level == "tile" else ""
     yield "size", f"{_params(recipe)} parameters{work}"
     if recipe.params_m:

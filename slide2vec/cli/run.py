@@ -276,8 +276,13 @@ def _run(settings: RunSettings, *, tiling_only: bool, trust_remote_code: bool, a
         )
         result = report.result
         if as_json:
+            tile_size = settings.preprocessing.requested_tile_size_px
             print_json(
-                {"encoder": model.identity(settings.execution), "output_dir": output_dir, **report.as_json()}
+                {
+                    "encoder": model.identity(settings.execution, tile_size),
+                    "output_dir": output_dir,
+                    **report.as_json(),
+                }
             )
         else:
             print_report(report, model, settings.execution)

@@ -41,7 +41,9 @@ class Encoder(Protocol):
 
     variant: str
 
-    def identity(self, execution: ExecutionOptions | None = None) -> dict[str, Any]: ...
+    def identity(
+        self, execution: ExecutionOptions | None = None, tile_size_px: int | None = None
+    ) -> dict[str, Any]: ...
 
 
 class Workers(Protocol):
@@ -103,6 +105,7 @@ def identities_of(
     found: dict[Kind, dict[str, Any]] = {}
     while encoder is not None:
         hierarchical = encoder.level == "tile" and config.hierarchical
-        found["hierarchical" if hierarchical else encoder.level] = encoder.identity(execution)
+        kind: Kind = "hierarchical" if hierarchical else encoder.level
+        found[kind] = encoder.identity(execution, config.requested_tile_size_px)
         encoder = encoder.below
     return found

@@ -36,7 +36,7 @@ class ChannelwiseEncoder(nn.Module):
         super().__init__()
         sizes = spec.kwargs
         dim, patch = sizes["dim"], sizes["patch_size"]
-        self.grid = sizes["img_size"] // patch
+        self.patch = patch
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(1, dim, patch, stride=patch)})
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.storage_tokens = nn.Parameter(torch.randn(1, sizes["storage_tokens"], dim) * 0.02)
@@ -52,7 +52,7 @@ class ChannelwiseEncoder(nn.Module):
         patches = self.patch_embed["proj"](channels).flatten(2).transpose(1, 2)
         prefix = torch.cat([self.cls_token, self.storage_tokens], dim=1)
         tokens = torch.cat([prefix.expand(channels.shape[0], -1, -1), patches], dim=1)
-        sine, cosine = self.rope_embed(self.grid)
+        sine, cosine = self.rope_embed(pixels.shape[-1] // self.patch)
         for block in self.blocks:
             tokens = block(tokens, sine, cosine)
         classes = self.norm(tokens[:, 0])

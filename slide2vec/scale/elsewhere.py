@@ -143,7 +143,8 @@ class Elsewhere:
             ray_address=None,
             stage_gb=_stage_share(execution, workers),
         )
-        return Job(config, own, publish, aggregate, self._model.identity(own))
+        identity = self._model.identity(own, config.requested_tile_size_px)
+        return Job(config, own, publish, aggregate, identity)
 
     def _run(
         self, fleet: Fleet, job: Job, tasks: Sequence[Task], slides: int, whole: str | None = None

@@ -93,7 +93,8 @@ class _Session:
 
     def run(self) -> None:
         """Stream after stream: each ends where the coordinator has nothing more at the moment."""
-        _check_identity(self._model.identity(self._job.execution), self._job.identity)
+        tile_size = self._job.config.requested_tile_size_px
+        _check_identity(self._model.identity(self._job.execution, tile_size), self._job.identity)
         embed = self._publish if self._job.publish else self._embed
         commands = threading.Thread(target=self._obey, name="commands", daemon=True)
         commands.start()

@@ -61,7 +61,9 @@ class Embedder:
     def __init__(self, fail: Callable[[Slide], Exception | None] = lambda slide: None) -> None:
         self.fail, self.alive, self.most = fail, 0, 0
 
-    def identity(self, execution: ExecutionOptions | None = None) -> dict[str, Any]:
+    def identity(
+        self, execution: ExecutionOptions | None = None, tile_size_px: int | None = None
+    ) -> dict[str, Any]:
         return {"name": "made up", "level": "tile", "input_size_px": 8, "precision": "fp32"}
 
     def workers(self, execution: ExecutionOptions) -> None:

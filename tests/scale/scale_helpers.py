@@ -41,8 +41,10 @@ class Deadly(Model):
 class Different(Model):
     """In every process another."""
 
-    def identity(self, execution: ExecutionOptions | None = None) -> dict[str, Any]:
-        return {**super().identity(execution), "precision": f"of process {os.getpid()}"}
+    def identity(
+        self, execution: ExecutionOptions | None = None, tile_size_px: int | None = None
+    ) -> dict[str, Any]:
+        return {**super().identity(execution, tile_size_px), "precision": f"of process {os.getpid()}"}
 
 
 class Unloadable(Model):
