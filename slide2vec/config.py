@@ -170,6 +170,8 @@ class PreprocessingConfig(_Config):
         num_cucim_workers: has no effect: a reading thread reads one block at a time, and the job's CPUs are
             not shared out twice.
         resume: keep what a previous run into the same output directory finished with these settings.
+        fingerprint: of a slide's files, by which resume knows them: "ends" digests the first and the last
+            64 KB of each, "whole" all of it as well, which reads every slide once more.
         segmentation, filtering, preview: mappings merged over the defaults of their classes.
     """
 
@@ -191,6 +193,7 @@ class PreprocessingConfig(_Config):
     use_supertiles: bool = True
     num_cucim_workers: Positive = 4
     resume: bool = False
+    fingerprint: Literal["ends", "whole"] = "ends"
     segmentation: SegmentationConfig = SegmentationConfig()
     filtering: FilterConfig = FilterConfig()
     preview: PreviewConfig = PreviewConfig()

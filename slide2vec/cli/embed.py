@@ -100,6 +100,10 @@ def embed(
         bool,
         typer.Option("--resume/--no-resume", help="Keep what an earlier run finished, if settings agree."),
     ] = True,
+    fingerprint: Annotated[
+        Literal["ends", "whole"],
+        typer.Option(help="Know slides by a digest of their ends, or read the whole of them for it."),
+    ] = "ends",
     on_bad_tile: Annotated[
         Literal["fail", "skip"], typer.Option(help="Fail a slide with damaged tiles, or leave these out.")
     ] = "fail",
@@ -148,6 +152,7 @@ def embed(
         tissue_threshold=tissue_threshold,
         on_bad_tile=on_bad_tile,
         resume=resume,
+        fingerprint=fingerprint,
     )
     execution = ExecutionOptions(
         output_dir=output,

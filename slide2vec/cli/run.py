@@ -168,6 +168,10 @@ def run(
             help="Keep what an earlier run finished, if settings agree [without a file: resume].",
         ),
     ] = None,
+    fingerprint: Annotated[
+        Literal["ends", "whole"] | None,
+        typer.Option(help="Know slides by a digest of their ends, or read the whole of them for it."),
+    ] = None,
     input_size: Annotated[
         int | None, typer.Option(help="Side of the encoder's input in px, where it takes others.")
     ] = None,
@@ -242,6 +246,7 @@ def run(
         "tiling.read_coordinates_from": read_coordinates_from,
         "tiling.read_tiles_from": read_tiles_from and str(read_tiles_from),
         "resume": resume,
+        "fingerprint": fingerprint,
         "model.input_size_px": input_size,
         "model.allow_non_recommended_settings": allow_non_recommended_settings,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -76,6 +76,10 @@ def tile(
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Keep what an earlier run tiled, if settings agree.")
     ] = True,
+    fingerprint: Annotated[
+        Literal["ends", "whole"],
+        typer.Option(help="Know slides by a digest of their ends, or read the whole of them for it."),
+    ] = "ends",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -98,6 +102,7 @@ def tile(
         tissue_threshold=tissue_threshold,
         save_tiles=save_tiles,
         resume=resume,
+        fingerprint=fingerprint,
         **tissue_options(segmentation_method, segmentation_downsample, sthresh, min_piece),
         preview=PreviewConfig(save_mask_preview=previews, save_tiling_preview=previews),
     )

@@ -92,6 +92,7 @@ KEYS: dict[str, Key] = {
     "id_from": Key(IdFrom, "name"),
     "output_dir": _of(ExecutionOptions, "output_dir", Path("output")),
     "resume": _of(PreprocessingConfig, "resume"),
+    "fingerprint": _of(PreprocessingConfig, "fingerprint"),
     "resume_dirname": Key(Text),
     "save_tiles": _of(PreprocessingConfig, "save_tiles"),
     "on_bad_tile": _of(PreprocessingConfig, "on_bad_tile"),
