@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from slide2vec.errors import SlideOpenError
 from slide2vec.files import is_remote
 from slide2vec.readers.spacing import Claim, objective_claim, settle_spacing
+from slide2vec.readers.tiffclaims import Directory, check_claims
 from slide2vec.slides import Slide
 
 __all__ = ["Probe", "TiffLevel", "probe"]
@@ -79,6 +80,7 @@ class Probe:
         vendor: of a TIFF: aperio, hamamatsu, philips, leica, ventana, trestle, ome or generic; else "".
         levels: of a TIFF, level 0 first; else empty.
         spacing_um, spacing_source: as in SlideReader.
+        directories: all those of a TIFF, whatever they hold.
     """
 
     path: Path
@@ -89,6 +91,7 @@ class Probe:
     levels: tuple[TiffLevel, ...] = ()
     spacing_um: float | None = None
     spacing_source: str = "not read from the tags"
+    directories: tuple[Directory, ...] = ()
 
 
 def probe(slide: Slide, copy: Path | None = None) -> Probe:
@@ -108,8 +111,10 @@ def probe(slide: Slide, copy: Path | None = None) -> Probe:
     if kind != "tiff":
         return Probe(path=opened, origin=path, name=name, kind=kind)
     try:
+        directories = tuple(check_claims(opened))
         with tifffile.TiffFile(opened) as tiff:
-            return replace(_probe_tiff(path, name, list(tiff.pages), opened.stat().st_size), path=opened)
+            found = _probe_tiff(path, name, list(tiff.pages), opened.stat().st_size)
+        return replace(found, path=opened, directories=directories)
     except (tifffile.TiffFileError, OSError, ValueError, LookupError, TypeError, struct.error) as error:
         raise SlideOpenError(
             f"slide {name}: {path} is a malformed or truncated TIFF ({error}); copy it again from its source"
