@@ -91,9 +91,11 @@ def _why_not(probe: Probe) -> str | None:
     for directory in probe.directories:
         if _PREDICTOR in directory.tags and directory.compression not in _PREDICTOR_IGNORED:
             return (
-                f"cuCIM crashes on files with tag Predictor beside such compression, as in {directory.name}"
+                f"cuCIM crashes on files with a Predictor tag beside compression {directory.compression}, "
+                f"as in {directory.name}"
             )
-    return next((reason for level in probe.levels if (reason := _why_not_level(level))), None)
+    levels = probe.levels[: probe.planning]
+    return next((reason for level in levels if (reason := _why_not_level(level))), None)
 
 
 def _why_not_level(level: TiffLevel) -> str | None:
@@ -144,7 +146,7 @@ def tame_cufile() -> None:
 def _expected_dimensions(probe: Probe) -> tuple[tuple[int, int], ...]:
     """Level sizes that cuCIM must agree with."""
     if probe.vendor != "philips":
-        return tuple((level.width, level.height) for level in probe.levels)
+        return tuple((level.width, level.height) for level in probe.levels[: probe.planning])
     import openslide  # Philips pads its levels to whole tiles; OpenSlide knows their true sizes
 
     with openslide.OpenSlide(probe.path) as handle:

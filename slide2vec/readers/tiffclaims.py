@@ -12,6 +12,8 @@ from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from slide2vec.readers.refusal import COPY_AGAIN, Refusal
+
 __all__ = ["Directory", "check_claims"]
 
 #: Bytes of a value of each TIFF type (TIFF 6.0; 13: Adobe's supplement 1; 16 to 18: BigTIFF).
@@ -98,14 +100,20 @@ def check_claims(path: Path) -> list[Directory]:
     """The directories of a TIFF file, in the order of the file, each followed by its sub-directories.
 
     Raises:
-        ValueError: one of them claims what a file of this length cannot hold, or they form a circle.
+        Refusal: one of them claims what a file of this length cannot hold, or they form a circle.
         OSError: the file cannot be read.
     """
     file = os.open(path, os.O_RDONLY)
     try:
         return list(_Walk(file).directories())
+    except _Claim as error:
+        raise Refusal(f"it is a malformed or truncated TIFF: {error}; {COPY_AGAIN}") from None
     finally:
         os.close(file)
+
+
+class _Claim(ValueError):
+    """What a file of this length cannot hold."""
 
 
 class _Walk:
@@ -128,7 +136,7 @@ class _Walk:
     def directories(self) -> Iterator[Directory]:
         at, index = self._first, 0
         if not at:
-            raise ValueError("it holds no image directory")
+            raise _Claim("it holds no image directory")
         while at:
             at = yield from self._directory(at, f"directory {index}")
             index += 1
@@ -138,10 +146,10 @@ class _Walk:
     ) -> Generator[Directory, None, int]:
         """A directory and those below it; returns where the next one is (0: nowhere)."""
         if at in self._seen:
-            raise ValueError(f"{name} is at byte {at} again: the directories form a circle")
+            raise _Claim(f"{name} is at byte {at} again: the directories form a circle")
         self._seen.add(at)
         if len(self._seen) > _MOST_DIRECTORIES:
-            raise ValueError(f"it has more than {_MOST_DIRECTORIES} directories")
+            raise _Claim(f"it has more than {_MOST_DIRECTORIES} directories")
         tags, following = self._tags(at, name)
         for number, tag in tags.items():
             self._check_tag(name, number, tag)
@@ -158,11 +166,11 @@ class _Walk:
         width = struct.calcsize(layout.count)
         count = self._number(layout.count, self._read(at, width, name))
         if not 0 < count <= _MOST_TAGS:
-            raise ValueError(f"{name} claims {count} tags")
+            raise _Claim(f"{name} claims {count} tags")
         tail = 8 + 4 * count if layout.ndpi else struct.calcsize(layout.offset)
         start = at + width
         block = self._read(start, count * layout.entry + tail, name)
-        tags = {}
+        tags: dict[int, _Tag] = {}
         for index in range(count):
             number, tag = self._tag(block, index, start, count)
             tags.setdefault(number, tag)
@@ -180,7 +188,7 @@ class _Walk:
     def _check_tag(self, name: str, number: int, tag: _Tag) -> None:
         most = self._size if number in _TABLES else min(self._size, _MOST_VALUE_BYTES)
         if tag.size > most or (number in _STRUCTURE and tag.at + tag.size > self._size):
-            raise ValueError(
+            raise _Claim(
                 f"{name} claims {tag.size} bytes of tag {number} at byte {tag.at}, the file has {self._size}"
             )
 
@@ -189,19 +197,19 @@ class _Walk:
             return
         width, height = self._value(tags, _WIDTH, 0), self._value(tags, _LENGTH, 0)
         if not (0 < width <= _MOST_SIDE_PX and 0 < height <= _MOST_SIDE_PX):
-            raise ValueError(f"{name} claims {width}x{height} px, at most {_MOST_SIDE_PX} a side are read")
+            raise _Claim(f"{name} claims {width}x{height} px, at most {_MOST_SIDE_PX} a side are read")
         tiled = _TILE_WIDTH in tags
         tile_w = self._value(tags, _TILE_WIDTH, 0) if tiled else width
         tile_h = self._value(tags, _TILE_LENGTH, 0) if tiled else self._value(tags, _ROWS_PER_STRIP, height)
         tile_h = tile_h if tiled else min(tile_h, height)
         if not tile_w or not tile_h:
-            raise ValueError(f"{name} claims {'tiles' if tiled else 'strips'} of {tile_w}x{tile_h} px")
+            raise _Claim(f"{name} claims {'tiles' if tiled else 'strips'} of {tile_w}x{tile_h} px")
         planes = self._value(tags, _SAMPLES, 1) if self._value(tags, _PLANAR, 1) == 2 else 1
         needed = -(-width // tile_w) * -(-height // tile_h) * planes
         what = f"{name} claims {width}x{height} px in {'tiles' if tiled else 'strips'} of {tile_w}x{tile_h}"
         for table in _TABLES & tags.keys():
             if not needed <= tags[table].count <= 4 * needed + 1024:
-                raise ValueError(f"{what}, which are {needed}, and lists {tags[table].count} of them")
+                raise _Claim(f"{what}, which are {needed}, and lists {tags[table].count} of them")
         self._check_segment(what, tags, tile_w * tile_h, planes)
 
     def _check_segment(self, what: str, tags: Mapping[int, _Tag], pixels: int, planes: int) -> None:
@@ -214,7 +222,7 @@ class _Walk:
         counts = tags.get(_STRIP_COUNTS)
         if _TILE_WIDTH not in tags and counts and decoded <= density * max(self._values(counts)):
             return
-        raise ValueError(f"{what}, each of which decodes to {decoded} bytes")
+        raise _Claim(f"{what}, each of which decodes to {decoded} bytes")
 
     def _value(self, tags: Mapping[int, _Tag], number: int, default: int) -> int:
         """The first value of a tag."""
@@ -243,5 +251,5 @@ class _Walk:
     def _read(self, at: int, count: int, what: str) -> bytes:
         data = os.pread(self._file, count, at) if 0 <= at < self._size else b""
         if len(data) < count:
-            raise ValueError(f"{what} lies at byte {at} of {self._size}")
+            raise _Claim(f"{what} lies at byte {at} of {self._size}")
         return data
