@@ -29,6 +29,7 @@ __all__ = [
     "coordinate_paths",
     "find_coordinates",
     "load_coordinates",
+    "load_header",
     "read_coordinates",
     "write_coordinates",
 ]
@@ -199,7 +200,16 @@ def load_coordinates(directory: Path, sample_id: str) -> Tiling:
     Raises:
         TilingError: they are missing, damaged, or of an unknown layout.
     """
-    arrays, metadata = coordinate_paths(directory, sample_id)
+    return _loaded(directory, sample_id, coordinate_paths(directory, sample_id)[0])
+
+
+def load_header(directory: Path, sample_id: str) -> Tiling:
+    """As `load_coordinates`, without the tiles: how they were found, from the metadata alone."""
+    return _loaded(directory, sample_id, None)
+
+
+def _loaded(directory: Path, sample_id: str, arrays: Path | None) -> Tiling:
+    metadata = coordinate_paths(directory, sample_id)[1]
     try:
         with as_os_errors(metadata):
             text = metadata.read_text()
@@ -236,8 +246,9 @@ class _Sections:
         return self._meta[section]
 
 
-def _tiling(meta: _Sections, arrays: Path) -> Tiling:
-    x, y, fractions = _arrays(arrays, int(meta.get("tiling", "n_tiles")))
+def _tiling(meta: _Sections, arrays: Path | None) -> Tiling:
+    count = 0 if arrays is None else int(meta.get("tiling", "n_tiles"))
+    x, y, fractions = _arrays(arrays, count)
     mask_path = meta.get("provenance", "mask_path", default=None)
     spacing = meta.get("provenance", "spacing_at_level_0", default=None)
     width, height = meta.get("slide", "dimensions")
@@ -320,8 +331,10 @@ def _filtering(meta: _Sections) -> FilterConfig:
     return FilterConfig(**{**known, "ref_tile_size": reference})
 
 
-def _arrays(path: Path, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    if count == 0:
+def _arrays(
+    path: Path | None, count: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    if path is None or count == 0:
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
     with local(path) as file, READING_ARRAYS, np.load(file, allow_pickle=False) as data:
         if "coordinates" in data:  # HS2P 3.0 and 3.1
