@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from slide2vec.artifacts.finite import rows_not_finite
 from slide2vec.artifacts.reading import load_coords, load_embeddings, load_tile_size
 from slide2vec.artifacts.records import SIDECAR, TileEmbeddingArtifact, read_metadata
 from slide2vec.embedded import EmbeddedSlide
@@ -157,6 +158,14 @@ def _checked(found: StoredTiles) -> StoredTiles:
         raise ArtifactError(
             f"slide {found.sample_id}: {found.path} has {shape[0]} embeddings, its coordinates are "
             f"{len(found.coords)}: they are not of the same tiles"
+        )
+    wrong = rows_not_finite(found.features)
+    if len(wrong):
+        first = int(wrong[0])
+        place = "" if found.coords is None else f" at level-0 px ({', '.join(map(str, found.coords[first]))})"
+        raise ArtifactError(
+            f"slide {found.sample_id}: {len(wrong)} of the {shape[0]} embeddings in {found.path} hold NaN or "
+            f"infinities, the first that of tile {first}{place}: embed the slide again in bf16 or fp32"
         )
     return found
 
