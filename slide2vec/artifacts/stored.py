@@ -90,7 +90,7 @@ def load_stored(given: TileFeaturesLike) -> StoredTiles:
     found = StoredTiles(
         sample_id=asked.sample_id or str(about.get("sample_id", path.stem)),
         path=path,
-        features=load_embeddings(path),
+        features=load_embeddings(path, most=_numbers(about)),
         tile_size_lv0=about.get("tile_size_lv0"),
         patient_id=asked.patient_id,
         about=about,
@@ -100,6 +100,12 @@ def load_stored(given: TileFeaturesLike) -> StoredTiles:
     if asked.tile_size_lv0 is not None:
         found = replace(found, tile_size_lv0=asked.tile_size_lv0)
     return _checked(found)
+
+
+def _numbers(about: Mapping[str, Any]) -> int | None:
+    """How many numbers a sidecar tells of; None where it does not."""
+    tiles, dim = about.get("num_tiles"), about.get("feature_dim")
+    return tiles * dim if type(tiles) is int and type(dim) is int else None
 
 
 def _sidecar(path: Path) -> dict[str, Any]:
