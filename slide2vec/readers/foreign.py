@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from slide2vec.readers.refusal import CONVERT, COPY_AGAIN, EXPORT
@@ -24,6 +25,9 @@ _OTHERS = {
     b"\x1f\x8b": "a gzip archive",
     b"\x89HDF": "an HDF5 file",
 }
+_TEXTS = {b"{": "a text of JSON (annotations?)", b"<": "a text of XML (annotations?)"}
+#: A byte order mark and blanks.
+_BEFORE_TEXT = b"\xef\xbb\xbf \t\r\n"
 #: Suffixes of vendors' files that only the vendors' own libraries or Bio-Formats open.
 _SUFFIXES = {
     ".isyntax": "a Philips iSyntax file",
@@ -59,15 +63,14 @@ def foreign(path: Path, opened: Path, head: bytes) -> str | None:
         return _mrxs(opened)
     if suffix in _SUFFIXES:
         return f"is {_SUFFIXES[suffix]}, which no back end reads; {EXPORT}"
-    for magic, what in _PICTURES.items():
-        if head.startswith(magic):
-            return f"is {what}, not a slide; {CONVERT}, and give spacing_at_level_0 (µm/px)"
-    what = next((what for magic, what in _OTHERS.items() if head.startswith(magic)), None)
-    if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"["):
-        what = "a text of JSON (annotations?)" if b'"' in head else what
-    if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
-        what = "a text of XML (annotations?)"
-    return what and f"is {what}, not a slide; give the slide file itself"
+    if picture := _begins(head, _PICTURES):
+        return f"is {picture}, not a slide; {CONVERT}, and give spacing_at_level_0 (µm/px)"
+    other = _begins(head, _OTHERS) or _begins(head.lstrip(_BEFORE_TEXT), _TEXTS)
+    return f"is {other}, not a slide; give the slide file itself" if other else None
+
+
+def _begins(head: bytes, kinds: Mapping[bytes, str]) -> str | None:
+    return next((what for magic, what in kinds.items() if head.startswith(magic)), None)
 
 
 def _mrxs(opened: Path) -> str | None:

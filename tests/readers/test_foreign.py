@@ -95,7 +95,9 @@ def scn(path: Path, *areas: list[np.ndarray], light: str = "brightfield") -> Pat
     images, directory = "", 0
     for number, levels in enumerate([[LABEL], *areas]):
         at = (number - 1) * 1_000_000 if number else 0
-        images += scn_image([pixels.shape[1::-1] for pixels in levels], directory, at, light if number else "")
+        images += scn_image(
+            [pixels.shape[1::-1] for pixels in levels], directory, at, light if number else ""
+        )
         directory += len(levels)
     text = (
         '<scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01"><collection name="c" sizeX="9000000" '
@@ -108,7 +110,8 @@ def scn(path: Path, *areas: list[np.ndarray], light: str = "brightfield") -> Pat
 def scn_image(sizes: list[tuple[int, int]], directory: int, at: int, light: str) -> str:
     """An area of 1 µm/px at a place in nm or, without a light, the macro image, which spans the collection."""
     dimensions = "".join(
-        f'<dimension sizeX="{w}" sizeY="{h}" r="{r}" ifd="{directory + r}"/>' for r, (w, h) in enumerate(sizes)
+        f'<dimension sizeX="{w}" sizeY="{h}" r="{r}" ifd="{directory + r}"/>'
+        for r, (w, h) in enumerate(sizes)
     )
     w, h = sizes[0]
     view = (w * 1000, h * 1000) if light else (9_000_000, 9_000_000)
