@@ -19,6 +19,7 @@ from slide2vec.files import is_remote
 from slide2vec.readers.foreign import foreign
 from slide2vec.readers.refusal import COPY_AGAIN, Refusal
 from slide2vec.readers.spacing import Claim, settle_spacing
+from slide2vec.readers.tiffclaims import Directory, check_claims
 from slide2vec.readers.tiffimages import find_slide, vendor_of
 from slide2vec.readers.tifflevels import TiffLevel
 from slide2vec.readers.tiffspacing import tiff_claims
@@ -57,6 +58,7 @@ class Probe:
             chosen among them, so that coordinates are HS2P's; the others are only there to be read.
         spacing_um, spacing_source: as in SlideReader.
         claims: what the tags say of the spacing, the most trustworthy first.
+        directories: all those of a TIFF, whatever they hold.
     """
 
     path: Path
@@ -69,6 +71,7 @@ class Probe:
     spacing_um: float | None = None
     spacing_source: str = "not read from the tags"
     claims: tuple[Claim, ...] = ()
+    directories: tuple[Directory, ...] = ()
 
 
 def probe(slide: Slide, copy: Path | None = None) -> Probe:
@@ -91,8 +94,10 @@ def probe(slide: Slide, copy: Path | None = None) -> Probe:
     if kind != "tiff":
         return Probe(path=opened, origin=path, name=name, kind=kind)
     try:
+        directories = tuple(check_claims(opened))
         with tifffile.TiffFile(opened) as tiff:
-            return replace(_probe_tiff(path, name, list(tiff.pages), opened.stat().st_size), path=opened)
+            found = _probe_tiff(path, name, list(tiff.pages), opened.stat().st_size)
+        return replace(found, path=opened, directories=directories)
     except Refusal as error:
         raise SlideOpenError(f"slide {name}: {path} cannot be read: {error}") from error
     except _MALFORMED as error:

@@ -108,7 +108,7 @@ def scn(path: Path, *areas: list[np.ndarray], light: str = "brightfield") -> Pat
 
 
 def scn_image(sizes: list[tuple[int, int]], directory: int, at: int, light: str) -> str:
-    """An area of 1 µm/px at a place in nm or, without a light, the macro image, which spans the collection."""
+    """An area of 1 µm/px at a place in nm or, without a light, the macro image that spans all."""
     dimensions = "".join(
         f'<dimension sizeX="{w}" sizeY="{h}" r="{r}" ifd="{directory + r}"/>'
         for r, (w, h) in enumerate(sizes)
