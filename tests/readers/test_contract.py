@@ -14,7 +14,7 @@ from slide2vec.errors import BackendError, SlideReadError
 from slide2vec.readers import SlideReader, backends, open_slide
 from slide2vec.slides import as_slide
 
-VIPS_UP, ALL = ("vips", "openslide"), ("cucim", "vips", "openslide")
+VIPS_UP, ALL = ("tiff", "vips", "openslide"), ("tiff", "cucim", "vips", "openslide")
 #: file -> (back ends that read it, in the order of "auto"; µm/px)
 FILES: dict[str, tuple[tuple[str, ...], float | None]] = {
     "CMU-1-Small-Region.svs": (ALL, 0.499),
@@ -23,10 +23,10 @@ FILES: dict[str, tuple[tuple[str, ...], float | None]] = {
     "generic-lzw-pyramid.tiff": (VIPS_UP, 1.996),
     "generic-pyramid.ome.tiff": (ALL, 0.499),
     "aperio-nompp-appmag40.svs": (ALL, 0.25),
-    "CMU-1-Small-Region.webp.tiff": (("vips",), None),
+    "CMU-1-Small-Region.webp.tiff": (("tiff", "vips"), None),
     "rationai-CMU-1-small.tiff": (ALL, 3.1949),
-    "XYC-half-mpp.tiff": (("vips",), 0.5),
-    "XYC-jpeg.ome.tiff": (("cucim", "vips"), None),
+    "XYC-half-mpp.tiff": (("tiff", "vips"), 0.5),
+    "XYC-jpeg.ome.tiff": (("tiff", "cucim", "vips"), None),
     "fluorescence-dapi.ndpi": (("openslide",), 0.22818),
     "camelyon-jpeg.dcm": (("openslide",), None),
     "sm_image.dcm": (("openslide",), 0.499),
