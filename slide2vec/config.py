@@ -7,6 +7,7 @@ the machine", as each field says.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,7 +22,7 @@ from pydantic import (
 )
 
 from slide2vec.cpus import Budget
-from slide2vec.errors import ConfigError, nearest_names
+from slide2vec.errors import ConfigError, ManifestError, nearest_names
 from slide2vec.files import as_path, is_remote
 
 __all__ = [
@@ -169,6 +170,8 @@ class PreprocessingConfig(_Config):
         num_cucim_workers: has no effect: a reading thread reads one block at a time, and the job's CPUs are
             not shared out twice.
         resume: keep what a previous run into the same output directory finished with these settings.
+        fingerprint: of a slide's files, by which resume knows them: "ends" digests the first and the last
+            64 KB of each, "whole" all of it as well, which reads every slide once more.
         segmentation, filtering, preview: mappings merged over the defaults of their classes.
     """
 
@@ -190,6 +193,7 @@ class PreprocessingConfig(_Config):
     use_supertiles: bool = True
     num_cucim_workers: Positive = 4
     resume: bool = False
+    fingerprint: Literal["ends", "whole"] = "ends"
     segmentation: SegmentationConfig = SegmentationConfig()
     filtering: FilterConfig = FilterConfig()
     preview: PreviewConfig = PreviewConfig()
@@ -211,6 +215,34 @@ class PreprocessingConfig(_Config):
         region, multiple = made.requested_region_size_px, made.region_tile_multiple
         multiple = multiple or (region or 0) // tile_size_px
         return made.updated(region_tile_multiple=multiple, requested_region_size_px=tile_size_px * multiple)
+
+    def for_slide(self, sample_id: str, options: Mapping[str, Any]) -> Self:
+        """With the options of a single slide (see `Slide.tiling`).
+
+        Raises:
+            ManifestError: one of them does not exist or has a value that is not allowed.
+        """
+        if not options:
+            return self
+        made: dict[str, dict[str, Any]] = {"segmentation": {}, "filtering": {}}
+        own = {name: value for name, value in options.items() if name == "tissue_threshold"}
+        for name, value in options.items():
+            section, _, field = name.partition("_")
+            if section in made:
+                made[section][field] = value
+            elif name not in own:
+                raise ManifestError(
+                    f"slide {sample_id}: tiling has no option {name!r}; allowed: tissue_threshold, "
+                    "segmentation_…, filtering_…"
+                )
+        try:
+            return self.updated(
+                segmentation=self.segmentation.updated(**made["segmentation"]),
+                filtering=self.filtering.updated(**made["filtering"]),
+                **own,
+            )
+        except ConfigError as error:
+            raise ManifestError(f"slide {sample_id}: {error}") from None
 
     @model_validator(mode="after")
     def _regions_do_not_overlap(self) -> Self:

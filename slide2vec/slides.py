@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -37,6 +38,9 @@ class Slide:
         mask_path: an optional tissue mask raster (tissue = 1) that replaces segmentation.
         spacing_at_level_0: µm/px of level 0, where the file's own value is missing or wrong.
         patient_id: for patient-level models.
+        tiling: options of this slide that count over those of the run: "tissue_threshold", and
+            "segmentation_…" and "filtering_…" with the fields of SegmentationConfig and FilterConfig, such as
+            "segmentation_method". Checked when the slide is planned.
     """
 
     sample_id: str
@@ -44,6 +48,7 @@ class Slide:
     mask_path: Path | None = None
     spacing_at_level_0: float | None = None
     patient_id: str | None = None
+    tiling: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         check_id(self.sample_id, "sample_id")
@@ -71,6 +76,12 @@ def check_id(value: str, field: str) -> None:
 
 
 _FIELDS = tuple(field.name for field in fields(Slide))
+#: Columns and keys that go into `Slide.tiling`.
+_TILING_OPTION = re.compile(r"tissue_threshold|(segmentation|filtering)_\w+")
+
+
+def _is_tiling_option(name: object) -> bool:
+    return isinstance(name, str) and _TILING_OPTION.fullmatch(name) is not None
 
 
 def as_slide(given: SlideLike, spacing_at_level_0: float | None = None) -> Slide:
@@ -94,7 +105,7 @@ def _from_path_or_mapping(given: str | os.PathLike[str] | Mapping[str, Any]) -> 
     if not isinstance(given, Mapping):
         raise ManifestError(f"a slide is a path, a mapping or a Slide, got {type(given).__name__}: {given!r}")
     for key in given:
-        if key not in _FIELDS:
+        if key not in _FIELDS and not _is_tiling_option(key):
             raise ManifestError(f"unknown slide field {key!r}. {nearest_names(str(key), _FIELDS)}")
     return _from_fields(given)
 
@@ -114,6 +125,10 @@ def _from_fields(given: Mapping[str, Any]) -> Slide:
         mask_path=None if mask is None else _file(mask, "mask_path"),
         spacing_at_level_0=None if spacing is None else _as_float(spacing),
         patient_id=None if patient is None else str(patient),
+        tiling={
+            **values.get("tiling", {}),
+            **{name: value for name, value in values.items() if _is_tiling_option(name)},
+        },
     )
 
 
@@ -153,7 +168,8 @@ def as_slides(given: Iterable[SlideLike]) -> list[Slide]:
 
 def read_manifest(path: str | os.PathLike[str]) -> list[Slide]:
     """The slides of a CSV manifest: sample_id and image_path, optional mask_path,
-    spacing_at_level_0 and patient_id; other columns are ignored, blank cells mean absent.
+    spacing_at_level_0, patient_id and options of a slide's tiling (see `Slide.tiling`); other columns are
+    ignored, blank cells mean absent.
 
     Args:
         path: of the file, or its URL (s3://…, https://…; `slide2vec[cloud]`).
@@ -214,4 +230,5 @@ def _from_row(row: list[str] | dict[str, str]) -> Slide:
         raise ManifestError(f"it has {len(row)} cells, more than the header: {','.join(row)[:200]}")
     if _is_blank(row["sample_id"]):
         raise ManifestError("sample_id is blank")
-    return _from_fields({name: row[name].strip() for name in _FIELDS if name in row})
+    columns = [name for name in row if name in _FIELDS[:-1] or _is_tiling_option(name)]
+    return _from_fields({name: row[name].strip() for name in columns})

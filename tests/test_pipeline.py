@@ -363,9 +363,13 @@ def test_no_tissue_is_recorded(run: Run, tmp_path: Path) -> None:
     result = run([path])
     assert result.without_tissue == ("glass",) and not result.failed
     assert load_embeddings(result.tile_artifacts[0].path).shape == (0, 195)
-    row = rows(result)["glass"]
-    assert (row["num_tiles"], row["error"], row["coordinates_npz_path"]) == ("0", "no tissue: 0 tiles", "")
-    assert run([path], resume=True).resumed == 1
+    why = "all its pixels have one colour, RGB (245, 245, 245): there is nothing on the glass"
+    for made in (result, run([path], resume=True)):
+        assert made.remarks == {"glass": (why,)}
+        row = rows(made)["glass"]
+        assert (row["num_tiles"], row["coordinates_npz_path"]) == ("0", "")
+        assert row["error"] == f"no tissue: 0 tiles: {why}"
+    assert made.resumed == 1
 
 
 def test_two_runs_in_one_folder(run: Run, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import ManifestError
 from slide2vec.slides import Slide, as_slide, as_slides, read_manifest
 
@@ -129,3 +130,37 @@ def test_random_manifests_are_errors_at_worst(tmp_path: Path) -> None:
             assert all("/" not in slide.sample_id and slide.sample_id.strip() for slide in slides)
             outcomes.add("slides")
     assert outcomes == {"error", "slides"}
+
+
+def test_options_of_a_single_slide(tmp_path: Path) -> None:
+    manifest = tmp_path / "slides.csv"
+    manifest.write_text(
+        "sample_id,image_path,segmentation_method,segmentation_sthresh,filtering_a_t,tissue_threshold,notes\n"
+        "a,a.svs,otsu,,1,0.3,brown\n"
+        "b,b.svs,,,,,\n"
+    )
+    a, b = read_manifest(manifest)
+    assert a.tiling == {"segmentation_method": "otsu", "filtering_a_t": "1", "tissue_threshold": "0.3"}
+    assert b.tiling == {} and hash(a) != hash(b)
+    assert as_slide({"image_path": "c.svs", "segmentation_close": 2}).tiling == {"segmentation_close": 2}
+
+    config = PreprocessingConfig(segmentation={"sthresh": 20})
+    own = config.for_slide("a", a.tiling)
+    assert (own.segmentation.method, own.segmentation.sthresh) == ("otsu", 20)
+    assert (own.filtering.a_t, own.tissue_threshold) == (1.0, 0.3)
+    assert config.for_slide("b", b.tiling) is config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"segmentation_metod": "otsu"}, "slide s: SegmentationConfig has no field 'metod'"),
+        ({"segmentation_method": "magic"}, "slide s: SegmentationConfig.method"),
+        ({"tissue_threshold": "lots"}, "slide s: PreprocessingConfig.tissue_threshold"),
+        ({"color": "red"}, "slide s: tiling has no option 'color'"),
+    ],
+)
+def test_wrong_options_name_the_slide(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ManifestError) as error:
+        PreprocessingConfig().for_slide("s", options)
+    assert message in str(error.value)

@@ -173,7 +173,9 @@ def about_tiles(
 ) -> dict[str, Any]:
     """What sidecars say of the tiles."""
     geometry = tiling.geometry
+    remarks = {"remarks": list(tiling.remarks)} if tiling.remarks else {}
     return {
+        **remarks,
         "num_tiles": len(tiling),
         "image_path": embedded.image_path,
         "mask_path": embedded.mask_path,

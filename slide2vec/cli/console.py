@@ -23,8 +23,12 @@ __all__ = [
     "EngineName",
     "Format",
     "Json",
+    "MinPiece",
     "NumGpus",
     "Precision",
+    "SegmentationDownsample",
+    "SegmentationMethod",
+    "Sthresh",
     "debugging",
     "device_names",
     "facts",
@@ -34,6 +38,7 @@ __all__ = [
     "print_json",
     "stdout",
     "table",
+    "tissue_options",
 ]
 
 #: Columns where nobody says how wide the output is: a file or a pipe.
@@ -95,11 +100,36 @@ Devices = Annotated[
     str | None,
     typer.Option(help="The same by name, with commas: cuda:0,cuda:2; or worker processes: cpu,cpu."),
 ]
+SegmentationMethod = Annotated[
+    Literal["hsv", "otsu", "threshold"] | None,
+    typer.Option(help="How tissue is told from glass [hsv].", show_default=False),
+]
+SegmentationDownsample = Annotated[
+    float | None, typer.Option(help="Of the level on which tissue is looked for, about [64].")
+]
+Sthresh = Annotated[
+    int | None, typer.Option(min=0, max=255, help="Saturation of tissue, with method threshold [8].")
+]
+MinPiece = Annotated[
+    float | None,
+    typer.Option(min=0, help="Tiles as large as a piece of tissue has to be (a_t of HS2P) [4]."),
+]
 Debug = Annotated[
     bool,
     typer.Option("--debug", callback=_debug, is_eager=True, help="Log more; show tracebacks of errors."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+
+
+def tissue_options(
+    method: str | None, downsample: float | None, sthresh: int | None, min_piece: float | None
+) -> dict[str, dict[str, Any]]:
+    """`segmentation` and `filtering` of a PreprocessingConfig, from what was given of the options above."""
+    segmentation = {"method": method, "downsample": downsample, "sthresh": sthresh}
+    return {
+        "segmentation": {name: value for name, value in segmentation.items() if value is not None},
+        "filtering": {} if min_piece is None else {"a_t": min_piece},
+    }
 
 
 def device_names(given: str | None) -> list[str] | None:

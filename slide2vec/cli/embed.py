@@ -14,11 +14,16 @@ from slide2vec.cli.console import (
     Engine,
     Format,
     Json,
+    MinPiece,
     NumGpus,
     Precision,
+    SegmentationDownsample,
+    SegmentationMethod,
+    Sthresh,
     device_names,
     note,
     print_json,
+    tissue_options,
 )
 
 __all__ = ["NonRecommended", "TrustRemoteCode", "embed"]
@@ -63,6 +68,10 @@ def embed(
     tissue_threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Least tissue in a tile, 0 to 1.")
     ] = 0.01,
+    segmentation_method: SegmentationMethod = None,
+    segmentation_downsample: SegmentationDownsample = None,
+    sthresh: Sthresh = None,
+    min_piece: MinPiece = None,
     spacing_at_level_0: Annotated[
         float | None,
         typer.Option("--spacing-at-level-0", help="µm/px of the slides, where the files are wrong."),
@@ -87,6 +96,10 @@ def embed(
         bool,
         typer.Option("--resume/--no-resume", help="Keep what an earlier run finished, if settings agree."),
     ] = True,
+    fingerprint: Annotated[
+        Literal["ends", "whole"],
+        typer.Option(help="Know slides by a digest of their ends, or read the whole of them for it."),
+    ] = "ends",
     on_bad_tile: Annotated[
         Literal["fail", "skip"], typer.Option(help="Fail a slide with damaged tiles, or leave these out.")
     ] = "fail",
@@ -124,10 +137,12 @@ def embed(
         requested_tile_size_px=tile_size,
         region_tile_multiple=region_tile_multiple,
         overlap=overlap,
+        **tissue_options(segmentation_method, segmentation_downsample, sthresh, min_piece),
         preview=PreviewConfig(save_mask_preview=previews, save_tiling_preview=previews),
         tissue_threshold=tissue_threshold,
         on_bad_tile=on_bad_tile,
         resume=resume,
+        fingerprint=fingerprint,
     )
     execution = ExecutionOptions(
         output_dir=output,

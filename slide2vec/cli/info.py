@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slide2vec.cli.console import Backend, Debug, Json, facts, print_json, stdout, table
+from slide2vec.cli.console import (
+    Backend,
+    Debug,
+    Json,
+    MinPiece,
+    SegmentationDownsample,
+    SegmentationMethod,
+    Sthresh,
+    facts,
+    print_json,
+    stdout,
+    table,
+    tissue_options,
+)
 
 if TYPE_CHECKING:
     from slide2vec.config import PreprocessingConfig
@@ -35,6 +48,10 @@ def info(
     tissue_threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Least tissue in a tile, 0 to 1.")
     ] = 0.01,
+    segmentation_method: SegmentationMethod = None,
+    segmentation_downsample: SegmentationDownsample = None,
+    sthresh: Sthresh = None,
+    min_piece: MinPiece = None,
     spacing_at_level_0: Annotated[
         float | None,
         typer.Option("--spacing-at-level-0", help="µm/px of the slide, where the file is wrong."),
@@ -54,6 +71,7 @@ def info(
         requested_spacing_um=spacing or (recipe.default_spacing_um if recipe else USUAL_SPACING_UM),
         requested_tile_size_px=tile_size or (recipe.tile_size_px if recipe else USUAL_TILE_PX),
         tissue_threshold=tissue_threshold,
+        **tissue_options(segmentation_method, segmentation_downsample, sthresh, min_piece),
     )
     found = _look(as_slide(slide, spacing_at_level_0), config)
     if as_json:
@@ -144,6 +162,7 @@ def _tissue(reader: SlideReader, slide: Slide, base: float, config: Preprocessin
         "read_level": None if problem else tiling.geometry.read_level,
         "read_tile_size_px": None if problem else tiling.geometry.read_tile_size_px,
         "problem": problem,
+        "remarks": list(tiling.remarks),
     }
 
 
@@ -198,6 +217,8 @@ def _tissue_facts(tissue: dict[str, Any], preset: str | None) -> Iterator[tuple[
     pieces = f"{tissue['pieces']} piece{'' if tissue['pieces'] == 1 else 's'} of tissue"
     yield "tiles", f"{tissue['tiles']:,} of {asked} on {pieces}"
     yield "", f"read at level {level}{reduced}"
+    for remark in tissue["remarks"]:
+        yield "mind", remark
 
 
 def _format(found: dict[str, Any]) -> str:

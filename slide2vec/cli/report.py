@@ -95,6 +95,11 @@ def _remarks(result: RunResult) -> Iterator[str]:
     if result.without_tissue:
         blank = result.without_tissue
         yield f"{counted(len(blank), 'slide')} without tissue: {_names(blank)}"
+    told = [(name, remark) for name, remarks in result.remarks.items() for remark in remarks]
+    for name, remark in told[:MOST_ROWS]:
+        yield f"slide {name}: {remark}"
+    if len(told) > MOST_ROWS:
+        yield f"… and {len(told) - MOST_ROWS:,} more such remarks in {result.process_list_path}"
     for name, count in list(result.skipped_tiles.items())[:MOST_ROWS]:
         yield f"slide {name}: {counted(count, 'tile')} left out that cannot be decoded (see its .meta.json)"
 

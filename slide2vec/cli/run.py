@@ -15,8 +15,12 @@ from slide2vec.cli.console import (
     EngineName,
     Format,
     Json,
+    MinPiece,
     NumGpus,
     Precision,
+    SegmentationDownsample,
+    SegmentationMethod,
+    Sthresh,
     device_names,
     note,
     print_json,
@@ -72,6 +76,10 @@ def run(
     ] = None,
     overlap: Annotated[float | None, typer.Option(help="Of neighbouring tiles, 0 to 1.")] = None,
     tissue_threshold: Annotated[float | None, typer.Option(help="Least tissue in a tile, 0 to 1.")] = None,
+    segmentation_method: SegmentationMethod = None,
+    segmentation_downsample: SegmentationDownsample = None,
+    sthresh: Sthresh = None,
+    min_piece: MinPiece = None,
     backend: Annotated[
         Backend | None, typer.Option(help="What reads the slides.", show_default=False)
     ] = None,
@@ -151,6 +159,10 @@ def run(
             help="Keep what an earlier run finished, if settings agree [without a file: resume].",
         ),
     ] = None,
+    fingerprint: Annotated[
+        Literal["ends", "whole"] | None,
+        typer.Option(help="Know slides by a digest of their ends, or read the whole of them for it."),
+    ] = None,
     input_size: Annotated[
         int | None, typer.Option(help="Side of the encoder's input in px, where it takes others.")
     ] = None,
@@ -192,6 +204,10 @@ def run(
         "tiling.params.region_tile_multiple": region_tile_multiple,
         "tiling.params.overlap": overlap,
         "tiling.params.tissue_threshold": tissue_threshold,
+        "tiling.seg_params.method": segmentation_method,
+        "tiling.seg_params.downsample": segmentation_downsample,
+        "tiling.seg_params.sthresh": sthresh,
+        "tiling.filter_params.a_t": min_piece,
         "tiling.backend": backend,
         "model.device": "cpu" if run_on_cpu else device,
         "speed.precision": precision or ("fp32" if run_on_cpu else None),
@@ -219,6 +235,7 @@ def run(
         "tiling.read_coordinates_from": read_coordinates_from,
         "tiling.read_tiles_from": read_tiles_from and str(read_tiles_from),
         "resume": resume,
+        "fingerprint": fingerprint,
         "model.input_size_px": input_size,
         "model.allow_non_recommended_settings": allow_non_recommended_settings,
     }

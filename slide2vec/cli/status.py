@@ -68,6 +68,7 @@ def _look(directory: Path) -> dict[str, Any]:
     states = Counter(state_of(row) for row in rows)
     states["to do"] += len(found.missing)  # of shards that have not begun
     failed = [row for row in rows if state_of(row) == "failed"]
+    told = [row for row in rows if row["error"] and state_of(row) != "failed"]
     return {
         "output_dir": directory,
         "running": running,
@@ -83,6 +84,7 @@ def _look(directory: Path) -> dict[str, Any]:
         "tiles_planned": _tiles(rows, "in progress"),
         "without_tissue": sum(_number(row["num_tiles"]) == 0 for row in rows),
         "failures": [{"sample_id": row["sample_id"], "error": row["error"]} for row in failed],
+        "remarks": [{"sample_id": row["sample_id"], "remark": row["error"]} for row in told],
     }
 
 
@@ -116,6 +118,9 @@ def _shown(found: Mapping[str, Any]) -> Group:
     from rich.text import Text
 
     parts: list[Any] = [facts(_facts(found))]
+    if found["remarks"]:
+        told = [(item["sample_id"], item["remark"]) for item in found["remarks"][-MOST_ROWS:]]
+        parts += ["", table(("slide", "remark"), told)]
     if found["failures"]:
         rows = [
             (item["sample_id"], item["error"].removeprefix(f"slide {item['sample_id']}: "))

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from slide2vec.cli.console import Backend, Debug, Json, facts, print_json, stdout
+from slide2vec.cli.console import (
+    Backend,
+    Debug,
+    Json,
+    MinPiece,
+    SegmentationDownsample,
+    SegmentationMethod,
+    Sthresh,
+    facts,
+    print_json,
+    stdout,
+    tissue_options,
+)
 from slide2vec.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,10 +55,10 @@ def tile(
     tissue_threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Least tissue in a tile, 0 to 1.")
     ] = 0.01,
-    method: Annotated[
-        Literal["hsv", "otsu", "threshold"],
-        typer.Option("--segmentation-method", help="How tissue is told from glass."),
-    ] = "hsv",
+    segmentation_method: SegmentationMethod = None,
+    segmentation_downsample: SegmentationDownsample = None,
+    sthresh: Sthresh = None,
+    min_piece: MinPiece = None,
     spacing_at_level_0: Annotated[
         float | None,
         typer.Option("--spacing-at-level-0", help="µm/px of the slides, where the files are wrong."),
@@ -60,6 +72,10 @@ def tile(
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Keep what an earlier run tiled, if settings agree.")
     ] = True,
+    fingerprint: Annotated[
+        Literal["ends", "whole"],
+        typer.Option(help="Know slides by a digest of their ends, or read the whole of them for it."),
+    ] = "ends",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -69,7 +85,7 @@ def tile(
     there. A slide that fails does not stop the others; the exit status is then 1.
     """
     from slide2vec.cli.inputs import find_slides
-    from slide2vec.config import ExecutionOptions, PreprocessingConfig, PreviewConfig, SegmentationConfig
+    from slide2vec.config import ExecutionOptions, PreprocessingConfig, PreviewConfig
     from slide2vec.settings import RunSettings
     from slide2vec.slides import as_slides
 
@@ -82,7 +98,8 @@ def tile(
         tissue_threshold=tissue_threshold,
         save_tiles=save_tiles,
         resume=resume,
-        segmentation=SegmentationConfig(method=method),
+        fingerprint=fingerprint,
+        **tissue_options(segmentation_method, segmentation_downsample, sthresh, min_piece),
         preview=PreviewConfig(save_mask_preview=previews, save_tiling_preview=previews),
     )
     found = as_slides(find_slides(slides, recursive=recursive, spacing_at_level_0=spacing_at_level_0))
@@ -141,6 +158,7 @@ def print_tiled(result: RunResult, output_dir: Path, *, as_json: bool) -> None:
                 **counts,
                 **paths,
                 "without_tissue": list(result.without_tissue),
+                "remarks": dict(result.remarks),
                 "failed": failures_json(result),
             }
         )

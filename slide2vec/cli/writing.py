@@ -95,6 +95,7 @@ class Report:
             "resumed": self.result.resumed,
             "recomputed": dict(self.result.recomputed),
             "without_tissue": list(self.result.without_tissue),
+            "remarks": dict(self.result.remarks),
             "skipped_tiles": dict(self.result.skipped_tiles),
             "process_list_path": self.result.process_list_path,
             "summary": summary,

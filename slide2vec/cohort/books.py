@@ -19,9 +19,11 @@ from slide2vec.progress import RunSummary
 from slide2vec.recipes import Level
 from slide2vec.slides import Slide
 
-__all__ = ["Books", "Entries", "Entry", "PostedEntries", "first_rows", "remark"]
+__all__ = ["NO_TISSUE", "Books", "Entries", "Entry", "PostedEntries", "first_rows", "remark"]
 
 logger = logging.getLogger(__name__)
+
+NO_TISSUE = "no tissue: 0 tiles"
 
 
 class Entries(Protocol):
@@ -105,6 +107,7 @@ class Books:
         self._failed_patients: dict[str, FailedPatient] = {}
         self._empty: set[str] = set()
         self._skipped: dict[str, int] = {}
+        self._remarks: dict[str, tuple[str, ...]] = {}
 
     # entries of slides -------------------------------------------------------------------------
 
@@ -121,12 +124,15 @@ class Books:
     def tiles_done(self, sample_id: str, about: Mapping[str, Any]) -> None:
         """See `Entries`."""
         tiles, skipped = about.get("num_tiles"), about.get("skipped_tiles") or ()
+        remarks = about.get("remarks") or ()
         if tiles == 0:
             self._empty.add(sample_id)
         if skipped:
             self._skipped[sample_id] = len(skipped)
+        if remarks:
+            self._remarks[sample_id] = tuple(remarks)
         status = {} if self._level is None else {"feature_status": "success"}
-        self.note(sample_id, num_tiles=tiles, error=remark(tiles or 0, skipped), **status)
+        self.note(sample_id, num_tiles=tiles, error=remark(tiles or 0, skipped, remarks), **status)
 
     def fail(self, failed: FailedSlide, traceback: str) -> None:
         """See `Entries`."""
@@ -182,6 +188,7 @@ class Books:
             failed_patients=tuple(self._failed_patients[p] for p in patients if p in self._failed_patients),
             without_tissue=tuple(name for name in names if name in self._empty),
             skipped_tiles={name: self._skipped[name] for name in names if name in self._skipped},
+            remarks={name: self._remarks[name] for name in names if name in self._remarks},
             resumed=self.resumed,
             recomputed=dict(self.recomputed),
             summary=summary,
@@ -226,9 +233,17 @@ def _previous_rows(output_dir: Path) -> dict[str, Row]:
         return {}
 
 
-def remark(tiles: int, skipped: Sequence[Mapping[str, Any]]) -> str | None:
-    """What to say of a slide that did not fail."""
+def remark(tiles: int, skipped: Sequence[Mapping[str, Any]], remarks: Sequence[str] = ()) -> str | None:
+    """What to say of a slide that did not fail.
+
+    Args:
+        skipped: tiles left out, with their x and y.
+        remarks: what is implausible about its tissue and tiles.
+    """
+    told = list(remarks)
     if skipped:
         where = ", ".join(f"({bad['x']}, {bad['y']})" for bad in skipped)
-        return f"{len(skipped)} tiles could not be decoded and were left out, at level-0 px {where}"
-    return None if tiles else "no tissue: 0 tiles"
+        told.insert(0, f"{len(skipped)} tiles could not be decoded and were left out, at level-0 px {where}")
+    elif not tiles:
+        return ": ".join([NO_TISSUE, *("; ".join(told),)] if told else [NO_TISSUE])
+    return "; ".join(told) or None

@@ -22,9 +22,11 @@ from slide2vec.errors import ConfigError, OutputError
 from slide2vec.recipes import Level
 from slide2vec.slides import Slide
 from slide2vec.stream import IN_PLACE, InPlace, SlidePlan, plan_slide
+from slide2vec.stream.identities import Identities, SlideIdentity
 from slide2vec.stream.plan import check_archives_here
 from slide2vec.tiling import Tiling, write_coordinates
 from slide2vec.tiling.coordinates import as_hs2p_backend, coordinate_paths
+from slide2vec.tiling.reuse import record_source
 
 __all__ = ["Cohort", "Planned"]
 
@@ -35,6 +37,7 @@ class Planned:
 
     tiles: int
     coordinates: tuple[Path | None, Path]
+    files: SlideIdentity
     compatibility: Mapping[Kind, Mapping[str, Any]]
 
 
@@ -51,6 +54,7 @@ class Cohort:
         identities: of the encoder of each kind of artifact.
         wanted: what is made of each slide; what is made of patients comes on top.
         planned: slides under way, by sample_id.
+        files: what the files of slides are, looked at once.
     """
 
     entries: Entries
@@ -69,11 +73,13 @@ class Cohort:
         self.output_dir, self.tilings = execution.output_dir, tilings or {}
         self.identities = identities_of(encoder, config, execution)
         self.wanted = self._wanted_kinds()
+        self.files = Identities(config)
         self.finished = Finished(
             config,
             execution,
             self.identities,
             self.tilings,
+            self.files,
             latents=execution.save_latents and encoder is not None and encoder.has_latents,
         )
         self.planned: dict[str, Planned] = {}
@@ -122,7 +128,7 @@ class Cohort:
             OutputError: a file cannot be written.
         """
         given = self.tilings.get(slide.sample_id)
-        plan = plan_slide(slide, self.config, self.output_dir, given, stager)
+        plan = plan_slide(slide, self.config, self.output_dir, given, stager, self.files)
         try:
             self._publish_plan(plan)
         except BaseException:
@@ -131,14 +137,16 @@ class Cohort:
         return plan
 
     def _publish_plan(self, plan: SlidePlan) -> None:
-        name, tiles = plan.slide.sample_id, len(plan.tiling)
-        identities = self.finished.compatibilities(plan.slide) if self.encoder else {}
+        name, tiles, files = plan.slide.sample_id, len(plan.tiling), plan.identity
+        assert files is not None
+        files.check(plan.slide)
+        identities = self.finished.compatibilities(plan.slide, files, plan.given) if self.encoder else {}
         if plan.coordinates_dir is None:
-            npz, meta = write_coordinates(self.output_dir / "tiles", plan.tiling.recorded)
+            npz, meta = self.write_coordinates(plan.tiling, files)
         else:
             arrays, meta = coordinate_paths(plan.coordinates_dir, name)
             npz = arrays if tiles else None
-        self.planned[name] = Planned(tiles, (npz, meta), identities)
+        self.planned[name] = Planned(tiles, (npz, meta), files, identities)
         self.entries.note(
             name,
             backend=as_hs2p_backend(plan.source.backend),
@@ -149,17 +157,40 @@ class Cohort:
             tiles_tar_path=plan.tiles_tar_path,
             mask_preview_path=plan.mask_preview_path,
             tiling_preview_path=plan.tiling_preview_path,
-            error=remark(tiles, [asdict(bad) for bad in plan.skipped]),
+            error=remark(tiles, [asdict(bad) for bad in plan.skipped], plan.tiling.remarks),
         )
+
+    def write_coordinates(self, tiling: Tiling, files: SlideIdentity) -> tuple[Path | None, Path]:
+        """Coordinate files of a slide, and then what its files were.
+
+        Raises:
+            OutputError: one cannot be written.
+        """
+        folder = self.output_dir / "tiles"
+        paths = write_coordinates(folder, tiling.recorded)
+        record_source(folder, tiling.sample_id, "coordinates", files.content)
+        return paths
+
+    def identity_of_failed(self, slide: Slide) -> Mapping[str, Any] | None:
+        """Of the embedding that a failed slide would have had, for its patient; None where its files cannot
+        be read."""
+        if self.kind != "patient":
+            return None
+        if (planned := self.planned.get(slide.sample_id)) is not None:
+            return planned.compatibility.get("slide")
+        found = self.finished.look(slide, anew=False)
+        return None if found is None else found.get("slide")
 
     def tiled(self, plan: SlidePlan) -> None:
         """A slide that is only tiled is complete."""
         skipped = [asdict(bad) for bad in plan.skipped]
-        self.tiles_done(plan.slide.sample_id, {"num_tiles": len(plan.tiling), "skipped_tiles": skipped})
+        about = {"num_tiles": len(plan.tiling), "skipped_tiles": skipped, "remarks": plan.tiling.remarks}
+        self.tiles_done(plan.slide.sample_id, about)
 
     def tiles_done(self, sample_id: str, about: Mapping[str, Any]) -> None:
         """See `Entries`."""
         self.planned.pop(sample_id, None)
+        self.files.forget(sample_id)
         self.entries.tiles_done(sample_id, about)
 
     def describe(self, sample_id: str, recorded: Mapping[str, Any]) -> None:
@@ -188,6 +219,7 @@ class Cohort:
         if isinstance(error, OutputError):
             raise error
         self.planned.pop(slide.sample_id, None)
+        self.files.forget(slide.sample_id)
         text = "".join(traceback.format_exception(error))
         _forget_frames(error)
         self.entries.fail(FailedSlide(slide.sample_id, slide.image_path, stage, error), text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
 from slide2vec.artifacts import (
@@ -17,9 +17,10 @@ from slide2vec.artifacts import (
 )
 from slide2vec.cohort.identity import compatibility, difference, encoder_identity
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
-from slide2vec.errors import ArtifactError, TilingError
+from slide2vec.errors import ArtifactError, ManifestError, TilingError
 from slide2vec.slides import Slide
 from slide2vec.stream import coordinates_dir
+from slide2vec.stream.identities import Identities, SlideIdentity
 from slide2vec.tiling import Tiling, load_coordinates
 
 __all__ = ["Artifact", "Finished", "Kind"]
@@ -44,6 +45,7 @@ class Finished:
         identities: of the encoder of each kind, `Model.identity()`.
         latents: the embeddings of slides are to have latents.
         tilings: of slides whose tiles are known, by sample_id.
+        files: what the files of slides are, looked at once.
     """
 
     def __init__(
@@ -52,47 +54,61 @@ class Finished:
         execution: ExecutionOptions,
         identities: Mapping[Kind, Mapping[str, Any]],
         tilings: Mapping[str, Tiling],
+        files: Identities,
         *,
         latents: bool,
     ) -> None:
         self._config, self._execution, self._identities = config, execution, identities
-        self._tilings, self._latents = tilings, latents
+        self._tilings, self._files, self._latents = tilings, files, latents
 
-    def find(self, kind: Kind, slide: Slide) -> Artifact | str | None:
-        """A slide's artifact if it is finished; else what differs from the one there, None for none."""
-        try:
-            return self._find(kind, slide.sample_id, self.compatibilities(slide)[kind])
-        except (OSError, TilingError):
-            return None
+    def find(self, kinds: Iterable[Kind], slide: Slide) -> dict[Kind, Artifact | str | None]:
+        """A slide's artifacts that are finished; else what differs from the one there, None for none."""
+        asked = self.look(slide)
+        return {
+            kind: None if asked is None else self._find(kind, slide.sample_id, asked[kind]) for kind in kinds
+        }
 
-    def find_patient(self, patient_id: str, slides: list[Slide]) -> Artifact | str | None:
-        """As `find`, for a patient with all their slides."""
+    def find_patient(
+        self, patient_id: str, slides: Mapping[str, Mapping[str, Any] | None]
+    ) -> Artifact | str | None:
+        """As `find`, for a patient with the identities of all their slides' embeddings."""
         return self._find("patient", patient_id, self.patient_compatibility(slides))
 
-    def compatibilities(self, slide: Slide) -> dict[Kind, dict[str, Any]]:
+    def look(self, slide: Slide, *, anew: bool = True) -> dict[Kind, dict[str, Any]] | None:
+        """The identity of a slide's embeddings by kind, as its files are; None where one cannot be read.
+
+        Args:
+            anew: its files as they are now, not as they were when the slide was planned.
+        """
+        try:
+            given = self._given(slide)
+            known = None if anew else self._files.known(slide.sample_id)
+            files = known or self._files.of(slide, masked=given is None)
+            return self.compatibilities(slide, files, given)
+        except (OSError, TilingError, ManifestError):
+            return None
+
+    def compatibilities(
+        self, slide: Slide, files: SlideIdentity, given: Tiling | None
+    ) -> dict[Kind, dict[str, Any]]:
         """The identity of a slide's embeddings, by kind.
 
+        Args:
+            files: what its files were when they were read.
+            given: its tiles, where they are not found by segmentation.
+
         Raises:
-            OSError, TilingError: a file of the slide cannot be read.
+            ManifestError: its own tiling options are wrong.
         """
-        given = self._given(slide)
-        common = compatibility(slide, self._config, {}, given)
+        common = compatibility(slide, self._config, {}, files.content, given)
         return {
             kind: {**common, "encoder": encoder_identity(identity)}
             for kind, identity in self._identities.items()
         }
 
-    def patient_compatibility(self, slides: list[Slide]) -> dict[str, Any]:
-        """The identity of a patient's embedding: that of each slide (None where its files are missing)."""
-        found: dict[str, Any] = {"encoder": encoder_identity(self._identities["patient"])}
-        found["slides"] = {slide.sample_id: self._or_none(slide) for slide in slides}
-        return found
-
-    def _or_none(self, slide: Slide) -> dict[str, Any] | None:
-        try:
-            return self.compatibilities(slide)["slide"]
-        except (OSError, TilingError):
-            return None
+    def patient_compatibility(self, slides: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
+        """The identity of a patient's embedding: that of each slide's (None where its files are missing)."""
+        return {"encoder": encoder_identity(self._identities["patient"]), "slides": dict(slides)}
 
     def _given(self, slide: Slide) -> Tiling | None:
         kept = coordinates_dir(slide, self._config)

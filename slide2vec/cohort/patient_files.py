@@ -32,6 +32,7 @@ class PatientPublisher:
         self._patients = Patients(todo.in_progress())
         #: What sidecars of patients say of each slide.
         self._about: dict[str, Mapping[str, Any]] = {}
+        self._identities: dict[str, Mapping[str, Any] | None] = {}
 
     def settle(self, settled: Settled) -> Iterator[Artifact]:
         """A slide is through; the artifact of its patient, if it was the last of theirs.
@@ -42,6 +43,7 @@ class PatientPublisher:
         name = settled.slide.sample_id
         if settled.about is not None:
             self._about[name] = settled.about
+        self._identities[name] = settled.identity
         patient = self._patients.settle(name, settled.embedding, settled.error)
         if patient is None:
             return
@@ -80,10 +82,13 @@ class PatientPublisher:
                 "slides_without_embedding": [name for name in names if name not in patient.embeddings],
                 "skipped_slides": {name: str(error) for name, error in patient.failed.items()},
             },
-            compatibility=cohort.finished.patient_compatibility(patient.slides),
+            compatibility=cohort.finished.patient_compatibility(
+                {name: self._identities[name] for name in names}
+            ),
         )
         for name in names:
             self._about.pop(name, None)
+            del self._identities[name]
         self._books.add("patient", patient.patient_id, artifact)
         self._books.note_patient(patient, aggregation_status="success", feature_path=artifact.path)
         return artifact

@@ -23,33 +23,35 @@ from slide2vec.artifacts.writing import about_tiles
 from slide2vec.cohort.cohort import Cohort
 from slide2vec.cohort.embedder import Embedder
 from slide2vec.cohort.finished import Artifact
+from slide2vec.cohort.identity import encoder_identity
+from slide2vec.cohort.results import Stage
 from slide2vec.embedded import EmbeddedSlide
-from slide2vec.errors import Slide2VecError
+from slide2vec.errors import Slide2VecError, SlideError
 from slide2vec.slides import Slide
 from slide2vec.stream import SlideOutcome
-from slide2vec.tiling import write_coordinates
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Publisher", "Settle", "Settled", "settled_alone"]
 
-_WITHOUT_TISSUE = "no tissue: 0 tiles"
 #: Of a sidecar of tiles, what those of slides and patients keep.
 _KEPT = (
     *("image_path", "mask_path", "encoder_input_size_px", "backend", "tile_size_lv0", "read_tile_size_px"),
     *("requested_tile_size_px", "requested_spacing_um", "coordinates_npz_path", "coordinates_meta_path"),
-    *("tiles_tar_path", "skipped_tiles", "num_tiles"),
+    *("tiles_tar_path", "skipped_tiles", "num_tiles", "remarks"),
 )
 
 
 @dataclass(frozen=True)
 class _Tiles:
-    """A slide whose tiles are embedded, and what sidecars say of them."""
+    """A slide whose tiles are embedded, and what sidecars say of them; `identity` is that of its embedding,
+    where the model makes one."""
 
     slide: Slide
     embedded: EmbeddedSlide
     about: Mapping[str, Any]
+    identity: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,14 @@ class Settled:
     Attributes:
         embedding: (D,) float32; None without tissue, or where the slide failed.
         about: what sidecars of patients say of it.
+        identity: of its embedding; None where its files could not be read.
     """
 
     slide: Slide
     embedding: Tensor | None = None
     error: Exception | None = None
     about: Mapping[str, Any] | None = None
+    identity: Mapping[str, Any] | None = None
 
 
 #: What comes after a slide: artifacts of its patient.
@@ -93,10 +97,16 @@ class Publisher:
         Raises:
             OutputError: a file cannot be written.
         """
-        planned = self._cohort.planned.get(outcome.slide.sample_id)
+        slide = outcome.slide
+        planned = self._cohort.planned.get(slide.sample_id)
         if outcome.error is not None:
-            self._cohort.fail(outcome.slide, outcome.error, "tiling" if planned is None else "embedding")
-            yield from self._settle(Settled(outcome.slide, error=outcome.error))
+            yield from self._fail(slide, outcome.error, "tiling" if planned is None else "embedding")
+            return
+        assert planned is not None
+        try:
+            planned.files.check(slide)
+        except SlideError as error:
+            yield from self._fail(slide, error, "embedding")
             return
         tiles = self._described(outcome)
         if "tile" in self._cohort.wanted or "hierarchical" in self._cohort.wanted:
@@ -109,14 +119,13 @@ class Publisher:
             stored = load_stored(artifact)
             embedded = as_embedded(slide, stored)
         except Slide2VecError as error:
-            self._cohort.fail(slide, error, "aggregation")
-            yield from self._settle(Settled(slide, error=error))
+            yield from self._fail(slide, error, "aggregation")
             return
         self._cohort.describe(slide.sample_id, stored.about)
         if "tile" in self._cohort.wanted:
             self._cohort.entries.add("tile", slide.sample_id, artifact)
         about = {key: value for key, value in stored.about.items() if key in _KEPT}
-        yield from self._above(_Tiles(slide, embedded, about))
+        yield from self._above(_Tiles(slide, embedded, about, self._of_slide(stored.about)))
 
     def stored_embedding(self, slide: Slide, artifact: SlideEmbeddingArtifact) -> Iterator[Artifact]:
         """As `outcome`, for a slide of a patient whose slide embedding an earlier run has written."""
@@ -125,7 +134,26 @@ class Publisher:
         if "slide" in self._cohort.wanted:
             self._cohort.entries.add("slide", slide.sample_id, artifact)
         about = {key: recorded[key] for key in _KEPT if key in recorded}
-        yield from self._settle(Settled(slide, load_embeddings(artifact.path).float(), about=about))
+        embedding = load_embeddings(artifact.path).float()
+        yield from self._settle(
+            Settled(slide, embedding, about=about, identity=recorded.get("compatibility"))
+        )
+
+    def _fail(
+        self, slide: Slide, error: Exception, stage: Stage, identity: Mapping[str, Any] | None = None
+    ) -> Iterator[Artifact]:
+        """Enter a slide's failure, and tell its patient."""
+        identity = identity or self._cohort.identity_of_failed(slide)
+        self._cohort.fail(slide, error, stage)
+        yield from self._settle(Settled(slide, error=error, identity=identity))
+
+    def _of_slide(self, about: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The identity of a slide's embedding that is made from recorded tiles: theirs, with its encoder."""
+        encoder = self._cohort.identities.get("slide")
+        recorded = about.get("compatibility")
+        if encoder is None or not isinstance(recorded, Mapping):
+            return None
+        return {**recorded, "encoder": encoder_identity(encoder)}
 
     # tiles ------------------------------------------------------------------------------------------
 
@@ -135,12 +163,12 @@ class Publisher:
         assert embedded is not None and tiling is not None
         coordinates: tuple[Path | None, Path] = planned.coordinates
         if len(tiling) < planned.tiles:
-            coordinates = npz, meta = write_coordinates(self._output_dir / "tiles", tiling.recorded)
+            coordinates = npz, meta = self._cohort.write_coordinates(tiling, planned.files)
             self._cohort.entries.note(name, coordinates_npz_path=npz, coordinates_meta_path=meta)
         skipped = [asdict(bad) for bad in outcome.skipped]
         identity = self._cohort.identities.get(self._cohort.tiles_kind, {})
         about = about_tiles(embedded, tiling, identity, coordinates, outcome.tiles_tar_path, skipped)
-        return _Tiles(outcome.slide, embedded, about)
+        return _Tiles(outcome.slide, embedded, about, planned.compatibility.get("slide"))
 
     def _write_tiles(self, tiles: _Tiles, outcome: SlideOutcome) -> Artifact:
         cohort, name = self._cohort, tiles.slide.sample_id
@@ -172,18 +200,19 @@ class Publisher:
         try:
             embedded = self._embedder.aggregated(tiles.embedded, latents=self._execution.save_latents)
         except Slide2VecError as error:
-            cohort.fail(slide, error, "aggregation")
-            yield from self._settle(Settled(slide, error=error))
+            yield from self._fail(slide, error, "aggregation", tiles.identity)
             return
         if embedded.slide_embedding is None:
-            cohort.entries.note(slide.sample_id, aggregation_status="skipped", error=_WITHOUT_TISSUE)
+            cohort.entries.note(slide.sample_id, aggregation_status="skipped")
         elif "slide" in cohort.wanted:
-            yield self._write_slide(slide, embedded, tiles.about)
-        yield from self._settle(Settled(slide, embedded.slide_embedding, about=tiles.about))
+            yield self._write_slide(tiles, embedded)
+        yield from self._settle(
+            Settled(slide, embedded.slide_embedding, about=tiles.about, identity=tiles.identity)
+        )
 
-    def _write_slide(self, slide: Slide, embedded: EmbeddedSlide, about: Mapping[str, Any]) -> Artifact:
-        cohort, name = self._cohort, slide.sample_id
-        assert embedded.slide_embedding is not None
+    def _write_slide(self, tiles: _Tiles, embedded: EmbeddedSlide) -> Artifact:
+        cohort, name = self._cohort, tiles.slide.sample_id
+        assert embedded.slide_embedding is not None and tiles.identity is not None
         dtype = getattr(torch, self._execution.vector_dtype)
         artifact = write_slide_embedding(
             self._output_dir,
@@ -191,8 +220,8 @@ class Publisher:
             embedded.slide_embedding.to(dtype),
             file_format=self._execution.output_format,
             encoder=cohort.identities["slide"],
-            metadata=about,
-            compatibility=cohort.finished.compatibilities(slide)["slide"],
+            metadata=tiles.about,
+            compatibility=tiles.identity,
             latents=None if embedded.latents is None else embedded.latents.to(dtype),
         )
         cohort.entries.add("slide", name, artifact)

@@ -51,6 +51,7 @@ class RunResult:
             aggregation, failed.
         without_tissue: sample_ids of slides with 0 tiles.
         skipped_tiles: sample_id -> tiles left out because they could not be decoded.
+        remarks: sample_id -> what is implausible about its tissue and tiles, in sentences.
         resumed: slides that an earlier run had finished with the same settings.
         recomputed: what differed -> slides that an earlier run had finished otherwise.
         summary: speed and bottleneck; None when nothing was left to do.
@@ -65,6 +66,7 @@ class RunResult:
     failed_patients: tuple[FailedPatient, ...] = ()
     without_tissue: tuple[str, ...] = ()
     skipped_tiles: Mapping[str, int] = field(default_factory=dict)
+    remarks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     resumed: int = 0
     recomputed: Mapping[str, int] = field(default_factory=dict)
     summary: RunSummary | None = None

@@ -23,6 +23,10 @@ def take_up(cohort: Cohort, books: Books) -> Todo:
     found = what_is_left(books.slides, cohort.kind, cohort.wanted, cohort.finished)
     for kept in found.kept:
         _keep(kept, cohort, books)
+    for slide in [kept.slide for kept in found.kept] + [
+        slide for slide, _ in (*found.tiles, *found.embeddings)
+    ]:
+        cohort.files.forget(slide.sample_id)  # their files are not read
     books.recomputed = found.recomputed
     for reason, count in found.recomputed.items():
         logger.warning("%d slides were finished with another %s: they are embedded anew", count, reason)

@@ -75,16 +75,21 @@ def what_is_left(slides: Sequence[Slide], main: Kind, wanted: Sequence[Kind], fi
     kinds = dict.fromkeys((*wanted, *_USEFUL.get(main, ())))
 
     def look(slide: Slide) -> _There:
-        return {kind: finished.find(kind, slide) for kind in kinds}
+        return finished.find(kinds, slide)
+
+    def patient(name: str, theirs: Sequence[Slide]) -> Artifact | str | None:
+        asked = {slide.sample_id: finished.look(slide) for slide in theirs}
+        slides = {name: None if found is None else found["slide"] for name, found in asked.items()}
+        return finished.find_patient(name, slides)
 
     todo = Todo()
     with ThreadPoolExecutor(_LOOKERS, thread_name_prefix="resume") as pool:
         there = dict(zip((slide.sample_id for slide in slides), pool.map(look, slides), strict=True))
         if main == "patient":
             theirs = by_patient(slides)
-            found = list(pool.map(finished.find_patient, theirs.keys(), theirs.values()))
-            for group, patient in zip(theirs.values(), found, strict=True):
-                _sort_patient(group, there, patient, wanted, todo)
+            found = list(pool.map(patient, theirs.keys(), theirs.values()))
+            for group, made in zip(theirs.values(), found, strict=True):
+                _sort_patient(group, there, made, wanted, todo)
         else:
             for slide in slides:
                 _sort_slide(slide, there[slide.sample_id], main, wanted, todo)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from slide2vec.files.atomic import READING_ARRAYS, atomic_path, remove, remove_partial
+from slide2vec.files.plain import open_locked, open_plain, plain_stat
 from slide2vec.files.remote import as_os_errors, as_path, entries, is_remote, local
 
 __all__ = [
@@ -13,6 +14,9 @@ __all__ = [
     "entries",
     "is_remote",
     "local",
+    "open_locked",
+    "open_plain",
+    "plain_stat",
     "remove",
     "remove_partial",
 ]

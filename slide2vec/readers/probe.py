@@ -6,20 +6,21 @@ which may have a file.
 
 from __future__ import annotations
 
-import re
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import tifffile
-from numpy.typing import NDArray
 
 from slide2vec.errors import SlideOpenError
 from slide2vec.files import is_remote
-from slide2vec.readers.spacing import Claim, objective_claim, settle_spacing
+from slide2vec.readers.refusal import COPY_AGAIN, Refusal
+from slide2vec.readers.spacing import refuse_oblong_pixels, settle_spacing
+from slide2vec.readers.tiffimages import find_slide, vendor_of
+from slide2vec.readers.tifflevels import TiffLevel
+from slide2vec.readers.tiffspacing import tiff_claims
 from slide2vec.slides import Slide
 
 __all__ = ["Probe", "TiffLevel", "probe"]
@@ -33,49 +34,17 @@ _NOT_SLIDES = {
     b"%PDF": "a PDF",
     b"PK\3\4": "a zip archive",
 }
-_UNIT_MM = {"nm": 1e-6, "µm": 1e-3, "um": 1e-3, "mm": 1.0, "cm": 10.0, "m": 1e3}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TiffLevel:
-    """One pyramid level of a TIFF file.
-
-    Attributes:
-        page: index of its directory in the file.
-        width, height: in px.
-        tile: (width, height) of its tiles in px, None when it is stored in strips.
-        compression, photometric: their TIFF names ("JPEG", "YCBCR", …).
-        predictor: 1 for none.
-        planar: channels are stored apart.
-        samples, bits: channels per pixel, bits per channel.
-        offsets, counts: (n,) int64 position and bytes of each tile, row-major; 0 bytes = left out.
-        jpeg_tables: what JPEG tiles share.
-        rows_per_strip: of an image in strips.
-        extra_samples: what each channel after the colours is: 0 not told, 1 opacity that the colours were
-            multiplied with, 2 opacity.
-        subsampling: of YCBCR: pixels that share a colour, along x and y.
-        fill_order: 2 where bytes have their lowest bit first.
-        colormap: (3, 256) uint16 of PALETTE.
-    """
-
-    page: int
-    width: int
-    height: int
-    tile: tuple[int, int] | None
-    compression: str
-    predictor: int
-    photometric: str
-    planar: bool
-    samples: int
-    bits: int
-    offsets: NDArray[np.int64] = field(repr=False, compare=False)
-    counts: NDArray[np.int64] = field(repr=False, compare=False)
-    jpeg_tables: bytes | None = field(repr=False, compare=False)
-    rows_per_strip: int = 0
-    extra_samples: tuple[int, ...] = ()
-    subsampling: tuple[int, int] = (1, 1)
-    fill_order: int = 1
-    colormap: NDArray[np.uint16] | None = field(default=None, repr=False, compare=False)
+#: What tifffile raises on tags that make no sense.
+_MALFORMED = (
+    tifffile.TiffFileError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +58,8 @@ class Probe:
         kind: container: "tiff", "dicom", "mrxs", or "unrecognised" (OpenSlide may know it).
         vendor: of a TIFF: aperio, hamamatsu, philips, leica, ventana, trestle, ome or generic; else "".
         levels: of a TIFF, level 0 first; else empty.
+        planning: the first so many levels are those that OpenSlide, cuCIM and HS2P see. Levels and grids are
+            chosen among them, so that coordinates are HS2P's; the others are only there to be read.
         spacing_um, spacing_source: as in SlideReader.
     """
 
@@ -98,6 +69,7 @@ class Probe:
     kind: Kind
     vendor: str = ""
     levels: tuple[TiffLevel, ...] = ()
+    planning: int = 0
     spacing_um: float | None = None
     spacing_source: str = "not read from the tags"
 
@@ -120,10 +92,13 @@ def probe(slide: Slide, copy: Path | None = None) -> Probe:
         return Probe(path=opened, origin=path, name=name, kind=kind)
     try:
         with tifffile.TiffFile(opened) as tiff:
-            return replace(_probe_tiff(path, name, list(tiff.pages), opened.stat().st_size), path=opened)
-    except (tifffile.TiffFileError, OSError, ValueError, LookupError, TypeError, struct.error) as error:
+            return replace(_probe_tiff(slide, list(tiff.pages), opened.stat().st_size), path=opened)
+    except Refusal as error:
+        raise SlideOpenError(f"slide {name}: {path} cannot be read: {error}") from error
+    except _MALFORMED as error:
         raise SlideOpenError(
-            f"slide {name}: {path} is a malformed or truncated TIFF ({error}); copy it again from its source"
+            f"slide {name}: {path} is a malformed or truncated TIFF ({type(error).__name__}: {error}); "
+            f"{COPY_AGAIN}"
         ) from error
 
 
@@ -157,135 +132,51 @@ def _kind(path: Path, head: bytes, name: str) -> Kind:
     return "unrecognised"
 
 
-def _probe_tiff(path: Path, name: str, pages: list[Any], size: int) -> Probe:
+def _probe_tiff(slide: Slide, pages: list[Any], size: int) -> Probe:
+    path, name = slide.image_path, slide.sample_id
     if not pages:
-        raise SlideOpenError(f"slide {name}: {path} is a truncated TIFF: it holds no image directory")
-    _refuse_truncated(path, name, pages, size)
-    vendor = _vendor(pages[0])
-    spacing_um, source = settle_spacing(_claims(vendor, pages[0]))
+        raise Refusal("it is a truncated TIFF: it holds no image directory")
+    for page in pages:
+        _refuse_impossible(page)
+        _refuse_truncated(page, size)
+    vendor = vendor_of(pages)
+    found = find_slide(vendor, pages, path.name)
+    claims = list(tiff_claims(vendor, found.page, found.ome))
+    if slide.spacing_at_level_0 is None:
+        refuse_oblong_pixels(claims)
+    spacing_um, source = settle_spacing(claims)
     return Probe(
         path=path,
         origin=path,
         name=name,
         kind="tiff",
         vendor=vendor,
-        levels=tuple(_levels(vendor, pages)),
+        levels=found.levels.levels,
+        planning=found.levels.planning,
         spacing_um=spacing_um,
         spacing_source=source,
     )
 
 
-def _refuse_truncated(path: Path, name: str, pages: list[Any], size: int) -> None:
-    for page in pages:
-        if not page.dataoffsets or not page.databytecounts:
-            continue
-        end = int((_int64(page.dataoffsets) + _int64(page.databytecounts)).max())
-        if end > size:
-            raise SlideOpenError(
-                f"slide {name}: {path} is truncated: it has {size} bytes and directory {page.index} points "
-                f"to byte {end}; copy it again from its source"
-            )
-
-
-def _int64(values: Any) -> NDArray[np.int64]:
-    return np.asarray(values, np.int64)
-
-
-def _vendor(page: Any) -> str:
-    text = page.description
-    software = str(page.software)
-    if text.startswith("Aperio"):
-        return "aperio"
-    if page.is_ndpi:
-        return "hamamatsu"
-    if software.startswith("Philips") or "DPUfsImport" in text:
-        return "philips"
-    if page.is_scn or "leica-microsystems.com/scn" in text:
-        return "leica"
-    if page.is_bif or "<iScan" in str(page.tags.valueof("XMP", b"")):
-        return "ventana"
-    if software.startswith("MedScan"):
-        return "trestle"
-    return "ome" if page.is_ome else "generic"
-
-
-def _levels(vendor: str, pages: list[Any]) -> Iterator[TiffLevel]:
-    """Level 0 and the tiled, ever smaller copies of it; label and macro pictures are not levels."""
-    base = last = pages[0]
-    yield _level(base)
-    if not base.is_tiled:
-        return
-    for page in pages[1:]:
-        reduced = vendor == "aperio" or page.subfiletype & 1
-        same = (page.samplesperpixel, page.bitspersample) == (base.samplesperpixel, base.bitspersample)
-        if page.is_tiled and reduced and same and page.imagewidth < last.imagewidth:
-            last = page
-            yield _level(page)
-
-
-def _level(page: Any) -> TiffLevel:
-    return TiffLevel(
-        page=page.index,
-        width=page.imagewidth,
-        height=page.imagelength,
-        tile=(page.tilewidth, page.tilelength) if page.is_tiled else None,
-        compression=getattr(page.compression, "name", str(page.compression)),
-        predictor=int(page.predictor),
-        photometric=getattr(page.photometric, "name", str(page.photometric)),
-        planar=int(page.planarconfig) == 2 and page.samplesperpixel > 1,
-        samples=page.samplesperpixel,
-        bits=page.bitspersample,
-        offsets=_int64(page.dataoffsets),
-        counts=_int64(page.databytecounts),
-        jpeg_tables=page.jpegtables,
-        rows_per_strip=0 if page.is_tiled else int(page.rowsperstrip),
-        extra_samples=tuple(map(int, page.extrasamples)),
-        subsampling=tuple(page.subsampling or (1, 1)),
-        fill_order=int(page.fillorder),
-        colormap=page.colormap,
-    )
-
-
-def _claims(vendor: str, page: Any) -> Iterator[Claim]:
-    """What the tags of level 0 claim its µm/px to be, the most trustworthy first."""
-    text = page.description
-    if vendor == "aperio":
-        yield from (("mpp", value) for value in _numbers(r"\bMPP *= *([-+.\deE]+)", text))
-    if vendor == "philips":
-        pattern = r'DICOM_PIXEL_SPACING"[^>]*>\s*(?:"|&quot;)?([-+.\deE]+)'
-        yield from (("DICOM_PIXEL_SPACING", value * 1000) for value in _numbers(pattern, text))
-    if vendor == "ome":
-        yield from _ome_claims(text)
-    yield from _resolution_claims(page)
-    if vendor == "aperio":
-        yield from (objective_claim(value) for value in _numbers(r"\bAppMag *= *([-+.\deE]+)", text))
-    if vendor == "hamamatsu":
-        lens = page.tags.valueof(65421)
-        yield from [objective_claim(float(lens))] if lens else []
-
-
-def _numbers(pattern: str, text: str) -> Iterator[float]:
-    """The number that the first match of `pattern` captures, if there is one."""
-    found = re.search(pattern, text)
-    if found:
-        try:
-            yield float(found[1])
-        except ValueError:
-            return
-
-
-def _ome_claims(xml: str) -> Iterator[Claim]:
-    unit = re.search(r'PhysicalSizeXUnit="([^"]*)"', xml)
-    factor = _UNIT_MM.get(unit[1].replace("μ", "µ") if unit else "µm")
-    if factor is not None:
-        yield from (
-            ("PhysicalSizeX", value * factor * 1e3) for value in _numbers(r'PhysicalSizeX="([^"]*)"', xml)
+def _refuse_impossible(page: Any) -> None:
+    sides = {"ImageWidth": page.imagewidth, "ImageLength": page.imagelength}
+    if page.is_tiled:
+        sides |= {"TileWidth": page.tilewidth, "TileLength": page.tilelength}
+    for name, side in sides.items():
+        if side < 1:
+            raise Refusal(f"{name} of directory {page.index} is {side}: the file is damaged; {COPY_AGAIN}")
+    counts = len(page.dataoffsets), len(page.databytecounts)
+    if not all(counts) or counts[0] != counts[1]:
+        raise Refusal(
+            f"directory {page.index} has {counts[0]} offsets and {counts[1]} byte counts of tiles or strips: "
+            f"the file is damaged; {COPY_AGAIN}"
         )
 
 
-def _resolution_claims(page: Any) -> Iterator[Claim]:
-    """XResolution in pixels per inch (unit 2) or centimetre (3)."""
-    um = {2: 25_400.0, 3: 10_000.0}.get(int(page.tags.valueof("ResolutionUnit", 0)))
-    pixels, per = page.tags.valueof("XResolution", (0, 0))
-    if um and pixels and per:
-        yield "resolution", um * per / pixels
+def _refuse_truncated(page: Any, size: int) -> None:
+    end = int((np.asarray(page.dataoffsets, np.int64) + np.asarray(page.databytecounts, np.int64)).max())
+    if end > size:
+        raise Refusal(
+            f"it is truncated: it has {size} bytes and directory {page.index} points to byte {end}; "
+            f"{COPY_AGAIN}"
+        )

@@ -89,6 +89,7 @@ KEYS: dict[str, Key] = {
     "csv": Key(Location | None),
     "output_dir": _of(ExecutionOptions, "output_dir", Path("output")),
     "resume": _of(PreprocessingConfig, "resume"),
+    "fingerprint": _of(PreprocessingConfig, "fingerprint"),
     "resume_dirname": Key(Text),
     "save_tiles": _of(PreprocessingConfig, "save_tiles"),
     "on_bad_tile": _of(PreprocessingConfig, "on_bad_tile"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -10,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from slide2vec.config import PreprocessingConfig
-from slide2vec.errors import ConfigError, SlideReadError
+from slide2vec.errors import ConfigError, SlideOpenError, SlideReadError
 from slide2vec.files import is_remote
 from slide2vec.readers import SlideReader, open_slide, resolve_spacing
 from slide2vec.slides import Slide
+from slide2vec.stream.identities import Identities, SlideIdentity
 from slide2vec.stream.sources import (
     Pixels,
     SlideSource,
@@ -29,9 +31,11 @@ from slide2vec.tiling.archives import Block, archive_paths, find_archive, write_
 from slide2vec.tiling.coordinates import check_tiling, find_coordinates
 from slide2vec.tiling.previews import write_mask_preview, write_tiling_preview
 from slide2vec.tiling.regions import unroll
-from slide2vec.tiling.reuse import find_reusable, is_newer
+from slide2vec.tiling.reuse import Previous, find_reusable
 
 __all__ = ["SlidePlan", "check_archives_here", "coordinates_dir", "plan_slide"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class SlidePlan:
         tiles_tar_path: the archive of the tiles, where there is one.
         coordinates_dir: where coordinate files hold just this tiling; None where none do yet.
         road: how its pixels get to the device; None = as the source's back end gives them.
+        identity: what the slide's files were before they were read; None where nothing is written of it.
+        given: its tiles (or regions) as they were given; None where they were looked for.
     """
 
     slide: Slide
@@ -59,6 +65,8 @@ class SlidePlan:
     tiles_tar_path: Path | None = None
     coordinates_dir: Path | None = None
     road: str | None = None
+    identity: SlideIdentity | None = None
+    given: Tiling | None = None
 
 
 def plan_slide(
@@ -67,6 +75,7 @@ def plan_slide(
     output_dir: Path | None = None,
     given: Tiling | None = None,
     stager: InPlace = IN_PLACE,
+    identities: Identities | None = None,
 ) -> SlidePlan:
     """Find a slide's tissue and tiles (or take those of coordinate files), and open what they are read from.
 
@@ -75,26 +84,53 @@ def plan_slide(
         output_dir: where previews and archives go, if the config asks for them.
         given: its tiles, if they are known.
         stager: knows where the slide's files are read; all that is recorded names the slide's own paths.
+        identities: of the run; None where nothing is published of the slide.
 
     Raises:
         SlideError: the slide cannot be opened, has no spacing, an unreadable mask, …
+        ManifestError: its own tiling options are wrong.
         OutputError: a preview or an archive cannot be written.
     """
+    config = config.for_slide(slide.sample_id, slide.tiling)
     kept = None if given is not None else coordinates_dir(slide, config)
     if kept is not None:
         given = load_coordinates(kept, slide.sample_id)
+    if identities is None and output_dir is not None:
+        identities = Identities(config)
     if given is not None and config.read_tiles_from is not None:
-        return replace(_plan_archive(slide, config, given), coordinates_dir=kept)
+        identity, _ = _identity(identities, slide, masked=False)
+        plan = _plan_archive(slide, config, given)
+        return replace(plan, coordinates_dir=kept, identity=identity, given=given)
     staged = stager.take(slide)
     with ExitStack() as undo:
         undo.callback(staged.close)
+        identity, unreadable = _identity(identities, slide, masked=given is None, staged=staged)
         copy = None if staged.image_path == slide.image_path else staged.image_path
         reader = undo.enter_context(open_slide(slide, config.backend, copy))
-        plan = _plan(reader, slide, config, output_dir, given, staged)
+        previous = None
+        if identity is not None and identities is not None and output_dir is not None:
+            previous = Previous(output_dir / "tiles", slide, identity.content, identities.warn_of_older)
+        plan = _plan(reader, slide, config, output_dir, given, staged, previous)
+        if unreadable is not None:
+            plan.source.close()
+            raise unreadable
         if isinstance(plan.source, SlideSource):
             undo.pop_all()
+        plan = replace(plan, identity=identity, given=given)
         # an archive that was written may have lost tiles
         return plan if kept is None or plan.skipped else replace(plan, coordinates_dir=kept)
+
+
+def _identity(
+    identities: Identities | None, slide: Slide, *, masked: bool, staged: Staged | None = None
+) -> tuple[SlideIdentity | None, SlideOpenError | None]:
+    """Taken before anything is read; or why it cannot be, which whoever opens the files tells better."""
+    if identities is None:
+        return None, None
+    try:
+        return identities.of(slide, masked=masked, staged=staged), None
+    except OSError as error:
+        return None, SlideOpenError(f"slide {slide.sample_id}: its files cannot be read: {error}")
 
 
 def coordinates_dir(slide: Slide, config: PreprocessingConfig) -> Path | None:
@@ -137,8 +173,9 @@ def _plan(
     output_dir: Path | None,
     given: Tiling | None,
     staged: Staged,
+    previous: Previous | None,
 ) -> SlidePlan:
-    tiling, mask, resumed = _tiles(reader, slide, config, output_dir, given, staged)
+    tiling, mask, resumed = _tiles(reader, slide, config, output_dir, given, staged, previous)
     mask_path, tiling_path = _previews(reader, tiling, mask, config, output_dir)
     if config.read_tiles_from is not None:
         return replace(
@@ -158,7 +195,7 @@ def _plan(
     )
     if output_dir is None or (config.on_the_fly and not config.save_tiles):
         return plan
-    plan = _with_archive(plan, reader, config, output_dir / "tiles", resumed)
+    plan = _with_archive(plan, config, output_dir / "tiles", previous, resumed)
     if config.on_the_fly:
         return plan
     assert plan.tiles_tar_path is not None
@@ -177,18 +214,22 @@ def _tiles(
     output_dir: Path | None,
     given: Tiling | None,
     staged: Staged,
+    previous: Previous | None,
 ) -> tuple[Tiling, TissueMask | None, bool]:
     """Tiling (of regions, with such), tissue (where it was looked for), and whether both were there from a
     previous run."""
     if given is not None:
         check_tiling(given, slide, reader, config)
         return replace(given, image_path=slide.image_path, backend=reader.backend), None, False
-    if config.resume and output_dir is not None and _may_reuse(slide, config, output_dir):
-        found = find_reusable(output_dir / "tiles", slide, reader, config)
+    if config.resume and output_dir and previous and _may_reuse(slide, config, output_dir):
+        found = find_reusable(previous, reader, config)
         if found is not None:
             return replace(found, backend=reader.backend), None, True
     mask_copy = None if staged.mask_path == slide.mask_path else staged.mask_path
-    return *tile_slide(reader, slide, resolve_spacing(reader, slide), config, mask_copy), False
+    tiling, tissue = tile_slide(reader, slide, resolve_spacing(reader, slide), config, mask_copy)
+    for remark in tiling.remarks:
+        logger.warning("slide %s: %s", slide.sample_id, remark)
+    return tiling, tissue, False
 
 
 def _may_reuse(slide: Slide, config: PreprocessingConfig, output_dir: Path) -> bool:
@@ -224,17 +265,20 @@ def _previews(
 
 
 def _with_archive(
-    plan: SlidePlan, reader: SlideReader, config: PreprocessingConfig, directory: Path, resumed: bool
+    plan: SlidePlan, config: PreprocessingConfig, directory: Path, previous: Previous | None, resumed: bool
 ) -> SlidePlan:
     """The plan with the archive of its tiles, which is written unless a previous run has."""
     path, manifest = archive_paths(directory, plan.slide.sample_id)
-    if resumed and path.is_file() and is_newer(manifest, plan.slide):
+    if resumed and path.is_file() and previous and previous.holds("tiles_tar", manifest):
         return replace(plan, tiles_tar_path=path)
     assert isinstance(plan.source, SlideSource)
     while True:
         bad: dict[int, SlideReadError] = {}
         try:
-            return replace(plan, tiles_tar_path=write_archive(directory, plan.tiling, _pixels(plan, bad)))
+            path = write_archive(directory, plan.tiling, _pixels(plan, bad))
+            if previous is not None:
+                previous.record("tiles_tar")
+            return replace(plan, tiles_tar_path=path)
         except _BadTilesFound:
             skipped = (*plan.skipped, *bad_tiles(plan.tiling, bad))
             tiling = plan.tiling.without(bad)

@@ -12,7 +12,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ from slide2vec.config import ExecutionOptions
 from slide2vec.errors import ConfigError, SlideOpenError
 from slide2vec.files import is_remote
 from slide2vec.readers.companions import files_of
+from slide2vec.readers.fingerprint import Stamp, stamps_of
 from slide2vec.slides import Slide
 from slide2vec.stream.batches import Stopped
 from slide2vec.stream.scratch import private_folder
@@ -47,6 +48,8 @@ class Staged:
     image_path: Path
     mask_path: Path | None
     close: Callable[[], None] = field(default=lambda: None, repr=False)
+    #: Of a copy: the stamps of the files, by the image or mask that they belong to, before they were copied.
+    stamps: Mapping[Path, Mapping[Path, Stamp]] = field(default_factory=dict, repr=False)
 
 
 class InPlace:
@@ -130,6 +133,7 @@ class Stager(InPlace):
         place = self._folder / str(turn)
         try:
             with self._in_turn(turn):
+                stamps = _stamps(slide)
                 files = self._files(slide)
                 size = sum(source.stat().st_size for source, _ in files)
                 self._wait_for_room(size, turn)
@@ -139,12 +143,14 @@ class Stager(InPlace):
             return self._not_staged(slide, error)
         try:
             self._copy(files, place)
+            if _stamps(slide) != stamps:
+                raise OSError("it changed while it was copied")
         except BaseException as error:
             self._release(place, size)
             if isinstance(error, Stopped) or not isinstance(error, Exception):
                 raise
             return self._not_staged(slide, error)
-        return self._staged(slide, place, size)
+        return self._staged(slide, place, size, stamps)
 
     @contextmanager
     def _in_turn(self, turn: int) -> Iterator[None]:
@@ -199,7 +205,9 @@ class Stager(InPlace):
                     raise Stopped
                 writing.write(chunk)
 
-    def _staged(self, slide: Slide, place: Path, size: int) -> Staged:
+    def _staged(
+        self, slide: Slide, place: Path, size: int, stamps: Mapping[Path, Mapping[Path, Stamp]]
+    ) -> Staged:
         left = [size]
 
         def close() -> None:
@@ -209,7 +217,7 @@ class Stager(InPlace):
                 self._release(place, held)
 
         mask = None if slide.mask_path is None else place / "mask" / slide.mask_path.name
-        return Staged(place / "image" / slide.image_path.name, mask, close)
+        return Staged(place / "image" / slide.image_path.name, mask, close, stamps)
 
     def _release(self, place: Path, size: int) -> None:
         for folder in (place, place.with_suffix(".partial")):
@@ -246,6 +254,11 @@ class Stager(InPlace):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _stamps(slide: Slide) -> dict[Path, Mapping[Path, Stamp]]:
+    """Of the slide's files, by the image or mask that they belong to."""
+    return {path: stamps_of(path) for path in (slide.image_path, slide.mask_path) if path is not None}
 
 
 @contextmanager

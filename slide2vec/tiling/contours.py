@@ -14,22 +14,30 @@ from slide2vec.tiling.records import TissuePiece
 __all__ = ["find_pieces", "smallest_area"]
 
 
-def find_pieces(mask: NDArray[np.uint8], min_area: float) -> tuple[TissuePiece, ...]:
-    """The 8-connected pieces of a (h, w) uint8 mask whose outline minus holes is over `min_area` px."""
+def find_pieces(
+    mask: NDArray[np.uint8], min_area: float
+) -> tuple[tuple[TissuePiece, ...], tuple[float, ...]]:
+    """The 8-connected pieces of a (h, w) uint8 mask whose outline minus holes is over `min_area` px, and the
+    areas (px) of those whose is not."""
     found, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     if hierarchy is None:
-        return ()
+        return (), ()
     outlines = [np.asarray(outline, np.int32) for outline in found]
     parents = np.asarray(hierarchy)[0, :, 3].tolist()
     holes: dict[int, list[NDArray[np.int32]]] = defaultdict(list)
     for outline, parent in zip(outlines, parents, strict=True):
         if parent != -1:
             holes[parent].append(outline)
-    pieces = []
+    pieces, left_out = [], []
     for index, (outline, parent) in enumerate(zip(outlines, parents, strict=True)):
-        if parent == -1 and _area(outline, holes[index]) > min_area:
+        if parent != -1:
+            continue
+        area = _area(outline, holes[index])
+        if area > min_area:
             pieces.append(TissuePiece(outline, tuple(holes[index])))
-    return tuple(pieces)
+        elif area > 0:
+            left_out.append(area)
+    return tuple(pieces), tuple(left_out)
 
 
 def _area(outline: NDArray[np.int32], holes: list[NDArray[np.int32]]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -18,13 +17,13 @@ from slide2vec.errors import MaskError, Slide2VecError
 from slide2vec.files import is_remote
 from slide2vec.geometry import nearest_downsample_level, select_level
 from slide2vec.readers import SlideReader, open_slide
+from slide2vec.readers.base import planning_downsamples
 from slide2vec.slides import Slide
 from slide2vec.tiling.levels import read_level
 from slide2vec.tiling.records import PRECOMPUTED, Segmentation
 
 __all__ = ["MAX_RASTER_PX", "read_mask"]
 
-logger = logging.getLogger(__name__)
 
 TISSUE = 1
 
@@ -72,15 +71,10 @@ def read_mask(
         if copy is None and is_remote(path):
             raise OSError("it is on remote storage and needs ExecutionOptions(stage_dir=…)")
         labels, read = _read_labels(
-            copy or path, reader.dimensions, base_spacing_um, reader.downsamples, config
+            copy or path, reader.dimensions, base_spacing_um, planning_downsamples(reader), config
         )
     except (OSError, ValueError, RuntimeError, SyntaxError, Slide2VecError) as error:
         raise MaskError(f"slide {slide.sample_id}: the tissue mask {path} cannot be used: {error}") from error
-    if not labels.any():
-        logger.warning(
-            "slide %s: the tissue mask %s holds no tissue (value %d), so the slide has no tiles",
-            *(slide.sample_id, path, TISSUE),
-        )
     size = reader.level_dimensions[read.level]
     mask = cv2.resize(labels * np.uint8(255), size, interpolation=cv2.INTER_NEAREST)
     return np.asarray(mask, np.uint8), read

@@ -71,12 +71,30 @@ class TissueMask:
         pieces: the pieces large enough to be tiled.
         scale: (x, y), level-0 px per px of the mask.
         segmentation: how the mask came about.
+        smallest_area: px of the mask that a piece has to exceed to be tiled.
+        left_out: (px of the mask) areas of the pieces that do not.
+        overview: (h', w', 3) uint8, RGB of every `overview_step`-th pixel that was segmented; None with a
+            mask raster.
     """
 
     mask: NDArray[np.uint8]
     pieces: tuple[TissuePiece, ...]
     scale: tuple[float, float]
     segmentation: Segmentation
+    smallest_area: float = 0.0
+    left_out: tuple[float, ...] = ()
+    overview: NDArray[np.uint8] | None = None
+    overview_step: int = 1
+
+    @property
+    def overview_mask(self) -> NDArray[np.bool_]:
+        """Which pixels of the overview are tissue, (h', w') bool."""
+        return self.mask[:: self.overview_step, :: self.overview_step] > 0
+
+    @property
+    def overview_scale(self) -> float:
+        """Level-0 px per px of the overview, along x."""
+        return self.scale[0] * self.overview_step
 
 
 @dataclass(frozen=True)
@@ -105,6 +123,7 @@ class Tiling:
         segmentation: how tissue was found.
         filtering: which contours and tiles were kept (`ref_tile_size` is set).
         regions: the regions that the tiles make up, all of one number of tiles; None without.
+        remarks: what is implausible about them (see `slide2vec.tiling.remarks`).
     """
 
     sample_id: str
@@ -123,6 +142,7 @@ class Tiling:
     segmentation: Segmentation
     filtering: FilterConfig
     regions: Tiling | None = None
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.x)

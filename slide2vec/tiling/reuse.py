@@ -1,29 +1,105 @@
-"""Coordinate files of previous runs: of which slides they are, and whether they still hold."""
+"""Coordinate files and archives of previous runs: of which slides they are, and whether they still hold."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import ManifestError, TilingError
-from slide2vec.files import as_os_errors, entries
+from slide2vec.files import as_os_errors, atomic_path, entries, open_plain
 from slide2vec.readers import SlideReader
+from slide2vec.readers.fingerprint import same_content
 from slide2vec.slides import Slide
 from slide2vec.tiling.coordinates import check_tiling, coordinate_paths, load_coordinates
 from slide2vec.tiling.records import PRECOMPUTED, Segmentation, Tiling
 
-__all__ = ["find_reusable", "is_newer", "recorded_slides"]
+__all__ = ["Previous", "find_reusable", "record_source", "recorded_slides", "source_path"]
 
 _SUFFIX = ".coordinates.meta.json"
+#: Of <sample_id>.source.json.
+_SCHEMA = 1
+#: A source record has a few hundred bytes; what else it may come to hold is not much.
+_MOST_BYTES = 2**20
+
+#: What a source record tells of: the coordinate files, the tile archive.
+What: TypeAlias = Literal["coordinates", "tiles_tar"]
 
 
-def find_reusable(
-    directory: Path, slide: Slide, reader: SlideReader, config: PreprocessingConfig
-) -> Tiling | None:
-    """The tiling in a directory of coordinate files, if it is of this slide, as it is now, with these
+@dataclass(frozen=True)
+class Previous:
+    """What earlier runs may have made of a slide.
+
+    Attributes:
+        directory: of coordinate files and archives.
+        content: fingerprints of the slide's files now, "image" and "mask".
+        warn: called with the directory where only the files' times tell whether they still hold.
+    """
+
+    directory: Path
+    slide: Slide
+    content: Mapping[str, Any]
+    warn: Callable[[Path], None]
+
+    def holds(self, what: What, made: Path) -> bool:
+        """Whether it was made from the slide as it is now; the files' times tell where nothing else does.
+
+        Args:
+            made: the file that was written last of it.
+        """
+        recorded = _read_source(self.directory, self.slide.sample_id).get(what)
+        if recorded is not None:
+            return same_content(recorded, self.content)
+        if not is_newer(made, self.slide):
+            return False
+        self.warn(self.directory)
+        return True
+
+    def record(self, what: What) -> None:
+        """Write down that it was made from the slide as it is now.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        record_source(self.directory, self.slide.sample_id, what, self.content)
+
+
+def source_path(directory: Path, sample_id: str) -> Path:
+    """The record of what a slide was when its coordinate files and archive were made."""
+    return directory / f"{sample_id}.source.json"
+
+
+def record_source(directory: Path, sample_id: str, what: str, content: Any) -> None:
+    """Enter something, JSON-ready, in a slide's source record; what else it holds stays.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    found = {**_read_source(directory, sample_id), "schema_version": _SCHEMA, what: content}
+    with atomic_path(source_path(directory, sample_id)) as temporary:
+        temporary.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _read_source(directory: Path, sample_id: str) -> dict[str, Any]:
+    """Nothing where there is none that can be read, of a known schema."""
+    try:
+        with open_plain(source_path(directory, sample_id)) as file:
+            found = json.loads(file.read(_MOST_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    known = isinstance(found, dict) and found.get("schema_version") == _SCHEMA
+    return found if known else {}
+
+
+def find_reusable(previous: Previous, reader: SlideReader, config: PreprocessingConfig) -> Tiling | None:
+    """The tiling that an earlier run has written, if it is of this slide, as it is now, with these
     settings; else None."""
+    directory, slide = previous.directory, previous.slide
     metadata = coordinate_paths(directory, slide.sample_id)[1]
-    if not is_newer(metadata, slide):
+    if not previous.holds("coordinates", metadata):
         return None
     try:
         tiling = load_coordinates(directory, slide.sample_id)

@@ -10,6 +10,7 @@ Each is followed by a morphological closing of `close` px.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from math import ceil, sqrt
 
 import cv2
@@ -19,10 +20,11 @@ from numpy.typing import NDArray
 from slide2vec.config import SegmentationConfig
 from slide2vec.geometry import nearest_downsample_level
 from slide2vec.readers import SlideReader
+from slide2vec.readers.base import planning_downsamples
 from slide2vec.tiling.levels import read_blocks, reduced_size
 from slide2vec.tiling.records import Segmentation
 
-__all__ = ["MAX_MASK_PX", "segment_tissue"]
+__all__ = ["MAX_MASK_PX", "TISSUE_HSV", "Segmented", "segment_tissue"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,18 +34,38 @@ Plane = NDArray[np.uint8]
 #: averaged down to about the downsample asked for. HS2P segments every level as it is.
 MAX_MASK_PX = 64_000_000
 
-_TISSUE_HSV = (90, 8, 103), (180, 255, 255)
+#: Of a level's pixels, about as many are kept to look at afterwards.
+_OVERVIEW_PX = 1_000_000
+
+#: Lowest and highest hue, saturation and value (OpenCV: 0 to 180, 255, 255) that HS2P takes for tissue.
+TISSUE_HSV = (90, 8, 103), (180, 255, 255)
+
+
+@dataclass(frozen=True, eq=False)
+class Segmented:
+    """A segmented level.
+
+    Attributes:
+        mask: (h, w) uint8, above 0 where there is tissue.
+        segmentation: how it came about.
+        overview: (h', w', 3) uint8, RGB of every `step`-th pixel along both axes.
+    """
+
+    mask: Plane
+    segmentation: Segmentation
+    overview: Plane
+    step: int
 
 
 def segment_tissue(
     reader: SlideReader, sample_id: str, base_spacing_um: float, config: SegmentationConfig
-) -> tuple[Plane, Segmentation]:
-    """The tissue mask, (h, w) uint8 above 0 where there is tissue, and how it came about.
+) -> Segmented:
+    """The tissue mask of a slide, and how it came about.
 
     Raises:
         SlideReadError: pixels cannot be decoded.
     """
-    level = nearest_downsample_level(config.downsample, reader.downsamples)
+    level = nearest_downsample_level(config.downsample, planning_downsamples(reader))
     factor = _reduction(reader, level, config.downsample)
     if factor > 1:
         logger.info(
@@ -51,8 +73,8 @@ def segment_tissue(
             *(sample_id, level, config.downsample, *reader.level_dimensions[level], factor),
         )
     downsample = reader.downsamples[level] * factor
-    mask = _close(_classify(reader, level, factor, config), config.close)
-    return mask, Segmentation(
+    plane, overview, step = _hsv_plane(reader, level, factor, in_range=config.method == "hsv")
+    segmentation = Segmentation(
         method=config.method,
         requested_downsample=config.downsample,
         downsample=max(1, round(downsample)),
@@ -63,6 +85,7 @@ def segment_tissue(
         mthresh=config.mthresh,
         close=config.close,
     )
+    return Segmented(_close(_classify(plane, config), config.close), segmentation, overview, step)
 
 
 def _reduction(reader: SlideReader, level: int, downsample: float) -> int:
@@ -73,10 +96,11 @@ def _reduction(reader: SlideReader, level: int, downsample: float) -> int:
     return max(round(downsample / reader.downsamples[level]), ceil(sqrt(width * height / MAX_MASK_PX)))
 
 
-def _classify(reader: SlideReader, level: int, factor: int, config: SegmentationConfig) -> Plane:
+def _classify(plane: Plane, config: SegmentationConfig) -> Plane:
+    """The tissue in what `_hsv_plane` gives."""
     if config.method == "hsv":
-        return np.minimum(_hsv_plane(reader, level, factor, in_range=True), np.uint8(config.sthresh_up))
-    saturation = cv2.medianBlur(_hsv_plane(reader, level, factor, in_range=False), config.mthresh)
+        return np.minimum(plane, np.uint8(config.sthresh_up))
+    saturation = cv2.medianBlur(plane, config.mthresh)
     if config.method == "otsu":
         _, mask = cv2.threshold(saturation, 0, config.sthresh_up, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
     else:
@@ -84,14 +108,22 @@ def _classify(reader: SlideReader, level: int, factor: int, config: Segmentation
     return np.asarray(mask, np.uint8)
 
 
-def _hsv_plane(reader: SlideReader, level: int, factor: int, *, in_range: bool) -> Plane:
-    """255 where the colour is a tissue's, or the saturation; block by block to keep memory low."""
+def _hsv_plane(reader: SlideReader, level: int, factor: int, *, in_range: bool) -> tuple[Plane, Plane, int]:
+    """255 where the colour is a tissue's, or the saturation; block by block to keep memory low.
+
+    With it, RGB of every n-th pixel, and n.
+    """
     width, height = reduced_size(reader.level_dimensions[level], factor)
     plane = np.empty((height, width), np.uint8)
+    step = max(1, ceil(sqrt(width * height / _OVERVIEW_PX)))
+    overview = np.empty((ceil(height / step), ceil(width / step), 3), np.uint8)
     for rows, columns, pixels in read_blocks(reader, level, factor):
         hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)
-        plane[rows, columns] = cv2.inRange(hsv, *map(np.array, _TISSUE_HSV)) if in_range else hsv[:, :, 1]
-    return plane
+        plane[rows, columns] = cv2.inRange(hsv, *map(np.array, TISSUE_HSV)) if in_range else hsv[:, :, 1]
+        sampled = pixels[-rows.start % step :: step, -columns.start % step :: step]
+        top, left = ceil(rows.start / step), ceil(columns.start / step)
+        overview[top : top + sampled.shape[0], left : left + sampled.shape[1]] = sampled
+    return plane, overview, step
 
 
 def _close(mask: Plane, size: int) -> Plane:

@@ -8,12 +8,14 @@ from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import ConfigError, SpacingError
 from slide2vec.geometry import TileGeometry, region_geometry, tile_geometry
 from slide2vec.readers import SlideReader
+from slide2vec.readers.base import planning_downsamples
 from slide2vec.slides import Slide
 from slide2vec.tiling.contours import find_pieces, smallest_area
 from slide2vec.tiling.grid import tissue_tiles
 from slide2vec.tiling.quality import good_tiles
 from slide2vec.tiling.rasters import read_mask
 from slide2vec.tiling.records import Tiling, TissueMask
+from slide2vec.tiling.remarks import Found, remarks
 from slide2vec.tiling.segment import segment_tissue
 
 __all__ = ["find_tissue", "tile_slide"]
@@ -48,6 +50,15 @@ def tile_slide(
     tissue = find_tissue(reader, slide, geometry, config, mask_copy)
     x, y, fractions = tissue_tiles(tissue, geometry, reader.dimensions, config.tissue_threshold)
     good = good_tiles(reader, x, y, geometry, filtering)
+    found = Found(
+        tissue=tissue,
+        geometry=geometry,
+        dimensions=reader.dimensions,
+        in_grid=len(x),
+        tiles=int(good.sum()),
+        tissue_threshold=config.tissue_threshold,
+        filtering=filtering,
+    )
     tiling = Tiling(
         sample_id=slide.sample_id,
         image_path=slide.image_path,
@@ -56,7 +67,7 @@ def tile_slide(
         backend=reader.backend,
         requested_backend=config.backend,
         dimensions=reader.dimensions,
-        downsamples=tuple(reader.downsamples),
+        downsamples=planning_downsamples(reader),
         geometry=geometry,
         x=x[good],
         y=y[good],
@@ -64,6 +75,7 @@ def tile_slide(
         tissue_threshold=config.tissue_threshold,
         segmentation=tissue.segmentation,
         filtering=filtering,
+        remarks=remarks(found),
     )
     return tiling, tissue
 
@@ -76,16 +88,28 @@ def find_tissue(
     mask_copy: Path | None = None,
 ) -> TissueMask:
     """The tissue of a slide: from its mask raster if it has one, else from its pixels."""
-    base = geometry.base_spacing_um
+    base, overview, step = geometry.base_spacing_um, None, 1
     if slide.mask_path is not None:
         mask, segmentation = read_mask(reader, slide, base, config.segmentation, mask_copy)
     else:
-        mask, segmentation = segment_tissue(reader, slide.sample_id, base, config.segmentation)
+        segmented = segment_tissue(reader, slide.sample_id, base, config.segmentation)
+        mask, segmentation = segmented.mask, segmented.segmentation
+        overview, step = segmented.overview, segmented.step
     height, width = mask.shape
     scale = (reader.dimensions[0] / width, reader.dimensions[1] / height)
     reference = config.filtering.ref_tile_size or geometry.requested_tile_size_px
-    pieces = find_pieces(mask, smallest_area(config.filtering.a_t, reference, geometry, scale))
-    return TissueMask(mask=mask, pieces=pieces, scale=scale, segmentation=segmentation)
+    least = smallest_area(config.filtering.a_t, reference, geometry, scale)
+    pieces, left_out = find_pieces(mask, least)
+    return TissueMask(
+        mask=mask,
+        pieces=pieces,
+        scale=scale,
+        segmentation=segmentation,
+        smallest_area=least,
+        left_out=left_out,
+        overview=overview,
+        overview_step=step,
+    )
 
 
 def _geometry(
@@ -102,7 +126,7 @@ def _geometry(
             requested_tile_size_px=size,
             requested_spacing_um=spacing,
             base_spacing_um=base_spacing_um,
-            downsamples=reader.downsamples,
+            downsamples=planning_downsamples(reader),
             tolerance=config.tolerance,
             overlap=config.overlap,
         )

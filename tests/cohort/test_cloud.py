@@ -149,7 +149,7 @@ def test_the_books(tile_model: Model, slides: list[Path], memory: MemoryFileSyst
     assert rows[1]["mask_preview_path"] == f"{URL}/preview/mask/s1.jpg"
     assert names(memory, "preview") == ["mask/s0.jpg", "mask/s1.jpg", "tiling/s0.jpg", "tiling/s1.jpg"]
     assert memory.cat("/bucket/run/preview/mask/s0.jpg")[:2] == b"\xff\xd8"  # JPEG
-    assert len(names(memory, "tiles")) == 8  # arrays, metadata, archive and manifest of each
+    assert len(names(memory, "tiles")) == 10  # arrays, metadata, archive, manifest and source of each
     assert memory.cat("/bucket/run/config.yaml").decode().splitlines()[1] == f"output_dir: {URL}"
     (log,) = names(memory, "logs")
     assert "slide s1: " in memory.cat(f"/bucket/run/logs/{log}").decode()

@@ -22,6 +22,7 @@ from slide2vec.geometry import tile_geometry
 from slide2vec.progress import activate_progress_reporter
 from slide2vec.slides import Slide
 from slide2vec.stream import SlidePlan
+from slide2vec.stream.identities import Identities
 from slide2vec.tiling import Segmentation, Tiling
 
 GEOMETRY = tile_geometry(
@@ -106,7 +107,7 @@ def slides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Slide]:
 
     def plan(slide: Slide, *rest: Any) -> SlidePlan:
         source: Any = SimpleNamespace(backend="made up", blocks=[], close=lambda: None)
-        return SlidePlan(slide, source, tiling_of(slide))
+        return SlidePlan(slide, source, tiling_of(slide), identity=Identities(CONFIG).of(slide))
 
     monkeypatch.setattr("slide2vec.cohort.cohort.plan_slide", plan)
     made = []

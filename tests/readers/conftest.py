@@ -38,11 +38,11 @@ class Tiffs:
         """The picture in 64 px tiles, uncompressed unless `options` (of tifffile) say otherwise."""
         if mpp is not None:
             options |= {"resolution": (10_000 / mpp, 10_000 / mpp), "resolutionunit": "CENTIMETER"}
+        options = {"photometric": "rgb"} | options
         tifffile.imwrite(
             path,
             cls.picture(),
             tile=(TILE, TILE),
-            photometric="rgb",
             description=description,
             metadata=None,
             **options,

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import openslide
 import pytest
+import tifffile
 
 from slide2vec.errors import BackendError, SlideReadError
 from slide2vec.readers import SlideReader, backends, open_slide
@@ -61,12 +62,17 @@ def reader(pair: tuple[Path, str]) -> Iterator[SlideReader]:
 
 
 def level_pixels(path: Path, reader: SlideReader, level: int) -> np.ndarray:
-    """A whole level as OpenSlide reads it from its origin; as `reader` does where that opens no such file."""
+    """A whole level as OpenSlide reads it from its origin, or tifffile, where OpenSlide sees no such level; as
+    `reader` does where neither opens the file."""
     size = reader.level_dimensions[level]
     try:
         with openslide.OpenSlide(path) as slide:
+            if level >= slide.level_count:
+                return np.asarray(tifffile.imread(path, series=0, level=level))
             picture = np.asarray(slide.read_region((0, 0), level, size)).astype(int)
     except openslide.OpenSlideError:
+        if path.suffix in {".tiff", ".tif"}:
+            return np.asarray(tifffile.imread(path, series=0, level=level))
         return reader.read_region((0, 0), level, size)
     return (picture[..., :3] + (255 - picture[..., 3:])).clip(0, 255).astype(np.uint8)
 

@@ -128,7 +128,7 @@ def test_coverage_equals_counting_pixels_one_by_one(seed: int, dimensions: tuple
         downsamples=[1.0],
         overlap=0.3,
     )
-    pieces = find_pieces(mask, 0.0)
+    pieces, _ = find_pieces(mask, 0.0)
     tissue = TissueMask(mask=mask, pieces=pieces, scale=scale, segmentation=SEGMENTATION)
     x, y, fractions = tissue_tiles(tissue, geometry, dimensions, 0.0)
     found = dict(zip(zip(x.tolist(), y.tolist(), strict=True), fractions.tolist(), strict=True))
@@ -179,7 +179,7 @@ def has_area(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> bool:
     """Whether OpenCV's contour of the pixels, minus its holes, has an area."""
     alone = np.zeros((rows.max() + 2, columns.max() + 2), np.uint8)
     alone[rows, columns] = 255
-    return bool(find_pieces(alone, 0.0))
+    return bool(find_pieces(alone, 0.0)[0])
 
 
 def test_a_large_level_is_averaged_down_in_blocks(

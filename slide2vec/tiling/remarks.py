@@ -1,0 +1,247 @@
+"""What is implausible about the tissue and the tiles that were found, in sentences that name the remedy.
+
+Nothing is changed for it: the rules stay HS2P's. A slide that is embedded without tiles, or with tiles of
+glass, should say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from slide2vec.config import FilterConfig
+from slide2vec.geometry import TileGeometry
+from slide2vec.tiling.records import PRECOMPUTED, TissueMask
+from slide2vec.tiling.segment import TISSUE_HSV
+
+__all__ = ["Found", "remarks"]
+
+#: Grey levels up to which a picture is black, and from which it is white: the defaults of FilterConfig.
+BLACK, WHITE = 25, 220
+#: Of a picture's pixels, how many have to agree for it to be called black, white or grey.
+NEARLY_ALL_PIXELS = 0.999
+#: Grey levels that JPEG leaves between the channels of a grey pixel, and between pixels of one colour.
+GREY_CHANNELS, ONE_COLOUR = 6, 4
+#: Share of the slide under tiles from which they are "nearly everywhere".
+NEARLY_EVERYWHERE = 0.95
+#: Median grey level below which the background is dark: glass in transmitted light is above 200.
+DARK_BACKGROUND = 60
+#: Saturation (OpenCV, 0 to 255) and value from which a pixel is stained, well above any glass.
+STAINED_SATURATION, STAINED_VALUE = 51, 40
+#: Share of the coloured area outside the rule's hues that is worth telling.
+OUTSIDE_THE_HUES = 0.1
+#: Glass with a cast: bright, hardly coloured, and of one colour (grey levels from its median) over a share.
+GLASS_VALUE, GLASS_SPREAD, GLASS_SHARE = 180, 8, 0.2
+#: Difference of its channels, in grey levels, from which HS2P's rule (saturation 8 of 255) may take it.
+CAST = 6
+#: In reference tiles: a piece of tissue that is left out is told from this size, smaller ones are dust.
+SMALLEST_PIECE_TOLD = 0.5
+#: Left-out tissue in relation to kept tissue that is worth telling.
+LEFT_OUT = 0.25
+#: Side of a tile in px of the mask below which its tissue fraction says little.
+COARSEST_TILE_PX = 2.0
+
+FIRST_HUE = TISSUE_HSV[0][0]
+#: OpenCV hues (0 to 180) up to the first one that method hsv takes, and their names.
+_HUES = ((8, "red"), (27, "brown or orange"), (35, "yellow"), (FIRST_HUE, "green"))
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What tiling a slide came to.
+
+    Attributes:
+        tissue: that was found; its `overview` is looked at.
+        geometry: of the tiles.
+        dimensions: (width, height) of level 0, px.
+        in_grid: tiles that hold enough tissue.
+        tiles: those of them that passed the pixel filters.
+        tissue_threshold: least tissue fraction of a tile.
+        filtering: with `ref_tile_size` set.
+    """
+
+    tissue: TissueMask
+    geometry: TileGeometry
+    dimensions: tuple[int, int]
+    in_grid: int
+    tiles: int
+    tissue_threshold: float
+    filtering: FilterConfig
+
+
+def remarks(found: Found) -> tuple[str, ...]:
+    """What is implausible, the cause before its consequences; empty for most slides."""
+    picture = _picture(found)
+    if picture is not None:
+        return (picture,)
+    told = [*_too_coarse(found), *_other_hues(found), *_small_pieces(found)]
+    if not found.tiles:
+        return tuple(told) or (_why_none(found),)
+    if _covered(found) >= NEARLY_EVERYWHERE:
+        told.append(_why_everywhere(found))
+    return tuple(told)
+
+
+# the picture as a whole ----------------------------------------------------------------------------
+
+
+def _picture(found: Found) -> str | None:
+    """What is wrong with the picture itself, where that is why tissue cannot be found in it."""
+    overview, mask = found.tissue.overview, found.tissue.mask
+    if overview is None or not overview.size:
+        return None
+    pixels = overview.reshape(-1, 3)
+    darkest, brightest = pixels.min(axis=1), pixels.max(axis=1)
+    others = _may_differ(found, len(pixels))
+    if np.sum(brightest > BLACK) <= others:
+        return "all its pixels are black: it was scanned or written wrongly"
+    if np.median(brightest) < DARK_BACKGROUND:
+        return (
+            f"its background is dark (median grey level {np.median(brightest):.0f}), as in fluorescence: "
+            "segmentation and encoders are made for stained tissue on bright glass; if it is meant, give a "
+            "tissue mask (mask_path)"
+        )
+    colour = np.median(pixels, axis=0)
+    if mask.any() and not mask.all():
+        return None
+    if np.sum(np.abs(pixels - colour).max(axis=1) > ONE_COLOUR) <= others:
+        white = ": there is nothing on the glass" if colour.min() >= WHITE else ""
+        return f"all its pixels have one colour, {_rgb(colour)}{white}"
+    if np.sum(darkest < WHITE) <= others:
+        return "all its pixels are white: there is nothing on the glass, or it was scanned too bright"
+    if np.sum(brightest - darkest > GREY_CHANNELS) <= others:
+        return (
+            f"it is greyscale, and method {found.tissue.segmentation.method} finds tissue by its colour: "
+            "give a tissue mask (mask_path)"
+        )
+    return None
+
+
+def _may_differ(found: Found, pixels: int) -> float:
+    """How many pixels of the overview may be otherwise for a picture to be black, white or grey: dust and
+    dead pixels are on every slide, but a biopsy is larger than a quarter of a tile."""
+    tile = (found.geometry.tile_size_lv0 / found.tissue.overview_scale) ** 2
+    return min((1 - NEARLY_ALL_PIXELS) * pixels, tile / 4)
+
+
+# causes --------------------------------------------------------------------------------------------
+
+
+def _too_coarse(found: Found) -> Iterator[str]:
+    segmentation = found.tissue.segmentation
+    side = found.geometry.tile_size_lv0 / max(found.tissue.scale)
+    if segmentation.method != PRECOMPUTED and side < COARSEST_TILE_PX:
+        yield (
+            f"level {segmentation.level} (downsample {segmentation.downsample}), on which tissue was looked "
+            f"for, is too coarse: a tile is {side:.2g} px there; a smaller segmentation downsample "
+            "(--segmentation-downsample) takes a finer level, if the slide has one"
+        )
+
+
+def _other_hues(found: Found) -> Iterator[str]:
+    """Stained pixels whose hues method hsv does not take for tissue: brown (DAB), red, yellow, green."""
+    tissue = found.tissue
+    overview = tissue.overview
+    if overview is None or tissue.segmentation.method != "hsv":
+        return
+    hsv = cv2.cvtColor(overview, cv2.COLOR_RGB2HSV)
+    taken = tissue.overview_mask
+    stained = (hsv[..., 1] >= STAINED_SATURATION) & (hsv[..., 2] >= STAINED_VALUE)
+    outside = stained & ~taken & (hsv[..., 0] < FIRST_HUE)
+    share = outside.sum() / max(1, (stained | taken).sum())
+    tile_px = (found.geometry.tile_size_lv0 / tissue.overview_scale) ** 2
+    if share < OUTSIDE_THE_HUES or outside.sum() < tile_px:
+        return
+    hue = float(np.median(hsv[..., 0][outside]))
+    name = next(name for upper, name in _HUES if hue <= upper)
+    stain = " (DAB, say)" if name.startswith("brown") else ""
+    yield (
+        f"{share:.0%} of what is coloured is {name}{stain}, which method hsv does not take for tissue: try "
+        "method otsu (--segmentation-method otsu)"
+    )
+
+
+def _small_pieces(found: Found) -> Iterator[str]:
+    a_t, reference = found.filtering.a_t, found.filtering.ref_tile_size
+    tile_area = found.tissue.smallest_area / a_t if a_t else 0.0
+    told = [area for area in found.tissue.left_out if area >= SMALLEST_PIECE_TOLD * tile_area]
+    kept = float(np.count_nonzero(found.tissue.mask)) - sum(found.tissue.left_out)
+    if told and (not found.tiles or sum(told) >= LEFT_OUT * kept):
+        pieces = "1 piece of tissue is" if len(told) == 1 else f"{len(told)} pieces of tissue are"
+        yield (
+            f"{pieces} not larger than a_t = {a_t:g} tiles of {reference} px and left out: a smaller a_t "
+            "(--min-piece) keeps them"
+        )
+
+
+# consequences --------------------------------------------------------------------------------------
+
+
+def _why_none(found: Found) -> str:
+    method = found.tissue.segmentation.method
+    if not found.tissue.mask.any():
+        if method == PRECOMPUTED:
+            return "its tissue mask holds no tissue"
+        other = "otsu" if method == "hsv" else "hsv"
+        return (
+            f"method {method} takes no pixel for tissue: try method {other} (--segmentation-method {other}), "
+            "or give a tissue mask (mask_path)"
+        )
+    if not found.tissue.pieces:
+        return "its tissue is but dust: a smaller a_t (--min-piece) keeps it"
+    if not found.in_grid:
+        return (
+            f"no tile holds as much tissue as tissue_threshold = {found.tissue_threshold:g} asks for; a "
+            "smaller one (--tissue-threshold) keeps more"
+        )
+    return f"the pixel filters left out all of its {found.in_grid:,} tiles: see filtering"
+
+
+def _covered(found: Found) -> float:
+    """Share of the slide under tiles, 0 to 1 (more, where they overhang)."""
+    width, height = found.dimensions
+    return found.tiles * found.geometry.step_px_lv0**2 / (width * height)
+
+
+def _why_everywhere(found: Found) -> str:
+    everywhere = "tiles lie nearly everywhere"
+    tissue = found.tissue
+    if tissue.segmentation.method == PRECOMPUTED:
+        return f"{everywhere}: its tissue mask covers the slide"
+    glass = _cast_glass(tissue)
+    if glass is not None:
+        cast = round(float(glass.max() - glass.min()))
+        remedy = "try method otsu (--segmentation-method otsu)"
+        if tissue.segmentation.method != "hsv":
+            remedy = "method threshold with a higher sthresh, or a tissue mask (mask_path), leaves it out"
+        return (
+            f"{everywhere}: its glass is not white but {_rgb(glass)}, a cast of {cast} grey levels, and "
+            f"counts as tissue: {remedy}"
+        )
+    return f"{everywhere}: no glass is to be seen on it; --previews draws what was taken for tissue"
+
+
+def _cast_glass(tissue: TissueMask) -> NDArray[np.float64] | None:
+    """The colour of glass that was taken for tissue; None where there is none such."""
+    if tissue.overview is None:
+        return None
+    pixels = tissue.overview[tissue.overview_mask].reshape(-1, 3)
+    value = pixels.max(axis=1)
+    bright = pixels[value >= np.quantile(value, 0.9)] if len(value) else pixels
+    if not len(bright):
+        return None
+    glass = np.asarray(np.median(bright, axis=0), np.float64)
+    near = np.abs(pixels - glass).max(axis=1) <= GLASS_SPREAD
+    if glass.max() < GLASS_VALUE or near.mean() < GLASS_SHARE or glass.max() - glass.min() < CAST:
+        return None
+    return np.asarray(np.median(pixels[near], axis=0), np.float64)
+
+
+def _rgb(colour: NDArray[np.floating]) -> str:
+    return f"RGB ({', '.join(f'{value:.0f}' for value in colour)})"

@@ -1,0 +1,282 @@
+"""What is certified is what was read: the files of a slide are looked at once, before they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig, RunResult
+from slide2vec.artifacts import load_embeddings
+from slide2vec.cohort.identity import difference
+from slide2vec.cohort.publish import Publisher
+from slide2vec.readers import fingerprint as fingerprints
+from slide2vec.readers.fingerprint import FileIdentity, fingerprint, same_content
+from slide2vec.synthetic import write_synthetic_slide
+
+CONFIG = PreprocessingConfig(
+    requested_spacing_um=0.5, requested_tile_size_px=96, filtering={"a_t": 0}, resume=True
+)
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("originals")
+    return [write_synthetic_slide(folder / f"{n}.svs", size_px=768, seed=n, levels=1) for n in range(3)]
+
+
+@pytest.fixture
+def slides(originals: list[Path], tmp_path: Path) -> list[Path]:
+    (tmp_path / "slides").mkdir()
+    return [Path(shutil.copy(path, tmp_path / "slides" / path.name)) for path in originals[:2]]
+
+
+@pytest.fixture
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The name of each file whose content is digested."""
+    names: list[str] = []
+    digest = fingerprints._of_file
+
+    def counted(path: Path, how: Any) -> dict[str, Any]:
+        names.append(path.name)
+        return digest(path, how)
+
+    monkeypatch.setattr(fingerprints, "_of_file", counted)
+    return names
+
+
+Run = Callable[..., RunResult]
+
+
+@pytest.fixture
+def run(model: Model, slides: list[Path], tmp_path: Path) -> Run:
+    def run(given: Any = None, **options: Any) -> RunResult:
+        config = CONFIG.updated(**options)
+        execution = ExecutionOptions(output_dir=tmp_path / "out")
+        return Pipeline(model, config, execution).run(given or slides)
+
+    return run
+
+
+def as_main_recorded(path: Path) -> dict[str, Any]:
+    """What version 0.1.0 before this rule wrote of a file: a copy of its code."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        digest = hashlib.blake2b(file.read(65_536), digest_size=16)
+        file.seek(max(0, size - 65_536))
+        digest.update(file.read(65_536))
+    return {"size_bytes": size, "digest": digest.hexdigest()}
+
+
+def test_single_files_are_recorded_as_before(slides: list[Path]) -> None:
+    assert fingerprint(slides[0]) == as_main_recorded(slides[0])
+
+
+@pytest.mark.parametrize("how", ["ends", "whole"])
+def test_one_look_per_slide_and_run(run: Run, looked_at: list[str], how: str) -> None:
+    assert not run(fingerprint=how).failed
+    assert sorted(looked_at) == ["0.svs", "1.svs"]
+    looked_at.clear()
+    assert run(fingerprint=how).resumed == 2 and sorted(looked_at) == ["0.svs", "1.svs"]
+    looked_at.clear()
+    again = run(fingerprint=how, tissue_threshold=0.2)
+    assert again.recomputed == {"geometry tissue_threshold": 2}
+    assert sorted(looked_at) == ["0.svs", "1.svs"]  # the look of resume serves the plan
+
+
+def before_publishing(monkeypatch: pytest.MonkeyPatch, then: Callable[[str], None]) -> None:
+    publish = Publisher.outcome
+
+    def late(self: Publisher, outcome: Any) -> Iterator[Any]:
+        then(outcome.slide.sample_id)
+        yield from publish(self, outcome)
+
+    monkeypatch.setattr(Publisher, "outcome", late)
+
+
+def replace_with(path: Path, other: Path) -> None:
+    """As an upload does it: another file under the name, of the same time and, padded, the same size."""
+    was = path.stat()
+    path.unlink()
+    path.write_bytes(other.read_bytes().ljust(was.st_size, b"\0")[: was.st_size])
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+
+
+def test_a_slide_that_is_replaced_while_it_is_read_fails(
+    run: Run, slides: list[Path], originals: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swap(name: str) -> None:
+        if name == "0":
+            replace_with(slides[0], originals[2])
+
+    with monkeypatch.context() as patch:
+        before_publishing(patch, swap)
+        result = run()
+    assert [item.sample_id for item in result.failed] == ["0"]
+    assert "changed while it was read" in str(result.failed[0].error)
+    assert [artifact.sample_id for artifact in result.tile_artifacts] == ["1"]
+    again = run()
+    assert not again.failed and again.resumed == 1
+    recorded = again.tile_artifacts[0].metadata["compatibility"]["image"]
+    assert recorded == as_main_recorded(slides[0])
+
+
+def test_a_slide_that_is_gone_when_it_is_written_fails_alone(
+    run: Run, slides: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        before_publishing(patch, lambda name: slides[0].unlink(missing_ok=True))
+        result = run()
+    assert [item.sample_id for item in result.failed] == ["0"]
+    assert f"changed while it was read: {slides[0]} is gone" in str(result.failed[0].error)
+    again = run()
+    assert again.resumed == 1 and "there is no file" in str(again.failed[0].error)
+
+
+def test_a_slide_that_is_only_touched_is_the_same(
+    run: Run, slides: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        before_publishing(patch, lambda name: slides[0].touch())
+        assert not run().failed
+
+
+def test_a_mask_that_is_replaced_while_it_is_read_fails_its_slide(
+    run: Run, slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cv2
+    import numpy as np
+
+    mask = tmp_path / "mask.png"
+    cv2.imwrite(str(mask), np.ones((768, 768), np.uint8))
+    given = [{"image_path": slides[0], "mask_path": mask}, {"image_path": slides[1]}]
+
+    def clear(name: str) -> None:
+        if name == "0":
+            cv2.imwrite(str(mask), np.zeros((768, 768), np.uint8))
+
+    before_publishing(monkeypatch, clear)
+    result = run(given)
+    assert [item.sample_id for item in result.failed] == ["0"] and str(mask) in str(result.failed[0].error)
+
+
+# what earlier versions wrote --------------------------------------------------------------------------
+
+
+def as_main_wrote(out: Path, slides: list[Path]) -> None:
+    """Take out of a run what version 0.1.0 did not write before this rule."""
+    for path in slides:
+        (out / "tiles" / f"{path.stem}.source.json").unlink()
+        sidecar = out / "tile_embeddings" / f"{path.stem}.meta.json"
+        content = json.loads(sidecar.read_text())
+        content["compatibility"]["image"] = as_main_recorded(path)
+        content["compatibility"]["mask"] = None
+        sidecar.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def test_artifacts_of_before_are_kept(run: Run, slides: list[Path], tmp_path: Path) -> None:
+    run()
+    as_main_wrote(tmp_path / "out", slides)
+    assert run().resumed == 2
+    assert run(fingerprint="whole").resumed == 2  # ends are compared with ends
+
+
+def test_coordinates_of_before_are_kept_by_the_clock_and_it_is_said_once(
+    run: Run, slides: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run()
+    as_main_wrote(tmp_path / "out", slides)
+    for sidecar in (tmp_path / "out" / "tile_embeddings").glob("*.meta.json"):
+        sidecar.unlink()
+    with caplog.at_level(logging.WARNING, "slide2vec"):
+        assert not run().failed
+    assert [r.getMessage() for r in caplog.records].count(
+        next(r.getMessage() for r in caplog.records if "by the files' times" in r.getMessage())
+    ) == 1
+
+
+# tiles of earlier runs --------------------------------------------------------------------------------
+
+
+def test_tiles_of_a_slide_that_was_replaced_are_found_anew(
+    run: Run, model: Model, slides: list[Path], originals: list[Path], tmp_path: Path
+) -> None:
+    """Equal size and an older time: the clock says nothing."""
+    first = run()
+    was = slides[0].stat()
+    slides[0].unlink()
+    slides[0].write_bytes(originals[2].read_bytes().ljust(was.st_size, b"\0")[: was.st_size])
+    os.utime(slides[0], (1, 1))
+    expected = model.embed_slide(slides[0], CONFIG.updated(resume=False))
+    again = run()
+    assert again.recomputed == {"image": 1}
+    made = again.tile_artifacts[0]
+    assert made.num_tiles == expected.num_tiles
+    assert torch.allclose(load_embeddings(made.path), expected.tile_embeddings, atol=1e-5)
+    assert first.tile_artifacts[1] == again.tile_artifacts[1]
+
+
+def test_the_source_record(run: Run, slides: list[Path], tmp_path: Path) -> None:
+    run(save_tiles=True)
+    recorded = json.loads((tmp_path / "out" / "tiles" / "0.source.json").read_text())
+    files = {"image": fingerprint(slides[0]), "mask": None}
+    assert recorded == {"schema_version": 1, "coordinates": files, "tiles_tar": files}
+
+
+def test_an_archive_of_a_slide_that_was_replaced_is_written_anew(
+    run: Run, slides: list[Path], originals: list[Path], tmp_path: Path
+) -> None:
+    run(on_the_fly=False)
+    was = slides[0].stat()
+    slides[0].unlink()
+    slides[0].write_bytes(originals[2].read_bytes().ljust(was.st_size, b"\0")[: was.st_size])
+    os.utime(slides[0], (1, 1))
+    old = (tmp_path / "out" / "tiles" / "0.tiles.tar").read_bytes()
+    run()  # new coordinates, the old archive
+    assert (tmp_path / "out" / "tiles" / "0.tiles.tar").read_bytes() == old
+    assert not run(on_the_fly=False).failed
+    assert (tmp_path / "out" / "tiles" / "0.tiles.tar").read_bytes() != old
+
+
+# slides of several files, and whole digests -----------------------------------------------------------
+
+
+def test_companions_are_part_of_a_slide(tmp_path: Path) -> None:
+    slide, folder = tmp_path / "a.mrxs", tmp_path / "a"
+    folder.mkdir()
+    slide.write_bytes(b"index")
+    (folder / "Data0000.dat").write_bytes(b"tiles")
+    (folder / "Slidedat.ini").write_bytes(b"about")
+    taken = FileIdentity.of(slide)
+    assert taken.content["companions"]["files"] == 2 and taken.change() is None
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in (slide, folder):
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, moved / path.name)
+    assert fingerprint(moved / "a.mrxs") == taken.content
+    (folder / "Data0000.dat").write_bytes(b"other")
+    assert taken.change() == "it holds something else now"
+    now = {"image": fingerprint(slide)}
+    assert difference({"image": dict(taken.content)}, now) == "image companions"
+    assert difference({"image": as_main_recorded(slide)}, now) == "image companions"
+
+
+def test_whole_digests_see_the_middle(tmp_path: Path) -> None:
+    path = tmp_path / "slide"
+    path.write_bytes(bytes(300_000))
+    ends, whole = fingerprint(path), fingerprint(path, "whole")
+    with path.open("r+b") as file:
+        file.seek(150_000)
+        file.write(b"damage")
+    assert fingerprint(path) == ends
+    assert not same_content(whole, fingerprint(path, "whole"))
+    assert same_content(whole, fingerprint(path)) and same_content(ends, whole)
