@@ -18,6 +18,7 @@ from slide2vec.errors import SlideOpenError
 from slide2vec.files import is_remote
 from slide2vec.readers.refusal import COPY_AGAIN, Refusal
 from slide2vec.readers.spacing import refuse_oblong_pixels, settle_spacing
+from slide2vec.readers.tiffclaims import Directory, check_claims
 from slide2vec.readers.tiffimages import find_slide, vendor_of
 from slide2vec.readers.tifflevels import TiffLevel
 from slide2vec.readers.tiffspacing import tiff_claims
@@ -61,6 +62,7 @@ class Probe:
         planning: the first so many levels are those that OpenSlide, cuCIM and HS2P see. Levels and grids are
             chosen among them, so that coordinates are HS2P's; the others are only there to be read.
         spacing_um, spacing_source: as in SlideReader.
+        directories: all those of a TIFF, whatever they hold.
     """
 
     path: Path
@@ -72,6 +74,7 @@ class Probe:
     planning: int = 0
     spacing_um: float | None = None
     spacing_source: str = "not read from the tags"
+    directories: tuple[Directory, ...] = ()
 
 
 def probe(slide: Slide, copy: Path | None = None) -> Probe:
@@ -91,8 +94,10 @@ def probe(slide: Slide, copy: Path | None = None) -> Probe:
     if kind != "tiff":
         return Probe(path=opened, origin=path, name=name, kind=kind)
     try:
+        directories = tuple(check_claims(opened))
         with tifffile.TiffFile(opened) as tiff:
-            return replace(_probe_tiff(slide, list(tiff.pages), opened.stat().st_size), path=opened)
+            found = _probe_tiff(slide, list(tiff.pages), opened.stat().st_size)
+        return replace(found, path=opened, directories=directories)
     except Refusal as error:
         raise SlideOpenError(f"slide {name}: {path} cannot be read: {error}") from error
     except _MALFORMED as error:

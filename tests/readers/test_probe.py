@@ -191,8 +191,8 @@ WRONG_PIXELS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
         ),
         ["7 channels per pixel"],
     ),
-    "no width": (lambda path: tagged(path, ImageWidth=0), ["ImageWidth of directory 0 is 0"]),
-    "no tile height": (lambda path: tagged(path, TileLength=0), ["TileLength of directory 0 is 0"]),
+    "no width": (lambda path: tagged(path, ImageWidth=0), ["directory 0 claims 0x128 px"]),
+    "no tile height": (lambda path: tagged(path, TileLength=0), ["directory 0 claims tiles of 64x0 px"]),
 }
 
 
