@@ -31,16 +31,7 @@ Kind = Literal["tiff", "dicom", "mrxs", "unrecognised"]
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 #: What tifffile raises on tags that make no sense.
-_MALFORMED = (
-    tifffile.TiffFileError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    OSError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +91,14 @@ def probe(slide: Slide, copy: Path | None = None) -> Probe:
         return replace(found, path=opened, directories=directories)
     except Refusal as error:
         raise SlideOpenError(f"slide {name}: {path} cannot be read: {error}") from error
+    except (tifffile.TiffFileError, OSError) as error:
+        raise SlideOpenError(
+            f"slide {name}: {path} is a malformed or truncated TIFF ({error}); {COPY_AGAIN}"
+        ) from error
     except _MALFORMED as error:
         raise SlideOpenError(
-            f"slide {name}: {path} is a malformed or truncated TIFF ({type(error).__name__}: {error}); "
-            f"{COPY_AGAIN}"
+            f"slide {name}: {path} is a malformed TIFF: one of its tags has a value that makes no sense "
+            f"({type(error).__name__}: {error}); {COPY_AGAIN}"
         ) from error
 
 
