@@ -15,7 +15,7 @@ import numpy as np
 import tifffile
 
 from slide2vec.errors import SlideOpenError
-from slide2vec.files import is_remote
+from slide2vec.files import is_remote, open_plain
 from slide2vec.readers.foreign import foreign
 from slide2vec.readers.refusal import COPY_AGAIN, Refusal
 from slide2vec.readers.spacing import Claim, settle_spacing
@@ -104,7 +104,7 @@ def probe(slide: Slide, copy: Path | None = None) -> Probe:
 
 def _head(opened: Path, path: Path, name: str) -> bytes:
     try:
-        with opened.open("rb") as file:
+        with open_plain(opened) as file:
             head = file.read(256)
     except FileNotFoundError:
         raise SlideOpenError(f"slide {name}: there is no file {path}") from None
