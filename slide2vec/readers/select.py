@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import cast
+from typing import TypeVar, cast
 
-from slide2vec.errors import BackendError, ConfigError, ExtraMissingError, SlideOpenError, nearest_names
+from slide2vec.errors import (
+    BackendError,
+    ConfigError,
+    Contradiction,
+    ExtraMissingError,
+    SlideOpenError,
+    nearest_names,
+)
 from slide2vec.readers.base import SlideReader
 from slide2vec.readers.probe import Probe, probe
 from slide2vec.slides import Slide
 
-__all__ = ["AUTO_ORDER", "backends", "open_slide"]
+__all__ = ["AUTO_ORDER", "backends", "open_and_use", "open_slide"]
 
 logger = logging.getLogger(__name__)
+
+Used = TypeVar("Used")
 
 #: back end -> (its module, its reader class), in the order "auto" tries them.
 _READERS: Mapping[str, tuple[str, str]] = MappingProxyType(
@@ -35,11 +45,17 @@ def backends() -> dict[str, str | None]:
     return {name: import_module(module).unavailable() for name, (module, _) in _READERS.items()}
 
 
-def open_slide(slide: Slide, backend: str = "auto", copy: Path | None = None) -> SlideReader:
+def open_slide(
+    slide: Slide,
+    backend: str = "auto",
+    copy: Path | None = None,
+    passed_over: Mapping[str, str] = MappingProxyType({}),
+) -> SlideReader:
     """Open a slide with one back end, or with the first that reads it ("auto").
 
     Args:
         copy: of the slide, to be opened in its place; messages name the slide's own path.
+        passed_over: back ends that "auto" leaves out, and why.
 
     Raises:
         ConfigError: there is no such back end.
@@ -51,14 +67,43 @@ def open_slide(slide: Slide, backend: str = "auto", copy: Path | None = None) ->
         raise ConfigError(f"unknown backend {backend!r}. {nearest_names(backend, ('auto', *_READERS))}")
     found = probe(slide, copy)
     if backend == "auto":
-        return _open_first(found)
+        return _open_first(found, passed_over)
     try:
         return _open(backend, found)
     except BackendError as error:
-        raise BackendError(
-            f'slide {slide.sample_id}: backend "{backend}" cannot be used: {error} ({found.origin}). '
-            'Use backend="auto", or another one'
-        ) from error
+        raise _unusable(backend, slide.sample_id, found.origin, error) from error
+
+
+def open_and_use(
+    slide: Slide, backend: str, copy: Path | None, use: Callable[[SlideReader], Used]
+) -> tuple[SlideReader, Used]:
+    """An opened slide and what is made of it; by the next back end of "auto" where that raises Contradiction.
+
+    Raises:
+        BackendError: a second decoder contradicts the back end asked for.
+        Others as `open_slide`, and as `use`.
+    """
+    passed_over: dict[str, str] = {}
+    while True:
+        with ExitStack() as undo:
+            reader = undo.enter_context(open_slide(slide, backend, copy, passed_over))
+            try:
+                used = use(reader)
+            except Contradiction as error:
+                if backend != "auto":
+                    raise _unusable(backend, slide.sample_id, slide.image_path, error) from error
+                logger.warning("slide %s: not read with %s: %s", slide.sample_id, reader.backend, error)
+                passed_over[reader.backend] = str(error)
+                continue
+            undo.pop_all()
+            return reader, used
+
+
+def _unusable(backend: str, name: str, path: Path, error: BackendError) -> BackendError:
+    return BackendError(
+        f'slide {name}: backend "{backend}" cannot be used: {error} ({path}). '
+        'Use backend="auto", or another one'
+    )
 
 
 def _open(backend: str, found: Probe) -> SlideReader:
@@ -66,9 +111,11 @@ def _open(backend: str, found: Probe) -> SlideReader:
     return cast(SlideReader, getattr(import_module(module), reader)(found))
 
 
-def _open_first(found: Probe) -> SlideReader:
-    passed: list[str] = []
+def _open_first(found: Probe, passed_over: Mapping[str, str]) -> SlideReader:
+    passed = [f"{backend}: {reason}" for backend, reason in passed_over.items()]
     for backend in AUTO_ORDER:
+        if backend in passed_over:
+            continue
         try:
             reader = _open(backend, found)
         except (BackendError, ExtraMissingError) as error:
