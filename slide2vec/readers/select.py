@@ -20,6 +20,9 @@ from slide2vec.errors import (
 )
 from slide2vec.readers.base import SlideReader
 from slide2vec.readers.probe import Probe, probe
+from slide2vec.readers.refusal import CONVERT, EXPORT, Refusal
+from slide2vec.readers.spacing import refuse_oblong_pixels
+from slide2vec.readers.tiffimages import OPENSLIDE_VENDORS
 from slide2vec.slides import Slide
 
 __all__ = ["AUTO_ORDER", "backends", "open_and_use", "open_slide"]
@@ -31,6 +34,7 @@ Used = TypeVar("Used")
 #: back end -> (its module, its reader class), in the order "auto" tries them.
 _READERS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
+        "tiff": ("slide2vec.readers.tiff", "TiffReader"),
         "cucim": ("slide2vec.readers.cucim", "CucimReader"),
         "vips": ("slide2vec.readers.vips", "VipsReader"),
         "openslide": ("slide2vec.readers.openslide", "OpenslideReader"),
@@ -38,6 +42,15 @@ _READERS: Mapping[str, tuple[str, str]] = MappingProxyType(
     }
 )
 AUTO_ORDER = tuple(_READERS)
+#: Whose reason matters where no back end reads a file, the first that is there; else OpenSlide's.
+_EXPERTS = {"tiff": ("tiff", "vips"), "dicom": ("dicom",)}
+#: What OpenSlide's shortest reasons mean.
+_MEANINGS = {
+    "dissimilar main images": "it is a Leica SCN of areas that are too unlike to be put together",
+    "Can't find main image": "it is a Leica SCN without a brightfield image (fluorescence?)",
+    "ZISRAW": "it is damaged, or a Zeiss CZI of a kind that OpenSlide does not read",
+    "Unsupported or missing image file": "it is of no kind that OpenSlide knows",
+}
 
 
 def backends() -> dict[str, str | None]:
@@ -49,7 +62,7 @@ def open_slide(
     slide: Slide,
     backend: str = "auto",
     copy: Path | None = None,
-    passed_over: Mapping[str, str] = MappingProxyType({}),
+    passed_over: Mapping[str, Exception] = MappingProxyType({}),
 ) -> SlideReader:
     """Open a slide with one back end, or with the first that reads it ("auto").
 
@@ -66,12 +79,14 @@ def open_slide(
     if backend != "auto" and backend not in _READERS:
         raise ConfigError(f"unknown backend {backend!r}. {nearest_names(backend, ('auto', *_READERS))}")
     found = probe(slide, copy)
-    if backend == "auto":
-        return _open_first(found, passed_over)
-    try:
-        return _open(backend, found)
-    except BackendError as error:
-        raise _unusable(backend, slide.sample_id, found.origin, error) from error
+    reader = _open_first(found, passed_over) if backend == "auto" else _open_named(backend, found)
+    if slide.spacing_at_level_0 is None:
+        try:
+            refuse_oblong_pixels(getattr(reader, "claims", ()))
+        except Refusal as error:
+            reader.close()
+            raise SlideOpenError(f"slide {found.name}: {found.origin} cannot be read: {error}") from error
+    return reader
 
 
 def open_and_use(
@@ -83,7 +98,7 @@ def open_and_use(
         BackendError: a second decoder contradicts the back end asked for.
         Others as `open_slide`, and as `use`.
     """
-    passed_over: dict[str, str] = {}
+    passed_over: dict[str, Exception] = {}
     while True:
         with ExitStack() as undo:
             reader = undo.enter_context(open_slide(slide, backend, copy, passed_over))
@@ -93,10 +108,17 @@ def open_and_use(
                 if backend != "auto":
                     raise _unusable(backend, slide.sample_id, slide.image_path, error) from error
                 logger.warning("slide %s: not read with %s: %s", slide.sample_id, reader.backend, error)
-                passed_over[reader.backend] = str(error)
+                passed_over[reader.backend] = error
                 continue
             undo.pop_all()
             return reader, used
+
+
+def _open_named(backend: str, found: Probe) -> SlideReader:
+    try:
+        return _open(backend, found)
+    except BackendError as error:
+        raise _unusable(backend, found.name, found.origin, error) from error
 
 
 def _unusable(backend: str, name: str, path: Path, error: BackendError) -> BackendError:
@@ -111,18 +133,35 @@ def _open(backend: str, found: Probe) -> SlideReader:
     return cast(SlideReader, getattr(import_module(module), reader)(found))
 
 
-def _open_first(found: Probe, passed_over: Mapping[str, str]) -> SlideReader:
-    passed = [f"{backend}: {reason}" for backend, reason in passed_over.items()]
+def _open_first(found: Probe, passed_over: Mapping[str, Exception]) -> SlideReader:
+    passed = dict(passed_over)
     for backend in AUTO_ORDER:
         if backend in passed_over:
             continue
         try:
             reader = _open(backend, found)
         except (BackendError, ExtraMissingError) as error:
-            passed.append(f"{backend}: {error}")
+            passed[backend] = error
         else:
             logger.info(
-                "slide %s: read with %s%s", found.name, backend, f" ({'; '.join(passed)})" if passed else ""
+                "slide %s: read with %s%s", found.name, backend, f" ({_all(passed)})" if passed else ""
             )
             return reader
-    raise SlideOpenError(f"slide {found.name}: no back end reads {found.origin}: {'; '.join(passed)}")
+    logger.info("slide %s: no back end reads it (%s)", found.name, _all(passed))
+    raise SlideOpenError(f"slide {found.name}: no back end reads {found.origin}: {_why(found, passed)}")
+
+
+def _all(passed: Mapping[str, Exception]) -> str:
+    return "; ".join(f"{backend}: {error}" for backend, error in passed.items())
+
+
+def _why(found: Probe, passed: Mapping[str, Exception]) -> str:
+    """The reason that matters, and what to do. `passed` holds why every back end refused."""
+    plain = found.kind == "tiff" and found.vendor not in OPENSLIDE_VENDORS
+    experts = _EXPERTS.get(found.kind, ()) if plain or found.kind != "tiff" else ()
+    contradicted = [backend for backend, error in passed.items() if isinstance(error, Contradiction)]
+    order = (*contradicted, *experts, "openslide", *passed)
+    asked = next(backend for backend in order if backend in passed)
+    reason = str(passed[asked])
+    meaning = next((meaning for text, meaning in _MEANINGS.items() if text in reason), None)
+    return f"{f'{meaning} ({reason})' if meaning else reason}; {CONVERT if plain else EXPORT}"

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
@@ -43,7 +42,6 @@ MOST_DIFFERENCE = {
 _MOST_PIXELS = 1 << 24
 #: Whose directories are the slide's levels, tile by tile, without overlap or offset.
 _VENDORS = ("aperio", "generic", "ome", "philips")
-_JFIF = b"JFIF\0"
 
 
 def check_against_witness(reader: SlideReader, level: int, centres: NDArray[Any]) -> None:
@@ -142,8 +140,5 @@ def _segment(page: Any, index: int) -> Pixels | None:
     file = page.parent.filehandle
     file.seek(page.dataoffsets[index])
     data = file.read(size)
-    if page.compression == 7 and page.photometric == 2 and _JFIF in data[:64]:
-        # A JFIF marker says YCbCr, and every reader but tifffile believes it rather than the TIFF.
-        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)  # type: ignore[return-value]
     pixels, _, _ = page.decode(data, index, jpegtables=page.jpegtables)
     return None if pixels is None else np.asarray(pixels[0], np.uint8)
