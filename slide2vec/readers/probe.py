@@ -6,6 +6,7 @@ which may have a file.
 
 from __future__ import annotations
 
+import logging
 import re
 import struct
 from collections.abc import Iterator
@@ -19,10 +20,14 @@ from numpy.typing import NDArray
 
 from slide2vec.errors import SlideOpenError
 from slide2vec.files import is_remote
+from slide2vec.readers.dicomhead import dicom_files, dicom_series, is_dicom
+from slide2vec.readers.dicomlevels import DicomLevel, dicom_levels
 from slide2vec.readers.spacing import Claim, objective_claim, settle_spacing
 from slide2vec.slides import Slide
 
 __all__ = ["Probe", "TiffLevel", "probe"]
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["tiff", "dicom", "mrxs", "unrecognised"]
 
@@ -33,6 +38,10 @@ _NOT_SLIDES = {
     b"%PDF": "a PDF",
     b"PK\3\4": "a zip archive",
 }
+#: Sides of a pixel that differ by more are not square.
+_SQUARE = 0.01
+#: A spacing that differs by more from the size of the imaged volume is doubted.
+_IMAGED = 0.05
 _UNIT_MM = {"nm": 1e-6, "µm": 1e-3, "um": 1e-3, "mm": 1.0, "cm": 10.0, "m": 1e3}
 
 
@@ -78,6 +87,7 @@ class Probe:
         kind: container: "tiff", "dicom", "mrxs", or "unrecognised" (OpenSlide may know it).
         vendor: of a TIFF: aperio, hamamatsu, philips, leica, ventana, trestle, ome or generic; else "".
         levels: of a TIFF, level 0 first; else empty.
+        dicom_levels: of a DICOM slide, level 0 first; else empty.
         spacing_um, spacing_source: as in SlideReader.
     """
 
@@ -87,6 +97,7 @@ class Probe:
     kind: Kind
     vendor: str = ""
     levels: tuple[TiffLevel, ...] = ()
+    dicom_levels: tuple[DicomLevel, ...] = ()
     spacing_um: float | None = None
     spacing_source: str = "not read from the tags"
 
@@ -105,6 +116,8 @@ def probe(slide: Slide, copy: Path | None = None) -> Probe:
         )
     opened = copy or path
     kind = _kind(path, _head(opened, path, name), name)
+    if kind == "dicom":
+        return _probe_dicom(opened, path, name)
     if kind != "tiff":
         return Probe(path=opened, origin=path, name=name, kind=kind)
     try:
@@ -123,7 +136,8 @@ def _head(opened: Path, path: Path, name: str) -> bytes:
     except FileNotFoundError:
         raise SlideOpenError(f"slide {name}: there is no file {path}") from None
     except IsADirectoryError:
-        raise SlideOpenError(f"slide {name}: {path} is a directory; give the slide file itself") from None
+        files = "any file of its series" if dicom_files(opened) else "the slide file itself"
+        raise SlideOpenError(f"slide {name}: {path} is a directory; give {files}") from None
     except OSError as error:
         raise SlideOpenError(f"slide {name}: {path} cannot be opened: {error}") from error
     if not head:
@@ -132,10 +146,10 @@ def _head(opened: Path, path: Path, name: str) -> bytes:
 
 
 def _kind(path: Path, head: bytes, name: str) -> Kind:
+    if is_dicom(head):  # first: what comes before may be the header of a TIFF that has the same pixels
+        return "dicom"
     if head[:4] in _TIFF_MAGIC:
         return "tiff"
-    if head[128:132] == b"DICM":
-        return "dicom"
     if path.suffix.lower() == ".mrxs":
         return "mrxs"
     for magic, what in _NOT_SLIDES.items():
@@ -144,6 +158,46 @@ def _kind(path: Path, head: bytes, name: str) -> Kind:
                 f"slide {name}: {path} is {what}, not a slide; convert it to a tiled TIFF with its µm/px"
             )
     return "unrecognised"
+
+
+def _probe_dicom(opened: Path, path: Path, name: str) -> Probe:
+    try:
+        levels = dicom_levels(dicom_series(opened), opened)
+    except (OSError, ValueError) as error:
+        raise SlideOpenError(f"slide {name}: {path} cannot be read as a slide: {error}") from error
+    spacing_um, source = settle_spacing(_dicom_claims(levels[0], path, name))
+    return Probe(
+        path=opened,
+        origin=path,
+        name=name,
+        kind="dicom",
+        dicom_levels=levels,
+        spacing_um=spacing_um,
+        spacing_source=source,
+    )
+
+
+def _dicom_claims(level: DicomLevel, path: Path, name: str) -> Iterator[Claim]:
+    """µm/px between columns; refused where rows lie otherwise, doubted where the imaged volume does."""
+    imaged = level.volume_mm[0] * 1000 / level.width
+    if level.spacing_um is not None:
+        row, column = level.spacing_um
+        if abs(row - column) > _SQUARE * max(row, column):
+            raise SlideOpenError(
+                f"slide {name}: {path} has pixels of {column:.6g} x {row:.6g} µm (PixelSpacing), and only "
+                "square ones are read: resample it"
+            )
+        if imaged and abs(imaged - column) > _IMAGED * column:
+            logger.warning(
+                "slide %s: %s has %.4g µm/px by PixelSpacing, which is used, and %.4g by ImagedVolumeWidth",
+                name,
+                path,
+                column,
+                imaged,
+            )
+        yield "PixelSpacing", column
+    elif imaged:
+        yield "ImagedVolumeWidth", imaged
 
 
 def _probe_tiff(path: Path, name: str, pages: list[Any], size: int) -> Probe:

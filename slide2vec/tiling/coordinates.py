@@ -39,6 +39,8 @@ _UNREADABLE = (
     *(OSError, ValueError, TypeError, KeyError, ConfigError, zipfile.BadZipFile, zlib.error, EOFError),
     *(NotImplementedError, RuntimeError, OverflowError, RecursionError, MemoryError),
 )
+#: What hs2p 6.1.0, which has none of these, opens the same slides with.
+_HS2P_BACKENDS = {"dicom": "openslide"}
 #: Side of a tile as read beyond which a coordinate file is not believed: one tile has 3 GB then.
 _MOST_PX = 32_768
 
@@ -81,8 +83,8 @@ def _metadata(tiling: Tiling) -> dict[str, dict[str, Any]]:
             "sample_id": tiling.sample_id,
             "image_path": str(tiling.image_path),
             "mask_path": mask_path,
-            "backend": tiling.backend,
-            "requested_backend": tiling.requested_backend,
+            "backend": _HS2P_BACKENDS.get(tiling.backend, tiling.backend),
+            "requested_backend": _HS2P_BACKENDS.get(tiling.requested_backend, tiling.requested_backend),
             "spacing_at_level_0": tiling.spacing_at_level_0,
             "mask_backend": tissue.mask_backend,
             "requested_mask_backend": tissue.requested_mask_backend,
