@@ -53,6 +53,8 @@ class AsapReader(PyramidReader):
         image = self._image
         if image is None:
             raise BackendError("ASAP cannot open it")
+        if probe.levels and (probe.levels[0].planes or probe.levels[0].page):
+            raise BackendError("ASAP would take its first directory for the slide")
         levels = range(image.getNumberOfLevels())
         super().__init__(probe, [tuple(image.getLevelDimensions(level)) for level in levels])
         self._native_downsamples = [float(image.getLevelDownsample(level)) for level in levels]

@@ -8,7 +8,7 @@ from typing import Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SlideReader"]
+__all__ = ["SlideReader", "planning_downsamples"]
 
 
 @runtime_checkable
@@ -66,3 +66,13 @@ class SlideReader(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+def planning_downsamples(reader: SlideReader) -> tuple[float, ...]:
+    """Downsamples of the levels that grids, read levels and tissue masks are chosen from.
+
+    These are the first levels, which HS2P sees, too, so that coordinates are HS2P's. Further ones, in
+    SubIFDs of a TIFF for instance, are only there to be read; a reader of such a slide has the attribute
+    `planning_levels`, their number.
+    """
+    return reader.downsamples[: getattr(reader, "planning_levels", None)]

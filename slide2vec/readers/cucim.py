@@ -82,7 +82,8 @@ def _why_not(probe: Probe) -> str | None:
     """Why cuCIM may not have the file (as measured with 26.10), None when it may."""
     if probe.kind != "tiff" or probe.vendor not in _VENDORS:
         return f"cuCIM does not read {probe.vendor or probe.kind} files"
-    return next((reason for level in probe.levels if (reason := _why_not_level(level))), None)
+    levels = probe.levels[: probe.planning]
+    return next((reason for level in levels if (reason := _why_not_level(level))), None)
 
 
 def _why_not_level(level: TiffLevel) -> str | None:
@@ -133,7 +134,7 @@ def tame_cufile() -> None:
 def _expected_dimensions(probe: Probe) -> tuple[tuple[int, int], ...]:
     """Level sizes that cuCIM must agree with."""
     if probe.vendor != "philips":
-        return tuple((level.width, level.height) for level in probe.levels)
+        return tuple((level.width, level.height) for level in probe.levels[: probe.planning])
     import openslide  # Philips pads its levels to whole tiles; OpenSlide knows their true sizes
 
     with openslide.OpenSlide(probe.path) as handle:

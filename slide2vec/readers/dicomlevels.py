@@ -21,8 +21,9 @@ from slide2vec.readers.dicomhead import (
     partly_read,
     uid_name,
 )
+from slide2vec.readers.spacing import Claim
 
-__all__ = ["DicomLevel", "dicom_levels"]
+__all__ = ["DicomLevel", "dicom_claims", "dicom_levels"]
 
 _IMPLICIT = "1.2.840.10008.1.2"
 #: Transfer syntaxes whose frames are not compressed.
@@ -120,6 +121,15 @@ def dicom_levels(heads: Sequence[DicomHead], named: Path) -> tuple[DicomLevel, .
     levels.sort(key=lambda level: level.width * level.height, reverse=True)
     _refuse_several(levels)
     return tuple(levels)
+
+
+def dicom_claims(level: DicomLevel) -> Iterator[Claim]:
+    """What a level claims its µm/px to be, the most trustworthy first."""
+    if level.spacing_um is not None:
+        row, column = level.spacing_um
+        yield "PixelSpacing", column, row
+    if level.volume_mm[0] > 0:
+        yield "ImagedVolumeWidth", level.volume_mm[0] * 1000 / level.width
 
 
 def _refuse_no_slide(heads: Sequence[DicomHead], named: Path) -> None:

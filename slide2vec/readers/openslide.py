@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -47,14 +48,20 @@ class OpenslideReader(PyramidReader):
             handle = openslide.OpenSlide(probe.path)
         except openslide.OpenSlideError as error:
             raise BackendError(f"OpenSlide cannot open it: {error}") from error
-        super().__init__(probe, handle.level_dimensions)
+        dimensions = handle.level_dimensions
+        if wrong := _other_levels(probe, dimensions):
+            handle.close()
+            raise BackendError(wrong)
+        super().__init__(probe, dimensions[: probe.planning or None])
         self._handle: Any | None = handle
         self._native_downsamples = tuple(handle.level_downsamples)
         self._lock = threading.Lock()
         if probe.kind != "tiff" or probe.vendor in {"leica", "ventana", "trestle"}:
             self.spacing_um, self.spacing_source = settle_spacing(_claims(handle.properties))
         if self.tile_shapes[0] is None:
-            self.tile_shapes = tuple(_tile_shape(handle.properties, i) for i in range(handle.level_count))
+            self.tile_shapes = tuple(
+                _tile_shape(handle.properties, i) for i in range(len(self.level_dimensions))
+            )
 
     def _read_box(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         downsample = self._native_downsamples[level]
@@ -97,6 +104,18 @@ class OpenslideReader(PyramidReader):
             if self._handle is not None:
                 self._handle.close()
             self._handle = None
+
+
+def _other_levels(probe: Probe, dimensions: Sequence[tuple[int, int]]) -> str | None:
+    """How OpenSlide's levels differ from those of the tags, None where they begin with them."""
+    if probe.levels and probe.levels[0].planes:
+        return "its red, green and blue are three directories, of which OpenSlide would take one"
+    if probe.vendor == "philips":  # pads its levels to whole tiles; OpenSlide knows their true sizes
+        return None
+    expected = [(level.width, level.height) for level in probe.levels[: probe.planning]]
+    if list(dimensions[: probe.planning]) == expected:
+        return None
+    return f"OpenSlide sees other levels in it {tuple(dimensions)} than its tags {tuple(expected)}"
 
 
 def _has_failed(handle: Any) -> bool:

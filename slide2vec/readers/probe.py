@@ -7,22 +7,24 @@ which may have a file.
 from __future__ import annotations
 
 import logging
-import re
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import tifffile
-from numpy.typing import NDArray
 
 from slide2vec.errors import SlideOpenError
 from slide2vec.files import is_remote
 from slide2vec.readers.dicomhead import dicom_files, dicom_series, is_dicom
-from slide2vec.readers.dicomlevels import DicomLevel, dicom_levels
-from slide2vec.readers.spacing import Claim, objective_claim, settle_spacing
+from slide2vec.readers.dicomlevels import DicomLevel, dicom_claims, dicom_levels
+from slide2vec.readers.refusal import COPY_AGAIN, Refusal
+from slide2vec.readers.spacing import Claim, refuse_oblong_pixels, settle_spacing
+from slide2vec.readers.tiffimages import find_slide, vendor_of
+from slide2vec.readers.tifflevels import TiffLevel
+from slide2vec.readers.tiffspacing import tiff_claims
 from slide2vec.slides import Slide
 
 __all__ = ["Probe", "TiffLevel", "probe"]
@@ -38,42 +40,19 @@ _NOT_SLIDES = {
     b"%PDF": "a PDF",
     b"PK\3\4": "a zip archive",
 }
-#: Sides of a pixel that differ by more are not square.
-_SQUARE = 0.01
-#: A spacing that differs by more from the size of the imaged volume is doubted.
-_IMAGED = 0.05
-_UNIT_MM = {"nm": 1e-6, "µm": 1e-3, "um": 1e-3, "mm": 1.0, "cm": 10.0, "m": 1e3}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TiffLevel:
-    """One pyramid level of a TIFF file.
-
-    Attributes:
-        page: index of its directory in the file.
-        width, height: in px.
-        tile: (width, height) of its tiles in px, None when it is stored in strips.
-        compression, photometric: their TIFF names ("JPEG", "YCBCR", …).
-        predictor: 1 for none.
-        planar: channels are stored apart.
-        samples, bits: channels per pixel, bits per channel.
-        offsets, counts: (n,) int64 position and bytes of each tile, row-major; 0 bytes = left out.
-        jpeg_tables: what JPEG tiles share.
-    """
-
-    page: int
-    width: int
-    height: int
-    tile: tuple[int, int] | None
-    compression: str
-    predictor: int
-    photometric: str
-    planar: bool
-    samples: int
-    bits: int
-    offsets: NDArray[np.int64] = field(repr=False, compare=False)
-    counts: NDArray[np.int64] = field(repr=False, compare=False)
-    jpeg_tables: bytes | None = field(repr=False, compare=False)
+#: Two claims of a file that differ by more are told.
+_DOUBTED = 0.05
+#: What tifffile raises on tags that make no sense.
+_MALFORMED = (
+    tifffile.TiffFileError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +67,8 @@ class Probe:
         vendor: of a TIFF: aperio, hamamatsu, philips, leica, ventana, trestle, ome or generic; else "".
         levels: of a TIFF, level 0 first; else empty.
         dicom_levels: of a DICOM slide, level 0 first; else empty.
+        planning: the first so many levels are those that OpenSlide, cuCIM and HS2P see. Levels and grids are
+            chosen among them, so that coordinates are HS2P's; the others are only there to be read.
         spacing_um, spacing_source: as in SlideReader.
     """
 
@@ -98,6 +79,7 @@ class Probe:
     vendor: str = ""
     levels: tuple[TiffLevel, ...] = ()
     dicom_levels: tuple[DicomLevel, ...] = ()
+    planning: int = 0
     spacing_um: float | None = None
     spacing_source: str = "not read from the tags"
 
@@ -117,15 +99,18 @@ def probe(slide: Slide, copy: Path | None = None) -> Probe:
     opened = copy or path
     kind = _kind(path, _head(opened, path, name), name)
     if kind == "dicom":
-        return _probe_dicom(opened, path, name)
+        return _probe_dicom(slide, opened)
     if kind != "tiff":
         return Probe(path=opened, origin=path, name=name, kind=kind)
     try:
         with tifffile.TiffFile(opened) as tiff:
-            return replace(_probe_tiff(path, name, list(tiff.pages), opened.stat().st_size), path=opened)
-    except (tifffile.TiffFileError, OSError, ValueError, LookupError, TypeError, struct.error) as error:
+            return replace(_probe_tiff(slide, list(tiff.pages), opened.stat().st_size), path=opened)
+    except Refusal as error:
+        raise SlideOpenError(f"slide {name}: {path} cannot be read: {error}") from error
+    except _MALFORMED as error:
         raise SlideOpenError(
-            f"slide {name}: {path} is a malformed or truncated TIFF ({error}); copy it again from its source"
+            f"slide {name}: {path} is a malformed or truncated TIFF ({type(error).__name__}: {error}); "
+            f"{COPY_AGAIN}"
         ) from error
 
 
@@ -160,12 +145,17 @@ def _kind(path: Path, head: bytes, name: str) -> Kind:
     return "unrecognised"
 
 
-def _probe_dicom(opened: Path, path: Path, name: str) -> Probe:
+def _probe_dicom(slide: Slide, opened: Path) -> Probe:
+    path, name = slide.image_path, slide.sample_id
     try:
         levels = dicom_levels(dicom_series(opened), opened)
+        claims = list(dicom_claims(levels[0]))
+        if slide.spacing_at_level_0 is None:
+            refuse_oblong_pixels(claims)
     except (OSError, ValueError) as error:
-        raise SlideOpenError(f"slide {name}: {path} cannot be read as a slide: {error}") from error
-    spacing_um, source = settle_spacing(_dicom_claims(levels[0], path, name))
+        raise SlideOpenError(f"slide {name}: {path} cannot be read: {error}") from error
+    _doubt_spacing(slide, claims)
+    spacing_um, source = settle_spacing(claims)
     return Probe(
         path=opened,
         origin=path,
@@ -177,153 +167,60 @@ def _probe_dicom(opened: Path, path: Path, name: str) -> Probe:
     )
 
 
-def _dicom_claims(level: DicomLevel, path: Path, name: str) -> Iterator[Claim]:
-    """µm/px between columns; refused where rows lie otherwise, doubted where the imaged volume does."""
-    imaged = level.volume_mm[0] * 1000 / level.width
-    if level.spacing_um is not None:
-        row, column = level.spacing_um
-        if abs(row - column) > _SQUARE * max(row, column):
-            raise SlideOpenError(
-                f"slide {name}: {path} has pixels of {column:.6g} x {row:.6g} µm (PixelSpacing), and only "
-                "square ones are read: resample it"
-            )
-        if imaged and abs(imaged - column) > _IMAGED * column:
-            logger.warning(
-                "slide %s: %s has %.4g µm/px by PixelSpacing, which is used, and %.4g by ImagedVolumeWidth",
-                name,
-                path,
-                column,
-                imaged,
-            )
-        yield "PixelSpacing", column
-    elif imaged:
-        yield "ImagedVolumeWidth", imaged
+def _doubt_spacing(slide: Slide, claims: Sequence[Claim]) -> None:
+    if len(claims) == 2 and abs(claims[0][1] - claims[1][1]) > _DOUBTED * claims[0][1]:
+        (source, used), (other, unused) = (claim[:2] for claim in claims)
+        logger.warning(
+            "slide %s: %s has %.4g µm/px by %s, which is used, and %.4g by %s",
+            *(slide.sample_id, slide.image_path, used, source, unused, other),
+        )
 
 
-def _probe_tiff(path: Path, name: str, pages: list[Any], size: int) -> Probe:
+def _probe_tiff(slide: Slide, pages: list[Any], size: int) -> Probe:
+    path, name = slide.image_path, slide.sample_id
     if not pages:
-        raise SlideOpenError(f"slide {name}: {path} is a truncated TIFF: it holds no image directory")
-    _refuse_truncated(path, name, pages, size)
-    vendor = _vendor(pages[0])
-    spacing_um, source = settle_spacing(_claims(vendor, pages[0]))
+        raise Refusal("it is a truncated TIFF: it holds no image directory")
+    for page in pages:
+        _refuse_impossible(page)
+        _refuse_truncated(page, size)
+    vendor = vendor_of(pages)
+    found = find_slide(vendor, pages, path.name)
+    claims = list(tiff_claims(vendor, found.page, found.ome))
+    if slide.spacing_at_level_0 is None:
+        refuse_oblong_pixels(claims)
+    spacing_um, source = settle_spacing(claims)
     return Probe(
         path=path,
         origin=path,
         name=name,
         kind="tiff",
         vendor=vendor,
-        levels=tuple(_levels(vendor, pages)),
+        levels=found.levels.levels,
+        planning=found.levels.planning,
         spacing_um=spacing_um,
         spacing_source=source,
     )
 
 
-def _refuse_truncated(path: Path, name: str, pages: list[Any], size: int) -> None:
-    for page in pages:
-        if not page.dataoffsets or not page.databytecounts:
-            continue
-        end = int((_int64(page.dataoffsets) + _int64(page.databytecounts)).max())
-        if end > size:
-            raise SlideOpenError(
-                f"slide {name}: {path} is truncated: it has {size} bytes and directory {page.index} points "
-                f"to byte {end}; copy it again from its source"
-            )
-
-
-def _int64(values: Any) -> NDArray[np.int64]:
-    return np.asarray(values, np.int64)
-
-
-def _vendor(page: Any) -> str:
-    text = page.description
-    software = str(page.software)
-    if text.startswith("Aperio"):
-        return "aperio"
-    if page.is_ndpi:
-        return "hamamatsu"
-    if software.startswith("Philips") or "DPUfsImport" in text:
-        return "philips"
-    if page.is_scn or "leica-microsystems.com/scn" in text:
-        return "leica"
-    if page.is_bif or "<iScan" in str(page.tags.valueof("XMP", b"")):
-        return "ventana"
-    if software.startswith("MedScan"):
-        return "trestle"
-    return "ome" if page.is_ome else "generic"
-
-
-def _levels(vendor: str, pages: list[Any]) -> Iterator[TiffLevel]:
-    """Level 0 and the tiled, ever smaller copies of it; label and macro pictures are not levels."""
-    base = last = pages[0]
-    yield _level(base)
-    if not base.is_tiled:
-        return
-    for page in pages[1:]:
-        reduced = vendor == "aperio" or page.subfiletype & 1
-        same = (page.samplesperpixel, page.bitspersample) == (base.samplesperpixel, base.bitspersample)
-        if page.is_tiled and reduced and same and page.imagewidth < last.imagewidth:
-            last = page
-            yield _level(page)
-
-
-def _level(page: Any) -> TiffLevel:
-    return TiffLevel(
-        page=page.index,
-        width=page.imagewidth,
-        height=page.imagelength,
-        tile=(page.tilewidth, page.tilelength) if page.is_tiled else None,
-        compression=getattr(page.compression, "name", str(page.compression)),
-        predictor=int(page.predictor),
-        photometric=getattr(page.photometric, "name", str(page.photometric)),
-        planar=int(page.planarconfig) == 2 and page.samplesperpixel > 1,
-        samples=page.samplesperpixel,
-        bits=page.bitspersample,
-        offsets=_int64(page.dataoffsets),
-        counts=_int64(page.databytecounts),
-        jpeg_tables=page.jpegtables,
-    )
-
-
-def _claims(vendor: str, page: Any) -> Iterator[Claim]:
-    """What the tags of level 0 claim its µm/px to be, the most trustworthy first."""
-    text = page.description
-    if vendor == "aperio":
-        yield from (("mpp", value) for value in _numbers(r"\bMPP *= *([-+.\deE]+)", text))
-    if vendor == "philips":
-        pattern = r'DICOM_PIXEL_SPACING"[^>]*>\s*(?:"|&quot;)?([-+.\deE]+)'
-        yield from (("DICOM_PIXEL_SPACING", value * 1000) for value in _numbers(pattern, text))
-    if vendor == "ome":
-        yield from _ome_claims(text)
-    yield from _resolution_claims(page)
-    if vendor == "aperio":
-        yield from (objective_claim(value) for value in _numbers(r"\bAppMag *= *([-+.\deE]+)", text))
-    if vendor == "hamamatsu":
-        lens = page.tags.valueof(65421)
-        yield from [objective_claim(float(lens))] if lens else []
-
-
-def _numbers(pattern: str, text: str) -> Iterator[float]:
-    """The number that the first match of `pattern` captures, if there is one."""
-    found = re.search(pattern, text)
-    if found:
-        try:
-            yield float(found[1])
-        except ValueError:
-            return
-
-
-def _ome_claims(xml: str) -> Iterator[Claim]:
-    unit = re.search(r'PhysicalSizeXUnit="([^"]*)"', xml)
-    factor = _UNIT_MM.get(unit[1].replace("μ", "µ") if unit else "µm")
-    if factor is not None:
-        yield from (
-            ("PhysicalSizeX", value * factor * 1e3) for value in _numbers(r'PhysicalSizeX="([^"]*)"', xml)
+def _refuse_impossible(page: Any) -> None:
+    sides = {"ImageWidth": page.imagewidth, "ImageLength": page.imagelength}
+    if page.is_tiled:
+        sides |= {"TileWidth": page.tilewidth, "TileLength": page.tilelength}
+    for name, side in sides.items():
+        if side < 1:
+            raise Refusal(f"{name} of directory {page.index} is {side}: the file is damaged; {COPY_AGAIN}")
+    counts = len(page.dataoffsets), len(page.databytecounts)
+    if not all(counts) or counts[0] != counts[1]:
+        raise Refusal(
+            f"directory {page.index} has {counts[0]} offsets and {counts[1]} byte counts of tiles or strips: "
+            f"the file is damaged; {COPY_AGAIN}"
         )
 
 
-def _resolution_claims(page: Any) -> Iterator[Claim]:
-    """XResolution in pixels per inch (unit 2) or centimetre (3)."""
-    um = {2: 25_400.0, 3: 10_000.0}.get(int(page.tags.valueof("ResolutionUnit", 0)))
-    pixels, per = page.tags.valueof("XResolution", (0, 0))
-    if um and pixels and per:
-        yield "resolution", um * per / pixels
+def _refuse_truncated(page: Any, size: int) -> None:
+    end = int((np.asarray(page.dataoffsets, np.int64) + np.asarray(page.databytecounts, np.int64)).max())
+    if end > size:
+        raise Refusal(
+            f"it is truncated: it has {size} bytes and directory {page.index} points to byte {end}; "
+            f"{COPY_AGAIN}"
+        )

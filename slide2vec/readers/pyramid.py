@@ -27,8 +27,9 @@ class PyramidReader(ABC):
         self.level_dimensions = tuple((int(width), int(height)) for width, height in level_dimensions)
         self.dimensions = self.level_dimensions[0]
         self.downsamples = tuple(self.dimensions[0] / width for width, _ in self.level_dimensions)
+        self.planning_levels = min(probe.planning or len(self.downsamples), len(self.downsamples))
         self.spacing_um, self.spacing_source = probe.spacing_um, probe.spacing_source
-        known = len(probe.levels) == len(self.level_dimensions)
+        known = len(probe.levels) >= len(self.level_dimensions)
         self.tile_shapes: tuple[tuple[int, int] | None, ...] = tuple(
             probe.levels[level].tile if known else None for level in range(len(self.level_dimensions))
         )

@@ -9,16 +9,26 @@ from typing import TypeAlias
 from slide2vec.errors import SpacingError
 from slide2vec.geometry import PLAUSIBLE_SPACING_UM, is_plausible_spacing
 from slide2vec.readers.base import SlideReader
+from slide2vec.readers.refusal import Refusal
 from slide2vec.slides import Slide
 
-__all__ = ["OBJECTIVE", "Claim", "objective_claim", "resolve_spacing", "settle_spacing"]
+__all__ = [
+    "OBJECTIVE",
+    "Claim",
+    "objective_claim",
+    "refuse_oblong_pixels",
+    "resolve_spacing",
+    "settle_spacing",
+]
 
 logger = logging.getLogger(__name__)
 
-#: (where it was read, µm/px of level 0).
-Claim: TypeAlias = tuple[str, float]
+#: (where it was read, µm/px of level 0, the same along y where that is given).
+Claim: TypeAlias = tuple[str, float] | tuple[str, float, float]
 
 OBJECTIVE = "objective power"
+#: Relative difference of µm/px along x and y up to which pixels count as square.
+MOST_OBLONG = 0.01
 
 
 def objective_claim(power: float) -> Claim:
@@ -29,7 +39,8 @@ def objective_claim(power: float) -> Claim:
 def settle_spacing(claims: Iterable[Claim]) -> tuple[float | None, str]:
     """The first plausible claim as (µm/px, its source), or (None, why there is none)."""
     refused = []
-    for source, spacing in claims:
+    for claim in claims:
+        source, spacing = claim[:2]
         if is_plausible_spacing(spacing):
             return spacing, source
         refused.append(f"{source} {spacing:.6g}")
@@ -40,6 +51,25 @@ def settle_spacing(claims: Iterable[Claim]) -> tuple[float | None, str]:
         None,
         f"the file gives an implausible spacing ({', '.join(refused)}; {low} to {high} µm/px is plausible)",
     )
+
+
+def refuse_oblong_pixels(claims: Iterable[Claim]) -> None:
+    """Refuse pixels that are not square: tiles would be distorted.
+
+    Raises:
+        Refusal: a claim whose µm/px are plausible differs along x and y by more than 1 %.
+    """
+    for claim in claims:
+        if len(claim) < 3:
+            continue
+        source, x, y = claim
+        coarse = max(x, y)
+        if is_plausible_spacing(x) and abs(x - y) > MOST_OBLONG * min(x, y):
+            raise Refusal(
+                f"its pixels are not square: {x:.6g} µm wide and {y:.6g} µm high ({source}); resample it "
+                f"(vips resize IN OUT.tif {x / coarse:.6g} --vscale {y / coarse:.6g}) and write it as a "
+                "tiled pyramid; if the file is wrong, give spacing_at_level_0"
+            )
 
 
 def resolve_spacing(reader: SlideReader, slide: Slide) -> float:

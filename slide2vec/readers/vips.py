@@ -40,12 +40,13 @@ class VipsReader(PyramidReader):
         if reason:
             raise BackendError(reason)
         vips = _library()
-        super().__init__(probe, [(level.width, level.height) for level in probe.levels])
+        levels = probe.levels[: probe.planning]
+        super().__init__(probe, [(level.width, level.height) for level in levels])
         self._error: type[Exception] = vips.Error
         try:
             self._images: list[Any] = [
                 _as_srgb(vips.Image.tiffload(str(probe.path), page=level.page, fail_on="error"))
-                for level in probe.levels
+                for level in levels
             ]
         except vips.Error as error:
             raise BackendError(f"libvips cannot open it: {error}") from error
@@ -55,7 +56,7 @@ class VipsReader(PyramidReader):
 
     def _try_decoders(self, probe: Probe) -> None:
         """Decode a pixel per level: libvips opens files in compressions that it was built without."""
-        for image, level in zip(self._images, probe.levels, strict=True):
+        for image, level in zip(self._images, probe.levels, strict=False):
             try:
                 if level.compression != "JPEG":
                     image.crop(0, 0, 1, 1).write_to_memory()
@@ -84,6 +85,8 @@ class VipsReader(PyramidReader):
 def _why_not(probe: Probe) -> str | None:
     if probe.kind != "tiff" or probe.vendor not in _VENDORS:
         return f"vips is used for plain TIFF files, not for {probe.vendor or probe.kind} ones"
+    if probe.levels[0].planes:
+        return "its red, green and blue are three directories, of which libvips would take one"
     if any((level.counts == 0).any() for level in probe.levels):
         return "some tiles are left out of the file, which libvips takes for an error"
     if any(level.bits != 8 for level in probe.levels):

@@ -165,7 +165,8 @@ class DeviceFeed:
             except (BackendError, ExtraMissingError) as error:
                 reasons.append(f"{name}: {error}")
                 continue
-            if reader.level_dimensions == host.level_dimensions:
+            planned = slice(host.planning_levels)
+            if reader.level_dimensions[planned] == host.level_dimensions[planned]:
                 yield name, reader
             else:
                 reader.close()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from slide2vec.config import FilterConfig
 from slide2vec.geometry import TileGeometry, select_level
 from slide2vec.readers import SlideReader
+from slide2vec.readers.base import planning_downsamples
 
 __all__ = ["good_tiles", "looks_good"]
 
@@ -78,7 +79,7 @@ def _view(reader: SlideReader, geometry: TileGeometry, config: FilterConfig) -> 
     base = geometry.base_spacing_um
     # Finer than level 0 is answered with level 0, enlarged.
     spacing = max(config.qc_spacing_um, base)
-    choice = select_level(spacing, base, reader.downsamples, geometry.tolerance)
+    choice = select_level(spacing, base, planning_downsamples(reader), geometry.tolerance)
     side_um = geometry.requested_tile_size_px * geometry.requested_spacing_um
     return _View(
         level=choice.level,

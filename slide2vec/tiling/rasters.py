@@ -17,6 +17,7 @@ from slide2vec.errors import MaskError, Slide2VecError
 from slide2vec.files import is_remote
 from slide2vec.geometry import nearest_downsample_level, select_level
 from slide2vec.readers import SlideReader, open_slide
+from slide2vec.readers.base import planning_downsamples
 from slide2vec.slides import Slide
 from slide2vec.tiling.levels import read_level
 from slide2vec.tiling.records import PRECOMPUTED, Segmentation
@@ -70,7 +71,7 @@ def read_mask(
         if copy is None and is_remote(path):
             raise OSError("it is on remote storage and needs ExecutionOptions(stage_dir=…)")
         labels, read = _read_labels(
-            copy or path, reader.dimensions, base_spacing_um, reader.downsamples, config
+            copy or path, reader.dimensions, base_spacing_um, planning_downsamples(reader), config
         )
     except (OSError, ValueError, RuntimeError, SyntaxError, Slide2VecError) as error:
         raise MaskError(f"slide {slide.sample_id}: the tissue mask {path} cannot be used: {error}") from error

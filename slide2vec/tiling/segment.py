@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from slide2vec.config import SegmentationConfig
 from slide2vec.geometry import nearest_downsample_level
 from slide2vec.readers import SlideReader
+from slide2vec.readers.base import planning_downsamples
 from slide2vec.tiling.levels import read_blocks, reduced_size
 from slide2vec.tiling.records import Segmentation
 
@@ -64,7 +65,7 @@ def segment_tissue(
     Raises:
         SlideReadError: pixels cannot be decoded.
     """
-    level = nearest_downsample_level(config.downsample, reader.downsamples)
+    level = nearest_downsample_level(config.downsample, planning_downsamples(reader))
     factor = _reduction(reader, level, config.downsample)
     if factor > 1:
         logger.info(

@@ -8,6 +8,7 @@ from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import ConfigError, SpacingError
 from slide2vec.geometry import TileGeometry, region_geometry, tile_geometry
 from slide2vec.readers import SlideReader
+from slide2vec.readers.base import planning_downsamples
 from slide2vec.slides import Slide
 from slide2vec.tiling.contours import find_pieces, smallest_area
 from slide2vec.tiling.grid import tissue_tiles
@@ -66,7 +67,7 @@ def tile_slide(
         backend=reader.backend,
         requested_backend=config.backend,
         dimensions=reader.dimensions,
-        downsamples=tuple(reader.downsamples),
+        downsamples=planning_downsamples(reader),
         geometry=geometry,
         x=x[good],
         y=y[good],
@@ -125,7 +126,7 @@ def _geometry(
             requested_tile_size_px=size,
             requested_spacing_um=spacing,
             base_spacing_um=base_spacing_um,
-            downsamples=reader.downsamples,
+            downsamples=planning_downsamples(reader),
             tolerance=config.tolerance,
             overlap=config.overlap,
         )

@@ -1,0 +1,93 @@
+"""What the pixels of a slide must be, whatever reads them: 8-bit brightfield RGB (or gray), upright."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+from slide2vec.readers.omexml import OmeImage
+from slide2vec.readers.refusal import CONVERT, EXPORT, Refusal
+
+__all__ = ["refuse_pixels"]
+
+Page: TypeAlias = Any
+
+_CHANNELS = (1, 3, 4)
+#: TIFF 6.0, section 19; 4 is "undefined", which readers take for unsigned.
+_SAMPLE_FORMATS = {2: "signed", 3: "floating-point", 5: "complex", 6: "complex floating-point"}
+#: TIFF 6.0, Orientation.
+_ORIENTATIONS = {
+    2: "mirrored",
+    3: "turned by 180°",
+    4: "upside down",
+    5: "transposed",
+    6: "turned by 90°",
+    7: "transposed and turned by 180°",
+    8: "turned by 270°",
+}
+_RENDER = f"slide2vec reads 8-bit brightfield slides; render it as 8-bit RGB, and {EXPORT}"
+
+
+def refuse_pixels(page: Page, image: OmeImage | None) -> None:
+    """Refuse a slide whose pixels would be read as something that they are not.
+
+    Args:
+        page: directory of level 0.
+        image: what OME-XML says of it.
+
+    Raises:
+        Refusal: with all that was found.
+    """
+    found = [*_samples(page, image), *(_planes(image, page.samplesperpixel) if image else ())]
+    if found:
+        raise Refusal(f"it has {' and '.join(found)}; {_RENDER}")
+    orientation = page.tags.valueof(274, 1)
+    if orientation != 1:
+        raise Refusal(
+            f"its Orientation tag is {orientation} ({_ORIENTATIONS.get(orientation, 'unknown')}), which "
+            f"readers of slides do not follow; turn it upright (vips autorot) and {CONVERT}. If its pixels "
+            "are upright already, set the tag to 1: tiffset -s 274 1 FILE"
+        )
+
+
+def _samples(page: Page, image: OmeImage | None) -> Iterator[str]:
+    bits = page.tags.valueof(258, page.bitspersample)
+    each: Sequence[int] = bits if isinstance(bits, tuple) else (bits,)
+    if any(value != 8 for value in each):
+        known = sorted(set(each))
+        yield f"{' and '.join(map(str, known))} bits per channel{_significant(image, max(known))}, not 8"
+    formats = page.tags.valueof(339, 1)
+    for value in sorted(set(formats if isinstance(formats, tuple) else (formats,))):
+        if value in _SAMPLE_FORMATS:
+            yield f"{_SAMPLE_FORMATS[value]} samples (SampleFormat {value})"
+    if page.samplesperpixel not in _CHANNELS:
+        yield f"{page.samplesperpixel} channels per pixel, where 1, 3 or 4 are read"
+    if page.imagedepth != 1:
+        yield f"a depth of {page.imagedepth} planes (ImageDepth)"
+
+
+def _significant(image: OmeImage | None, bits: int) -> str:
+    if image is None or not 0 < image.significant_bits < bits:
+        return ""
+    return f" (of which {image.significant_bits} are significant)"
+
+
+def _planes(image: OmeImage, samples: int) -> Iterator[str]:
+    """What OME-XML says that no brightfield slide has."""
+    glowing = [channel for channel in image.channels if channel.fluorescence]
+    if glowing:
+        yield (
+            f"fluorescence in {len(glowing)} of {len(image.channels)} channels "
+            f"({', '.join(_named(channel.name, channel.fluorescence) for channel in glowing[:4])})"
+        )
+    if image.z > 1:
+        yield f"a focus stack of {image.z} planes (SizeZ)"
+    if image.t > 1:
+        yield f"a time series of {image.t} images (SizeT)"
+    if image.c > samples:
+        names = [channel.name or "unnamed" for channel in image.channels]
+        yield f"{image.c} channels (SizeC; {', '.join(names[:6])}) in {samples} per directory"
+
+
+def _named(name: str, what: str) -> str:
+    return f"{name}: {what}" if name else what
