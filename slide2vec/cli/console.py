@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -22,12 +23,14 @@ __all__ = [
     "Engine",
     "EngineName",
     "Format",
+    "IdSource",
     "Json",
     "MinPiece",
     "NumGpus",
     "Precision",
     "SegmentationDownsample",
     "SegmentationMethod",
+    "SlidesDir",
     "Sthresh",
     "debugging",
     "device_names",
@@ -99,6 +102,16 @@ NumGpus = Annotated[int | None, typer.Option(min=0, help="GPUs to use [all, unle
 Devices = Annotated[
     str | None,
     typer.Option(help="The same by name, with commas: cuda:0,cuda:2; or worker processes: cpu,cpu."),
+]
+SlidesDir = Annotated[
+    Path | None, typer.Option(help="Folder of the slides that a manifest names.", show_default=False)
+]
+#: As slide2vec.slides.IdFrom, which is not imported for the sake of start-up time.
+IdSource = Annotated[
+    Literal["name", "path"],
+    typer.Option(
+        "--id-from", help='Where no ids are given: the file\'s name, or its path with "__" for "/".'
+    ),
 ]
 SegmentationMethod = Annotated[
     Literal["hsv", "otsu", "threshold"] | None,

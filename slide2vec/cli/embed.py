@@ -13,12 +13,14 @@ from slide2vec.cli.console import (
     Devices,
     Engine,
     Format,
+    IdSource,
     Json,
     MinPiece,
     NumGpus,
     Precision,
     SegmentationDownsample,
     SegmentationMethod,
+    SlidesDir,
     Sthresh,
     device_names,
     note,
@@ -72,6 +74,8 @@ def embed(
     segmentation_downsample: SegmentationDownsample = None,
     sthresh: Sthresh = None,
     min_piece: MinPiece = None,
+    slides_dir: SlidesDir = None,
+    id_from: IdSource = "name",
     spacing_at_level_0: Annotated[
         float | None,
         typer.Option("--spacing-at-level-0", help="µm/px of the slides, where the files are wrong."),
@@ -130,7 +134,13 @@ def embed(
     from slide2vec.recipes import load_recipe
 
     load_recipe(preset).variant(output_variant)  # wrong names are found before anything slow
-    found = find_slides(slides, recursive=recursive, spacing_at_level_0=spacing_at_level_0)
+    found = find_slides(
+        slides,
+        recursive=recursive,
+        spacing_at_level_0=spacing_at_level_0,
+        slides_dir=slides_dir,
+        id_from=id_from,
+    )
     preprocessing = PreprocessingConfig(
         backend=backend,
         requested_spacing_um=spacing,

@@ -8,53 +8,67 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slide2vec.cli.console import note
 from slide2vec.errors import ManifestError
 from slide2vec.files import as_path, is_remote
-from slide2vec.slides import Slide, as_slide, read_manifest
+from slide2vec.manifests import MANIFEST_SUFFIXES, read_manifest
+from slide2vec.slides import SLIDE_SUFFIXES, IdFrom, Slide, as_slide, id_of
 
 if TYPE_CHECKING:
     from slide2vec.readers.dicomhead import DicomHead
 
-__all__ = ["SLIDE_SUFFIXES", "find_slides"]
+__all__ = ["find_slides"]
 
 logger = logging.getLogger(__name__)
 
-#: Files of a directory that are taken for slides.
-SLIDE_SUFFIXES = frozenset(
-    {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".dcm", ".vms", ".vmu", ".svslide"}
-)
+#: Names of skipped files that are told.
+_MOST_NAMES = 5
 
 
 def find_slides(
-    given: Sequence[str], *, recursive: bool = False, spacing_at_level_0: float | None = None
+    given: Sequence[str],
+    *,
+    recursive: bool = False,
+    spacing_at_level_0: float | None = None,
+    slides_dir: Path | None = None,
+    id_from: IdFrom = "name",
 ) -> list[Slide]:
     """The slides that arguments name, in their order, each once; files of a directory by name.
 
     Args:
-        given: files, directories, glob patterns and CSV manifests.
+        given: files, directories, glob patterns and manifests.
         recursive: look into the subdirectories of directories.
         spacing_at_level_0: µm/px, for all of them.
+        slides_dir: the folder of slides that manifests name.
+        id_from: what ids are made of, where a manifest gives none; paths count from the directory that was
+            given.
 
     Raises:
         ManifestError: a directory or a pattern gives no slide, or a manifest is wrong.
     """
     slides: dict[tuple[str, Path], Slide] = {}
     for argument in given:
-        for found in _expanded(argument, recursive):
-            slide = as_slide(found, spacing_at_level_0)
+        for found in _expanded(argument, recursive, slides_dir, id_from):
+            slide = as_slide(found, spacing_at_level_0, id_from)
             slides.setdefault((slide.sample_id, slide.image_path), slide)
     return list(slides.values())
 
 
-def _expanded(argument: str, recursive: bool) -> Iterable[Slide | Path]:
+def _expanded(
+    argument: str, recursive: bool, slides_dir: Path | None, id_from: IdFrom
+) -> Iterable[Slide | Path]:
     path = as_path(argument)
+    is_manifest = path.suffix.lower() in MANIFEST_SUFFIXES
     if is_remote(path):
-        return read_manifest(path) if path.suffix.lower() == ".csv" else [path]
+        return read_manifest(path, slides_dir=slides_dir, id_from=id_from) if is_manifest else [path]
     path = path.expanduser()
     if path.is_dir():
-        return _in_directory(path, recursive)
-    if path.suffix.lower() == ".csv":
-        return read_manifest(path)
+        found = _in_directory(path, recursive)
+        if id_from == "name":
+            return found
+        return [Slide(sample_id=id_of(file.relative_to(path), id_from), image_path=file) for file in found]
+    if is_manifest:
+        return read_manifest(path, slides_dir=slides_dir, id_from=id_from)
     if glob.has_magic(argument) and not path.exists():
         return _matching(str(path))
     return [path]
@@ -63,6 +77,7 @@ def _expanded(argument: str, recursive: bool) -> Iterable[Slide | Path]:
 def _in_directory(folder: Path, recursive: bool) -> list[Path]:
     files = sorted(folder.rglob("*") if recursive else folder.iterdir())
     slides = [file for file in files if _is_slide(file)]
+    _tell_skipped(folder, files, slides)
     if not slides:
         deeper = "" if recursive else " (--recursive looks into its subdirectories)"
         raise ManifestError(
@@ -72,9 +87,28 @@ def _in_directory(folder: Path, recursive: bool) -> list[Path]:
 
 
 def _is_slide(path: Path) -> bool:
-    if path.name.startswith(".") or not path.is_file():
+    """By its name, or DICOM without one; a link that leads nowhere is one, and fails when it is opened."""
+    if path.name.startswith("."):
         return False
-    return path.suffix.lower() in SLIDE_SUFFIXES or _is_dicom_without_suffix(path)
+    if path.suffix.lower() in SLIDE_SUFFIXES:
+        return path.is_file() or (path.is_symlink() and not path.exists())
+    return _is_dicom_without_suffix(path)
+
+
+def _tell_skipped(folder: Path, files: Sequence[Path], slides: Sequence[Path]) -> None:
+    """Name the files of a directory that are not taken; those that belong to a slide (MRXS) are its own."""
+    taken = set(slides)
+    homes = {slide.with_suffix("") for slide in slides if slide.suffix.lower() == ".mrxs"}
+    skipped = [
+        str(file.relative_to(folder))
+        for file in files
+        if file not in taken and not file.name.startswith(".") and not file.is_dir()
+        if homes.isdisjoint(file.parents)
+    ]
+    if skipped:
+        more = f" and {len(skipped) - _MOST_NAMES:,} more" if len(skipped) > _MOST_NAMES else ""
+        files_are = "1 file that is" if len(skipped) == 1 else f"{len(skipped):,} files that are"
+        note(f"{folder}: skipped {files_are} no slide by name: {', '.join(skipped[:_MOST_NAMES])}{more}")
 
 
 def _matching(pattern: str) -> list[Path]:

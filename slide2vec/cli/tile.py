@@ -11,10 +11,12 @@ import typer
 from slide2vec.cli.console import (
     Backend,
     Debug,
+    IdSource,
     Json,
     MinPiece,
     SegmentationDownsample,
     SegmentationMethod,
+    SlidesDir,
     Sthresh,
     facts,
     print_json,
@@ -59,6 +61,8 @@ def tile(
     segmentation_downsample: SegmentationDownsample = None,
     sthresh: Sthresh = None,
     min_piece: MinPiece = None,
+    slides_dir: SlidesDir = None,
+    id_from: IdSource = "name",
     spacing_at_level_0: Annotated[
         float | None,
         typer.Option("--spacing-at-level-0", help="µm/px of the slides, where the files are wrong."),
@@ -102,13 +106,19 @@ def tile(
         **tissue_options(segmentation_method, segmentation_downsample, sthresh, min_piece),
         preview=PreviewConfig(save_mask_preview=previews, save_tiling_preview=previews),
     )
-    found = as_slides(find_slides(slides, recursive=recursive, spacing_at_level_0=spacing_at_level_0))
+    found = find_slides(
+        slides,
+        recursive=recursive,
+        spacing_at_level_0=spacing_at_level_0,
+        slides_dir=slides_dir,
+        id_from=id_from,
+    )
     settings = RunSettings(
         preset=preset or "",
         preprocessing=resolved(config, preset),
         execution=ExecutionOptions(output_dir=output, num_preprocessing_workers=num_preprocessing_workers),
     )
-    result = tile_and_report(found, settings)
+    result = tile_and_report(as_slides(found), settings)
     assert settings.execution.output_dir is not None
     print_tiled(result, settings.execution.output_dir, as_json=as_json)
     if result.failed:

@@ -16,6 +16,7 @@ from slide2vec.artifacts import (
     TileEmbeddingArtifact,
     load_embeddings,
 )
+from slide2vec.cli.console import note
 from slide2vec.cli.report import failures_json
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import Slide2VecError
@@ -23,14 +24,14 @@ from slide2vec.files import as_path, atomic_path
 from slide2vec.pictures import pca_map, write_picture
 from slide2vec.pipeline import Pipeline
 from slide2vec.progress import (
-    NullReporter,
     ProgressReporter,
     RunSummary,
     activate_progress_reporter,
     in_terminal,
 )
+from slide2vec.progress.lines import LineReporter
 from slide2vec.readers import open_slide
-from slide2vec.slides import Slide
+from slide2vec.slides import IdFrom, Slide
 from slide2vec.tiling import load_coordinates
 from slide2vec.tiling.previews import thumbnail
 from slide2vec.tiling.regions import unroll
@@ -111,9 +112,9 @@ def _summary_json(summary: RunSummary) -> dict[str, Any]:
 
 
 def live_display() -> ProgressReporter:
-    """Live progress in a terminal; the summary is left to the report."""
+    """Live progress in a terminal, lines elsewhere; the summary is left to the report."""
     if not in_terminal():
-        return NullReporter()
+        return LineReporter(note)
     from slide2vec.progress.live import LiveReporter
 
     return LiveReporter(summary=False)
@@ -126,9 +127,12 @@ def embed_and_write(
     execution: ExecutionOptions,
     *,
     manifest_path: Path | None = None,
+    slides_dir: Path | None = None,
+    id_from: IdFrom = "name",
     draw_map: bool = False,
 ) -> Report:
-    """Run a pipeline with live progress; `manifest_path` is where the slides were read from, if they were."""
+    """Run a pipeline with live progress; `manifest_path` is where the slides were read from, if they were,
+    and `slides_dir` and `id_from` how."""
     output_dir = execution.output_dir
     assert output_dir is not None
     by_name = {slide.sample_id: slide for slide in slides}
@@ -140,7 +144,13 @@ def embed_and_write(
     with activate_progress_reporter(live_display()):
         pipeline = Pipeline(model, preprocessing, execution)
         given = slides if manifest_path is None else None
-        result = pipeline.run(given, manifest_path, on_slide_persisted=draw if draw_map else None)
+        result = pipeline.run(
+            given,
+            manifest_path,
+            slides_dir=slides_dir,
+            id_from=id_from,
+            on_slide_persisted=draw if draw_map else None,
+        )
     main = result.slide_artifacts or result.hierarchical_artifacts or result.tile_artifacts
     return Report([_made(artifact, output_dir) for artifact in main], result)
 

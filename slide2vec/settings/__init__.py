@@ -28,6 +28,7 @@ from slide2vec.recipes import load_recipe
 from slide2vec.settings.keys import KEYS
 from slide2vec.settings.text import as_yaml, parse_yaml, read_yaml
 from slide2vec.settings.values import Source, Values, escaped, nested
+from slide2vec.slides import IdFrom
 
 __all__ = ["RunSettings", "load_settings", "settings_as_yaml", "versions"]
 
@@ -42,6 +43,7 @@ class RunSettings:
 
     Attributes:
         manifest_path: CSV of slides; None where they come from elsewhere.
+        slides_dir, id_from: how it is read, see `slide2vec.manifests.read_manifest`.
         preset, output_variant, weights, seed, device, input_size_px, allow_non_recommended_settings: as in
             `Model.from_preset`.
         preprocessing: with None where the preset decides.
@@ -49,6 +51,8 @@ class RunSettings:
     """
 
     manifest_path: Path | None = None
+    slides_dir: Path | None = None
+    id_from: IdFrom = "name"
     preset: str
     output_variant: str | None = None
     weights: str | None = None
@@ -63,6 +67,8 @@ class RunSettings:
 #: Fields of RunSettings and their keys; those of its configuration objects are in `KEYS`.
 _RUN = {
     "manifest_path": "csv",
+    "slides_dir": "slides_dir",
+    "id_from": "id_from",
     "preset": "model.name",
     "output_variant": "model.output_variant",
     "weights": "model.weights",

@@ -23,6 +23,7 @@ from slide2vec.config import (
     SegmentationConfig,
 )
 from slide2vec.errors import ConfigError
+from slide2vec.slides import IdFrom
 
 __all__ = ["FIXED", "FREE", "KEYS", "OLDER", "SECTIONS", "WITHOUT_EFFECT", "Key"]
 
@@ -87,6 +88,8 @@ Text = str | None
 #: All keys, in the order in which they are written.
 KEYS: dict[str, Key] = {
     "csv": Key(Location | None),
+    "slides_dir": Key(Location | None),
+    "id_from": Key(IdFrom, "name"),
     "output_dir": _of(ExecutionOptions, "output_dir", Path("output")),
     "resume": _of(PreprocessingConfig, "resume"),
     "fingerprint": _of(PreprocessingConfig, "fingerprint"),

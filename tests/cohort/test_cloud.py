@@ -20,7 +20,7 @@ from slide2vec.cohort.merging import merge_shards
 from slide2vec.encoders.slide import SlideFeatures, TileBag
 from slide2vec.errors import ConfigError, ManifestError, OutputError
 from slide2vec.files import as_path
-from slide2vec.slides import read_manifest
+from slide2vec.manifests import read_manifest
 from slide2vec.synthetic import write_synthetic_slide
 from slide2vec.tiling import load_coordinates
 from slide2vec.tiling.reuse import recorded_slides
