@@ -25,7 +25,7 @@ from slide2vec.stream import IN_PLACE, InPlace, SlidePlan, plan_slide
 from slide2vec.stream.identities import Identities, SlideIdentity
 from slide2vec.stream.plan import check_archives_here
 from slide2vec.tiling import Tiling, write_coordinates
-from slide2vec.tiling.coordinates import coordinate_paths
+from slide2vec.tiling.coordinates import as_hs2p_backend, coordinate_paths
 from slide2vec.tiling.reuse import record_source
 
 __all__ = ["Cohort", "Planned"]
@@ -109,7 +109,7 @@ class Cohort:
 
     def columns(self) -> dict[str, Any]:
         """What the process list says of every slide from the start."""
-        columns: dict[str, Any] = {"requested_backend": self.config.backend}
+        columns: dict[str, Any] = {"requested_backend": as_hs2p_backend(self.config.backend)}
         if self.encoder is not None:
             columns |= {
                 "feature_status": "tbp",
@@ -149,7 +149,7 @@ class Cohort:
         self.planned[name] = Planned(tiles, (npz, meta), files, identities)
         self.entries.note(
             name,
-            backend=plan.source.backend,
+            backend=as_hs2p_backend(plan.source.backend),
             tiling_status="success",
             num_tiles=tiles,
             coordinates_npz_path=npz,
@@ -195,12 +195,14 @@ class Cohort:
 
     def describe(self, sample_id: str, recorded: Mapping[str, Any]) -> None:
         """Note what a sidecar says of a slide that was planned by an earlier run."""
-        names = ("backend", "coordinates_npz_path", "coordinates_meta_path", "tiles_tar_path")
+        backend = recorded.get("backend")
+        names = ("coordinates_npz_path", "coordinates_meta_path", "tiles_tar_path")
         self.entries.note(
             sample_id,
             tiling_status="success",
             mask_preview_path=self._preview("mask", sample_id),
             tiling_preview_path=self._preview("tiling", sample_id),
+            backend=None if backend is None else as_hs2p_backend(backend),
             **{name: recorded.get(name) for name in names},
         )
 

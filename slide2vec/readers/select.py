@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 #: back end -> (its module, its reader class), in the order "auto" tries them.
 _READERS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
+        "tiff": ("slide2vec.readers.tiff", "TiffReader"),
         "dicom": ("slide2vec.readers.dicom", "DicomReader"),
         "cucim": ("slide2vec.readers.cucim", "CucimReader"),
         "vips": ("slide2vec.readers.vips", "VipsReader"),

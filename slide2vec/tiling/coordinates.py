@@ -25,6 +25,7 @@ from slide2vec.slides import Slide
 from slide2vec.tiling.records import PRECOMPUTED, Segmentation, Tiling
 
 __all__ = [
+    "as_hs2p_backend",
     "check_tiling",
     "coordinate_paths",
     "find_coordinates",
@@ -34,13 +35,13 @@ __all__ = [
 ]
 
 _MISSING = object()
+#: Our back ends that HS2P has not -> the one of its own that opens such slides.
+_IN_HS2P = {"tiff": "tifffile", "dicom": "openslide"}
 #: What damaged JSON, ZIP and NPY make their readers raise.
 _UNREADABLE = (
     *(OSError, ValueError, TypeError, KeyError, ConfigError, zipfile.BadZipFile, zlib.error, EOFError),
     *(NotImplementedError, RuntimeError, OverflowError, RecursionError, MemoryError),
 )
-#: What hs2p 6.1.0, which has none of these, opens the same slides with.
-_HS2P_BACKENDS = {"dicom": "openslide"}
 #: Side of a tile as read beyond which a coordinate file is not believed: one tile has 3 GB then.
 _MOST_PX = 32_768
 
@@ -83,10 +84,10 @@ def _metadata(tiling: Tiling) -> dict[str, dict[str, Any]]:
             "sample_id": tiling.sample_id,
             "image_path": str(tiling.image_path),
             "mask_path": mask_path,
-            "backend": _HS2P_BACKENDS.get(tiling.backend, tiling.backend),
-            "requested_backend": _HS2P_BACKENDS.get(tiling.requested_backend, tiling.requested_backend),
+            "backend": as_hs2p_backend(tiling.backend),
+            "requested_backend": as_hs2p_backend(tiling.requested_backend),
             "spacing_at_level_0": tiling.spacing_at_level_0,
-            "mask_backend": tissue.mask_backend,
+            "mask_backend": tissue.mask_backend and as_hs2p_backend(tissue.mask_backend),
             "requested_mask_backend": tissue.requested_mask_backend,
         },
         "slide": {
@@ -135,6 +136,15 @@ def _metadata(tiling: Tiling) -> dict[str, dict[str, Any]]:
             "output_mode": "merged" if with_mask else None,
         },
     }
+
+
+def as_hs2p_backend(name: str) -> str:
+    """What HS2P's files call a back end of ours: a name under which HS2P opens the slide."""
+    return _IN_HS2P.get(name, name)
+
+
+def _from_hs2p(name: str) -> str:
+    return "tiff" if name == "tifffile" else name
 
 
 def read_coordinates(directory: Path, sample_id: str) -> Tiling:
@@ -248,8 +258,8 @@ def _tiling(meta: _Sections, arrays: Path) -> Tiling:
         image_path=as_path(meta.get("provenance", "image_path")),
         mask_path=None if mask_path is None else as_path(mask_path),
         spacing_at_level_0=None if spacing is None else float(spacing),
-        backend=str(meta.get("provenance", "backend")),
-        requested_backend=str(meta.get("provenance", "requested_backend", default="auto")),
+        backend=_from_hs2p(str(meta.get("provenance", "backend"))),
+        requested_backend=_from_hs2p(str(meta.get("provenance", "requested_backend", default="auto"))),
         dimensions=(int(width), int(height)),
         downsamples=tuple(float(ds) for ds in meta.get("slide", "level_downsamples")),
         geometry=_geometry(meta),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from pydicom import Dataset, FileDataset, uid
 from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate, encapsulate_extended
 
-__all__ = ["JPEG", "SERIES", "SYNTAXES", "TILE", "Syntax", "edit", "frames_of", "picture", "write"]
+__all__ = ["JPEG", "SERIES", "SYNTAXES", "TILE", "Syntax"]
+__all__ += ["fields", "frames_of", "jpeg", "picture", "rle", "write"]
 
 TILE = 64
 SERIES = "1.2.826.0.1.3680043.8.498.1"
@@ -78,7 +78,6 @@ SYNTAXES: Mapping[str, Syntax] = {
     "jpeg-lossless": Syntax(
         uid.JPEGLosslessSV1, "RGB", lambda f: bytes(imagecodecs.jpeg8_encode(f, lossless=True))
     ),
-    "deflated": Syntax(JPEG, "RGB", lambda f: zlib.compress(f.tobytes(), wbits=-15)),
     "rle": Syntax(uid.RLELossless, "RGB", rle),
 }
 
@@ -208,13 +207,6 @@ def _put_pixels(ds: FileDataset, how: Syntax, encoded: list[bytes], offsets: str
     else:
         ds.PixelData = encapsulate(encoded, fragments_per_frame=fragments, has_bot=offsets == "basic")
     ds["PixelData"].VR = "OB"
-
-
-def edit(path: Path, old: bytes, new: bytes, times: int = 1) -> None:
-    """Overwrite bytes of a file, which must be there."""
-    data = path.read_bytes()
-    assert old in data and len(old) == len(new)
-    path.write_bytes(data.replace(old, new, times))
 
 
 def fields(**values: Any) -> Callable[[Dataset], None]:

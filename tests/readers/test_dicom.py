@@ -19,7 +19,6 @@ from dicom_helpers import (
     SYNTAXES,
     TILE,
     Syntax,
-    edit,
     fields,
     frames_of,
     jpeg,
@@ -28,7 +27,7 @@ from dicom_helpers import (
     write,
 )
 from pydicom import Dataset, uid
-from pydicom.pixels import convert_color_space, pixel_array
+from pydicom.pixels import convert_color_space
 
 from slide2vec.errors import BackendError, SlideOpenError, SlideReadError
 from slide2vec.readers import SlideReader, open_slide
@@ -66,8 +65,6 @@ def far(pixels: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.parametrize("name", SYNTAXES)
 def test_every_transfer_syntax(name: str, tmp_path: Path) -> None:
     path = write(tmp_path / "a.dcm", picture(), name)
-    if name == "deflated":  # pydicom 3.0 does not know it yet
-        edit(path, JPEG.encode(), b"1.2.840.10008.1.2.8.1\0")
     pixels = level(path)
     exact = name in (
         "explicit",
@@ -143,7 +140,7 @@ def test_ybr_full_without_jpeg(syntax: str, tmp_path: Path) -> None:
     assert abs(level(path) - expected).max() <= 1  # rounding
 
 
-def test_planar_and_subsampled_and_grey_frames(tmp_path: Path) -> None:
+def test_planar_and_grey_frames(tmp_path: Path) -> None:
     def stored(frames: list[bytes], photometric: str, **values: object) -> Callable[[Dataset], None]:
         def change(ds: Dataset) -> None:
             ds.PhotometricInterpretation, ds.PixelData = photometric, b"".join(frames)
@@ -160,11 +157,6 @@ def test_planar_and_subsampled_and_grey_frames(tmp_path: Path) -> None:
         change=stored(planar, "RGB", PlanarConfiguration=1),
     )
     np.testing.assert_array_equal(level(path), picture())
-    pairs = [
-        np.stack([f[:, ::2, 0], f[:, 1::2, 0], f[:, ::2, 1], f[:, ::2, 2]], -1).tobytes() for f in frames
-    ]
-    path = write(tmp_path / "422.dcm", picture(), series="1.2.2", change=stored(pairs, "YBR_FULL_422"))
-    assert abs(level(path)[:TILE, :TILE].astype(int) - pixel_array(path, index=0)).max() <= 1
     grey = [frame[..., 0].tobytes() for frame in frames]
     change = stored(grey, "MONOCHROME2", SamplesPerPixel=1)
     path = write(tmp_path / "grey.dcm", picture(), series="1.2.3", change=change)
@@ -326,6 +318,21 @@ def test_data_sets_that_cannot_be_read_in_place(syntax: str, message: str, tmp_p
         opened(path)
 
 
+def test_colours_that_do_not_go_with_their_frames(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.dcm", picture(), Syntax(uid.JPEGLSLossless, "YBR_ICT", SYNTAXES["jpeg-ls"].encode)
+    )
+    with pytest.raises(BackendError, match="colours YBR_ICT are not read of JPEG-LS"):
+        opened(path)
+
+    def untransformed(frame: np.ndarray) -> bytes:
+        return bytes(imagecodecs.jpeg2k_encode(frame, codecformat="j2k", reversible=True, mct=False))
+
+    path = write(path, picture(), Syntax(uid.JPEG2000Lossless, "YBR_RCT", untransformed))
+    with opened(path) as reader, pytest.raises(SlideReadError, match="YBR_RCT, and it has no such transform"):
+        reader.read_region((0, 0), 0, (9, 9))
+
+
 def test_video_is_refused_by_name(tmp_path: Path) -> None:
     path = write(tmp_path / "a.dcm", picture(), Syntax(uid.MPEG2MPML, "YBR_FULL", lambda frame: b"abcd"))
     with pytest.raises(BackendError, match=r"MPEG2 .*are not read; convert"):
@@ -343,7 +350,7 @@ def test_a_cut_frame_is_an_error_and_the_others_are_read(name: str, offsets: str
 
     path = write(tmp_path / "a.dcm", picture(), name, damage=cut, offsets=offsets)
     with opened(path) as reader:
-        with pytest.raises(SlideReadError, match=r"slide a: dicom .* level 0 at \(64, 64\).*damaged frame"):
+        with pytest.raises(SlideReadError, match=r"slide a: dicom .* level 0 at \(64, 64\).*damaged"):
             reader.read_region((60, 60), 0, (50, 50))
         assert far(reader.read_region((0, 0), 0, (300, 60)), picture()[:60]) <= LOSSY
 

@@ -278,3 +278,13 @@ def test_reading_in_several_threads(tiling: Tiling, tmp_path: Path) -> None:
     finally:
         gc.set_threshold(*threshold)
         sys.setswitchinterval(interval)
+
+
+def test_our_own_back_end_has_a_name_that_hs2p_opens(tiling: Tiling, tmp_path: Path) -> None:
+    read = replace(tiling, backend="tiff", requested_backend="tiff")
+    _, metadata = write_coordinates(tmp_path, read)
+    provenance = json.loads(metadata.read_text())["provenance"]
+    assert (provenance["backend"], provenance["requested_backend"]) == ("tifffile", "tifffile")
+    assert same(load_coordinates(tmp_path, "s"), read)
+    edit(tmp_path, lambda meta: meta["provenance"].update(backend="tiff", requested_backend="auto"))
+    assert same(load_coordinates(tmp_path, "s"), replace(read, requested_backend="auto"))
