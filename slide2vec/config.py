@@ -7,7 +7,7 @@ the machine", as each field says.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -80,8 +80,14 @@ class _Config(BaseModel):
             raise ConfigError("; ".join(_in_words(name, item) for item in error.errors())) from None
 
     def updated(self, **values: Any) -> Self:
-        """A validated copy with some fields replaced."""
-        return type(self)(**{**{k: getattr(self, k) for k in type(self).model_fields}, **values})
+        """A validated copy with some fields replaced; what nobody set stays so (`model_fields_set`)."""
+        made = type(self)(**{**{k: getattr(self, k) for k in type(self).model_fields}, **values})
+        return made.set_only(self.model_fields_set | values.keys())
+
+    def set_only(self, fields: Set[str]) -> Self:
+        """The same, with only these fields of those that were given counting as set by the user."""
+        self.model_fields_set.intersection_update(fields)
+        return self
 
 
 def _in_words(name: str, error: Any) -> str:
@@ -210,11 +216,13 @@ class PreprocessingConfig(_Config):
             ConfigError: the regions are no multiple of these tiles.
         """
         made = self.updated(requested_spacing_um=spacing_um, requested_tile_size_px=tile_size_px)
-        if not made.hierarchical:
-            return made
-        region, multiple = made.requested_region_size_px, made.region_tile_multiple
-        multiple = multiple or (region or 0) // tile_size_px
-        return made.updated(region_tile_multiple=multiple, requested_region_size_px=tile_size_px * multiple)
+        if made.hierarchical:
+            region, multiple = made.requested_region_size_px, made.region_tile_multiple
+            multiple = multiple or (region or 0) // tile_size_px
+            made = made.updated(
+                region_tile_multiple=multiple, requested_region_size_px=tile_size_px * multiple
+            )
+        return made.set_only(self.model_fields_set)
 
     def for_slide(self, sample_id: str, options: Mapping[str, Any]) -> Self:
         """With the options of a single slide (see `Slide.tiling`).

@@ -23,7 +23,7 @@ from slide2vec.readers.dicomhead import (
 )
 from slide2vec.readers.spacing import Claim
 
-__all__ = ["DicomLevel", "dicom_claims", "dicom_levels"]
+__all__ = ["DicomLevel", "dicom_claims", "dicom_levels", "doubted"]
 
 _IMPLICIT = "1.2.840.10008.1.2"
 #: Transfer syntaxes whose frames are not compressed.
@@ -52,6 +52,8 @@ _BUFFER = 1 << 16
 _MOST_FRAME_PX = 1 << 26
 #: A compressed frame of more bytes than its pixels by such a factor and amount is a wrong claim.
 _MOST_TIMES_RAW, _FRAME_OVERHEAD = 4, 1 << 20
+#: Two claims of a file that differ by more are told.
+_DOUBTED = 0.05
 #: A level that an uncommon number of places is claimed for is believed up to so many empty ones per frame.
 _EMPTY_PER_FRAME, _FEW_PLACES = 256, 1 << 16
 #: Levels whose sides differ by more from one proportion, and by more than a tile, show different things.
@@ -130,6 +132,14 @@ def dicom_claims(level: DicomLevel) -> Iterator[Claim]:
         yield "PixelSpacing", column, row
     if level.volume_mm[0] > 0:
         yield "ImagedVolumeWidth", level.volume_mm[0] * 1000 / level.width
+
+
+def doubted(claims: Sequence[Claim]) -> str | None:
+    """What to tell where the size of the imaged volume contradicts the spacing, or None."""
+    if len(claims) < 2 or abs(claims[0][1] - claims[1][1]) <= _DOUBTED * claims[0][1]:
+        return None
+    (source, used), (other, unused) = (claim[:2] for claim in claims)
+    return f"has {used:.4g} µm/px by {source}, which is used, and {unused:.4g} by {other}"
 
 
 def _refuse_no_slide(heads: Sequence[DicomHead], named: Path) -> None:

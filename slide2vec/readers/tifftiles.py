@@ -154,7 +154,7 @@ class TiffTiles:
     def __init__(self, probe: Probe, fail: Fail, *, is_checked: bool = False) -> None:
         self._levels, self._fail = [_in_rows(level) for level in probe.levels], fail
         self._forms = [tile_format(level, probe.vendor) for level in self._levels]
-        self._check = TileCheck(probe.path, probe.levels, fail) if is_checked else None
+        self._check = TileCheck(probe.path, probe.levels, fail, strict=False) if is_checked else None
         self._file: int | None = os.open(probe.path, os.O_RDONLY)
         self._name = probe.name
         self._markers = [
@@ -232,6 +232,8 @@ def _marker(form: TileFormat, head: bytes) -> bytes:
 
 def colour_conflict(probe: Probe) -> str | None:
     """Why a decoder that only sees the JPEGs could take other colours than the TIFF tells, or None."""
+    if not any(level.compression in codecs.JPEG for level in probe.levels):
+        return None
     file = os.open(probe.path, os.O_RDONLY)
     try:
         return next(

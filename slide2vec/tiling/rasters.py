@@ -35,6 +35,14 @@ MAX_RASTER_PX = 256_000_000
 _LEVEL_TOLERANCE = 0.01
 
 _TIFF = {".tif", ".tiff", ".btf"}
+#: Annotations, which people take for masks.
+_DRAWN = {
+    ".annotations": "a file of annotations",
+    ".geojson": "GeoJSON",
+    ".json": "JSON",
+    ".qpdata": "a QuPath data file",
+    ".xml": "XML",
+}
 _FLAT = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"}
 #: TIFF colour interpretations whose 8-bit values slide readers return unchanged: min-is-black, RGB.
 _PLAIN_PHOTOMETRICS = {1, 2}
@@ -152,6 +160,11 @@ def _opened(path: Path) -> AbstractContextManager[_Raster]:
     if not path.is_file():
         raise FileNotFoundError("it does not exist")
     suffix = path.suffix.lower()
+    if suffix in _DRAWN:
+        raise ValueError(
+            f"it is {_DRAWN[suffix]}, outlines and no raster; draw them as one of 0 and 1 of the slide's "
+            "shape (QuPath: File > Export images > Export rendered labels, or its LabeledImageServer)"
+        )
     opener = _tiff if suffix in _TIFF else _flat if suffix in _FLAT else _whole_slide
     return opener(path)
 

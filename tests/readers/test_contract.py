@@ -28,7 +28,7 @@ FILES: dict[str, tuple[tuple[str, ...], float | None]] = {
     "CMU-1-Small-Region.webp.tiff": (("tiff", "vips"), None),
     "rationai-CMU-1-small.tiff": (ALL, 3.1949),
     "XYC-half-mpp.tiff": (("tiff", "vips"), 0.5),
-    "XYC-jpeg.ome.tiff": (("tiff", "cucim", "vips"), None),
+    "XYC-jpeg.ome.tiff": (("tiff",), None),  # RGB by its tags, YCbCr by its JPEGs, which are right
     "fluorescence-dapi.ndpi": (("openslide",), 0.22818),
     "camelyon-jpeg.dcm": (DICOM, None),
     "sm_image.dcm": (DICOM, 0.499),
@@ -63,8 +63,8 @@ def reader(pair: tuple[Path, str]) -> Iterator[SlideReader]:
 
 
 def level_pixels(path: Path, reader: SlideReader, level: int) -> np.ndarray:
-    """A whole level as OpenSlide reads it from its origin, or tifffile, where OpenSlide sees no such level;
-    as `reader` does where neither opens the file."""
+    """A whole level as OpenSlide reads it from its origin, or tifffile where OpenSlide sees no such level, or
+    `reader` where neither opens the file."""
     size = reader.level_dimensions[level]
     try:
         with openslide.OpenSlide(path) as slide:
