@@ -16,7 +16,7 @@ import numpy as np
 import tifffile
 
 from slide2vec.errors import SlideOpenError
-from slide2vec.files import is_remote
+from slide2vec.files import is_remote, open_plain
 from slide2vec.readers.dicomhead import dicom_files, dicom_series, is_dicom
 from slide2vec.readers.dicomlevels import DicomLevel, dicom_claims, dicom_levels, doubted
 from slide2vec.readers.foreign import foreign
@@ -118,7 +118,7 @@ def probe(slide: Slide, copy: Path | None = None) -> Probe:
 
 def _head(opened: Path, path: Path, name: str) -> bytes:
     try:
-        with opened.open("rb") as file:
+        with open_plain(opened) as file:
             head = file.read(256)
     except FileNotFoundError:
         raise SlideOpenError(f"slide {name}: there is no file {path}") from None
