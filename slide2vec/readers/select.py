@@ -35,6 +35,7 @@ Used = TypeVar("Used")
 _READERS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "tiff": ("slide2vec.readers.tiff", "TiffReader"),
+        "dicom": ("slide2vec.readers.dicom", "DicomReader"),
         "cucim": ("slide2vec.readers.cucim", "CucimReader"),
         "vips": ("slide2vec.readers.vips", "VipsReader"),
         "openslide": ("slide2vec.readers.openslide", "OpenslideReader"),
