@@ -37,7 +37,7 @@ __all__ = [
 
 _MISSING = object()
 #: Our back ends that HS2P has not -> the one of its own that opens such slides.
-_IN_HS2P = {"tiff": "tifffile"}
+_IN_HS2P = {"tiff": "tifffile", "dicom": "openslide"}
 #: What damaged JSON, ZIP and NPY make their readers raise.
 _UNREADABLE = (
     *(OSError, ValueError, TypeError, KeyError, ConfigError, zipfile.BadZipFile, zlib.error, EOFError),
