@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from slide2vec.artifacts.places import KINDS, Kind
 from slide2vec.files import as_path
 
 if TYPE_CHECKING:
@@ -19,7 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPORTERS", "KINDS", "Dtype", "Exported", "Kind", "Source"]
 
+Kind = Literal["tile", "hierarchical", "slide", "patient"]
 Dtype = Literal["fp16", "fp32"]
+
+#: As in slide2vec.artifacts.places, which is not imported for the sake of start-up time.
+KINDS: tuple[Kind, ...] = ("tile", "hierarchical", "slide", "patient")
 
 
 @dataclass(frozen=True, kw_only=True)

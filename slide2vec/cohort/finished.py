@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,6 +18,7 @@ from slide2vec.artifacts import (
 )
 from slide2vec.artifacts.places import KINDS, Kind, Place
 from slide2vec.cohort.identity import compatibility, difference, encoder_identity
+from slide2vec.cohort.misread import as_if_read_now, misread
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ArtifactError, ManifestError, TilingError
 from slide2vec.slides import Slide
@@ -68,14 +69,15 @@ class Finished:
         """A slide's artifacts that are finished; else what differs from the one there, None for none."""
         asked = self.look(slide)
         return {
-            kind: None if asked is None else self._find(kind, slide.sample_id, asked[kind]) for kind in kinds
+            kind: None if asked is None else self._find(kind, slide.sample_id, asked[kind], [slide])
+            for kind in kinds
         }
 
     def find_patient(
-        self, patient_id: str, slides: Mapping[str, Mapping[str, Any] | None]
+        self, patient_id: str, slides: Sequence[Slide], identities: Mapping[str, Mapping[str, Any] | None]
     ) -> Artifact | str | None:
         """As `find`, for a patient with the identities of all their slides' embeddings."""
-        return self._find("patient", patient_id, self.patient_compatibility(slides))
+        return self._find("patient", patient_id, self.patient_compatibility(identities), slides)
 
     def look(self, slide: Slide, *, anew: bool = True) -> dict[Kind, dict[str, Any]] | None:
         """The identity of a slide's embeddings by kind, as its files are; None where one cannot be read.
@@ -119,19 +121,21 @@ class Finished:
             return self._tilings.get(slide.sample_id)
         return load_coordinates(kept, slide.sample_id)
 
-    def _find(self, kind: Kind, name: str, asked: Mapping[str, Any]) -> Artifact | str | None:
+    def _find(
+        self, kind: Kind, name: str, asked: Mapping[str, Any], slides: Sequence[Slide]
+    ) -> Artifact | str | None:
         """In the encoder's own folder; of what its embeddings are made from, in those of others, too."""
-        own = self._find_in(self._place.features, kind, name, asked)
+        own = self._find_in(self._place.features, kind, name, asked, slides)
         main = max(self._identities, key=KINDS.index)
         if kind != main and (own is None or isinstance(own, str)):
             for folder in self._place.others:
-                found = self._find_in(folder, kind, name, asked)
+                found = self._find_in(folder, kind, name, asked, slides)
                 if found is not None and not isinstance(found, str):
                     return found
         return own
 
     def _find_in(
-        self, folder: Path, kind: Kind, name: str, asked: Mapping[str, Any]
+        self, folder: Path, kind: Kind, name: str, asked: Mapping[str, Any], slides: Sequence[Slide]
     ) -> Artifact | str | None:
         artifact = _FIND[kind](folder, name)
         if artifact is None:
@@ -141,7 +145,9 @@ class Finished:
         except ArtifactError:
             return None
         options = self._differing_option(kind, artifact, recorded)
-        return options or difference(recorded.get("compatibility"), asked) or artifact
+        made = recorded.get("compatibility")
+        differs = options or difference(as_if_read_now(made), asked)
+        return differs or misread(made, recorded, slides) or artifact
 
     def _differing_option(self, kind: Kind, artifact: Artifact, recorded: Mapping[str, Any]) -> str | None:
         if artifact.format != self._execution.output_format:

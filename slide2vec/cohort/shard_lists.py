@@ -122,7 +122,7 @@ def gathered(output_dir: Path) -> Gathered:
     found, order = {**kept, **newer}, _order(output_dir)
     encoders = dict.fromkeys(encoder for _, encoder in found)
     names = order or sorted({name for name, _ in newer})
-    first = [(name, encoder) for encoder in encoders for name in names]
+    first = [(name, encoder) for name in names for encoder in encoders]
     ranked = {key: found[key] for key in (*first, *found) if key in found}
     at_work = ({encoder for _, encoder in newer} - {""}) or set(encoders) or {""}
     missing = tuple(

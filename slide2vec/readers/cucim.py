@@ -14,6 +14,7 @@ import numpy as np
 from slide2vec.errors import BackendError, ExtraMissingError, SlideReadError
 from slide2vec.readers.probe import Probe, TiffLevel
 from slide2vec.readers.pyramid import PyramidReader, to_level0
+from slide2vec.readers.tifftiles import colour_conflict
 from slide2vec.readers.tilecheck import TileCheck
 
 __all__ = ["CucimCudaReader", "CucimReader", "load_on", "tame_cufile", "unavailable"]
@@ -95,7 +96,9 @@ def _why_not(probe: Probe) -> str | None:
                 f"as in {directory.name}"
             )
     levels = probe.levels[: probe.planning]
-    return next((reason for level in levels if (reason := _why_not_level(level))), None)
+    return next((reason for level in levels if (reason := _why_not_level(level))), None) or colour_conflict(
+        probe
+    )
 
 
 def _why_not_level(level: TiffLevel) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -64,7 +64,8 @@ class OpenslideReader(PyramidReader):
         self._native_downsamples = tuple(handle.level_downsamples)
         self._lock = threading.Lock()
         if probe.kind != "tiff" or probe.vendor in {"leica", "ventana", "trestle"}:
-            self.spacing_um, self.spacing_source = settle_spacing(_claims(handle.properties))
+            self.claims = tuple(_claims(handle.properties))
+            self.spacing_um, self.spacing_source = settle_spacing(self.claims)
         stored = probe.vendor in _CHECKED and all(self.tile_shapes)
         self._check = TileCheck(probe.path, probe.levels, self._read_error) if stored else None
         if self.tile_shapes[0] is None:
@@ -174,15 +175,21 @@ def _edge(index: int, downsample: float) -> int:
     return int(pixels[np.abs(locations - np.round(locations)).argmin()])
 
 
-def _claims(properties: Any) -> list[Claim]:
-    claims = []
-    for name in ("openslide.mpp-x", "openslide.objective-power"):
-        try:
-            value = float(properties.get(name, ""))
-        except ValueError:
-            continue
-        claims.append(objective_claim(value) if name.endswith("power") else ("mpp", value))
-    return claims
+def _claims(properties: Any) -> Iterator[Claim]:
+    x, y, power = (
+        _number(properties.get(f"openslide.{name}")) for name in ("mpp-x", "mpp-y", "objective-power")
+    )
+    if x is not None:
+        yield ("mpp", x) if y is None else ("mpp", x, y)
+    if power is not None:
+        yield objective_claim(power)
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text or "")
+    except ValueError:
+        return None
 
 
 def _tile_shape(properties: Any, level: int) -> tuple[int, int] | None:

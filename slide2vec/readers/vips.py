@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from slide2vec.errors import BackendError, ExtraMissingError, SlideReadError
 from slide2vec.readers.probe import Probe, TiffLevel
 from slide2vec.readers.pyramid import PyramidReader
+from slide2vec.readers.tifftiles import colour_conflict
 from slide2vec.readers.tilecheck import TileCheck
 
 __all__ = ["VipsReader", "unavailable"]
@@ -93,7 +94,8 @@ def _why_not(probe: Probe) -> str | None:
         return "its red, green and blue are three directories, of which libvips would take one"
     if any((level.counts == 0).any() for level in probe.levels):
         return "some tiles are left out of the file, which libvips takes for an error"
-    return next((reason for level in probe.levels if (reason := _why_not_level(level))), None)
+    reason = next((reason for level in probe.levels if (reason := _why_not_level(level))), None)
+    return reason or colour_conflict(probe)
 
 
 def _why_not_level(level: TiffLevel) -> str | None:

@@ -236,6 +236,8 @@ _PACKAGES = {
     "cucim": ("cucim-cu13", "cucim-cu12", "cucim"),
     "pyvips": ("pyvips",),
     "tifffile": ("tifffile",),
+    "simplejpeg": ("simplejpeg",),
+    "imagecodecs": ("imagecodecs",),
     "cupy": ("cupy-cuda13x", "cupy-cuda12x"),
     "dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
     "tensorrt": ("tensorrt",),

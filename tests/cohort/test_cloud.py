@@ -161,7 +161,7 @@ def test_other_settings_are_embedded_anew(tile_model: Model, slides: list[Path])
     assert seen(tile_model) > 0
     with pytest.raises(ConfigError, match=r"tissue_threshold 0\.01, not 0\.2"):
         run(tile_model, slides, tissue_threshold=0.2)
-    again = run(tile_model, slides, {"output_dtype": "fp16"})
+    again = run(tile_model, slides, URL, {"output_dtype": "fp16"})
     assert again.resumed == 0 and again.recomputed == {"output_dtype": 2} and seen(tile_model)
 
 

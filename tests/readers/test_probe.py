@@ -53,7 +53,7 @@ def write(path: Path, *images: Image) -> Path:
 def said(path: Path, **slide: Any) -> str:
     """The error that a file is refused with, by every back end alike."""
     with pytest.raises(SlideOpenError) as refused:
-        probe(as_slide({"sample_id": "s", "image_path": path, **slide}))
+        open_slide(as_slide({"sample_id": "s", "image_path": path, **slide}))
     return str(refused.value)
 
 

@@ -19,7 +19,7 @@ from slide2vec.readers import backends, open_slide
 from slide2vec.slides import as_slide
 
 TILE = 64  # of the files that `tiffs` writes
-JPEG_READERS = ["auto", "cucim", "vips", "openslide"]
+JPEG_READERS = ["auto", "tiff", "cucim", "vips", "openslide"]
 ACROSS = 7  # tiles in a row of its picture
 DAMAGED = 2 * ACROSS + 3  # in the middle of it, at (192, 128)
 
@@ -90,7 +90,7 @@ def test_black_pixels_of_a_sound_file_are_read(backend: str, tmp_path: Path, tif
         assert (reader.read_region((TILE, TILE), 0, (3 * TILE, 2 * TILE)) == 0).all()
 
 
-@pytest.mark.parametrize("backend", ["auto", "cucim", "openslide"])
+@pytest.mark.parametrize("backend", ["auto", "tiff", "cucim", "openslide"])
 def test_tiles_left_out_are_white(backend: str, tmp_path: Path, tiffs: Any) -> None:
     need(backend)
 
@@ -219,7 +219,7 @@ def test_auto_reads_deflate_with_a_predictor(tmp_path: Path, tiffs: Any) -> None
         np.testing.assert_array_equal(reader.read_region((0, 0), 0, (400, 300)), tiffs.picture())
 
 
-@pytest.mark.parametrize("backend", ["cucim", "vips", "openslide"])
+@pytest.mark.parametrize("backend", ["tiff", "cucim", "vips", "openslide"])
 @pytest.mark.parametrize("compression", ["zlib", None])
 def test_lossless_pixels(compression: str | None, backend: str, tmp_path: Path, tiffs: Any) -> None:
     need(backend)
@@ -229,7 +229,7 @@ def test_lossless_pixels(compression: str | None, backend: str, tmp_path: Path, 
         np.testing.assert_array_equal(reader.read_region((0, 0), 0, (400, 300)), tiffs.picture())
 
 
-@pytest.mark.parametrize("backend", ["cucim", "vips", "openslide"])
+@pytest.mark.parametrize("backend", ["tiff", "cucim", "vips", "openslide"])
 def test_one_pixel_is_the_same_in_every_region(backend: str, jpeg_pyramid: Path) -> None:
     """Downsamples that are no whole number; OpenSlide alone would interpolate."""
     need(backend)
