@@ -268,7 +268,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     """Which tensor is in which file, from an index; the files are beside it and hold tensors."""
     try:
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise WeightsError(f"weights file {index} cannot be read: no weight_map ({error!r})") from error
     if not isinstance(where, dict) or not where:
         raise WeightsError(f"weights file {index} names no files in its weight_map")
