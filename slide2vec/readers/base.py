@@ -8,7 +8,7 @@ from typing import Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SlideReader", "planning_downsamples"]
+__all__ = ["ReducingReader", "SlideReader", "planning_downsamples"]
 
 
 @runtime_checkable
@@ -76,3 +76,21 @@ def planning_downsamples(reader: SlideReader) -> tuple[float, ...]:
     `planning_levels`, their number.
     """
     return reader.downsamples[: getattr(reader, "planning_levels", None)]
+
+
+@runtime_checkable
+class ReducingReader(Protocol):
+    """A SlideReader that can average pixels as it decodes them, which spares the memory of those between."""
+
+    def read_reduced(
+        self, location_lv0: tuple[int, int], level: int, size: tuple[int, int], ratio: int
+    ) -> NDArray[np.uint8] | None:
+        """`read_region`, each ratio x ratio px averaged as OpenCV's INTER_AREA does, bit by bit.
+
+        Returns:
+            (height // ratio, width // ratio, 3) uint8; None where the region has to be read as it is.
+
+        Raises:
+            SlideReadError: as `read_region`.
+        """
+        ...

@@ -38,6 +38,18 @@ class TiffReader(PyramidReader):
         pixels: NDArray[np.uint8] = self._boxes.read(level, x, y, width, height)
         return pixels
 
+    def read_reduced(
+        self, location_lv0: tuple[int, int], level: int, size: tuple[int, int], ratio: int
+    ) -> NDArray[np.uint8] | None:
+        """See `ReducingReader.read_reduced`."""
+        (x, y), (width, height) = self._corner(location_lv0, level), size
+        right, bottom = self.level_dimensions[level]
+        inside = min(x, y) >= 0 and x + width <= right and y + height <= bottom
+        if not inside or not self._boxes.reduces(level, x, y, ratio):
+            return None
+        pixels: NDArray[np.uint8] = self._boxes.read(level, x, y, width, height, ratio=ratio)
+        return pixels
+
     def close(self) -> None:
         """Release the file. May be called twice."""
         self._boxes.close()

@@ -15,9 +15,10 @@ from slide2vec.cpus import job_cpus
 from slide2vec.errors import SlideReadError
 from slide2vec.prepare import cut_tiles, dali_archive
 from slide2vec.readers import SlideReader
+from slide2vec.readers.base import ReducingReader
 from slide2vec.tiling import BadTile, Tiling
 from slide2vec.tiling.archives import TileArchive
-from slide2vec.tiling.supertiles import plan_supertiles
+from slide2vec.tiling.supertiles import Supertile, plan_supertiles
 
 __all__ = ["SlideSource", "TileSource", "bad_tiles", "damaged", "open_archive", "place_singly"]
 
@@ -122,6 +123,8 @@ class SlideSource:
         self.reader, self.tiling = reader, tiling
         self._cut: Callable[..., None] = cut_tiles
         self._closed = closed
+        ratio, rest = divmod(tiling.geometry.read_tile_size_px, tiling.geometry.requested_tile_size_px)
+        self._ratio = 1 if rest else ratio
         self._others: tuple[SlideReader, ...] = ()
         self._supertiles = plan_supertiles(
             tiling.x,
@@ -145,15 +148,24 @@ class SlideSource:
         return SlideSource(self.reader, tiling, grouped=grouped, closed=self._closed)
 
     def fetch(self, number: int) -> Any:
-        """The pixels of a supertile, (h, w, 3) uint8."""
-        supertile = self._supertiles[number]
-        level = self.tiling.geometry.read_level
-        return self.reader.read_region(supertile.location_lv0, level, supertile.size)
+        """The pixels of a supertile, (h, w, 3) uint8, and by how much they have been reduced already."""
+        supertile, level = self._supertiles[number], self.tiling.geometry.read_level
+        where = supertile.location_lv0, level, supertile.size
+        if isinstance(self.reader, ReducingReader) and self._reduces(supertile):
+            reduced = self.reader.read_reduced(*where, self._ratio)
+            if reduced is not None:
+                return reduced, self._ratio
+        return self.reader.read_region(*where), 1
+
+    def _reduces(self, supertile: Supertile) -> bool:
+        """Whether its tiles are made of whole cells, so that it can be reduced at once."""
+        return self._ratio > 1 and not (supertile.offsets % self._ratio).any()
 
     def place(self, number: int, data: Any, targets: Sequence[Pixels]) -> None:
         """Cut the tiles out of a supertile."""
+        pixels, ratio = data
         size = self.tiling.geometry.read_tile_size_px
-        self._cut(data, self._supertiles[number].offsets, size, targets)
+        self._cut(pixels, self._supertiles[number].offsets // ratio, size // ratio, targets)
 
     def read_tile(self, tile: int, target: Pixels) -> None:
         """Read a tile by itself."""
