@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from slide2vec.config import SegmentationConfig
 from slide2vec.errors import MaskError, Slide2VecError
-from slide2vec.files import is_remote
+from slide2vec.files import is_remote, plain_stat
 from slide2vec.geometry import nearest_downsample_level, select_level
 from slide2vec.readers import SlideReader, open_slide
 from slide2vec.readers.base import planning_downsamples
@@ -157,8 +157,10 @@ def _checked(labels: NDArray[np.generic]) -> tuple[NDArray[np.uint8], int]:
 
 
 def _opened(path: Path) -> AbstractContextManager[_Raster]:
-    if not path.is_file():
-        raise FileNotFoundError("it does not exist")
+    try:
+        plain_stat(path)
+    except FileNotFoundError:
+        raise FileNotFoundError("it does not exist") from None
     suffix = path.suffix.lower()
     if suffix in _DRAWN:
         raise ValueError(
