@@ -8,7 +8,7 @@ from typing import Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ReducingReader", "SlideReader", "planning_downsamples"]
+__all__ = ["BufferedReader", "SlideReader", "planning_downsamples"]
 
 
 @runtime_checkable
@@ -79,16 +79,25 @@ def planning_downsamples(reader: SlideReader) -> tuple[float, ...]:
 
 
 @runtime_checkable
-class ReducingReader(Protocol):
-    """A SlideReader that can average pixels as it decodes them, which spares the memory of those between."""
+class BufferedReader(Protocol):
+    """A SlideReader that can write into memory that is used again, and average pixels as it decodes them."""
 
-    def read_reduced(
-        self, location_lv0: tuple[int, int], level: int, size: tuple[int, int], ratio: int
+    def read_into(
+        self,
+        memory: NDArray[np.uint8],
+        location_lv0: tuple[int, int],
+        level: int,
+        size: tuple[int, int],
+        ratio: int,
     ) -> NDArray[np.uint8] | None:
         """`read_region`, each ratio x ratio px averaged as OpenCV's INTER_AREA does, bit by bit.
 
+        Args:
+            memory: flat, of at least (height // ratio) * (width // ratio) * 3 bytes.
+
         Returns:
-            (height // ratio, width // ratio, 3) uint8; None where the region has to be read as it is.
+            (height // ratio, width // ratio, 3) uint8 in that memory; None where the region has to be read by
+            `read_region`.
 
         Raises:
             SlideReadError: as `read_region`.

@@ -20,7 +20,7 @@ from slide2vec.readers.pyramid import PyramidReader
 from slide2vec.readers.tifftiles import TiffTiles, colour_conflict, why_no_jpeg
 from slide2vec.readers.tiletable import TilePlace, TileTable
 
-__all__ = ["RawBoxes", "RawReader"]
+__all__ = ["BoxReader", "RawBoxes", "RawReader"]
 
 #: Decoded tiles that reach into a neighbouring box and are kept for it, per open slide.
 KEPT_BYTES = 48 << 20
@@ -57,10 +57,45 @@ class RawReader(PyramidReader):
         return self._boxes.read(level, x, y, width, height)
 
     def _canvas(self, height: int, width: int) -> Any:
-        return self._decoder.canvas(height, width)
+        canvas = self._decoder.canvas(height, width)
+        canvas[:] = 255
+        return canvas
 
     def close(self) -> None:
         """Release the file. May be called twice."""
+        self._boxes.close()
+
+
+class BoxReader(PyramidReader):
+    """A SlideReader over the boxes of a `HostDecoder`; see also `BufferedReader`."""
+
+    _boxes: RawBoxes
+
+    def _read_box(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        pixels: NDArray[np.uint8] = self._boxes.read(level, x, y, width, height)
+        return pixels
+
+    def read_into(
+        self,
+        memory: NDArray[np.uint8],
+        location_lv0: tuple[int, int],
+        level: int,
+        size: tuple[int, int],
+        ratio: int,
+    ) -> NDArray[np.uint8] | None:
+        """See `BufferedReader.read_into`."""
+        (x, y), (width, height) = self._corner(location_lv0, level), size
+        right, bottom = self.level_dimensions[level]
+        inside = min(x, y) >= 0 and x + width <= right and y + height <= bottom
+        if not inside or not self._boxes.reduces(level, x, y, ratio):
+            return None
+        shape = height // ratio, width // ratio, 3
+        canvas = memory[: shape[0] * shape[1] * 3].reshape(shape)
+        self._boxes.fill(canvas, level, x, y, ratio=ratio)
+        return canvas
+
+    def close(self) -> None:
+        """Release the files. May be called twice."""
         self._boxes.close()
 
 
@@ -79,24 +114,33 @@ class RawBoxes:
         self._kept: OrderedDict[_Key, Future[Any]] = OrderedDict()
         self._working: dict[_Key, Future[Any]] = {}
 
-    def read(self, level: int, x: int, y: int, width: int, height: int, *, ratio: int = 1) -> Any:
+    def read(self, level: int, x: int, y: int, width: int, height: int) -> Any:
         """(height, width, 3) uint8 of a box in level px that lies inside the level.
-
-        Args:
-            ratio: each pixel is the average of so many a side, of as much of the box as these divide. A tile
-                is reduced as it comes out of the decoder, while the CPU's cache holds it. NumPy arrays only,
-                and only boxes that `reduces` takes.
 
         Raises:
             SlideReadError: one of its tiles cannot be decoded.
         """
-        width, height = width // ratio * ratio, height // ratio * ratio
+        canvas = self._decoder.canvas(height, width)
+        self.fill(canvas, level, x, y)
+        return canvas
+
+    def fill(self, canvas: Any, level: int, x: int, y: int, *, ratio: int = 1) -> None:
+        """Write a box in level px that lies inside the level into a (height, width, 3) uint8 canvas.
+
+        Args:
+            x, y: of the box, which is `ratio` times as wide and high as the canvas.
+            ratio: each pixel is the average of so many a side. A tile is reduced as it comes out of the
+                decoder, while the CPU's cache holds it. NumPy arrays only, and boxes that `reduces` takes.
+
+        Raises:
+            SlideReadError: one of its tiles cannot be decoded.
+        """
+        height, width = canvas.shape[0] * ratio, canvas.shape[1] * ratio
         places = self._tiles.under(level, x, y, width, height)
-        covered = sum(_pixels(place.in_box) for place in places)
-        canvas = self._decoder.canvas(height // ratio, width // ratio, white=covered < width * height)
+        if sum(_pixels(place.in_box) for place in places) < width * height:
+            canvas[:] = 255
         for step in self._steps(level, places):
             self._fill(canvas, level, step, ratio)
-        return canvas
 
     def reduces(self, level: int, x: int, y: int, ratio: int) -> bool:
         """Whether a box that begins there has no averaged cell that reaches over two tiles."""

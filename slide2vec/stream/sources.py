@@ -16,11 +16,11 @@ from slide2vec.cpus import job_cpus
 from slide2vec.errors import NotFiniteError, SlideReadError
 from slide2vec.prepare import cut_tiles, dali_archive
 from slide2vec.readers import SlideReader
-from slide2vec.readers.base import ReducingReader
+from slide2vec.readers.base import BufferedReader
 from slide2vec.runtime import Engine
 from slide2vec.tiling import BadTile, Tiling
 from slide2vec.tiling.archives import TileArchive
-from slide2vec.tiling.supertiles import Supertile, plan_supertiles
+from slide2vec.tiling.supertiles import plan_supertiles
 
 __all__ = [
     "SlideSource",
@@ -154,6 +154,7 @@ class SlideSource:
         self._closed = closed
         ratio, rest = divmod(tiling.geometry.read_tile_size_px, tiling.geometry.requested_tile_size_px)
         self._ratio = 1 if rest else ratio
+        self._free: list[Pixels] = []
         self._others: tuple[SlideReader, ...] = ()
         self._supertiles = plan_supertiles(
             tiling.x,
@@ -177,24 +178,35 @@ class SlideSource:
         return SlideSource(self.reader, tiling, grouped=grouped, closed=self._closed)
 
     def fetch(self, number: int) -> Any:
-        """The pixels of a supertile, (h, w, 3) uint8, and by how much they have been reduced already."""
+        """The pixels of a supertile, (h, w, 3) uint8, by how much they are reduced already, and the memory
+        that `place` is to give back."""
         supertile, level = self._supertiles[number], self.tiling.geometry.read_level
         where = supertile.location_lv0, level, supertile.size
-        if isinstance(self.reader, ReducingReader) and self._reduces(supertile):
-            reduced = self.reader.read_reduced(*where, self._ratio)
-            if reduced is not None:
-                return reduced, self._ratio
-        return self.reader.read_region(*where), 1
+        if isinstance(self.reader, BufferedReader):
+            # whole cells only, so that the supertile can be reduced at once
+            ratio = 1 if (supertile.offsets % self._ratio).any() else self._ratio
+            memory = self._memory(supertile.size[0] * supertile.size[1] * 3 // ratio**2)
+            pixels = self.reader.read_into(memory, *where, ratio)
+            if pixels is not None:
+                return pixels, ratio, memory
+            self._free.append(memory)
+        return self.reader.read_region(*where), 1, None
 
-    def _reduces(self, supertile: Supertile) -> bool:
-        """Whether its tiles are made of whole cells, so that it can be reduced at once."""
-        return self._ratio > 1 and not (supertile.offsets % self._ratio).any()
+    def _memory(self, size: int) -> Pixels:
+        """Memory that `place` is done with, else new: to touch a page for the first time is dear."""
+        try:
+            found = self._free.pop()
+        except IndexError:
+            return np.empty(size, np.uint8)
+        return found if found.size >= size else np.empty(size, np.uint8)
 
     def place(self, number: int, data: Any, targets: Sequence[Pixels]) -> None:
         """Cut the tiles out of a supertile."""
-        pixels, ratio = data
+        pixels, ratio, memory = data
         size = self.tiling.geometry.read_tile_size_px
         self._cut(pixels, self._supertiles[number].offsets // ratio, size // ratio, targets)
+        if memory is not None:
+            self._free.append(memory)
 
     def read_tile(self, tile: int, target: Pixels) -> None:
         """Read a tile by itself."""
@@ -208,6 +220,7 @@ class SlideSource:
         """Close the slide."""
         for reader in (self.reader, *self._others):
             reader.close()
+        self._free.clear()
         self._closed()
 
 
