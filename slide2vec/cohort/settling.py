@@ -79,6 +79,13 @@ def settle(
     if config.read_coordinates_from is not None:
         geometry.pop("overlap")
     features, name = features_place(root, there, kind, identities, geometry)
+    same = [owner for owner in there if owner.preset == identities[kind]["name"]]
+    if same and all(owner.folder != features for owner in there):
+        differing = ", ".join(sorted(same[0].unlike(identities, geometry)))
+        logger.warning(
+            "%s has embeddings of %s with other settings (%s): they stay, and those of this run go to %s",
+            *(same[0].folder, same[0].name, differing, features),
+        )
     others = tuple(owner.folder for owner in there if owner.folder != features)
     return Place(root, name, features, tiling, others), slides, config
 

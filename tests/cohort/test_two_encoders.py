@@ -12,6 +12,7 @@ from cohort_helpers import files, rows
 
 from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig, RunResult
 from slide2vec.cohort.merging import merge_shards
+from slide2vec.cohort.publish import Publisher
 from slide2vec.cohort.shard_lists import gathered
 from slide2vec.errors import ConfigError
 from slide2vec.tiling import load_coordinates
@@ -93,15 +94,44 @@ def test_embeddings_are_those_of_separate_runs(run: Run, tmp_path: Path) -> None
             assert made.read_bytes() == (tmp_path / f"out/{folder}tile_embeddings/{made.name}").read_bytes()
 
 
-def test_another_precision_is_another_encoder(run: Run, tmp_path: Path) -> None:
+def test_another_precision_is_another_encoder(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run("timm")
     first = files(tmp_path / "out")
     other = run("timm", execution={"precision": "bf16"})
+    assert "with other settings (precision): they stay, and those of this run go to" in caplog.text
     assert other.recomputed == {} and {a.path.parents[1].name for a in other.tile_artifacts} == {
         "timm-test_vit.r160_in1k-bf16"
     }
     assert {name: content for name, content in files(tmp_path / "out").items() if name in first} == first
     assert run("timm", execution={"precision": "bf16"}).resumed == run("timm").resumed == 2
+
+
+def test_a_second_run_that_breaks_off_is_taken_up(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for out in ("out", "undisturbed"):
+        run("scattering", out)
+    run("timm", "undisturbed")
+    publish, made = Publisher.outcome, []
+
+    def broken(self: Publisher, outcome: Any) -> Any:
+        made.append(outcome)
+        if len(made) > 1:
+            raise RuntimeError("broken off")
+        yield from publish(self, outcome)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Publisher, "outcome", broken)
+        with pytest.raises(RuntimeError, match="broken off"):
+            run("timm")
+    assert run("scattering").resumed == 2
+    assert run("timm").resumed == 1
+    assert files(tmp_path / "out").keys() == files(tmp_path / "undisturbed").keys()
+    for name, content in files(tmp_path / "undisturbed").items():
+        assert name.endswith("json") or files(tmp_path / "out")[name] == content
+    assert len(rows(tmp_path / "out")) == 4
 
 
 def test_another_geometry_has_its_own_coordinates(run: Run, tmp_path: Path) -> None:
