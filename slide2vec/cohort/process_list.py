@@ -70,17 +70,21 @@ def read_process_list(path: Path) -> list[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # tracebacks are long
     try:
         with as_os_errors(path), path.open(newline="", encoding="utf-8") as file:
-            table = csv.DictReader(file, strict=True)
-            if table.fieldnames is None or "sample_id" not in table.fieldnames:
+            table = csv.reader(file, strict=True)
+            header = next(table, [])
+            if "sample_id" not in header:
                 raise ArtifactError(f"{path} is no process list: it has no column sample_id")
-            return [_row(line) for line in table]
+            rows = []
+            for cells in filter(None, table):
+                if len(cells) != len(header):
+                    raise ArtifactError(
+                        f"process list {path} is damaged: line {table.line_num} has {len(cells)} cells, its "
+                        f"header {len(header)}; delete it: the next run into the folder begins a new one"
+                    )
+                rows.append({**dict.fromkeys(COLUMNS, ""), **dict(zip(header, cells, strict=True))})
+            return rows
     except (OSError, csv.Error, UnicodeDecodeError) as error:
         raise ArtifactError(f"process list {path} cannot be read: {error}") from error
-
-
-def _row(line: Mapping[Any, Any]) -> Row:
-    known = {str(name): value or "" for name, value in line.items() if name is not None}
-    return {**dict.fromkeys(COLUMNS, ""), **known}
 
 
 def state_of(row: Mapping[str, str]) -> State:

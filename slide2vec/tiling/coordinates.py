@@ -260,13 +260,21 @@ def load_coordinates(directory: Path, sample_id: str) -> Tiling:
             data = file.read(_MOST_BYTES + 1)
         if len(data) > _MOST_BYTES:
             raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
-        meta = json.loads(data.decode("utf-8"))
+        meta = json.loads(data.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
         return _tiling(_Sections(meta), arrays)
     except FileNotFoundError as error:
         missing = error.filename or error
         raise TilingError(f"slide {sample_id}: coordinate file {missing} does not exist") from error
     except _UNREADABLE as error:
         raise TilingError(f"slide {sample_id}: {metadata} cannot be read: {error}") from error
+
+
+def _finite(text: str) -> float:
+    """A number in JSON. Python's reader also takes NaN and Infinity, which no file of coordinates has."""
+    number = float(text)
+    if not isfinite(number):
+        raise ValueError(f"it holds {text}, which is no finite number")
+    return number
 
 
 class _Sections:
@@ -319,7 +327,10 @@ def _tiling(meta: _Sections, arrays: Path) -> Tiling:
 
 def _geometry(meta: _Sections) -> TileGeometry:
     def tiling(*names: str) -> Any:
-        return meta.get("tiling", *names)
+        value = meta.get("tiling", *names)
+        if isinstance(value, bool) and names != ("is_within_tolerance",):
+            raise ValueError(f"{names[0]} is {value}, not a number")
+        return value
 
     read_size = int(tiling("read_tile_size_px", "effective_tile_size_px"))
     overlap = float(tiling("overlap"))
