@@ -88,8 +88,8 @@ def test_one_look_per_slide_and_run(run: Run, looked_at: list[str], how: str) ->
     looked_at.clear()
     assert run(fingerprint=how).resumed == 2 and sorted(looked_at) == ["0.svs", "1.svs"]
     looked_at.clear()
-    again = run(fingerprint=how, tissue_threshold=0.2)
-    assert again.recomputed == {"geometry tissue_threshold": 2}
+    again = run(fingerprint=how, on_the_fly=False)
+    assert again.recomputed == {"tiles_from": 2}
     assert sorted(looked_at) == ["0.svs", "1.svs"]  # the look of resume serves the plan
 
 
