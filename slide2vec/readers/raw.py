@@ -86,12 +86,17 @@ class BoxReader(PyramidReader):
         """See `BufferedReader.read_into`."""
         (x, y), (width, height) = self._corner(location_lv0, level), size
         right, bottom = self.level_dimensions[level]
-        inside = min(x, y) >= 0 and x + width <= right and y + height <= bottom
-        if not inside or not self._boxes.reduces(level, x, y, ratio):
+        x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + width, right), min(y + height, bottom)
+        # no averaged cell may reach over the edge of the level, nor over two tiles
+        cells = not any(edge % ratio for edge in (x0 - x, y0 - y, x1 - x, y1 - y))
+        if x0 >= x1 or y0 >= y1 or not cells or not self._boxes.reduces(level, x0, y0, ratio):
             return None
         shape = height // ratio, width // ratio, 3
         canvas = memory[: shape[0] * shape[1] * 3].reshape(shape)
-        self._boxes.fill(canvas, level, x, y, ratio=ratio)
+        inside = canvas[(y0 - y) // ratio : (y1 - y) // ratio, (x0 - x) // ratio : (x1 - x) // ratio]
+        if inside.shape != shape:
+            canvas[:] = 255
+        self._boxes.fill(inside, level, x0, y0, ratio=ratio)
         return canvas
 
     def close(self) -> None:
@@ -156,7 +161,7 @@ class RawBoxes:
         """Tiles that others may need, too, are claimed: who needs them meanwhile waits for them."""
         wanted, mine = self._claim(level, places, ratio)
         try:
-            for place, pixels in zip(mine, self._decode(level, mine), strict=True):
+            for place, pixels in zip(mine, self._decode(level, mine, ratio), strict=True):
                 if place.is_whole:
                     _put(canvas, place, pixels, ratio)
                     continue
@@ -187,12 +192,12 @@ class RawBoxes:
                 wanted[place.tile] = place, found
         return wanted, mine
 
-    def _decode(self, level: int, places: Sequence[TilePlace]) -> Iterator[Any]:
-        """Pixels of each tile in turn; those of whole tiles are good until the next."""
+    def _decode(self, level: int, places: Sequence[TilePlace], ratio: int) -> Iterator[Any]:
+        """Pixels of each tile in turn; those of which nobody keeps more than an average until the next."""
         if not places:
             return
         form = self._tiles.format(level)
-        kept = [not place.is_whole for place in places]
+        kept = [ratio == 1 and not place.is_whole for place in places]
         decoded = self._decoder.decode(self._tiles.read(level, places), form, places, kept)
         for place in places:
             try:
@@ -211,7 +216,7 @@ class RawBoxes:
         try:
             return future.result()
         except _Unsettled:
-            pixels = next(self._decode(level, [place]))
+            pixels = next(self._decode(level, [place], ratio))
             return pixels if ratio == 1 else _reduced(pixels, ratio)
 
     def _settle(self, level: int, mine: Sequence[TilePlace], ratio: int) -> None:

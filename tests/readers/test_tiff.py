@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cv2
 import imagecodecs
 import numpy as np
 import openslide
@@ -19,6 +21,7 @@ import tifffile
 from slide2vec.errors import BackendError, ExtraMissingError, SlideReadError
 from slide2vec.readers import backends, open_slide
 from slide2vec.readers import codecs as codecs_module
+from slide2vec.readers.base import BufferedReader
 from slide2vec.readers.tifftiles import _MOST_BYTES
 from slide2vec.slides import as_slide
 
@@ -356,3 +359,53 @@ def test_a_codec_that_imagecodecs_was_built_without(
     )
     with pytest.raises(BackendError, match="ZSTD tiles, for which imagecodecs has no decoder here"):
         open_slide(as_slide(path), "tiff")
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 4])
+def test_averaged_while_decoding(ratio: int, tmp_path: Path, tiffs: Any) -> None:
+    """The pixels of the whole region averaged afterwards, whoever decoded the tiles that boxes share."""
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    path = write(tmp_path / "a.tif", pixels, compression="zlib")
+    boxes = [(x, y) for x in range(0, 300, 100) for y in range(0, 200, 100)]
+    for threads in (1, 4):
+        with open_slide(as_slide(path), "tiff") as reader, ThreadPoolExecutor(threads) as pool:
+            assert isinstance(reader, BufferedReader)
+
+            def read_into(at: tuple[int, int], reader: BufferedReader = reader) -> np.ndarray | None:
+                memory = np.zeros(31_000, np.uint8)
+                found = reader.read_into(memory, at, 0, (100, 100), ratio)
+                assert found is None or np.shares_memory(found, memory)
+                return found
+
+            for (x, y), found in zip(boxes, pool.map(read_into, boxes), strict=True):
+                part = np.ascontiguousarray(pixels[y : y + 100, x : x + 100])
+                expected = part
+                if ratio > 1:
+                    side = 100 // ratio
+                    expected = cv2.resize(part, (side, side), interpolation=cv2.INTER_AREA)
+                assert found is not None
+                np.testing.assert_array_equal(found, expected)
+            across = reader.read_into(np.zeros(31_000, np.uint8), (1, 0), 0, (100, 100), ratio)
+            assert (across is None) == (ratio > 1)  # cells of two tiles
+            outside = reader.read_into(np.zeros(31_000, np.uint8), (352, -4), 0, (100, 100), ratio)
+            assert outside is not None
+            expected = reader.read_region((352, -4), 0, (100, 100))
+            if ratio > 1:
+                expected = cv2.resize(expected, (100 // ratio, 100 // ratio), interpolation=cv2.INTER_AREA)
+            np.testing.assert_array_equal(outside, expected)
+
+
+def test_memory_of_supertiles_holds_nothing_of_the_one_before(tmp_path: Path, tiffs: Any) -> None:
+    """Sparse tiles are white in memory that is used again, too."""
+    pixels = np.zeros((300, 400, 3), np.uint8)
+    path = write(tmp_path / "a.tif", pixels, compression="zlib")
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tag = tiff.pages[0].tags["TileByteCounts"]
+        tag.overwrite([0 if i == DAMAGED else n for i, n in enumerate(tag.value)])
+    with open_slide(as_slide(path), "tiff") as reader:
+        assert isinstance(reader, BufferedReader)
+        memory = np.full(31_000, 77, np.uint8)
+        found = reader.read_into(memory, (150, 100), 0, (100, 100), 1)
+    expected = pixels[100:200, 150:250].copy()
+    expected[28:92, 42:100] = 255
+    np.testing.assert_array_equal(found, expected)
