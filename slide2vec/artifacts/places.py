@@ -28,6 +28,7 @@ __all__ = [
     "Kind",
     "Owner",
     "Place",
+    "encoder_of",
     "features_place",
     "owners",
     "tiling_folders",
@@ -123,7 +124,7 @@ class Owner:
                 asked = identities.get("tile") or identities.get("hierarchical")
             if asked is not None:
                 common += 1
-                found |= unlike(_encoder(sidecar), asked)
+                found |= unlike(encoder_of(sidecar), asked)
                 found |= set() if geometry is None else _other_geometry(sidecar, geometry)
         return found if common else {"kind"}
 
@@ -194,7 +195,8 @@ def _sidecars(folder: Path) -> Iterator[tuple[Kind, Mapping[str, Any]]]:
                 continue
 
 
-def _encoder(sidecar: Mapping[str, Any]) -> Mapping[str, Any]:
+def encoder_of(sidecar: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The identity of an encoder, as far as a sidecar says it."""
     compatibility = sidecar.get("compatibility")
     encoder = compatibility.get("encoder") if isinstance(compatibility, Mapping) else None
     recorded = encoder if isinstance(encoder, Mapping) else {}

@@ -16,11 +16,11 @@ from slide2vec.artifacts import (
     find_slide_artifact,
     find_tile_artifact,
 )
-from slide2vec.artifacts.places import KINDS, Kind, Place
+from slide2vec.artifacts.places import KINDS, Kind, Place, encoder_of, unlike
 from slide2vec.cohort.identity import compatibility, difference, encoder_identity
 from slide2vec.cohort.misread import as_if_read_now, misread
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
-from slide2vec.errors import ArtifactError, ManifestError, TilingError
+from slide2vec.errors import ArtifactError, ConfigError, ManifestError, TilingError
 from slide2vec.slides import Slide
 from slide2vec.stream import coordinates_dir
 from slide2vec.stream.identities import Identities, SlideIdentity
@@ -144,6 +144,13 @@ class Finished:
             recorded = artifact.metadata
         except ArtifactError:
             return None
+        other = unlike(encoder_of(recorded), self._identities[kind])
+        if other and folder == self._place.features:
+            raise ConfigError(
+                f"{artifact.path} is of another encoder ({recorded.get('encoder_name')}: "
+                f"{', '.join(sorted(other))} differ) than others in its folder, and would be replaced: move "
+                "those of one away, or choose another output directory"
+            )
         options = self._differing_option(kind, artifact, recorded)
         made = recorded.get("compatibility")
         differs = options or difference(as_if_read_now(made), asked)

@@ -134,6 +134,19 @@ def test_a_second_run_that_breaks_off_is_taken_up(
     assert len(rows(tmp_path / "out")) == 4
 
 
+def test_a_folder_of_two_encoders_mixed_is_refused(run: Run, slides: list[Path], tmp_path: Path) -> None:
+    """As earlier versions left it."""
+    run("scattering", given=slides[:1])
+    run("timm", "other", given=slides[1:2])
+    for path in (tmp_path / "other/tile_embeddings").iterdir():
+        path.rename(tmp_path / "out/tile_embeddings" / path.name)
+    before = files(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"s1\.pt is of another encoder \(timm"):
+        run("scattering")
+    after = files(tmp_path / "out")
+    assert {name: after[name] for name in before} == before
+
+
 def test_another_geometry_has_its_own_coordinates(run: Run, tmp_path: Path) -> None:
     run("scattering")
     first = files(tmp_path / "out")
