@@ -196,6 +196,8 @@ class Cohort:
         folder = self.place.tiling / "tiles"
         paths = write_coordinates(folder, tiling.recorded)
         record_source(folder, tiling.sample_id, "coordinates", files.content)
+        if tiling.recorded.remarks:
+            record_source(folder, tiling.sample_id, "remarks", list(tiling.recorded.remarks))
         return paths
 
     def identity_of_failed(self, slide: Slide) -> Mapping[str, Any] | None:
@@ -241,11 +243,12 @@ class Cohort:
         return self.place.tiling / "preview" / kind / f"{sample_id}.jpg"
 
     def is_of_the_run(self, error: OutputError) -> bool:
-        """Whether nothing can be written any more; else one slide's or patient's file is in the way (a folder
-        in its place, say)."""
+        """Whether nothing can be written there any more; else one slide's or patient's file is in the way (a
+        folder in its place, say)."""
         if error.errno not in _OF_ONE_FILE:
             return True
-        trial = self.place.root / f".slide2vec.{uuid4().hex}.trial"
+        folder = self.place.root if error.filename is None else Path(error.filename).parent
+        trial = (self.place.root if is_remote(self.place.root) else folder) / f".{uuid4().hex}.trial"
         try:
             if not is_remote(self.place.root) and not self.place.root.is_dir():
                 return True
