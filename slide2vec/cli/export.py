@@ -126,7 +126,7 @@ def _sources(run: Path, output: Path, encoder: str | None) -> list[Source]:
             encoder=owner.name,
             features=owner.folder,
             tiles=owner.tiling / "tiles",
-            output=output if encoder is not None else output / owner.folder.relative_to(run),
+            output=output if encoder is not None else _below(output, owner.folder, run),
         )
         for owner in chosen
     ]
@@ -142,6 +142,11 @@ def _names(folder: Path) -> list[str]:
     suffixes = (SIDECAR, *(f".{file_format}" for file_format in FORMATS))
     names = [path.name for path in entries(folder) if is_remote(path) or path.is_file()]
     return sorted({name.removesuffix(end) for name in names for end in suffixes if name.endswith(end)})
+
+
+def _below(output: Path, folder: Path, run: Path) -> Path:
+    """The same place below the output as a folder has below its run; either may be behind a URL."""
+    return output.joinpath(*folder.parts[len(run.parts) :])
 
 
 def _print(done: Sequence[Exported], failed: Sequence[_Failed], output: Path) -> None:
