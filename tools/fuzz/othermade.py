@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["NAME", "make_others"]
+__all__ = ["NAME", "SHAPES", "make_others"]
 
 #: Of the slide that they are of.
 NAME = "sound"
+#: Of the weights.
+SHAPES: dict[str, tuple[int, ...]] = {"a.weight": (16, 8), "a.bias": (16,), "b": (3, 3, 3)}
 
 
 def make_others(folder: Path) -> None:
@@ -128,10 +130,7 @@ def _make_weights(folder: Path) -> None:
     from safetensors.torch import save_file
 
     random = torch.Generator().manual_seed(2)
-    state = {
-        name: torch.randn(shape, generator=random)
-        for name, shape in (("a.weight", (16, 8)), ("a.bias", (16,)), ("b", (3, 3, 3)))
-    }
+    state = {name: torch.randn(shape, generator=random) for name, shape in SHAPES.items()}
     save_file(state, folder / "model.safetensors")
     torch.save({"state_dict": state}, folder / "model.pt")
     names = list(state)

@@ -17,7 +17,7 @@ import numpy as np
 from slide2vec.errors import Slide2VecError
 from tools.fuzz.otherdamage import damage_file
 from tools.fuzz.otherdetect import file_evidence
-from tools.fuzz.othermade import NAME
+from tools.fuzz.othermade import NAME, SHAPES
 from tools.fuzz.slidecase import badly_said
 
 __all__ = ["OTHERS", "Other", "damage_other", "run_other_case"]
@@ -96,8 +96,13 @@ def _features(folder: Path) -> Any:
 def _weights(name: str) -> Callable[[Path], Any]:
     def read(folder: Path) -> Any:
         from slide2vec.encoders.weights import read_checkpoint
+        from slide2vec.errors import WeightsError
 
-        return read_checkpoint(folder / name)
+        state = read_checkpoint(folder / name)
+        shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+        if shapes != SHAPES:  # as the encoder's own loading, which follows, finds it
+            raise WeightsError(f"{folder / name}: {shapes} instead of {SHAPES}")
+        return state
 
     return read
 
@@ -196,6 +201,8 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     return value if isinstance(value, str | int | bool | None) else repr(value)
 
 
