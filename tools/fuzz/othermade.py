@@ -122,7 +122,14 @@ def _make_run(folder: Path, features: str) -> None:
             num_tiles=count,
         )
         encoder = {"name": "an-encoder", "level": "tile", "input_size_px": side}
-        write_tile_embeddings(folder, embedded, tiling, file_format=features, encoder=encoder)  # type: ignore[arg-type]
+        write_tile_embeddings(
+            folder,
+            embedded,
+            tiling,
+            file_format=features,  # type: ignore[arg-type]
+            encoder=encoder,
+            coordinates=write_coordinates(folder / "tiles", tiling),
+        )
 
 
 def _make_weights(folder: Path) -> None:

@@ -84,13 +84,14 @@ def _process_list(folder: Path) -> Any:
 
 def _features(folder: Path) -> Any:
     from slide2vec.artifacts import find_tile_artifact
-    from slide2vec.artifacts.stored import load_stored
+    from slide2vec.artifacts.stored import as_embedded, load_stored
+    from slide2vec.slides import Slide
 
     artifact = find_tile_artifact(folder, NAME)
     if artifact is None:
         return None
-    stored = load_stored(artifact)
-    return stored.features, stored.coords, stored.tile_size_lv0, artifact.num_tiles, artifact.feature_dim
+    found = as_embedded(Slide(sample_id=NAME, image_path=Path("/slides/sound.svs")), load_stored(artifact))
+    return found.tile_embeddings, found.x, found.y, found.tile_size_lv0, found.num_tiles, artifact.feature_dim
 
 
 def _weights(name: str) -> Callable[[Path], Any]:
