@@ -406,6 +406,9 @@ def _segmentation(meta: _Sections) -> Segmentation:
 def _filtering(meta: _Sections) -> FilterConfig:
     recorded = meta.all("filtering")
     known = {name: recorded[name] for name in FilterConfig.model_fields if recorded.get(name) is not None}
+    for name, value in known.items():
+        if isinstance(value, bool) != isinstance(getattr(FilterConfig(), name), bool):
+            raise ValueError(f"filtering.{name} is {value!r}")
     reference = meta.get("segmentation", "ref_tile_size_px", default=None)
     return FilterConfig(**{**known, "ref_tile_size": reference})
 
