@@ -18,6 +18,7 @@ from slide2vec.readers.probe import Probe, TiffLevel
 from slide2vec.readers.pyramid import PyramidReader
 from slide2vec.readers.spacing import Claim, objective_claim, settle_spacing
 from slide2vec.readers.tilecheck import TileCheck
+from slide2vec.readers.trial import try_first
 
 __all__ = ["OpenslideReader", "unavailable"]
 
@@ -51,6 +52,7 @@ class OpenslideReader(PyramidReader):
         reason = next((reason for level in probe.levels if (reason := _why_not(level))), None)
         if reason:
             raise BackendError(reason)
+        try_first(OpenslideReader, probe)
         try:
             handle = openslide.OpenSlide(probe.path)
         except openslide.OpenSlideError as error:

@@ -14,6 +14,7 @@ from slide2vec.readers.probe import Probe, TiffLevel
 from slide2vec.readers.pyramid import PyramidReader
 from slide2vec.readers.tifftiles import colour_conflict
 from slide2vec.readers.tilecheck import TileCheck
+from slide2vec.readers.trial import try_first
 
 __all__ = ["VipsReader", "unavailable"]
 
@@ -45,6 +46,7 @@ class VipsReader(PyramidReader):
         if reason:
             raise BackendError(reason)
         vips = _library()
+        try_first(VipsReader, probe)
         levels = probe.levels[: probe.planning]
         super().__init__(probe, [(level.width, level.height) for level in levels])
         self._error: type[Exception] = vips.Error
