@@ -25,6 +25,7 @@ from slide2vec.readers.spacing import Claim, settle_spacing
 from slide2vec.readers.tiffclaims import Directory, check_claims
 from slide2vec.readers.tiffimages import find_slide, vendor_of
 from slide2vec.readers.tifflevels import TiffLevel
+from slide2vec.readers.tiffpixels import refuse_contradictions
 from slide2vec.readers.tiffspacing import tiff_claims
 from slide2vec.slides import Slide
 
@@ -36,16 +37,7 @@ Kind = Literal["tiff", "dicom", "mrxs", "unrecognised"]
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 #: What tifffile raises on tags that make no sense.
-_MALFORMED = (
-    tifffile.TiffFileError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    OSError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +101,14 @@ def probe(slide: Slide, copy: Path | None = None) -> Probe:
         return replace(found, path=opened, directories=directories)
     except Refusal as error:
         raise SlideOpenError(f"slide {name}: {path} cannot be read: {error}") from error
+    except (tifffile.TiffFileError, OSError) as error:
+        raise SlideOpenError(
+            f"slide {name}: {path} is a malformed or truncated TIFF ({error}); {COPY_AGAIN}"
+        ) from error
     except _MALFORMED as error:
         raise SlideOpenError(
-            f"slide {name}: {path} is a malformed or truncated TIFF ({type(error).__name__}: {error}); "
-            f"{COPY_AGAIN}"
+            f"slide {name}: {path} is a malformed TIFF: one of its tags has a value that makes no sense "
+            f"({type(error).__name__}: {error}); {COPY_AGAIN}"
         ) from error
 
 
@@ -169,6 +165,7 @@ def _probe_tiff(path: Path, name: str, pages: list[Any], size: int) -> Probe:
         _refuse_truncated(page, size)
     vendor = vendor_of(pages)
     found = find_slide(vendor, pages, path.name)
+    refuse_contradictions(found.levels.levels)
     claims = tuple(tiff_claims(vendor, found.page, found.ome))
     spacing_um, source = settle_spacing(claims)
     return Probe(

@@ -133,6 +133,8 @@ def _identity(
     """Taken before anything is read; or why it cannot be, which whoever opens the files tells better."""
     if identities is None:
         return None, None
+    if staged is not None and is_remote(staged.image_path):
+        return None, SlideOpenError(f"slide {slide.sample_id}: {slide.image_path} is on remote storage")
     try:
         return identities.of(slide, masked=masked, staged=staged), None
     except OSError as error:
