@@ -159,7 +159,7 @@ def _outcome(other: Other, folder: Path, right: Any, before: bytes, data: bytes)
     try:
         found = other.read(folder)
     except Slide2VecError as error:
-        names = [NAME, *(Path(name).name for name in other.files)]
+        names = [NAME, folder.name, *(Path(name).name for name in other.files)]
         said = next(
             (None for name in names if badly_said(str(error), name) is None),
             badly_said(str(error), names[-1]),
