@@ -10,6 +10,7 @@ __all__ = [
     "ArtifactError",
     "BackendError",
     "ConfigError",
+    "Contradiction",
     "EmbedPatientsError",
     "EmbedSlidesError",
     "EngineError",
@@ -18,6 +19,7 @@ __all__ = [
     "ManifestError",
     "MaskError",
     "ModelLevelError",
+    "NotFiniteError",
     "NothingToEmbedError",
     "OutputError",
     "OutputLockedError",
@@ -31,6 +33,7 @@ __all__ = [
     "TilingError",
     "WeightsError",
     "WorkerLostError",
+    "as_slide_error",
     "nearest_names",
 ]
 
@@ -75,6 +78,10 @@ class BackendError(Slide2VecError, RuntimeError):
     """A reading back end cannot be used for this slide; the message says which can."""
 
 
+class Contradiction(BackendError):
+    """A second decoder gives other pixels for a tile than the reading back end."""
+
+
 class SlideError(Slide2VecError, RuntimeError):
     """Something is wrong with one slide. Base of the per-slide errors."""
 
@@ -97,6 +104,10 @@ class MaskError(SlideError, ValueError):
 
 class TilingError(SlideError, ValueError):
     """A coordinate file cannot be read or does not belong to the slide and settings at hand."""
+
+
+class NotFiniteError(SlideError, ArithmeticError):
+    """Embeddings hold NaN or infinities; the message names the first tile, the precision and the remedy."""
 
 
 class WorkerLostError(SlideError):
@@ -180,6 +191,23 @@ class EmbedPatientsError(EmbedSlidesError):
     """
 
     what = "patients"
+
+
+def as_slide_error(error: BaseException, sample_id: str, doing: str) -> Exception:
+    """One of ours as it is; any other as the cause of a SlideError that names the slide.
+
+    Args:
+        doing: what was being done, such as "finding its tiles".
+    """
+    if isinstance(error, Slide2VecError):
+        return error
+    what = " ".join(str(error).split())
+    told = SlideError(
+        f"slide {sample_id}: {doing} failed: {type(error).__name__}{f': {what}' if what else ''}; its file "
+        "is damaged perhaps: copy it again from its source"
+    )
+    told.__cause__ = error
+    return told
 
 
 def nearest_names(name: str, allowed: Iterable[str], count: int = 3) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from slide2vec.cohort import RunResult, embed_cohort, tile_cohort
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ConfigError, ManifestError
 from slide2vec.files import as_path
+from slide2vec.manifests import read_manifest
 from slide2vec.settings import RunSettings, settings_as_yaml, versions
-from slide2vec.slides import Slide, SlideLike, as_slides, read_manifest
+from slide2vec.slides import IdFrom, Slide, SlideLike, as_slides
 from slide2vec.tiling.reuse import recorded_slides
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class Pipeline:
         slides: Iterable[SlideLike] | None = None,
         manifest_path: str | os.PathLike[str] | None = None,
         *,
+        slides_dir: str | os.PathLike[str] | None = None,
+        id_from: IdFrom = "name",
         tiling_only: bool = False,
         on_slide_persisted: OnPersisted | None = None,
     ) -> RunResult:
@@ -60,7 +64,8 @@ class Pipeline:
 
         Args:
             manifest_path: CSV (a path or URL) with sample_id and image_path, optionally mask_path,
-                spacing_at_level_0 and patient_id.
+                spacing_at_level_0 and patient_id; see `slide2vec.manifests.read_manifest`.
+            slides_dir, id_from: of the manifest, likewise.
             tiling_only: write coordinates (and previews, archives) and embed nothing.
             on_slide_persisted: called with each new artifact, in a thread of the run.
 
@@ -72,9 +77,14 @@ class Pipeline:
         """
         if (slides is None) == (manifest_path is None):
             raise ManifestError("Pipeline.run takes either slides or manifest_path")
-        todo = read_manifest(manifest_path) if manifest_path is not None else as_slides(slides or ())
+        if manifest_path is None:
+            todo = as_slides(slides or ())
+        else:
+            todo = read_manifest(manifest_path, slides_dir=slides_dir, id_from=id_from)
         self._check_patients(todo, "the slides" if manifest_path is None else f"manifest {manifest_path}")
-        settings = self._settings(self.preprocessing, manifest_path)
+        settings = partial(
+            self._settings, manifest_path=manifest_path, slides_dir=slides_dir, id_from=id_from
+        )
         if tiling_only:
             return tile_cohort(todo, self.preprocessing, self.execution, settings=settings)
         return embed_cohort(
@@ -114,7 +124,7 @@ class Pipeline:
             todo,
             config,
             self.execution,
-            settings=self._settings(config),
+            settings=self._settings,
             on_slide_persisted=on_slide_persisted,
         )
 
@@ -131,11 +141,17 @@ class Pipeline:
             )
 
     def _settings(
-        self, config: PreprocessingConfig, manifest_path: str | os.PathLike[str] | None = None
+        self,
+        config: PreprocessingConfig,
+        manifest_path: str | os.PathLike[str] | None = None,
+        slides_dir: str | os.PathLike[str] | None = None,
+        id_from: IdFrom = "name",
     ) -> str:
         """The run as a configuration file that repeats it."""
         settings = RunSettings(
             manifest_path=None if manifest_path is None else as_path(manifest_path),
+            slides_dir=None if slides_dir is None else as_path(slides_dir),
+            id_from=id_from,
             preset=self.model.name,
             preprocessing=config,
             execution=self.execution,

@@ -11,12 +11,14 @@ from __future__ import annotations
 import difflib
 import functools
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from slide2vec.errors import ConfigError, PresetError, nearest_names
+from slide2vec.files import hub_or_cache
 
 __all__ = [
     "Recipe",
@@ -374,7 +376,8 @@ def _generic_recipe(name: str) -> Recipe:
     """What timm says of a model: its own pooled features, its input size, its statistics."""
     arch = name.removeprefix("timm:")  # "hf-hub:" is timm's own spelling
     try:
-        found = _tried(arch)
+        with hub_or_cache() if name.startswith("hf-hub:") else nullcontext():
+            found = _tried(arch)
     except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
         raise PresetError(f"{name}: {_why_not(arch, error)}") from error
     described, data = found.pop("described"), found.pop("data")

@@ -1,28 +1,49 @@
-"""Slides as users give them: a path, a mapping, a row of a manifest."""
+"""Slides as users give them: a path or a mapping. Manifests are read in `slide2vec.manifests`."""
 
 from __future__ import annotations
 
-import csv
+import hashlib
+import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from slide2vec.errors import ConfigError, ManifestError, nearest_names
-from slide2vec.files import as_os_errors, as_path, is_remote
+from slide2vec.files import as_path, is_remote
 
-__all__ = ["Slide", "SlideLike", "as_slide", "as_slides", "read_manifest"]
+__all__ = [
+    "SLIDE_SUFFIXES",
+    "IdFrom",
+    "Slide",
+    "SlideLike",
+    "as_slide",
+    "as_slides",
+    "id_of",
+    "is_missing",
+    "is_tiling_option",
+    "slide_from_fields",
+]
+
+logger = logging.getLogger(__name__)
 
 #: µm/px that a user may state; wider than what is believed of a file (an overview may have 30).
 GIVEN_SPACING_UM = (0.01, 100.0)
 
-#: Wrong lines of a manifest that an error lists.
-_MOST_LINES = 5
 #: Bytes; file systems allow 255 with what we add.
 _LONGEST_ID = 200
+
+#: Files that are taken for slides by their names. Some are refused when they are opened, with the reason.
+SLIDE_SUFFIXES = frozenset(
+    {".svs", ".tif", ".tiff", ".btf", ".tf2", ".tf8", ".ndpi", ".mrxs", ".scn", ".bif", ".dcm"}
+    | {".vms", ".vmu", ".svslide", ".czi", ".qptiff", ".vsi", ".zif"}
+)
+#: What tables write for a value that is missing, in lower case.
+_MISSING = frozenset(("", "nan", "na", "n/a", "none", "null", "<na>"))
+#: What a slide's id is made of where none is given: the name of its file, or its path.
+IdFrom: TypeAlias = Literal["name", "path"]
 
 SlideLike: TypeAlias = "Slide | str | os.PathLike[str] | Mapping[str, Any]"
 
@@ -35,7 +56,7 @@ class Slide:
         sample_id: its name, unique in a call; a file stem, so without path separators.
         image_path: the slide file; a UPath where it is on remote storage, which ExecutionOptions(stage_dir=…)
             makes readable.
-        mask_path: an optional tissue mask raster (tissue = 1) that replaces segmentation.
+        mask_path: an optional tissue mask raster (0, and 1 or 255 for tissue) that replaces segmentation.
         spacing_at_level_0: µm/px of level 0, where the file's own value is missing or wrong.
         patient_id: for patient-level models.
         tiling: options of this slide that count over those of the run: "tissue_threshold", and
@@ -76,43 +97,78 @@ def check_id(value: str, field: str) -> None:
 
 
 _FIELDS = tuple(field.name for field in fields(Slide))
+
+
+def id_of(path: Path, id_from: IdFrom = "name") -> str:
+    """An id for a slide that was given none: the stem of its file, or its path with "__" for separators.
+
+    What could not be a file name itself (".." in it, unprintable characters) has "_" there, and what is
+    longer than 200 bytes ends in a digest; both are logged. The same path always gives the same id.
+
+    Args:
+        path: as it was given: relative paths give short ids.
+    """
+    parts = [path.stem]
+    if id_from == "path":
+        parents = [part for part in path.parent.parts if part not in ("/", ".", "..", path.anchor)]
+        parts = [*parents, path.stem]
+    plain = "__".join(parts)
+    made = "".join(char if char.isprintable() and char not in "/\\\0" else "_" for char in plain)
+    made = made.replace("..", "__").strip() or "_"
+    if len(made.encode(errors="replace")) > _LONGEST_ID:
+        digest = hashlib.blake2b(plain.encode(errors="replace"), digest_size=6).hexdigest()
+        kept = made.encode(errors="replace")[: _LONGEST_ID - len(digest) - 1].decode(errors="ignore")
+        made = f"{kept}_{digest}"
+    if made != plain:
+        logger.warning("slide %s: its name could not be that of other files, so it is called %s", path, made)
+    return made
+
+
 #: Columns and keys that go into `Slide.tiling`.
 _TILING_OPTION = re.compile(r"tissue_threshold|(segmentation|filtering)_\w+")
 
 
-def _is_tiling_option(name: object) -> bool:
+def is_tiling_option(name: object) -> bool:
+    """Whether a column or key is an option of `Slide.tiling`."""
     return isinstance(name, str) and _TILING_OPTION.fullmatch(name) is not None
 
 
-def as_slide(given: SlideLike, spacing_at_level_0: float | None = None) -> Slide:
-    """A Slide from a path (sample_id = its stem), a mapping with the fields of `Slide`, or a Slide.
+def as_slide(given: SlideLike, spacing_at_level_0: float | None = None, id_from: IdFrom = "name") -> Slide:
+    """A Slide from a path (`id_of` makes its sample_id), a mapping with the fields of `Slide`, or a Slide.
 
     `spacing_at_level_0` (µm/px), when given, overrides the slide's own.
 
     Raises:
         ManifestError: a field is missing, unknown or not allowed.
     """
-    slide = given if isinstance(given, Slide) else _from_path_or_mapping(given)
+    slide = given if isinstance(given, Slide) else _from_path_or_mapping(given, id_from)
     if spacing_at_level_0 is None:
         return slide
     return replace(slide, spacing_at_level_0=float(spacing_at_level_0))
 
 
-def _from_path_or_mapping(given: str | os.PathLike[str] | Mapping[str, Any]) -> Slide:
+def _from_path_or_mapping(given: str | os.PathLike[str] | Mapping[str, Any], id_from: IdFrom) -> Slide:
     if isinstance(given, str | os.PathLike) or is_remote(given):
         path = _file(given, "image_path")
-        return Slide(sample_id=path.stem, image_path=path)
+        return Slide(sample_id=id_of(path, id_from), image_path=path)
     if not isinstance(given, Mapping):
         raise ManifestError(f"a slide is a path, a mapping or a Slide, got {type(given).__name__}: {given!r}")
     for key in given:
-        if key not in _FIELDS and not _is_tiling_option(key):
+        if key not in _FIELDS and not is_tiling_option(key):
             raise ManifestError(f"unknown slide field {key!r}. {nearest_names(str(key), _FIELDS)}")
-    return _from_fields(given)
+    return slide_from_fields(given)
 
 
-def _from_fields(given: Mapping[str, Any]) -> Slide:
-    """Build a Slide from a mapping whose blank values (None, "", NaN) mean absent."""
-    values = {key: value for key, value in given.items() if not _is_blank(value)}
+def slide_from_fields(given: Mapping[str, Any]) -> Slide:
+    """A Slide from a mapping with its fields; values that mean absent (`is_missing`) are.
+
+    Raises:
+        ManifestError: image_path is missing, or a value is not allowed.
+    """
+    values = {key: value for key, value in given.items() if not is_missing(value)}
+    name = given.get("sample_id")
+    if isinstance(name, str) and name.strip() and is_missing(name):
+        raise ManifestError(f"sample_id={name!r} means that there is none; give the slide a name")
     if "image_path" not in values:
         raise ManifestError(f"a slide needs image_path, got the fields {sorted(given)}")
     path = _file(values["image_path"], "image_path")
@@ -120,27 +176,31 @@ def _from_fields(given: Mapping[str, Any]) -> Slide:
     spacing = values.get("spacing_at_level_0")
     patient = values.get("patient_id")
     return Slide(
-        sample_id=str(values.get("sample_id", path.stem)),
+        sample_id=str(values["sample_id"]) if "sample_id" in values else id_of(path),
         image_path=path,
         mask_path=None if mask is None else _file(mask, "mask_path"),
         spacing_at_level_0=None if spacing is None else _as_float(spacing),
         patient_id=None if patient is None else str(patient),
         tiling={
             **values.get("tiling", {}),
-            **{name: value for name, value in values.items() if _is_tiling_option(name)},
+            **{name: value for name, value in values.items() if is_tiling_option(name)},
         },
     )
 
 
 def _file(given: Any, field: str) -> Path:
     try:
-        return as_path(given)
+        path = as_path(given)
     except ConfigError as error:
         raise ManifestError(f"{field}: {error}") from None
+    return path if is_remote(path) else path.expanduser()
 
 
-def _is_blank(value: Any) -> bool:
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
+def is_missing(value: Any) -> bool:
+    """Whether a value means that there is none: None, NaN, blank text, or what tables write for it."""
+    if isinstance(value, str):
+        return value.strip().lower() in _MISSING
+    return value is None or bool(value != value)
 
 
 def _as_float(value: Any) -> float:
@@ -160,75 +220,8 @@ def as_slides(given: Iterable[SlideLike]) -> list[Slide]:
         if slide.sample_id in seen:
             raise ManifestError(
                 f"sample_id {slide.sample_id!r} appears twice ({seen[slide.sample_id].image_path} and "
-                f"{slide.image_path}): give each slide its own sample_id"
+                f"{slide.image_path}): give each slide its own sample_id, or make ids of the paths "
+                "(--id-from path)"
             )
         seen[slide.sample_id] = slide
     return slides
-
-
-def read_manifest(path: str | os.PathLike[str]) -> list[Slide]:
-    """The slides of a CSV manifest: sample_id and image_path, optional mask_path,
-    spacing_at_level_0, patient_id and options of a slide's tiling (see `Slide.tiling`); other columns are
-    ignored, blank cells mean absent.
-
-    Args:
-        path: of the file, or its URL (s3://…, https://…; `slide2vec[cloud]`).
-
-    Raises:
-        ManifestError: naming the file and the lines that are wrong.
-    """
-    try:
-        path = as_path(path)
-    except ConfigError as error:
-        raise ManifestError(f"manifest {error}") from None
-    slides: dict[str, Slide] = {}
-    lines: dict[str, int] = {}
-    wrong: list[str] = []
-    for number, row in _rows(path):
-        try:
-            slide = _from_row(row)
-            if slide.sample_id in slides:
-                raise ManifestError(
-                    f"sample_id {slide.sample_id!r} is already in line {lines[slide.sample_id]}"
-                )
-        except ManifestError as error:
-            wrong.append(f"line {number}: {error}")
-        else:
-            slides[slide.sample_id], lines[slide.sample_id] = slide, number
-    if wrong:
-        more = f"; and {len(wrong) - _MOST_LINES} more lines" if len(wrong) > _MOST_LINES else ""
-        raise ManifestError(f"manifest {path}, {'; '.join(wrong[:_MOST_LINES])}{more}")
-    if not slides:
-        raise ManifestError(f"manifest {path} lists no slides")
-    return list(slides.values())
-
-
-def _rows(path: Path) -> Iterator[tuple[int, list[str] | dict[str, str]]]:
-    """The line number and the cells of every row; those of a row that is too long as a list."""
-    try:
-        with as_os_errors(path), path.open(newline="", encoding="utf-8-sig") as file:
-            table = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(table, [])]
-            for column in ("sample_id", "image_path"):
-                if header.count(column) != 1:
-                    raise ManifestError(
-                        f"manifest {path} needs one column {column!r}, separated by commas; found {header}"
-                    )
-            for cells in table:
-                if any(cells):
-                    fits = not any(cells[len(header) :])
-                    yield (
-                        table.line_num,
-                        dict(zip_longest(header, cells[: len(header)], fillvalue="")) if fits else cells,
-                    )
-    except (OSError, csv.Error, UnicodeDecodeError) as error:
-        raise ManifestError(f"manifest {path} cannot be read: {error}") from error
-
-
-def _from_row(row: list[str] | dict[str, str]) -> Slide:
-    if isinstance(row, list):
-        raise ManifestError(f"it has {len(row)} cells, more than the header: {','.join(row)[:200]}")
-    if _is_blank(row["sample_id"]):
-        raise ManifestError("sample_id is blank")
-    columns = [name for name in row if name in _FIELDS[:-1] or _is_tiling_option(name)]
-    return _from_fields({name: row[name].strip() for name in columns})

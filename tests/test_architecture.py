@@ -24,6 +24,7 @@ ROOMS = {
     "embedded": 2,
     "pictures": 2,
     "synthetic": 2,
+    "manifests": 3,
     "settings": 3,
     "readers": 3,
     "encoders": 3,

@@ -27,7 +27,9 @@ from slide2vec.progress import (
     active_reporter,
     live_progress,
 )
-from slide2vec.progress.live import LiveReporter, NotebookDisplay, RunState, TerminalDisplay, draw
+from slide2vec.progress.lines import LineReporter
+from slide2vec.progress.live import LiveReporter, NotebookDisplay, TerminalDisplay, draw
+from slide2vec.progress.state import RunState, failure
 
 STATIONS = (StationTime("read", 2, 5.0, 1.0), StationTime("encode", 1, 11.9, 0.1))
 SUMMARY = RunSummary(slides=3, failed=1, tiles=1234, seconds=12.3, stations=STATIONS, bottleneck="encode")
@@ -273,7 +275,8 @@ def test_notebook_updates_one_cell_per_run(cells: list[list[str]]) -> None:
     with live_progress():
         for event in RUN + RUN:
             active_reporter().emit(event)
-    assert [cell[-1] for cell in cells] == [str(SUMMARY)] * 2
+    assert [cell[-1].splitlines()[-1] for cell in cells] == [str(SUMMARY)] * 2
+    assert all(cell[-1].startswith("slide second failed: corrupt tile\n") for cell in cells)
     assert "finding tissue" in cells[0][0] and "1 failed" in cells[0][-2]
 
 
@@ -295,3 +298,40 @@ def test_progress_without_a_display_does_not_import_rich() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (ran.stdout.strip(), ran.stderr) == ("False", "")
+
+
+# lines ------------------------------------------------------------------------------------------------
+
+
+def test_lines_every_half_minute_and_failures_at_once() -> None:
+    clock, said = Clock(), []
+    reporter = LineReporter(said.append, clock)
+    reporter.emit(RunStarted(3, "uni"))
+    reporter.emit(SlidePlanned("a", 1000, "tiff"))
+    reporter.emit(TilesEncoded(10, "a"))
+    assert said == []
+    clock.now += 31
+    reporter.emit(TilesEncoded(310, "a"))
+    assert said == ["0 of 3 slides, 320 of 1,000+ tiles, 10 tiles/s, about 0:04:28 left: embedding a"]
+    reporter.emit(SlideFailed("b", RuntimeError("slide b: a tile\ncannot be decoded")))
+    assert said[1:] == ["slide b failed: a tile cannot be decoded"]
+    clock.now += 29
+    reporter.emit(TilesEncoded(1, "a"))
+    assert len(said) == 2
+    clock.now += 2
+    reporter.emit(TilesEncoded(1, "a"))
+    assert len(said) == 3 and said[2].startswith("1 of 3 slides (1 failed), 322 of 1,000+ tiles")
+    reporter.emit(RunFinished(SUMMARY))
+    clock.now += 60
+    reporter.emit(TilesEncoded(1, "a"))
+    assert len(said) == 3
+
+
+def test_only_the_last_failed_slides_are_drawn() -> None:
+    state = RunState(20, "uni", Clock())
+    failed = [failure(SlideFailed(f"s{index}", ValueError("no spacing"))) for index in range(9)]
+    console = Console(width=60, file=io.StringIO())
+    console.print(draw(state, failed))
+    text = console.file.getvalue()
+    assert "… and 4 slides that failed before" in text and "slide s8 failed: no spacing" in text
+    assert "slide s3 failed" not in text

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
 
 from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import ManifestError
-from slide2vec.slides import Slide, as_slide, as_slides, read_manifest
+from slide2vec.manifests import read_manifest
+from slide2vec.slides import Slide, as_slide, as_slides, id_of
 
 
 def test_path_gives_its_stem() -> None:
@@ -62,76 +62,6 @@ def test_one_slide_is_not_a_list() -> None:
         as_slides("a.svs")  # type: ignore[arg-type]
 
 
-def write(path: Path, text: str) -> Path:
-    path.write_text(text)
-    return path
-
-
-def test_manifest(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "m.csv",
-        "sample_id,image_path,mask_path,spacing_at_level_0,cohort\n0007,/a.svs,,0.25,x\ns2,/b.svs,/m.png,,y\n",
-    )
-    first, second = read_manifest(path)
-    assert first == Slide(sample_id="0007", image_path=Path("/a.svs"), spacing_at_level_0=0.25)
-    assert second == Slide(sample_id="s2", image_path=Path("/b.svs"), mask_path=Path("/m.png"))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("sample_id,path\ns,a\n", "image_path"),
-        ("sample_id,image_path\ns,a.svs\n,b.svs\n", "line 3"),
-        ("sample_id,image_path\ns,a.svs\ns,b.svs\n", "line 3: .*already in line 2"),
-        (
-            "sample_id,image_path\n\ns,a.svs\n\n,b.svs\nt\n",
-            "line 5: sample_id is blank; line 6: .*image_path",
-        ),
-        ("sample_id,image_path\ns,a.svs,x\n", "line 2: it has 3 cells"),
-        ("sample_id;image_path\ns;a.svs\n", "separated by commas"),
-        ("sample_id,image_path\n", "no slides"),
-        ("sample_id,image_path\ns\n" + "".join(f"{n}\n" for n in range(9)), "and 5 more lines"),
-        (f"sample_id,image_path\n{'s' * 300},a.svs\n", "line 2: .*200 bytes"),
-        ("sample_id,image_path,spacing_at_level_0\ns,a.svs,oops\n", "line 2.*oops"),
-        ("", "needs one column"),
-    ],
-)
-def test_bad_manifests(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(ManifestError, match=message):
-        read_manifest(write(tmp_path / "m.csv", text))
-
-
-def test_manifests_of_spreadsheets(tmp_path: Path) -> None:
-    text = '\ufeffsample_id, image_path,notes,mask_path\r\n0007, a b.svs,"x, y\nz"\r\n\r\ns2,b.svs,,,\r\n'
-    path = tmp_path / "m.csv"
-    path.write_bytes(text.encode())
-    assert [(s.sample_id, str(s.image_path)) for s in read_manifest(path)] == [
-        ("0007", "a b.svs"),
-        ("s2", "b.svs"),
-    ]
-
-
-def test_random_manifests_are_errors_at_worst(tmp_path: Path) -> None:
-    whole = "sample_id,image_path,mask_path,spacing_at_level_0\n"
-    whole += "".join(f's{n},"/data/{n}.svs",,0.2{n}\n' for n in range(9))
-    chance, path = random.Random(0), tmp_path / "m.csv"
-    outcomes = set()
-    for _ in range(1000):
-        data = bytearray(whole.encode()[: chance.randrange(1, len(whole))])
-        for _ in range(chance.randrange(4)):
-            data[chance.randrange(len(data))] = chance.choice([chance.randrange(256), 0, 10, 34, 44, 47])
-        path.write_bytes(data)
-        try:
-            slides = read_manifest(path)
-        except ManifestError as error:
-            assert str(path) in str(error)
-            outcomes.add("error")
-        else:
-            assert all("/" not in slide.sample_id and slide.sample_id.strip() for slide in slides)
-            outcomes.add("slides")
-    assert outcomes == {"error", "slides"}
-
-
 def test_options_of_a_single_slide(tmp_path: Path) -> None:
     manifest = tmp_path / "slides.csv"
     manifest.write_text(
@@ -164,3 +94,39 @@ def test_wrong_options_name_the_slide(options: dict[str, str], message: str) -> 
     with pytest.raises(ManifestError) as error:
         PreprocessingConfig().for_slide("s", options)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "by_name", "by_path"),
+    [
+        ("a/b/c.svs", "c", "a__b__c"),
+        ("/a/b/c.svs", "c", "a__b__c"),
+        ("../x/c.svs", "c", "x__c"),
+        ("./c.ome.tiff", "c.ome", "c.ome"),
+        ("a..b.svs", "a__b", "a__b"),
+        ("tab\there.svs", "tab_here", "tab_here"),
+    ],
+)
+def test_ids_of_paths(path: str, by_name: str, by_path: str) -> None:
+    assert (id_of(Path(path)), id_of(Path(path), "path")) == (by_name, by_path)
+
+
+def test_long_names_end_in_a_digest(caplog: pytest.LogCaptureFixture) -> None:
+    long = [id_of(Path(f"{'ä' * 120}{end}.svs")) for end in "xy"]
+    assert len(set(long)) == 2 and all(len(name.encode()) <= 200 for name in long)
+    assert "is called" in caplog.text
+    for name in long:
+        assert as_slide({"image_path": "a.svs", "sample_id": name}).sample_id == name
+
+
+@pytest.mark.parametrize("name", ["nan", "NA", "None"])
+def test_a_name_that_means_none_is_refused(name: str) -> None:
+    with pytest.raises(ManifestError, match="means that there is none"):
+        as_slide({"image_path": "a.svs", "sample_id": name})
+    assert as_slide(f"{name}.svs").sample_id == name  # the name of a file is what it is
+
+
+def test_home_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert as_slide("~/a.svs").image_path == Path("/home/me/a.svs")
+    assert as_slide({"image_path": "~/a.svs", "mask_path": "~/m.png"}).mask_path == Path("/home/me/m.png")

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -22,16 +23,21 @@ __all__ = [
     "Engine",
     "EngineName",
     "Format",
+    "IdSource",
     "Json",
     "MinPiece",
     "NumGpus",
+    "Overlap",
     "Precision",
     "SegmentationDownsample",
     "SegmentationMethod",
+    "SlidesDir",
     "Sthresh",
+    "TissueThreshold",
     "debugging",
     "device_names",
     "facts",
+    "given",
     "log_to_stderr",
     "note",
     "print_error",
@@ -88,7 +94,7 @@ def debugging() -> bool:
 
 
 #: As in slide2vec.config, which is not imported for the sake of start-up time.
-Backend = Literal["auto", "cucim", "vips", "openslide", "asap"]
+Backend = Literal["auto", "tiff", "dicom", "cucim", "vips", "openslide", "asap"]
 Format = Literal["pt", "npz", "safetensors", "h5"]
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 EngineName = Literal["auto", "torch", "tensorrt", "openvino", "inductor"]
@@ -100,6 +106,16 @@ Devices = Annotated[
     str | None,
     typer.Option(help="The same by name, with commas: cuda:0,cuda:2; or worker processes: cpu,cpu."),
 ]
+SlidesDir = Annotated[
+    Path | None, typer.Option(help="Folder of the slides that a manifest names.", show_default=False)
+]
+#: As slide2vec.slides.IdFrom, which is not imported for the sake of start-up time.
+IdSource = Annotated[
+    Literal["name", "path"],
+    typer.Option(
+        "--id-from", help='Where no ids are given: the file\'s name, or its path with "__" for "/".'
+    ),
+]
 SegmentationMethod = Annotated[
     Literal["hsv", "otsu", "threshold"] | None,
     typer.Option(help="How tissue is told from glass [hsv].", show_default=False),
@@ -109,6 +125,10 @@ SegmentationDownsample = Annotated[
 ]
 Sthresh = Annotated[
     int | None, typer.Option(min=0, max=255, help="Saturation of tissue, with method threshold [8].")
+]
+Overlap = Annotated[float | None, typer.Option(min=0, max=0.99, help="Of neighbouring tiles, 0 to 1 [0].")]
+TissueThreshold = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Least tissue in a tile, 0 to 1 [0.01].")
 ]
 MinPiece = Annotated[
     float | None,
@@ -121,13 +141,18 @@ Debug = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 
 
+def given(**options: Any) -> dict[str, Any]:
+    """The options that the user gave: earlier tiles keep what nobody says."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def tissue_options(
     method: str | None, downsample: float | None, sthresh: int | None, min_piece: float | None
 ) -> dict[str, dict[str, Any]]:
     """`segmentation` and `filtering` of a PreprocessingConfig, from what was given of the options above."""
     segmentation = {"method": method, "downsample": downsample, "sthresh": sthresh}
     return {
-        "segmentation": {name: value for name, value in segmentation.items() if value is not None},
+        "segmentation": given(**segmentation),
         "filtering": {} if min_piece is None else {"a_t": min_piece},
     }
 

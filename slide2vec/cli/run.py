@@ -20,6 +20,7 @@ from slide2vec.cli.console import (
     Precision,
     SegmentationDownsample,
     SegmentationMethod,
+    SlidesDir,
     Sthresh,
     device_names,
     note,
@@ -56,6 +57,14 @@ def run(
     ] = None,
     manifest: Annotated[
         str | None, typer.Option("--manifest", "-m", help="CSV of the slides, or its URL.")
+    ] = None,
+    slides_dir: SlidesDir = None,
+    id_from: Annotated[
+        Literal["name", "path"] | None,
+        typer.Option(
+            help='Where no ids are given: the file\'s name, or its path with "__" for "/" [name].',
+            show_default=False,
+        ),
     ] = None,
     preset: Annotated[
         str | None, typer.Option("--preset", "-p", help="The encoder; see `slide2vec models`.")
@@ -194,6 +203,8 @@ def run(
     path, overrides = _file_and_overrides(config or [])
     flags = {
         "csv": manifest,
+        "slides_dir": slides_dir and str(slides_dir),
+        "id_from": id_from,
         "model.name": preset,
         "output_dir": output,
         "model.weights": weights,
@@ -240,11 +251,9 @@ def run(
         "model.allow_non_recommended_settings": allow_non_recommended_settings,
     }
     given = {key: value for key, value in flags.items() if value is not None}
-    if path is None:
-        given = {**_WITHOUT_FILE, **given}
-        if output is None and not any(text.startswith("output_dir=") for text in overrides):
-            raise ConfigError("say where files go: --output DIR")
-    settings = load_settings(path, overrides, given)
+    if path is None and output is None and not any(text.startswith("output_dir=") for text in overrides):
+        raise ConfigError("say where files go: --output DIR")
+    settings = load_settings(path, overrides, given, _WITHOUT_FILE if path is None else None)
     _run(settings, tiling_only=tiling_only, trust_remote_code=trust_remote_code, as_json=as_json)
 
 
@@ -272,7 +281,13 @@ def _run(settings: RunSettings, *, tiling_only: bool, trust_remote_code: bool, a
         note(f"loading {settings.preset} …")
         model = _model(settings, trust_remote_code)
         report = embed_and_write(
-            model, slides, settings.preprocessing, settings.execution, manifest_path=settings.manifest_path
+            model,
+            slides,
+            settings.preprocessing,
+            settings.execution,
+            manifest_path=settings.manifest_path,
+            slides_dir=settings.slides_dir,
+            id_from=settings.id_from,
         )
         result = report.result
         if as_json:
@@ -312,11 +327,11 @@ def _nothing_in_shard(settings: RunSettings, slides: list[Slide], *, as_json: bo
 
 
 def _slides(settings: RunSettings) -> list[Slide]:
-    from slide2vec.slides import read_manifest
+    from slide2vec.manifests import read_manifest
     from slide2vec.tiling.reuse import recorded_slides
 
     if settings.manifest_path is not None:
-        return read_manifest(settings.manifest_path)
+        return read_manifest(settings.manifest_path, slides_dir=settings.slides_dir, id_from=settings.id_from)
     if settings.preprocessing.read_coordinates_from is not None:
         return recorded_slides(settings.preprocessing.read_coordinates_from)
     raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,21 +16,23 @@ from slide2vec.artifacts import (
     TileEmbeddingArtifact,
     load_embeddings,
 )
+from slide2vec.cli.console import note
 from slide2vec.cli.report import failures_json
+from slide2vec.cohort.process_list import read_process_list
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import Slide2VecError
 from slide2vec.files import as_path, atomic_path
 from slide2vec.pictures import pca_map, write_picture
 from slide2vec.pipeline import Pipeline
 from slide2vec.progress import (
-    NullReporter,
     ProgressReporter,
     RunSummary,
     activate_progress_reporter,
     in_terminal,
 )
+from slide2vec.progress.lines import LineReporter
 from slide2vec.readers import open_slide
-from slide2vec.slides import Slide
+from slide2vec.slides import IdFrom, Slide
 from slide2vec.tiling import load_coordinates
 from slide2vec.tiling.previews import thumbnail
 from slide2vec.tiling.regions import unroll
@@ -111,9 +113,9 @@ def _summary_json(summary: RunSummary) -> dict[str, Any]:
 
 
 def live_display() -> ProgressReporter:
-    """Live progress in a terminal; the summary is left to the report."""
+    """Live progress in a terminal, lines elsewhere; the summary is left to the report."""
     if not in_terminal():
-        return NullReporter()
+        return LineReporter(note)
     from slide2vec.progress.live import LiveReporter
 
     return LiveReporter(summary=False)
@@ -126,31 +128,42 @@ def embed_and_write(
     execution: ExecutionOptions,
     *,
     manifest_path: Path | None = None,
+    slides_dir: Path | None = None,
+    id_from: IdFrom = "name",
     draw_map: bool = False,
 ) -> Report:
-    """Run a pipeline with live progress; `manifest_path` is where the slides were read from, if they were."""
-    output_dir = execution.output_dir
-    assert output_dir is not None
+    """Run a pipeline with live progress; `manifest_path` is where the slides were read from, if they were,
+    and `slides_dir` and `id_from` how."""
     by_name = {slide.sample_id: slide for slide in slides}
 
     def draw(artifact: Artifact) -> None:
         if isinstance(artifact, TileEmbeddingArtifact | HierarchicalEmbeddingArtifact):
-            _write_map(artifact, by_name[artifact.sample_id], output_dir)
+            _write_map(artifact, by_name[artifact.sample_id])
 
     with activate_progress_reporter(live_display()):
         pipeline = Pipeline(model, preprocessing, execution)
         given = slides if manifest_path is None else None
-        result = pipeline.run(given, manifest_path, on_slide_persisted=draw if draw_map else None)
+        result = pipeline.run(
+            given,
+            manifest_path,
+            slides_dir=slides_dir,
+            id_from=id_from,
+            on_slide_persisted=draw if draw_map else None,
+        )
     main = result.slide_artifacts or result.hierarchical_artifacts or result.tile_artifacts
-    return Report([_made(artifact, output_dir) for artifact in main], result)
+    rows = {row["feature_path"]: row for row in read_process_list(result.process_list_path)}
+    return Report([_made(artifact, rows.get(str(artifact.path), {})) for artifact in main], result)
 
 
 def _made(
-    artifact: TileEmbeddingArtifact | HierarchicalEmbeddingArtifact | SlideEmbeddingArtifact, output_dir: Path
+    artifact: TileEmbeddingArtifact | HierarchicalEmbeddingArtifact | SlideEmbeddingArtifact,
+    row: Mapping[str, str],
 ) -> Made:
+    """From an artifact, and what the process list says of its pictures."""
     recorded, name = artifact.metadata, artifact.sample_id
     npz, meta = recorded.get("coordinates_npz_path"), recorded.get("coordinates_meta_path")
-    pictures = output_dir / "preview"
+    pictures = {kind: row.get(f"{kind}_preview_path") for kind in ("mask", "tiling")}
+    drawn = {kind: as_path(path) if path else None for kind, path in pictures.items()}
     return Made(
         sample_id=name,
         image_path=as_path(recorded["image_path"]),
@@ -161,9 +174,9 @@ def _made(
         metadata_path=artifact.metadata_path,
         coordinates_npz_path=None if npz is None else as_path(npz),
         coordinates_meta_path=None if meta is None else as_path(meta),
-        mask_preview_path=_if_there(pictures / "mask" / f"{name}.jpg"),
-        tiling_preview_path=_if_there(pictures / "tiling" / f"{name}.jpg"),
-        map_path=_if_there(pictures / "map" / f"{name}.png"),
+        mask_preview_path=drawn["mask"],
+        tiling_preview_path=drawn["tiling"],
+        map_path=_if_there(_map_path(artifact.path, name)),
     )
 
 
@@ -171,13 +184,16 @@ def _if_there(path: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _write_map(
-    artifact: TileEmbeddingArtifact | HierarchicalEmbeddingArtifact, slide: Slide, output_dir: Path
-) -> None:
+def _map_path(embeddings: Path, name: str) -> Path:
+    """Beside the folder of its embeddings."""
+    return embeddings.parents[1] / "preview" / "map" / f"{name}.png"
+
+
+def _write_map(artifact: TileEmbeddingArtifact | HierarchicalEmbeddingArtifact, slide: Slide) -> None:
     """Draw the PCA map of a slide; a picture that cannot be drawn costs no embeddings."""
     name = artifact.sample_id
     try:
-        tiling = load_coordinates(output_dir / "tiles", name)
+        tiling = load_coordinates(as_path(artifact.metadata["coordinates_meta_path"]).parent, name)
         if isinstance(artifact, HierarchicalEmbeddingArtifact):
             tiling = unroll(tiling, math.isqrt(artifact.tiles_per_region))
         with open_slide(slide, tiling.backend) as reader:
@@ -193,5 +209,5 @@ def _write_map(
         tiling.dimensions,
         background,
     )
-    with atomic_path(output_dir / "preview" / "map" / f"{name}.png") as temporary:
+    with atomic_path(_map_path(artifact.path, name)) as temporary:
         write_picture(temporary, picture)

@@ -7,28 +7,40 @@ is for people and other tools.
 
 from __future__ import annotations
 
+import errno
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+from slide2vec.artifacts.places import Place
 from slide2vec.cohort.books import Entries, remark
 from slide2vec.cohort.embedder import Encoder, identities_of
 from slide2vec.cohort.finished import Finished, Kind
 from slide2vec.cohort.results import FailedSlide, Stage
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ConfigError, OutputError
+from slide2vec.files import atomic_path, is_remote, remove
 from slide2vec.recipes import Level
 from slide2vec.slides import Slide
 from slide2vec.stream import IN_PLACE, InPlace, SlidePlan, plan_slide
 from slide2vec.stream.identities import Identities, SlideIdentity
 from slide2vec.stream.plan import check_archives_here
 from slide2vec.tiling import Tiling, write_coordinates
-from slide2vec.tiling.coordinates import coordinate_paths
+from slide2vec.tiling.coordinates import as_hs2p_backend, coordinate_paths
 from slide2vec.tiling.reuse import record_source
 
 __all__ = ["Cohort", "Planned"]
+
+#: What may be wrong with the path of one file, while others can be written.
+_OF_ONE_FILE = frozenset(
+    {
+        *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT, errno.ELOOP),
+        *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EINVAL),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,7 @@ class Cohort:
         config: with requested_spacing_um and requested_tile_size_px resolved.
         encoder: None where slides are only tiled.
         tilings: of slides whose tiles are known, by sample_id.
+        place: where files go; None = as of the first encoder in the output directory.
 
     Attributes:
         entries: the books; whoever opens the cohort sets them.
@@ -65,12 +78,15 @@ class Cohort:
         execution: ExecutionOptions,
         encoder: Encoder | None = None,
         tilings: Mapping[str, Tiling] | None = None,
+        place: Place | None = None,
     ) -> None:
         if execution.output_dir is None:
             raise ConfigError("a run on disk needs ExecutionOptions(output_dir=…)")
         check_archives_here(config, execution.output_dir)
         self.config, self.execution, self.encoder = config, execution, encoder
-        self.output_dir, self.tilings = execution.output_dir, tilings or {}
+        root, name = execution.output_dir, "" if encoder is None else encoder.name
+        self.place = place or Place(root, name, root, root)
+        self.tilings = tilings or {}
         self.identities = identities_of(encoder, config, execution)
         self.wanted = self._wanted_kinds()
         self.files = Identities(config)
@@ -80,9 +96,14 @@ class Cohort:
             self.identities,
             self.tilings,
             self.files,
+            self.place,
             latents=execution.save_latents and encoder is not None and encoder.has_latents,
         )
         self.planned: dict[str, Planned] = {}
+
+    def settled(self, place: Place, config: PreprocessingConfig) -> Cohort:
+        """The same, in its place, with what the configuration takes over of earlier runs."""
+        return Cohort(config, self.execution, self.encoder, self.tilings, place)
 
     @property
     def level(self) -> Level:
@@ -109,11 +130,11 @@ class Cohort:
 
     def columns(self) -> dict[str, Any]:
         """What the process list says of every slide from the start."""
-        columns: dict[str, Any] = {"requested_backend": self.config.backend}
+        columns: dict[str, Any] = {"requested_backend": as_hs2p_backend(self.config.backend)}
         if self.encoder is not None:
             columns |= {
                 "feature_status": "tbp",
-                "encoder_name": self.encoder.name,
+                "encoder_name": self.place.name,
                 "output_variant": self.encoder.variant,
                 "feature_kind": self.kind,
                 "aggregation_status": None if self.level == "tile" else "tbp",
@@ -128,7 +149,7 @@ class Cohort:
             OutputError: a file cannot be written.
         """
         given = self.tilings.get(slide.sample_id)
-        plan = plan_slide(slide, self.config, self.output_dir, given, stager, self.files)
+        plan = plan_slide(slide, self.config, self.place.tiling, given, stager, self.files)
         try:
             self._publish_plan(plan)
         except BaseException:
@@ -141,22 +162,28 @@ class Cohort:
         assert files is not None
         files.check(plan.slide)
         identities = self.finished.compatibilities(plan.slide, files, plan.given) if self.encoder else {}
+        pictures = {"mask": plan.mask_preview_path, "tiling": plan.tiling_preview_path}
         if plan.coordinates_dir is None:
+            for kind, drawn in pictures.items():
+                if drawn is None:  # what is there is of other tiles
+                    remove(self._preview_path(kind, name))
             npz, meta = self.write_coordinates(plan.tiling, files)
         else:
             arrays, meta = coordinate_paths(plan.coordinates_dir, name)
             npz = arrays if tiles else None
+            if plan.coordinates_dir == self.place.tiling / "tiles":
+                pictures = {kind: drawn or self._preview(kind, name) for kind, drawn in pictures.items()}
         self.planned[name] = Planned(tiles, (npz, meta), files, identities)
         self.entries.note(
             name,
-            backend=plan.source.backend,
+            backend=as_hs2p_backend(plan.source.backend),
             tiling_status="success",
             num_tiles=tiles,
             coordinates_npz_path=npz,
             coordinates_meta_path=meta,
             tiles_tar_path=plan.tiles_tar_path,
-            mask_preview_path=plan.mask_preview_path,
-            tiling_preview_path=plan.tiling_preview_path,
+            mask_preview_path=pictures["mask"],
+            tiling_preview_path=pictures["tiling"],
             error=remark(tiles, [asdict(bad) for bad in plan.skipped], plan.tiling.remarks),
         )
 
@@ -166,9 +193,11 @@ class Cohort:
         Raises:
             OutputError: one cannot be written.
         """
-        folder = self.output_dir / "tiles"
+        folder = self.place.tiling / "tiles"
         paths = write_coordinates(folder, tiling.recorded)
         record_source(folder, tiling.sample_id, "coordinates", files.content)
+        if tiling.recorded.remarks:
+            record_source(folder, tiling.sample_id, "remarks", list(tiling.recorded.remarks))
         return paths
 
     def identity_of_failed(self, slide: Slide) -> Mapping[str, Any] | None:
@@ -195,18 +224,40 @@ class Cohort:
 
     def describe(self, sample_id: str, recorded: Mapping[str, Any]) -> None:
         """Note what a sidecar says of a slide that was planned by an earlier run."""
-        names = ("backend", "coordinates_npz_path", "coordinates_meta_path", "tiles_tar_path")
+        backend = recorded.get("backend")
+        names = ("coordinates_npz_path", "coordinates_meta_path", "tiles_tar_path")
         self.entries.note(
             sample_id,
             tiling_status="success",
             mask_preview_path=self._preview("mask", sample_id),
             tiling_preview_path=self._preview("tiling", sample_id),
+            backend=None if backend is None else as_hs2p_backend(backend),
             **{name: recorded.get(name) for name in names},
         )
 
     def _preview(self, kind: str, sample_id: str) -> Path | None:
-        path = self.output_dir / "preview" / kind / f"{sample_id}.jpg"
+        path = self._preview_path(kind, sample_id)
         return path if path.is_file() else None
+
+    def _preview_path(self, kind: str, sample_id: str) -> Path:
+        return self.place.tiling / "preview" / kind / f"{sample_id}.jpg"
+
+    def is_of_the_run(self, error: OutputError) -> bool:
+        """Whether nothing can be written there any more; else one slide's or patient's file is in the way (a
+        folder in its place, say)."""
+        if error.errno not in _OF_ONE_FILE:
+            return True
+        folder = self.place.root if error.filename is None else Path(error.filename).parent
+        trial = (self.place.root if is_remote(self.place.root) else folder) / f".{uuid4().hex}.trial"
+        try:
+            if not is_remote(self.place.root) and not self.place.root.is_dir():
+                return True
+            with atomic_path(trial) as temporary:
+                temporary.touch()
+            remove(trial)
+        except OutputError:
+            return True
+        return False
 
     def fail(self, slide: Slide, error: Exception, stage: Stage) -> None:
         """Enter a slide's failure.
@@ -214,7 +265,7 @@ class Cohort:
         Raises:
             OutputError: the failure is the run's: a file cannot be written.
         """
-        if isinstance(error, OutputError):
+        if isinstance(error, OutputError) and self.is_of_the_run(error):
             raise error
         self.planned.pop(slide.sample_id, None)
         self.files.forget(slide.sample_id)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
 
 from slide2vec.artifacts import (
     HierarchicalEmbeddingArtifact,
@@ -15,9 +16,11 @@ from slide2vec.artifacts import (
     find_slide_artifact,
     find_tile_artifact,
 )
+from slide2vec.artifacts.places import KINDS, Kind, Place, encoder_of, unlike
 from slide2vec.cohort.identity import compatibility, difference, encoder_identity
+from slide2vec.cohort.misread import as_if_read_now, misread
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
-from slide2vec.errors import ArtifactError, ManifestError, TilingError
+from slide2vec.errors import ArtifactError, ConfigError, ManifestError, TilingError
 from slide2vec.slides import Slide
 from slide2vec.stream import coordinates_dir
 from slide2vec.stream.identities import Identities, SlideIdentity
@@ -25,7 +28,6 @@ from slide2vec.tiling import Tiling, load_coordinates
 
 __all__ = ["Artifact", "Finished", "Kind"]
 
-Kind: TypeAlias = Literal["tile", "hierarchical", "slide", "patient"]
 Artifact: TypeAlias = (
     TileEmbeddingArtifact | HierarchicalEmbeddingArtifact | SlideEmbeddingArtifact | PatientEmbeddingArtifact
 )
@@ -46,6 +48,7 @@ class Finished:
         latents: the embeddings of slides are to have latents.
         tilings: of slides whose tiles are known, by sample_id.
         files: what the files of slides are, looked at once.
+        place: where the encoder's embeddings are.
     """
 
     def __init__(
@@ -55,24 +58,26 @@ class Finished:
         identities: Mapping[Kind, Mapping[str, Any]],
         tilings: Mapping[str, Tiling],
         files: Identities,
+        place: Place,
         *,
         latents: bool,
     ) -> None:
         self._config, self._execution, self._identities = config, execution, identities
-        self._tilings, self._files, self._latents = tilings, files, latents
+        self._tilings, self._files, self._place, self._latents = tilings, files, place, latents
 
     def find(self, kinds: Iterable[Kind], slide: Slide) -> dict[Kind, Artifact | str | None]:
         """A slide's artifacts that are finished; else what differs from the one there, None for none."""
         asked = self.look(slide)
         return {
-            kind: None if asked is None else self._find(kind, slide.sample_id, asked[kind]) for kind in kinds
+            kind: None if asked is None else self._find(kind, slide.sample_id, asked[kind], [slide])
+            for kind in kinds
         }
 
     def find_patient(
-        self, patient_id: str, slides: Mapping[str, Mapping[str, Any] | None]
+        self, patient_id: str, slides: Sequence[Slide], identities: Mapping[str, Mapping[str, Any] | None]
     ) -> Artifact | str | None:
         """As `find`, for a patient with the identities of all their slides' embeddings."""
-        return self._find("patient", patient_id, self.patient_compatibility(slides))
+        return self._find("patient", patient_id, self.patient_compatibility(identities), slides)
 
     def look(self, slide: Slide, *, anew: bool = True) -> dict[Kind, dict[str, Any]] | None:
         """The identity of a slide's embeddings by kind, as its files are; None where one cannot be read.
@@ -116,17 +121,40 @@ class Finished:
             return self._tilings.get(slide.sample_id)
         return load_coordinates(kept, slide.sample_id)
 
-    def _find(self, kind: Kind, name: str, asked: Mapping[str, Any]) -> Artifact | str | None:
-        assert self._execution.output_dir is not None
-        artifact = _FIND[kind](self._execution.output_dir, name)
+    def _find(
+        self, kind: Kind, name: str, asked: Mapping[str, Any], slides: Sequence[Slide]
+    ) -> Artifact | str | None:
+        """In the encoder's own folder; of what its embeddings are made from, in those of others, too."""
+        own = self._find_in(self._place.features, kind, name, asked, slides)
+        main = max(self._identities, key=KINDS.index)
+        if kind != main and (own is None or isinstance(own, str)):
+            for folder in self._place.others:
+                found = self._find_in(folder, kind, name, asked, slides)
+                if found is not None and not isinstance(found, str):
+                    return found
+        return own
+
+    def _find_in(
+        self, folder: Path, kind: Kind, name: str, asked: Mapping[str, Any], slides: Sequence[Slide]
+    ) -> Artifact | str | None:
+        artifact = _FIND[kind](folder, name)
         if artifact is None:
             return None
         try:
             recorded = artifact.metadata
         except ArtifactError:
             return None
+        other = unlike(encoder_of(recorded), self._identities[kind])
+        if other and folder == self._place.features:
+            raise ConfigError(
+                f"{artifact.path} is of another encoder ({recorded.get('encoder_name')}: "
+                f"{', '.join(sorted(other))} differ) than others in its folder, and would be replaced: move "
+                "those of one away, or choose another output directory"
+            )
         options = self._differing_option(kind, artifact, recorded)
-        return options or difference(recorded.get("compatibility"), asked) or artifact
+        made = recorded.get("compatibility")
+        differs = options or difference(as_if_read_now(made), asked)
+        return differs or misread(made, recorded, slides) or artifact
 
     def _differing_option(self, kind: Kind, artifact: Artifact, recorded: Mapping[str, Any]) -> str | None:
         if artifact.format != self._execution.output_format:

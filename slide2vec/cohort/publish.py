@@ -27,6 +27,7 @@ from slide2vec.cohort.identity import encoder_identity
 from slide2vec.cohort.results import Stage
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import Slide2VecError, SlideError
+from slide2vec.files import remove
 from slide2vec.slides import Slide
 from slide2vec.stream import SlideOutcome
 
@@ -89,7 +90,7 @@ class Publisher:
 
     def __init__(self, cohort: Cohort, embedder: Embedder, settle: Settle = settled_alone) -> None:
         self._cohort, self._embedder, self._execution = cohort, embedder, cohort.execution
-        self._output_dir, self._settle = cohort.output_dir, settle
+        self._folder, self._settle = cohort.place.features, settle
 
     def outcome(self, outcome: SlideOutcome) -> Iterator[Artifact]:
         """Write the files of a slide that is through, or record why it failed.
@@ -108,9 +109,16 @@ class Publisher:
         except SlideError as error:
             yield from self._fail(slide, error, "embedding")
             return
-        tiles = self._described(outcome)
-        if "tile" in self._cohort.wanted or "hierarchical" in self._cohort.wanted:
-            yield self._write_tiles(tiles, outcome)
+        made = None
+        try:
+            tiles = self._described(outcome)
+            if "tile" in self._cohort.wanted or "hierarchical" in self._cohort.wanted:
+                made = self._write_tiles(tiles, outcome)
+        except Slide2VecError as error:
+            yield from self._fail(slide, error, "embedding")
+            return
+        if made is not None:
+            yield made
         yield from self._above(tiles)
 
     def stored_tiles(self, slide: Slide, artifact: TileEmbeddingArtifact) -> Iterator[Artifact]:
@@ -129,12 +137,16 @@ class Publisher:
 
     def stored_embedding(self, slide: Slide, artifact: SlideEmbeddingArtifact) -> Iterator[Artifact]:
         """As `outcome`, for a slide of a patient whose slide embedding an earlier run has written."""
-        recorded = artifact.metadata
+        try:
+            recorded = artifact.metadata
+            embedding = load_embeddings(artifact.path).float()
+        except Slide2VecError as error:
+            yield from self._fail(slide, error, "aggregation")
+            return
         self._cohort.describe(slide.sample_id, recorded)
         if "slide" in self._cohort.wanted:
             self._cohort.entries.add("slide", slide.sample_id, artifact)
         about = {key: recorded[key] for key in _KEPT if key in recorded}
-        embedding = load_embeddings(artifact.path).float()
         yield from self._settle(
             Settled(slide, embedding, about=about, identity=recorded.get("compatibility"))
         )
@@ -174,9 +186,10 @@ class Publisher:
         cohort, name = self._cohort, tiles.slide.sample_id
         assert outcome.tiling is not None
         kind = cohort.tiles_kind
+        remove(self._folder / "preview" / "map" / f"{name}.png")  # of other embeddings
         write = write_hierarchical_embeddings if kind == "hierarchical" else write_tile_embeddings
         artifact = write(
-            self._output_dir,
+            self._folder,
             tiles.embedded,
             outcome.tiling,
             file_format=self._execution.output_format,
@@ -197,15 +210,18 @@ class Publisher:
         cohort.tiles_done(slide.sample_id, tiles.about)
         if cohort.kind in ("tile", "hierarchical"):
             return
+        made = None
         try:
             embedded = self._embedder.aggregated(tiles.embedded, latents=self._execution.save_latents)
+            if embedded.slide_embedding is not None and "slide" in cohort.wanted:
+                made = self._write_slide(tiles, embedded)
         except Slide2VecError as error:
             yield from self._fail(slide, error, "aggregation", tiles.identity)
             return
         if embedded.slide_embedding is None:
             cohort.entries.note(slide.sample_id, aggregation_status="skipped")
-        elif "slide" in cohort.wanted:
-            yield self._write_slide(tiles, embedded)
+        elif made is not None:
+            yield made
         yield from self._settle(
             Settled(slide, embedded.slide_embedding, about=tiles.about, identity=tiles.identity)
         )
@@ -215,7 +231,7 @@ class Publisher:
         assert embedded.slide_embedding is not None and tiles.identity is not None
         dtype = getattr(torch, self._execution.vector_dtype)
         artifact = write_slide_embedding(
-            self._output_dir,
+            self._folder,
             name,
             embedded.slide_embedding.to(dtype),
             file_format=self._execution.output_format,

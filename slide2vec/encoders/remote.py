@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from slide2vec.encoders.weights import WeightsChoice
 from slide2vec.errors import ExtraMissingError, GatedWeightsError, PresetError, WeightsError
+from slide2vec.files import hub_or_cache
 from slide2vec.recipes import Recipe, Variant, WeightsSource
 
 __all__ = ["RemoteEncoder", "build_remote", "consented", "load_remote"]
@@ -126,9 +128,10 @@ def load_remote(recipe: Recipe, place: Path | None, loader: str, **options: Any)
         pins = {"revision": source.revision, "code_revision": source.revision}
     logger.info("running the code of %s", _described(source, place))
     try:
-        return getattr(transformers, loader).from_pretrained(
-            source.repo if place is None else str(place), trust_remote_code=True, **pins, **options
-        )
+        with hub_or_cache() if place is None else nullcontext():
+            return getattr(transformers, loader).from_pretrained(
+                source.repo if place is None else str(place), trust_remote_code=True, **pins, **options
+            )
     except (OSError, ValueError, RuntimeError, ImportError, AttributeError, TypeError, KeyError) as error:
         raise _explained(recipe.name, source, place, error) from error
 

@@ -7,8 +7,9 @@ import json
 import logging
 import os
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TypeAlias
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from slide2vec.encoders.checkpoints import convert
 from slide2vec.errors import GatedWeightsError, WeightsError
+from slide2vec.files import hub_or_cache
+from slide2vec.files.arrays import check_sums
 from slide2vec.recipes import Recipe, WeightsSource
 
 __all__ = ["WeightsChoice", "find_weights", "load_weights", "read_checkpoint", "seeded", "weights_digest"]
@@ -88,34 +91,53 @@ def find_weights(recipe: Recipe, weights: WeightsChoice) -> Path:
 
 
 def _from_hub(preset: str, source: WeightsSource) -> Path:
-    """Download one of the source's files at its revision, or take it from the local cache.
+    """One of the source's files at its revision, from the local cache, else downloaded.
 
     The token is the one that huggingface_hub finds (HF_TOKEN, or `hf auth login`), the cache its
     own (HF_HOME); HF_HUB_OFFLINE=1 is honoured.
     """
+    path = _in_cache(source)
+    if path is None:
+        with hub_or_cache():
+            path = _downloaded(preset, source)
+    logger.info("weights of %s: %s", preset, path)
+    return path
+
+
+def _in_cache(source: WeightsSource) -> Path | None:
+    from huggingface_hub import errors
+
+    for name in source.files:
+        with suppress(errors.LocalEntryNotFoundError):
+            return _fetched(source, name, cached_only=True)
+    return None
+
+
+def _downloaded(preset: str, source: WeightsSource) -> Path:
     from huggingface_hub import errors
 
     problem: Exception | None = None
-    cached_only = False
     for name in source.files:
         try:
-            path = _fetched(source, name, cached_only)
+            return _fetched(source, name, cached_only=False)
+        except errors.LocalEntryNotFoundError as error:  # no network
+            problem = error
+            break
         except errors.EntryNotFoundError as error:
             problem = problem or error
-            # Without a network the other names may be in the cache, and it is not tried again.
-            cached_only = cached_only or isinstance(error, errors.LocalEntryNotFoundError)
-            continue
         except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
             raise _no_access(preset, source, error) from error
         except (errors.HfHubHTTPError, errors.RevisionNotFoundError, OSError, ValueError) as error:
             problem = error
             break
-        logger.info("weights of %s: %s", preset, path)
-        return path
+    if isinstance(problem, errors.LocalEntryNotFoundError):
+        reason = "it cannot be reached, and the local cache does not hold them"
+    else:
+        reason = _first_line(problem)
     raise WeightsError(
         f"the weights of preset {preset} could not be fetched from https://huggingface.co/{source.repo} "
-        f"(revision {source.revision}): {_first_line(problem)}. Without network access, put them in the "
-        'hub cache or pass weights="/path/to/the/file"; weights="random" tries the pipeline without them'
+        f"(revision {source.revision}): {reason}. Without network access, put them in the hub cache or pass "
+        'weights="/path/to/the/file"; weights="random" tries the pipeline without them'
     ) from problem
 
 
@@ -215,6 +237,8 @@ def _unpickled(path: Path) -> object:
             from safetensors.torch import load_file
 
             return load_file(path)
+        if zipfile.is_zipfile(path):  # else it is of PyTorch before 1.6
+            check_sums(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise WeightsError(f"weights file {path} cannot be read: {_first_line(error)}") from error
@@ -244,8 +268,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     """Which tensor is in which file, from an index; the files are beside it and hold tensors."""
     try:
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"weights file {index} cannot be read: no weight_map ({error!r})") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        why = error if isinstance(error, OSError | ValueError) else "it has no weight_map"
+        raise WeightsError(f"weights file {index} cannot be read: {why}") from error
     if not isinstance(where, dict) or not where:
         raise WeightsError(f"weights file {index} names no files in its weight_map")
     for name in where.values():

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from importlib import import_module
 from typing import Any, Protocol
@@ -23,96 +22,23 @@ from slide2vec.progress import (
     RunStarted,
     RunSummary,
     SlideFailed,
-    SlideFinished,
-    SlidePlanned,
-    TilesEncoded,
     in_notebook,
 )
+from slide2vec.progress.state import RunState, failure
 
-__all__ = ["LiveReporter", "RunState"]
+__all__ = ["LiveReporter"]
 
 logger = logging.getLogger(__name__)
 
-#: Seconds over which the speed is averaged.
-WINDOW_S = 20.0
 #: Seconds between two drawings in a notebook; a terminal is drawn by rich's own thread.
 NOTEBOOK_S = 0.5
 BAR_WIDTH = 20
+#: Failed slides that are shown.
+MOST_FAILED = 5
 
 
-class RunState:
-    """What the events of a run say so far."""
-
-    def __init__(self, slides: int, preset: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self.slides, self.preset = slides, preset
-        self.finished = self.failed = self.planned = self.tiles = 0
-        self._tiles_of: dict[str, int] = {}
-        self._known = 0
-        self._clock = clock
-        self._recent = deque([(clock(), 0)])
-
-    def take(self, event: ProgressEvent) -> None:
-        """Count an event in."""
-        match event:
-            case SlidePlanned(name, tiles, _):
-                self.planned += 1
-                self._known += tiles
-                self._tiles_of[name] = tiles
-            case TilesEncoded(count):
-                self.tiles += count
-                self._note_time()
-            case SlideFinished(name, _):
-                self.finished += 1
-                self._tiles_of.pop(name, None)
-            case SlideFailed(name, _):
-                self.failed += 1
-                self.planned += name not in self._tiles_of
-                self._known -= self._tiles_of.pop(name, 0)
-
-    def _note_time(self) -> None:
-        now = self._clock()
-        self._recent.append((now, self.tiles))
-        while len(self._recent) > 2 and now - self._recent[1][0] >= WINDOW_S:
-            self._recent.popleft()
-
-    @property
-    def known_tiles(self) -> int:
-        """Tiles of the slides planned so far."""
-        return max(self._known, self.tiles)
-
-    @property
-    def all_planned(self) -> bool:
-        """Whether the number of tiles is final."""
-        return self.planned >= self.slides
-
-    @property
-    def stage(self) -> str:
-        """What is going on, in a few words."""
-        if self.finished + self.failed >= self.slides:
-            return "finishing"
-        if not self._tiles_of:
-            return "finding tissue"
-        return f"embedding {next(iter(self._tiles_of))}"
-
-    def tiles_per_second(self) -> float:
-        """Speed of late; 0 before the first tiles."""
-        since, before = self._recent[0]
-        until, now = self._recent[-1]
-        return (now - before) / (until - since) if until > since else 0.0
-
-    def seconds_left(self) -> float | None:
-        """An estimate that takes slides not planned yet for average ones; None while there is no speed."""
-        speed = self.tiles_per_second()
-        planned = self.planned - self.failed
-        if speed <= 0 or planned <= 0:
-            return None
-        unplanned = max(0, self.slides - self.planned)
-        total = self.known_tiles * (1 + unplanned / planned)
-        return max(0.0, total - self.tiles) / speed
-
-
-def draw(state: RunState) -> Group:
-    """The display: one row for slides, one for tiles, one for the stage."""
+def draw(state: RunState, failed_slides: Sequence[str] = ()) -> Group:
+    """The display: the slides that failed last, one row for slides, one for tiles, one for the stage."""
     rows = Table.grid(padding=(0, 1))
     rows.add_column(no_wrap=True)
     rows.add_column(no_wrap=True, width=BAR_WIDTH)
@@ -128,7 +54,15 @@ def draw(state: RunState) -> Group:
     known = f"{state.tiles:,}/{total:,}{'' if state.all_planned else '+'}"
     rows.add_row("tiles", bar, known, _speed(state))
     stage = Text(f"{state.preset}: {state.stage}", "dim", no_wrap=True, overflow="ellipsis")
-    return Group(rows, stage)
+    lines = (Text(line, "red", no_wrap=True, overflow="ellipsis") for line in _listed(failed_slides))
+    return Group(*lines, rows, stage)
+
+
+def _listed(failed_slides: Sequence[str]) -> list[str]:
+    """The last of the slides that failed, and how many came before them."""
+    hidden = len(failed_slides) - MOST_FAILED
+    more = [f"… and {hidden:,} slides that failed before"] if hidden > 0 else []
+    return [*more, *failed_slides[-MOST_FAILED:]]
 
 
 def _speed(state: RunState) -> str:
@@ -245,6 +179,7 @@ class LiveReporter:
         self._display = display or (NotebookDisplay() if in_notebook() else TerminalDisplay())
         self._summary = summary
         self._state: RunState | None = None
+        self._failed: list[str] = []
 
     def emit(self, event: ProgressEvent) -> None:
         """Show an event. A display that fails is given up, without disturbing the run."""
@@ -261,18 +196,20 @@ class LiveReporter:
             self._end(event.summary)
         elif self._state is not None:
             self._state.take(event)
+            if isinstance(event, SlideFailed):
+                self._failed.append(failure(event))
             self._display.update()
 
     def _begin(self, state: RunState) -> None:
         self._display.stop()
-        self._state = state
-        self._display.start(lambda: draw(state))
+        self._state, self._failed = state, []
+        self._display.start(lambda: draw(state, self._failed))
 
     def _end(self, summary: RunSummary) -> None:
         self._display.stop()
         self._state = None
         if self._summary:
-            self._display.say(str(summary))
+            self._display.say("\n".join([*_listed(self._failed), str(summary)]))
 
     def close(self) -> None:
         """Take the display away."""

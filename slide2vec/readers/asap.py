@@ -14,6 +14,7 @@ from slide2vec.errors import BackendError, ExtraMissingError, SlideReadError
 from slide2vec.readers.probe import Probe
 from slide2vec.readers.pyramid import PyramidReader, to_level0
 from slide2vec.readers.spacing import settle_spacing
+from slide2vec.readers.trial import try_first
 
 __all__ = ["AsapReader", "unavailable"]
 
@@ -42,6 +43,7 @@ class AsapReader(PyramidReader):
     def __init__(self, probe: Probe) -> None:
         if reason := unavailable():
             raise ExtraMissingError(reason)
+        try_first(AsapReader, probe)
         try:
             self._image: Any | None = (
                 import_module(_MODULE).MultiResolutionImageReader().open(str(probe.path))
@@ -60,8 +62,9 @@ class AsapReader(PyramidReader):
         self._native_downsamples = [float(image.getLevelDownsample(level)) for level in levels]
         self._lock = threading.Lock()
         if self.spacing_um is None:
-            spacing = list(image.getSpacing() or ())
-            self.spacing_um, self.spacing_source = settle_spacing([("mpp", float(um)) for um in spacing[:1]])
+            spacing = [float(um) for um in image.getSpacing() or ()]
+            self.claims = (("mpp", spacing[0], spacing[1]),) if len(spacing) > 1 else ()
+            self.spacing_um, self.spacing_source = settle_spacing(self.claims)
 
     def _read_box(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         downsample = self._native_downsamples[level]

@@ -13,6 +13,7 @@ from slide2vec.cohort.books import Entry
 from slide2vec.cohort.publish import Settled
 from slide2vec.cohort.shards import slide_sizes
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
+from slide2vec.errors import as_slide_error
 from slide2vec.progress import (
     RunFinished,
     RunStarted,
@@ -31,6 +32,7 @@ from slide2vec.stream import SlideOutcome, plan_slide, stager_for
 from slide2vec.tiling import Tiling
 
 if TYPE_CHECKING:
+    from slide2vec.artifacts.places import Place
     from slide2vec.cohort.embedder import Encoder
 
 __all__ = ["Elsewhere"]
@@ -71,12 +73,14 @@ class Elsewhere:
         config: PreprocessingConfig,
         execution: ExecutionOptions,
         tilings: Mapping[str, Tiling],
+        place: Place,
     ) -> Generator[Entry | Settled | SlideOutcome, None, None]:
         """See `Workers`."""
         by_name = {slide.sample_id: slide for slide in slides}
         tasks = [Task(slide, tilings.get(slide.sample_id)) for slide in slides]
         with self._fleet() as fleet:
             job = self._job(config, execution, fleet.size, publish=True, aggregate=True)
+            job = replace(job, place=place)
             for report in self._run(fleet, job, tasks, len(slides)):
                 match report:
                     case Failed(name=name, error=error):
@@ -95,8 +99,9 @@ class Elsewhere:
                     parts = SlideInParts(plan, fleet.size)
         except Exception as error:  # the boundary of one slide, as in the stream
             reporter.emit(RunStarted(1, self._model.name))
-            reporter.emit(SlideFailed(slide.sample_id, error))
-            return SlideOutcome(slide, error=error)
+            told = as_slide_error(error, slide.sample_id, "finding its tiles")
+            reporter.emit(SlideFailed(slide.sample_id, told))
+            return SlideOutcome(slide, error=told)
         drawn = config.preview.updated(save_mask_preview=False, save_tiling_preview=False)
         job = self._job(config.updated(preview=drawn), execution, fleet.size, publish=False, aggregate=False)
         by_name = {task.name: task.slide for task in parts.tasks}

@@ -159,7 +159,7 @@ class _Session:
         from slide2vec.cohort.writer import Writer
 
         config, execution = self._job.config, self._job.execution
-        cohort = Cohort(config, execution, self._model, self._tilings)
+        cohort = Cohort(config, execution, self._model, self._tilings, self._job.place)
         cohort.entries = PostedEntries(self._tell_entry)
         publisher = Publisher(cohort, self._model, self._settle)
 

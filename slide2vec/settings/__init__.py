@@ -28,6 +28,7 @@ from slide2vec.recipes import load_recipe
 from slide2vec.settings.keys import KEYS
 from slide2vec.settings.text import as_yaml, parse_yaml, read_yaml
 from slide2vec.settings.values import Source, Values, escaped, nested
+from slide2vec.slides import IdFrom
 
 __all__ = ["RunSettings", "load_settings", "settings_as_yaml", "versions"]
 
@@ -42,6 +43,7 @@ class RunSettings:
 
     Attributes:
         manifest_path: CSV of slides; None where they come from elsewhere.
+        slides_dir, id_from: how it is read, see `slide2vec.manifests.read_manifest`.
         preset, output_variant, weights, seed, device, input_size_px, allow_non_recommended_settings: as in
             `Model.from_preset`.
         preprocessing: with None where the preset decides.
@@ -49,6 +51,8 @@ class RunSettings:
     """
 
     manifest_path: Path | None = None
+    slides_dir: Path | None = None
+    id_from: IdFrom = "name"
     preset: str
     output_variant: str | None = None
     weights: str | None = None
@@ -63,6 +67,8 @@ class RunSettings:
 #: Fields of RunSettings and their keys; those of its configuration objects are in `KEYS`.
 _RUN = {
     "manifest_path": "csv",
+    "slides_dir": "slides_dir",
+    "id_from": "id_from",
     "preset": "model.name",
     "output_variant": "model.output_variant",
     "weights": "model.weights",
@@ -74,14 +80,19 @@ _RUN = {
 
 
 def load_settings(
-    path: Path | None, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> RunSettings:
-    """The run that a configuration file describes.
+    """The run that a configuration file describes. What nobody gave is not set in its preprocessing
+    (`model_fields_set`).
 
     Args:
         path: YAML in the layout of the original slide2vec, 4.0 to 7.1; None = only defaults.
         overrides: "a.b=value", the value in YAML; later ones count.
         values: plain values by dotted key, taken literally, which count over both.
+        defaults: by dotted key, where nobody gives any; others than those of the original's files.
 
     Raises:
         ConfigError: the file cannot be read, or something in it is not allowed; names file and key.
@@ -90,17 +101,17 @@ def load_settings(
     sources += [_override(text) for text in overrides]
     literal = {key: escaped(v) if isinstance(v, str) else v for key, v in (values or {}).items()}
     sources.append(Source(COMMAND_LINE, nested(literal)))
-    given = Values(sources)
+    given = Values(sources, defaults or {})
     if given["wandb.enable"]:
         logger.warning("%s: Weights & Biases is not supported; ignored", given.where("wandb.enable"))
     run = {field: given[key] for field, key in _RUN.items()}
-    _check_preset(given)
+    _check_preset(given, path)
     return RunSettings(
         **run,
         preprocessing=_built(
             PreprocessingConfig,
             given,
-            segmentation=_built(SegmentationConfig, given, method=_segmentation_method(given)),
+            segmentation=_segmentation(given),
             filtering=_built(FilterConfig, given),
             preview=_built(PreviewConfig, given),
         ),
@@ -118,11 +129,12 @@ def _override(text: str) -> Source:
     return Source(COMMAND_LINE, nested({key.strip(): content}))
 
 
-def _check_preset(given: Values) -> None:
+def _check_preset(given: Values, path: Path | None) -> None:
     """Find a wrong name before anything slow begins."""
     preset, variant = given["model.name"], given["model.output_variant"]
     if preset is None:
-        raise ConfigError("model.name is missing: name a preset (`slide2vec models` lists them)")
+        where = COMMAND_LINE if path is None else path
+        raise ConfigError(f"{where}: model.name is missing: name a preset (`slide2vec models` lists them)")
     try:
         recipe = load_recipe(preset)
     except (PresetError, OSError) as error:  # a name may be longer than files have
@@ -131,6 +143,13 @@ def _check_preset(given: Values) -> None:
         recipe.variant(variant)
     except PresetError as error:
         raise ConfigError(f"{given.where('model.output_variant')}: {error}") from None
+
+
+def _segmentation(given: Values) -> SegmentationConfig:
+    method = _segmentation_method(given)
+    made: SegmentationConfig = _built(SegmentationConfig, given, method=method)
+    named = any(given.is_given(f"tiling.seg_params.{key}") for key in ("method", "use_hsv", "use_otsu"))
+    return made if named else made.set_only(made.model_fields_set - {"method"})
 
 
 def _segmentation_method(given: Values) -> str:
@@ -159,7 +178,8 @@ def _built(owner: type[Any], given: Values, **more: Any) -> Any:
     keys = {key.field: name for name, key in KEYS.items() if key.owner is owner}
     fields = {field: given[name] for field, name in keys.items()}
     try:
-        return owner(**{**fields, **more})
+        made = owner(**{**fields, **more})
+        return made.set_only({field for field, name in keys.items() if given.is_given(name)} | more.keys())
     except ConfigError as error:
         text = str(error)
         for field, name in keys.items():
@@ -182,12 +202,20 @@ def settings_as_yaml(settings: RunSettings, extra: Mapping[str, Any]) -> str:
         PreviewConfig: settings.preprocessing.preview,
     }
     run = {key: getattr(settings, field) for field, key in _RUN.items()}
+    elsewhere = settings.preprocessing.read_coordinates_from is not None
     leaves = {
         name: _plain(getattr(owners[key.owner], key.field) if key.owner else run[name])
         for name, key in KEYS.items()
-        if key.owner or name in run
+        if (key.owner or name in run) and not (elsewhere and _is_of_tissue(name))
     }
     return as_yaml({**nested(leaves), **extra})
+
+
+def _is_of_tissue(key: str) -> bool:
+    """Whether it decides which tiles a slide has: with coordinate files, these do."""
+    return key.startswith(("tiling.seg_params.", "tiling.filter_params.")) or key in (
+        *("tiling.params.tolerance", "tiling.params.overlap", "tiling.params.tissue_threshold"),
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -209,6 +237,8 @@ _PACKAGES = {
     "cucim": ("cucim-cu13", "cucim-cu12", "cucim"),
     "pyvips": ("pyvips",),
     "tifffile": ("tifffile",),
+    "simplejpeg": ("simplejpeg",),
+    "imagecodecs": ("imagecodecs",),
     "cupy": ("cupy-cuda13x", "cupy-cuda12x"),
     "dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
     "tensorrt": ("tensorrt",),

@@ -23,6 +23,7 @@ from slide2vec.config import (
     SegmentationConfig,
 )
 from slide2vec.errors import ConfigError
+from slide2vec.slides import IdFrom
 
 __all__ = ["FIXED", "FREE", "KEYS", "OLDER", "SECTIONS", "WITHOUT_EFFECT", "Key"]
 
@@ -88,6 +89,8 @@ Text = str | None
 KEYS: dict[str, Key] = {
     "csv": Key(Location | None),
     "output_dir": _of(ExecutionOptions, "output_dir", Path("output")),
+    "slides_dir": Key(Location | None),
+    "id_from": Key(IdFrom, "name"),
     "resume": _of(PreprocessingConfig, "resume"),
     "fingerprint": _of(PreprocessingConfig, "fingerprint"),
     "resume_dirname": Key(Text),

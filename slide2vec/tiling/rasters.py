@@ -1,4 +1,4 @@
-"""Tissue masks that users give: rasters of 0 (background) and 1 (tissue) that span the slide."""
+"""Tissue masks that users give: rasters of 0 (background) and 1 or 255 (tissue) that span the slide."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from slide2vec.config import SegmentationConfig
 from slide2vec.errors import MaskError, Slide2VecError
-from slide2vec.files import is_remote
+from slide2vec.files import is_remote, plain_stat
 from slide2vec.geometry import nearest_downsample_level, select_level
 from slide2vec.readers import SlideReader, open_slide
 from slide2vec.readers.base import planning_downsamples
@@ -25,7 +25,8 @@ from slide2vec.tiling.records import PRECOMPUTED, Segmentation
 __all__ = ["MAX_RASTER_PX", "read_mask"]
 
 
-TISSUE = 1
+#: What tissue may be in a mask; one value in each.
+TISSUE_VALUES = (1, 255)
 
 #: The largest mask level that is read; a larger mask needs a pyramid.
 MAX_RASTER_PX = 256_000_000
@@ -34,6 +35,14 @@ MAX_RASTER_PX = 256_000_000
 _LEVEL_TOLERANCE = 0.01
 
 _TIFF = {".tif", ".tiff", ".btf"}
+#: Annotations, which people take for masks.
+_DRAWN = {
+    ".annotations": "a file of annotations",
+    ".geojson": "GeoJSON",
+    ".json": "JSON",
+    ".qpdata": "a QuPath data file",
+    ".xml": "XML",
+}
 _FLAT = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"}
 #: TIFF colour interpretations whose 8-bit values slide readers return unchanged: min-is-black, RGB.
 _PLAIN_PHOTOMETRICS = {1, 2}
@@ -62,7 +71,7 @@ def read_mask(
 
     Raises:
         MaskError: it is missing, unreadable or too large, has another shape than the slide, or
-            values other than 0 and 1.
+            values other than 0 and one of 1 and 255.
     """
     path = slide.mask_path
     if path is None:
@@ -102,14 +111,14 @@ def _read_labels(
                 f"its level {choice.level} has {width}x{height} px, more than the {MAX_RASTER_PX:,} px "
                 "that are read at once; write it as a pyramid"
             )
-        labels = _checked(raster.read(choice.level))
+        labels, tissue_value = _checked(raster.read(choice.level))
     return labels, Segmentation(
         method=PRECOMPUTED,
         requested_downsample=config.downsample,
         downsample=max(1, round(slide_downsamples[target])),
         level=target,
         spacing_um=spacing,
-        tissue_value=TISSUE,
+        tissue_value=tissue_value,
         mask_level=choice.level,
         mask_spacing_um=choice.spacing_um,
         mask_backend=raster.backend,
@@ -128,8 +137,8 @@ def _check_shape(size: tuple[int, int], dimensions: tuple[int, int]) -> None:
         )
 
 
-def _checked(labels: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Labels as (h, w) uint8 of 0 and 1."""
+def _checked(labels: NDArray[np.generic]) -> tuple[NDArray[np.uint8], int]:
+    """Labels as (h, w) uint8 of 0 and 1, and what tissue is in the file."""
     if labels.ndim == 3 and (labels == labels[..., :1]).all():
         labels = labels[..., 0]
     if labels.ndim != 2 or labels.dtype.kind not in "biu":
@@ -137,19 +146,27 @@ def _checked(labels: NDArray[np.generic]) -> NDArray[np.uint8]:
             f"it is a {labels.dtype} raster of shape {labels.shape}; a mask has one channel (or equal ones) "
             "of whole numbers"
         )
-    other = (labels != 0) & (labels != TISSUE)
-    if other.any():
-        values = np.unique(labels[other])[:5].tolist()
+    one, full = (labels == value for value in TISSUE_VALUES)
+    other = (labels != 0) & ~one & ~full
+    if other.any() or (one.any() and full.any()):
+        values = np.unique(labels[labels != 0])[:5].tolist()
         raise ValueError(
-            f"it holds the values {values}; only 0 (background) and {TISSUE} (tissue) are allowed"
+            f"it holds the values {values} beside 0; a mask has 0 (background) and either 1 or 255 (tissue)"
         )
-    return np.ascontiguousarray(labels, np.uint8)
+    return np.ascontiguousarray(one | full, np.uint8), TISSUE_VALUES[1] if full.any() else TISSUE_VALUES[0]
 
 
 def _opened(path: Path) -> AbstractContextManager[_Raster]:
-    if not path.is_file():
-        raise FileNotFoundError("it does not exist")
+    try:
+        plain_stat(path)
+    except FileNotFoundError:
+        raise FileNotFoundError("it does not exist") from None
     suffix = path.suffix.lower()
+    if suffix in _DRAWN:
+        raise ValueError(
+            f"it is {_DRAWN[suffix]}, outlines and no raster; draw them as one of 0 and 1 of the slide's "
+            "shape (QuPath: File > Export images > Export rendered labels, or its LabeledImageServer)"
+        )
     opener = _tiff if suffix in _TIFF else _flat if suffix in _FLAT else _whole_slide
     return opener(path)
 

@@ -76,18 +76,28 @@ def test_a_manifest_segments_its_slides_differently(run, brown_slide: Path, tmp_
     manifest, out = tmp_path / "slides.csv", tmp_path / "out"
     manifest.write_text(
         "sample_id,image_path,segmentation_method,tissue_threshold\n"
-        f"plain,{brown_slide},,\nown,{brown_slide},otsu,0.9\nwrong,{brown_slide},magic,\n"
+        f"plain,{brown_slide},,\nown,{brown_slide},otsu,0.9\n"
     )
-    first = run("run", "-m", manifest, *TILES, *PRESET, "-o", out)
-    assert first.exit_code == 1 and "SegmentationConfig.method" in flat(first.stdout)
+    assert run("run", "-m", manifest, *TILES, *PRESET, "-o", out).exit_code == 0
     rows = {row["sample_id"]: row for row in read_process_list(out / "process_list.csv")}
     assert rows["plain"]["num_tiles"] == "0" and int(rows["own"]["num_tiles"]) > 30
-    assert rows["wrong"]["tiling_status"] == "failed" and "slide wrong" in rows["wrong"]["error"]
     tiling = load_coordinates(out / "tiles", "own")
     assert (tiling.segmentation.method, tiling.tissue_threshold) == ("otsu", 0.9)
 
     again = json.loads(run("run", "-m", manifest, *TILES, *PRESET, "-o", out, "--json").stdout)
     assert again["resumed"] == 2
     manifest.write_text(manifest.read_text().replace("otsu,0.9", "otsu,0.5"))
-    again = json.loads(run("run", "-m", manifest, *TILES, *PRESET, "-o", out, "--json").stdout)
-    assert again["resumed"] == 1 and sum(again["recomputed"].values()) == 1
+    other = run("run", "-m", manifest, *TILES, *PRESET, "-o", out)
+    assert other.exit_code == 1 and "tissue_threshold" in flat(other.stderr)
+    assert run("run", "-m", manifest, *TILES, *PRESET, "-o", out, "--no-resume").exit_code == 0
+    assert load_coordinates(out / "tiles", "own").tissue_threshold == 0.5
+
+
+def test_what_was_said_of_tiles_is_said_again_when_they_are_taken_over(
+    run, brown_slide: Path, tmp_path: Path
+) -> None:
+    assert run("tile", brown_slide, *TILES, "-o", tmp_path).exit_code == 0
+    result = run("embed", brown_slide, *TILES, *PRESET, "-o", tmp_path)
+    assert result.exit_code == 0 and BROWN in flat(result.stdout)
+    (row,) = read_process_list(tmp_path / "process_list.csv")
+    assert row["feature_status"] == "success" and BROWN in row["error"]

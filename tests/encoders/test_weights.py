@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -108,6 +110,17 @@ def test_damaged_file(tmp_path: Path, content: bytes) -> None:
             read_checkpoint(tmp_path / name)
 
 
+def test_checksums_of_a_zipped_file_are_held_against_it(tmp_path: Path) -> None:
+    """PyTorch does not look at them."""
+    torch.save({"a": torch.ones(100)}, tmp_path / "w.pt")
+    data = bytearray((tmp_path / "w.pt").read_bytes())
+    data[data.index(torch.ones(2).numpy().tobytes())] ^= 1
+    (tmp_path / "w.pt").write_bytes(data)
+    assert not torch.load(tmp_path / "w.pt")["a"].equal(torch.ones(100))
+    with pytest.raises(WeightsError, match=r"w\.pt cannot be read: is damaged: the checksum of w/data/0"):
+        read_checkpoint(tmp_path / "w.pt")
+
+
 def test_no_such_file_and_empty_directory(tmp_path: Path, recipe: Recipe) -> None:
     with pytest.raises(WeightsError, match="neither a file"):
         find_weights(recipe, tmp_path / "none.pt")
@@ -123,13 +136,15 @@ def hub_that(monkeypatch: pytest.MonkeyPatch, outcome: Path | Exception) -> list
     calls = []
 
     def download(repo: str, name: str, *, revision: str, local_files_only: bool) -> str:
-        assert not local_files_only
+        if local_files_only:
+            raise hub.LocalEntryNotFoundError("not in the cache")
         calls.append((repo, name, revision))
         if isinstance(outcome, Exception):
             raise outcome
         return str(outcome)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr("slide2vec.files.hub._answers", lambda endpoint: True)
     return calls
 
 
@@ -162,6 +177,42 @@ def test_offline_without_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightsError, match=r"prost40m.*weights="):
         find_weights(load_recipe("prost40m"), None)
+
+
+def test_no_network_is_found_out_once_and_not_retried(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The real hub client, and a hub at a port where nobody listens."""
+    asked = []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("slide2vec.files.hub.urllib.request.urlopen", _noted(asked))
+    with pytest.raises(WeightsError, match=r"uni2.*weights=") as error:
+        find_weights(load_recipe("uni2"), None)
+    assert len(asked) == 1 and len(str(error.value)) < 600
+    assert "Retrying" not in caplog.text
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is False
+
+
+def _noted(asked: list[object]) -> Callable[..., Any]:
+    real = urllib.request.urlopen
+
+    def urlopen(request: Any, timeout: float) -> Any:
+        asked.append(request)
+        return real(request, timeout=timeout)
+
+    return urlopen
+
+
+def test_what_is_in_the_cache_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recipe = load_recipe("virchow2")
+    assert recipe.weights is not None
+    snapshot = tmp_path / "models--paige-ai--Virchow2" / "snapshots" / recipe.weights.revision
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").write_bytes(b"x")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("slide2vec.files.hub._answers", lambda endpoint: pytest.fail("the hub was asked"))
+    assert find_weights(recipe, None) == snapshot / "model.safetensors"
 
 
 def test_offline_cache_is_honoured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -220,7 +271,7 @@ def test_shards_that_do_not_fit_their_index(tmp_path: Path) -> None:
 def test_damaged_index(tmp_path: Path, where: object) -> None:
     with pytest.raises(WeightsError, match=r"model\.safetensors\.index\.json"):
         read_checkpoint(index_of(tmp_path, where))
-    for text in ("", "[]", "{}", "\0", '{"weight_map": '):
+    for text in ("", "[]", "{}", "\0", '{"weight_map": ', "[" * 100_000):
         index = index_of(tmp_path, {})
         index.write_text(text)
         with pytest.raises(WeightsError, match=r"model\.safetensors\.index\.json cannot be read"):
@@ -248,12 +299,15 @@ def test_hub_is_asked_for_every_shard(
     calls = []
 
     def download(repo: str, name: str, *, revision: str, local_files_only: bool) -> str:
+        if local_files_only:
+            raise hub.LocalEntryNotFoundError("not in the cache")
         calls.append((repo, name, revision))
         if not (tmp_path / name).is_file():
             raise hub.RemoteEntryNotFoundError("404 Client Error", response=RESPONSE)
         return str(tmp_path / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr("slide2vec.files.hub._answers", lambda endpoint: True)
     assert find_weights(recipe, None) == index
     names = ["model.safetensors", index.name, *(f"model-0000{n}-of-00002.safetensors" for n in (1, 2))]
     assert calls == [(recipe.weights.repo, name, recipe.weights.revision) for name in names]

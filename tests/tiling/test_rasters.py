@@ -111,6 +111,14 @@ def test_a_pyramid_without_codec_is_read_by_a_slide_reader(
     assert tiling.segmentation.mask_backend not in {"tifffile", "pil"}
 
 
+def test_tissue_may_be_255(tmp_path: Path) -> None:
+    Image.fromarray(raster()).save(tmp_path / "one.png")
+    Image.fromarray(raster() * np.uint8(255)).save(tmp_path / "full.png")
+    one, full = (tile(tmp_path / name)[0] for name in ("one.png", "full.png"))
+    assert len(one) and np.array_equal(one.x, full.x) and np.array_equal(one.y, full.y)
+    assert (one.segmentation.tissue_value, full.segmentation.tissue_value) == (1, 255)
+
+
 def test_an_empty_mask_gives_no_tiles_and_a_remark(tmp_path: Path) -> None:
     Image.fromarray(raster() * 0).save(tmp_path / "m.png")
     tiling, _ = tile(tmp_path / "m.png")
@@ -120,6 +128,13 @@ def test_an_empty_mask_gives_no_tiles_and_a_remark(tmp_path: Path) -> None:
 def test_a_missing_mask(tmp_path: Path) -> None:
     with pytest.raises(MaskError, match=r"slide s: .*does not exist"):
         tile(tmp_path / "m.png")
+
+
+@pytest.mark.parametrize(("name", "what"), [("m.geojson", "GeoJSON"), ("m.xml", "XML"), ("m.json", "JSON")])
+def test_outlines_are_no_mask(name: str, what: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(MaskError, match=f"{name} cannot be used: it is {what}, outlines and no raster"):
+        tile(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["m.png", "m.tif", "m.svs"])
@@ -141,7 +156,8 @@ def test_a_truncated_mask(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("array", "what"),
     [
-        (raster() * np.uint8(255), r"holds the values \[255\]"),
+        (raster() * np.uint8(2), r"holds the values \[2\] beside 0"),
+        (np.maximum(raster(), np.uint8(255) * (np.arange(400) > 200)), r"holds the values \[1, 255\]"),
         (raster()[:, :350], "span the whole slide"),
         (np.stack([raster(), raster() * 0, raster()], -1), "one channel"),
     ],

@@ -1,0 +1,31 @@
+"""Ours: TIFFs whose compressed tiles or strips are each decoded once, by decoders that notice damage."""
+
+from __future__ import annotations
+
+from slide2vec.errors import BackendError, ExtraMissingError
+from slide2vec.readers.codecs import unavailable
+from slide2vec.readers.decoders import HostDecoder
+from slide2vec.readers.probe import Probe
+from slide2vec.readers.raw import BoxReader, RawBoxes
+from slide2vec.readers.tifftiles import TiffTiles, why_not
+
+__all__ = ["TiffReader", "unavailable"]
+
+
+class TiffReader(BoxReader):
+    """Reads plain TIFFs, Aperio's and OME's with simplejpeg and imagecodecs.
+
+    Raises:
+        ExtraMissingError: one of these is not installed.
+        BackendError: they do not decode such a file.
+    """
+
+    backend = "tiff"
+
+    def __init__(self, probe: Probe) -> None:
+        if reason := unavailable():
+            raise ExtraMissingError(reason)
+        if reason := why_not(probe):
+            raise BackendError(reason)
+        super().__init__(probe, [(level.width, level.height) for level in probe.levels])
+        self._boxes = RawBoxes(TiffTiles(probe, self._read_error), HostDecoder())
