@@ -53,13 +53,13 @@ def opened_paths(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     from slide2vec.stream import plan
 
     found: list[Path] = []
-    real = plan.open_slide
+    real = plan.open_and_use
 
-    def noted(slide: Any, backend: str, copy: Path | None = None) -> Any:
+    def noted(slide: Any, backend: str, copy: Path | None, use: Any) -> Any:
         found.append(copy or slide.image_path)
-        return real(slide, backend, copy)
+        return real(slide, backend, copy, use)
 
-    monkeypatch.setattr(plan, "open_slide", noted)
+    monkeypatch.setattr(plan, "open_and_use", noted)
     return found
 
 
