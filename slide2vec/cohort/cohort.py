@@ -59,6 +59,7 @@ class Cohort:
         config: with requested_spacing_um and requested_tile_size_px resolved.
         encoder: None where slides are only tiled.
         tilings: of slides whose tiles are known, by sample_id.
+        identities: what files of slides are, as far as others have looked at them; may grow meanwhile.
 
     Attributes:
         entries: the books; whoever opens the cohort sets them.
@@ -76,6 +77,7 @@ class Cohort:
         execution: ExecutionOptions,
         encoder: Encoder | None = None,
         tilings: Mapping[str, Tiling] | None = None,
+        identities: dict[str, SlideIdentity] | None = None,
     ) -> None:
         if execution.output_dir is None:
             raise ConfigError("a run on disk needs ExecutionOptions(output_dir=…)")
@@ -84,7 +86,7 @@ class Cohort:
         self.output_dir, self.tilings = execution.output_dir, tilings or {}
         self.identities = identities_of(encoder, config, execution)
         self.wanted = self._wanted_kinds()
-        self.files = Identities(config)
+        self.files = Identities(config, identities)
         self.finished = Finished(
             config,
             execution,
