@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from slide2vec.errors import Slide2VecError
 
 if TYPE_CHECKING:
+    from slide2vec.artifacts.places import Place
     from slide2vec.cohort.books import Entry
     from slide2vec.cohort.publish import Settled
     from slide2vec.config import ExecutionOptions, PreprocessingConfig
@@ -61,6 +62,7 @@ class Job:
         publish: write artifacts to `execution.output_dir`; else embeddings come back.
         aggregate: slides get their slide embedding, where the model has one.
         identity: of the model, for `execution`: a worker whose own differs is refused.
+        place: where artifacts are written.
     """
 
     config: PreprocessingConfig
@@ -68,6 +70,7 @@ class Job:
     publish: bool
     aggregate: bool
     identity: Mapping[str, Any]
+    place: Place | None = None
 
 
 @dataclass(frozen=True)

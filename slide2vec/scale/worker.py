@@ -162,7 +162,7 @@ class _Session:
         from slide2vec.cohort.writer import Writer
 
         config, execution = self._job.config, self._job.execution
-        cohort = Cohort(config, execution, self._model, self._tilings, self._identities)
+        cohort = Cohort(config, execution, self._model, self._tilings, self._job.place, self._identities)
         cohort.entries = PostedEntries(self._tell_entry)
         publisher = Publisher(cohort, self._model, self._settle)
 

@@ -31,6 +31,7 @@ __all__ = [
     "coordinate_paths",
     "find_coordinates",
     "load_coordinates",
+    "load_header",
     "read_coordinates",
     "write_coordinates",
 ]
@@ -254,19 +255,36 @@ def load_coordinates(directory: Path, sample_id: str) -> Tiling:
     Raises:
         TilingError: they are missing, damaged, or of an unknown layout.
     """
-    arrays, metadata = coordinate_paths(directory, sample_id)
+    return _loaded(directory, sample_id, coordinate_paths(directory, sample_id)[0])
+
+
+def load_header(directory: Path, sample_id: str) -> Tiling:
+    """As `load_coordinates`, without the tiles: how they were found, from the metadata alone."""
+    return _loaded(directory, sample_id, None)
+
+
+def _loaded(directory: Path, sample_id: str, arrays: Path | None) -> Tiling:
+    metadata = coordinate_paths(directory, sample_id)[1]
     try:
         with open_plain(metadata) as file:
             data = file.read(_MOST_BYTES + 1)
         if len(data) > _MOST_BYTES:
             raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
-        meta = json.loads(data.decode("utf-8"))
+        meta = json.loads(data.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
         return _tiling(_Sections(meta), arrays)
     except FileNotFoundError as error:
         missing = error.filename or error
         raise TilingError(f"slide {sample_id}: coordinate file {missing} does not exist") from error
     except _UNREADABLE as error:
         raise TilingError(f"slide {sample_id}: {metadata} cannot be read: {error}") from error
+
+
+def _finite(text: str) -> float:
+    """A number in JSON. Python's reader also takes NaN and Infinity, which no file of coordinates has."""
+    number = float(text)
+    if not isfinite(number):
+        raise ValueError(f"it holds {text}, which is no finite number")
+    return number
 
 
 class _Sections:
@@ -293,9 +311,10 @@ class _Sections:
         return self._meta[section]
 
 
-def _tiling(meta: _Sections, arrays: Path) -> Tiling:
+def _tiling(meta: _Sections, arrays: Path | None) -> Tiling:
     width, height = map(int, meta.get("slide", "dimensions"))
-    x, y, fractions = _arrays(arrays, meta.get("tiling", "n_tiles"), (width, height))
+    count = 0 if arrays is None else meta.get("tiling", "n_tiles")
+    x, y, fractions = _arrays(arrays, count, (width, height))
     mask_path = meta.get("provenance", "mask_path", default=None)
     spacing = meta.get("provenance", "spacing_at_level_0", default=None)
     return Tiling(
@@ -319,7 +338,10 @@ def _tiling(meta: _Sections, arrays: Path) -> Tiling:
 
 def _geometry(meta: _Sections) -> TileGeometry:
     def tiling(*names: str) -> Any:
-        return meta.get("tiling", *names)
+        value = meta.get("tiling", *names)
+        if isinstance(value, bool) and names != ("is_within_tolerance",):
+            raise ValueError(f"{names[0]} is {value}, not a number")
+        return value
 
     read_size = int(tiling("read_tile_size_px", "effective_tile_size_px"))
     overlap = float(tiling("overlap"))
@@ -378,11 +400,11 @@ def _filtering(meta: _Sections) -> FilterConfig:
 
 
 def _arrays(
-    path: Path, count: Any, dimensions: tuple[int, int]
+    path: Path | None, count: Any, dimensions: tuple[int, int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     if type(count) is not int or count < 0:
         raise ValueError(f"n_tiles is {count!r}, not a number of tiles")
-    if count == 0:
+    if path is None or count == 0:
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
     with local(path) as file:
         data = read_npz(file, _ARRAYS, most=2 * count)

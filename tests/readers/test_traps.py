@@ -316,3 +316,41 @@ def test_first_slides_opened_at_once(reference_slide: Path) -> None:
     for _ in range(10):
         ended = subprocess.run([sys.executable, "-c", OPEN_AT_ONCE, str(reference_slide)], timeout=60)
         assert ended.returncode == 0
+
+
+@pytest.mark.parametrize("backend", ["auto", "tiff", "cucim", "vips", "openslide"])
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        ({"ImageLength": 128}, "400x128 px in tiles of 64x64, which are 14, and lists 35"),
+        ({"TileWidth": 128}, "400x300 px in tiles of 128x64, which are 20, and lists 35"),
+        ({"PhotometricInterpretation": 1}, "3 channels, and its colours are MINISBLACK, which is 1"),
+        ({"SamplesPerPixel": 1}, "1 channels, and its colours are RGB, which are 3"),
+    ],
+)
+def test_tags_that_contradict_each_other(
+    tags: dict[str, int], message: str, backend: str, tmp_path: Path, tiffs: Any
+) -> None:
+    """Libraries take their pick of them, and most give other pixels without a word."""
+    path = tiffs.write_plain(tmp_path / "contradictory.tif", mpp=0.5, compression="lzw")
+    tiffs.set_tags(path, **tags)
+    with pytest.raises(SlideOpenError, match=message):
+        open_slide(as_slide(path), backend)
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((64, 64, 4), np.uint8), ValueError("cannot reshape"), IndexError()]
+)
+def test_whatever_a_library_does_is_an_error_of_the_slide(
+    wrong: Any, tmp_path: Path, tiffs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def library(*box: int) -> Any:
+        if isinstance(wrong, Exception):
+            raise wrong
+        return wrong
+
+    with open_slide(as_slide(tiffs.write_plain(tmp_path / "plain.tif", mpp=0.5))) as reader:
+        monkeypatch.setattr(reader, "_read_box", library)
+        for place in ((0, 0), (-8, 200)):
+            with pytest.raises(SlideReadError, match=r"slide plain: tiff cannot decode level 0"):
+                reader.read_region(place, 0, (64, 64))

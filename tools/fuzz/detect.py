@@ -26,6 +26,8 @@ def evidence(data: bytes, size: tuple[int, int], boxes: Iterable[Box]) -> str | 
     try:
         if data[128:132] == b"DICM":
             return _dicom_evidence(data, size, list(boxes))
+        if data[:2] not in (b"II", b"MM"):
+            return None  # of no level, then
         return _tiff_evidence(read_tiff(data), size, list(boxes))
     except (ValueError, struct.error, OverflowError) as error:
         return f"its structure: {error}"
@@ -104,6 +106,8 @@ def _dicom_evidence(data: bytes, size: tuple[int, int], boxes: list[Box]) -> str
             frames = [file.PixelData[at * length : (at + 1) * length] for at in range(count)]
         else:
             frames = list(generate_frames(file.PixelData, number_of_frames=count))
+    except AttributeError:
+        return None  # of no level, or of none that anybody would look for
     except Exception as error:  # pydicom raises what it likes over a damaged file
         return f"its structure: {type(error).__name__}: {error}"
     across, down = -(-size[0] // tile[0]), -(-size[1] // tile[1])

@@ -167,7 +167,7 @@ def _outcome(other: Other, folder: Path, right: Any, before: bytes, data: bytes)
     plain = _plain(found)
     if plain == right:
         return {"outcome": "right", "message": ""}
-    told = file_evidence(other.format, before, data)
+    told = file_evidence(other.kind, other.format, before, data)
     outcome = "another value, detectable" if told else "another value"
     return {"outcome": outcome, "message": f"{told or 'nothing tells'}: {_difference(right, plain)}"[:500]}
 

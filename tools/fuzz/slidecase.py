@@ -114,13 +114,13 @@ def _judged(
         return {"outcome": "right", "message": "read, although the sound slide is not"}
     changed = [
         f"{name} {getattr(right, name)} became {getattr(found, name)}"
-        for name in ("size", "spacing_um", "read", "read_tile_px")
+        for name in ("size", "spacing_um", "read", "read_tile_px", "levels")
         if getattr(right, name) != getattr(found, name)
     ]
+    if found.tiles == right.tiles and all(each.startswith("levels") for each in changed):
+        return {"outcome": "right", "message": "; ".join(changed)}
     if changed:
         return {"outcome": "another claim", "message": "; ".join(changed)}
-    if found.tiles == right.tiles:
-        return {"outcome": "right", "message": ""}
     whole = [(0, 0, *searched)]
     told = evidence(data, searched, whole)
     outcome = "other tiles, detectable" if told else "other tiles"

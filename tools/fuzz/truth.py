@@ -36,12 +36,14 @@ class Plan:
 
     Attributes:
         size, spacing_um: of level 0.
-        read: (width, height) of the level that is read.
+        levels: (width, height) of every level.
+        read: of the level that is read.
         tiles: (x, y) of every tile in level-0 px.
     """
 
     size: tuple[int, int]
     spacing_um: float
+    levels: tuple[tuple[int, int], ...]
     read: tuple[int, int]
     read_tile_px: int
     tiles: tuple[tuple[int, int], ...]
@@ -112,6 +114,7 @@ def planned(plan: SlidePlan) -> Plan:
     return Plan(
         size=tiling.dimensions,
         spacing_um=round(tiling.geometry.base_spacing_um, 6),
+        levels=tuple(reader.level_dimensions),
         read=reader.level_dimensions[tiling.geometry.read_level],
         read_tile_px=tiling.geometry.read_tile_size_px,
         tiles=tuple(zip(tiling.x.tolist(), tiling.y.tolist(), strict=True)),
@@ -150,6 +153,7 @@ def load_sound(folder: Path) -> Sound:
                 "size": tuple(plan["size"]),
                 "read": tuple(plan["read"]),
                 "tiles": tuple(map(tuple, plan["tiles"])),
+                "levels": tuple(map(tuple, plan["levels"])),
             }
         )
         for way, plan in (about["plans"] or {}).items()
