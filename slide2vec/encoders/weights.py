@@ -269,7 +269,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise WeightsError(f"weights file {index} cannot be read: no weight_map ({error!r})") from error
+        why = error if isinstance(error, OSError | ValueError) else "it has no weight_map"
+        raise WeightsError(f"weights file {index} cannot be read: {why}") from error
     if not isinstance(where, dict) or not where:
         raise WeightsError(f"weights file {index} names no files in its weight_map")
     for name in where.values():

@@ -165,7 +165,7 @@ def _probe_tiff(path: Path, name: str, pages: list[Any], size: int) -> Probe:
         _refuse_truncated(page, size)
     vendor = vendor_of(pages)
     found = find_slide(vendor, pages, path.name)
-    refuse_contradictions(found.levels.levels)
+    refuse_contradictions(found.levels.levels, found.page)
     claims = tuple(tiff_claims(vendor, found.page, found.ome))
     spacing_um, source = settle_spacing(claims)
     return Probe(

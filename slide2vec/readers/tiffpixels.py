@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 from slide2vec.readers.omexml import OmeImage
@@ -96,12 +96,22 @@ def _named(name: str, what: str) -> str:
     return f"{name}: {what}" if name else what
 
 
-def refuse_contradictions(levels: Iterable[TiffLevel]) -> None:
+def refuse_contradictions(levels: Sequence[TiffLevel], base: Page) -> None:
     """Refuse a slide whose tags contradict each other: libraries take their pick, and most say nothing.
 
     Raises:
         Refusal: a level has not the tiles that its size needs, or not the channels that its colours need.
     """
+    strips = base.tags.get(273)
+    in_strips = strips is not None and levels and not levels[0].tile and not levels[0].planes
+    if in_strips and strips.count != len(
+        levels[0].offsets
+    ):  # tifffile drops those beyond what the size needs
+        raise Refusal(
+            f"directory {base.index} has {base.imagewidth}x{base.imagelength} px in strips of "
+            f"{base.rowsperstrip} rows, which are {len(levels[0].offsets)}, and lists {strips.count} of "
+            f"them: the file is damaged; {COPY_AGAIN}"
+        )
     for level in levels:
         width, height = level.tile or (level.width, min(level.rows_per_strip, level.height))
         planes = level.samples if level.planar else 1

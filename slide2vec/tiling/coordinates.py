@@ -305,6 +305,20 @@ class _Sections:
             raise ValueError(f"section {section!r} has no {' or '.join(names)}")
         return value
 
+    def number(self, section: str, *names: str) -> Any:
+        """As `get`, a number and no text or truth value that Python would take for one."""
+        value = self.get(section, *names)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{section}.{names[0]} is {value!r}, not a number")
+        return value
+
+    def text(self, section: str, *names: str, default: Any = _MISSING) -> str:
+        """As `get`, a text."""
+        value = self.get(section, *names, default=default)
+        if not isinstance(value, str):
+            raise ValueError(f"{section}.{names[0]} is {value!r}, not a text")
+        return value
+
     def all(self, section: str) -> Mapping[str, Any]:
         if section not in self._meta:
             raise ValueError(f"it has no section {section!r}; was it written by HS2P 3.0 or newer?")
@@ -318,19 +332,19 @@ def _tiling(meta: _Sections, arrays: Path | None) -> Tiling:
     mask_path = meta.get("provenance", "mask_path", default=None)
     spacing = meta.get("provenance", "spacing_at_level_0", default=None)
     return Tiling(
-        sample_id=str(meta.get("provenance", "sample_id")),
+        sample_id=meta.text("provenance", "sample_id"),
         image_path=as_path(meta.get("provenance", "image_path")),
         mask_path=None if mask_path is None else as_path(mask_path),
         spacing_at_level_0=None if spacing is None else float(spacing),
-        backend=_from_hs2p(str(meta.get("provenance", "backend"))),
-        requested_backend=_from_hs2p(str(meta.get("provenance", "requested_backend", default="auto"))),
+        backend=_from_hs2p(meta.text("provenance", "backend")),
+        requested_backend=_from_hs2p(meta.text("provenance", "requested_backend", default="auto")),
         dimensions=(width, height),
         downsamples=tuple(float(ds) for ds in meta.get("slide", "level_downsamples")),
         geometry=_geometry(meta),
         x=x,
         y=y,
         tissue_fractions=fractions,
-        tissue_threshold=float(meta.get("tiling", "min_tissue_fraction")),
+        tissue_threshold=float(meta.number("tiling", "min_tissue_fraction")),
         segmentation=_segmentation(meta),
         filtering=_filtering(meta),
     )
@@ -338,17 +352,14 @@ def _tiling(meta: _Sections, arrays: Path | None) -> Tiling:
 
 def _geometry(meta: _Sections) -> TileGeometry:
     def tiling(*names: str) -> Any:
-        value = meta.get("tiling", *names)
-        if isinstance(value, bool) and names != ("is_within_tolerance",):
-            raise ValueError(f"{names[0]} is {value}, not a number")
-        return value
+        return meta.number("tiling", *names)
 
     read_size = int(tiling("read_tile_size_px", "effective_tile_size_px"))
     overlap = float(tiling("overlap"))
     geometry = TileGeometry(
         requested_tile_size_px=int(tiling("requested_tile_size_px")),
         requested_spacing_um=float(tiling("requested_spacing_um")),
-        base_spacing_um=float(meta.get("slide", "base_spacing_um")),
+        base_spacing_um=float(meta.number("slide", "base_spacing_um")),
         read_level=int(tiling("read_level")),
         read_spacing_um=float(tiling("read_spacing_um", "effective_spacing_um")),
         read_tile_size_px=read_size,
@@ -357,7 +368,7 @@ def _geometry(meta: _Sections) -> TileGeometry:
         step_px_lv0=int(tiling("step_px_lv0")),
         tolerance=float(tiling("tolerance")),
         overlap=overlap,
-        is_within_tolerance=bool(tiling("is_within_tolerance")),
+        is_within_tolerance=bool(meta.get("tiling", "is_within_tolerance")),
     )
     if min(read_size, geometry.tile_size_lv0, geometry.step_px_lv0, geometry.read_level + 1) < 1:
         raise ValueError("its tile sizes, step or level are not positive")
@@ -395,6 +406,9 @@ def _segmentation(meta: _Sections) -> Segmentation:
 def _filtering(meta: _Sections) -> FilterConfig:
     recorded = meta.all("filtering")
     known = {name: recorded[name] for name in FilterConfig.model_fields if recorded.get(name) is not None}
+    for name, value in known.items():
+        if isinstance(value, bool) != isinstance(getattr(FilterConfig(), name), bool):
+            raise ValueError(f"filtering.{name} is {value!r}")
     reference = meta.get("segmentation", "ref_tile_size_px", default=None)
     return FilterConfig(**{**known, "ref_tile_size": reference})
 

@@ -160,6 +160,22 @@ def test_what_vips_gives_as_black_is_not_its(compression: str, tmp_path: Path, t
         open_slide(as_slide(path), "vips")
 
 
+@pytest.mark.parametrize("backend", ["vips", "openslide"])
+def test_a_wrong_checksum_is_an_error(backend: str, tmp_path: Path, tiffs: Any) -> None:
+    """Of Deflate. Neither library looks at it."""
+    need(backend)
+    path = tiffs.write_plain(tmp_path / "a.tif", compression="zlib")
+    with tifffile.TiffFile(path) as tiff:
+        offset, count = tiff.pages[0].dataoffsets[2], tiff.pages[0].databytecounts[2]
+    data = bytearray(path.read_bytes())
+    data[offset + count - 1] ^= 255
+    path.write_bytes(data)
+    with open_slide(as_slide(path), backend) as reader:
+        with pytest.raises(SlideReadError, match=r"level 0 at .*damaged ADOBE_DEFLATE tile"):
+            reader.read_region((0, 0), 0, reader.dimensions)
+        assert reader.read_region((0, 0), 0, (100, 60)).any()  # the rest is read
+
+
 @pytest.mark.parametrize("compression", ["zlib", "webp", "packbits"])
 def test_tiles_that_vips_cannot_decode_are_an_error(compression: str, tmp_path: Path, tiffs: Any) -> None:
     """With fail_on="error" they are black."""

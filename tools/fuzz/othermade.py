@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["NAME", "make_others"]
+__all__ = ["NAME", "SHAPES", "make_others"]
 
 #: Of the slide that they are of.
 NAME = "sound"
+#: Of the weights.
+SHAPES: dict[str, tuple[int, ...]] = {"a.weight": (16, 8), "a.bias": (16,), "b": (3, 3, 3)}
 
 
 def make_others(folder: Path) -> None:
@@ -120,7 +122,14 @@ def _make_run(folder: Path, features: str) -> None:
             num_tiles=count,
         )
         encoder = {"name": "an-encoder", "level": "tile", "input_size_px": side}
-        write_tile_embeddings(folder, embedded, tiling, file_format=features, encoder=encoder)  # type: ignore[arg-type]
+        write_tile_embeddings(
+            folder,
+            embedded,
+            tiling,
+            file_format=features,  # type: ignore[arg-type]
+            encoder=encoder,
+            coordinates=write_coordinates(folder / "tiles", tiling),
+        )
 
 
 def _make_weights(folder: Path) -> None:
@@ -128,10 +137,7 @@ def _make_weights(folder: Path) -> None:
     from safetensors.torch import save_file
 
     random = torch.Generator().manual_seed(2)
-    state = {
-        name: torch.randn(shape, generator=random)
-        for name, shape in (("a.weight", (16, 8)), ("a.bias", (16,)), ("b", (3, 3, 3)))
-    }
+    state = {name: torch.randn(shape, generator=random) for name, shape in SHAPES.items()}
     save_file(state, folder / "model.safetensors")
     torch.save({"state_dict": state}, folder / "model.pt")
     names = list(state)
