@@ -61,6 +61,7 @@ class Cohort:
         encoder: None where slides are only tiled.
         tilings: of slides whose tiles are known, by sample_id.
         place: where files go; None = as of the first encoder in the output directory.
+        identities: what files of slides are, as far as others have looked at them; may grow meanwhile.
 
     Attributes:
         entries: the books; whoever opens the cohort sets them.
@@ -79,6 +80,7 @@ class Cohort:
         encoder: Encoder | None = None,
         tilings: Mapping[str, Tiling] | None = None,
         place: Place | None = None,
+        identities: dict[str, SlideIdentity] | None = None,
     ) -> None:
         if execution.output_dir is None:
             raise ConfigError("a run on disk needs ExecutionOptions(output_dir=…)")
@@ -89,7 +91,7 @@ class Cohort:
         self.tilings = tilings or {}
         self.identities = identities_of(encoder, config, execution)
         self.wanted = self._wanted_kinds()
-        self.files = Identities(config)
+        self.files = Identities(config, identities)
         self.finished = Finished(
             config,
             execution,

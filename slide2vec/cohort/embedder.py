@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from slide2vec.artifacts.places import Place
     from slide2vec.cohort.books import Entry
     from slide2vec.cohort.publish import Settled
+    from slide2vec.stream.identities import Identities
     from slide2vec.tiling import Tiling
 
 __all__ = ["Embedder", "Encoder", "Workers", "identities_of"]
@@ -62,6 +63,7 @@ class Workers(Protocol):
         execution: ExecutionOptions,
         tilings: Mapping[str, Tiling],
         place: Place,
+        files: Identities,
     ) -> Generator[Entry | Settled | SlideOutcome, None, None]:
         """Embed slides, and tell what is to be entered in the books; an outcome is told only of a slide that
         no worker has survived."""

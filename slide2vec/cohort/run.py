@@ -96,9 +96,10 @@ def _embed(
         return
     workers = embedder.workers(cohort.execution)
     if workers is not None:
-        with closing(
-            workers.publish(slides, cohort.config, cohort.execution, cohort.tilings, cohort.place)
-        ) as told:
+        publish = workers.publish(
+            slides, cohort.config, cohort.execution, cohort.tilings, cohort.place, cohort.files
+        )
+        with closing(publish) as told:
             for item in told:
                 _take(item, books, publisher, settle, writer)
         if workers.lost and cohort.execution.shard is None:  # what they left half-written

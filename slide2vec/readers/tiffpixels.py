@@ -103,14 +103,15 @@ def refuse_contradictions(levels: Sequence[TiffLevel], base: Page) -> None:
         Refusal: a level has not the tiles that its size needs, or not the channels that its colours need.
     """
     strips = base.tags.get(273)
-    if levels and strips is not None and not levels[0].tile and not levels[0].planes:
-        # tifffile drops those beyond what the size needs
-        if strips.count != len(levels[0].offsets):
-            raise Refusal(
-                f"directory {base.index} has {base.imagewidth}x{base.imagelength} px in strips of "
-                f"{base.rowsperstrip} rows, which are {len(levels[0].offsets)}, and lists {strips.count} of "
-                f"them: the file is damaged; {COPY_AGAIN}"
-            )
+    in_strips = strips is not None and levels and not levels[0].tile and not levels[0].planes
+    if in_strips and strips.count != len(
+        levels[0].offsets
+    ):  # tifffile drops those beyond what the size needs
+        raise Refusal(
+            f"directory {base.index} has {base.imagewidth}x{base.imagelength} px in strips of "
+            f"{base.rowsperstrip} rows, which are {len(levels[0].offsets)}, and lists {strips.count} of "
+            f"them: the file is damaged; {COPY_AGAIN}"
+        )
     for level in levels:
         width, height = level.tile or (level.width, min(level.rows_per_strip, level.height))
         planes = level.samples if level.planar else 1

@@ -34,6 +34,7 @@ from slide2vec.tiling import Tiling
 if TYPE_CHECKING:
     from slide2vec.artifacts.places import Place
     from slide2vec.cohort.embedder import Encoder
+    from slide2vec.stream.identities import Identities
 
 __all__ = ["Elsewhere"]
 
@@ -74,10 +75,11 @@ class Elsewhere:
         execution: ExecutionOptions,
         tilings: Mapping[str, Tiling],
         place: Place,
+        files: Identities,
     ) -> Generator[Entry | Settled | SlideOutcome, None, None]:
         """See `Workers`."""
         by_name = {slide.sample_id: slide for slide in slides}
-        tasks = [Task(slide, tilings.get(slide.sample_id)) for slide in slides]
+        tasks = [Task(slide, tilings.get(slide.sample_id), files.known(slide.sample_id)) for slide in slides]
         with self._fleet() as fleet:
             job = self._job(config, execution, fleet.size, publish=True, aggregate=True)
             job = replace(job, place=place)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from slide2vec.progress import ProgressEvent, RunSummary
     from slide2vec.slides import Slide
     from slide2vec.stream import SlideOutcome
+    from slide2vec.stream.identities import SlideIdentity
     from slide2vec.tiling import Tiling
 
 __all__ = [
@@ -81,10 +82,11 @@ class Begin:
 
 @dataclass(frozen=True)
 class Task:
-    """A slide to embed, named by its sample_id, with its tiles if they are known."""
+    """A slide to embed, named by its sample_id, with its tiles and what its files are, if they are known."""
 
     slide: Slide
     tiling: Tiling | None = None
+    identity: SlideIdentity | None = None
 
     @property
     def name(self) -> str:

@@ -147,6 +147,16 @@ def _make_weights(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
+_PARITY = {
+    "min_cosine": 0.9999,
+    "mean_cosine": 0.99995,
+    "finite": True,
+    "least": 0.999,
+    "tiles": 64,
+    "batch_sizes": [1, 16, 64],
+}
+
+
 def _make_engine(folder: Path) -> None:
     from slide2vec.runtime.base import BatchProfile
     from slide2vec.runtime.record import EngineRecord
@@ -155,7 +165,12 @@ def _make_engine(folder: Path) -> None:
     (folder / "engine.bin").write_bytes(bytes(range(256)))
     record = EngineRecord(
         key="0123456789abcdef",
-        identity={"encoder": "x", "libraries": {"torch": "2"}},
+        identity={
+            "encoder": "x",
+            "weights": "0123",
+            "device": {"type": "cuda", "name": "a GPU"},
+            "libraries": {"torch": "2"},
+        },
         preset="p",
         variant="v",
         runtime="tensorrt",
@@ -167,13 +182,13 @@ def _make_engine(folder: Path) -> None:
         profile=BatchProfile(1, 16, 64),
         file="engine.bin",
         opset=18,
-        parity={"cosine": 0.9999},
+        parity=_PARITY,
         licence="Apache-2.0",
         versions={"tensorrt": "10"},
         built_at="2026-11-28T00:00:00Z",
         build_seconds=3.5,
         speed={"engine": 100.0, "torch": 90.0},
-        steps_down=[{"precision": "fp8", "why": "far"}],
+        steps_down=[{"precision": "fp8", "reason": "far"}],
         checksums={"engine.bin": hashlib.sha256(bytes(range(256))).hexdigest()},
     )
     (folder / "engine.json").write_text(record.as_json())
