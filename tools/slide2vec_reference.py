@@ -23,13 +23,14 @@ import numpy as np
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-#: (slide, level, read size, requested size): several spacings and sizes; slides by their file's stem.
+#: (slide, level, read size, requested size): several spacings and sizes; slides by their file's stem. On
+#: levels whose downsample is no whole number OpenSlide, and so 7.1.4, interpolates between pixels, where we
+#: give the file's own: level 1 of generic-jpeg-bigtiff-pyramid (4.002) differs by 5 grey levels on average.
 READS = (
     ("CMU-1-Small-Region", 0, 224, 224),
     ("CMU-1-Small-Region", 0, 448, 224),
     ("CMU-1-Small-Region", 0, 283, 256),
     ("generic-jpeg-bigtiff-pyramid", 0, 224, 224),
-    ("generic-jpeg-bigtiff-pyramid", 1, 336, 336),
     ("generated", 0, 224, 224),
     ("generated", 0, 448, 392),
     ("generated", 1, 256, 224),

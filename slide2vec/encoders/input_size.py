@@ -84,7 +84,7 @@ def _fails(encoder: nn.Module, size_px: int) -> str | None:
 def _resample_positions(trunk: Any, how: str) -> None:
     """Have a vision transformer of timm resample its position embeddings to the grid of each input."""
     if not trunk.dynamic_img_size:  # what timm does when it is built with dynamic_img_size=True
-        from timm.layers import Format
+        from timm.layers.format import Format
 
         trunk.dynamic_img_size = True
         embed = trunk.patch_embed

@@ -104,9 +104,8 @@ def refuse_contradictions(levels: Sequence[TiffLevel], base: Page) -> None:
     """
     strips = base.tags.get(273)
     in_strips = strips is not None and levels and not levels[0].tile and not levels[0].planes
-    if in_strips and strips.count != len(
-        levels[0].offsets
-    ):  # tifffile drops those beyond what the size needs
+    # tifffile drops those beyond what the size needs
+    if in_strips and strips.count != len(levels[0].offsets):
         raise Refusal(
             f"directory {base.index} has {base.imagewidth}x{base.imagelength} px in strips of "
             f"{base.rowsperstrip} rows, which are {len(levels[0].offsets)}, and lists {strips.count} of "

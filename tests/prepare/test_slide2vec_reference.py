@@ -47,7 +47,7 @@ def slide_files(slides_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     return {**found, "generated": write_synthetic_slide(generated, size_px=3000, seed=7)}
 
 
-@pytest.mark.parametrize("backend", ["openslide", "cucim"])
+@pytest.mark.parametrize("backend", ["tiff", "openslide", "cucim"])
 @pytest.mark.parametrize("read", TOOL.READS, ids=lambda read: " ".join(map(str, read)))
 def test_the_encoder_sees_what_714_shows_it(
     slide_files: dict[str, Path], read: tuple[str, int, int, int], backend: str
