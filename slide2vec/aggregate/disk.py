@@ -178,6 +178,19 @@ def _check_encoder(stored: StoredTiles, tiles: Aggregating) -> None:
             f"slide {stored.sample_id}: {stored.path} has tile embeddings of {what}; those of "
             f"{tiles.name}, of {tiles.feature_dim} dimensions, are needed"
         )
+    made, needed = _statistics(stored.about.get("compatibility")), _statistics({"encoder": tiles.identity()})
+    if made and needed and made != needed:
+        raise ArtifactError(
+            f"slide {stored.sample_id}: the tiles of {stored.path} were normalised with mean and std {made}, "
+            f"and this model is fed with {needed}: embed the slides with its own preset, which does that"
+        )
+
+
+def _statistics(compatibility: object) -> list[Any]:
+    """Mean and standard deviation that a recorded identity names; empty where it names none."""
+    encoder = compatibility.get("encoder") if isinstance(compatibility, Mapping) else None
+    transform = encoder.get("transform") if isinstance(encoder, Mapping) else None
+    return [transform.get("mean"), transform.get("std")] if isinstance(transform, Mapping) else []
 
 
 def _write_slide(

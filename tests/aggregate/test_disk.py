@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -228,3 +229,18 @@ def test_stored_tiles_of_the_original(run: Path, tmp_path: Path) -> None:
     found = load_stored(folder / "s0.pt")
     assert found.coords is not None and len(found.coords) == len(found.features)
     assert found.tile_size_lv0 == 128 and found.tissue_fractions is not None
+
+
+def test_tiles_with_other_statistics_are_refused(
+    slide_model: Model, run: Path, slides: list[Path], tmp_path: Path
+) -> None:
+    """The preset of the tiles by itself may have others than the authors of the slide encoder fed it with."""
+    moved = shutil.copytree(run, tmp_path / "moved")
+    for meta in (moved / "tile_embeddings").glob("*.meta.json"):
+        content = json.loads(meta.read_text())
+        content["compatibility"]["encoder"]["transform"]["mean"] = [0.7, 0.6, 0.7]
+        meta.write_text(json.dumps(content))
+    with pytest.raises(ArtifactError, match=r"slide s1: .*normalised with mean and std .*0\.7, 0\.6, 0\.7"):
+        slide_model.aggregate_tiles(
+            [moved / "tile_embeddings/s1.pt"], execution=ExecutionOptions(output_dir=tmp_path)
+        )

@@ -67,7 +67,7 @@ def test_list_show_verify_remove(built: Path, run, tmp_path: Path) -> None:
 def test_runs_use_the_engine(
     built: Path, run, small_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By itself, with the same embeddings; and a run that resumes another keeps only what it would give."""
+    """By itself, with the same embeddings; those of another runtime go beside them, and it is said."""
     (engine,) = EngineStore(built)  # too small to be a measure: it shall have been fast
     fast = replace(engine.record, speed={"engine": 200.0, "torch": 100.0})
     (engine.directory / "engine.json").write_text(fast.as_json())
@@ -88,7 +88,9 @@ def test_runs_use_the_engine(
     again = run(*command, "-o", tmp_path / "auto", "--json")
     assert json.loads(again.stdout)["resumed"] == 1
     other = run(*command, "-o", tmp_path / "auto", "--engine", "torch")
-    assert "encoder runtime" in other.stderr
+    assert other.exit_code == 0 and "encoders/timm-test_vit-torch" in other.stderr
+    beside = next((tmp_path / "auto/encoders/timm-test_vit-torch/tile_embeddings").glob("*.pt"))
+    assert torch.equal(load_embeddings(beside), second)
 
 
 def test_advice_where_there_is_none(

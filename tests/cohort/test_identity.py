@@ -207,6 +207,21 @@ def as_main_wrote(out: Path, slides: list[Path]) -> None:
         sidecar.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
+def test_embeddings_of_the_transform_of_images_are_computed_anew_and_named(
+    run: Run, slides: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Resized and cropped before they were encoded, as 0.1.0 did with some presets."""
+    run()
+    as_main_wrote(tmp_path / "out", slides)
+    sidecar = tmp_path / "out" / "tile_embeddings" / f"{slides[0].stem}.meta.json"
+    content = json.loads(sidecar.read_text())
+    content["compatibility"]["encoder"]["transform"]["resize"] += 24
+    sidecar.write_text(json.dumps(content))
+    again = run()
+    assert again.resumed == 1 and again.recomputed == {"encoder transform": 1}
+    assert "encoder transform" in caplog.text
+
+
 def test_artifacts_of_before_are_kept(run: Run, slides: list[Path], tmp_path: Path) -> None:
     run()
     as_main_wrote(tmp_path / "out", slides)
