@@ -62,13 +62,14 @@ def test_a_failing_patient_is_told(run: Run, manifest: Path, tmp_path: Path) -> 
 def test_regions(run: Run, small_slide: Path, manifest: Path, tmp_path: Path, how: str) -> None:
     out = tmp_path / "out"
     tiles = ("--spacing", "2", "--tile-size", "32", "--device", "cpu", "--region-tile-multiple", "3")
+    tiles += ("--input-size", "64")  # too small for the encoder as they are
     if how == "flags":
         result = run("run", "-m", manifest, "-p", "scattering", "-o", out, *tiles)
     elif how == "embed":
         result = run("embed", small_slide, "-p", "scattering", "-o", out, *tiles, "--map")
     else:
         params = {"requested_spacing_um": 2.0, "requested_tile_size_px": 32, "requested_region_size_px": 96}
-        config = {"csv": str(manifest), "output_dir": str(out), "model": {"name": "scattering"}}
+        config = {"csv": str(manifest), "output_dir": str(out), "model": {"name": "scattering", "input_size_px": 64}}
         path = tmp_path / "run.yaml"
         path.write_text(yaml.safe_dump({**config, "tiling": {"params": params}}))
         result = run("run", path, "--run-on-cpu")

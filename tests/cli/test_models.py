@@ -47,9 +47,13 @@ def test_details(run) -> None:
 
 
 def test_what_becomes_of_a_tile(run) -> None:
-    assert "resize to 248 px (bicubic), central 224 px, mean" in run("models", "lunit").stdout
-    gigapath = run("models", "gigapath").stdout
-    assert "256 px at 0.5 µm/px" in gigapath and "central 224 px" in gigapath and "resize" not in gigapath
+    """On slides it is only normalised; ready images are resized and cropped as published."""
+    lunit = " ".join(run("models", "lunit").stdout.split())
+    assert "tiles 224 px at 0.5 µm/px transform mean 0.7032 0.5361 0.661, standard" in lunit
+    assert "images resize to 248 px (bicubic), central 224 px" in lunit
+    gigapath = " ".join(run("models", "gigapath").stdout.split())
+    assert "tiles 224 px at 0.5 µm/px transform mean 0.485" in gigapath
+    assert "images resize to 256 px (bicubic), central 224 px" in gigapath
 
 
 @pytest.mark.parametrize(

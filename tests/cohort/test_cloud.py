@@ -70,6 +70,8 @@ def patient_model() -> Model:
     model.below.below._encoder = Tiles()
     model.below._encoder = Slides()
     model._encoder = Patients()
+    model.below.below.resolve_preprocessing(PREPROCESSING)  # tries one tile of another size, which counts
+    seen(model)
     return model
 
 
