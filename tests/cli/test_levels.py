@@ -69,7 +69,8 @@ def test_regions(run: Run, small_slide: Path, manifest: Path, tmp_path: Path, ho
         result = run("embed", small_slide, "-p", "scattering", "-o", out, *tiles, "--map")
     else:
         params = {"requested_spacing_um": 2.0, "requested_tile_size_px": 32, "requested_region_size_px": 96}
-        config = {"csv": str(manifest), "output_dir": str(out), "model": {"name": "scattering", "input_size_px": 64}}
+        model = {"name": "scattering", "input_size_px": 64}
+        config = {"csv": str(manifest), "output_dir": str(out), "model": model}
         path = tmp_path / "run.yaml"
         path.write_text(yaml.safe_dump({**config, "tiling": {"params": params}}))
         result = run("run", path, "--run-on-cpu")
