@@ -27,6 +27,8 @@ PACKAGES = (
     "cucim-cu13",
     "opencv-python-headless",
     "openslide-python",
+    "simplejpeg",
+    "imagecodecs",
     "numpy",
 )
 
@@ -68,29 +70,32 @@ def compared(rows: dict[str, list[Row]], ours: str) -> Row:
     for name, runs in rows.items():
         speeds = [row["tiles_per_s"] for row in runs]
         found[name] = {"tiles_per_s": statistics.median(speeds), "runs": speeds, "tiles": runs[0]["tiles"]}
+        found[name] |= {key: runs[0][key] for key in ("backend",) if key in runs[0]}
+        if all("peak_mb" in row for row in runs):
+            found[name]["memory_mb"] = statistics.median(row["peak_mb"] for row in runs)
+        if all("cpu_seconds" in row for row in runs):
+            per_cpu = [row["tiles"] / row["cpu_seconds"] for row in runs]
+            found[name]["tiles_per_cpu_s"] = statistics.median(per_cpu)
         if name != ours:
             ratios = [a["tiles_per_s"] / b["tiles_per_s"] for a, b in zip(rows[ours], runs, strict=True)]
             found[name]["ours_over_it"] = {"median": statistics.median(ratios), "runs": ratios}
+            if "tiles_per_cpu_s" in found[name] and "tiles_per_cpu_s" in found[ours]:
+                ratio = found[ours]["tiles_per_cpu_s"] / found[name]["tiles_per_cpu_s"]
+                found[name]["ours_over_it_per_cpu_s"] = ratio
     return found
 
 
 def feed(args: argparse.Namespace) -> Row:
     rivals: dict[str, Callable[[], Row]] = {
         "ours": lambda: part("feed", args.slide, SLIDES),
-        "decode each tile once": lambda: part("decode", args.slide, SLIDES),
+        "decode each tile once, strictly, into one buffer": lambda: part("decode", args.slide, SLIDES),
+        "decode each tile once, not strictly": lambda: part("decode_as_before", args.slide, SLIDES),
+        "ours, with cuCIM": lambda: part("feed_cucim", args.slide, SLIDES),
     }
     if args.peer_python:
         folder = coordinates(args.slide)
         peer = str(HERE / "peer_slide2vec.py")
         rivals["slide2vec 7.1.4"] = lambda: child(args.peer_python, peer, str(args.slide), str(folder))
-    return compared(in_turns(rivals, args.rounds), "ours")
-
-
-def roads(args: argparse.Namespace) -> Row:
-    rivals = {
-        "ours": lambda: part("feed", args.slide, SLIDES),
-        "raw road, OpenCV": lambda: part("feed_raw", args.slide, SLIDES),
-    }
     return compared(in_turns(rivals, args.rounds), "ours")
 
 
@@ -157,7 +162,6 @@ def start(args: argparse.Namespace) -> Row:
 
 PARTS: dict[str, Callable[[argparse.Namespace], Row]] = {
     "feed": feed,
-    "roads": roads,
     "prepare": prepare,
     "encode": encode,
     "memory": memory,
@@ -203,10 +207,20 @@ def report(found: Row) -> str:
         f"{name} {number}" for name, number in found["machine"]["packages"].items() if number
     )
     for name, part_found in found["parts"].items():
-        lines += ["", f"## {name}", "", "| what | figure | ours / it |", "|---|---|---|"]
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            "| what | figure | ours / it | per CPU second | ours / it | memory |",
+            "|---|---|---|---|---|---|",
+        ]
         for rival, row in part_found.items():
-            ratio = row.get("ours_over_it", {}).get("median")
-            lines.append(f"| {rival} | {figure(row)} | {f'{ratio:.2f}' if ratio else ''} |")
+            ratio, per_cpu = row.get("ours_over_it", {}).get("median"), row.get("ours_over_it_per_cpu_s")
+            cells = [rival, figure(row), f"{ratio:.2f}" if ratio else ""]
+            cells += [f"{row['tiles_per_cpu_s']:,.0f} tiles" if "tiles_per_cpu_s" in row else ""]
+            cells += [f"{per_cpu:.2f}" if per_cpu else ""]
+            cells += [f"{row['memory_mb']:,.0f} MB" if "memory_mb" in row else ""]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

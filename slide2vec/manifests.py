@@ -292,7 +292,7 @@ class _Places:
         if path.is_absolute():
             return path
         there = (folder / path for folder in self._folders)
-        return next((found for found in there if found.exists()), path)
+        return next((found for found in there if _exists(found)), path)
 
     def by_name(self, name: str) -> Path:
         """A slide of the folder, by its name with or without suffix."""
@@ -318,3 +318,11 @@ class _Places:
         except OSError as error:
             raise ManifestError(f"folder {folder} of the slides cannot be listed: {error}") from error
         return found
+
+
+def _exists(path: Path) -> bool:
+    """False also where the name itself is impossible: that fails its slide alone."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False

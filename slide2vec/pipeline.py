@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from slide2vec.cohort import RunResult, embed_cohort, tile_cohort
@@ -81,7 +82,9 @@ class Pipeline:
         else:
             todo = read_manifest(manifest_path, slides_dir=slides_dir, id_from=id_from)
         self._check_patients(todo, "the slides" if manifest_path is None else f"manifest {manifest_path}")
-        settings = self._settings(self.preprocessing, manifest_path, slides_dir, id_from)
+        settings = partial(
+            self._settings, manifest_path=manifest_path, slides_dir=slides_dir, id_from=id_from
+        )
         if tiling_only:
             return tile_cohort(todo, self.preprocessing, self.execution, settings=settings)
         return embed_cohort(
@@ -121,7 +124,7 @@ class Pipeline:
             todo,
             config,
             self.execution,
-            settings=self._settings(config),
+            settings=self._settings,
             on_slide_persisted=on_slide_persisted,
         )
 

@@ -242,3 +242,8 @@ def test_ids_of_paths(tmp_path: Path) -> None:
         read_manifest(path)
     slides = read_manifest(path, id_from="path")
     assert [slide.sample_id for slide in slides] == ["site1__a", "site2__a", "data__a"]
+
+
+def test_an_impossible_name_fails_its_slide_alone(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.csv", f"sample_id,image_path,mask_path\ns,a.svs,{'x' * 300}.png\nt,b.svs,\n")
+    assert [slide.sample_id for slide in read_manifest(path)] == ["s", "t"]

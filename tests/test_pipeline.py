@@ -176,13 +176,9 @@ def test_finished_work_is_kept(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "execution", "reason"),
     [
-        ({"requested_tile_size_px": 96}, {}, "geometry requested_tile_size_px"),
-        ({"tissue_threshold": 0.5}, {}, "geometry tissue_threshold"),
-        ({"segmentation": {"method": "otsu"}}, {}, "geometry segmentation"),
         ({"on_the_fly": False}, {}, "tiles_from"),
         ({}, {"output_format": "npz"}, "output_format"),
         ({}, {"output_dtype": "fp16"}, "output_dtype"),
-        ({}, {"precision": "bf16"}, "encoder precision"),
     ],
 )
 def test_changed_settings_are_recomputed(
@@ -250,7 +246,8 @@ def test_tiling_of_an_earlier_run_is_used(
     assert not tiled.failed and not tiled.tile_artifacts
     monkeypatch.setattr("slide2vec.stream.plan.tile_slide", None)  # would raise
     assert len(run(resume=True).tile_artifacts) == 3
-    assert len(run(resume=True, tissue_threshold=0.2).failed) == 3
+    with pytest.raises(ConfigError, match=r"tissue_threshold 0\.1, not 0\.2"):
+        run(resume=True, tissue_threshold=0.2)
 
 
 def slides_of(paths: list[Path]) -> list[Any]:
@@ -463,5 +460,5 @@ def test_embed_tiles_says_what_failed(model: Model, slides: list[Path], tmp_path
 def test_the_reason_is_logged(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     run()
     with caplog.at_level(logging.WARNING, "slide2vec"):
-        run(resume=True, tissue_threshold=0.3)
-    assert "3 slides were finished with another geometry tissue_threshold" in caplog.text
+        run(resume=True, on_the_fly=False)
+    assert "3 slides were finished with another tiles_from" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from slide2vec.artifacts import (
     write_patient_embedding,
     write_slide_embedding,
 )
+from slide2vec.artifacts.places import Kind, features_place, owners
 from slide2vec.config import ExecutionOptions
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import ArtifactError, ManifestError
@@ -59,13 +61,14 @@ def pool_slides(
         ConfigError: no such aggregator.
         ArtifactError: tile embeddings cannot be read, or there are none.
     """
-    assert execution.output_dir is not None
     made = []
+    folders = _Folders(execution)
     for stored in _loaded(given):
         identity = {"aggregator": aggregator}
+        encoder = {"name": stored.about.get("encoder_name"), **identity}
         made.append(
             write_slide_embedding(
-                execution.output_dir,
+                folders.of("slide", encoder, stored),
                 stored.sample_id,
                 aggregate(stored.features, aggregator, stored.tissue_fractions),
                 file_format=execution.output_format,
@@ -86,8 +89,9 @@ def aggregate_slides(
         ArtifactError: tile embeddings cannot be read, are not of the model's tile encoder, or there are none.
         SlideError: the slide encoder failed.
     """
+    folders = _Folders(execution)
     return [
-        _write_slide(model, stored, embedded, execution)
+        _write_slide(model, stored, embedded, execution, folders)
         for stored, embedded in _aggregated(model, given, execution)
     ]
 
@@ -104,20 +108,22 @@ def aggregate_patients(
         ArtifactError, SlideError: as `aggregate_slides`.
         PatientError: the patient encoder failed.
     """
-    assert execution.output_dir is not None and model.below is not None
+    assert model.below is not None
+    folders = _Folders(execution)
     patients: dict[str, dict[str, Tensor]] = {}
     identities: dict[str, dict[str, Any]] = {}
     for stored, embedded in _aggregated(model, given, execution):
         name = stored.sample_id
         assert embedded.slide_embedding is not None
         if execution.save_slide_embeddings:
-            _write_slide(model.below, stored, embedded, execution)
+            _write_slide(model.below, stored, embedded, execution, folders)
         whose = (patient_id_map or {}).get(name) or stored.patient_id or name
         patients.setdefault(whose, {})[name] = embedded.slide_embedding
         identities[name] = _compatibility(stored, _own_identity(model.below))
+    folder = folders.of("patient", _own_identity(model), None)
     return [
         write_patient_embedding(
-            execution.output_dir,
+            folder,
             patient_id,
             model.patient_embedding(slides).to(getattr(torch, execution.vector_dtype)),
             num_slides=len(slides),
@@ -175,12 +181,16 @@ def _check_encoder(stored: StoredTiles, tiles: Aggregating) -> None:
 
 
 def _write_slide(
-    model: Aggregating, stored: StoredTiles, embedded: EmbeddedSlide, execution: ExecutionOptions
+    model: Aggregating,
+    stored: StoredTiles,
+    embedded: EmbeddedSlide,
+    execution: ExecutionOptions,
+    folders: _Folders,
 ) -> SlideEmbeddingArtifact:
-    assert execution.output_dir is not None and embedded.slide_embedding is not None
+    assert embedded.slide_embedding is not None
     dtype = getattr(torch, execution.vector_dtype)
     return write_slide_embedding(
-        execution.output_dir,
+        folders.of("slide", _own_identity(model), stored),
         stored.sample_id,
         embedded.slide_embedding.to(dtype),
         file_format=execution.output_format,
@@ -189,6 +199,26 @@ def _write_slide(
         compatibility=_compatibility(stored, _own_identity(model)),
         latents=None if embedded.latents is None else embedded.latents.to(dtype),
     )
+
+
+class _Folders:
+    """Where embeddings of encoders go, beside those of others that are there; looked up once for each."""
+
+    def __init__(self, execution: ExecutionOptions) -> None:
+        assert execution.output_dir is not None
+        self._root = execution.output_dir
+        self._known: dict[tuple[Kind, str], Path] = {}
+
+    def of(self, kind: Kind, encoder: Mapping[str, Any], stored: StoredTiles | None) -> Path:
+        """The folder of `<kind>_embeddings/`, of embeddings made from stored tiles."""
+        name = kind, str(encoder.get("name"))
+        if name not in self._known:
+            identities = {kind: encoder}
+            recorded = stored.about.get("compatibility") if stored is not None else None
+            if isinstance(recorded, dict) and isinstance(recorded.get("encoder"), dict):
+                identities["tile"] = recorded["encoder"]
+            self._known[name] = features_place(self._root, owners(self._root), kind, identities, None)[0]
+        return self._known[name]
 
 
 def _own_identity(model: Aggregating) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from slide2vec.artifacts.records import FORMATS
 from slide2vec.errors import ArtifactError
 from slide2vec.files import as_os_errors, as_path, local
-from slide2vec.files.arrays import check_bytes, read_npz
+from slide2vec.files.arrays import check_bytes, check_sums, read_npz
 
 if TYPE_CHECKING:
     import torch
@@ -193,6 +193,7 @@ def _read_pt(path: Path, names: tuple[str, ...], most: int | None) -> torch.Tens
             for info in archive.infolist():
                 if info.filename.endswith("data.pkl"):
                     _check_pickle(io.BytesIO(archive.read(info)))
+        check_sums(path)
     else:
         with path.open("rb") as file:
             for _ in range(_LEGACY_PICKLES):

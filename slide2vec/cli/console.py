@@ -27,14 +27,17 @@ __all__ = [
     "Json",
     "MinPiece",
     "NumGpus",
+    "Overlap",
     "Precision",
     "SegmentationDownsample",
     "SegmentationMethod",
     "SlidesDir",
     "Sthresh",
+    "TissueThreshold",
     "debugging",
     "device_names",
     "facts",
+    "given",
     "log_to_stderr",
     "note",
     "print_error",
@@ -123,6 +126,10 @@ SegmentationDownsample = Annotated[
 Sthresh = Annotated[
     int | None, typer.Option(min=0, max=255, help="Saturation of tissue, with method threshold [8].")
 ]
+Overlap = Annotated[float | None, typer.Option(min=0, max=0.99, help="Of neighbouring tiles, 0 to 1 [0].")]
+TissueThreshold = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Least tissue in a tile, 0 to 1 [0.01].")
+]
 MinPiece = Annotated[
     float | None,
     typer.Option(min=0, help="Tiles as large as a piece of tissue has to be (a_t of HS2P) [4]."),
@@ -134,13 +141,18 @@ Debug = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 
 
+def given(**options: Any) -> dict[str, Any]:
+    """The options that the user gave: earlier tiles keep what nobody says."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def tissue_options(
     method: str | None, downsample: float | None, sthresh: int | None, min_piece: float | None
 ) -> dict[str, dict[str, Any]]:
     """`segmentation` and `filtering` of a PreprocessingConfig, from what was given of the options above."""
     segmentation = {"method": method, "downsample": downsample, "sthresh": sthresh}
     return {
-        "segmentation": {name: value for name, value in segmentation.items() if value is not None},
+        "segmentation": given(**segmentation),
         "filtering": {} if min_piece is None else {"a_t": min_piece},
     }
 

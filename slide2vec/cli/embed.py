@@ -17,12 +17,15 @@ from slide2vec.cli.console import (
     Json,
     MinPiece,
     NumGpus,
+    Overlap,
     Precision,
     SegmentationDownsample,
     SegmentationMethod,
     SlidesDir,
     Sthresh,
+    TissueThreshold,
     device_names,
+    given,
     note,
     print_json,
     tissue_options,
@@ -66,10 +69,8 @@ def embed(
     region_tile_multiple: Annotated[
         int | None, typer.Option(help="Group tiles into regions of so many a side (2 or more).")
     ] = None,
-    overlap: Annotated[float, typer.Option(min=0, max=0.99, help="Of neighbouring tiles, 0 to 1.")] = 0.0,
-    tissue_threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="Least tissue in a tile, 0 to 1.")
-    ] = 0.01,
+    overlap: Overlap = None,
+    tissue_threshold: TissueThreshold = None,
     segmentation_method: SegmentationMethod = None,
     segmentation_downsample: SegmentationDownsample = None,
     sthresh: Sthresh = None,
@@ -143,13 +144,15 @@ def embed(
     )
     preprocessing = PreprocessingConfig(
         backend=backend,
-        requested_spacing_um=spacing,
-        requested_tile_size_px=tile_size,
-        region_tile_multiple=region_tile_multiple,
-        overlap=overlap,
+        **given(
+            requested_spacing_um=spacing,
+            requested_tile_size_px=tile_size,
+            region_tile_multiple=region_tile_multiple,
+            overlap=overlap,
+            tissue_threshold=tissue_threshold,
+        ),
         **tissue_options(segmentation_method, segmentation_downsample, sthresh, min_piece),
         preview=PreviewConfig(save_mask_preview=previews, save_tiling_preview=previews),
-        tissue_threshold=tissue_threshold,
         on_bad_tile=on_bad_tile,
         resume=resume,
         fingerprint=fingerprint,

@@ -16,17 +16,36 @@ if TYPE_CHECKING:
     from slide2vec.embedded import EmbeddedSlide
     from slide2vec.tiling import Tiling
 
-__all__ = ["EXPORTERS", "KINDS", "Dtype", "Exported", "Kind"]
+__all__ = ["EXPORTERS", "KINDS", "Dtype", "Exported", "Kind", "Source"]
 
 Kind = Literal["tile", "hierarchical", "slide", "patient"]
 Dtype = Literal["fp16", "fp32"]
 
+#: As in slide2vec.artifacts.places, which is not imported for the sake of start-up time.
 KINDS: tuple[Kind, ...] = ("tile", "hierarchical", "slide", "patient")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the embeddings of an encoder come from, and where they go.
+
+    Attributes:
+        encoder: its name in the run.
+        features: the folder of its `tile_embeddings/` and the like.
+        tiles: of its coordinate files.
+        output: where they go.
+    """
+
+    encoder: str
+    features: Path
+    tiles: Path
+    output: Path
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
     sample_id: str
+    encoder: str
     kind: Kind
     path: Path
     num_tiles: int | None
@@ -34,41 +53,39 @@ class Exported:
     feature_dtype: str
 
 
-def _export_tiles(
-    run: Path, sample_id: str, output: Path, file_format: OutputFormat, dtype: Dtype | None
-) -> Exported:
+def _export_tiles(source: Source, sample_id: str, file_format: OutputFormat, dtype: Dtype | None) -> Exported:
     from slide2vec.artifacts import write_tile_embeddings
     from slide2vec.tiling.coordinates import load_coordinates
 
-    metadata, path = _described(run / "tile_embeddings", sample_id)
+    metadata, path = _described(source.features / "tile_embeddings", sample_id)
     values = _loaded(path, sample_id, dtype)
-    tiling = load_coordinates(run / "tiles", sample_id)
+    tiling = load_coordinates(source.tiles, sample_id)
     _check_tiles(tiling, values, metadata)
     embedded = _embedded(tiling, values)
-    more = _as_it_was(metadata, run, tiling)
-    artifact = write_tile_embeddings(output, embedded, tiling, file_format=file_format, **more)
-    return _exported(sample_id, "tile", artifact.path, values, len(tiling))
+    more = _as_it_was(metadata, source, tiling)
+    artifact = write_tile_embeddings(source.output, embedded, tiling, file_format=file_format, **more)
+    return _exported(source, sample_id, "tile", artifact.path, values, len(tiling))
 
 
 def _export_regions(
-    run: Path, sample_id: str, output: Path, file_format: OutputFormat, dtype: Dtype | None
+    source: Source, sample_id: str, file_format: OutputFormat, dtype: Dtype | None
 ) -> Exported:
     from slide2vec.artifacts import write_hierarchical_embeddings
     from slide2vec.errors import ArtifactError
     from slide2vec.tiling.coordinates import load_coordinates
     from slide2vec.tiling.regions import unroll
 
-    metadata, path = _described(run / "hierarchical_embeddings", sample_id)
+    metadata, path = _described(source.features / "hierarchical_embeddings", sample_id)
     values = _loaded(path, sample_id, dtype)
     multiple = metadata.get("region_tile_multiple")
     if type(multiple) is not int or multiple < 2:
         raise ArtifactError(f"slide {sample_id}: its sidecar has region_tile_multiple {multiple!r}")
-    tiling = unroll(load_coordinates(run / "tiles", sample_id), multiple)
+    tiling = unroll(load_coordinates(source.tiles, sample_id), multiple)
     _check_tiles(tiling, values, metadata)
     embedded = _embedded(tiling, values)
-    more = _as_it_was(metadata, run, tiling)
-    artifact = write_hierarchical_embeddings(output, embedded, tiling, file_format=file_format, **more)
-    return _exported(sample_id, "hierarchical", artifact.path, values, len(tiling))
+    more = _as_it_was(metadata, source, tiling)
+    artifact = write_hierarchical_embeddings(source.output, embedded, tiling, file_format=file_format, **more)
+    return _exported(source, sample_id, "hierarchical", artifact.path, values, len(tiling))
 
 
 def _embedded(tiling: Tiling, values: torch.Tensor) -> EmbeddedSlide:
@@ -87,11 +104,11 @@ def _embedded(tiling: Tiling, values: torch.Tensor) -> EmbeddedSlide:
     )
 
 
-def _as_it_was(metadata: dict[str, Any], run: Path, tiling: Tiling) -> dict[str, Any]:
+def _as_it_was(metadata: dict[str, Any], source: Source, tiling: Tiling) -> dict[str, Any]:
     """What the sidecar of tiles or regions says besides."""
     from slide2vec.tiling.coordinates import coordinate_paths
 
-    arrays, coordinates = coordinate_paths(run / "tiles", tiling.sample_id)
+    arrays, coordinates = coordinate_paths(source.tiles, tiling.sample_id)
     archive, skipped = metadata.get("tiles_tar_path"), metadata.get("skipped_tiles")
     return {
         "encoder": _encoder(metadata, tiling.sample_id),
@@ -102,16 +119,14 @@ def _as_it_was(metadata: dict[str, Any], run: Path, tiling: Tiling) -> dict[str,
     }
 
 
-def _export_slide(
-    run: Path, sample_id: str, output: Path, file_format: OutputFormat, dtype: Dtype | None
-) -> Exported:
+def _export_slide(source: Source, sample_id: str, file_format: OutputFormat, dtype: Dtype | None) -> Exported:
     from slide2vec.artifacts import write_slide_embedding
 
-    metadata, path = _described(run / "slide_embeddings", sample_id)
+    metadata, path = _described(source.features / "slide_embeddings", sample_id)
     values = _loaded(path, sample_id, dtype)
-    latents = run / "slide_latents" / path.name
+    latents = source.features / "slide_latents" / path.name
     artifact = write_slide_embedding(
-        output,
+        source.output,
         sample_id,
         values,
         file_format=file_format,
@@ -120,18 +135,18 @@ def _export_slide(
         compatibility=_mapping(metadata.get("compatibility")),
         latents=_loaded(latents, sample_id, dtype) if latents.exists() else None,
     )
-    return _exported(sample_id, "slide", artifact.path, values, None)
+    return _exported(source, sample_id, "slide", artifact.path, values, None)
 
 
 def _export_patient(
-    run: Path, patient_id: str, output: Path, file_format: OutputFormat, dtype: Dtype | None
+    source: Source, patient_id: str, file_format: OutputFormat, dtype: Dtype | None
 ) -> Exported:
     from slide2vec.artifacts import write_patient_embedding
 
-    metadata, path = _described(run / "patient_embeddings", patient_id)
+    metadata, path = _described(source.features / "patient_embeddings", patient_id)
     values = _loaded(path, patient_id, dtype)
     artifact = write_patient_embedding(
-        output,
+        source.output,
         patient_id,
         values,
         num_slides=int(metadata.get("num_slides") or 0),
@@ -140,14 +155,15 @@ def _export_patient(
         metadata=metadata,
         compatibility=_mapping(metadata.get("compatibility")),
     )
-    return _exported(patient_id, "patient", artifact.path, values, None)
+    return _exported(source, patient_id, "patient", artifact.path, values, None)
 
 
 def _exported(
-    sample_id: str, kind: Kind, path: Path, values: torch.Tensor, num_tiles: int | None
+    source: Source, sample_id: str, kind: Kind, path: Path, values: torch.Tensor, num_tiles: int | None
 ) -> Exported:
     return Exported(
         sample_id=sample_id,
+        encoder=source.encoder,
         kind=kind,
         path=path,
         num_tiles=num_tiles,
@@ -226,8 +242,8 @@ def _mapping(value: object) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else {}
 
 
-#: Run, name, output directory, format, dtype (None = as it is) -> what was written.
-EXPORTERS: Mapping[Kind, Callable[[Path, str, Path, OutputFormat, Dtype | None], Exported]] = {
+#: Source, name, format, dtype (None = as it is) -> what was written.
+EXPORTERS: Mapping[Kind, Callable[[Source, str, OutputFormat, Dtype | None], Exported]] = {
     "tile": _export_tiles,
     "hierarchical": _export_regions,
     "slide": _export_slide,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
+from slide2vec.cohort.process_list import by_encoder, state_of
 
 if TYPE_CHECKING:
     from slide2vec.cohort.merging import Merged
@@ -46,12 +47,20 @@ def merge(
 
 def _as_json(output: Path, merged: Merged) -> dict[str, Any]:
     found = merged.found
+    several = {
+        name: {"slides": len(rows), "finished": sum(state_of(row) == "finished" for row in rows)}
+        for name, rows in by_encoder(found.rows.values()).items()
+    }
     return {
         "output_dir": output,
         "process_list_path": merged.process_list_path,
-        "slides": len(found.rows) + len(found.missing),
-        "finished": len(merged.rows("finished")),
-        "failed": [{"sample_id": row["sample_id"], "error": row["error"]} for row in merged.rows("failed")],
+        "slides": merged.total,
+        "finished": merged.finished,
+        "by_encoder": several,
+        "failed": [
+            {"sample_id": row["sample_id"], "encoder_name": row["encoder_name"], "error": row["error"]}
+            for row in merged.rows("failed")
+        ],
         "not_finished": [row["sample_id"] for row in merged.rows("to do", "in progress")],
         "missing": list(found.missing),
         "in_several_shards": found.in_two,
@@ -74,8 +83,11 @@ def _print(output: Path, merged: Merged) -> None:
 
 def _facts(output: Path, merged: Merged) -> Iterator[tuple[str, str]]:
     found, unfinished = merged.found, merged.rows("to do", "in progress")
-    total = len(found.rows) + len(found.missing)
-    yield "finished", f"{len(merged.rows('finished')):,} of {total:,} slides"
+    yield "finished", f"{merged.finished:,} of {merged.total:,} slides"
+    encoders = by_encoder(found.rows.values())
+    for name, rows in encoders.items() if len(encoders) > 1 else ():
+        finished = sum(state_of(row) == "finished" for row in rows)
+        yield "", f"{finished:,} of {len(rows):,} with {name}" if name else f"{len(rows):,} only tiled"
     if merged.running:
         yield "running", f"shards {_some(list(merged.running))}: nothing is merged until they are done"
     if not_run := [shard for shard in found.not_run if shard not in merged.running]:

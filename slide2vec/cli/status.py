@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
-from slide2vec.cohort.process_list import STATES, state_of
+from slide2vec.cohort.process_list import STATES, by_encoder, state_of, state_of_all
 from slide2vec.errors import ArtifactError, ConfigError
 from slide2vec.files import as_os_errors, as_path
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.table import Table
 
 __all__ = ["status"]
 
@@ -65,8 +66,9 @@ def _look(directory: Path) -> dict[str, Any]:
     rows = list(found.rows.values())
     if not (running or found.by_shard or is_there):
         raise ArtifactError(f"{directory} is not the output directory of a run: it has no process_list.csv")
-    states = Counter(state_of(row) for row in rows)
-    states["to do"] += len(found.missing)  # of shards that have not begun
+    states = Counter(state_of_all(rows).values())
+    begun = {row["sample_id"] for row in rows}
+    states["to do"] += sum(name not in begun for name in found.missing)  # of shards that have not begun
     failed = [row for row in rows if state_of(row) == "failed"]
     told = [row for row in rows if row["error"] and state_of(row) != "failed"]
     return {
@@ -78,14 +80,25 @@ def _look(directory: Path) -> dict[str, Any]:
             "not_run": [shard for shard in found.not_run if shard not in shards],
         },
         "encoders": sorted({row["encoder_name"] for row in rows} - {""}),
-        "slides": len(rows) + len(found.missing),
+        "slides": sum(states.values()),
         **{state: states[state] for state in STATES},
         "tiles": _tiles(rows, "finished"),
         "tiles_planned": _tiles(rows, "in progress"),
-        "without_tissue": sum(_number(row["num_tiles"]) == 0 for row in rows),
-        "failures": [{"sample_id": row["sample_id"], "error": row["error"]} for row in failed],
+        "without_tissue": len({row["sample_id"] for row in rows if _number(row["num_tiles"]) == 0}),
+        "failures": [
+            {"sample_id": row["sample_id"], "encoder_name": row["encoder_name"], "error": row["error"]}
+            for row in failed
+        ],
+        "by_encoder": {name: _counts(theirs) for name, theirs in by_encoder(rows).items()},
         "remarks": [{"sample_id": row["sample_id"], "remark": row["error"]} for row in told],
     }
+
+
+def _counts(rows: Sequence[Row]) -> dict[str, int]:
+    """Slides of one encoder by state, and their tiles."""
+    states = Counter(state_of(row) for row in rows)
+    counts: dict[str, int] = {state: states[state] for state in STATES}
+    return {"slides": len(rows), **counts, "tiles": _tiles(rows, "finished")}
 
 
 def _tiles(rows: Sequence[Row], state: str) -> int:
@@ -117,20 +130,37 @@ def _shown(found: Mapping[str, Any]) -> Group:
     from rich.console import Group
     from rich.text import Text
 
+    several = len(found["by_encoder"]) > 1
     parts: list[Any] = [facts(_facts(found))]
+    if several:
+        parts += ["", _encoders_table(found["by_encoder"])]
     if found["remarks"]:
         told = [(item["sample_id"], item["remark"]) for item in found["remarks"][-MOST_ROWS:]]
         parts += ["", table(("slide", "remark"), told)]
     if found["failures"]:
         rows = [
-            (item["sample_id"], item["error"].removeprefix(f"slide {item['sample_id']}: "))
+            (
+                item["sample_id"],
+                *([item["encoder_name"]] * several),
+                item["error"].removeprefix(f"slide {item['sample_id']}: "),
+            )
             for item in found["failures"][-MOST_ROWS:]
         ]
-        parts += ["", table(("failed", "error"), rows)]
+        parts += ["", table(("failed", *(["encoder"] * several), "error"), rows)]
         hidden = len(found["failures"]) - len(rows)
         if hidden:
             parts.append(Text(f"… and {hidden:,} more in {found['output_dir']}/process_list.csv", "dim"))
     return Group(*parts)
+
+
+def _encoders_table(found: Mapping[str, Mapping[str, int]]) -> Table:
+    """The slides of each encoder, by state."""
+    columns = ("slides", *STATES, "tiles")
+    rows = [
+        (name or "(only tiled)", *(f"{counts[column]:,}" for column in columns))
+        for name, counts in found.items()
+    ]
+    return table(("encoder", *columns), rows, numbers=columns)
 
 
 def _facts(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -138,7 +168,7 @@ def _facts(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if any(found["shards"].values()):
         yield "shards", _shards(found["shards"])
     if found["encoders"]:
-        yield "encoder", ", ".join(found["encoders"])
+        yield "encoders" if len(found["encoders"]) > 1 else "encoder", ", ".join(found["encoders"])
     total = found["slides"]
     for state in STATES:
         share = found[state] / total if total else 0

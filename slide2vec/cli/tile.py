@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,11 +15,14 @@ from slide2vec.cli.console import (
     IdSource,
     Json,
     MinPiece,
+    Overlap,
     SegmentationDownsample,
     SegmentationMethod,
     SlidesDir,
     Sthresh,
+    TissueThreshold,
     facts,
+    given,
     print_json,
     stdout,
     tissue_options,
@@ -53,10 +57,8 @@ def tile(
     region_tile_multiple: Annotated[
         int | None, typer.Option(help="Group tiles into regions of so many a side (2 or more).")
     ] = None,
-    overlap: Annotated[float, typer.Option(min=0, max=0.99, help="Of neighbouring tiles, 0 to 1.")] = 0.0,
-    tissue_threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="Least tissue in a tile, 0 to 1.")
-    ] = 0.01,
+    overlap: Overlap = None,
+    tissue_threshold: TissueThreshold = None,
     segmentation_method: SegmentationMethod = None,
     segmentation_downsample: SegmentationDownsample = None,
     sthresh: Sthresh = None,
@@ -85,8 +87,8 @@ def tile(
 ) -> None:
     """Find the tissue and the tiles of slides and write coordinate files, as HS2P does.
 
-    `slide2vec run --read-coordinates-from` or `slide2vec embed` into the same directory goes on from
-    there. A slide that fails does not stop the others; the exit status is then 1.
+    `slide2vec embed` or `run` into the same directory goes on from there, with these settings. A slide that
+    fails does not stop the others; the exit status is then 1.
     """
     from slide2vec.cli.inputs import find_slides
     from slide2vec.config import ExecutionOptions, PreprocessingConfig, PreviewConfig
@@ -95,14 +97,16 @@ def tile(
 
     config = PreprocessingConfig(
         backend=backend,
-        requested_spacing_um=spacing,
-        requested_tile_size_px=tile_size,
-        region_tile_multiple=region_tile_multiple,
-        overlap=overlap,
-        tissue_threshold=tissue_threshold,
         save_tiles=save_tiles,
         resume=resume,
         fingerprint=fingerprint,
+        **given(
+            requested_spacing_um=spacing,
+            requested_tile_size_px=tile_size,
+            region_tile_multiple=region_tile_multiple,
+            overlap=overlap,
+            tissue_threshold=tissue_threshold,
+        ),
         **tissue_options(segmentation_method, segmentation_downsample, sthresh, min_piece),
         preview=PreviewConfig(save_mask_preview=previews, save_tiling_preview=previews),
     )
@@ -149,9 +153,16 @@ def tile_and_report(slides: Sequence[Slide], settings: RunSettings) -> RunResult
     from slide2vec.progress import activate_progress_reporter
     from slide2vec.settings import settings_as_yaml, versions
 
-    text = settings_as_yaml(settings, {"versions": versions()}) if settings.preset else None
+    def text(config: PreprocessingConfig) -> str:
+        return settings_as_yaml(replace(settings, preprocessing=config), {"versions": versions()})
+
     with activate_progress_reporter(live_display()):
-        return tile_cohort(slides, settings.preprocessing, settings.execution, settings=text)
+        return tile_cohort(
+            slides,
+            settings.preprocessing,
+            settings.execution,
+            settings=text if settings.preset else None,
+        )
 
 
 def print_tiled(result: RunResult, output_dir: Path, *, as_json: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from slide2vec.artifacts import (
 )
 from slide2vec.cli.console import note
 from slide2vec.cli.report import failures_json
+from slide2vec.cohort.process_list import read_process_list
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import Slide2VecError
 from slide2vec.files import as_path, atomic_path
@@ -133,13 +134,11 @@ def embed_and_write(
 ) -> Report:
     """Run a pipeline with live progress; `manifest_path` is where the slides were read from, if they were,
     and `slides_dir` and `id_from` how."""
-    output_dir = execution.output_dir
-    assert output_dir is not None
     by_name = {slide.sample_id: slide for slide in slides}
 
     def draw(artifact: Artifact) -> None:
         if isinstance(artifact, TileEmbeddingArtifact | HierarchicalEmbeddingArtifact):
-            _write_map(artifact, by_name[artifact.sample_id], output_dir)
+            _write_map(artifact, by_name[artifact.sample_id])
 
     with activate_progress_reporter(live_display()):
         pipeline = Pipeline(model, preprocessing, execution)
@@ -152,15 +151,19 @@ def embed_and_write(
             on_slide_persisted=draw if draw_map else None,
         )
     main = result.slide_artifacts or result.hierarchical_artifacts or result.tile_artifacts
-    return Report([_made(artifact, output_dir) for artifact in main], result)
+    rows = {row["feature_path"]: row for row in read_process_list(result.process_list_path)}
+    return Report([_made(artifact, rows.get(str(artifact.path), {})) for artifact in main], result)
 
 
 def _made(
-    artifact: TileEmbeddingArtifact | HierarchicalEmbeddingArtifact | SlideEmbeddingArtifact, output_dir: Path
+    artifact: TileEmbeddingArtifact | HierarchicalEmbeddingArtifact | SlideEmbeddingArtifact,
+    row: Mapping[str, str],
 ) -> Made:
+    """From an artifact, and what the process list says of its pictures."""
     recorded, name = artifact.metadata, artifact.sample_id
     npz, meta = recorded.get("coordinates_npz_path"), recorded.get("coordinates_meta_path")
-    pictures = output_dir / "preview"
+    pictures = {kind: row.get(f"{kind}_preview_path") for kind in ("mask", "tiling")}
+    drawn = {kind: as_path(path) if path else None for kind, path in pictures.items()}
     return Made(
         sample_id=name,
         image_path=as_path(recorded["image_path"]),
@@ -171,9 +174,9 @@ def _made(
         metadata_path=artifact.metadata_path,
         coordinates_npz_path=None if npz is None else as_path(npz),
         coordinates_meta_path=None if meta is None else as_path(meta),
-        mask_preview_path=_if_there(pictures / "mask" / f"{name}.jpg"),
-        tiling_preview_path=_if_there(pictures / "tiling" / f"{name}.jpg"),
-        map_path=_if_there(pictures / "map" / f"{name}.png"),
+        mask_preview_path=drawn["mask"],
+        tiling_preview_path=drawn["tiling"],
+        map_path=_if_there(_map_path(artifact.path, name)),
     )
 
 
@@ -181,13 +184,16 @@ def _if_there(path: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _write_map(
-    artifact: TileEmbeddingArtifact | HierarchicalEmbeddingArtifact, slide: Slide, output_dir: Path
-) -> None:
+def _map_path(embeddings: Path, name: str) -> Path:
+    """Beside the folder of its embeddings."""
+    return embeddings.parents[1] / "preview" / "map" / f"{name}.png"
+
+
+def _write_map(artifact: TileEmbeddingArtifact | HierarchicalEmbeddingArtifact, slide: Slide) -> None:
     """Draw the PCA map of a slide; a picture that cannot be drawn costs no embeddings."""
     name = artifact.sample_id
     try:
-        tiling = load_coordinates(output_dir / "tiles", name)
+        tiling = load_coordinates(as_path(artifact.metadata["coordinates_meta_path"]).parent, name)
         if isinstance(artifact, HierarchicalEmbeddingArtifact):
             tiling = unroll(tiling, math.isqrt(artifact.tiles_per_region))
         with open_slide(slide, tiling.backend) as reader:
@@ -203,5 +209,5 @@ def _write_map(
         tiling.dimensions,
         background,
     )
-    with atomic_path(output_dir / "preview" / "map" / f"{name}.png") as temporary:
+    with atomic_path(_map_path(artifact.path, name)) as temporary:
         write_picture(temporary, picture)

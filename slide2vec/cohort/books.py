@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from slide2vec.cohort.finished import Artifact, Kind
+from slide2vec.artifacts.places import Kind
+from slide2vec.cohort.finished import Artifact
 from slide2vec.cohort.patients import Patient, by_patient
-from slide2vec.cohort.process_list import ProcessList, Row
+from slide2vec.cohort.process_list import Key, ProcessList, Row, key_of, read_process_list
 from slide2vec.cohort.results import FailedPatient, FailedSlide, RunResult
-from slide2vec.cohort.shard_lists import gathered
+from slide2vec.cohort.shard_lists import gathered, list_path
 from slide2vec.errors import ArtifactError
 from slide2vec.progress import RunSummary
 from slide2vec.recipes import Level
@@ -204,16 +205,19 @@ class Books:
 
 
 def first_rows(
-    output_dir: Path | None, slides: Iterable[Slide], common: Mapping[str, Any]
+    output_dir: Path, shard: str | None, slides: Iterable[Slide], common: Mapping[str, Any]
 ) -> Iterable[Mapping[str, Any]]:
-    """A row per slide, then those that earlier process lists have of other slides.
+    """A row per slide, then those that earlier process lists have of other slides and encoders.
 
     Args:
-        output_dir: of the earlier lists, those of shards among them; None = there are no other slides.
+        shard: only of its own list, and only of other encoders.
         common: columns that are the same for all.
     """
-    previous = {} if output_dir is None else _previous_rows(output_dir)
+    encoder = str(common.get("encoder_name") or "")
+    previous = _previous_rows(output_dir, shard, encoder)
     for slide in slides:
+        previous.pop((slide.sample_id, encoder), None)
+        previous.pop((slide.sample_id, ""), None)  # that it was tiled is in the new row, too
         yield {
             "sample_id": slide.sample_id,
             "image_path": slide.image_path,
@@ -221,13 +225,16 @@ def first_rows(
             "spacing_at_level_0": slide.spacing_at_level_0,
             **common,
         }
-        previous.pop(slide.sample_id, None)
     yield from previous.values()
 
 
-def _previous_rows(output_dir: Path) -> dict[str, Row]:
+def _previous_rows(output_dir: Path, shard: str | None, encoder: str) -> dict[Key, Row]:
     try:
-        return dict(gathered(output_dir).rows)
+        if shard is None:
+            return dict(gathered(output_dir).rows)
+        path = list_path(output_dir, shard)
+        rows = read_process_list(path) if path.exists() else []
+        return {key_of(row): row for row in rows if key_of(row)[1] not in ("", encoder)}
     except ArtifactError as error:
         logger.warning("%s; a new one is begun", error)
         return {}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from slide2vec.artifacts.places import Place
 from slide2vec.cohort.books import Entries, remark
 from slide2vec.cohort.embedder import Encoder, identities_of
 from slide2vec.cohort.finished import Finished, Kind
@@ -59,6 +60,8 @@ class Cohort:
         config: with requested_spacing_um and requested_tile_size_px resolved.
         encoder: None where slides are only tiled.
         tilings: of slides whose tiles are known, by sample_id.
+        place: where files go; None = as of the first encoder in the output directory.
+        identities: what files of slides are, as far as others have looked at them; may grow meanwhile.
 
     Attributes:
         entries: the books; whoever opens the cohort sets them.
@@ -76,24 +79,33 @@ class Cohort:
         execution: ExecutionOptions,
         encoder: Encoder | None = None,
         tilings: Mapping[str, Tiling] | None = None,
+        place: Place | None = None,
+        identities: dict[str, SlideIdentity] | None = None,
     ) -> None:
         if execution.output_dir is None:
             raise ConfigError("a run on disk needs ExecutionOptions(output_dir=…)")
         check_archives_here(config, execution.output_dir)
         self.config, self.execution, self.encoder = config, execution, encoder
-        self.output_dir, self.tilings = execution.output_dir, tilings or {}
+        root, name = execution.output_dir, "" if encoder is None else encoder.name
+        self.place = place or Place(root, name, root, root)
+        self.tilings = tilings or {}
         self.identities = identities_of(encoder, config, execution)
         self.wanted = self._wanted_kinds()
-        self.files = Identities(config)
+        self.files = Identities(config, identities)
         self.finished = Finished(
             config,
             execution,
             self.identities,
             self.tilings,
             self.files,
+            self.place,
             latents=execution.save_latents and encoder is not None and encoder.has_latents,
         )
         self.planned: dict[str, Planned] = {}
+
+    def settled(self, place: Place, config: PreprocessingConfig) -> Cohort:
+        """The same, in its place, with what the configuration takes over of earlier runs."""
+        return Cohort(config, self.execution, self.encoder, self.tilings, place)
 
     @property
     def level(self) -> Level:
@@ -124,7 +136,7 @@ class Cohort:
         if self.encoder is not None:
             columns |= {
                 "feature_status": "tbp",
-                "encoder_name": self.encoder.name,
+                "encoder_name": self.place.name,
                 "output_variant": self.encoder.variant,
                 "feature_kind": self.kind,
                 "aggregation_status": None if self.level == "tile" else "tbp",
@@ -139,7 +151,7 @@ class Cohort:
             OutputError: a file cannot be written.
         """
         given = self.tilings.get(slide.sample_id)
-        plan = plan_slide(slide, self.config, self.output_dir, given, stager, self.files)
+        plan = plan_slide(slide, self.config, self.place.tiling, given, stager, self.files)
         try:
             self._publish_plan(plan)
         except BaseException:
@@ -152,11 +164,17 @@ class Cohort:
         assert files is not None
         files.check(plan.slide)
         identities = self.finished.compatibilities(plan.slide, files, plan.given) if self.encoder else {}
+        pictures = {"mask": plan.mask_preview_path, "tiling": plan.tiling_preview_path}
         if plan.coordinates_dir is None:
+            for kind, drawn in pictures.items():
+                if drawn is None:  # what is there is of other tiles
+                    remove(self._preview_path(kind, name))
             npz, meta = self.write_coordinates(plan.tiling, files)
         else:
             arrays, meta = coordinate_paths(plan.coordinates_dir, name)
             npz = arrays if tiles else None
+            if plan.coordinates_dir == self.place.tiling / "tiles":
+                pictures = {kind: drawn or self._preview(kind, name) for kind, drawn in pictures.items()}
         self.planned[name] = Planned(tiles, (npz, meta), files, identities)
         self.entries.note(
             name,
@@ -166,8 +184,8 @@ class Cohort:
             coordinates_npz_path=npz,
             coordinates_meta_path=meta,
             tiles_tar_path=plan.tiles_tar_path,
-            mask_preview_path=plan.mask_preview_path,
-            tiling_preview_path=plan.tiling_preview_path,
+            mask_preview_path=pictures["mask"],
+            tiling_preview_path=pictures["tiling"],
             error=remark(tiles, [asdict(bad) for bad in plan.skipped], plan.tiling.remarks),
         )
 
@@ -177,9 +195,11 @@ class Cohort:
         Raises:
             OutputError: one cannot be written.
         """
-        folder = self.output_dir / "tiles"
+        folder = self.place.tiling / "tiles"
         paths = write_coordinates(folder, tiling.recorded)
         record_source(folder, tiling.sample_id, "coordinates", files.content)
+        if tiling.recorded.remarks:
+            record_source(folder, tiling.sample_id, "remarks", list(tiling.recorded.remarks))
         return paths
 
     def identity_of_failed(self, slide: Slide) -> Mapping[str, Any] | None:
@@ -218,17 +238,21 @@ class Cohort:
         )
 
     def _preview(self, kind: str, sample_id: str) -> Path | None:
-        path = self.output_dir / "preview" / kind / f"{sample_id}.jpg"
+        path = self._preview_path(kind, sample_id)
         return path if path.is_file() else None
 
+    def _preview_path(self, kind: str, sample_id: str) -> Path:
+        return self.place.tiling / "preview" / kind / f"{sample_id}.jpg"
+
     def is_of_the_run(self, error: OutputError) -> bool:
-        """Whether nothing can be written any more; else one slide's or patient's file is in the way (a folder
-        in its place, say)."""
+        """Whether nothing can be written there any more; else one slide's or patient's file is in the way (a
+        folder in its place, say)."""
         if error.errno not in _OF_ONE_FILE:
             return True
-        trial = self.output_dir / f".slide2vec.{uuid4().hex}.trial"
+        folder = self.place.root if error.filename is None else Path(error.filename).parent
+        trial = (self.place.root if is_remote(self.place.root) else folder) / f".{uuid4().hex}.trial"
         try:
-            if not is_remote(self.output_dir) and not self.output_dir.is_dir():
+            if not is_remote(self.place.root) and not self.place.root.is_dir():
                 return True
             with atomic_path(trial) as temporary:
                 temporary.touch()

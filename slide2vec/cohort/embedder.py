@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from slide2vec.cohort.finished import Kind
+from slide2vec.artifacts.places import Kind
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.recipes import Level
@@ -15,8 +15,10 @@ from slide2vec.stream import Arrivals, InPlace, SlideOutcome, SlidePlan
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slide2vec.artifacts.places import Place
     from slide2vec.cohort.books import Entry
     from slide2vec.cohort.publish import Settled
+    from slide2vec.stream.identities import Identities
     from slide2vec.tiling import Tiling
 
 __all__ = ["Embedder", "Encoder", "Workers", "identities_of"]
@@ -58,6 +60,8 @@ class Workers(Protocol):
         config: PreprocessingConfig,
         execution: ExecutionOptions,
         tilings: Mapping[str, Tiling],
+        place: Place,
+        files: Identities,
     ) -> Generator[Entry | Settled | SlideOutcome, None, None]:
         """Embed slides, and tell what is to be entered in the books; an outcome is told only of a slide that
         no worker has survived."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from pathlib import Path
+from typing import Any, TypeAlias
 
 from slide2vec.artifacts import (
     HierarchicalEmbeddingArtifact,
@@ -15,10 +16,11 @@ from slide2vec.artifacts import (
     find_slide_artifact,
     find_tile_artifact,
 )
+from slide2vec.artifacts.places import KINDS, Kind, Place, encoder_of, unlike
 from slide2vec.cohort.identity import compatibility, difference, encoder_identity
 from slide2vec.cohort.misread import as_if_read_now, misread
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
-from slide2vec.errors import ArtifactError, ManifestError, TilingError
+from slide2vec.errors import ArtifactError, ConfigError, ManifestError, TilingError
 from slide2vec.slides import Slide
 from slide2vec.stream import coordinates_dir
 from slide2vec.stream.identities import Identities, SlideIdentity
@@ -26,7 +28,6 @@ from slide2vec.tiling import Tiling, load_coordinates
 
 __all__ = ["Artifact", "Finished", "Kind"]
 
-Kind: TypeAlias = Literal["tile", "hierarchical", "slide", "patient"]
 Artifact: TypeAlias = (
     TileEmbeddingArtifact | HierarchicalEmbeddingArtifact | SlideEmbeddingArtifact | PatientEmbeddingArtifact
 )
@@ -47,6 +48,7 @@ class Finished:
         latents: the embeddings of slides are to have latents.
         tilings: of slides whose tiles are known, by sample_id.
         files: what the files of slides are, looked at once.
+        place: where the encoder's embeddings are.
     """
 
     def __init__(
@@ -56,11 +58,12 @@ class Finished:
         identities: Mapping[Kind, Mapping[str, Any]],
         tilings: Mapping[str, Tiling],
         files: Identities,
+        place: Place,
         *,
         latents: bool,
     ) -> None:
         self._config, self._execution, self._identities = config, execution, identities
-        self._tilings, self._files, self._latents = tilings, files, latents
+        self._tilings, self._files, self._place, self._latents = tilings, files, place, latents
 
     def find(self, kinds: Iterable[Kind], slide: Slide) -> dict[Kind, Artifact | str | None]:
         """A slide's artifacts that are finished; else what differs from the one there, None for none."""
@@ -121,14 +124,33 @@ class Finished:
     def _find(
         self, kind: Kind, name: str, asked: Mapping[str, Any], slides: Sequence[Slide]
     ) -> Artifact | str | None:
-        assert self._execution.output_dir is not None
-        artifact = _FIND[kind](self._execution.output_dir, name)
+        """In the encoder's own folder; of what its embeddings are made from, in those of others, too."""
+        own = self._find_in(self._place.features, kind, name, asked, slides)
+        main = max(self._identities, key=KINDS.index)
+        if kind != main and (own is None or isinstance(own, str)):
+            for folder in self._place.others:
+                found = self._find_in(folder, kind, name, asked, slides)
+                if found is not None and not isinstance(found, str):
+                    return found
+        return own
+
+    def _find_in(
+        self, folder: Path, kind: Kind, name: str, asked: Mapping[str, Any], slides: Sequence[Slide]
+    ) -> Artifact | str | None:
+        artifact = _FIND[kind](folder, name)
         if artifact is None:
             return None
         try:
             recorded = artifact.metadata
         except ArtifactError:
             return None
+        other = unlike(encoder_of(recorded), self._identities[kind])
+        if other and folder == self._place.features:
+            raise ConfigError(
+                f"{artifact.path} is of another encoder ({recorded.get('encoder_name')}: "
+                f"{', '.join(sorted(other))} differ) than others in its folder, and would be replaced: move "
+                "those of one away, or choose another output directory"
+            )
         options = self._differing_option(kind, artifact, recorded)
         made = recorded.get("compatibility")
         differs = options or difference(as_if_read_now(made), asked)

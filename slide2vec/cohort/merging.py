@@ -9,7 +9,7 @@ from typing import Any
 
 from slide2vec.cohort.lock import output_lock, shard_holders
 from slide2vec.cohort.opened import remove_all_partial
-from slide2vec.cohort.process_list import ProcessList, Row, State, state_of
+from slide2vec.cohort.process_list import ProcessList, Row, State, state_of, state_of_all
 from slide2vec.cohort.shard_lists import Gathered, forget_shards, gathered, list_path
 from slide2vec.errors import ArtifactError
 
@@ -33,6 +33,18 @@ class Merged:
     def rows(self, *states: State) -> list[Row]:
         """Those of slides in one of the states."""
         return [row for row in self.found.rows.values() if state_of(row) in states]
+
+    @property
+    def finished(self) -> int:
+        """Slides that are, with all their encoders."""
+        missing = set(self.found.missing)
+        states = state_of_all(self.found.rows.values())
+        return sum(state == "finished" and name not in missing for name, state in states.items())
+
+    @property
+    def total(self) -> int:
+        """Slides."""
+        return len({name for name, _ in self.found.rows} | set(self.found.missing))
 
     @property
     def complete(self) -> bool:

@@ -74,7 +74,7 @@ class PatientPublisher:
     def _write(self, patient: Patient, embedding: Tensor) -> Artifact:
         cohort, names = self._cohort, [slide.sample_id for slide in patient.slides]
         artifact = write_patient_embedding(
-            cohort.output_dir,
+            cohort.place.features,
             patient.patient_id,
             embedding.to(getattr(torch, self._execution.vector_dtype)),
             num_slides=len(patient.embeddings),

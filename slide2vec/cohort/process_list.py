@@ -18,11 +18,15 @@ __all__ = [
     "COLUMNS",
     "PROCESS_LIST",
     "STATES",
+    "Key",
     "ProcessList",
     "Row",
     "State",
+    "by_encoder",
+    "key_of",
     "read_process_list",
     "state_of",
+    "state_of_all",
 ]
 
 #: Its name in an output directory.
@@ -57,7 +61,11 @@ _EVERY_S = 1.0
 _SHARE = 50
 
 Row = dict[str, str]
+#: sample_id and encoder_name.
+Key: TypeAlias = tuple[str, str]
 State: TypeAlias = Literal["finished", "in progress", "to do", "failed"]
+#: From good to bad.
+_BAD: tuple[State, ...] = ("finished", "to do", "in progress", "failed")
 STATES: tuple[State, ...] = ("finished", "in progress", "to do", "failed")
 
 
@@ -70,17 +78,21 @@ def read_process_list(path: Path) -> list[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # tracebacks are long
     try:
         with as_os_errors(path), path.open(newline="", encoding="utf-8") as file:
-            table = csv.DictReader(file, strict=True)
-            if table.fieldnames is None or "sample_id" not in table.fieldnames:
+            table = csv.reader(file, strict=True)
+            header = next(table, [])
+            if "sample_id" not in header:
                 raise ArtifactError(f"{path} is no process list: it has no column sample_id")
-            return [_row(line) for line in table]
+            rows = []
+            for cells in filter(None, table):
+                if len(cells) != len(header):
+                    raise ArtifactError(
+                        f"process list {path} is damaged: line {table.line_num} has {len(cells)} cells, its "
+                        f"header {len(header)}; delete it: the next run into the folder begins a new one"
+                    )
+                rows.append({**dict.fromkeys(COLUMNS, ""), **dict(zip(header, cells, strict=True))})
+            return rows
     except (OSError, csv.Error, UnicodeDecodeError) as error:
         raise ArtifactError(f"process list {path} cannot be read: {error}") from error
-
-
-def _row(line: Mapping[Any, Any]) -> Row:
-    known = {str(name): value or "" for name, value in line.items() if name is not None}
-    return {**dict.fromkeys(COLUMNS, ""), **known}
 
 
 def state_of(row: Mapping[str, str]) -> State:
@@ -93,18 +105,43 @@ def state_of(row: Mapping[str, str]) -> State:
     return "in progress" if tiling == "success" else "to do"
 
 
+def by_encoder(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of each encoder ("" where slides are only tiled), in order of first appearance."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(key_of(row)[1], []).append(row)
+    return found
+
+
+def state_of_all(rows: Iterable[Row]) -> dict[str, State]:
+    """What has become of each slide with all its encoders: the worst of its rows."""
+    found: dict[str, State] = {}
+    for row in rows:
+        states = found.get(row["sample_id"], "finished"), state_of(row)
+        found[row["sample_id"]] = max(states, key=_BAD.index)
+    return found
+
+
+def key_of(row: Mapping[str, Any]) -> Key:
+    """What a row is of: a slide, and the encoder that embeds it ("" where it is only tiled)."""
+    return str(row["sample_id"]), str(row.get("encoder_name") or "")
+
+
 class ProcessList:
-    """The rows by sample_id, written in the background whenever they have changed.
+    """The rows of slides, one per encoder, written in the background whenever they have changed.
 
     Used from several threads. Leaving its context writes what is not yet written.
+
+    Args:
+        encoder: whose rows are updated.
 
     Raises:
         OutputError: from `update` or at the end, when the file cannot be written.
     """
 
-    def __init__(self, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-        self.path = path
-        self._rows = {str(row["sample_id"]): _text(row) for row in rows}
+    def __init__(self, path: Path, rows: Iterable[Mapping[str, Any]], encoder: str = "") -> None:
+        self.path, self._encoder = path, encoder
+        self._rows = {key_of(row): _text(row) for row in rows}
         self._lock = threading.Lock()
         self._changed, self._closing = True, threading.Event()
         self._broken: OutputError | None = None
@@ -131,13 +168,13 @@ class ProcessList:
         if self._broken is not None:
             raise self._broken
         with self._lock:
-            self._rows[sample_id].update(_text(values))
+            self._rows[sample_id, self._encoder].update(_text(values))
             self._changed = True
 
     def row(self, sample_id: str) -> Row:
         """A copy of a slide's row."""
         with self._lock:
-            return dict(self._rows[sample_id])
+            return dict(self._rows[sample_id, self._encoder])
 
     def _write_regularly(self) -> None:
         pause = _EVERY_S

@@ -27,6 +27,7 @@ from slide2vec.cohort.identity import encoder_identity
 from slide2vec.cohort.results import Stage
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import Slide2VecError, SlideError
+from slide2vec.files import remove
 from slide2vec.slides import Slide
 from slide2vec.stream import SlideOutcome
 
@@ -89,7 +90,7 @@ class Publisher:
 
     def __init__(self, cohort: Cohort, embedder: Embedder, settle: Settle = settled_alone) -> None:
         self._cohort, self._embedder, self._execution = cohort, embedder, cohort.execution
-        self._output_dir, self._settle = cohort.output_dir, settle
+        self._folder, self._settle = cohort.place.features, settle
 
     def outcome(self, outcome: SlideOutcome) -> Iterator[Artifact]:
         """Write the files of a slide that is through, or record why it failed.
@@ -185,9 +186,10 @@ class Publisher:
         cohort, name = self._cohort, tiles.slide.sample_id
         assert outcome.tiling is not None
         kind = cohort.tiles_kind
+        remove(self._folder / "preview" / "map" / f"{name}.png")  # of other embeddings
         write = write_hierarchical_embeddings if kind == "hierarchical" else write_tile_embeddings
         artifact = write(
-            self._output_dir,
+            self._folder,
             tiles.embedded,
             outcome.tiling,
             file_format=self._execution.output_format,
@@ -229,7 +231,7 @@ class Publisher:
         assert embedded.slide_embedding is not None and tiles.identity is not None
         dtype = getattr(torch, self._execution.vector_dtype)
         artifact = write_slide_embedding(
-            self._output_dir,
+            self._folder,
             name,
             embedded.slide_embedding.to(dtype),
             file_format=self._execution.output_format,

@@ -34,7 +34,7 @@ def take_up(cohort: Cohort, books: Books) -> Todo:
 
 
 def _warn_of_finished(cohort: Cohort, books: Books) -> None:
-    folder = cohort.output_dir / f"{cohort.kind}_embeddings"
+    folder = cohort.place.features / f"{cohort.kind}_embeddings"
     patients = cohort.kind == "patient"
     names = by_patient(books.slides) if patients else [slide.sample_id for slide in books.slides]
     # One listing: a request per slide would take minutes behind a URL.
@@ -43,7 +43,7 @@ def _warn_of_finished(cohort: Cohort, books: Books) -> None:
     if there:
         logger.warning(
             "%d %s are finished in %s and are embedded anew: resume keeps those that agree",
-            *(there, "patients" if patients else "slides", cohort.output_dir),
+            *(there, "patients" if patients else "slides", cohort.place.features),
         )
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from slide2vec.cohort.books import Books, Entry
 from slide2vec.cohort.cohort import Cohort
 from slide2vec.cohort.embedder import Embedder
-from slide2vec.cohort.opened import opened, remove_all_partial
+from slide2vec.cohort.opened import Settings, opened, remove_all_partial
 from slide2vec.cohort.patient_files import PatientPublisher
 from slide2vec.cohort.publish import Publisher, Settle, Settled, settled_alone
 from slide2vec.cohort.results import RunResult
@@ -44,7 +44,7 @@ def embed_cohort(
     execution: ExecutionOptions,
     *,
     tilings: Mapping[str, Tiling] | None = None,
-    settings: str | None = None,
+    settings: Settings | None = None,
     on_slide_persisted: OnPersisted | None = None,
 ) -> RunResult:
     """Embed slides; publish each one's files the moment it is complete. A slide that fails is recorded.
@@ -52,15 +52,16 @@ def embed_cohort(
     Args:
         config: with requested_spacing_um and requested_tile_size_px resolved.
         tilings: of slides whose tiles are known, by sample_id; the others are tiled.
-        settings: text to keep as config.yaml.
+        settings: gives the text to keep as config.yaml, of the configuration as it is used.
         on_slide_persisted: called with each new artifact, in a thread of the run.
 
     Raises:
+        ConfigError: the output directory holds other tiles than those that were asked for.
         OutputLockedError: another run writes into the output directory.
         OutputError: a file cannot be written; finished slides stay.
     """
     cohort = Cohort(config, execution, embedder, tilings)
-    with opened(cohort, slides, settings) as (books, log):
+    with opened(cohort, slides, settings) as (cohort, books, log):
         slides = books.slides  # those of the shard, if it is one
         todo = take_up(cohort, books)
         log.write(
@@ -95,11 +96,14 @@ def _embed(
         return
     workers = embedder.workers(cohort.execution)
     if workers is not None:
-        with closing(workers.publish(slides, cohort.config, cohort.execution, cohort.tilings)) as told:
+        publish = workers.publish(
+            slides, cohort.config, cohort.execution, cohort.tilings, cohort.place, cohort.files
+        )
+        with closing(publish) as told:
             for item in told:
                 _take(item, books, publisher, settle, writer)
         if workers.lost and cohort.execution.shard is None:  # what they left half-written
-            remove_all_partial(cohort.output_dir)
+            remove_all_partial(cohort.place.root)
         return
     active_reporter().emit(RunStarted(len(slides), embedder.name))
     with closing(embedder.outcomes(slides, cohort.config, cohort.execution, cohort.plan)) as outcomes:
@@ -132,20 +136,21 @@ def tile_cohort(
     config: PreprocessingConfig,
     execution: ExecutionOptions,
     *,
-    settings: str | None = None,
+    settings: Settings | None = None,
 ) -> RunResult:
     """Tile slides and publish their coordinates, previews and archives; nothing is embedded.
 
     Args:
         config: with requested_spacing_um and requested_tile_size_px set.
-        settings: text to keep as config.yaml.
+        settings: gives the text to keep as config.yaml, of the configuration as it is used.
 
     Raises:
+        ConfigError: the output directory holds other tiles than those that were asked for.
         OutputLockedError: another run writes into the output directory.
         OutputError: a file cannot be written; finished slides stay.
     """
     cohort = Cohort(config, execution)
-    with opened(cohort, slides, settings) as (books, log), stager_for(execution) as stager:
+    with opened(cohort, slides, settings) as (cohort, books, log), stager_for(execution) as stager:
         slides = books.slides  # those of the shard, if it is one
         log.emit(RunStarted(len(slides), "tiling"))
         started = time.perf_counter()

@@ -10,7 +10,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from slide2vec.cohort.lock import SHARD_LOCKS, output_lock, shard_stem
-from slide2vec.cohort.process_list import PROCESS_LIST, ProcessList, Row, read_process_list, state_of
+from slide2vec.cohort.process_list import (
+    PROCESS_LIST,
+    Key,
+    ProcessList,
+    Row,
+    key_of,
+    read_process_list,
+    state_of,
+)
 from slide2vec.files import atomic_path, entries, remove
 
 __all__ = ["Gathered", "enter_empty", "forget_shards", "gathered", "list_path", "write_order"]
@@ -57,13 +65,13 @@ class Gathered:
     """All process lists of an output directory together.
 
     Attributes:
-        rows: by sample_id, in the order of the manifest where shards have told it; then those of other
-            slides, as they were in the common list.
+        rows: by sample_id and encoder, in the order of the manifest where shards have told it; then those of
+            other slides, as they were in the common list.
         by_shard: the slides of each shard that has a list ("3/16" -> sample_ids), by their number.
-        missing: slides of the cohort that are in no list.
+        missing: slides of the cohort that are in no list, or not with an encoder that shards have.
     """
 
-    rows: Mapping[str, Row]
+    rows: Mapping[Key, Row]
     by_shard: Mapping[str, tuple[str, ...]]
     missing: tuple[str, ...]
 
@@ -100,21 +108,28 @@ def gathered(output_dir: Path) -> Gathered:
         ArtifactError: a list cannot be read.
     """
     common = list_path(output_dir, None)
-    rows = {row["sample_id"]: row for row in read_process_list(common)} if common.exists() else {}
+    rows = {key_of(row): row for row in read_process_list(common)} if common.exists() else {}
     by_shard: dict[str, tuple[str, ...]] = {}
-    newer: dict[str, Row] = {}
+    newer: dict[Key, Row] = {}
     for shard, path in _lists(output_dir):
-        listed = {row["sample_id"]: row for row in read_process_list(path)}
-        by_shard[shard] = tuple(listed)
+        listed = {key_of(row): row for row in read_process_list(path)}
+        by_shard[shard] = tuple(dict.fromkeys(name for name, _ in listed))
         newer |= {
-            name: row
-            for name, row in listed.items()
-            if name not in newer or state_of(newer[name]) != "finished"
+            key: row for key, row in listed.items() if key not in newer or state_of(newer[key]) != "finished"
         }
-    found, order = {**rows, **newer}, _order(output_dir)
-    first = order or sorted(newer)
-    ranked = {name: found[name] for name in (*first, *found) if name in found}
-    missing = tuple(name for name in order if name not in found)
+    sharded = {name for name, _ in newer}
+    kept = {key: row for key, row in rows.items() if key[1] or key[0] not in sharded}
+    found, order = {**kept, **newer}, _order(output_dir)
+    encoders = dict.fromkeys(encoder for _, encoder in found)
+    names = order or sorted({name for name, _ in newer})
+    first = [(name, encoder) for name in names for encoder in encoders]
+    ranked = {key: found[key] for key in (*first, *found) if key in found}
+    at_work = ({encoder for _, encoder in newer} - {""}) or set(encoders) or {""}
+    missing = tuple(
+        name
+        for name in order
+        if not all((name, encoder) in found or (name, "") in newer for encoder in at_work)
+    )
     return Gathered(rows=ranked, by_shard=by_shard, missing=missing)
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from slide2vec.encoders.checkpoints import convert
 from slide2vec.errors import GatedWeightsError, WeightsError
 from slide2vec.files import hub_or_cache
+from slide2vec.files.arrays import check_sums
 from slide2vec.recipes import Recipe, WeightsSource
 
 __all__ = ["WeightsChoice", "find_weights", "load_weights", "read_checkpoint", "seeded", "weights_digest"]
@@ -235,6 +237,8 @@ def _unpickled(path: Path) -> object:
             from safetensors.torch import load_file
 
             return load_file(path)
+        if zipfile.is_zipfile(path):  # else it is of PyTorch before 1.6
+            check_sums(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise WeightsError(f"weights file {path} cannot be read: {_first_line(error)}") from error
@@ -264,8 +268,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     """Which tensor is in which file, from an index; the files are beside it and hold tensors."""
     try:
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"weights file {index} cannot be read: no weight_map ({error!r})") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        why = error if isinstance(error, OSError | ValueError) else "it has no weight_map"
+        raise WeightsError(f"weights file {index} cannot be read: {why}") from error
     if not isinstance(where, dict) or not where:
         raise WeightsError(f"weights file {index} names no files in its weight_map")
     for name in where.values():

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from slide2vec.files.atomic import READING_ARRAYS
 from slide2vec.files.plain import plain_stat
 
-__all__ = ["SMALL_BYTES", "check_bytes", "read_npz"]
+__all__ = ["SMALL_BYTES", "check_bytes", "check_sums", "read_npz"]
 
 #: A compressed array may be this many times as large as its file. Embeddings compress to half, with many
 #: zeros to a tenth, coordinates to a twentieth; deflate could reach 1,032.
@@ -36,6 +36,19 @@ def check_bytes(shape: Sequence[int], itemsize: int, file_bytes: int, *, compres
     limit = max(MAX_EXPANSION * file_bytes, SMALL_BYTES) if compressed else file_bytes
     if size > limit:
         raise ValueError(f"announces {size:,} bytes of shape {tuple(shape)}; the file has {file_bytes:,}")
+
+
+def check_sums(path: Path) -> None:
+    """Hold the content of a ZIP file (a .pt of PyTorch, which does not look) against its checksums: 1.2 GB/s.
+
+    Raises:
+        ValueError: one differs.
+        zipfile.BadZipFile, …: it is damaged otherwise.
+    """
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"is damaged: the checksum of {damaged} differs")
 
 
 def read_npz(path: Path, names: Sequence[str], *, most: int | None = None) -> dict[str, NDArray[Any]]:

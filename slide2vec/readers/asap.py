@@ -14,6 +14,7 @@ from slide2vec.errors import BackendError, ExtraMissingError, SlideReadError
 from slide2vec.readers.probe import Probe
 from slide2vec.readers.pyramid import PyramidReader, to_level0
 from slide2vec.readers.spacing import settle_spacing
+from slide2vec.readers.trial import try_first
 
 __all__ = ["AsapReader", "unavailable"]
 
@@ -42,6 +43,7 @@ class AsapReader(PyramidReader):
     def __init__(self, probe: Probe) -> None:
         if reason := unavailable():
             raise ExtraMissingError(reason)
+        try_first(AsapReader, probe)
         try:
             self._image: Any | None = (
                 import_module(_MODULE).MultiResolutionImageReader().open(str(probe.path))

@@ -8,7 +8,7 @@ from typing import Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SlideReader", "planning_downsamples"]
+__all__ = ["BufferedReader", "SlideReader", "planning_downsamples"]
 
 
 @runtime_checkable
@@ -76,3 +76,30 @@ def planning_downsamples(reader: SlideReader) -> tuple[float, ...]:
     `planning_levels`, their number.
     """
     return reader.downsamples[: getattr(reader, "planning_levels", None)]
+
+
+@runtime_checkable
+class BufferedReader(Protocol):
+    """A SlideReader that can write into memory that is used again, and average pixels as it decodes them."""
+
+    def read_into(
+        self,
+        memory: NDArray[np.uint8],
+        location_lv0: tuple[int, int],
+        level: int,
+        size: tuple[int, int],
+        ratio: int,
+    ) -> NDArray[np.uint8] | None:
+        """`read_region`, each ratio x ratio px averaged as OpenCV's INTER_AREA does, bit by bit.
+
+        Args:
+            memory: flat, of at least (height // ratio) * (width // ratio) * 3 bytes.
+
+        Returns:
+            (height // ratio, width // ratio, 3) uint8 in that memory; None where the region has to be read by
+            `read_region`.
+
+        Raises:
+            SlideReadError: as `read_region`.
+        """
+        ...

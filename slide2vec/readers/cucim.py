@@ -16,6 +16,7 @@ from slide2vec.readers.probe import Probe, TiffLevel
 from slide2vec.readers.pyramid import PyramidReader, to_level0
 from slide2vec.readers.tifftiles import colour_conflict
 from slide2vec.readers.tilecheck import TileCheck
+from slide2vec.readers.trial import try_first
 
 __all__ = ["CucimCudaReader", "CucimReader", "load_on", "tame_cufile", "unavailable"]
 
@@ -108,6 +109,8 @@ def _why_not_level(level: TiffLevel) -> str | None:
         return f"cuCIM crashes on {level.compression} tiles with predictor {level.predictor}"
     if (level.samples, level.bits, level.planar) != (3, 8, False):
         return f"cuCIM reads interleaved 8-bit RGB, not {level.samples} channels of {level.bits} bits"
+    if level.photometric != "RGB" and (level.photometric, level.compression) != ("YCBCR", "JPEG"):
+        return f"cuCIM does not read {level.photometric} in {level.compression} tiles, or takes it for RGB"
     if level.compression in _COMPRESSIONS:
         return None
     if level.compression == "LZW":
@@ -118,6 +121,7 @@ def _why_not_level(level: TiffLevel) -> str | None:
 def _open(probe: Probe) -> Any:
     if reason := unavailable():
         raise ExtraMissingError(reason)
+    try_first(CucimReader, probe)
     tame_cufile()
     library = import_module("cucim")
     try:

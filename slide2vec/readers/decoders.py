@@ -37,8 +37,8 @@ class TileDecoder(Protocol):
         """
         ...
 
-    def canvas(self, height: int, width: int, *, white: bool = True) -> Any:
-        """(height, width, 3) uint8 pixels of the same kind; not filled unless white is asked for."""
+    def canvas(self, height: int, width: int) -> Any:
+        """Memory for (height, width, 3) uint8 pixels of the same kind, whatever is in it."""
         ...
 
 
@@ -64,10 +64,9 @@ class HostDecoder:
             found = self._own.buffer = np.empty(shape, np.uint8)
         return found
 
-    def canvas(self, height: int, width: int, *, white: bool = True) -> NDArray[np.uint8]:
+    def canvas(self, height: int, width: int) -> NDArray[np.uint8]:
         """See `TileDecoder`."""
-        shape = height, width, 3
-        return np.full(shape, 255, np.uint8) if white else np.empty(shape, np.uint8)
+        return np.empty((height, width, 3), np.uint8)
 
 
 def nvimgcodec_unavailable() -> str | None:
@@ -134,7 +133,6 @@ class NvimgcodecDecoder:
         pixels = decode_tile([jpeg], form, (place.height, place.width), None)
         return self._torch.from_numpy(pixels).to(self._device)
 
-    def canvas(self, height: int, width: int, *, white: bool = True) -> Any:
+    def canvas(self, height: int, width: int) -> Any:
         """See `TileDecoder`."""
-        torch = self._torch
-        return torch.full((height, width, 3), 255, dtype=torch.uint8, device=self._device)
+        return self._torch.empty((height, width, 3), dtype=self._torch.uint8, device=self._device)

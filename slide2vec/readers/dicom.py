@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-import numpy as np
-from numpy.typing import NDArray
-
 from slide2vec.errors import BackendError, ExtraMissingError
 from slide2vec.readers import codecs
 from slide2vec.readers.decoders import HostDecoder
 from slide2vec.readers.dicomtiles import DicomTiles, why_not
 from slide2vec.readers.probe import Probe
-from slide2vec.readers.pyramid import PyramidReader
-from slide2vec.readers.raw import RawBoxes
+from slide2vec.readers.raw import BoxReader, RawBoxes
 
 __all__ = ["DicomReader", "unavailable"]
 
@@ -25,7 +21,7 @@ def unavailable() -> str | None:
     return codecs.unavailable()
 
 
-class DicomReader(PyramidReader):
+class DicomReader(BoxReader):
     """Reads whole-slide images with pydicom, simplejpeg and imagecodecs.
 
     Raises:
@@ -46,11 +42,3 @@ class DicomReader(PyramidReader):
         super().__init__(probe, [(level.width, level.height) for level in levels])
         self.tile_shapes = tuple(level.tile for level in levels)
         self._boxes = RawBoxes(DicomTiles(levels, probe.name, self._read_error), HostDecoder())
-
-    def _read_box(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
-        pixels: NDArray[np.uint8] = self._boxes.read(level, x, y, width, height)
-        return pixels
-
-    def close(self) -> None:
-        """Release the files. May be called twice."""
-        self._boxes.close()

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from slide2vec.errors import BackendError, SlideReadError
 from slide2vec.readers.probe import Probe, TiffLevel
 from slide2vec.readers.pyramid import PyramidReader
+from slide2vec.readers.recheck import check_of
 from slide2vec.readers.spacing import Claim, objective_claim, settle_spacing
-from slide2vec.readers.tilecheck import TileCheck
+from slide2vec.readers.trial import try_first
 
 __all__ = ["OpenslideReader", "unavailable"]
 
-#: Whose levels are the directories of the file, tile by tile. OpenSlide decodes JPEG tiles without a word of
-#: what libjpeg warns of; those of other vendors cannot be checked beforehand.
+#: Whose levels are the directories of the file, tile by tile. OpenSlide says nothing of much
+#: damage; the tiles of other vendors cannot be checked beforehand.
 _CHECKED = ("aperio", "generic", "ome", "philips")
 #: Side in level px of what is read at once where the downsample is no whole number.
 _BLOCK = 512
@@ -51,6 +52,7 @@ class OpenslideReader(PyramidReader):
         reason = next((reason for level in probe.levels if (reason := _why_not(level))), None)
         if reason:
             raise BackendError(reason)
+        try_first(OpenslideReader, probe)
         try:
             handle = openslide.OpenSlide(probe.path)
         except openslide.OpenSlideError as error:
@@ -66,8 +68,7 @@ class OpenslideReader(PyramidReader):
         if probe.kind != "tiff" or probe.vendor in {"leica", "ventana", "trestle"}:
             self.claims = tuple(_claims(handle.properties))
             self.spacing_um, self.spacing_source = settle_spacing(self.claims)
-        stored = probe.vendor in _CHECKED and all(self.tile_shapes)
-        self._check = TileCheck(probe.path, probe.levels, self._read_error) if stored else None
+        self._check = check_of(probe, self._read_error) if probe.vendor in _CHECKED else None
         if self.tile_shapes[0] is None:
             self.tile_shapes = tuple(
                 _tile_shape(handle.properties, i) for i in range(len(self.level_dimensions))

@@ -25,6 +25,7 @@ from slide2vec.readers.spacing import Claim, settle_spacing
 from slide2vec.readers.tiffclaims import Directory, check_claims
 from slide2vec.readers.tiffimages import find_slide, vendor_of
 from slide2vec.readers.tifflevels import TiffLevel
+from slide2vec.readers.tiffpixels import refuse_contradictions
 from slide2vec.readers.tiffspacing import tiff_claims
 from slide2vec.slides import Slide
 
@@ -164,6 +165,7 @@ def _probe_tiff(path: Path, name: str, pages: list[Any], size: int) -> Probe:
         _refuse_truncated(page, size)
     vendor = vendor_of(pages)
     found = find_slide(vendor, pages, path.name)
+    refuse_contradictions(found.levels.levels, found.page)
     claims = tuple(tiff_claims(vendor, found.page, found.ome))
     spacing_um, source = settle_spacing(claims)
     return Probe(

@@ -17,6 +17,10 @@ from slide2vec.readers.probe import Probe
 __all__ = ["PyramidReader", "to_level0"]
 
 
+#: What libraries raise over damage beside what their documentation says.
+_OF_LIBRARIES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError)
+
+
 class PyramidReader(ABC):
     """A SlideReader whose back end only has to read boxes that lie inside a level."""
 
@@ -53,15 +57,32 @@ class PyramidReader(ABC):
                 f"slide {self.name}: level {level}, size {width}x{height} cannot be read; it has the levels "
                 f"0 to {len(self.level_dimensions) - 1}, and sizes are 1 or more"
             )
-        x, y = (floor(start / self.downsamples[level]) for start in location_lv0)
+        x, y = self._corner(location_lv0, level)
         right, bottom = self.level_dimensions[level]
         x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + width, right), min(y + height, bottom)
         if (x0, y0, x1, y1) == (x, y, x + width, y + height):
-            return self._read_box(level, x, y, width, height)
+            return self._checked_box(level, x, y, width, height)
         canvas = self._canvas(height, width)
         if x0 < x1 and y0 < y1:
-            canvas[y0 - y : y1 - y, x0 - x : x1 - x] = self._read_box(level, x0, y0, x1 - x0, y1 - y0)
+            canvas[y0 - y : y1 - y, x0 - x : x1 - x] = self._checked_box(level, x0, y0, x1 - x0, y1 - y0)
         return canvas  # type: ignore[no-any-return]
+
+    def _checked_box(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        """What `_read_box` gives; an error where it is of another shape, or a library raises its own."""
+        try:
+            pixels = self._read_box(level, x, y, width, height)
+        except SlideReadError:
+            raise
+        except _OF_LIBRARIES as error:
+            raise self._read_error(level, x, y, error) from error
+        if tuple(pixels.shape) != (height, width, 3):
+            raise self._read_error(level, x, y, f"pixels of shape {tuple(pixels.shape)} came out")
+        return pixels
+
+    def _corner(self, location_lv0: tuple[int, int], level: int) -> tuple[int, int]:
+        """(x, y) in px of a level."""
+        x, y = (floor(start / self.downsamples[level]) for start in location_lv0)
+        return x, y
 
     def _canvas(self, height: int, width: int) -> Any:
         """White pixels, of the kind that `_read_box` gives."""

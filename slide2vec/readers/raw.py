@@ -8,6 +8,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeAlias
 
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
 from slide2vec.errors import BackendError
 from slide2vec.readers.codecs import TileError
 from slide2vec.readers.decoders import TileDecoder
@@ -16,15 +20,17 @@ from slide2vec.readers.pyramid import PyramidReader
 from slide2vec.readers.tifftiles import TiffTiles, colour_conflict, why_no_jpeg
 from slide2vec.readers.tiletable import TilePlace, TileTable
 
-__all__ = ["RawBoxes", "RawReader"]
+__all__ = ["BoxReader", "RawBoxes", "RawReader"]
 
 #: Decoded tiles that reach into a neighbouring box and are kept for it, per open slide.
 KEPT_BYTES = 48 << 20
 #: Pixels of the tiles that one step decodes, in bytes: boxes over long strips take several.
 STEP_BYTES = 64 << 20
 
-#: Level, tile.
-_Key: TypeAlias = tuple[int, int]
+#: Rows, columns.
+_Part: TypeAlias = tuple[slice, slice]
+#: Level, tile, ratio that it was reduced by.
+_Key: TypeAlias = tuple[int, int, int]
 
 
 class RawReader(PyramidReader):
@@ -51,10 +57,50 @@ class RawReader(PyramidReader):
         return self._boxes.read(level, x, y, width, height)
 
     def _canvas(self, height: int, width: int) -> Any:
-        return self._decoder.canvas(height, width)
+        canvas = self._decoder.canvas(height, width)
+        canvas[:] = 255
+        return canvas
 
     def close(self) -> None:
         """Release the file. May be called twice."""
+        self._boxes.close()
+
+
+class BoxReader(PyramidReader):
+    """A SlideReader over the boxes of a `HostDecoder`; see also `BufferedReader`."""
+
+    _boxes: RawBoxes
+
+    def _read_box(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        pixels: NDArray[np.uint8] = self._boxes.read(level, x, y, width, height)
+        return pixels
+
+    def read_into(
+        self,
+        memory: NDArray[np.uint8],
+        location_lv0: tuple[int, int],
+        level: int,
+        size: tuple[int, int],
+        ratio: int,
+    ) -> NDArray[np.uint8] | None:
+        """See `BufferedReader.read_into`."""
+        (x, y), (width, height) = self._corner(location_lv0, level), size
+        right, bottom = self.level_dimensions[level]
+        x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + width, right), min(y + height, bottom)
+        # no averaged cell may reach over the edge of the level, nor over two tiles
+        cells = not any(edge % ratio for edge in (x0 - x, y0 - y, x1 - x, y1 - y))
+        if x0 >= x1 or y0 >= y1 or not cells or not self._boxes.reduces(level, x0, y0, ratio):
+            return None
+        shape = height // ratio, width // ratio, 3
+        canvas = memory[: shape[0] * shape[1] * 3].reshape(shape)
+        inside = canvas[(y0 - y) // ratio : (y1 - y) // ratio, (x0 - x) // ratio : (x1 - x) // ratio]
+        if inside.shape != shape:
+            canvas[:] = 255
+        self._boxes.fill(inside, level, x0, y0, ratio=ratio)
+        return canvas
+
+    def close(self) -> None:
+        """Release the files. May be called twice."""
         self._boxes.close()
 
 
@@ -79,40 +125,64 @@ class RawBoxes:
         Raises:
             SlideReadError: one of its tiles cannot be decoded.
         """
-        places = self._tiles.under(level, x, y, width, height)
-        covered = sum(_pixels(place.in_box) for place in places)
-        canvas = self._decoder.canvas(height, width, white=covered < width * height)
-        for step in self._steps(level, places):
-            self._fill(canvas, level, step)
+        canvas = self._decoder.canvas(height, width)
+        self.fill(canvas, level, x, y)
         return canvas
+
+    def fill(self, canvas: Any, level: int, x: int, y: int, *, ratio: int = 1) -> None:
+        """Write a box in level px that lies inside the level into a (height, width, 3) uint8 canvas.
+
+        Args:
+            x, y: of the box, which is `ratio` times as wide and high as the canvas.
+            ratio: each pixel is the average of so many a side. A tile is reduced as it comes out of the
+                decoder, while the CPU's cache holds it. NumPy arrays only, and boxes that `reduces` takes.
+
+        Raises:
+            SlideReadError: one of its tiles cannot be decoded.
+        """
+        height, width = canvas.shape[0] * ratio, canvas.shape[1] * ratio
+        places = self._tiles.under(level, x, y, width, height)
+        if sum(_pixels(place.in_box) for place in places) < width * height:
+            canvas[:] = 255
+        for step in self._steps(level, places):
+            self._fill(canvas, level, step, ratio)
+
+    def reduces(self, level: int, x: int, y: int, ratio: int) -> bool:
+        """Whether a box that begins there has no averaged cell that reaches over two tiles."""
+        form = self._tiles.format(level)
+        return not (x % ratio or y % ratio or form.width % ratio or form.height % ratio)
 
     def _steps(self, level: int, places: Sequence[TilePlace]) -> Iterator[Sequence[TilePlace]]:
         form = self._tiles.format(level)
         most = max(1, STEP_BYTES // (form.width * form.height * 3))
         return (places[start : start + most] for start in range(0, len(places), most))
 
-    def _fill(self, canvas: Any, level: int, places: Sequence[TilePlace]) -> None:
+    def _fill(self, canvas: Any, level: int, places: Sequence[TilePlace], ratio: int) -> None:
         """Tiles that others may need, too, are claimed: who needs them meanwhile waits for them."""
-        wanted, mine = self._claim(level, places)
+        wanted, mine = self._claim(level, places, ratio)
         try:
-            for place, pixels in zip(mine, self._decode(level, mine), strict=True):
-                canvas[place.in_box] = pixels[place.in_tile]
-                if not place.is_whole:
-                    wanted.pop(place.tile)[1].set_result(pixels)
+            for place, pixels in zip(mine, self._decode(level, mine, ratio), strict=True):
+                if place.is_whole:
+                    _put(canvas, place, pixels, ratio)
+                    continue
+                kept = pixels if ratio == 1 else _reduced(pixels, ratio)
+                canvas[_divided(place.in_box, ratio)] = kept[_divided(place.in_tile, ratio)]
+                wanted.pop(place.tile)[1].set_result(kept)
         finally:
-            self._settle(level, mine)
+            self._settle(level, mine, ratio)
         for place, future in wanted.values():
-            canvas[place.in_box] = self._result(level, place, future)[place.in_tile]
+            found = self._result(level, place, future, ratio)
+            canvas[_divided(place.in_box, ratio)] = found[_divided(place.in_tile, ratio)]
 
     def _claim(
-        self, level: int, places: Sequence[TilePlace]
+        self, level: int, places: Sequence[TilePlace], ratio: int
     ) -> tuple[dict[int, tuple[TilePlace, Future[Any]]], list[TilePlace]]:
         """The future pixels of tiles that are shared, and the tiles that nobody has or decodes."""
         wanted: dict[int, tuple[TilePlace, Future[Any]]] = {}
         mine = []
         with self._lock:
             for place in places:
-                key = level, place.tile
+                key = level, place.tile, ratio
                 found = self._kept.get(key) or self._working.get(key)
                 if found is None:
                     mine.append(place)
@@ -122,12 +192,12 @@ class RawBoxes:
                 wanted[place.tile] = place, found
         return wanted, mine
 
-    def _decode(self, level: int, places: Sequence[TilePlace]) -> Iterator[Any]:
-        """Pixels of each tile in turn; those of whole tiles are good until the next."""
+    def _decode(self, level: int, places: Sequence[TilePlace], ratio: int) -> Iterator[Any]:
+        """Pixels of each tile in turn; those of which nobody keeps more than an average until the next."""
         if not places:
             return
         form = self._tiles.format(level)
-        kept = [not place.is_whole for place in places]
+        kept = [ratio == 1 and not place.is_whole for place in places]
         decoded = self._decoder.decode(self._tiles.read(level, places), form, places, kept)
         for place in places:
             try:
@@ -142,28 +212,31 @@ class RawBoxes:
                 raise self._tiles.damaged(level, place, f"damaged tile ({channels} channels instead of 3)")
             yield pixels
 
-    def _result(self, level: int, place: TilePlace, future: Future[Any]) -> Any:
+    def _result(self, level: int, place: TilePlace, future: Future[Any], ratio: int) -> Any:
         try:
             return future.result()
         except _Unsettled:
-            return next(self._decode(level, [place]))
+            pixels = next(self._decode(level, [place], ratio))
+            return pixels if ratio == 1 else _reduced(pixels, ratio)
 
-    def _settle(self, level: int, mine: Sequence[TilePlace]) -> None:
+    def _settle(self, level: int, mine: Sequence[TilePlace], ratio: int) -> None:
         """Keep what a neighbour will ask for; those who wait for what failed will try it themselves."""
         with self._lock:
             for place in mine:
                 if place.is_whole:
                     continue
-                future = self._working.pop((level, place.tile))
+                key = level, place.tile, ratio
+                future = self._working.pop(key)
                 if future.done():
-                    self._kept[level, place.tile] = future
+                    self._kept[key] = future
                 else:
                     future.set_exception(_Unsettled())
-            self._shrink(level)
+            self._shrink(level, ratio)
 
-    def _shrink(self, level: int) -> None:
+    def _shrink(self, level: int, ratio: int) -> None:
         form = self._tiles.format(level)
-        while len(self._kept) > max(1, KEPT_BYTES // (form.width * form.height * 3)):
+        tile = form.width * form.height * 3 // ratio**2
+        while len(self._kept) > max(1, KEPT_BYTES // tile):
             self._kept.popitem(last=False)
 
     def close(self) -> None:
@@ -173,9 +246,36 @@ class RawBoxes:
             self._kept.clear()
 
 
-def _pixels(part: tuple[slice, slice]) -> int:
+def _pixels(part: _Part) -> int:
     rows, columns = part
     return int((rows.stop - rows.start) * (columns.stop - columns.start))
+
+
+def _divided(part: _Part, ratio: int) -> _Part:
+    if ratio == 1:
+        return part
+    rows, columns = part
+    return (
+        slice(rows.start // ratio, rows.stop // ratio),
+        slice(columns.start // ratio, columns.stop // ratio),
+    )
+
+
+def _put(canvas: Any, place: TilePlace, pixels: Any, ratio: int) -> None:
+    """Write a tile that lies wholly in the box."""
+    found, target = pixels[place.in_tile], canvas[_divided(place.in_box, ratio)]
+    if ratio == 1:
+        target[:] = found
+    else:
+        cv2.resize(found, target.shape[1::-1], dst=target, interpolation=cv2.INTER_AREA)
+
+
+def _reduced(pixels: NDArray[np.uint8], ratio: int) -> NDArray[np.uint8]:
+    """Whole cells averaged; the same values as of any other part that holds them."""
+    height, width = pixels.shape[0] // ratio, pixels.shape[1] // ratio
+    cells = pixels[: height * ratio, : width * ratio]
+    averaged: Any = cv2.resize(cells, (width, height), interpolation=cv2.INTER_AREA)
+    return averaged  # type: ignore[no-any-return]
 
 
 class _Unsettled(Exception):

@@ -193,10 +193,16 @@ def _level_of(page: Page, parent: int | None = None) -> TiffLevel:
         jpeg_tables=page.jpegtables,
         rows_per_strip=0 if page.is_tiled else int(page.rowsperstrip),
         extra_samples=tuple(map(int, page.extrasamples)),
-        subsampling=tuple(page.subsampling or (1, 1)),
+        subsampling=_subsampling(page),
         fill_order=int(page.fillorder),
         colormap=page.colormap,
     )
+
+
+def _subsampling(page: Page) -> tuple[int, int]:
+    """TIFF 6.0, section 21; (2, 2) where YCbCr does not tell."""
+    across, down = page.tags.valueof(530, (2, 2)) if page.photometric == 6 else (1, 1)
+    return int(across), int(down)
 
 
 def joined(levels: Sequence[TiffLevel]) -> TiffLevel:

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 from slide2vec.readers.omexml import OmeImage
-from slide2vec.readers.refusal import CONVERT, EXPORT, Refusal
+from slide2vec.readers.refusal import CONVERT, COPY_AGAIN, EXPORT, Refusal
+from slide2vec.readers.tifflevels import TiffLevel
 
-__all__ = ["refuse_pixels"]
+__all__ = ["refuse_contradictions", "refuse_pixels"]
 
 Page: TypeAlias = Any
 
@@ -25,6 +26,8 @@ _ORIENTATIONS = {
     7: "transposed and turned by 180°",
     8: "turned by 270°",
 }
+#: Photometric interpretation -> channels that hold its colours (TIFF 6.0); others may follow in ExtraSamples.
+_COLOURS = {"RGB": 3, "YCBCR": 3, "CIELAB": 3, "SEPARATED": 4, "MINISBLACK": 1, "MINISWHITE": 1, "PALETTE": 1}
 _RENDER = f"slide2vec reads 8-bit brightfield slides; render it as 8-bit RGB, and {EXPORT}"
 
 
@@ -91,3 +94,38 @@ def _planes(image: OmeImage, samples: int) -> Iterator[str]:
 
 def _named(name: str, what: str) -> str:
     return f"{name}: {what}" if name else what
+
+
+def refuse_contradictions(levels: Sequence[TiffLevel], base: Page) -> None:
+    """Refuse a slide whose tags contradict each other: libraries take their pick, and most say nothing.
+
+    Raises:
+        Refusal: a level has not the tiles that its size needs, or not the channels that its colours need.
+    """
+    strips = base.tags.get(273)
+    in_strips = strips is not None and levels and not levels[0].tile and not levels[0].planes
+    if in_strips and strips.count != len(
+        levels[0].offsets
+    ):  # tifffile drops those beyond what the size needs
+        raise Refusal(
+            f"directory {base.index} has {base.imagewidth}x{base.imagelength} px in strips of "
+            f"{base.rowsperstrip} rows, which are {len(levels[0].offsets)}, and lists {strips.count} of "
+            f"them: the file is damaged; {COPY_AGAIN}"
+        )
+    for level in levels:
+        width, height = level.tile or (level.width, min(level.rows_per_strip, level.height))
+        planes = level.samples if level.planar else 1
+        needed = -(-level.width // width) * -(-level.height // height) * planes
+        if not len(level.offsets) == len(level.counts) == needed:
+            raise Refusal(
+                f"directory {level.page} has {level.width}x{level.height} px in "
+                f"{'tiles' if level.tile else 'strips'} of {width}x{height}, which are {needed}, and lists "
+                f"{len(level.offsets)} of them: the file is damaged; {COPY_AGAIN}"
+            )
+        colours = _COLOURS.get(level.photometric, level.samples)
+        if level.samples < colours or (level.samples > colours and colours == 1 and level.samples != 2):
+            raise Refusal(
+                f"directory {level.page} has {level.samples} channels, and its colours are "
+                f"{level.photometric}, which {'is' if colours == 1 else 'are'} {colours}: it is damaged or "
+                f"was written wrongly; {COPY_AGAIN}, or write it anew as RGB"
+            )

@@ -255,26 +255,23 @@ def _conflict(level: TiffLevel, head: bytes) -> str | None:
 def read_pieces(file: int, offsets: NDArray[np.int64], counts: NDArray[np.int64]) -> list[bytes]:
     """Pieces of an open file, read in its order with as few requests as possible."""
     found = [b""] * len(offsets)
-    for span in _spans(offsets, counts):
-        start = int(offsets[span[0]])
-        end = int((offsets[span] + counts[span]).max())
-        block = os.pread(file, end - start, start)
-        for index in span.tolist():
-            at = int(offsets[index]) - start
-            found[index] = block[at : at + int(counts[index])]
+    # plain numbers: this runs for every tile, and NumPy's own are slow one by one
+    starts, ends = offsets.tolist(), (offsets + counts).tolist()
+    for span in _spans(np.argsort(offsets, kind="stable").tolist(), starts, ends):
+        first = starts[span[0]]
+        block = os.pread(file, max(ends[index] for index in span) - first, first)
+        for index in span:
+            found[index] = block[starts[index] - first : ends[index] - first]
     return found
 
 
-def _spans(offsets: NDArray[np.int64], counts: NDArray[np.int64]) -> Iterator[NDArray[np.intp]]:
-    """Indices in file order, cut where the hole between two tiles or the request would be too large."""
-    order = np.argsort(offsets, kind="stable")
-    begin = 0
-    for index in range(1, len(order) + 1):
-        if index < len(order):
-            last, here = order[index - 1], order[index]
-            near = offsets[here] - (offsets[last] + counts[last]) <= _GAP
-            if near and offsets[here] + counts[here] - offsets[order[begin]] <= _SPAN:
-                continue
-        if begin < index:
-            yield order[begin:index]
-        begin = index
+def _spans(order: list[int], starts: list[int], ends: list[int]) -> Iterator[list[int]]:
+    """The order, cut where the hole between two pieces or the request would be too large."""
+    span: list[int] = []
+    for index in order:
+        if span and (starts[index] - ends[span[-1]] > _GAP or ends[index] - starts[span[0]] > _SPAN):
+            yield span
+            span = []
+        span.append(index)
+    if span:
+        yield span

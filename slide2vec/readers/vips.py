@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from slide2vec.errors import BackendError, ExtraMissingError, SlideReadError
 from slide2vec.readers.probe import Probe, TiffLevel
 from slide2vec.readers.pyramid import PyramidReader
+from slide2vec.readers.recheck import check_of
 from slide2vec.readers.tifftiles import colour_conflict
-from slide2vec.readers.tilecheck import TileCheck
+from slide2vec.readers.trial import try_first
 
 __all__ = ["VipsReader", "unavailable"]
 
@@ -45,6 +46,7 @@ class VipsReader(PyramidReader):
         if reason:
             raise BackendError(reason)
         vips = _library()
+        try_first(VipsReader, probe)
         levels = probe.levels[: probe.planning]
         super().__init__(probe, [(level.width, level.height) for level in levels])
         self._error: type[Exception] = vips.Error
@@ -56,8 +58,7 @@ class VipsReader(PyramidReader):
         except vips.Error as error:
             raise BackendError(f"libvips cannot open it: {error}") from error
         self._try_decoders(probe)
-        tiled = all(self.tile_shapes)
-        self._check = TileCheck(probe.path, probe.levels, self._read_error) if tiled else None
+        self._check = check_of(probe, self._read_error)
 
     def _try_decoders(self, probe: Probe) -> None:
         """Decode a pixel per level: libvips opens files in compressions that it was built without."""

@@ -110,6 +110,8 @@ def _compare(
     except (SlideReadError, ValueError, RuntimeError, IndexError, TypeError) as error:
         logger.debug("a tile is not compared: %s", error)
         return
+    if pixels.shape != expected.shape:
+        raise Contradiction(f"it gives pixels of shape {pixels.shape}, tifffile of {expected.shape}")
     difference = int(np.abs(pixels.astype(np.int16) - expected).max())
     if difference > MOST_DIFFERENCE.get(spec.compression, 0):
         at = (round(x * reader.downsamples[level]), round(y * reader.downsamples[level]))

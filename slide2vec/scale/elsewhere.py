@@ -32,7 +32,9 @@ from slide2vec.stream import SlideOutcome, plan_slide, stager_for
 from slide2vec.tiling import Tiling
 
 if TYPE_CHECKING:
+    from slide2vec.artifacts.places import Place
     from slide2vec.cohort.embedder import Encoder
+    from slide2vec.stream.identities import Identities
 
 __all__ = ["Elsewhere"]
 
@@ -72,12 +74,15 @@ class Elsewhere:
         config: PreprocessingConfig,
         execution: ExecutionOptions,
         tilings: Mapping[str, Tiling],
+        place: Place,
+        files: Identities,
     ) -> Generator[Entry | Settled | SlideOutcome, None, None]:
         """See `Workers`."""
         by_name = {slide.sample_id: slide for slide in slides}
-        tasks = [Task(slide, tilings.get(slide.sample_id)) for slide in slides]
+        tasks = [Task(slide, tilings.get(slide.sample_id), files.known(slide.sample_id)) for slide in slides]
         with self._fleet() as fleet:
             job = self._job(config, execution, fleet.size, publish=True, aggregate=True)
+            job = replace(job, place=place)
             for report in self._run(fleet, job, tasks, len(slides)):
                 match report:
                     case Failed(name=name, error=error):

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from slide2vec.errors import Slide2VecError
 
 if TYPE_CHECKING:
+    from slide2vec.artifacts.places import Place
     from slide2vec.cohort.books import Entry
     from slide2vec.cohort.publish import Settled
     from slide2vec.config import ExecutionOptions, PreprocessingConfig
     from slide2vec.progress import ProgressEvent, RunSummary
     from slide2vec.slides import Slide
     from slide2vec.stream import SlideOutcome
+    from slide2vec.stream.identities import SlideIdentity
     from slide2vec.tiling import Tiling
 
 __all__ = [
@@ -60,6 +62,7 @@ class Job:
         publish: write artifacts to `execution.output_dir`; else embeddings come back.
         aggregate: slides get their slide embedding, where the model has one.
         identity: of the model, for `execution`: a worker whose own differs is refused.
+        place: where artifacts are written.
     """
 
     config: PreprocessingConfig
@@ -67,6 +70,7 @@ class Job:
     publish: bool
     aggregate: bool
     identity: Mapping[str, Any]
+    place: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,11 @@ class Begin:
 
 @dataclass(frozen=True)
 class Task:
-    """A slide to embed, named by its sample_id, with its tiles if they are known."""
+    """A slide to embed, named by its sample_id, with its tiles and what its files are, if they are known."""
 
     slide: Slide
     tiling: Tiling | None = None
+    identity: SlideIdentity | None = None
 
     @property
     def name(self) -> str:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from slide2vec.cohort.embedder import Embedder
     from slide2vec.stream import SlideOutcome
+    from slide2vec.stream.identities import SlideIdentity
     from slide2vec.tiling import Tiling
 
 __all__ = ["serve"]
@@ -88,6 +89,7 @@ class _Session:
 
         self._model, self._job, self._tell, self._store = model, job, tell, store
         self._arrivals, self._tilings = Arrivals(), dict[str, "Tiling"]()
+        self._identities = dict[str, "SlideIdentity"]()
         self._reporter = _Told(tell)
         self._receive, self._finishing = receive, False
 
@@ -108,9 +110,11 @@ class _Session:
         """Take commands while the stream runs."""
         while not self._finishing:
             match self._receive():
-                case Task(slide, tiling):
+                case Task(slide, tiling, identity):
                     if tiling is not None:
                         self._tilings[slide.sample_id] = tiling
+                    if identity is not None:
+                        self._identities[slide.sample_id] = identity
                     self._arrivals.put(slide)
                 case Drain():
                     self._arrivals.end()
@@ -158,7 +162,7 @@ class _Session:
         from slide2vec.cohort.writer import Writer
 
         config, execution = self._job.config, self._job.execution
-        cohort = Cohort(config, execution, self._model, self._tilings)
+        cohort = Cohort(config, execution, self._model, self._tilings, self._job.place, self._identities)
         cohort.entries = PostedEntries(self._tell_entry)
         publisher = Publisher(cohort, self._model, self._settle)
 

@@ -105,7 +105,7 @@ def load_settings(
     if given["wandb.enable"]:
         logger.warning("%s: Weights & Biases is not supported; ignored", given.where("wandb.enable"))
     run = {field: given[key] for field, key in _RUN.items()}
-    _check_preset(given)
+    _check_preset(given, path)
     return RunSettings(
         **run,
         preprocessing=_built(
@@ -129,11 +129,12 @@ def _override(text: str) -> Source:
     return Source(COMMAND_LINE, nested({key.strip(): content}))
 
 
-def _check_preset(given: Values) -> None:
+def _check_preset(given: Values, path: Path | None) -> None:
     """Find a wrong name before anything slow begins."""
     preset, variant = given["model.name"], given["model.output_variant"]
     if preset is None:
-        raise ConfigError("model.name is missing: name a preset (`slide2vec models` lists them)")
+        where = COMMAND_LINE if path is None else path
+        raise ConfigError(f"{where}: model.name is missing: name a preset (`slide2vec models` lists them)")
     try:
         recipe = load_recipe(preset)
     except (PresetError, OSError) as error:  # a name may be longer than files have

@@ -88,9 +88,9 @@ Text = str | None
 #: All keys, in the order in which they are written.
 KEYS: dict[str, Key] = {
     "csv": Key(Location | None),
+    "output_dir": _of(ExecutionOptions, "output_dir", Path("output")),
     "slides_dir": Key(Location | None),
     "id_from": Key(IdFrom, "name"),
-    "output_dir": _of(ExecutionOptions, "output_dir", Path("output")),
     "resume": _of(PreprocessingConfig, "resume"),
     "fingerprint": _of(PreprocessingConfig, "fingerprint"),
     "resume_dirname": Key(Text),

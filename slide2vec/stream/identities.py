@@ -56,11 +56,12 @@ class Identities:
 
     Args:
         config: its `fingerprint` says how closely, its read_tiles_from what is looked at.
+        known: by sample_id; kept and changed.
     """
 
-    def __init__(self, config: PreprocessingConfig) -> None:
+    def __init__(self, config: PreprocessingConfig, known: dict[str, SlideIdentity] | None = None) -> None:
         self._config = config
-        self._known: dict[str, SlideIdentity] = {}
+        self._known: dict[str, SlideIdentity] = {} if known is None else known
         self._lock, self._warned = threading.Lock(), False
 
     def of(self, slide: Slide, *, masked: bool = True, staged: Staged | None = None) -> SlideIdentity:

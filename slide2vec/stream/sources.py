@@ -16,6 +16,7 @@ from slide2vec.cpus import job_cpus
 from slide2vec.errors import NotFiniteError, SlideReadError
 from slide2vec.prepare import cut_tiles, dali_archive
 from slide2vec.readers import SlideReader
+from slide2vec.readers.base import BufferedReader
 from slide2vec.runtime import Engine
 from slide2vec.tiling import BadTile, Tiling
 from slide2vec.tiling.archives import TileArchive
@@ -151,6 +152,9 @@ class SlideSource:
         self.reader, self.tiling = reader, tiling
         self._cut: Callable[..., None] = cut_tiles
         self._closed = closed
+        ratio, rest = divmod(tiling.geometry.read_tile_size_px, tiling.geometry.requested_tile_size_px)
+        self._ratio = 1 if rest else ratio
+        self._free: list[Pixels] = []
         self._others: tuple[SlideReader, ...] = ()
         self._supertiles = plan_supertiles(
             tiling.x,
@@ -174,15 +178,35 @@ class SlideSource:
         return SlideSource(self.reader, tiling, grouped=grouped, closed=self._closed)
 
     def fetch(self, number: int) -> Any:
-        """The pixels of a supertile, (h, w, 3) uint8."""
-        supertile = self._supertiles[number]
-        level = self.tiling.geometry.read_level
-        return self.reader.read_region(supertile.location_lv0, level, supertile.size)
+        """The pixels of a supertile, (h, w, 3) uint8, by how much they are reduced already, and the memory
+        that `place` is to give back."""
+        supertile, level = self._supertiles[number], self.tiling.geometry.read_level
+        where = supertile.location_lv0, level, supertile.size
+        if isinstance(self.reader, BufferedReader):
+            # whole cells only, so that the supertile can be reduced at once
+            ratio = 1 if (supertile.offsets % self._ratio).any() else self._ratio
+            memory = self._memory(supertile.size[0] * supertile.size[1] * 3 // ratio**2)
+            pixels = self.reader.read_into(memory, *where, ratio)
+            if pixels is not None:
+                return pixels, ratio, memory
+            self._free.append(memory)
+        return self.reader.read_region(*where), 1, None
+
+    def _memory(self, size: int) -> Pixels:
+        """Memory that `place` is done with, else new: to touch a page for the first time is dear."""
+        try:
+            found = self._free.pop()
+        except IndexError:
+            return np.empty(size, np.uint8)
+        return found if found.size >= size else np.empty(size, np.uint8)
 
     def place(self, number: int, data: Any, targets: Sequence[Pixels]) -> None:
         """Cut the tiles out of a supertile."""
+        pixels, ratio, memory = data
         size = self.tiling.geometry.read_tile_size_px
-        self._cut(data, self._supertiles[number].offsets, size, targets)
+        self._cut(pixels, self._supertiles[number].offsets // ratio, size // ratio, targets)
+        if memory is not None:
+            self._free.append(memory)
 
     def read_tile(self, tile: int, target: Pixels) -> None:
         """Read a tile by itself."""
@@ -196,6 +220,7 @@ class SlideSource:
         """Close the slide."""
         for reader in (self.reader, *self._others):
             reader.close()
+        self._free.clear()
         self._closed()
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "coordinate_paths",
     "find_coordinates",
     "load_coordinates",
+    "load_header",
     "read_coordinates",
     "write_coordinates",
 ]
@@ -254,19 +255,36 @@ def load_coordinates(directory: Path, sample_id: str) -> Tiling:
     Raises:
         TilingError: they are missing, damaged, or of an unknown layout.
     """
-    arrays, metadata = coordinate_paths(directory, sample_id)
+    return _loaded(directory, sample_id, coordinate_paths(directory, sample_id)[0])
+
+
+def load_header(directory: Path, sample_id: str) -> Tiling:
+    """As `load_coordinates`, without the tiles: how they were found, from the metadata alone."""
+    return _loaded(directory, sample_id, None)
+
+
+def _loaded(directory: Path, sample_id: str, arrays: Path | None) -> Tiling:
+    metadata = coordinate_paths(directory, sample_id)[1]
     try:
         with open_plain(metadata) as file:
             data = file.read(_MOST_BYTES + 1)
         if len(data) > _MOST_BYTES:
             raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
-        meta = json.loads(data.decode("utf-8"))
+        meta = json.loads(data.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
         return _tiling(_Sections(meta), arrays)
     except FileNotFoundError as error:
         missing = error.filename or error
         raise TilingError(f"slide {sample_id}: coordinate file {missing} does not exist") from error
     except _UNREADABLE as error:
         raise TilingError(f"slide {sample_id}: {metadata} cannot be read: {error}") from error
+
+
+def _finite(text: str) -> float:
+    """A number in JSON. Python's reader also takes NaN and Infinity, which no file of coordinates has."""
+    number = float(text)
+    if not isfinite(number):
+        raise ValueError(f"it holds {text}, which is no finite number")
+    return number
 
 
 class _Sections:
@@ -287,31 +305,46 @@ class _Sections:
             raise ValueError(f"section {section!r} has no {' or '.join(names)}")
         return value
 
+    def number(self, section: str, *names: str) -> Any:
+        """As `get`, a number and no text or truth value that Python would take for one."""
+        value = self.get(section, *names)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{section}.{names[0]} is {value!r}, not a number")
+        return value
+
+    def text(self, section: str, *names: str, default: Any = _MISSING) -> str:
+        """As `get`, a text."""
+        value = self.get(section, *names, default=default)
+        if not isinstance(value, str):
+            raise ValueError(f"{section}.{names[0]} is {value!r}, not a text")
+        return value
+
     def all(self, section: str) -> Mapping[str, Any]:
         if section not in self._meta:
             raise ValueError(f"it has no section {section!r}; was it written by HS2P 3.0 or newer?")
         return self._meta[section]
 
 
-def _tiling(meta: _Sections, arrays: Path) -> Tiling:
+def _tiling(meta: _Sections, arrays: Path | None) -> Tiling:
     width, height = map(int, meta.get("slide", "dimensions"))
-    x, y, fractions = _arrays(arrays, meta.get("tiling", "n_tiles"), (width, height))
+    count = 0 if arrays is None else meta.get("tiling", "n_tiles")
+    x, y, fractions = _arrays(arrays, count, (width, height))
     mask_path = meta.get("provenance", "mask_path", default=None)
     spacing = meta.get("provenance", "spacing_at_level_0", default=None)
     return Tiling(
-        sample_id=str(meta.get("provenance", "sample_id")),
+        sample_id=meta.text("provenance", "sample_id"),
         image_path=as_path(meta.get("provenance", "image_path")),
         mask_path=None if mask_path is None else as_path(mask_path),
         spacing_at_level_0=None if spacing is None else float(spacing),
-        backend=_from_hs2p(str(meta.get("provenance", "backend"))),
-        requested_backend=_from_hs2p(str(meta.get("provenance", "requested_backend", default="auto"))),
+        backend=_from_hs2p(meta.text("provenance", "backend")),
+        requested_backend=_from_hs2p(meta.text("provenance", "requested_backend", default="auto")),
         dimensions=(width, height),
         downsamples=tuple(float(ds) for ds in meta.get("slide", "level_downsamples")),
         geometry=_geometry(meta),
         x=x,
         y=y,
         tissue_fractions=fractions,
-        tissue_threshold=float(meta.get("tiling", "min_tissue_fraction")),
+        tissue_threshold=float(meta.number("tiling", "min_tissue_fraction")),
         segmentation=_segmentation(meta),
         filtering=_filtering(meta),
     )
@@ -319,14 +352,14 @@ def _tiling(meta: _Sections, arrays: Path) -> Tiling:
 
 def _geometry(meta: _Sections) -> TileGeometry:
     def tiling(*names: str) -> Any:
-        return meta.get("tiling", *names)
+        return meta.number("tiling", *names)
 
     read_size = int(tiling("read_tile_size_px", "effective_tile_size_px"))
     overlap = float(tiling("overlap"))
     geometry = TileGeometry(
         requested_tile_size_px=int(tiling("requested_tile_size_px")),
         requested_spacing_um=float(tiling("requested_spacing_um")),
-        base_spacing_um=float(meta.get("slide", "base_spacing_um")),
+        base_spacing_um=float(meta.number("slide", "base_spacing_um")),
         read_level=int(tiling("read_level")),
         read_spacing_um=float(tiling("read_spacing_um", "effective_spacing_um")),
         read_tile_size_px=read_size,
@@ -335,7 +368,7 @@ def _geometry(meta: _Sections) -> TileGeometry:
         step_px_lv0=int(tiling("step_px_lv0")),
         tolerance=float(tiling("tolerance")),
         overlap=overlap,
-        is_within_tolerance=bool(tiling("is_within_tolerance")),
+        is_within_tolerance=bool(meta.get("tiling", "is_within_tolerance")),
     )
     if min(read_size, geometry.tile_size_lv0, geometry.step_px_lv0, geometry.read_level + 1) < 1:
         raise ValueError("its tile sizes, step or level are not positive")
@@ -373,16 +406,19 @@ def _segmentation(meta: _Sections) -> Segmentation:
 def _filtering(meta: _Sections) -> FilterConfig:
     recorded = meta.all("filtering")
     known = {name: recorded[name] for name in FilterConfig.model_fields if recorded.get(name) is not None}
+    for name, value in known.items():
+        if isinstance(value, bool) != isinstance(getattr(FilterConfig(), name), bool):
+            raise ValueError(f"filtering.{name} is {value!r}")
     reference = meta.get("segmentation", "ref_tile_size_px", default=None)
     return FilterConfig(**{**known, "ref_tile_size": reference})
 
 
 def _arrays(
-    path: Path, count: Any, dimensions: tuple[int, int]
+    path: Path | None, count: Any, dimensions: tuple[int, int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     if type(count) is not int or count < 0:
         raise ValueError(f"n_tiles is {count!r}, not a number of tiles")
-    if count == 0:
+    if path is None or count == 0:
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
     with local(path) as file:
         data = read_npz(file, _ARRAYS, most=2 * count)

@@ -97,7 +97,9 @@ def _picture(found: Found) -> str | None:
     if overview is None or not overview.size:
         return None
     pixels = overview.reshape(-1, 3)
-    darkest, brightest = pixels.min(axis=1), pixels.max(axis=1)
+    red, green, blue = pixels.T  # ten times as fast as along the short axis
+    darkest = np.minimum(np.minimum(red, green), blue)
+    brightest = np.maximum(np.maximum(red, green), blue)
     others = _may_differ(found, len(pixels))
     if np.sum(brightest > BLACK) <= others:
         return "all its pixels are black: it was scanned or written wrongly"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -120,8 +120,14 @@ def find_reusable(previous: Previous, reader: SlideReader, config: Preprocessing
         check_tiling(tiling, slide, reader, config)
     except TilingError:
         return None
-    holds = _same_settings(tiling, slide, config) and not previous.was_misread(tiling.backend)
-    return tiling if holds else None
+    if not _same_settings(tiling, slide, config) or previous.was_misread(tiling.backend):
+        return None
+    return replace(tiling, remarks=_recorded_remarks(directory, slide.sample_id))
+
+
+def _recorded_remarks(directory: Path, sample_id: str) -> tuple[str, ...]:
+    found = _read_source(directory, sample_id).get("remarks")
+    return tuple(map(str, found)) if isinstance(found, list) else ()
 
 
 def is_newer(made: Path, slide: Slide) -> bool:

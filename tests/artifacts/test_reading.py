@@ -245,6 +245,16 @@ def test_a_pt_file_that_announces_more_than_it_has(tmp_path: Path) -> None:
         load_embeddings(tmp_path / "c.pt")
 
 
+def test_a_pt_file_whose_checksums_differ(tmp_path: Path) -> None:
+    torch.save(torch.ones(100), tmp_path / "a.pt")
+    data = bytearray((tmp_path / "a.pt").read_bytes())
+    data[data.index(bytes(torch.ones(2).numpy().tobytes()))] ^= 1  # PyTorch itself reads 0.99999994 or so
+    (tmp_path / "a.pt").write_bytes(data)
+    assert not torch.load(tmp_path / "a.pt").equal(torch.ones(100))
+    with refused("is damaged: the checksum of a/data/0 differs"):
+        load_embeddings(tmp_path / "a.pt")
+
+
 def test_npz_bombs(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "a.npz", features=np.zeros(20_000_000, np.float32))
     with refused("announces 80,000,000 bytes"):

@@ -87,5 +87,17 @@ def test_a_manifest_segments_its_slides_differently(run, brown_slide: Path, tmp_
     again = json.loads(run("run", "-m", manifest, *TILES, *PRESET, "-o", out, "--json").stdout)
     assert again["resumed"] == 2
     manifest.write_text(manifest.read_text().replace("otsu,0.9", "otsu,0.5"))
-    again = json.loads(run("run", "-m", manifest, *TILES, *PRESET, "-o", out, "--json").stdout)
-    assert again["resumed"] == 1 and sum(again["recomputed"].values()) == 1
+    other = run("run", "-m", manifest, *TILES, *PRESET, "-o", out)
+    assert other.exit_code == 1 and "tissue_threshold" in flat(other.stderr)
+    assert run("run", "-m", manifest, *TILES, *PRESET, "-o", out, "--no-resume").exit_code == 0
+    assert load_coordinates(out / "tiles", "own").tissue_threshold == 0.5
+
+
+def test_what_was_said_of_tiles_is_said_again_when_they_are_taken_over(
+    run, brown_slide: Path, tmp_path: Path
+) -> None:
+    assert run("tile", brown_slide, *TILES, "-o", tmp_path).exit_code == 0
+    result = run("embed", brown_slide, *TILES, *PRESET, "-o", tmp_path)
+    assert result.exit_code == 0 and BROWN in flat(result.stdout)
+    (row,) = read_process_list(tmp_path / "process_list.csv")
+    assert row["feature_status"] == "success" and BROWN in row["error"]

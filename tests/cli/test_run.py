@@ -95,7 +95,10 @@ def test_flags_resume_and_say_so(run, manifest: Path, tmp_path: Path) -> None:
     assert again.exit_code == 0 and "2 slides finished by an earlier run" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in written} == written
     other = run(*command, "--tissue-threshold", "0.5")
-    assert other.exit_code == 0 and "2 slides embedded anew: finished before with another" in other.stdout
+    assert other.exit_code == 1 and "tissue_threshold 0.01, not 0.5" in other.stderr
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    form = run(*command, "--format", "npz")
+    assert form.exit_code == 0 and "2 slides embedded anew: finished before with another" in form.stdout
     anew = run(*command, "--tissue-threshold", "0.5", "--no-resume")
     assert "earlier run" not in anew.stdout and "of 2 slides" in anew.stdout
 

@@ -159,8 +159,10 @@ def test_the_books(tile_model: Model, slides: list[Path], memory: MemoryFileSyst
 def test_other_settings_are_embedded_anew(tile_model: Model, slides: list[Path]) -> None:
     run(tile_model, slides)
     assert seen(tile_model) > 0
-    again = run(tile_model, slides, tissue_threshold=0.2)
-    assert again.resumed == 0 and again.recomputed == {"geometry tissue_threshold": 2} and seen(tile_model)
+    with pytest.raises(ConfigError, match=r"tissue_threshold 0\.01, not 0\.2"):
+        run(tile_model, slides, tissue_threshold=0.2)
+    again = run(tile_model, slides, URL, {"output_dtype": "fp16"})
+    assert again.resumed == 0 and again.recomputed == {"output_dtype": 2} and seen(tile_model)
 
 
 def test_half_of_a_run(tile_model: Model, slides: list[Path]) -> None:
@@ -240,7 +242,7 @@ def test_shards_are_merged(tile_model: Model, slides: list[Path], memory: Memory
     for shard in ("1/2", "2/2"):
         assert len(run(tile_model, slides, URL, {"shard": shard}).tile_artifacts) == 1
     merged = merge_shards(as_path(URL))
-    assert merged.complete and list(merged.found.rows) == ["s0", "s1"]
+    assert merged.complete and [name for name, _ in merged.found.rows] == ["s0", "s1"]
     assert not [name for name in memory.find("/bucket/run") if "shard-" in name and not name.endswith(".log")]
     for one in whole:
         there = load_embeddings(f"{URL}/tile_embeddings/{one.path.name}")

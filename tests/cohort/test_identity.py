@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,10 +17,15 @@ import torch
 
 from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig, RunResult
 from slide2vec.artifacts import load_embeddings
+from slide2vec.cohort.books import PostedEntries
+from slide2vec.cohort.cohort import Cohort
 from slide2vec.cohort.identity import difference
 from slide2vec.cohort.publish import Publisher
 from slide2vec.readers import fingerprint as fingerprints
 from slide2vec.readers.fingerprint import FileIdentity, fingerprint, same_content
+from slide2vec.scale.messages import Task
+from slide2vec.slides import as_slide
+from slide2vec.stream.identities import Identities
 from slide2vec.synthetic import write_synthetic_slide
 
 CONFIG = PreprocessingConfig(
@@ -88,9 +94,26 @@ def test_one_look_per_slide_and_run(run: Run, looked_at: list[str], how: str) ->
     looked_at.clear()
     assert run(fingerprint=how).resumed == 2 and sorted(looked_at) == ["0.svs", "1.svs"]
     looked_at.clear()
-    again = run(fingerprint=how, tissue_threshold=0.2)
-    assert again.recomputed == {"geometry tissue_threshold": 2}
+    again = run(fingerprint=how, on_the_fly=False)
+    assert again.recomputed == {"tiles_from": 2}
     assert sorted(looked_at) == ["0.svs", "1.svs"]  # the look of resume serves the plan
+
+
+def test_a_worker_takes_what_resume_has_seen(
+    model: Model, slides: list[Path], tmp_path: Path, looked_at: list[str]
+) -> None:
+    slide = as_slide(slides[0])
+    seen = Identities(CONFIG).of(slide)
+    task = pickle.loads(pickle.dumps(Task(slide, None, seen)))
+    looked_at.clear()
+    config, execution = model.resolve_preprocessing(CONFIG), ExecutionOptions(output_dir=tmp_path / "out")
+    worker = Cohort(config, execution, model, identities={slide.sample_id: task.identity})
+    worker.entries = PostedEntries(lambda entry: None)
+    worker.plan(slide).source.close()
+    assert not looked_at
+    replace_with(slides[0], slides[1])
+    worker.plan(slide).source.close()
+    assert looked_at == ["0.svs"]  # it has changed since
 
 
 def before_publishing(monkeypatch: pytest.MonkeyPatch, then: Callable[[str], None]) -> None:
@@ -277,6 +300,7 @@ def test_the_source_record(run: Run, slides: list[Path], tmp_path: Path) -> None
     run(save_tiles=True)
     recorded = json.loads((tmp_path / "out" / "tiles" / "0.source.json").read_text())
     files = {"image": fingerprint(slides[0]), "mask": None}
+    recorded.pop("remarks", None)  # which others make
     assert recorded == {"schema_version": 1, "coordinates": files, "tiles_tar": files}
 
 

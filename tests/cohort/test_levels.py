@@ -206,7 +206,11 @@ def test_another_slide_encoder_needs_no_tiles_again(
     del slide_model.__dict__["_weights_digest"]
     monkeypatch.setattr("slide2vec.cohort.cohort.plan_slide", None)
     again = run(slides, save_tile_embeddings=True)
-    assert (again.resumed, again.recomputed) == (0, {"encoder weights": 3}) and not again.failed
+    assert (again.resumed, again.recomputed) == (0, {}) and not again.failed
+    assert len(again.tile_artifacts) == 3  # those of the first
+    (folder,) = {a.path.parent for a in again.slide_artifacts}
+    assert folder.relative_to(tmp_path).parts[0] == "encoders"
+    assert len(list((tmp_path / "slide_embeddings").glob("*.pt"))) == 3
 
 
 def test_a_slide_without_tissue_is_recorded(

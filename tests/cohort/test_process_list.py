@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -97,3 +98,14 @@ def test_garbage_is_an_error(tmp_path: Path) -> None:
             assert str(path) in str(error)
     with pytest.raises(ArtifactError):
         read_process_list(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-40], lambda text: text.replace("mask_path,", "", 1)])
+def test_a_row_of_other_cells_than_the_header_is_damage(damage: Callable[[str], str], tmp_path: Path) -> None:
+    """A list that was cut off in a row is not read as a slide that is still to do."""
+    path = tmp_path / "process_list.csv"
+    with ProcessList(path, rows(3)):
+        pass
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ArtifactError, match=r"process_list\.csv is damaged: line \d+ has"):
+        read_process_list(path)

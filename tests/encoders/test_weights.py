@@ -110,6 +110,17 @@ def test_damaged_file(tmp_path: Path, content: bytes) -> None:
             read_checkpoint(tmp_path / name)
 
 
+def test_checksums_of_a_zipped_file_are_held_against_it(tmp_path: Path) -> None:
+    """PyTorch does not look at them."""
+    torch.save({"a": torch.ones(100)}, tmp_path / "w.pt")
+    data = bytearray((tmp_path / "w.pt").read_bytes())
+    data[data.index(torch.ones(2).numpy().tobytes())] ^= 1
+    (tmp_path / "w.pt").write_bytes(data)
+    assert not torch.load(tmp_path / "w.pt")["a"].equal(torch.ones(100))
+    with pytest.raises(WeightsError, match=r"w\.pt cannot be read: is damaged: the checksum of w/data/0"):
+        read_checkpoint(tmp_path / "w.pt")
+
+
 def test_no_such_file_and_empty_directory(tmp_path: Path, recipe: Recipe) -> None:
     with pytest.raises(WeightsError, match="neither a file"):
         find_weights(recipe, tmp_path / "none.pt")
@@ -260,7 +271,7 @@ def test_shards_that_do_not_fit_their_index(tmp_path: Path) -> None:
 def test_damaged_index(tmp_path: Path, where: object) -> None:
     with pytest.raises(WeightsError, match=r"model\.safetensors\.index\.json"):
         read_checkpoint(index_of(tmp_path, where))
-    for text in ("", "[]", "{}", "\0", '{"weight_map": '):
+    for text in ("", "[]", "{}", "\0", '{"weight_map": ', "[" * 100_000):
         index = index_of(tmp_path, {})
         index.write_text(text)
         with pytest.raises(WeightsError, match=r"model\.safetensors\.index\.json cannot be read"):

@@ -160,6 +160,22 @@ def test_what_vips_gives_as_black_is_not_its(compression: str, tmp_path: Path, t
         open_slide(as_slide(path), "vips")
 
 
+@pytest.mark.parametrize("backend", ["vips", "openslide"])
+def test_a_wrong_checksum_is_an_error(backend: str, tmp_path: Path, tiffs: Any) -> None:
+    """Of Deflate. Neither library looks at it."""
+    need(backend)
+    path = tiffs.write_plain(tmp_path / "a.tif", compression="zlib")
+    with tifffile.TiffFile(path) as tiff:
+        offset, count = tiff.pages[0].dataoffsets[2], tiff.pages[0].databytecounts[2]
+    data = bytearray(path.read_bytes())
+    data[offset + count - 1] ^= 255
+    path.write_bytes(data)
+    with open_slide(as_slide(path), backend) as reader:
+        with pytest.raises(SlideReadError, match=r"level 0 at .*damaged ADOBE_DEFLATE tile"):
+            reader.read_region((0, 0), 0, reader.dimensions)
+        assert reader.read_region((0, 0), 0, (100, 60)).any()  # the rest is read
+
+
 @pytest.mark.parametrize("compression", ["zlib", "webp", "packbits"])
 def test_tiles_that_vips_cannot_decode_are_an_error(compression: str, tmp_path: Path, tiffs: Any) -> None:
     """With fail_on="error" they are black."""
@@ -316,3 +332,41 @@ def test_first_slides_opened_at_once(reference_slide: Path) -> None:
     for _ in range(10):
         ended = subprocess.run([sys.executable, "-c", OPEN_AT_ONCE, str(reference_slide)], timeout=60)
         assert ended.returncode == 0
+
+
+@pytest.mark.parametrize("backend", ["auto", "tiff", "cucim", "vips", "openslide"])
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        ({"ImageLength": 128}, "400x128 px in tiles of 64x64, which are 14, and lists 35"),
+        ({"TileWidth": 128}, "400x300 px in tiles of 128x64, which are 20, and lists 35"),
+        ({"PhotometricInterpretation": 1}, "3 channels, and its colours are MINISBLACK, which is 1"),
+        ({"SamplesPerPixel": 1}, "1 channels, and its colours are RGB, which are 3"),
+    ],
+)
+def test_tags_that_contradict_each_other(
+    tags: dict[str, int], message: str, backend: str, tmp_path: Path, tiffs: Any
+) -> None:
+    """Libraries take their pick of them, and most give other pixels without a word."""
+    path = tiffs.write_plain(tmp_path / "contradictory.tif", mpp=0.5, compression="lzw")
+    tiffs.set_tags(path, **tags)
+    with pytest.raises(SlideOpenError, match=message):
+        open_slide(as_slide(path), backend)
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((64, 64, 4), np.uint8), ValueError("cannot reshape"), IndexError()]
+)
+def test_whatever_a_library_does_is_an_error_of_the_slide(
+    wrong: Any, tmp_path: Path, tiffs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def library(*box: int) -> Any:
+        if isinstance(wrong, Exception):
+            raise wrong
+        return wrong
+
+    with open_slide(as_slide(tiffs.write_plain(tmp_path / "plain.tif", mpp=0.5))) as reader:
+        monkeypatch.setattr(reader, "_read_box", library)
+        for place in ((0, 0), (-8, 200)):
+            with pytest.raises(SlideReadError, match=r"slide plain: tiff cannot decode level 0"):
+                reader.read_region(place, 0, (64, 64))

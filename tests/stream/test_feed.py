@@ -163,7 +163,7 @@ class _Tensors(HostDecoder):
     def decode(self, *tiles: Any) -> Any:
         return map(torch.from_numpy, super().decode(*tiles))
 
-    def canvas(self, height: int, width: int, *, white: bool = True) -> Any:
+    def canvas(self, height: int, width: int) -> Any:
         return torch.full((height, width, 3), 255, dtype=torch.uint8)
 
 

@@ -183,6 +183,12 @@ def test_missing_files(tiling: Tiling, tmp_path: Path) -> None:
         lambda meta: meta["slide"].update(base_spacing_um=None),
         lambda meta: meta["slide"].update(dimensions=[5]),
         lambda meta: meta.update(tiling=[]),
+        lambda meta: meta["tiling"].update(read_spacing_um=True),
+        lambda meta: meta["tiling"].update(requested_spacing_um="12"),
+        lambda meta: meta["provenance"].update(requested_backend=3.5),
+        lambda meta: meta["filtering"].update(a_t=True),
+        lambda meta: meta["slide"].update(level_downsamples=[1.0, float("inf")]),
+        lambda meta: meta["provenance"].update(mask_backend=float("nan")),
     ],
 )
 def test_damaged_metadata(change: Callable[[Meta], object], tiling: Tiling, tmp_path: Path) -> None:

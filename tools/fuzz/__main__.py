@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ def main() -> int:
     options = _parser().parse_args()
     warm_up()
     options.folder.mkdir(parents=True, exist_ok=True)
+    if options.again:
+        shutil.rmtree(options.folder / "sound", ignore_errors=True)
     cases = Cases(options.folder / "sound", options.seed, sample=options.sample)
     states = cases.prepare()
     if options.case is not None:
@@ -59,7 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path("fuzz"), help="for sound slides and results")
     parser.add_argument("--case", type=int, help="run this one and print it")
-    parser.add_argument("--again", action="store_true", help="run those again that failed")
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="sound slides anew, and the cases that failed",
+    )
     parser.add_argument("--sample", action="store_true", help="only the slides of the short run in CI")
     parser.add_argument("--jobs", type=int, default=1, help="processes that run cases")
     parser.add_argument("--report", type=Path, help="write the table there, too")

@@ -86,7 +86,7 @@ def damage(data: bytes, regions: Regions, rng: Random) -> tuple[bytes, list[str]
     done: list[str] = []
     for _ in range(rng.choice((1, 1, 1, 1, 2, 3))):
         structural = rng.random() < 0.3
-        changed = _structural(data, rng) if structural else None
+        changed = _claimed(data, rng) if structural else None
         if changed is None:
             name = rng.choice(sorted(regions))
             changed = damage_bytes(data, rng.choice(list(regions[name])), rng, name)
@@ -129,13 +129,18 @@ def damage_bytes(data: bytes, place: tuple[int, int], rng: Random, name: str) ->
     )
 
 
+def _claimed(data: bytes, rng: Random) -> tuple[bytes, str] | None:
+    """What `_structural` does; None where the file is too damaged for it already."""
+    try:
+        return _structural(data, rng)
+    except (ValueError, struct.error, OverflowError, MemoryError):
+        return None
+
+
 def _structural(data: bytes, rng: Random) -> tuple[bytes, str] | None:
     if data[128:132] == b"DICM":
         return _dicom_claim(data, rng)
-    try:
-        tiff = read_tiff(data)
-    except (ValueError, struct.error):
-        return None
+    tiff = read_tiff(data)
     if not tiff.directories:
         return None
     kinds: tuple[Callable[[Tiff, Directory, Random], tuple[bytes, str] | None], ...] = (

@@ -26,18 +26,21 @@ def evidence(data: bytes, size: tuple[int, int], boxes: Iterable[Box]) -> str | 
     try:
         if data[128:132] == b"DICM":
             return _dicom_evidence(data, size, list(boxes))
+        if data[:2] not in (b"II", b"MM"):
+            return None  # of no level, then
         return _tiff_evidence(read_tiff(data), size, list(boxes))
     except (ValueError, struct.error, OverflowError) as error:
         return f"its structure: {error}"
 
 
-def _under(boxes: Iterable[Box], across: int, tile: tuple[int, int]) -> set[int]:
-    """Numbers of the tiles under boxes."""
+def _under(boxes: Iterable[Box], size: tuple[int, int], tile: tuple[int, int]) -> set[int]:
+    """Numbers of the tiles of a level that lie under boxes."""
+    across = -(-size[0] // tile[0])
     return {
         row * across + column
         for x, y, width, height in boxes
-        for row in range(y // tile[1], (y + height - 1) // tile[1] + 1)
-        for column in range(x // tile[0], (x + width - 1) // tile[0] + 1)
+        for row in range(y // tile[1], (min(y + height, size[1]) - 1) // tile[1] + 1)
+        for column in range(x // tile[0], (min(x + width, size[0]) - 1) // tile[0] + 1)
     }
 
 
@@ -71,7 +74,7 @@ def _tile_faults(tiff: Tiff, directory: Directory, size: tuple[int, int], boxes:
         yield f"{len(offsets)} offsets and {len(counts)} counts of {across * down * planes} tiles"
         return
     codec = CODECS.get(first(259, 1), "another")
-    for number in sorted(_under(boxes, across, tile)):
+    for number in sorted(_under(boxes, size, tile)):
         rows = tile[1] if tiled else min(tile[1], height - number // across * tile[1])
         for plane in range(planes):
             at = number + plane * across * down
@@ -104,13 +107,15 @@ def _dicom_evidence(data: bytes, size: tuple[int, int], boxes: list[Box]) -> str
             frames = [file.PixelData[at * length : (at + 1) * length] for at in range(count)]
         else:
             frames = list(generate_frames(file.PixelData, number_of_frames=count))
+    except AttributeError:
+        return None  # of no level, or of none that anybody would look for
     except Exception as error:  # pydicom raises what it likes over a damaged file
         return f"its structure: {type(error).__name__}: {error}"
     across, down = -(-size[0] // tile[0]), -(-size[1] // tile[1])
     full = file.get("DimensionOrganizationType") == "TILED_FULL"
     if len(frames) != count or (full and count != across * down):
         return f"{len(frames)} frames, {count} announced, {across * down} needed"
-    numbers = sorted(_under(boxes, across, tile)) if full else range(count)
+    numbers = sorted(_under(boxes, size, tile)) if full else range(count)
     for number in numbers:
         wrong = fault(
             codec,

@@ -12,9 +12,14 @@ import numpy as np
 
 __all__ = ["file_evidence"]
 
+#: Sections of coordinate files whose keys differ between the versions of HS2P that are read.
+_OF_ANY_VERSION = (".segmentation", ".filtering")
 
-def file_evidence(file_format: str, before: bytes, data: bytes) -> str | None:
+
+def file_evidence(kind: str, file_format: str, before: bytes, data: bytes) -> str | None:
     """What in a file tells that it is damaged."""
+    if kind == "manifest":
+        return None  # people write them, in several encodings and with rows of unlike length
     if file_format in ("npz", "pt"):
         return _zip_evidence(data)
     if file_format == "tar":
@@ -60,28 +65,19 @@ def _csv_evidence(data: bytes) -> str | None:
 
 
 def _same_structure(before: Any, after: Any, where: str = "") -> str | None:
-    """How two JSON values differ in keys or types; None where only values do."""
+    """How two JSON values differ in keys or types; None where only values do, or what was null is not."""
     if isinstance(before, dict) and isinstance(after, dict):
-        if before.keys() != after.keys():
+        if before.keys() != after.keys() and where not in _OF_ANY_VERSION:
             return f"{where or 'it'} has other keys: {sorted(before.keys() ^ after.keys())}"
-        return next(
-            (told for key in before if (told := _same_structure(before[key], after[key], f"{where}.{key}"))),
-            None,
-        )
+        pairs = [(f"{where}.{key}", before[key], after[key]) for key in before.keys() & after.keys()]
+        return next((told for at, one, two in pairs if (told := _same_structure(one, two, at))), None)
     if isinstance(before, list) and isinstance(after, list):
-        return (
-            f"{where} has another length"
-            if len(before) != len(after)
-            else next(
-                (
-                    told
-                    for one, two in zip(before, after, strict=True)
-                    if (told := _same_structure(one, two, f"{where}[]"))
-                ),
-                None,
-            )
-        )
+        if len(before) != len(after):
+            return f"{where} has another length"
+        both = zip(before, after, strict=True)
+        return next((told for one, two in both if (told := _same_structure(one, two, f"{where}[]"))), None)
     if isinstance(after, float) and not np.isfinite(after):
         return f"{where} is {after}"
     numbers = [isinstance(each, int | float) and not isinstance(each, bool) for each in (before, after)]
-    return None if all(numbers) or type(before) is type(after) else f"{where} is a {type(after).__name__}"
+    alike = before is None or all(numbers) or type(before) is type(after)
+    return None if alike else f"{where} is a {type(after).__name__}"

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["NAME", "make_others"]
+__all__ = ["NAME", "SHAPES", "make_others"]
 
 #: Of the slide that they are of.
 NAME = "sound"
+#: Of the weights.
+SHAPES: dict[str, tuple[int, ...]] = {"a.weight": (16, 8), "a.bias": (16,), "b": (3, 3, 3)}
 
 
 def make_others(folder: Path) -> None:
@@ -120,7 +122,14 @@ def _make_run(folder: Path, features: str) -> None:
             num_tiles=count,
         )
         encoder = {"name": "an-encoder", "level": "tile", "input_size_px": side}
-        write_tile_embeddings(folder, embedded, tiling, file_format=features, encoder=encoder)  # type: ignore[arg-type]
+        write_tile_embeddings(
+            folder,
+            embedded,
+            tiling,
+            file_format=features,  # type: ignore[arg-type]
+            encoder=encoder,
+            coordinates=write_coordinates(folder / "tiles", tiling),
+        )
 
 
 def _make_weights(folder: Path) -> None:
@@ -128,10 +137,7 @@ def _make_weights(folder: Path) -> None:
     from safetensors.torch import save_file
 
     random = torch.Generator().manual_seed(2)
-    state = {
-        name: torch.randn(shape, generator=random)
-        for name, shape in (("a.weight", (16, 8)), ("a.bias", (16,)), ("b", (3, 3, 3)))
-    }
+    state = {name: torch.randn(shape, generator=random) for name, shape in SHAPES.items()}
     save_file(state, folder / "model.safetensors")
     torch.save({"state_dict": state}, folder / "model.pt")
     names = list(state)
@@ -139,6 +145,16 @@ def _make_weights(folder: Path) -> None:
         save_file({key: state[key] for key in keys}, folder / part)
     where = {key: "part-1.safetensors" if key in names[:1] else "part-2.safetensors" for key in names}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+_PARITY = {
+    "min_cosine": 0.9999,
+    "mean_cosine": 0.99995,
+    "finite": True,
+    "least": 0.999,
+    "tiles": 64,
+    "batch_sizes": [1, 16, 64],
+}
 
 
 def _make_engine(folder: Path) -> None:
@@ -149,7 +165,12 @@ def _make_engine(folder: Path) -> None:
     (folder / "engine.bin").write_bytes(bytes(range(256)))
     record = EngineRecord(
         key="0123456789abcdef",
-        identity={"encoder": "x", "libraries": {"torch": "2"}},
+        identity={
+            "encoder": "x",
+            "weights": "0123",
+            "device": {"type": "cuda", "name": "a GPU"},
+            "libraries": {"torch": "2"},
+        },
         preset="p",
         variant="v",
         runtime="tensorrt",
@@ -161,13 +182,13 @@ def _make_engine(folder: Path) -> None:
         profile=BatchProfile(1, 16, 64),
         file="engine.bin",
         opset=18,
-        parity={"cosine": 0.9999},
+        parity=_PARITY,
         licence="Apache-2.0",
         versions={"tensorrt": "10"},
         built_at="2026-11-28T00:00:00Z",
         build_seconds=3.5,
         speed={"engine": 100.0, "torch": 90.0},
-        steps_down=[{"precision": "fp8", "why": "far"}],
+        steps_down=[{"precision": "fp8", "reason": "far"}],
         checksums={"engine.bin": hashlib.sha256(bytes(range(256))).hexdigest()},
     )
     (folder / "engine.json").write_text(record.as_json())

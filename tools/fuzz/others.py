@@ -17,7 +17,7 @@ import numpy as np
 from slide2vec.errors import Slide2VecError
 from tools.fuzz.otherdamage import damage_file
 from tools.fuzz.otherdetect import file_evidence
-from tools.fuzz.othermade import NAME
+from tools.fuzz.othermade import NAME, SHAPES
 from tools.fuzz.slidecase import badly_said
 
 __all__ = ["OTHERS", "Other", "damage_other", "run_other_case"]
@@ -84,20 +84,26 @@ def _process_list(folder: Path) -> Any:
 
 def _features(folder: Path) -> Any:
     from slide2vec.artifacts import find_tile_artifact
-    from slide2vec.artifacts.stored import load_stored
+    from slide2vec.artifacts.stored import as_embedded, load_stored
+    from slide2vec.slides import Slide
 
     artifact = find_tile_artifact(folder, NAME)
     if artifact is None:
         return None
-    stored = load_stored(artifact)
-    return stored.features, stored.coords, stored.tile_size_lv0, artifact.num_tiles, artifact.feature_dim
+    found = as_embedded(Slide(sample_id=NAME, image_path=Path("/slides/sound.svs")), load_stored(artifact))
+    return found.tile_embeddings, found.x, found.y, found.tile_size_lv0, found.num_tiles, artifact.feature_dim
 
 
 def _weights(name: str) -> Callable[[Path], Any]:
     def read(folder: Path) -> Any:
         from slide2vec.encoders.weights import read_checkpoint
+        from slide2vec.errors import WeightsError
 
-        return read_checkpoint(folder / name)
+        state = read_checkpoint(folder / name)
+        shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+        if shapes != SHAPES:  # as the encoder's own loading, which follows, finds it
+            raise WeightsError(f"{folder / name}: {shapes} instead of {SHAPES}")
+        return state
 
     return read
 
@@ -144,6 +150,8 @@ def run_other_case(other: Other, sound: Path, folder: Path, victim: str, data: b
     """Read a kind's files in `folder`, before and after one of them is damaged; the outcome."""
     shutil.copytree(sound / other.name, folder, dirs_exist_ok=True)
     right = _plain(other.read(folder))
+    if right is None:
+        return {"outcome": "harness", "message": "the sound file counts as absent: nothing is tried"}
     before = (folder / victim).read_bytes()
     (folder / victim).write_bytes(data)
     return _outcome(other, folder, right, before, data)
@@ -153,7 +161,7 @@ def _outcome(other: Other, folder: Path, right: Any, before: bytes, data: bytes)
     try:
         found = other.read(folder)
     except Slide2VecError as error:
-        names = [NAME, *(Path(name).name for name in other.files)]
+        names = [NAME, folder.name, *(Path(name).name for name in other.files)]
         said = next(
             (None for name in names if badly_said(str(error), name) is None),
             badly_said(str(error), names[-1]),
@@ -167,7 +175,7 @@ def _outcome(other: Other, folder: Path, right: Any, before: bytes, data: bytes)
     plain = _plain(found)
     if plain == right:
         return {"outcome": "right", "message": ""}
-    told = file_evidence(other.format, before, data)
+    told = file_evidence(other.kind, other.format, before, data)
     outcome = "another value, detectable" if told else "another value"
     return {"outcome": outcome, "message": f"{told or 'nothing tells'}: {_difference(right, plain)}"[:500]}
 
@@ -196,6 +204,8 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     return value if isinstance(value, str | int | bool | None) else repr(value)
 
 

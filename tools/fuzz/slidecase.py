@@ -5,24 +5,28 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Iterator
-from math import floor
+from math import ceil, floor
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 
+from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import Slide2VecError
+from slide2vec.prepare import cut_tiles
 from slide2vec.slides import Slide
 from slide2vec.stream.plan import SlidePlan, plan_slide
 from tools.fuzz.damage import Regions, damage
 from tools.fuzz.detect import Box, evidence
 from tools.fuzz.slides import Base
-from tools.fuzz.truth import Plan, Sound, planned, preprocessing
+from tools.fuzz.truth import WAYS, Pixels, Plan, Sound, planned, preprocessing
 
 __all__ = ["badly_said", "damage_slide", "run_slide_case"]
 
 NAME = "damaged-slide"
+#: Side of a tile as read beyond which it is not compared.
+_MOST_READ_PX = 2048
 #: What no message to a user should say.
 _INTERNALS = re.compile(r"division by zero|NoneType|object has no attribute|^'\w+'$")
 
@@ -44,15 +48,18 @@ def run_slide_case(
     slide = Slide(
         sample_id=NAME,
         image_path=folder / sound.main,
-        mask_path=sound.mask if way == "mask" else None,
+        mask_path=sound.mask if WAYS[way].by_mask else None,
         spacing_at_level_0=base.spacing_um,
     )
-    return _attempt(slide, sound, (sound.plans or {}).get(way), data)
+    asked = preprocessing(sound.spacing_um, sound.tile_px, WAYS[way].ratio)
+    return _attempt(slide, asked, sound, (sound.plans or {}).get(way), data)
 
 
-def _attempt(slide: Slide, sound: Sound, right: Plan | None, data: bytes) -> dict[str, Any]:
+def _attempt(
+    slide: Slide, asked: PreprocessingConfig, sound: Sound, right: Plan | None, data: bytes
+) -> dict[str, Any]:
     try:
-        plan = plan_slide(slide, preprocessing(sound.spacing_um, sound.tile_px))
+        plan = plan_slide(slide, asked)
         try:
             found = planned(plan)
             boxes = list(_wrong_boxes(plan, found, sound))
@@ -75,25 +82,39 @@ def _wrong_boxes(plan: SlidePlan, found: Plan, sound: Sound) -> Iterator[Box]:
     """Where pixels of the level that was read are not those of the sound slide; reads every tile."""
     source, tiling = plan.source, plan.tiling
     downsample = found.size[0] / found.read[0]
-    same = found.read_tile_px == tiling.geometry.requested_tile_size_px
+    side, read = tiling.geometry.requested_tile_size_px, found.read_tile_px
     for number, tiles in enumerate(source.blocks):
-        side = tiling.geometry.requested_tile_size_px
         targets = [np.empty((side, side, 3), np.uint8) for _ in tiles]
         source.place(number, source.fetch(number), targets)
-        for tile, target in zip(tiles.tolist(), targets, strict=True) if same else ():
+        for tile, target in zip(tiles.tolist(), targets, strict=True) if read <= _MOST_READ_PX else ():
             x, y = (floor(int(each[tile]) / downsample) for each in (tiling.x, tiling.y))
-            known = sound.region(found.read, x, y, side)
+            known = sound.region(found.read, x, y, read)
             if known is None:
                 continue
-            differs = (target != known[0]).any(-1) & known[1]
-            if differs.any() and not _as_close(target, known[0], source.backend, sound):
-                rows, columns = np.flatnonzero(differs.any(1)), np.flatnonzero(differs.any(0))
+            right, valid = (_reduced(each, side) for each in known)
+            differs = (target != right).any(-1) & (valid == 255).all(-1)
+            if differs.any() and not _as_close(target, right, source.backend, sound):
+                top, left, bottom, right_px = _bounds(differs)
+                scale = read / side
                 yield (
-                    x + int(columns[0]),
-                    y + int(rows[0]),
-                    int(columns[-1] - columns[0]) + 1,
-                    int(rows[-1] - rows[0]) + 1,
+                    x + int(left * scale),
+                    y + int(top * scale),
+                    ceil((right_px - left) * scale),
+                    ceil((bottom - top) * scale),
                 )
+
+
+def _reduced(tile: Pixels, side: int) -> Pixels:
+    """As tiles are: area-averaged."""
+    target = np.empty((side, side, 3), np.uint8)
+    cut_tiles(tile, np.zeros((1, 2), np.int64), tile.shape[0], [target])
+    return target
+
+
+def _bounds(differs: Any) -> tuple[int, int, int, int]:
+    """Top, left, bottom and right of what is true."""
+    rows, columns = np.flatnonzero(differs.any(1)), np.flatnonzero(differs.any(0))
+    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
 
 
 def _as_close(got: Any, right: Any, backend: str, sound: Sound) -> bool:
@@ -114,13 +135,13 @@ def _judged(
         return {"outcome": "right", "message": "read, although the sound slide is not"}
     changed = [
         f"{name} {getattr(right, name)} became {getattr(found, name)}"
-        for name in ("size", "spacing_um", "read", "read_tile_px")
+        for name in ("size", "spacing_um", "read", "read_tile_px", "levels")
         if getattr(right, name) != getattr(found, name)
     ]
+    if found.tiles == right.tiles and all(each.startswith("levels") for each in changed):
+        return {"outcome": "right", "message": "; ".join(changed)}
     if changed:
         return {"outcome": "another claim", "message": "; ".join(changed)}
-    if found.tiles == right.tiles:
-        return {"outcome": "right", "message": ""}
     whole = [(0, 0, *searched)]
     told = evidence(data, searched, whole)
     outcome = "other tiles, detectable" if told else "other tiles"

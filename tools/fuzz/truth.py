@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,17 @@ from slide2vec.stream.plan import SlidePlan, plan_slide
 from slide2vec.stream.sources import SlideSource
 from tools.fuzz.slides import Base
 
-__all__ = ["Plan", "Sound", "load_sound", "make_sound", "note_failure", "planned", "preprocessing"]
+__all__ = [
+    "WAYS",
+    "Pixels",
+    "Plan",
+    "Sound",
+    "load_sound",
+    "make_sound",
+    "note_failure",
+    "planned",
+    "preprocessing",
+]
 
 Pixels = NDArray[np.uint8]
 #: Largest difference between two decoders of the same lossy tile.
@@ -31,17 +41,31 @@ _MOST_PX = 2_500_000
 
 
 @dataclass(frozen=True)
+class Way:
+    """How a slide is tiled: tissue from a mask that is all tissue, or from its pixels; and by how much tiles
+    are reduced."""
+
+    by_mask: bool
+    ratio: int
+
+
+WAYS: Mapping[str, Way] = {"mask": Way(True, 1), "hsv": Way(False, 1), "reduced": Way(True, 2)}
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is read of a slide.
 
     Attributes:
         size, spacing_um: of level 0.
-        read: (width, height) of the level that is read.
+        levels: (width, height) of every level.
+        read: of the level that is read.
         tiles: (x, y) of every tile in level-0 px.
     """
 
     size: tuple[int, int]
     spacing_um: float
+    levels: tuple[tuple[int, int], ...]
     read: tuple[int, int]
     read_tile_px: int
     tiles: tuple[tuple[int, int], ...]
@@ -55,7 +79,7 @@ class Sound:
         files: its files; main: the one to open.
         state: "read", "refused: …", "wrong: …", or "absent".
         spacing_um, tile_px: what to ask for.
-        plans: by way of finding tissue, "mask" and "hsv".
+        plans: by the names of `WAYS`; without those that find no tissue.
         folder: that also holds its levels.
     """
 
@@ -75,18 +99,18 @@ class Sound:
         return self.folder / "mask.png"
 
     def region(self, size: tuple[int, int], x: int, y: int, side: int) -> tuple[Pixels, Pixels] | None:
-        """Right pixels of a box of a level with this size, and which of them it has; None without one."""
+        """Right pixels of a box of a level with this size, and 255 where it has them; None without one."""
         level = _level(self.folder, size)
         if level is None and size not in self.levels and self.levels:
             level = _level(self.folder, self.levels[0]) if size[0] > self.levels[0][0] // 2 else None
         if level is None:
             return None
-        pixels, valid = np.full((side, side, 3), 255, np.uint8), np.zeros((side, side), bool)
+        pixels, valid = np.full((side, side, 3), 255, np.uint8), np.zeros((side, side, 3), np.uint8)
         height, width = level.shape[:2]
         x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + side, width), min(y + side, height)
         if x0 < x1 and y0 < y1:
             inside = slice(y0 - y, y1 - y), slice(x0 - x, x1 - x)
-            pixels[inside], valid[inside] = level[y0:y1, x0:x1], True
+            pixels[inside], valid[inside] = level[y0:y1, x0:x1], 255
         return pixels, valid
 
 
@@ -96,11 +120,11 @@ def _level(folder: Path, size: tuple[int, int]) -> Pixels | None:
     return np.load(path, mmap_mode="r") if path.is_file() else None
 
 
-def preprocessing(spacing_um: float, tile_px: int) -> PreprocessingConfig:
+def preprocessing(spacing_um: float, tile_px: int, ratio: int) -> PreprocessingConfig:
     """As a run has it, without previews."""
     return PreprocessingConfig(
-        requested_spacing_um=spacing_um,
-        requested_tile_size_px=tile_px,
+        requested_spacing_um=spacing_um * ratio,
+        requested_tile_size_px=tile_px // ratio,
         preview={"save_mask_preview": False, "save_tiling_preview": False},
     )
 
@@ -112,6 +136,7 @@ def planned(plan: SlidePlan) -> Plan:
     return Plan(
         size=tiling.dimensions,
         spacing_um=round(tiling.geometry.base_spacing_um, 6),
+        levels=tuple(reader.level_dimensions),
         read=reader.level_dimensions[tiling.geometry.read_level],
         read_tile_px=tiling.geometry.read_tile_size_px,
         tiles=tuple(zip(tiling.x.tolist(), tiling.y.tolist(), strict=True)),
@@ -150,6 +175,7 @@ def load_sound(folder: Path) -> Sound:
                 "size": tuple(plan["size"]),
                 "read": tuple(plan["read"]),
                 "tiles": tuple(map(tuple, plan["tiles"])),
+                "levels": tuple(map(tuple, plan["levels"])),
             }
         )
         for way, plan in (about["plans"] or {}).items()
@@ -191,11 +217,7 @@ def _examined(base: Base, folder: Path, main: Path) -> Sound:
         tuple(levels),
     )
     Image.fromarray(np.ones((max(height // 8, 1), max(width // 8, 1)), np.uint8)).save(found.mask)
-    return found if state != "read" else Sound(**{**_fields(found), "plans": _plans(base, found, slide)})
-
-
-def _fields(sound: Sound) -> dict[str, Any]:
-    return {name: getattr(sound, name) for name in sound.__dataclass_fields__}
+    return found if state != "read" else replace(found, plans=_plans(found, slide))
 
 
 def _tile_px(read: tuple[int, int]) -> int:
@@ -203,19 +225,14 @@ def _tile_px(read: tuple[int, int]) -> int:
     return 32 if min(read) < _TILE_PX else _TILE_PX if min(read) < 1000 else 2 * _TILE_PX
 
 
-def _plans(base: Base, found: Sound, slide: Slide) -> dict[str, Plan]:
+def _plans(found: Sound, slide: Slide) -> dict[str, Plan]:
     plans = {}
-    for way in ("mask", "hsv"):
-        asked = Slide(
-            **{
-                **{n: getattr(slide, n) for n in slide.__dataclass_fields__},
-                "mask_path": found.mask if way == "mask" else None,
-            }
-        )
-        plan = plan_slide(asked, preprocessing(found.spacing_um, found.tile_px))
+    for name, way in WAYS.items():
+        asked = replace(slide, mask_path=found.mask if way.by_mask else None)
+        plan = plan_slide(asked, preprocessing(found.spacing_um, found.tile_px, way.ratio))
         try:
             if len(plan.tiling):
-                plans[way] = planned(plan)
+                plans[name] = planned(plan)
         finally:
             plan.source.close()
     return plans

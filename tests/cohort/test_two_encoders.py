@@ -1,0 +1,274 @@
+"""Several encoders, and several tilings, in one output directory: nothing of one is lost to the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cohort_helpers import files, rows
+
+from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig, RunResult
+from slide2vec.cohort.merging import merge_shards
+from slide2vec.cohort.publish import Publisher
+from slide2vec.cohort.shard_lists import gathered
+from slide2vec.errors import ConfigError
+from slide2vec.tiling import load_coordinates
+
+TIMM = "timm:test_vit.r160_in1k"
+FOLDER = "encoders/timm-test_vit.r160_in1k"
+CONFIG = PreprocessingConfig(requested_spacing_um=0.5, requested_tile_size_px=160, resume=True)
+
+Run = Callable[..., RunResult]
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Model]:
+    return {
+        "scattering": Model.from_preset("scattering", device="cpu", allow_non_recommended_settings=True),
+        "timm": Model.from_preset(TIMM, weights="random", device="cpu", allow_non_recommended_settings=True),
+    }
+
+
+@pytest.fixture
+def run(models: dict[str, Model], slides: list[Path], tmp_path: Path) -> Run:
+    """Runs an encoder over two slides into tmp_path/out, or as said."""
+
+    def go(
+        name: str,
+        out: str = "out",
+        given: Any = None,
+        execution: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> RunResult:
+        execution_options = ExecutionOptions(output_dir=tmp_path / out, **(execution or {}))
+        pipeline = Pipeline(models[name], CONFIG.updated(**options), execution_options)
+        return pipeline.run(given or slides[:2])
+
+    return go
+
+
+def tile(model: Model, slides: list[Path], out: Path, **options: Any) -> RunResult:
+    """An earlier `tile`."""
+    config = CONFIG.updated(**options)
+    return Pipeline(model, config, ExecutionOptions(output_dir=out)).run(slides, tiling_only=True)
+
+
+def test_the_second_goes_beside_the_first(run: Run, tmp_path: Path) -> None:
+    run("scattering", "alone")
+    out, alone = tmp_path / "out", files(tmp_path / "alone")
+    assert {name.split("/")[0] for name in alone} == {"config.yaml", "tile_embeddings", "tiles"}
+    run("scattering")
+    first = files(out)
+    assert {name: first[name] for name in alone if name != "config.yaml"} == {
+        name: content for name, content in alone.items() if name != "config.yaml"
+    }
+    second = run("timm")
+    both = files(out)
+    assert {name: both[name] for name in first} == first  # config.yaml and coordinates, too
+    assert {name.split("/")[0] for name in both} == {"config.yaml", "tile_embeddings", "tiles", "encoders"}
+    assert {str(a.path.relative_to(out).parent) for a in second.tile_artifacts} == {
+        f"{FOLDER}/tile_embeddings"
+    }
+    assert f"{FOLDER}/config.yaml" in both
+    assert [(row["sample_id"], row["encoder_name"]) for row in rows(out)] == [
+        *[("s0", TIMM), ("s1", TIMM), ("s0", "scattering"), ("s1", "scattering")],
+    ]
+    for name in ("scattering", "timm"):  # whoever goes on
+        again = run(name)
+        assert (again.resumed, again.recomputed) == (2, {}) and files(out) == both
+    again = run("scattering", resume=False)
+    anew = files(out)
+    del anew["config.yaml"], both["config.yaml"]  # which say whether to resume
+    assert again.resumed == 0 and anew == both
+
+
+def test_embeddings_are_those_of_separate_runs(run: Run, tmp_path: Path) -> None:
+    for name in ("timm", "scattering"):
+        run(name)
+        run(name, f"{name}_alone")
+    for folder, name in (("", "timm"), ("encoders/scattering/", "scattering")):
+        for made in (tmp_path / f"{name}_alone/tile_embeddings").glob("*.pt"):
+            assert made.read_bytes() == (tmp_path / f"out/{folder}tile_embeddings/{made.name}").read_bytes()
+
+
+def test_another_precision_is_another_encoder(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run("timm")
+    first = files(tmp_path / "out")
+    other = run("timm", execution={"precision": "bf16"})
+    assert "with other settings (precision): they stay, and those of this run go to" in caplog.text
+    assert other.recomputed == {} and {a.path.parents[1].name for a in other.tile_artifacts} == {
+        "timm-test_vit.r160_in1k-bf16"
+    }
+    assert {name: content for name, content in files(tmp_path / "out").items() if name in first} == first
+    assert run("timm", execution={"precision": "bf16"}).resumed == run("timm").resumed == 2
+
+
+def test_a_second_run_that_breaks_off_is_taken_up(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for out in ("out", "undisturbed"):
+        run("scattering", out)
+    run("timm", "undisturbed")
+    publish, made = Publisher.outcome, []
+
+    def broken(self: Publisher, outcome: Any) -> Any:
+        made.append(outcome)
+        if len(made) > 1:
+            raise RuntimeError("broken off")
+        yield from publish(self, outcome)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Publisher, "outcome", broken)
+        with pytest.raises(RuntimeError, match="broken off"):
+            run("timm")
+    assert run("scattering").resumed == 2
+    assert run("timm").resumed == 1
+    assert files(tmp_path / "out").keys() == files(tmp_path / "undisturbed").keys()
+    for name, content in files(tmp_path / "undisturbed").items():
+        assert name.endswith("json") or files(tmp_path / "out")[name] == content
+    assert len(rows(tmp_path / "out")) == 4
+
+
+def test_a_folder_of_two_encoders_mixed_is_refused(run: Run, slides: list[Path], tmp_path: Path) -> None:
+    """As earlier versions left it."""
+    run("scattering", given=slides[:1])
+    run("timm", "other", given=slides[1:2])
+    for path in (tmp_path / "other/tile_embeddings").iterdir():
+        path.rename(tmp_path / "out/tile_embeddings" / path.name)
+    before = files(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"s1\.pt is of another encoder \(timm"):
+        run("scattering")
+    after = files(tmp_path / "out")
+    assert {name: after[name] for name in before} == before
+
+
+def test_another_geometry_has_its_own_coordinates(run: Run, tmp_path: Path) -> None:
+    run("scattering")
+    first = files(tmp_path / "out")
+    other = run("timm", requested_tile_size_px=320)
+    both = files(tmp_path / "out")
+    assert {name: both[name] for name in first} == first
+    tilings = tmp_path / "out/tilings/320px-0.5um/tiles"
+    assert load_coordinates(tilings, "s0").geometry.requested_tile_size_px == 320
+    assert Path(other.tile_artifacts[0].metadata["coordinates_meta_path"]).parent == tilings
+    assert run("timm", requested_tile_size_px=320).resumed == run("scattering").resumed == 2
+
+
+def test_shards_of_a_second_encoder(run: Run, tmp_path: Path) -> None:
+    run("scattering")
+    for shard in ("1/2", "2/2"):
+        assert run("timm", execution={"shard": shard}).failed == ()
+        assert len(gathered(tmp_path / "out").missing) == (1 if shard == "1/2" else 0)
+    merged = merge_shards(tmp_path / "out")
+    assert merged.complete and (merged.finished, merged.total) == (2, 2)
+    assert sorted({row["encoder_name"] for row in rows(tmp_path / "out")}) == ["scattering", TIMM]
+    assert len(rows(tmp_path / "out")) == 4
+
+
+# tile, then embed -------------------------------------------------------------------------------
+
+
+def test_tiles_that_are_there_are_taken_with_their_settings(
+    models: dict[str, Model], slides: list[Path], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    tile(models["timm"], slides[:2], out, segmentation={"method": "otsu"}, tissue_threshold=0.3, overlap=0.25)
+    before = {name: load_coordinates(out / "tiles", name) for name in ("s0", "s1")}
+    with monkeypatch.context() as patched:
+        patched.setattr("slide2vec.stream.plan.tile_slide", None)  # nothing is tiled
+        result = run("timm")
+    assert not result.failed
+    for artifact in result.tile_artifacts:
+        assert artifact.num_tiles == len(before[artifact.sample_id])
+    text = (out / "config.yaml").read_text()
+    assert "method: otsu" in text and "tissue_threshold: 0.3" in text and "overlap: 0.25" in text
+    more = run("timm", given=slides[:3])  # a slide that is added later is tiled as the others
+    assert more.resumed == 2 and load_coordinates(out / "tiles", "s2").segmentation.method == "otsu"
+    again = run("timm", segmentation={"method": "otsu"}, tissue_threshold=0.3)  # the same, said
+    assert again.resumed == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"segmentation": {"method": "hsv"}}, "segmentation.method otsu, not hsv"),
+        ({"tissue_threshold": 0.01}, "tissue_threshold 0.3, not 0.01"),
+        ({"filtering": {"a_t": 1}}, "filtering.a_t 4, not 1"),
+        ({"overlap": 0.5}, "overlap 0, not 0.5"),
+        ({"requested_tile_size_px": 224}, "tile size in px 160, not 224"),
+        ({"region_tile_multiple": 2}, "tile size in px 160, not 320"),
+    ],
+)
+def test_what_differs_is_said_and_nothing_touched(
+    models: dict[str, Model], slides: list[Path], run: Run, tmp_path: Path, given: dict[str, Any], told: str
+) -> None:
+    out = tmp_path / "out"
+    tile(models["timm"], slides[:1], out, segmentation={"method": "otsu"}, tissue_threshold=0.3)
+    before = files(out)
+    with pytest.raises(ConfigError) as caught:
+        run("timm", given=slides[:1], **given)
+    assert told in str(caught.value) and "--no-resume" in str(caught.value)
+    assert "another output directory" in str(caught.value) and files(out) == before
+
+
+def test_each_slide_keeps_the_tiles_it_has(
+    models: dict[str, Model], slides: list[Path], run: Run, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    tile(models["timm"], slides[:1], out, segmentation={"method": "otsu"})
+    tile(models["timm"], slides[1:3], out, tissue_threshold=0.4)
+    before = {name: content for name, content in files(out).items() if name.endswith(".npz")}
+    assert not run("timm", given=slides[:3]).failed
+    after = files(out)
+    assert {name: after[name] for name in before} == before and run("timm", given=slides[:3]).resumed == 3
+
+
+def test_tiles_of_embeddings_are_not_replaced(
+    models: dict[str, Model], slides: list[Path], run: Run, tmp_path: Path
+) -> None:
+    run("scattering")
+    before = files(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"those of the embeddings of scattering\. Give"):
+        tile(models["timm"], slides[:2], tmp_path / "out", tissue_threshold=0.5)
+    with pytest.raises(ConfigError, match="embeddings of scattering"):
+        run("timm", tissue_threshold=0.5, resume=False)
+    with pytest.raises(ConfigError, match="tissue_threshold"):
+        run("scattering", tissue_threshold=0.5)
+    assert files(tmp_path / "out") == before
+    run("scattering", tissue_threshold=0.5, resume=False)  # which says: anew
+    assert files(tmp_path / "out") != before
+
+
+def test_pictures_are_of_this_run(
+    models: dict[str, Model], slides: list[Path], run: Run, tmp_path: Path
+) -> None:
+    out, drawn = tmp_path / "out", {"save_mask_preview": True, "save_tiling_preview": True}
+    tile(models["timm"], slides[:1], out, segmentation={"method": "otsu"}, preview=drawn)
+    run("timm", given=slides[:1])
+    (row,) = rows(out)
+    assert row["mask_preview_path"] and row["tiling_preview_path"]  # the tiles are those
+    run("timm", given=slides[:1], tissue_threshold=0.5, resume=False)
+    (row,) = rows(out)
+    assert not row["mask_preview_path"] and not row["tiling_preview_path"]
+    assert not list((out / "preview").rglob("*.jpg"))
+
+
+def test_pooled_tiles_of_two_encoders(run: Run, models: dict[str, Model], tmp_path: Path) -> None:
+    made = {name: run(name, name).tile_artifacts for name in ("scattering", "timm")}
+    execution = ExecutionOptions(output_dir=tmp_path / "pooled")
+    places = [
+        models[name].aggregate_tiles(made[name], execution=execution, aggregator=how)[0].path
+        for name, how in (
+            ("scattering", "mean"),
+            ("timm", "mean"),
+            ("scattering", "max"),
+            ("scattering", "mean"),
+        )
+    ]
+    assert len(set(places)) == 3 and places[0] == places[3]
+    assert torch.load(places[0], weights_only=True).shape == (models["scattering"].feature_dim,)
