@@ -19,6 +19,7 @@ __all__ = [
     "dicom_float",
     "dicom_head",
     "dicom_integer",
+    "dicom_item",
     "dicom_series",
     "dicom_text",
     "is_dicom",
@@ -160,22 +161,38 @@ def partly_read(data: bytes, last: int, tags: tuple[int, ...] | None = None) -> 
 
 
 def dicom_text(found: Any, tag: int) -> str:
-    """The text of an element as it is stored: asking pydicom for its value would warn of what it dislikes."""
-    element = found.get_item(tag)
-    value = getattr(element, "value", None)
-    return value.decode("ascii", "replace").strip("\0 ") if isinstance(value, bytes) else ""
+    """The text of an element of a data set; "" where there is none."""
+    return _stored(found, tag).decode("ascii", "replace").strip("\0 ")
 
 
 def dicom_integer(found: Any, tag: int) -> int:
     """The number of an element of two or four bytes; 0 where there is none."""
-    value = getattr(found.get_item(tag), "value", None)
-    return int.from_bytes(value, "little") if isinstance(value, bytes) and len(value) in (2, 4) else 0
+    value = _stored(found, tag)
+    return int.from_bytes(value, "little") if len(value) in (2, 4) else 0
 
 
 def dicom_float(found: Any, tag: int) -> float:
     """The number of an element in single precision; 0 where there is none."""
-    value = getattr(found.get_item(tag), "value", None)
-    return float(struct.unpack("<f", value)[0]) if isinstance(value, bytes) and len(value) == 4 else 0.0
+    value = _stored(found, tag)
+    return float(struct.unpack("<f", value)[0]) if len(value) == 4 else 0.0
+
+
+def dicom_item(found: Any, tag: int) -> Any | None:
+    """The first item of a sequence, a data set; None where there is none."""
+    try:
+        items = found[tag].value
+        return items[0] if items else None
+    except Exception:  # as in `partly_read`
+        return None
+
+
+def _stored(found: Any, tag: int) -> bytes:
+    """The bytes of an element: asking pydicom for its value would warn of what it dislikes."""
+    try:
+        value = found.get_item(tag).value
+    except Exception:  # there is none, or it is damaged: as in `partly_read`
+        return b""
+    return value if isinstance(value, bytes) else b""
 
 
 def uid_name(uid: str) -> str:

@@ -12,11 +12,13 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from slide2vec.geometry import is_plausible_spacing
 from slide2vec.readers.dicomframes import FrameTable, frame_table
 from slide2vec.readers.dicomhead import (
     DicomHead,
     dicom_float,
     dicom_integer,
+    dicom_item,
     dicom_text,
     partly_read,
     uid_name,
@@ -136,9 +138,10 @@ def dicom_claims(level: DicomLevel) -> Iterator[Claim]:
 
 def doubted(claims: Sequence[Claim]) -> str | None:
     """What to tell where the size of the imaged volume contradicts the spacing, or None."""
-    if len(claims) < 2 or abs(claims[0][1] - claims[1][1]) <= _DOUBTED * claims[0][1]:
+    told = [claim[:2] for claim in claims if is_plausible_spacing(claim[1])]
+    if len(told) < 2 or abs(told[0][1] - told[1][1]) <= _DOUBTED * told[0][1]:
         return None
-    (source, used), (other, unused) = (claim[:2] for claim in claims)
+    (source, used), (other, unused) = told
     return f"has {used:.4g} µm/px by {source}, which is used, and {unused:.4g} by {other}"
 
 
@@ -269,13 +272,12 @@ def _says(header: Any, syntax: str) -> dict[str, Any]:
 
 def _spacing(header: Any) -> tuple[float, float] | None:
     """(row, column) µm/px that the shared functional groups give."""
-    for tag in (_SHARED_GROUPS, _MEASURES):
-        element = header.get(tag)
-        if element is None or not element.value:
-            return None
-        header = element.value[0]
+    groups = dicom_item(header, _SHARED_GROUPS)
+    measures = None if groups is None else dicom_item(groups, _MEASURES)
+    if measures is None:
+        return None
     try:
-        row, column = (float(value) * 1000 for value in dicom_text(header, _PIXEL_SPACING).split("\\"))
+        row, column = (float(value) * 1000 for value in dicom_text(measures, _PIXEL_SPACING).split("\\"))
     except ValueError:
         return None
     return row, column

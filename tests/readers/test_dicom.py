@@ -405,6 +405,16 @@ def test_headers_damaged_anywhere_end_in_one_error(tmp_path: Path) -> None:
             assert "slide a:" in str(error)
 
 
+def test_elements_that_pydicom_does_not_know(tmp_path: Path) -> None:
+    """It raises NotImplementedError, of which users must not hear."""
+    path = write(tmp_path / "a.dcm", picture())
+    data = path.read_bytes()
+    at = data.index(b"\x48\0\x07\0") + 4  # rows of the total pixel matrix
+    path.write_bytes(data[:at] + b"U`\0\0" + data[at + 8 :])
+    with pytest.raises(SlideOpenError, match=r"slide a: .* claims 300x0 px"):
+        opened(path)
+
+
 def test_pydicom_does_not_warn(series: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
