@@ -265,8 +265,8 @@ def test_random_weights_are_announced(caplog: pytest.LogCaptureFixture) -> None:
     ("values", "told"),
     [
         ({"requested_spacing_um": 1.0}, ["prost40m", "1 µm/px", "trained at 0.5"]),
-        ({"requested_tile_size_px": 256}, ["prost40m", "256 px", "trained on 224"]),
-        ({"requested_spacing_um": 0.53, "requested_tile_size_px": 96}, ["0.53 µm/px", "96 px"]),
+        ({"requested_tile_size_px": 252}, ["prost40m", "252 px", "trained on 224"]),
+        ({"requested_spacing_um": 0.53, "requested_tile_size_px": 98}, ["0.53 µm/px", "98 px"]),
     ],
 )
 def test_what_a_preset_was_not_trained_on_needs_permission(
@@ -290,7 +290,7 @@ def test_near_spacings_and_untrained_encoders_need_none(
     assert strict.resolve_preprocessing().requested_tile_size_px == 224
     for spacing in (0.475, 0.499, 0.525):
         strict.resolve_preprocessing(PreprocessingConfig(requested_spacing_um=spacing))
-    scattering.resolve_preprocessing(PreprocessingConfig(requested_spacing_um=7, requested_tile_size_px=33))
+    scattering.resolve_preprocessing(PreprocessingConfig(requested_spacing_um=7, requested_tile_size_px=97))
     assert not caplog.records
 
 

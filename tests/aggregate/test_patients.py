@@ -65,7 +65,7 @@ def test_the_preset_brings_tile_encoder_spacing_and_tile_size(patient_model: Mod
     ("preset", "tiles", "size_px", "dim", "latents"),
     [
         ("titan", "conchv15", 512, 768, None),
-        ("gigapath-slide", "gigapath", 256, 768, None),
+        ("gigapath-slide", "gigapath", 224, 768, None),
         ("prism", "virchow", 224, 1280, (512, 1280)),
     ],
 )
