@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 #: How names of manifests end; the last ones are named, not read.
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".xlsx", ".xls")
-_WORKBOOKS = (".xlsx", ".xls")
 #: How Excel's own files begin: a zip archive, and a compound document.
 _WORKBOOK_MAGIC = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
 

@@ -247,10 +247,11 @@ def remark(tiles: int, skipped: Sequence[Mapping[str, Any]], remarks: Sequence[s
         skipped: tiles left out, with their x and y.
         remarks: what is implausible about its tissue and tiles.
     """
-    told = list(remarks)
+    told = "; ".join(remarks)
     if skipped:
         where = ", ".join(f"({bad['x']}, {bad['y']})" for bad in skipped)
-        told.insert(0, f"{len(skipped)} tiles could not be decoded and were left out, at level-0 px {where}")
-    elif not tiles:
-        return ": ".join([NO_TISSUE, *("; ".join(told),)] if told else [NO_TISSUE])
-    return "; ".join(told) or None
+        lost = f"{len(skipped)} tiles could not be decoded and were left out, at level-0 px {where}"
+        return f"{lost}; {told}" if told else lost
+    if not tiles:
+        return f"{NO_TISSUE}: {told}" if told else NO_TISSUE
+    return told or None

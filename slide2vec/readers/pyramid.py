@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import ceil, floor
 from types import TracebackType
 from typing import Any, Self
@@ -69,15 +70,21 @@ class PyramidReader(ABC):
 
     def _checked_box(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         """What `_read_box` gives; an error where it is of another shape, or a library raises its own."""
-        try:
+        with self._naming_errors(level, x, y):
             pixels = self._read_box(level, x, y, width, height)
+        if tuple(pixels.shape) != (height, width, 3):
+            raise self._read_error(level, x, y, f"pixels of shape {tuple(pixels.shape)} came out")
+        return pixels
+
+    @contextmanager
+    def _naming_errors(self, level: int, x: int, y: int) -> Iterator[None]:
+        """What a library raises of its own becomes an error of the slide at that place."""
+        try:
+            yield
         except SlideReadError:
             raise
         except _OF_LIBRARIES as error:
             raise self._read_error(level, x, y, error) from error
-        if tuple(pixels.shape) != (height, width, 3):
-            raise self._read_error(level, x, y, f"pixels of shape {tuple(pixels.shape)} came out")
-        return pixels
 
     def _corner(self, location_lv0: tuple[int, int], level: int) -> tuple[int, int]:
         """(x, y) in px of a level."""

@@ -96,7 +96,8 @@ class BoxReader(PyramidReader):
         inside = canvas[(y0 - y) // ratio : (y1 - y) // ratio, (x0 - x) // ratio : (x1 - x) // ratio]
         if inside.shape != shape:
             canvas[:] = 255
-        self._boxes.fill(inside, level, x0, y0, ratio=ratio)
+        with self._naming_errors(level, x0, y0):
+            self._boxes.fill(inside, level, x0, y0, ratio=ratio)
         return canvas
 
     def close(self) -> None:

@@ -102,7 +102,8 @@ class _Process:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": paths},
+                # cuCIM would open a context of 520 MB on every GPU that it sees, and decodes on the CPU here
+                env=os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""},
                 start_new_session=True,  # Ctrl-C is for the process that it serves
             )
         return self._child

@@ -409,3 +409,22 @@ def test_memory_of_supertiles_holds_nothing_of_the_one_before(tmp_path: Path, ti
     expected = pixels[100:200, 150:250].copy()
     expected[28:92, 42:100] = 255
     np.testing.assert_array_equal(found, expected)
+
+
+def test_whatever_a_library_raises_is_an_error_of_the_slide(
+    tmp_path: Path, tiffs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the pixels are asked for: a tile can be left out, and the message names slide and place."""
+    path = write(tmp_path / "a.tif", np.zeros((300, 400, 3), np.uint8), compression="zlib")
+
+    def broken(*_: Any) -> Any:
+        raise IndexError("list index out of range")
+
+    with open_slide(as_slide(path), "tiff") as reader:
+        assert isinstance(reader, BufferedReader)
+        monkeypatch.setattr("slide2vec.readers.decoders.decode_tile", broken)
+        message = r"slide a: tiff cannot decode level 0 at \(0, 0\).*out of range"
+        with pytest.raises(SlideReadError, match=message):
+            reader.read_region((0, 0), 0, (100, 100))
+        with pytest.raises(SlideReadError, match=message):
+            reader.read_into(np.zeros(31_000, np.uint8), (0, 0), 0, (100, 100), 1)

@@ -45,6 +45,10 @@ class Grows(Reader):
 class Raises(Reader):
     def __init__(self, probe): raise RuntimeError("told where it is opened")
 
+class SeesGpus(Reader):
+    def __init__(self, probe):
+        if os.environ.get("CUDA_VISIBLE_DEVICES", "all"): os._exit(4)
+
 class Prints(Reader):
     def __init__(self, probe): os.write(1, b"noise")
 """
@@ -88,7 +92,7 @@ def test_a_death_is_the_error_of_that_file(
     trial.try_first(readers.Reader, file)  # by a new process
 
 
-@pytest.mark.parametrize("reader", ["Reader", "Raises", "Prints"])
+@pytest.mark.parametrize("reader", ["Reader", "Raises", "Prints", "SeesGpus"])
 def test_a_process_that_lives_is_kept(reader: str, readers: Any, file: Probe) -> None:
     trial.try_first(readers.Reader, file)
     process = trial._process._child
