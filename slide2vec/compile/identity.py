@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from slide2vec import __version__
 from slide2vec.recipes import Recipe
 from slide2vec.runtime.base import BatchProfile, Layout
 from slide2vec.runtime.record import SCHEMA, EngineRecord
+from slide2vec.version import __version__
 
 __all__ = ["Subject", "differences", "identity", "key_of", "library_versions"]
 
