@@ -7,7 +7,7 @@ DEMO_DIR ?= demo
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench gpu-check clean
+.PHONY: help setup demo test test-slow lint bench fuzz gpu-check clean
 
 help:  ## show this list
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ lint: $(STAMP)  ## ruff (lint and format) and mypy --strict
 
 bench: $(STAMP)  ## CPU benchmarks, side by side; results under benchmarks/results/
 	@$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+fuzz: $(STAMP)  ## damage N slides and files (default 800) and see what comes of them; goes on where it was stopped
+	@$(BIN)/python -m tools.fuzz --cases $(or $(N),800) --seed $(or $(SEED),1) $(ARGS)
 
 gpu-check:  ## tests and benchmarks on an NVIDIA GPU, with what is installed (.venv, else PYTHON as it is)
 	@$(GPU_PYTHON) tools/gpu_check.py $(ARGS)

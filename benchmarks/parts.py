@@ -43,21 +43,6 @@ def configs() -> Any:
     return PreprocessingConfig(requested_spacing_um=SPACING_UM, requested_tile_size_px=TILE_PX)
 
 
-def feed_raw(slide: Path, repeat: int) -> dict[str, float]:
-    """`feed`, but its compressed tiles are read in file order, and decoded once each by OpenCV."""
-    from dataclasses import replace
-
-    from slide2vec.prepare import cut_tiles
-    from slide2vec.readers.decoders import OpencvDecoder
-    from slide2vec.readers.raw import RawReader
-
-    def through_raw(plan: Any) -> Any:
-        reader = RawReader(plan.source.reader.probe, OpencvDecoder())
-        return replace(plan, source=plan.source.through(reader, cut_tiles))
-
-    return feed(slide, repeat, through_raw)
-
-
 def feed(slide: Path, repeat: int, adapt: Callable[[Any], Any] = lambda plan: plan) -> dict[str, float]:
     """Plan, read, cut and resize every tile; the encoder's own transform is left to `encode`."""
     from slide2vec.progress import NullReporter
@@ -208,7 +193,6 @@ def prepare(name: str, side: int) -> Callable[[Path, int], dict[str, float]]:
 
 PARTS: dict[str, Any] = {
     "feed": feed,
-    "feed_raw": feed_raw,
     "decode": decode,
     "encode": encode,
     "bare": bare,

@@ -7,7 +7,7 @@ the machine", as each field says.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -39,7 +39,7 @@ __all__ = [
     "shard_numbers",
 ]
 
-Backend = Literal["auto", "cucim", "openslide", "vips", "asap"]
+Backend = Literal["auto", "tiff", "cucim", "openslide", "vips", "asap"]
 Precision = Literal["fp16", "bf16", "fp32", "fp8"]
 EngineChoice = Literal["auto", "torch", "tensorrt", "openvino", "inductor"]
 OutputFormat = Literal["pt", "npz", "safetensors", "h5"]
@@ -80,8 +80,14 @@ class _Config(BaseModel):
             raise ConfigError("; ".join(_in_words(name, item) for item in error.errors())) from None
 
     def updated(self, **values: Any) -> Self:
-        """A validated copy with some fields replaced."""
-        return type(self)(**{**{k: getattr(self, k) for k in type(self).model_fields}, **values})
+        """A validated copy with some fields replaced; what nobody set stays so (`model_fields_set`)."""
+        made = type(self)(**{**{k: getattr(self, k) for k in type(self).model_fields}, **values})
+        return made.set_only(self.model_fields_set | values.keys())
+
+    def set_only(self, fields: Set[str]) -> Self:
+        """The same, with only these fields of those that were given counting as set by the user."""
+        self.model_fields_set.intersection_update(fields)
+        return self
 
 
 def _in_words(name: str, error: Any) -> str:
@@ -147,7 +153,7 @@ class PreprocessingConfig(_Config):
     """How slides are tiled and read.
 
     Attributes:
-        backend: reader; "auto" picks per slide (cucim, vips, openslide, asap) by what opens the file.
+        backend: reader; "auto" picks per slide (tiff, cucim, vips, openslide, asap) by what opens the file.
         requested_spacing_um: µm/px of the tiles; None = the preset's.
         requested_tile_size_px: side of the tiles at that spacing; None = the preset's.
         region_tile_multiple: hierarchical extraction: regions of so many tiles a side (2 or more).
@@ -210,11 +216,13 @@ class PreprocessingConfig(_Config):
             ConfigError: the regions are no multiple of these tiles.
         """
         made = self.updated(requested_spacing_um=spacing_um, requested_tile_size_px=tile_size_px)
-        if not made.hierarchical:
-            return made
-        region, multiple = made.requested_region_size_px, made.region_tile_multiple
-        multiple = multiple or (region or 0) // tile_size_px
-        return made.updated(region_tile_multiple=multiple, requested_region_size_px=tile_size_px * multiple)
+        if made.hierarchical:
+            region, multiple = made.requested_region_size_px, made.region_tile_multiple
+            multiple = multiple or (region or 0) // tile_size_px
+            made = made.updated(
+                region_tile_multiple=multiple, requested_region_size_px=tile_size_px * multiple
+            )
+        return made.set_only(self.model_fields_set)
 
     def for_slide(self, sample_id: str, options: Mapping[str, Any]) -> Self:
         """With the options of a single slide (see `Slide.tiling`).

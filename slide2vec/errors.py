@@ -18,6 +18,7 @@ __all__ = [
     "ManifestError",
     "MaskError",
     "ModelLevelError",
+    "NotFiniteError",
     "NothingToEmbedError",
     "OutputError",
     "OutputLockedError",
@@ -31,6 +32,7 @@ __all__ = [
     "TilingError",
     "WeightsError",
     "WorkerLostError",
+    "as_slide_error",
     "nearest_names",
 ]
 
@@ -97,6 +99,10 @@ class MaskError(SlideError, ValueError):
 
 class TilingError(SlideError, ValueError):
     """A coordinate file cannot be read or does not belong to the slide and settings at hand."""
+
+
+class NotFiniteError(SlideError, ArithmeticError):
+    """Embeddings hold NaN or infinities; the message names the first tile, the precision and the remedy."""
 
 
 class WorkerLostError(SlideError):
@@ -180,6 +186,23 @@ class EmbedPatientsError(EmbedSlidesError):
     """
 
     what = "patients"
+
+
+def as_slide_error(error: BaseException, sample_id: str, doing: str) -> Exception:
+    """One of ours as it is; any other as the cause of a SlideError that names the slide.
+
+    Args:
+        doing: what was being done, such as "finding its tiles".
+    """
+    if isinstance(error, Slide2VecError):
+        return error
+    what = " ".join(str(error).split())
+    told = SlideError(
+        f"slide {sample_id}: {doing} failed: {type(error).__name__}{f': {what}' if what else ''}; its file "
+        "is damaged perhaps: copy it again from its source"
+    )
+    told.__cause__ = error
+    return told
 
 
 def nearest_names(name: str, allowed: Iterable[str], count: int = 3) -> str:

@@ -52,3 +52,21 @@ def slides_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no {folder}: set SLIDE2VEC_TEST_SLIDES to the folder of test slides")
     return folder
+
+
+@pytest.fixture(scope="session")
+def dialects_dir() -> Path:
+    """The folder of real files in uncommon dialects, beside the test slides; skips the test without it."""
+    folder = slides_folder().parent / "dialects"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def broken_dir() -> Path:
+    """The folder of damaged files, beside the test slides; skips the test without it."""
+    folder = slides_folder().parent / "broken"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    return folder

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from slide2vec.artifacts.finite import remedy
 from slide2vec.cpus import Budget
 from slide2vec.embedded import EmbeddedPatient
 from slide2vec.errors import EmbedPatientsError, ManifestError, PatientError, Slide2VecError
@@ -34,13 +35,24 @@ def patient_embedding(
         with torch.inference_mode(), torch_threads(Budget.of(device.type).encoder_threads):
             stacked = torch.stack([embedding.float() for embedding in slides.values()])
             found: Tensor = encoder(stacked.to(device))
-            return found.float().cpu()
+            made = found.float().cpu()
     except Slide2VecError:
         raise
     except Exception as error:
         raise PatientError(
             f"the patient encoder {preset} failed on the slides {', '.join(slides)}: {error}"
         ) from error
+    for name, embedding in slides.items():
+        if not embedding.isfinite().all():
+            raise PatientError(
+                f"the embedding of slide {name} holds NaN or infinities: embed it again in bf16 or fp32"
+            )
+    if not made.isfinite().all():
+        raise PatientError(
+            f"the patient encoder {preset} gives NaN or infinities for the slides {', '.join(slides)}; "
+            f"PyTorch computed them in fp32: {remedy('fp32')}"
+        )
+    return made
 
 
 def one_patient(slides: Sequence[Slide], patient_id: str | None) -> list[Slide]:

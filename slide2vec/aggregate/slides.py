@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from slide2vec.artifacts.finite import remedy
 from slide2vec.cpus import Budget
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.encoders.slide import TileBag
-from slide2vec.errors import Slide2VecError, SlideError
+from slide2vec.errors import NotFiniteError, Slide2VecError, SlideError
 from slide2vec.runtime.threads import torch_threads
 
 __all__ = ["with_slide_embedding"]
@@ -41,8 +42,16 @@ def with_slide_embedding(
             f"slide {embedded.sample_id}: the slide encoder {preset} failed on its {embedded.num_tiles} "
             f"tiles: {error or type(error).__name__}"
         ) from error
+    made = found.embedding.float().cpu()
     kept = found.latents.float().cpu() if latents and found.latents is not None else None
-    return replace(embedded, slide_embedding=found.embedding.float().cpu(), latents=kept)
+    for what, values in (("embedding", made), ("latents", kept)):
+        if values is not None and not values.isfinite().all():
+            raise NotFiniteError(
+                f"slide {embedded.sample_id}: the {what} that the slide encoder {preset} gives for its "
+                f"{embedded.num_tiles} tiles hold NaN or infinities; PyTorch computed them in fp32 from "
+                f"embeddings of tiles without: {remedy('fp32')}"
+            )
+    return replace(embedded, slide_embedding=made, latents=kept)
 
 
 def _bag(embedded: EmbeddedSlide, device: torch.device) -> TileBag:

@@ -6,19 +6,22 @@ than the file could hold.
 
 from __future__ import annotations
 
+import io
 import math
+import pickletools
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.artifacts.records import FORMATS
 from slide2vec.errors import ArtifactError
-from slide2vec.files import READING_ARRAYS, as_os_errors, as_path, local
+from slide2vec.files import as_os_errors, as_path, local
+from slide2vec.files.arrays import check_bytes, read_npz
 
 if TYPE_CHECKING:
     import torch
@@ -27,20 +30,20 @@ __all__ = ["load_coords", "load_embeddings", "load_tile_size"]
 
 #: The array of embeddings by the names it may have, the first found counts.
 _VALUES = ("features", "latents")
-#: A compressed array may be this many times as large as its file. Embeddings compress to half, with
-#: many zeros to a tenth; deflate could reach 1,032.
-MAX_EXPANSION = 64
-#: Smaller arrays are read whatever their compression: a slide of equal tiles is no attack.
-SMALL_BYTES = 64 * 2**20
-#: npy headers of plain arrays have 128 bytes.
-MAX_NPY_HEADER = 10_000
+#: Of a file that PyTorch before 1.6 wrote: magic number, version, system, the tensor, names of storages.
+_LEGACY_PICKLES = 5
+#: Pixels that no slide reaches along a side.
+MOST_PX = 2**31
 
 
-def load_embeddings(path: str | Path) -> torch.Tensor:
+def load_embeddings(path: str | Path, *, most: int | None = None) -> torch.Tensor:
     """The embeddings (or latents) in a .pt, .npz, .safetensors or .h5 file, on the CPU.
 
     Also reads what the original slide2vec, CLAM and TRIDENT write. A stray first axis of h5 files,
     (1, N, D) for N coordinates, is dropped.
+
+    Args:
+        most: numbers that there may be, as a sidecar says.
 
     Returns:
         1-D, 2-D or 3-D; float16, bfloat16, float32 or float64, as stored.
@@ -52,7 +55,7 @@ def load_embeddings(path: str | Path) -> torch.Tensor:
 
     path, read = _reader(path)
     with _refusing(path), local(path) as file:
-        found = read(file, _VALUES)
+        found = read(file, _VALUES, most)
         if found is None:
             raise ArtifactError(f"holds no array called {' or '.join(_VALUES)}")
         values = found if isinstance(found, torch.Tensor) else torch.from_numpy(found)
@@ -75,13 +78,25 @@ def load_coords(path: str | Path) -> NDArray[np.int64] | None:
     if path.suffix in (".pt", ".npz"):
         return None
     with _refusing(path), local(path) as file:
-        found = read(file, ("coords",))
+        found = read(file, ("coords",), None)
         if found is None:
             return None
         coords = np.asarray(found)
         if coords.ndim != 2 or coords.shape[1] != 2 or coords.dtype.kind not in "iu":
             raise ArtifactError(f"coords are {coords.dtype} of shape {coords.shape}, not (N, 2) integers")
-        return coords.astype(np.int64)
+        return _plausible(coords)
+
+
+def _plausible(coords: NDArray[Any]) -> NDArray[np.int64]:
+    """Raises ArtifactError for places that no slide has; how large theirs is, the file need not say."""
+    outside = ((coords < 0) | (coords >= MOST_PX)).any(1)
+    if outside.any():
+        first = int(outside.argmax())
+        raise ArtifactError(
+            f"coords of {outside.sum()} of {len(coords)} tiles are on no slide: those of tile {first} are "
+            f"{coords[first].tolist()}, and level-0 px go from 0 to {MOST_PX - 1}"
+        )
+    return coords.astype(np.int64)
 
 
 def load_tile_size(path: str | Path) -> int | None:
@@ -123,7 +138,7 @@ def _number(attributes: Any, name: str) -> float | None:
     return value if 0 < value < 2**31 else None
 
 
-_Read = Callable[[Path, tuple[str, ...]], Any]
+_Read = Callable[[Path, tuple[str, ...], int | None], Any]
 
 
 def _reader(path: str | Path) -> tuple[Path, _Read]:
@@ -162,15 +177,12 @@ def _brief(error: Exception) -> str:
     return text[:300] or type(error).__name__
 
 
-def _check_size(shape: tuple[int, ...], itemsize: int, file_bytes: int, *, compressed: bool) -> None:
-    """Refuse an array that its file cannot hold, before it is allocated."""
-    size = math.prod(shape) * itemsize
-    limit = max(MAX_EXPANSION * file_bytes, SMALL_BYTES) if compressed else file_bytes
-    if size > limit:
-        raise ArtifactError(f"announces {size:,} bytes of shape {shape}; the file has {file_bytes:,}")
+def _check_most(shape: tuple[int, ...], most: int | None) -> None:
+    if most is not None and math.prod(shape) > most:
+        raise ArtifactError(f"announces shape {shape}, more than the {most:,} numbers of its sidecar")
 
 
-def _read_pt(path: Path, names: tuple[str, ...]) -> torch.Tensor:
+def _read_pt(path: Path, names: tuple[str, ...], most: int | None) -> torch.Tensor:
     import torch
 
     size = path.stat().st_size
@@ -178,14 +190,39 @@ def _read_pt(path: Path, names: tuple[str, ...]) -> torch.Tensor:
         with zipfile.ZipFile(path) as archive:
             if any(info.file_size != info.compress_size for info in archive.infolist()):
                 raise ArtifactError("is compressed, which torch.save never does")
+            for info in archive.infolist():
+                if info.filename.endswith("data.pkl"):
+                    _check_pickle(io.BytesIO(archive.read(info)))
+    else:
+        with path.open("rb") as file:
+            for _ in range(_LEGACY_PICKLES):
+                _check_pickle(file)
     # Mapped: what a damaged file says of the length of its data is held against the file's own.
     found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     if not isinstance(found, torch.Tensor):
         raise ArtifactError(f"holds a {type(found).__name__}, not one tensor")
     if found.layout is not torch.strided or found.device.type != "cpu":
         raise ArtifactError(f"holds a {found.layout} tensor on {found.device}, not a plain one")
-    _check_size(tuple(found.shape), found.itemsize, size, compressed=False)
+    check_bytes(tuple(found.shape), found.itemsize, size, compressed=False)
+    _check_most(tuple(found.shape), most)
     return found.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _check_pickle(file: IO[bytes]) -> None:
+    """Refuse what makes something else than tensors: `bytearray(2**31)` is a few bytes of pickle, and one of
+    the things that PyTorch calls even with weights_only.
+
+    Raises:
+        ArtifactError, ValueError: naming it, or it is no pickle of ours.
+    """
+    texts = ["", ""]
+    for code, argument, _ in pickletools.genops(file):
+        if "UNICODE" in code.name:
+            texts = [texts[1], str(argument)]
+        if code.name in ("GLOBAL", "INST", "STACK_GLOBAL"):
+            module, name = texts if argument is None else str(argument).split(" ", 1)
+            if module.partition(".")[0] != "torch" and (module, name) != ("collections", "OrderedDict"):
+                raise ArtifactError(f"asks for {module}.{name}, which a tensor does not need")
 
 
 def _starts_with(path: Path, magic: bytes) -> bool:
@@ -193,39 +230,12 @@ def _starts_with(path: Path, magic: bytes) -> bool:
         return file.read(len(magic)) == magic
 
 
-def _read_npz(path: Path, names: tuple[str, ...]) -> NDArray[Any] | None:
-    with READING_ARRAYS, zipfile.ZipFile(path) as archive:
-        members = {info.filename: info for info in archive.infolist()}
-        name = next((name for name in names if f"{name}.npy" in members), None)
-        if name is None:
-            return None
-        info = members[f"{name}.npy"]
-        compressed = info.compress_type != zipfile.ZIP_STORED
-        with archive.open(info) as file:
-            shape, dtype = _npy_header(file)
-        _check_size(shape, dtype.itemsize, path.stat().st_size, compressed=compressed)
-        if math.prod(shape) * dtype.itemsize > info.file_size:
-            raise ArtifactError(f"announces more data of shape {shape} than it has")
-        with archive.open(info) as file:
-            found = np.lib.format.read_array(file, allow_pickle=False, max_header_size=MAX_NPY_HEADER)
-    return _native(found)
+def _read_npz(path: Path, names: tuple[str, ...], most: int | None) -> NDArray[Any] | None:
+    found = read_npz(path, names, most=most)
+    return next((_native(found[name]) for name in names if name in found), None)
 
 
-def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
-    if read is None:
-        raise ArtifactError(f"holds an array of npy version {version}; 1.0 and 2.0 are known")
-    shape, _, dtype = read(file, max_header_size=MAX_NPY_HEADER)
-    if dtype.kind not in "fiu":
-        raise ArtifactError(f"holds {dtype}, not numbers")
-    return shape, dtype
-
-
-def _read_safetensors(path: Path, names: tuple[str, ...]) -> torch.Tensor | None:
+def _read_safetensors(path: Path, names: tuple[str, ...], most: int | None) -> torch.Tensor | None:
     import torch
     from safetensors import safe_open
 
@@ -234,11 +244,12 @@ def _read_safetensors(path: Path, names: tuple[str, ...]) -> torch.Tensor | None
         name = next((name for name in names if name in known), None)
         if name is None:
             return None
+        _check_most(tuple(file.get_slice(name).get_shape()), most)
         found: torch.Tensor = file.get_tensor(name)
         return found.clone(memory_format=torch.contiguous_format)  # off the map of the file
 
 
-def _read_h5(path: Path, names: tuple[str, ...]) -> NDArray[Any] | None:
+def _read_h5(path: Path, names: tuple[str, ...], most: int | None) -> NDArray[Any] | None:
     import h5py
 
     size = path.stat().st_size
@@ -248,6 +259,7 @@ def _read_h5(path: Path, names: tuple[str, ...]) -> NDArray[Any] | None:
         if name is None:
             return None
         dataset = _dataset(file, name, size)
+        _check_most(dataset.shape, most)
         found: NDArray[Any] = dataset[()]
         if name == "features" and found.ndim == 3 and len(found) == 1 and _has(file, "coords"):
             # As loaders of CLAM-like files allow. One region of a hierarchical model has one coordinate.
@@ -278,8 +290,8 @@ def _dataset(file: Any, name: str, file_bytes: int) -> Any:
     if dataset.shape is None or dataset.dtype.kind not in "fiu":
         raise ArtifactError(f"has {dataset.dtype} for {name}, not numbers")
     itemsize = dataset.dtype.itemsize
-    _check_size(dataset.shape, itemsize, file_bytes, compressed=bool(filters))
-    _check_size(dataset.chunks or (), itemsize, file_bytes, compressed=True)
+    check_bytes(dataset.shape, itemsize, file_bytes, compressed=bool(filters))
+    check_bytes(dataset.chunks or (), itemsize, file_bytes, compressed=True)
     stored = dataset.id.get_storage_size()
     if stored > file_bytes or (not filters and stored < dataset.size * itemsize):
         raise ArtifactError(f"has {stored:,} bytes for {name} of shape {dataset.shape}: not all was written")

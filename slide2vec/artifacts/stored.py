@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from slide2vec.artifacts.finite import rows_not_finite
 from slide2vec.artifacts.reading import load_coords, load_embeddings, load_tile_size
 from slide2vec.artifacts.records import SIDECAR, TileEmbeddingArtifact, read_metadata
 from slide2vec.embedded import EmbeddedSlide
@@ -89,7 +90,7 @@ def load_stored(given: TileFeaturesLike) -> StoredTiles:
     found = StoredTiles(
         sample_id=asked.sample_id or str(about.get("sample_id", path.stem)),
         path=path,
-        features=load_embeddings(path),
+        features=load_embeddings(path, most=_numbers(about)),
         tile_size_lv0=about.get("tile_size_lv0"),
         patient_id=asked.patient_id,
         about=about,
@@ -99,6 +100,12 @@ def load_stored(given: TileFeaturesLike) -> StoredTiles:
     if asked.tile_size_lv0 is not None:
         found = replace(found, tile_size_lv0=asked.tile_size_lv0)
     return _checked(found)
+
+
+def _numbers(about: Mapping[str, Any]) -> int | None:
+    """How many numbers a sidecar tells of; None where it does not."""
+    tiles, dim = about.get("num_tiles"), about.get("feature_dim")
+    return tiles * dim if type(tiles) is int and type(dim) is int else None
 
 
 def _sidecar(path: Path) -> dict[str, Any]:
@@ -157,6 +164,14 @@ def _checked(found: StoredTiles) -> StoredTiles:
         raise ArtifactError(
             f"slide {found.sample_id}: {found.path} has {shape[0]} embeddings, its coordinates are "
             f"{len(found.coords)}: they are not of the same tiles"
+        )
+    wrong = rows_not_finite(found.features)
+    if len(wrong):
+        first = int(wrong[0])
+        place = "" if found.coords is None else f" at level-0 px ({', '.join(map(str, found.coords[first]))})"
+        raise ArtifactError(
+            f"slide {found.sample_id}: {len(wrong)} of the {shape[0]} embeddings in {found.path} hold NaN or "
+            f"infinities, the first that of tile {first}{place}: embed the slide again in bf16 or fp32"
         )
     return found
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slide2vec.artifacts.encoding import Content, about_coords, write_content
+from slide2vec.artifacts.finite import rows_not_finite
 from slide2vec.artifacts.records import (
     FORMATS,
     SCHEMA_VERSION,
@@ -245,7 +246,15 @@ def _id_key(artifact_type: str) -> str:
 
 def content_of(metadata: Mapping[str, Any], name: str, values: torch.Tensor, **more: Any) -> Content:
     """What goes into a features file that a sidecar describes; `name` is the array's."""
-    whose = metadata[_id_key(metadata["artifact_type"])]
+    key = _id_key(metadata["artifact_type"])
+    whose = metadata[key]
+    wrong = rows_not_finite(values.detach().cpu())
+    if len(wrong):
+        raise ArtifactError(
+            f"{'patient' if key == 'patient_id' else 'slide'} {whose}: its {name}, as "
+            f"{metadata['feature_dtype']}, hold NaN or infinities, the first at index {int(wrong[0])}; "
+            "nothing is written: use fp32 (--dtype, --output-dtype), or embed it again in bf16 or fp32"
+        )
     return Content(
         name=name,
         values=values.detach().cpu().contiguous(),

@@ -251,11 +251,9 @@ def run(
         "model.allow_non_recommended_settings": allow_non_recommended_settings,
     }
     given = {key: value for key, value in flags.items() if value is not None}
-    if path is None:
-        given = {**_WITHOUT_FILE, **given}
-        if output is None and not any(text.startswith("output_dir=") for text in overrides):
-            raise ConfigError("say where files go: --output DIR")
-    settings = load_settings(path, overrides, given)
+    if path is None and output is None and not any(text.startswith("output_dir=") for text in overrides):
+        raise ConfigError("say where files go: --output DIR")
+    settings = load_settings(path, overrides, given, _WITHOUT_FILE if path is None else None)
     _run(settings, tiling_only=tiling_only, trust_remote_code=trust_remote_code, as_json=as_json)
 
 

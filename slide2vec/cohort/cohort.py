@@ -7,11 +7,13 @@ is for people and other tools.
 
 from __future__ import annotations
 
+import errno
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from slide2vec.cohort.books import Entries, remark
 from slide2vec.cohort.embedder import Encoder, identities_of
@@ -19,16 +21,25 @@ from slide2vec.cohort.finished import Finished, Kind
 from slide2vec.cohort.results import FailedSlide, Stage
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ConfigError, OutputError
+from slide2vec.files import atomic_path, is_remote, remove
 from slide2vec.recipes import Level
 from slide2vec.slides import Slide
 from slide2vec.stream import IN_PLACE, InPlace, SlidePlan, plan_slide
 from slide2vec.stream.identities import Identities, SlideIdentity
 from slide2vec.stream.plan import check_archives_here
 from slide2vec.tiling import Tiling, write_coordinates
-from slide2vec.tiling.coordinates import coordinate_paths
+from slide2vec.tiling.coordinates import as_hs2p_backend, coordinate_paths
 from slide2vec.tiling.reuse import record_source
 
 __all__ = ["Cohort", "Planned"]
+
+#: What may be wrong with the path of one file, while others can be written.
+_OF_ONE_FILE = frozenset(
+    {
+        *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT, errno.ELOOP),
+        *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EINVAL),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,7 @@ class Cohort:
 
     def columns(self) -> dict[str, Any]:
         """What the process list says of every slide from the start."""
-        columns: dict[str, Any] = {"requested_backend": self.config.backend}
+        columns: dict[str, Any] = {"requested_backend": as_hs2p_backend(self.config.backend)}
         if self.encoder is not None:
             columns |= {
                 "feature_status": "tbp",
@@ -149,7 +160,7 @@ class Cohort:
         self.planned[name] = Planned(tiles, (npz, meta), files, identities)
         self.entries.note(
             name,
-            backend=plan.source.backend,
+            backend=as_hs2p_backend(plan.source.backend),
             tiling_status="success",
             num_tiles=tiles,
             coordinates_npz_path=npz,
@@ -195,12 +206,14 @@ class Cohort:
 
     def describe(self, sample_id: str, recorded: Mapping[str, Any]) -> None:
         """Note what a sidecar says of a slide that was planned by an earlier run."""
-        names = ("backend", "coordinates_npz_path", "coordinates_meta_path", "tiles_tar_path")
+        backend = recorded.get("backend")
+        names = ("coordinates_npz_path", "coordinates_meta_path", "tiles_tar_path")
         self.entries.note(
             sample_id,
             tiling_status="success",
             mask_preview_path=self._preview("mask", sample_id),
             tiling_preview_path=self._preview("tiling", sample_id),
+            backend=None if backend is None else as_hs2p_backend(backend),
             **{name: recorded.get(name) for name in names},
         )
 
@@ -208,13 +221,29 @@ class Cohort:
         path = self.output_dir / "preview" / kind / f"{sample_id}.jpg"
         return path if path.is_file() else None
 
+    def is_of_the_run(self, error: OutputError) -> bool:
+        """Whether nothing can be written any more; else one slide's or patient's file is in the way (a folder
+        in its place, say)."""
+        if error.errno not in _OF_ONE_FILE:
+            return True
+        trial = self.output_dir / f".slide2vec.{uuid4().hex}.trial"
+        try:
+            if not is_remote(self.output_dir) and not self.output_dir.is_dir():
+                return True
+            with atomic_path(trial) as temporary:
+                temporary.touch()
+            remove(trial)
+        except OutputError:
+            return True
+        return False
+
     def fail(self, slide: Slide, error: Exception, stage: Stage) -> None:
         """Enter a slide's failure.
 
         Raises:
             OutputError: the failure is the run's: a file cannot be written.
         """
-        if isinstance(error, OutputError):
+        if isinstance(error, OutputError) and self.is_of_the_run(error):
             raise error
         self.planned.pop(slide.sample_id, None)
         self.files.forget(slide.sample_id)

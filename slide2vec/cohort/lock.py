@@ -15,7 +15,7 @@ from typing import Any
 
 from slide2vec.cohort.lease import lease_holder, leased, signature
 from slide2vec.errors import OutputError, OutputLockedError
-from slide2vec.files import entries, is_remote
+from slide2vec.files import entries, is_remote, open_locked
 
 __all__ = ["LOCK_NAME", "SHARD_LOCKS", "holder", "output_lock", "shard_holders", "shard_stem"]
 
@@ -72,7 +72,7 @@ def _refuse_others(output_dir: Path, shard: str | None) -> None:
 def _lock(output_dir: Path, name: str, *, shared: bool = False) -> Iterator[None]:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(output_dir / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = open_locked(output_dir / name)
     except OSError as error:
         raise OutputError.of(output_dir, error) from error
     try:
@@ -144,7 +144,7 @@ def _holder(path: Path) -> Mapping[str, Any] | None:
     if is_remote(path):
         return lease_holder(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_locked(path, os.O_RDONLY)
     except OSError:
         return None
     try:

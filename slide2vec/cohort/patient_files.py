@@ -15,7 +15,7 @@ from slide2vec.cohort.finished import Artifact
 from slide2vec.cohort.patients import Patient, Patients
 from slide2vec.cohort.publish import Settled
 from slide2vec.cohort.todo import Todo
-from slide2vec.errors import PatientError, Slide2VecError
+from slide2vec.errors import OutputError, PatientError, Slide2VecError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,13 +49,16 @@ class PatientPublisher:
             return
         try:
             made = self._embedding(patient)
+            written = None if made is None else self._write(patient, made)
         except Slide2VecError as failure:
+            if isinstance(failure, OutputError) and self._cohort.is_of_the_run(failure):
+                raise
             self._books.fail_patient(patient, failure)
             return
-        if made is None:
+        if written is None:
             self._books.note_patient(patient, aggregation_status="skipped")
         else:
-            yield self._write(patient, made)
+            yield written
 
     def _embedding(self, patient: Patient) -> Tensor | None:
         """None for a patient without tissue."""

@@ -108,9 +108,16 @@ class Publisher:
         except SlideError as error:
             yield from self._fail(slide, error, "embedding")
             return
-        tiles = self._described(outcome)
-        if "tile" in self._cohort.wanted or "hierarchical" in self._cohort.wanted:
-            yield self._write_tiles(tiles, outcome)
+        made = None
+        try:
+            tiles = self._described(outcome)
+            if "tile" in self._cohort.wanted or "hierarchical" in self._cohort.wanted:
+                made = self._write_tiles(tiles, outcome)
+        except Slide2VecError as error:
+            yield from self._fail(slide, error, "embedding")
+            return
+        if made is not None:
+            yield made
         yield from self._above(tiles)
 
     def stored_tiles(self, slide: Slide, artifact: TileEmbeddingArtifact) -> Iterator[Artifact]:
@@ -129,12 +136,16 @@ class Publisher:
 
     def stored_embedding(self, slide: Slide, artifact: SlideEmbeddingArtifact) -> Iterator[Artifact]:
         """As `outcome`, for a slide of a patient whose slide embedding an earlier run has written."""
-        recorded = artifact.metadata
+        try:
+            recorded = artifact.metadata
+            embedding = load_embeddings(artifact.path).float()
+        except Slide2VecError as error:
+            yield from self._fail(slide, error, "aggregation")
+            return
         self._cohort.describe(slide.sample_id, recorded)
         if "slide" in self._cohort.wanted:
             self._cohort.entries.add("slide", slide.sample_id, artifact)
         about = {key: recorded[key] for key in _KEPT if key in recorded}
-        embedding = load_embeddings(artifact.path).float()
         yield from self._settle(
             Settled(slide, embedding, about=about, identity=recorded.get("compatibility"))
         )
@@ -197,15 +208,18 @@ class Publisher:
         cohort.tiles_done(slide.sample_id, tiles.about)
         if cohort.kind in ("tile", "hierarchical"):
             return
+        made = None
         try:
             embedded = self._embedder.aggregated(tiles.embedded, latents=self._execution.save_latents)
+            if embedded.slide_embedding is not None and "slide" in cohort.wanted:
+                made = self._write_slide(tiles, embedded)
         except Slide2VecError as error:
             yield from self._fail(slide, error, "aggregation", tiles.identity)
             return
         if embedded.slide_embedding is None:
             cohort.entries.note(slide.sample_id, aggregation_status="skipped")
-        elif "slide" in cohort.wanted:
-            yield self._write_slide(tiles, embedded)
+        elif made is not None:
+            yield made
         yield from self._settle(
             Settled(slide, embedded.slide_embedding, about=tiles.about, identity=tiles.identity)
         )

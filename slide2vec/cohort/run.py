@@ -18,6 +18,7 @@ from slide2vec.cohort.results import RunResult
 from slide2vec.cohort.resume import take_up
 from slide2vec.cohort.writer import OnPersisted, Writer
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
+from slide2vec.errors import as_slide_error
 from slide2vec.progress import (
     RunFinished,
     RunStarted,
@@ -164,8 +165,9 @@ def tile_cohort(
                     log.emit(SlideFinished(slide.sample_id, count))
                 elif isinstance(error, Exception):
                     failed += 1
-                    cohort.fail(slide, error, "tiling")
-                    log.emit(SlideFailed(slide.sample_id, error))
+                    told = as_slide_error(error, slide.sample_id, "finding its tiles")
+                    cohort.fail(slide, told, "tiling")
+                    log.emit(SlideFailed(slide.sample_id, told))
                 else:
                     raise error
         finally:

@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from slide2vec.errors import EngineError, OutputError
+from slide2vec.files import open_locked
 from slide2vec.runtime.record import RECORD_NAME, EngineRecord, read_record
 
 __all__ = ["EngineStore", "StoredEngine", "default_root", "engine_name"]
@@ -84,6 +86,9 @@ class EngineStore:
         EngineError: as `default_root`.
     """
 
+    #: Records that were complained of, by any store of the process.
+    _told: ClassVar[set[Path]] = set()
+
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or default_root()
 
@@ -95,7 +100,8 @@ class EngineStore:
             try:
                 yield StoredEngine(path.parent, read_record(path.parent))
             except EngineError as error:
-                logger.info("%s", error)
+                logger.log(logging.INFO if path in self._told else logging.WARNING, "%s", error)
+                self._told.add(path)
 
     def named(self, name: str) -> StoredEngine:
         """An engine by its name, or by the beginning of it that no other has.
@@ -183,7 +189,7 @@ def _as_output_error(path: Path) -> Iterator[None]:
 def _lock(path: Path) -> Iterator[None]:
     """Hold a file; waits for whoever has it. The operating system releases it when the process ends."""
     with _as_output_error(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = open_locked(path)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

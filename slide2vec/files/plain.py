@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -54,14 +55,20 @@ def open_plain(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def open_locked(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
+def open_locked(path: Path, flags: int = os.O_RDWR | os.O_CREAT, mode: int = 0o644) -> int:
     """The descriptor of a lock file. A link in its place is not followed: it could lead to any file.
 
     Raises:
         OSError: it cannot be opened, or something else is in its place.
     """
     extra = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(path, flags | extra, 0o644)
+    try:
+        descriptor = os.open(path, flags | extra, mode)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        told = f"its lock {path.name} is a link, which is not followed: remove it"
+        raise OSError(errno.ELOOP, told) from error
     try:
         _refuse_others(path, os.fstat(descriptor).st_mode)
     except OSError:

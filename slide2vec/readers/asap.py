@@ -60,8 +60,9 @@ class AsapReader(PyramidReader):
         self._native_downsamples = [float(image.getLevelDownsample(level)) for level in levels]
         self._lock = threading.Lock()
         if self.spacing_um is None:
-            spacing = list(image.getSpacing() or ())
-            self.spacing_um, self.spacing_source = settle_spacing([("mpp", float(um)) for um in spacing[:1]])
+            spacing = [float(um) for um in image.getSpacing() or ()]
+            self.claims = (("mpp", spacing[0], spacing[1]),) if len(spacing) > 1 else ()
+            self.spacing_um, self.spacing_source = settle_spacing(self.claims)
 
     def _read_box(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         downsample = self._native_downsamples[level]

@@ -14,6 +14,7 @@ import numpy as np
 from slide2vec.errors import BackendError, ExtraMissingError, SlideReadError
 from slide2vec.readers.probe import Probe, TiffLevel
 from slide2vec.readers.pyramid import PyramidReader, to_level0
+from slide2vec.readers.tifftiles import colour_conflict
 from slide2vec.readers.tilecheck import TileCheck
 
 __all__ = ["CucimCudaReader", "CucimReader", "load_on", "tame_cufile", "unavailable"]
@@ -21,6 +22,11 @@ __all__ = ["CucimCudaReader", "CucimReader", "load_on", "tame_cufile", "unavaila
 _VENDORS = ("aperio", "generic", "ome", "philips")
 #: Read with the same pixels as OpenSlide's; a damaged tile raises (JPEG ones: see TileCheck).
 _COMPRESSIONS = ("JPEG", "DEFLATE", "ADOBE_DEFLATE", "NONE", "APERIO_JP2000_RGB")
+#: Tag Predictor, and the compressions (by their TIFF numbers) beside which it was measured not to crash cuCIM
+#: as it opens the file, whatever its value: none, LZW, JPEG, PackBits, Aperio's and other JPEG 2000, JPEG XL.
+#: Beside Deflate, ZSTD, LZMA and WebP it does, in whichever directory, masks and labels included.
+_PREDICTOR = 317
+_PREDICTOR_IGNORED = {1, 5, 7, 32773, 33005, 34712, 50002}
 
 
 def unavailable() -> str | None:
@@ -37,6 +43,7 @@ class CucimReader(PyramidReader):
     """
 
     backend = "cucim"
+    _strict = True  # every JPEG tile is decoded a second time, see `TileCheck`
 
     def __init__(self, probe: Probe) -> None:
         reason = _why_not(probe)
@@ -51,7 +58,7 @@ class CucimReader(PyramidReader):
             raise BackendError(
                 f"cuCIM sees other levels in it {self.level_dimensions} than its tags or OpenSlide"
             )
-        self._check = TileCheck(probe.path, probe.levels, self._read_error)
+        self._check = TileCheck(probe.path, probe.levels, self._read_error, strict=self._strict)
 
     def _read_box(self, level: int, x: int, y: int, width: int, height: int) -> Any:
         if self._image is None:
@@ -82,8 +89,16 @@ def _why_not(probe: Probe) -> str | None:
     """Why cuCIM may not have the file (as measured with 26.10), None when it may."""
     if probe.kind != "tiff" or probe.vendor not in _VENDORS:
         return f"cuCIM does not read {probe.vendor or probe.kind} files"
+    for directory in probe.directories:
+        if _PREDICTOR in directory.tags and directory.compression not in _PREDICTOR_IGNORED:
+            return (
+                f"cuCIM crashes on files with a Predictor tag beside compression {directory.compression}, "
+                f"as in {directory.name}"
+            )
     levels = probe.levels[: probe.planning]
-    return next((reason for level in levels if (reason := _why_not_level(level))), None)
+    return next((reason for level in levels if (reason := _why_not_level(level))), None) or colour_conflict(
+        probe
+    )
 
 
 def _why_not_level(level: TiffLevel) -> str | None:
@@ -154,6 +169,8 @@ class CucimCudaReader(CucimReader):
         ExtraMissingError: cuCIM is not installed.
         BackendError: it does not read such a file, or not on a GPU.
     """
+
+    _strict = False  # a second decoding on the CPU would cost what the GPU saves
 
     def __init__(self, probe: Probe, device: Any) -> None:
         others = {level.compression for level in probe.levels} - {"JPEG"}

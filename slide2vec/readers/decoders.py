@@ -1,47 +1,73 @@
-"""What decodes JPEG tiles: OpenCV's libjpeg-turbo, or nvImageCodec on the CPU or a GPU."""
+"""What decodes compressed tiles: strict decoders on the CPU, or nvImageCodec (JPEG, on a GPU above all)."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Protocol
 
-import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from slide2vec.errors import ExtraMissingError
+from slide2vec.readers.codecs import decode_tile
+from slide2vec.readers.tiletable import Parts, TileFormat, TilePlace
 
-__all__ = ["NvimgcodecDecoder", "OpencvDecoder", "TileDecoder", "nvimgcodec_unavailable"]
+__all__ = ["HostDecoder", "NvimgcodecDecoder", "TileDecoder", "nvimgcodec_unavailable"]
 
 
 class TileDecoder(Protocol):
-    """Decodes JPEGs that stand by themselves into pixels of its own kind: NumPy arrays or tensors."""
+    """Decodes tiles into pixels of its own kind: NumPy arrays or tensors. Used from several threads."""
 
-    def decode(self, jpegs: Sequence[bytes], *, rgb: bool) -> list[Any]:
-        """(h, w, 3) uint8 RGB of each; None of one that cannot be decoded.
+    def decode(
+        self, tiles: Sequence[Parts], form: TileFormat, places: Sequence[TilePlace], kept: Sequence[bool]
+    ) -> Iterator[Any]:
+        """(h, w, 3) uint8 RGB of each in turn: a whole tile, or no less than the level holds of it.
 
         Args:
-            rgb: the components are RGB already, whatever a decoder would think.
+            tiles: what is stored of them.
+            form: how they are coded.
+            places: where they lie.
+            kept: pixels that must outlive the next step; others are good only until then.
+
+        Raises:
+            TileError: the next one cannot be decoded.
         """
         ...
 
-    def canvas(self, height: int, width: int) -> Any:
-        """White (height, width, 3) uint8 pixels of the same kind."""
+    def canvas(self, height: int, width: int, *, white: bool = True) -> Any:
+        """(height, width, 3) uint8 pixels of the same kind; not filled unless white is asked for."""
         ...
 
 
-class OpencvDecoder:
-    """libjpeg-turbo as OpenCV brings it: the pixels of OpenSlide and cuCIM, bit by bit."""
+class HostDecoder:
+    """Strict decoders on the CPU (see `codecs`); of JPEG the pixels of OpenSlide and cuCIM, bit by bit."""
 
-    def decode(self, jpegs: Sequence[bytes], *, rgb: bool) -> list[Any]:
-        """See `TileDecoder`; NumPy arrays."""
-        return [cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB) for jpeg in jpegs]
+    def __init__(self) -> None:
+        self._own = threading.local()
 
-    def canvas(self, height: int, width: int) -> Any:
+    def decode(
+        self, tiles: Sequence[Parts], form: TileFormat, places: Sequence[TilePlace], kept: Sequence[bool]
+    ) -> Iterator[NDArray[np.uint8]]:
+        """See `TileDecoder`; what need not be kept goes to the same memory, which stays in the cache."""
+        shared = self._buffer(form)
+        for parts, place, keep in zip(tiles, places, kept, strict=True):
+            yield decode_tile(parts, form, (place.height, place.width), None if keep else shared)
+
+    def _buffer(self, form: TileFormat) -> NDArray[np.uint8]:
+        """Memory of this thread for a tile."""
+        shape = form.height, form.width, 3
+        found: NDArray[np.uint8] | None = getattr(self._own, "buffer", None)
+        if found is None or found.shape != shape:
+            found = self._own.buffer = np.empty(shape, np.uint8)
+        return found
+
+    def canvas(self, height: int, width: int, *, white: bool = True) -> NDArray[np.uint8]:
         """See `TileDecoder`."""
-        return np.full((height, width, 3), 255, np.uint8)
+        shape = height, width, 3
+        return np.full(shape, 255, np.uint8) if white else np.empty(shape, np.uint8)
 
 
 def nvimgcodec_unavailable() -> str | None:
@@ -77,8 +103,17 @@ class NvimgcodecDecoder:
             index = self._torch.cuda.current_device() if device.index is None else device.index
             self._decoder = library.Decoder(device_id=index, options=options)
 
-    def decode(self, jpegs: Sequence[bytes], *, rgb: bool) -> list[Any]:
-        """See `TileDecoder`; tensors on the device."""
+    def decode(
+        self, tiles: Sequence[Parts], form: TileFormat, places: Sequence[TilePlace], kept: Sequence[bool]
+    ) -> Iterator[Any]:
+        """See `TileDecoder`; tensors on the device, all decoded at once."""
+        jpegs = [part for (part,) in tiles]
+        for jpeg, image, place in zip(jpegs, self._images(jpegs, rgb=form.rgb), places, strict=True):
+            yield self._pixels(image, jpeg, form, place)
+
+    def _images(self, jpegs: Sequence[bytes], *, rgb: bool) -> Sequence[Any]:
+        if not jpegs:
+            return []
         library = self._library
         streams = [library.CodeStream(jpeg) for jpeg in jpegs]
         on_gpu = self._device.type == "cuda"
@@ -87,19 +122,19 @@ class NvimgcodecDecoder:
         params = library.DecodeParams(apply_exif_orientation=False, color_spec=colours)
         ordered = {"cuda_stream": self._torch.cuda.current_stream(self._device).cuda_stream} if on_gpu else {}
         with self._lock:
-            images = self._decoder.decode(streams, params=params, **ordered)
-        return [self._pixels(image, jpeg) for image, jpeg in zip(images, jpegs, strict=True)]
+            images: Sequence[Any] = self._decoder.decode(streams, params=params, **ordered)
+        return images
 
-    def _pixels(self, image: Any, jpeg: bytes) -> Any:
-        """A tensor; by OpenCV where nvImageCodec does not decode such a JPEG."""
+    def _pixels(self, image: Any, jpeg: bytes, form: TileFormat, place: TilePlace) -> Any:
+        """A tensor; decoded on the CPU where nvImageCodec does not decode such a JPEG."""
         if image is not None and image.buffer_kind == self._library.ImageBufferKind.STRIDED_DEVICE:
             return self._torch.from_dlpack(image)
         if image is not None:
             return self._torch.from_numpy(np.array(image)).to(self._device)
-        (pixels,) = OpencvDecoder().decode([jpeg], rgb=False)
-        return None if pixels is None else self._torch.from_numpy(pixels).to(self._device)
+        pixels = decode_tile([jpeg], form, (place.height, place.width), None)
+        return self._torch.from_numpy(pixels).to(self._device)
 
-    def canvas(self, height: int, width: int) -> Any:
+    def canvas(self, height: int, width: int, *, white: bool = True) -> Any:
         """See `TileDecoder`."""
         torch = self._torch
         return torch.full((height, width, 3), 255, dtype=torch.uint8, device=self._device)

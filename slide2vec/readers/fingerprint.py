@@ -158,7 +158,10 @@ def _companions(path: Path) -> list[Path]:
     plain_stat(path)  # before anything is opened: a pipe would never answer
     try:
         found = files_of(path)
-    except FileNotFoundError:  # of a folder that should be there: whoever opens the slide says it better
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+    ):  # of a folder that should be there: whoever opens the slide says it better
         found = None
     return [] if found is None else [each for each, _ in found if each != path]
 

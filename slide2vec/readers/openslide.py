@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -14,12 +14,16 @@ import openslide
 from numpy.typing import NDArray
 
 from slide2vec.errors import BackendError, SlideReadError
-from slide2vec.readers.probe import Probe
+from slide2vec.readers.probe import Probe, TiffLevel
 from slide2vec.readers.pyramid import PyramidReader
 from slide2vec.readers.spacing import Claim, objective_claim, settle_spacing
+from slide2vec.readers.tilecheck import TileCheck
 
 __all__ = ["OpenslideReader", "unavailable"]
 
+#: Whose levels are the directories of the file, tile by tile. OpenSlide decodes JPEG tiles without a word of
+#: what libjpeg warns of; those of other vendors cannot be checked beforehand.
+_CHECKED = ("aperio", "generic", "ome", "philips")
 #: Side in level px of what is read at once where the downsample is no whole number.
 _BLOCK = 512
 
@@ -44,6 +48,9 @@ class OpenslideReader(PyramidReader):
     backend = "openslide"
 
     def __init__(self, probe: Probe) -> None:
+        reason = next((reason for level in probe.levels if (reason := _why_not(level))), None)
+        if reason:
+            raise BackendError(reason)
         try:
             handle = openslide.OpenSlide(probe.path)
         except openslide.OpenSlideError as error:
@@ -57,13 +64,18 @@ class OpenslideReader(PyramidReader):
         self._native_downsamples = tuple(handle.level_downsamples)
         self._lock = threading.Lock()
         if probe.kind != "tiff" or probe.vendor in {"leica", "ventana", "trestle"}:
-            self.spacing_um, self.spacing_source = settle_spacing(_claims(handle.properties))
+            self.claims = tuple(_claims(handle.properties))
+            self.spacing_um, self.spacing_source = settle_spacing(self.claims)
+        stored = probe.vendor in _CHECKED and all(self.tile_shapes)
+        self._check = TileCheck(probe.path, probe.levels, self._read_error) if stored else None
         if self.tile_shapes[0] is None:
             self.tile_shapes = tuple(
                 _tile_shape(handle.properties, i) for i in range(len(self.level_dimensions))
             )
 
     def _read_box(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        if self._check is not None and self._handle is not None:
+            self._check(level, x, y, width, height)
         downsample = self._native_downsamples[level]
         if downsample == int(downsample):
             return self._read(level, x, y, width, height)
@@ -103,7 +115,18 @@ class OpenslideReader(PyramidReader):
         with self._lock:
             if self._handle is not None:
                 self._handle.close()
+                if self._check is not None:
+                    self._check.close()
             self._handle = None
+
+
+def _why_not(level: TiffLevel) -> str | None:
+    """Why OpenSlide (4.0.1) would give other pixels than such a level has; what it cannot read it refuses."""
+    if level.bits != 8:
+        return f"it has {level.bits} bits per channel, of which OpenSlide gives the highest 8 only"
+    if level.photometric in ("SEPARATED", "CIELAB"):
+        return f"OpenSlide gives black or other colours for {level.photometric} pixels"
+    return None
 
 
 def _other_levels(probe: Probe, dimensions: Sequence[tuple[int, int]]) -> str | None:
@@ -152,15 +175,21 @@ def _edge(index: int, downsample: float) -> int:
     return int(pixels[np.abs(locations - np.round(locations)).argmin()])
 
 
-def _claims(properties: Any) -> list[Claim]:
-    claims = []
-    for name in ("openslide.mpp-x", "openslide.objective-power"):
-        try:
-            value = float(properties.get(name, ""))
-        except ValueError:
-            continue
-        claims.append(objective_claim(value) if name.endswith("power") else ("mpp", value))
-    return claims
+def _claims(properties: Any) -> Iterator[Claim]:
+    x, y, power = (
+        _number(properties.get(f"openslide.{name}")) for name in ("mpp-x", "mpp-y", "objective-power")
+    )
+    if x is not None:
+        yield ("mpp", x) if y is None else ("mpp", x, y)
+    if power is not None:
+        yield objective_claim(power)
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text or "")
+    except ValueError:
+        return None
 
 
 def _tile_shape(properties: Any, level: int) -> tuple[int, int] | None:

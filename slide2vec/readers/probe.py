@@ -15,9 +15,11 @@ import numpy as np
 import tifffile
 
 from slide2vec.errors import SlideOpenError
-from slide2vec.files import is_remote
+from slide2vec.files import is_remote, open_plain
+from slide2vec.readers.foreign import foreign
 from slide2vec.readers.refusal import COPY_AGAIN, Refusal
-from slide2vec.readers.spacing import refuse_oblong_pixels, settle_spacing
+from slide2vec.readers.spacing import Claim, settle_spacing
+from slide2vec.readers.tiffclaims import Directory, check_claims
 from slide2vec.readers.tiffimages import find_slide, vendor_of
 from slide2vec.readers.tifflevels import TiffLevel
 from slide2vec.readers.tiffspacing import tiff_claims
@@ -28,12 +30,6 @@ __all__ = ["Probe", "TiffLevel", "probe"]
 Kind = Literal["tiff", "dicom", "mrxs", "unrecognised"]
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_NOT_SLIDES = {
-    b"\x89PNG": "a PNG image",
-    b"\xff\xd8\xff": "a JPEG image",
-    b"%PDF": "a PDF",
-    b"PK\3\4": "a zip archive",
-}
 #: What tifffile raises on tags that make no sense.
 _MALFORMED = (
     tifffile.TiffFileError,
@@ -61,6 +57,8 @@ class Probe:
         planning: the first so many levels are those that OpenSlide, cuCIM and HS2P see. Levels and grids are
             chosen among them, so that coordinates are HS2P's; the others are only there to be read.
         spacing_um, spacing_source: as in SlideReader.
+        claims: what the tags say of the spacing, the most trustworthy first.
+        directories: all those of a TIFF, whatever they hold.
     """
 
     path: Path
@@ -72,6 +70,8 @@ class Probe:
     planning: int = 0
     spacing_um: float | None = None
     spacing_source: str = "not read from the tags"
+    claims: tuple[Claim, ...] = ()
+    directories: tuple[Directory, ...] = ()
 
 
 def probe(slide: Slide, copy: Path | None = None) -> Probe:
@@ -87,12 +87,17 @@ def probe(slide: Slide, copy: Path | None = None) -> Probe:
             "ExecutionOptions(stage_dir=…) (--stage-dir), a folder on a local disk"
         )
     opened = copy or path
-    kind = _kind(path, _head(opened, path, name), name)
+    head = _head(opened, path, name)
+    kind = _kind(path, head)
+    if kind != "dicom" and (why := foreign(path, opened, head)):
+        raise SlideOpenError(f"slide {name}: {path} {why}")
     if kind != "tiff":
         return Probe(path=opened, origin=path, name=name, kind=kind)
     try:
+        directories = tuple(check_claims(opened))
         with tifffile.TiffFile(opened) as tiff:
-            return replace(_probe_tiff(slide, list(tiff.pages), opened.stat().st_size), path=opened)
+            found = _probe_tiff(path, name, list(tiff.pages), opened.stat().st_size)
+        return replace(found, path=opened, directories=directories)
     except Refusal as error:
         raise SlideOpenError(f"slide {name}: {path} cannot be read: {error}") from error
     except _MALFORMED as error:
@@ -104,7 +109,7 @@ def probe(slide: Slide, copy: Path | None = None) -> Probe:
 
 def _head(opened: Path, path: Path, name: str) -> bytes:
     try:
-        with opened.open("rb") as file:
+        with open_plain(opened) as file:
             head = file.read(256)
     except FileNotFoundError:
         raise SlideOpenError(f"slide {name}: there is no file {path}") from None
@@ -117,23 +122,15 @@ def _head(opened: Path, path: Path, name: str) -> bytes:
     return head
 
 
-def _kind(path: Path, head: bytes, name: str) -> Kind:
+def _kind(path: Path, head: bytes) -> Kind:
     if head[:4] in _TIFF_MAGIC:
         return "tiff"
     if head[128:132] == b"DICM":
         return "dicom"
-    if path.suffix.lower() == ".mrxs":
-        return "mrxs"
-    for magic, what in _NOT_SLIDES.items():
-        if head.startswith(magic):
-            raise SlideOpenError(
-                f"slide {name}: {path} is {what}, not a slide; convert it to a tiled TIFF with its µm/px"
-            )
-    return "unrecognised"
+    return "mrxs" if path.suffix.lower() == ".mrxs" else "unrecognised"
 
 
-def _probe_tiff(slide: Slide, pages: list[Any], size: int) -> Probe:
-    path, name = slide.image_path, slide.sample_id
+def _probe_tiff(path: Path, name: str, pages: list[Any], size: int) -> Probe:
     if not pages:
         raise Refusal("it is a truncated TIFF: it holds no image directory")
     for page in pages:
@@ -141,9 +138,7 @@ def _probe_tiff(slide: Slide, pages: list[Any], size: int) -> Probe:
         _refuse_truncated(page, size)
     vendor = vendor_of(pages)
     found = find_slide(vendor, pages, path.name)
-    claims = list(tiff_claims(vendor, found.page, found.ome))
-    if slide.spacing_at_level_0 is None:
-        refuse_oblong_pixels(claims)
+    claims = tuple(tiff_claims(vendor, found.page, found.ome))
     spacing_um, source = settle_spacing(claims)
     return Probe(
         path=path,
@@ -155,6 +150,7 @@ def _probe_tiff(slide: Slide, pages: list[Any], size: int) -> Probe:
         planning=found.levels.planning,
         spacing_um=spacing_um,
         spacing_source=source,
+        claims=claims,
     )
 
 

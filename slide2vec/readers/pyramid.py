@@ -29,6 +29,7 @@ class PyramidReader(ABC):
         self.downsamples = tuple(self.dimensions[0] / width for width, _ in self.level_dimensions)
         self.planning_levels = min(probe.planning or len(self.downsamples), len(self.downsamples))
         self.spacing_um, self.spacing_source = probe.spacing_um, probe.spacing_source
+        self.claims = probe.claims
         known = len(probe.levels) >= len(self.level_dimensions)
         self.tile_shapes: tuple[tuple[int, int] | None, ...] = tuple(
             probe.levels[level].tile if known else None for level in range(len(self.level_dimensions))

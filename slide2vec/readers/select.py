@@ -12,6 +12,9 @@ from typing import cast
 from slide2vec.errors import BackendError, ConfigError, ExtraMissingError, SlideOpenError, nearest_names
 from slide2vec.readers.base import SlideReader
 from slide2vec.readers.probe import Probe, probe
+from slide2vec.readers.refusal import CONVERT, EXPORT, Refusal
+from slide2vec.readers.spacing import refuse_oblong_pixels
+from slide2vec.readers.tiffimages import OPENSLIDE_VENDORS
 from slide2vec.slides import Slide
 
 __all__ = ["AUTO_ORDER", "backends", "open_slide"]
@@ -21,6 +24,7 @@ logger = logging.getLogger(__name__)
 #: back end -> (its module, its reader class), in the order "auto" tries them.
 _READERS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
+        "tiff": ("slide2vec.readers.tiff", "TiffReader"),
         "cucim": ("slide2vec.readers.cucim", "CucimReader"),
         "vips": ("slide2vec.readers.vips", "VipsReader"),
         "openslide": ("slide2vec.readers.openslide", "OpenslideReader"),
@@ -28,6 +32,15 @@ _READERS: Mapping[str, tuple[str, str]] = MappingProxyType(
     }
 )
 AUTO_ORDER = tuple(_READERS)
+#: Whose reason matters where no back end reads a file, the first that is there; else OpenSlide's.
+_EXPERTS = {"tiff": ("tiff", "vips"), "dicom": ("dicom",)}
+#: What OpenSlide's shortest reasons mean.
+_MEANINGS = {
+    "dissimilar main images": "it is a Leica SCN of areas that are too unlike to be put together",
+    "Can't find main image": "it is a Leica SCN without a brightfield image (fluorescence?)",
+    "ZISRAW": "it is damaged, or a Zeiss CZI of a kind that OpenSlide does not read",
+    "Unsupported or missing image file": "it is of no kind that OpenSlide knows",
+}
 
 
 def backends() -> dict[str, str | None]:
@@ -50,13 +63,22 @@ def open_slide(slide: Slide, backend: str = "auto", copy: Path | None = None) ->
     if backend != "auto" and backend not in _READERS:
         raise ConfigError(f"unknown backend {backend!r}. {nearest_names(backend, ('auto', *_READERS))}")
     found = probe(slide, copy)
-    if backend == "auto":
-        return _open_first(found)
+    reader = _open_first(found) if backend == "auto" else _open_named(backend, found)
+    if slide.spacing_at_level_0 is None:
+        try:
+            refuse_oblong_pixels(getattr(reader, "claims", ()))
+        except Refusal as error:
+            reader.close()
+            raise SlideOpenError(f"slide {found.name}: {found.origin} cannot be read: {error}") from error
+    return reader
+
+
+def _open_named(backend: str, found: Probe) -> SlideReader:
     try:
         return _open(backend, found)
     except BackendError as error:
         raise BackendError(
-            f'slide {slide.sample_id}: backend "{backend}" cannot be used: {error} ({found.origin}). '
+            f'slide {found.name}: backend "{backend}" cannot be used: {error} ({found.origin}). '
             'Use backend="auto", or another one'
         ) from error
 
@@ -67,15 +89,30 @@ def _open(backend: str, found: Probe) -> SlideReader:
 
 
 def _open_first(found: Probe) -> SlideReader:
-    passed: list[str] = []
+    passed: dict[str, Exception] = {}
     for backend in AUTO_ORDER:
         try:
             reader = _open(backend, found)
         except (BackendError, ExtraMissingError) as error:
-            passed.append(f"{backend}: {error}")
+            passed[backend] = error
         else:
             logger.info(
-                "slide %s: read with %s%s", found.name, backend, f" ({'; '.join(passed)})" if passed else ""
+                "slide %s: read with %s%s", found.name, backend, f" ({_all(passed)})" if passed else ""
             )
             return reader
-    raise SlideOpenError(f"slide {found.name}: no back end reads {found.origin}: {'; '.join(passed)}")
+    logger.info("slide %s: no back end reads it (%s)", found.name, _all(passed))
+    raise SlideOpenError(f"slide {found.name}: no back end reads {found.origin}: {_why(found, passed)}")
+
+
+def _all(passed: Mapping[str, Exception]) -> str:
+    return "; ".join(f"{backend}: {error}" for backend, error in passed.items())
+
+
+def _why(found: Probe, passed: Mapping[str, Exception]) -> str:
+    """The reason that matters, and what to do. `passed` holds why every back end refused."""
+    plain = found.kind == "tiff" and found.vendor not in OPENSLIDE_VENDORS
+    experts = _EXPERTS.get(found.kind, ()) if plain or found.kind != "tiff" else ()
+    asked = next(backend for backend in (*experts, "openslide", *passed) if backend in passed)
+    reason = str(passed[asked])
+    meaning = next((meaning for text, meaning in _MEANINGS.items() if text in reason), None)
+    return f"{f'{meaning} ({reason})' if meaning else reason}; {CONVERT if plain else EXPORT}"

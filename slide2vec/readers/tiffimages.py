@@ -20,14 +20,14 @@ from slide2vec.readers.tifflevels import (
 )
 from slide2vec.readers.tiffpixels import refuse_pixels
 
-__all__ = ["SlideImage", "find_slide", "vendor_of"]
+__all__ = ["OPENSLIDE_VENDORS", "SlideImage", "find_slide", "vendor_of"]
 
 logger = logging.getLogger(__name__)
 
 Page: TypeAlias = Any
 
 #: OpenSlide alone knows which directories of these are what.
-_OPENSLIDE_VENDORS = {"hamamatsu", "leica", "ventana", "trestle"}
+OPENSLIDE_VENDORS = {"hamamatsu", "leica", "ventana", "trestle"}
 #: Names of images that show the glass, not the tissue at full size.
 _ASIDE = re.compile(r"\b(label|macro|overview|thumbnail)\b", re.IGNORECASE)
 
@@ -86,7 +86,7 @@ def find_slide(vendor: str, pages: Sequence[Page], filename: str) -> SlideImage:
             return _of_ome(images, pages)
         except StaleMetadata as error:
             logger.warning("%s: %s; it is not believed", filename, error)
-    if vendor in _OPENSLIDE_VENDORS:
+    if vendor in OPENSLIDE_VENDORS:
         refuse_pixels(pages[0], None)
         return SlideImage(pages[0], Levels((), 0))
     if vendor == "philips":

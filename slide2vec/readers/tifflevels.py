@@ -42,6 +42,12 @@ class TiffLevel:
         samples, bits: channels per pixel, bits per channel.
         offsets, counts: (n,) int64 position and bytes of each tile, row-major; 0 bytes = left out.
         jpeg_tables: what JPEG tiles share.
+        rows_per_strip: of an image in strips.
+        extra_samples: what each channel after the colours is: 0 not told, 1 opacity that the colours were
+            multiplied with, 2 opacity.
+        subsampling: of YCBCR: pixels that share a colour, along x and y.
+        fill_order: 2 where bytes have their lowest bit first.
+        colormap: (3, 256) uint16 of PALETTE.
     """
 
     page: int
@@ -59,6 +65,11 @@ class TiffLevel:
     offsets: NDArray[np.int64] = field(repr=False, compare=False)
     counts: NDArray[np.int64] = field(repr=False, compare=False)
     jpeg_tables: bytes | None = field(repr=False, compare=False)
+    rows_per_strip: int = 0
+    extra_samples: tuple[int, ...] = ()
+    subsampling: tuple[int, int] = (1, 1)
+    fill_order: int = 1
+    colormap: NDArray[np.uint16] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -180,6 +191,11 @@ def _level_of(page: Page, parent: int | None = None) -> TiffLevel:
         offsets=np.asarray(page.dataoffsets, np.int64),
         counts=np.asarray(page.databytecounts, np.int64),
         jpeg_tables=page.jpegtables,
+        rows_per_strip=0 if page.is_tiled else int(page.rowsperstrip),
+        extra_samples=tuple(map(int, page.extrasamples)),
+        subsampling=tuple(page.subsampling or (1, 1)),
+        fill_order=int(page.fillorder),
+        colormap=page.colormap,
     )
 
 

@@ -10,13 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.errors import BackendError, ExtraMissingError, SlideReadError
-from slide2vec.readers.probe import Probe
+from slide2vec.readers.probe import Probe, TiffLevel
 from slide2vec.readers.pyramid import PyramidReader
+from slide2vec.readers.tifftiles import colour_conflict
 from slide2vec.readers.tilecheck import TileCheck
 
 __all__ = ["VipsReader", "unavailable"]
 
 _VENDORS = ("aperio", "generic", "ome")
+#: Of these it gave the pixels that were written, tiled and in strips (8.18.7 as pyvips-binary brings it).
+_COMPRESSIONS = ("NONE", "JPEG", "LZW", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS", "WEBP")
 _INSTALL = 'pip install "slide2vec[vips]" (and libvips, or pip install pyvips-binary)'
 
 
@@ -27,6 +30,8 @@ def unavailable() -> str | None:
 
 class VipsReader(PyramidReader):
     """Reads TIFF files through libvips' own loader; other formats are OpenSlide's, which libvips would call.
+
+    Only with fail_on="warning" is a tile that cannot be decoded an error; with "error" it is black.
 
     Raises:
         ExtraMissingError: pyvips or libvips is not installed.
@@ -45,7 +50,7 @@ class VipsReader(PyramidReader):
         self._error: type[Exception] = vips.Error
         try:
             self._images: list[Any] = [
-                _as_srgb(vips.Image.tiffload(str(probe.path), page=level.page, fail_on="error"))
+                _as_srgb(vips.Image.tiffload(str(probe.path), page=level.page, fail_on="warning"))
                 for level in levels
             ]
         except vips.Error as error:
@@ -89,8 +94,19 @@ def _why_not(probe: Probe) -> str | None:
         return "its red, green and blue are three directories, of which libvips would take one"
     if any((level.counts == 0).any() for level in probe.levels):
         return "some tiles are left out of the file, which libvips takes for an error"
-    if any(level.bits != 8 for level in probe.levels):
-        return f"it has {probe.levels[0].bits} bits per channel and only 8 are read"
+    reason = next((reason for level in probe.levels if (reason := _why_not_level(level))), None)
+    return reason or colour_conflict(probe)
+
+
+def _why_not_level(level: TiffLevel) -> str | None:
+    if level.bits != 8:
+        return f"it has {level.bits} bits per channel and only 8 are read"
+    if level.compression not in _COMPRESSIONS:
+        return f"libvips was not measured to read {level.compression}; it reads {', '.join(_COMPRESSIONS)}"
+    if level.photometric in ("SEPARATED", "CIELAB"):
+        return f"libvips gives other colours for {level.photometric} pixels"
+    if level.photometric == "YCBCR" and level.compression != "JPEG":
+        return f"libvips takes YCbCr in {level.compression} tiles for RGB"
     return None
 
 
@@ -98,9 +114,11 @@ def _library() -> Any:
     if reason := unavailable():
         raise ExtraMissingError(reason)
     try:
-        return import_module("pyvips")
+        vips = import_module("pyvips")
     except OSError as error:  # the package is there, the shared library is not
         raise ExtraMissingError(f"pyvips finds no libvips ({error}): {_INSTALL}") from error
+    vips.cache_set_max(0)  # it knows files by their names, and gives the old pixels of one that was replaced
+    return vips
 
 
 def _as_srgb(image: Any) -> Any:

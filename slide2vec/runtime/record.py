@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from slide2vec.errors import ConfigError, EngineError
+from slide2vec.files import open_plain
 from slide2vec.runtime.base import BatchProfile, Layout
 
 __all__ = ["RECORD_NAME", "SCHEMA", "EngineRecord", "read_record"]
@@ -17,6 +19,18 @@ RECORD_NAME = "engine.json"
 SCHEMA = 1
 #: Share of PyTorch's speed below which an engine counts as slower: rounds vary by a few per cent.
 NOT_SLOWER = 0.9
+#: Records have a few KB.
+_MOST_BYTES = 16 * 2**20
+_TEXTS = (
+    *("key", "preset", "variant", "runtime", "precision", "asked_precision", "layout", "file", "licence"),
+    "built_at",
+)
+#: Field -> its type in JSON.
+_KINDS: Mapping[str, type] = {
+    **dict.fromkeys(_TEXTS, str),
+    **dict.fromkeys(("identity", "profile", "parity", "versions", "speed", "checksums"), dict),
+    "steps_down": list,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,18 +104,60 @@ def read_record(directory: Path) -> EngineRecord:
     """
     path = directory / RECORD_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        with open_plain(path) as file:
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
+        content = json.loads(data.decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise EngineError(f"{path} cannot be read: {error}") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA:
         raise EngineError(f"{path} has schema_version {version}, this version of slide2vec reads {SCHEMA}")
     try:
         known = {each.name: content[each.name] for each in fields(EngineRecord)}
+        _check_types(known)
         known["profile"] = BatchProfile(**known["profile"])
         record = EngineRecord(**known)
     except (KeyError, TypeError, ConfigError) as error:
         raise EngineError(f"{path} is not an engine's record: {error!r}") from error
-    if Path(record.file).name != record.file:
-        raise EngineError(f"{path}: file {record.file!r} is not in the folder")
+    for name in (record.file, *record.checksums):
+        if Path(name).name != name or name in ("", "..") or "\0" in name:
+            raise EngineError(f"{path}: file {name!r} is not in the folder")
     return record
+
+
+def _check_types(known: Mapping[str, Any]) -> None:
+    """Refuse what nobody who uses a record reckons with.
+
+    Raises:
+        TypeError: naming the field.
+        KeyError: something is missing within one.
+    """
+    identity, parity, speed = known["identity"], known["parity"], known["speed"]
+    for name, kind in _KINDS.items():
+        _require(isinstance(known[name], kind), name, known[name])
+    for name in ("input_size_px", "feature_dim"):
+        _require(type(known[name]) is int and known[name] > 0, name, known[name])
+    _require(type(known["opset"]) in (int, type(None)), "opset", known["opset"])
+    _require(_is_number(known["build_seconds"]), "build_seconds", known["build_seconds"])
+    profile = known["profile"]
+    _require(all(type(size) is int for size in profile.values()), "profile", profile)
+    _require(not speed or all(_is_number(speed[name]) for name in ("engine", "torch")), "speed", speed)
+    measured = ("min_cosine", "mean_cosine", "tiles")
+    _require(not parity or all(_is_number(parity[name]) for name in measured), "parity", parity)
+    _require(not identity or isinstance(identity["device"]["type"], str), "identity", identity)
+    _require(not identity or isinstance(identity["weights"], str), "identity", identity)
+    for name in ("versions", "checksums"):
+        _require(all(isinstance(value, str) for value in known[name].values()), name, known[name])
+    steps = known["steps_down"]
+    _require(all(isinstance(step["precision"] + step["reason"], str) for step in steps), "steps_down", steps)
+
+
+def _require(holds: bool, name: str, value: Any) -> None:
+    if not holds:
+        raise TypeError(f"{name} is {str(value)[:100]!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -13,6 +13,7 @@ from slide2vec.cohort.books import Entry
 from slide2vec.cohort.publish import Settled
 from slide2vec.cohort.shards import slide_sizes
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
+from slide2vec.errors import as_slide_error
 from slide2vec.progress import (
     RunFinished,
     RunStarted,
@@ -95,8 +96,9 @@ class Elsewhere:
                     parts = SlideInParts(plan, fleet.size)
         except Exception as error:  # the boundary of one slide, as in the stream
             reporter.emit(RunStarted(1, self._model.name))
-            reporter.emit(SlideFailed(slide.sample_id, error))
-            return SlideOutcome(slide, error=error)
+            told = as_slide_error(error, slide.sample_id, "finding its tiles")
+            reporter.emit(SlideFailed(slide.sample_id, told))
+            return SlideOutcome(slide, error=told)
         drawn = config.preview.updated(save_mask_preview=False, save_tiling_preview=False)
         job = self._job(config.updated(preview=drawn), execution, fleet.size, publish=False, aggregate=False)
         by_name = {task.name: task.slide for task in parts.tasks}

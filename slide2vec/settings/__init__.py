@@ -80,14 +80,19 @@ _RUN = {
 
 
 def load_settings(
-    path: Path | None, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> RunSettings:
-    """The run that a configuration file describes.
+    """The run that a configuration file describes. What nobody gave is not set in its preprocessing
+    (`model_fields_set`).
 
     Args:
         path: YAML in the layout of the original slide2vec, 4.0 to 7.1; None = only defaults.
         overrides: "a.b=value", the value in YAML; later ones count.
         values: plain values by dotted key, taken literally, which count over both.
+        defaults: by dotted key, where nobody gives any; others than those of the original's files.
 
     Raises:
         ConfigError: the file cannot be read, or something in it is not allowed; names file and key.
@@ -96,7 +101,7 @@ def load_settings(
     sources += [_override(text) for text in overrides]
     literal = {key: escaped(v) if isinstance(v, str) else v for key, v in (values or {}).items()}
     sources.append(Source(COMMAND_LINE, nested(literal)))
-    given = Values(sources)
+    given = Values(sources, defaults or {})
     if given["wandb.enable"]:
         logger.warning("%s: Weights & Biases is not supported; ignored", given.where("wandb.enable"))
     run = {field: given[key] for field, key in _RUN.items()}
@@ -106,7 +111,7 @@ def load_settings(
         preprocessing=_built(
             PreprocessingConfig,
             given,
-            segmentation=_built(SegmentationConfig, given, method=_segmentation_method(given)),
+            segmentation=_segmentation(given),
             filtering=_built(FilterConfig, given),
             preview=_built(PreviewConfig, given),
         ),
@@ -139,6 +144,13 @@ def _check_preset(given: Values) -> None:
         raise ConfigError(f"{given.where('model.output_variant')}: {error}") from None
 
 
+def _segmentation(given: Values) -> SegmentationConfig:
+    method = _segmentation_method(given)
+    made: SegmentationConfig = _built(SegmentationConfig, given, method=method)
+    named = any(given.is_given(f"tiling.seg_params.{key}") for key in ("method", "use_hsv", "use_otsu"))
+    return made if named else made.set_only(made.model_fields_set - {"method"})
+
+
 def _segmentation_method(given: Values) -> str:
     """The method, which the original up to 4.2 gives as use_hsv and use_otsu."""
     key = "tiling.seg_params.method"
@@ -165,7 +177,8 @@ def _built(owner: type[Any], given: Values, **more: Any) -> Any:
     keys = {key.field: name for name, key in KEYS.items() if key.owner is owner}
     fields = {field: given[name] for field, name in keys.items()}
     try:
-        return owner(**{**fields, **more})
+        made = owner(**{**fields, **more})
+        return made.set_only({field for field, name in keys.items() if given.is_given(name)} | more.keys())
     except ConfigError as error:
         text = str(error)
         for field, name in keys.items():
@@ -188,12 +201,20 @@ def settings_as_yaml(settings: RunSettings, extra: Mapping[str, Any]) -> str:
         PreviewConfig: settings.preprocessing.preview,
     }
     run = {key: getattr(settings, field) for field, key in _RUN.items()}
+    elsewhere = settings.preprocessing.read_coordinates_from is not None
     leaves = {
         name: _plain(getattr(owners[key.owner], key.field) if key.owner else run[name])
         for name, key in KEYS.items()
-        if key.owner or name in run
+        if (key.owner or name in run) and not (elsewhere and _is_of_tissue(name))
     }
     return as_yaml({**nested(leaves), **extra})
+
+
+def _is_of_tissue(key: str) -> bool:
+    """Whether it decides which tiles a slide has: with coordinate files, these do."""
+    return key.startswith(("tiling.seg_params.", "tiling.filter_params.")) or key in (
+        *("tiling.params.tolerance", "tiling.params.overlap", "tiling.params.tissue_threshold"),
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -215,6 +236,8 @@ _PACKAGES = {
     "cucim": ("cucim-cu13", "cucim-cu12", "cucim"),
     "pyvips": ("pyvips",),
     "tifffile": ("tifffile",),
+    "simplejpeg": ("simplejpeg",),
+    "imagecodecs": ("imagecodecs",),
     "cupy": ("cupy-cuda13x", "cupy-cuda12x"),
     "dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
     "tensorrt": ("tensorrt",),

@@ -9,6 +9,7 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from slide2vec.errors import ConfigError
@@ -130,9 +131,13 @@ class Values:
     """Values by key: what the last source says, `${a.b.c}` resolved, else the default.
 
     Asking for a key raises ConfigError, with the key and who gave it, when the value is not allowed.
+
+    Args:
+        defaults: by key, where they are others than those of `KEYS`.
     """
 
-    def __init__(self, sources: list[Source]) -> None:
+    def __init__(self, sources: list[Source], defaults: Mapping[str, Any] = MappingProxyType({})) -> None:
+        self._defaults = defaults
         self._given = {key: given for source in sources for key, given in source}
         self._resolved: dict[str, Any] = {}
         self._check_what_has_no_effect()
@@ -140,11 +145,14 @@ class Values:
     def __getitem__(self, key: str) -> Any:
         value = _as_here(key, self._resolve_key(key))
         if _blank(value):
-            return KEYS[key].default
+            return self._default(key)
         try:
             return KEYS[key].checked(value)
         except ConfigError as error:
             raise ConfigError(f"{self.where(key)}: {error}") from None
+
+    def _default(self, key: str) -> Any:
+        return self._defaults[key] if key in self._defaults else KEYS[key].default
 
     def is_given(self, key: str) -> bool:
         """Whether anything but a blank is given for a key."""
@@ -220,7 +228,7 @@ class Values:
         value = self._resolve_key(key, trail)
         if not _blank(value):
             return value
-        default = KEYS[key].default if key in KEYS else None
+        default = self._default(key) if key in KEYS else None
         return str(default) if isinstance(default, Path) else default
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from slide2vec.files import open_locked
+
 __all__ = ["private_folder"]
 
 _PREFIX = "slide2vec-stage"
@@ -47,7 +49,7 @@ def _locked(directory: Path, prefix: str) -> tuple[Path, int]:
     """A new lock file, held: another run may take it for a dead one's until it is."""
     while True:
         lock = directory / f"{prefix}-{secrets.token_hex(6)}.lock"
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        descriptor = open_locked(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         if _hold(descriptor) is not False and lock.exists():
             return lock, descriptor
         os.close(descriptor)
@@ -55,7 +57,7 @@ def _locked(directory: Path, prefix: str) -> tuple[Path, int]:
 
 def _remove_if_dead(lock: Path) -> None:
     try:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = open_locked(lock, os.O_RDWR)
     except OSError:  # gone meanwhile, or of another user
         return
     try:

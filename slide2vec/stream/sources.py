@@ -11,15 +11,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from slide2vec.artifacts.finite import remedy
 from slide2vec.cpus import job_cpus
-from slide2vec.errors import SlideReadError
+from slide2vec.errors import NotFiniteError, SlideReadError
 from slide2vec.prepare import cut_tiles, dali_archive
 from slide2vec.readers import SlideReader
+from slide2vec.runtime import Engine
 from slide2vec.tiling import BadTile, Tiling
 from slide2vec.tiling.archives import TileArchive
 from slide2vec.tiling.supertiles import plan_supertiles
 
-__all__ = ["SlideSource", "TileSource", "bad_tiles", "damaged", "open_archive", "place_singly"]
+__all__ = [
+    "SlideSource",
+    "TileSource",
+    "bad_tiles",
+    "damaged",
+    "not_finite",
+    "open_archive",
+    "place_singly",
+]
 
 #: Places that an error lists.
 _LISTED = 10
@@ -104,6 +114,25 @@ def damaged(tiling: Tiling, bad: Mapping[int, SlideReadError]) -> SlideReadError
     return SlideReadError(
         f"{name}{tiles} cannot be decoded, at level-0 px {', '.join(places[:_LISTED])}{more}: {reason}; "
         'on_bad_tile="skip" leaves such tiles out'
+    )
+
+
+def not_finite(tiling: Tiling, wrong: Mapping[int, bool], engine: Engine) -> NotFiniteError:
+    """The error of a slide with embeddings that hold NaN or infinities.
+
+    Args:
+        wrong: tiles -> whether what the engine gave was finite, and only its cast to float16 is not.
+    """
+    first = min(wrong)
+    if all(wrong.values()):
+        what = 'as float16 they overflow: use output_dtype="fp32" (--output-dtype fp32)'
+    else:
+        by = "PyTorch" if engine.runtime == "torch" else engine.runtime
+        what = f"{by} computed them in {engine.precision}: {remedy(engine.precision, engine.runtime)}"
+    return NotFiniteError(
+        f"slide {tiling.sample_id}: the embeddings of {len(wrong)} of {len(tiling)} tiles hold NaN or "
+        f"infinities, the first that of tile {first} at level-0 px ({tiling.x[first]}, "
+        f"{tiling.y[first]}); {what}"
     )
 
 

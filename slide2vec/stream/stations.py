@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slide2vec.artifacts.finite import rows_not_finite
 from slide2vec.embedded import EmbeddedSlide
-from slide2vec.errors import SlideReadError
+from slide2vec.errors import NotFiniteError, SlideReadError, as_slide_error
 from slide2vec.prepare import Preparer
 from slide2vec.progress import (
     ProgressReporter,
@@ -45,7 +46,7 @@ from slide2vec.stream.feed import HOST_FEED, Feed
 from slide2vec.stream.meters import Meters, find_bottleneck
 from slide2vec.stream.plan import SlidePlan
 from slide2vec.stream.planning import Arrivals, Planning
-from slide2vec.stream.sources import bad_tiles, damaged, place_singly
+from slide2vec.stream.sources import bad_tiles, damaged, not_finite, place_singly
 from slide2vec.stream.staging import IN_PLACE, InPlace
 from slide2vec.tiling import BadTile, Tiling
 
@@ -87,6 +88,8 @@ class _Job:
         self.settled = False
         self.failed = False
         self.bad: dict[int, SlideReadError] = {}
+        #: Tiles whose embeddings hold NaN or infinities -> whether they were finite before the cast.
+        self.overflowed: dict[int, bool] = {}
         self._reads = 1  # one for the dispatcher, so that the reader stays open while it works
         self._lock = threading.Lock()
 
@@ -114,8 +117,17 @@ class _Job:
         assert self.plan is not None
         if self.embeddings is None:
             self.embeddings = torch.empty((len(self.plan.tiling.x), features.shape[1]), dtype=dtype)
-        self.embeddings[tiles] = features.to(dtype)
+        values = features.to(dtype)
+        self.embeddings[tiles] = values
         self.missing -= len(tiles)
+        for row in rows_not_finite(values).tolist():
+            self.overflowed[int(tiles[row])] = bool(features[row].isfinite().all())
+
+    def not_finite(self, engine: Engine) -> NotFiniteError | None:
+        """The error of a slide whose embeddings hold NaN or infinities, but for tiles that are left out."""
+        assert self.plan is not None
+        wrong = {tile: fits for tile, fits in self.overflowed.items() if tile not in self.bad}
+        return not_finite(self.plan.tiling, wrong, engine) if wrong else None
 
 
 @dataclass(frozen=True)
@@ -274,8 +286,8 @@ class Stream:
         """Give every supertile of a slide its slots, as room allows."""
         error = planned.exception()
         if error is not None:
-            wrapped = error if isinstance(error, Exception) else RuntimeError(repr(error))
-            self._inbox.put(_Failed(job, wrapped))
+            told = as_slide_error(error, job.slide.sample_id, "finding its tiles")
+            self._inbox.put(_Failed(job, told))
             return
         job.plan = planned.result()
         job.missing = len(job.plan.tiling.x)
@@ -304,7 +316,8 @@ class Stream:
                     self._read(task)
             except Exception as error:  # the boundary of one slide: its error, not the run's
                 task.job.failed = True
-                self._inbox.put(_Failed(task.job, error))
+                told = as_slide_error(error, task.job.slide.sample_id, "reading its tiles")
+                self._inbox.put(_Failed(task.job, told))
             finally:
                 task.job.end_read()
                 written = self._feed.lane.record()
@@ -406,6 +419,8 @@ class Stream:
         assert job.plan is not None
         if job.bad and not job.plan.tiling.kept(job.bad).any():
             yield from self._fail(job, damaged(job.plan.tiling, job.bad))
+        elif (error := job.not_finite(self._engine)) is not None:
+            yield from self._fail(job, error)
         else:
             yield self._finish(job)
 

@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 
 from slide2vec.config import FilterConfig, PreprocessingConfig
 from slide2vec.errors import ConfigError, TilingError
-from slide2vec.files import READING_ARRAYS, as_os_errors, as_path, atomic_path, local, remove
+from slide2vec.files import as_path, atomic_path, local, open_plain, remove
+from slide2vec.files.arrays import read_npz
 from slide2vec.geometry import TileGeometry
 from slide2vec.readers import SlideReader
 from slide2vec.slides import Slide
 from slide2vec.tiling.records import PRECOMPUTED, Segmentation, Tiling
 
 __all__ = [
+    "as_hs2p_backend",
     "check_tiling",
     "coordinate_paths",
     "find_coordinates",
@@ -34,6 +36,8 @@ __all__ = [
 ]
 
 _MISSING = object()
+#: Our back ends that HS2P has not -> the one of its own that opens such slides.
+_IN_HS2P = {"tiff": "tifffile"}
 #: What damaged JSON, ZIP and NPY make their readers raise.
 _UNREADABLE = (
     *(OSError, ValueError, TypeError, KeyError, ConfigError, zipfile.BadZipFile, zlib.error, EOFError),
@@ -41,6 +45,12 @@ _UNREADABLE = (
 )
 #: Side of a tile as read beyond which a coordinate file is not believed: one tile has 3 GB then.
 _MOST_PX = 32_768
+#: Of tissue fractions, in single precision.
+_ROUNDING = 1e-5
+#: Metadata has a few KB.
+_MOST_BYTES = 16 * 2**20
+#: The arrays; HS2P 3.0 and 3.1 have `coordinates`, (N, 2), for x and y.
+_ARRAYS = ("tile_index", "x", "y", "tissue_fractions", "coordinates")
 
 
 def coordinate_paths(directory: Path, sample_id: str) -> tuple[Path, Path]:
@@ -81,10 +91,10 @@ def _metadata(tiling: Tiling) -> dict[str, dict[str, Any]]:
             "sample_id": tiling.sample_id,
             "image_path": str(tiling.image_path),
             "mask_path": mask_path,
-            "backend": tiling.backend,
-            "requested_backend": tiling.requested_backend,
+            "backend": as_hs2p_backend(tiling.backend),
+            "requested_backend": as_hs2p_backend(tiling.requested_backend),
             "spacing_at_level_0": tiling.spacing_at_level_0,
-            "mask_backend": tissue.mask_backend,
+            "mask_backend": tissue.mask_backend and as_hs2p_backend(tissue.mask_backend),
             "requested_mask_backend": tissue.requested_mask_backend,
         },
         "slide": {
@@ -135,6 +145,15 @@ def _metadata(tiling: Tiling) -> dict[str, dict[str, Any]]:
     }
 
 
+def as_hs2p_backend(name: str) -> str:
+    """What HS2P's files call a back end of ours: a name under which HS2P opens the slide."""
+    return _IN_HS2P.get(name, name)
+
+
+def _from_hs2p(name: str) -> str:
+    return "tiff" if name == "tifffile" else name
+
+
 def read_coordinates(directory: Path, sample_id: str) -> Tiling:
     """The tiling of a slide from coordinate files in `directory` or its folder `tiles`.
 
@@ -159,7 +178,7 @@ def check_tiling(
         reader: of the slide; None where its tiles come from an archive.
 
     Raises:
-        TilingError: naming what differs.
+        TilingError: naming what differs, or the tile that is not on the slide.
     """
     geometry = tiling.geometry
     level = geometry.read_level
@@ -179,6 +198,31 @@ def check_tiling(
             raise TilingError(
                 f"slide {slide.sample_id}: its coordinate files say {name} {found}; {expected} is needed: "
                 "tile the slide anew, or ask for what they hold"
+            )
+    try:
+        check_places(tiling.x, tiling.y, tiling.dimensions)
+    except ValueError as error:
+        raise TilingError(f"slide {slide.sample_id}: of its given tiles {error}") from error
+
+
+def check_places(x: NDArray[Any], y: NDArray[Any], dimensions: tuple[int, int]) -> None:
+    """Refuse tiles whose top-left corner is not on the slide, 0 <= x < width and 0 <= y < height; they may
+    overhang its right and lower edge, as those of HS2P do.
+
+    Raises:
+        ValueError: naming the first that is not, or they are no whole numbers.
+    """
+    for name, values, side in (("x", x, dimensions[0]), ("y", y, dimensions[1])):
+        if values.dtype.kind not in "iu":
+            finite = np.isfinite(values) if values.dtype.kind == "f" else np.ones(len(values), bool)
+            told = f", tile {int((~finite).argmax())} has {values[~finite][0]}" if not finite.all() else ""
+            raise ValueError(f"{name} is {values.dtype}, not whole numbers{told}")
+        outside = (values < 0) | (values >= side)
+        if outside.any():
+            first = int(outside.argmax())
+            raise ValueError(
+                f"{int(outside.sum())} of {len(values)} are not on the slide: tile {first} has {name}="
+                f"{values[first]}, and {name} goes from 0 to {side - 1} level-0 px"
             )
 
 
@@ -201,9 +245,11 @@ def load_coordinates(directory: Path, sample_id: str) -> Tiling:
     """
     arrays, metadata = coordinate_paths(directory, sample_id)
     try:
-        with as_os_errors(metadata):
-            text = metadata.read_text()
-        meta = json.loads(text)
+        with open_plain(metadata) as file:
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
+        meta = json.loads(data.decode("utf-8"))
         return _tiling(_Sections(meta), arrays)
     except FileNotFoundError as error:
         missing = error.filename or error
@@ -237,18 +283,18 @@ class _Sections:
 
 
 def _tiling(meta: _Sections, arrays: Path) -> Tiling:
-    x, y, fractions = _arrays(arrays, int(meta.get("tiling", "n_tiles")))
+    width, height = map(int, meta.get("slide", "dimensions"))
+    x, y, fractions = _arrays(arrays, meta.get("tiling", "n_tiles"), (width, height))
     mask_path = meta.get("provenance", "mask_path", default=None)
     spacing = meta.get("provenance", "spacing_at_level_0", default=None)
-    width, height = meta.get("slide", "dimensions")
     return Tiling(
         sample_id=str(meta.get("provenance", "sample_id")),
         image_path=as_path(meta.get("provenance", "image_path")),
         mask_path=None if mask_path is None else as_path(mask_path),
         spacing_at_level_0=None if spacing is None else float(spacing),
-        backend=str(meta.get("provenance", "backend")),
-        requested_backend=str(meta.get("provenance", "requested_backend", default="auto")),
-        dimensions=(int(width), int(height)),
+        backend=_from_hs2p(str(meta.get("provenance", "backend"))),
+        requested_backend=_from_hs2p(str(meta.get("provenance", "requested_backend", default="auto"))),
+        dimensions=(width, height),
         downsamples=tuple(float(ds) for ds in meta.get("slide", "level_downsamples")),
         geometry=_geometry(meta),
         x=x,
@@ -320,17 +366,24 @@ def _filtering(meta: _Sections) -> FilterConfig:
     return FilterConfig(**{**known, "ref_tile_size": reference})
 
 
-def _arrays(path: Path, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+def _arrays(
+    path: Path, count: Any, dimensions: tuple[int, int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    if type(count) is not int or count < 0:
+        raise ValueError(f"n_tiles is {count!r}, not a number of tiles")
     if count == 0:
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
-    with local(path) as file, READING_ARRAYS, np.load(file, allow_pickle=False) as data:
-        if "coordinates" in data:  # HS2P 3.0 and 3.1
-            x, y = data["coordinates"].T
-        else:
-            x, y = data["x"], data["y"]
-        index, fractions = data["tile_index"], data["tissue_fractions"]
+    with local(path) as file:
+        data = read_npz(file, _ARRAYS, most=2 * count)
+    x, y = data["coordinates"].T if "coordinates" in data else (data["x"], data["y"])
+    index, fractions = data["tile_index"], data["tissue_fractions"]
     if not x.shape == y.shape == index.shape == fractions.shape == (count,):
         raise ValueError(f"{path.name} does not hold the {count} tiles that the metadata announces")
     if not np.array_equal(index, np.arange(count)):
         raise ValueError(f"tile_index in {path.name} does not count from 0 to {count - 1}")
+    check_places(x, y, dimensions)
+    wrong = ~((fractions >= 0) & (fractions <= 1 + _ROUNDING))
+    if wrong.any():
+        first = int(wrong.argmax())
+        raise ValueError(f"tile {first} has the tissue fraction {fractions[first]}, not one from 0 to 1")
     return x.astype(np.int64), y.astype(np.int64), fractions.astype(np.float32)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from slide2vec.config import SegmentationConfig
 from slide2vec.errors import MaskError, Slide2VecError
-from slide2vec.files import is_remote
+from slide2vec.files import is_remote, plain_stat
 from slide2vec.geometry import nearest_downsample_level, select_level
 from slide2vec.readers import SlideReader, open_slide
 from slide2vec.readers.base import planning_downsamples
@@ -35,6 +35,14 @@ MAX_RASTER_PX = 256_000_000
 _LEVEL_TOLERANCE = 0.01
 
 _TIFF = {".tif", ".tiff", ".btf"}
+#: Annotations, which people take for masks.
+_DRAWN = {
+    ".annotations": "a file of annotations",
+    ".geojson": "GeoJSON",
+    ".json": "JSON",
+    ".qpdata": "a QuPath data file",
+    ".xml": "XML",
+}
 _FLAT = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"}
 #: TIFF colour interpretations whose 8-bit values slide readers return unchanged: min-is-black, RGB.
 _PLAIN_PHOTOMETRICS = {1, 2}
@@ -149,9 +157,16 @@ def _checked(labels: NDArray[np.generic]) -> tuple[NDArray[np.uint8], int]:
 
 
 def _opened(path: Path) -> AbstractContextManager[_Raster]:
-    if not path.is_file():
-        raise FileNotFoundError("it does not exist")
+    try:
+        plain_stat(path)
+    except FileNotFoundError:
+        raise FileNotFoundError("it does not exist") from None
     suffix = path.suffix.lower()
+    if suffix in _DRAWN:
+        raise ValueError(
+            f"it is {_DRAWN[suffix]}, outlines and no raster; draw them as one of 0 and 1 of the slide's "
+            "shape (QuPath: File > Export images > Export rendered labels, or its LabeledImageServer)"
+        )
     opener = _tiff if suffix in _TIFF else _flat if suffix in _FLAT else _whole_slide
     return opener(path)
 

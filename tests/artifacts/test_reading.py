@@ -139,6 +139,42 @@ def test_missing_and_unknown_files(tmp_path: Path) -> None:
                 load(tmp_path / name)
 
 
+def test_a_small_pt_does_not_become_gigabytes(tmp_path: Path) -> None:
+    """The allocation of PyTorch itself: what is left once sizes of tensors are bounded."""
+    grows = pickle.dumps(bytearray, 2)[:-1] + pickle.dumps((2**31 - 1,), 2)[2:-1] + b"R."
+    torch.save(torch.zeros(3), tmp_path / "good.pt")
+    with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(tmp_path / "a.pt", "w") as bad:
+        for name in good.namelist():
+            bad.writestr(name, grows if name.endswith("data.pkl") else good.read(name))
+    (tmp_path / "b.pt").write_bytes(grows)
+    torch.save(torch.zeros(1).expand(2**30), tmp_path / "c.pt")
+    for name, told in (("a", "asks for .*bytearray"), ("b", "asks for .*bytearray"), ("c", "announces")):
+        with refused(told):
+            load_embeddings(tmp_path / f"{name}.pt")
+    assert len(load_embeddings(tmp_path / "good.pt")) == 3
+
+
+@pytest.mark.parametrize("file_format", ["pt", "npz", "safetensors", "h5"])
+def test_no_more_is_read_than_the_sidecar_says(file_format: Any, tmp_path: Path) -> None:
+    from slide2vec.artifacts.encoding import Content, write_content
+
+    path = tmp_path / f"a.{file_format}"
+    write_content(path, Content(name="features", values=torch.zeros(10, 4)), file_format)
+    assert load_embeddings(path, most=40).shape == (10, 4)
+    with pytest.raises(ArtifactError, match="more than the 39 numbers of its"):
+        load_embeddings(path, most=39)
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**31, 2**62])
+def test_coordinates_that_no_slide_has(wrong: int, tmp_path: Path) -> None:
+    coords = np.zeros((5, 2), np.int64)
+    coords[3] = 7, wrong
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["coords"] = coords
+    with pytest.raises(ArtifactError, match=r"1 of 5 tiles are on no slide: those of tile 3 are \[7, "):
+        load_coords(tmp_path / "a.h5")
+
+
 class Hostile:
     """Makes a folder when it is unpickled."""
 

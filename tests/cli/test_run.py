@@ -100,6 +100,25 @@ def test_flags_resume_and_say_so(run, manifest: Path, tmp_path: Path) -> None:
     assert "earlier run" not in anew.stdout and "of 2 slides" in anew.stdout
 
 
+def test_key_value_counts_over_the_defaults_of_flags(run, asked: list[RunSettings], tmp_path: Path) -> None:
+    command = ("run", "model.name=scattering", f"output_dir={tmp_path}")
+    assert run(*command).exit_code == 0
+    preview = "tiling.preview.save_mask_preview=true"
+    given = ("tiling.masks.min_coverage.tissue=0.25", preview, "resume=false")
+    assert run(*command, *given).exit_code == 0
+    assert run(*command, *given, "--resume", "--no-previews", "--tissue-threshold", "0.5").exit_code == 0
+    found = [
+        (
+            config.tissue_threshold,
+            config.preview.save_mask_preview,
+            config.preview.save_tiling_preview,
+            config.resume,
+        )
+        for config in (settings.preprocessing for settings in asked)
+    ]
+    assert found == [(0.01, False, False, True), (0.25, True, False, False), (0.5, False, False, True)]
+
+
 def test_every_flag_reaches_its_setting(
     run, asked: list[RunSettings], manifest: Path, tmp_path: Path
 ) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import openslide
 import pytest
+import tifffile
 
 from slide2vec.errors import BackendError, SlideReadError
 from slide2vec.readers import SlideReader, backends, open_slide
 from slide2vec.slides import as_slide
 
-VIPS_UP, ALL = ("vips", "openslide"), ("cucim", "vips", "openslide")
+VIPS_UP, ALL = ("tiff", "vips", "openslide"), ("tiff", "cucim", "vips", "openslide")
 #: file -> (back ends that read it, in the order of "auto"; µm/px)
 FILES: dict[str, tuple[tuple[str, ...], float | None]] = {
     "CMU-1-Small-Region.svs": (ALL, 0.499),
@@ -23,10 +24,10 @@ FILES: dict[str, tuple[tuple[str, ...], float | None]] = {
     "generic-lzw-pyramid.tiff": (VIPS_UP, 1.996),
     "generic-pyramid.ome.tiff": (ALL, 0.499),
     "aperio-nompp-appmag40.svs": (ALL, 0.25),
-    "CMU-1-Small-Region.webp.tiff": (("vips",), None),
+    "CMU-1-Small-Region.webp.tiff": (("tiff", "vips"), None),
     "rationai-CMU-1-small.tiff": (ALL, 3.1949),
-    "XYC-half-mpp.tiff": (("vips",), 0.5),
-    "XYC-jpeg.ome.tiff": (("cucim", "vips"), None),
+    "XYC-half-mpp.tiff": (("tiff", "vips"), 0.5),
+    "XYC-jpeg.ome.tiff": (("tiff",), None),  # RGB by its tags, YCbCr by its JPEGs, which are right
     "fluorescence-dapi.ndpi": (("openslide",), 0.22818),
     "camelyon-jpeg.dcm": (("openslide",), None),
     "sm_image.dcm": (("openslide",), 0.499),
@@ -61,12 +62,17 @@ def reader(pair: tuple[Path, str]) -> Iterator[SlideReader]:
 
 
 def level_pixels(path: Path, reader: SlideReader, level: int) -> np.ndarray:
-    """A whole level as OpenSlide reads it from its origin; as `reader` does where that opens no such file."""
+    """A whole level as OpenSlide reads it from its origin, or tifffile where OpenSlide sees no such level, or
+    `reader` where neither opens the file."""
     size = reader.level_dimensions[level]
     try:
         with openslide.OpenSlide(path) as slide:
+            if level >= slide.level_count:
+                return np.asarray(tifffile.imread(path, series=0, level=level))
             picture = np.asarray(slide.read_region((0, 0), level, size)).astype(int)
     except openslide.OpenSlideError:
+        if path.suffix in {".tiff", ".tif"}:
+            return np.asarray(tifffile.imread(path, series=0, level=level))
         return reader.read_region((0, 0), level, size)
     return (picture[..., :3] + (255 - picture[..., 3:])).clip(0, 255).astype(np.uint8)
 

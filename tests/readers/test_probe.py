@@ -53,7 +53,7 @@ def write(path: Path, *images: Image) -> Path:
 def said(path: Path, **slide: Any) -> str:
     """The error that a file is refused with, by every back end alike."""
     with pytest.raises(SlideOpenError) as refused:
-        probe(as_slide({"sample_id": "s", "image_path": path, **slide}))
+        open_slide(as_slide({"sample_id": "s", "image_path": path, **slide}))
     return str(refused.value)
 
 
@@ -191,8 +191,8 @@ WRONG_PIXELS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
         ),
         ["7 channels per pixel"],
     ),
-    "no width": (lambda path: tagged(path, ImageWidth=0), ["ImageWidth of directory 0 is 0"]),
-    "no tile height": (lambda path: tagged(path, TileLength=0), ["TileLength of directory 0 is 0"]),
+    "no width": (lambda path: tagged(path, ImageWidth=0), ["directory 0 claims 0x128 px"]),
+    "no tile height": (lambda path: tagged(path, TileLength=0), ["directory 0 claims tiles of 64x0 px"]),
 }
 
 

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import openslide
 import pytest
+import tifffile
 
 from slide2vec.errors import BackendError, SlideOpenError, SlideReadError
 from slide2vec.readers import backends, open_slide
 from slide2vec.slides import as_slide
 
 TILE = 64  # of the files that `tiffs` writes
-JPEG_READERS = ["auto", "cucim", "vips", "openslide"]
+JPEG_READERS = ["auto", "tiff", "cucim", "vips", "openslide"]
 ACROSS = 7  # tiles in a row of its picture
 DAMAGED = 2 * ACROSS + 3  # in the middle of it, at (192, 128)
 
@@ -89,7 +90,7 @@ def test_black_pixels_of_a_sound_file_are_read(backend: str, tmp_path: Path, tif
         assert (reader.read_region((TILE, TILE), 0, (3 * TILE, 2 * TILE)) == 0).all()
 
 
-@pytest.mark.parametrize("backend", ["auto", "cucim", "openslide"])
+@pytest.mark.parametrize("backend", ["auto", "tiff", "cucim", "openslide"])
 def test_tiles_left_out_are_white(backend: str, tmp_path: Path, tiffs: Any) -> None:
     need(backend)
 
@@ -110,8 +111,104 @@ def test_predictors_never_reach_cucim(compression: int, tmp_path: Path, tiffs: A
     path = tmp_path / "predicted.tif"
     tiffs.write_plain(path, compression="zlib", predictor=True)
     tiffs.set_tags(path, Compression=compression)
-    with pytest.raises(BackendError, match="predictor 2"):
+    with pytest.raises(BackendError, match=r"[Pp]redictor"):
         open_slide(as_slide(path), "cucim")
+
+
+@pytest.mark.parametrize("name", ["gdal-deflate.tif", "gdal-zstd.tif", "rasterio-cogeo.tif"])
+def test_predictor_tags_in_any_directory_never_reach_cucim(name: str, dialects_dir: Path) -> None:
+    """Of value 1, as GDAL writes them, and of masks: cuCIM crashes as it opens such a file."""
+    need("cucim")
+    with pytest.raises(BackendError, match="crashes on files with a Predictor tag"):
+        open_slide(as_slide(dialects_dir / name), "cucim")
+
+
+def test_predictor_tags_that_cucim_bears(reference_slide: Path) -> None:
+    """Beside the LZW of Aperio's labels."""
+    need("cucim")
+    with open_slide(as_slide(reference_slide), "cucim") as reader:
+        assert any(317 in directory.tags for directory in reader.probe.directories)  # type: ignore[attr-defined]
+
+
+def entropy(tiles: list[bytes]) -> None:
+    """Damage that libjpeg warns of and makes pixels up for."""
+    middle = len(tiles[DAMAGED]) * 2 // 3
+    tiles[DAMAGED] = tiles[DAMAGED][:middle] + b"\xff\xd9" + tiles[DAMAGED][middle + 2 :]
+
+
+@pytest.mark.parametrize("backend", JPEG_READERS)
+@pytest.mark.parametrize("file", ["written", "jpeg_entropy_cucim.svs"])
+def test_damage_inside_entropy_data_is_an_error(
+    file: str, backend: str, tmp_path: Path, tiffs: Any, request: pytest.FixtureRequest
+) -> None:
+    need(backend)
+    if file == "written":
+        path = tiffs.write_jpeg(tmp_path / "damaged.tif", [tiffs.picture()], entropy)
+    else:
+        path = request.getfixturevalue("broken_dir") / file
+    with open_slide(as_slide(path), backend) as reader:
+        with pytest.raises(SlideReadError, match="level 0 at"):
+            reader.read_region((0, 0), 0, reader.dimensions)
+        assert reader.read_region((0, 0), 0, (100, 100)).any()  # the rest is read
+
+
+@pytest.mark.parametrize("compression", ["zstd", "lzma", "lerc", "jpeg2000", "jpegxl", "png"])
+def test_what_vips_gives_as_black_is_not_its(compression: str, tmp_path: Path, tiffs: Any) -> None:
+    need("vips")
+    path = tiffs.write_plain(tmp_path / "a.tif", compression=compression)
+    with pytest.raises(BackendError, match="not measured to read"):
+        open_slide(as_slide(path), "vips")
+
+
+@pytest.mark.parametrize("compression", ["zlib", "webp", "packbits"])
+def test_tiles_that_vips_cannot_decode_are_an_error(compression: str, tmp_path: Path, tiffs: Any) -> None:
+    """With fail_on="error" they are black."""
+    need("vips")
+    path = tiffs.write_plain(tmp_path / "a.tif", compression=compression)
+    with tifffile.TiffFile(path) as tiff:
+        offset, count = tiff.pages[0].dataoffsets[DAMAGED], tiff.pages[0].databytecounts[DAMAGED]
+    data = bytearray(path.read_bytes())
+    data[offset : offset + count] = bytes([128]) * count
+    path.write_bytes(data)
+    with open_slide(as_slide(path), "vips") as reader, pytest.raises(SlideReadError, match="level 0 at"):
+        reader.read_region((0, 0), 0, reader.dimensions)
+
+
+def test_vips_reads_a_file_that_replaced_another(tmp_path: Path, tiffs: Any) -> None:
+    """Its cache knows files by their names."""
+    need("vips")
+    path = tiffs.write_plain(tmp_path / "a.tif", compression="zlib")
+    for value in (None, 7):
+        if value is not None:
+            tifffile.imwrite(
+                path, np.full((300, 400, 3), value, np.uint8), tile=(64, 64), photometric="rgb", metadata=None
+            )
+        with open_slide(as_slide(path), "vips") as reader:
+            pixels = reader.read_region((0, 0), 0, (64, 64))
+    assert (pixels == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "message"),
+    [
+        ("vips", {"photometric": "ycbcr"}, "takes YCbCr"),
+        ("vips", {"photometric": "cielab"}, "other colours"),
+        ("openslide", {"photometric": "cielab"}, "other colours"),
+        ("openslide", {"dtype": np.uint16}, "16 bits"),
+        ("vips", {"dtype": np.uint16}, "16 bits"),
+    ],
+)
+def test_pixels_that_a_library_changes_are_not_its(
+    backend: str, options: dict[str, Any], message: str, tmp_path: Path, tiffs: Any
+) -> None:
+    need(backend)
+    path = tmp_path / "a.tif"
+    tiles = {"tile": (TILE, TILE), "compression": "zlib", "metadata": None}
+    kind = options.get("dtype", np.uint8)
+    photometric = options.get("photometric", "rgb")
+    tifffile.imwrite(path, tiffs.picture().astype(kind), photometric=photometric, **tiles)
+    with pytest.raises((BackendError, SlideOpenError), match=message):
+        open_slide(as_slide(path), backend)
 
 
 def test_auto_reads_deflate_with_a_predictor(tmp_path: Path, tiffs: Any) -> None:
@@ -122,7 +219,7 @@ def test_auto_reads_deflate_with_a_predictor(tmp_path: Path, tiffs: Any) -> None
         np.testing.assert_array_equal(reader.read_region((0, 0), 0, (400, 300)), tiffs.picture())
 
 
-@pytest.mark.parametrize("backend", ["cucim", "vips", "openslide"])
+@pytest.mark.parametrize("backend", ["tiff", "cucim", "vips", "openslide"])
 @pytest.mark.parametrize("compression", ["zlib", None])
 def test_lossless_pixels(compression: str | None, backend: str, tmp_path: Path, tiffs: Any) -> None:
     need(backend)
@@ -132,7 +229,7 @@ def test_lossless_pixels(compression: str | None, backend: str, tmp_path: Path, 
         np.testing.assert_array_equal(reader.read_region((0, 0), 0, (400, 300)), tiffs.picture())
 
 
-@pytest.mark.parametrize("backend", ["cucim", "vips", "openslide"])
+@pytest.mark.parametrize("backend", ["tiff", "cucim", "vips", "openslide"])
 def test_one_pixel_is_the_same_in_every_region(backend: str, jpeg_pyramid: Path) -> None:
     """Downsamples that are no whole number; OpenSlide alone would interpolate."""
     need(backend)

@@ -140,7 +140,7 @@ def test_a_batch_of_a_stream_above_the_profile_is_refused(directory: Callable[..
     ("record", "said"),
     [
         ({"layout": "nhwc"}, "its engine.json says nhwc"),
-        ({"feature_dim": "many"}, "its engine.json says"),
+        ({"feature_dim": "many"}, "feature_dim is 'many'"),
         ({"profile": {"min": 1, "opt": 4}}, "not an engine's record"),
         ({"profile": {"min": 5, "opt": 4, "max": 4}}, "min <= opt"),
         ({"runtime": "openvino"}, "an engine of openvino, not of tensorrt"),

@@ -15,7 +15,7 @@ from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import BackendError, ConfigError, SlideReadError
 from slide2vec.progress import RunFinished
 from slide2vec.readers import decoders
-from slide2vec.readers.decoders import OpencvDecoder
+from slide2vec.readers.decoders import HostDecoder
 from slide2vec.readers.raw import RawReader
 from slide2vec.slides import Slide
 from slide2vec.stream import SlidePlan, Stream, feed, plan_slide
@@ -108,16 +108,16 @@ def test_uploading_gives_the_hosts_pixels(
     np.testing.assert_array_equal(singly(plan), expected)
 
 
-class Wrong(OpencvDecoder):
+class Wrong(HostDecoder):
     """Takes RGB for YCbCr, as cuCIM does on a GPU."""
 
-    def decode(self, jpegs: Any, *, rgb: bool) -> list[Any]:
-        without = [jpeg.replace(b"Adobe\x00\x64", b"Adobx\x00\x64") for jpeg in jpegs]
-        return super().decode(without, rgb=rgb)
+    def decode(self, tiles: Any, *more: Any) -> Any:
+        without = [[part.replace(b"Adobe\x00\x64", b"Adobx\x00\x64") for part in parts] for parts in tiles]
+        return super().decode(without, *more)
 
 
-class Breaks(OpencvDecoder):
-    def decode(self, jpegs: Any, *, rgb: bool) -> list[Any]:
+class Breaks(HostDecoder):
+    def decode(self, *_: Any) -> Any:
         raise RuntimeError("no hardware for it")
 
 
@@ -159,11 +159,11 @@ def test_the_second_road_is_tried(reference_slide: Path, monkeypatch: pytest.Mon
     assert device_feed.adopt(planned(reference_slide)).road == "good on the device"
 
 
-class _Tensors(OpencvDecoder):
-    def decode(self, jpegs: Any, *, rgb: bool) -> list[Any]:
-        return [torch.from_numpy(tile) for tile in super().decode(jpegs, rgb=rgb)]
+class _Tensors(HostDecoder):
+    def decode(self, *tiles: Any) -> Any:
+        return map(torch.from_numpy, super().decode(*tiles))
 
-    def canvas(self, height: int, width: int) -> Any:
+    def canvas(self, height: int, width: int, *, white: bool = True) -> Any:
         return torch.full((height, width, 3), 255, dtype=torch.uint8)
 
 

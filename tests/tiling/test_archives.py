@@ -700,9 +700,15 @@ def test_damaged_archives(form: int, tiling: Tiling, tiles: Pixels, tmp_path: Pa
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.tar", "b.tar"]
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}], ids=str)
-def test_damaged_jpegs(options: dict[str, Any], tiling: Tiling, tiles: Pixels, tmp_path: Path) -> None:
-    """A flipped bit: Pillow's pixels, or an error; and an error always where Pillow has one."""
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [({}, 100), ({"progressive": True}, 300), ({"restart_marker_blocks": 2}, 130)],
+    ids=str,
+)
+def test_damaged_jpegs(
+    options: dict[str, Any], least: int, tiling: Tiling, tiles: Pixels, tmp_path: Path
+) -> None:
+    """A flipped bit: Pillow's pixels, or an error; and an error always where libjpeg so much as warns."""
     jpeg = jpeg_of(tiles[0], **options)
     rng = np.random.default_rng(7)
     refused = 0
@@ -718,4 +724,4 @@ def test_damaged_jpegs(options: dict[str, Any], tiling: Tiling, tiles: Pixels, t
                 refused += 1
                 continue
         np.testing.assert_array_equal(pixels, decoded(bytes(changed)))
-    assert 10 < refused < 300
+    assert least < refused < 400  # without strict decoding 74, 186 and 79

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import random
 import sys
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -244,6 +246,87 @@ def test_impossible_values_are_errors_at_worst(value: Any, tiling: Tiling, tmp_p
         load_coordinates(tmp_path, "s")
 
 
+def with_arrays(folder: Path, **changes: Any) -> None:
+    path = coordinate_paths(folder, "s")[0]
+    with np.load(path) as data:
+        arrays = {name: data[name] for name in data}
+    np.savez_compressed(path, **{**arrays, **changes})
+
+
+@pytest.mark.parametrize("name", ["x", "y"])
+@pytest.mark.parametrize("value", [-1, 1000, 2**40])
+def test_tiles_that_are_not_on_the_slide(name: str, value: int, tiling: Tiling, tmp_path: Path) -> None:
+    write_coordinates(tmp_path, tiling)
+    changed = getattr(tiling, name).copy()
+    changed[[7, 9]] = value
+    with_arrays(tmp_path, **{name: changed})
+    told = f"2 of {len(tiling)} are not on the slide: tile 7 has {name}={value}, and {name} goes from 0 to "
+    with pytest.raises(TilingError, match=told):
+        load_coordinates(tmp_path, "s")
+    given = replace(tiling, **{name: changed})  # as a caller may give it
+    with pytest.raises(TilingError, match=told):
+        check_tiling(given, a_slide(), reader(), CONFIG)
+
+
+def test_tiles_may_overhang_the_edge(tiling: Tiling, tmp_path: Path) -> None:
+    x, y = tiling.x.copy(), tiling.y.copy()
+    x[-1], y[-1] = 999, 799
+    write_coordinates(tmp_path, replace(tiling, x=x, y=y))
+    assert (load_coordinates(tmp_path, "s").x[-1], load_coordinates(tmp_path, "s").y[-1]) == (999, 799)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"x": lambda x: x.astype(float)}, "x is float64, not whole numbers"),
+        ({"y": lambda y: np.where(np.arange(len(y)) == 5, np.nan, y)}, "y is float64, .*, tile 5 has nan"),
+        ({"x": lambda x: x.astype(np.uint64) + 2**63}, "are not on the slide: tile 0 has x="),
+        (
+            {"tissue_fractions": lambda f: np.where(np.arange(len(f)) == 3, np.nan, f)},
+            "tile 3 has the tissue",
+        ),
+        ({"tissue_fractions": lambda f: f + 1}, "tile 0 has the tissue fraction"),
+        ({"x": lambda x: x[:-1]}, "does not hold the"),
+        ({"x": lambda x: np.zeros((len(x), 1000), np.int64)}, "more than the .* numbers of its record"),
+    ],
+)
+def test_numbers_that_no_tiles_have(
+    changes: dict[str, Callable[[Any], Any]], told: str, tiling: Tiling, tmp_path: Path
+) -> None:
+    write_coordinates(tmp_path, tiling)
+    with_arrays(tmp_path, **{name: change(getattr(tiling, name)) for name, change in changes.items()})
+    with pytest.raises(TilingError, match=told):
+        load_coordinates(tmp_path, "s")
+
+
+def test_arrays_are_bounded_before_they_are_read(tiling: Tiling, tmp_path: Path) -> None:
+    """Metadata and arrays agree on a number of tiles that the file could hold only as a bomb."""
+    write_coordinates(tmp_path, tiling)
+    count = 40_000_000
+    edit(tmp_path, lambda meta: meta["tiling"].update(n_tiles=count))
+    header = {"descr": "<i8", "fortran_order": False, "shape": (count,)}
+    with zipfile.ZipFile(coordinate_paths(tmp_path, "s")[0], "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("tile_index", "x", "y", "tissue_fractions"):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for _ in range(8 * count // 2**20):
+                    member.write(bytes(2**20))
+    with pytest.raises(TilingError, match="announces 320,000,000 bytes"):
+        load_coordinates(tmp_path, "s")
+
+
+def test_pipes_and_large_metadata_are_refused(tiling: Tiling, tmp_path: Path) -> None:
+    metadata = coordinate_paths(tmp_path, "s")[1]
+    os.mkfifo(metadata)
+    with pytest.raises(TilingError, match="is a named pipe"):
+        load_coordinates(tmp_path, "s")
+    metadata.unlink()
+    write_coordinates(tmp_path, tiling)
+    os.truncate(metadata, 2**40)
+    with pytest.raises(TilingError, match="it has more than"):
+        load_coordinates(tmp_path, "s")
+
+
 class Cycle:
     """Garbage whose collection lets other threads run."""
 
@@ -272,3 +355,13 @@ def test_reading_in_several_threads(tiling: Tiling, tmp_path: Path) -> None:
     finally:
         gc.set_threshold(*threshold)
         sys.setswitchinterval(interval)
+
+
+def test_our_own_back_end_has_a_name_that_hs2p_opens(tiling: Tiling, tmp_path: Path) -> None:
+    read = replace(tiling, backend="tiff", requested_backend="tiff")
+    _, metadata = write_coordinates(tmp_path, read)
+    provenance = json.loads(metadata.read_text())["provenance"]
+    assert (provenance["backend"], provenance["requested_backend"]) == ("tifffile", "tifffile")
+    assert same(load_coordinates(tmp_path, "s"), read)
+    edit(tmp_path, lambda meta: meta["provenance"].update(backend="tiff", requested_backend="auto"))
+    assert same(load_coordinates(tmp_path, "s"), replace(read, requested_backend="auto"))

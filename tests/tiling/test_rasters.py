@@ -130,6 +130,13 @@ def test_a_missing_mask(tmp_path: Path) -> None:
         tile(tmp_path / "m.png")
 
 
+@pytest.mark.parametrize(("name", "what"), [("m.geojson", "GeoJSON"), ("m.xml", "XML"), ("m.json", "JSON")])
+def test_outlines_are_no_mask(name: str, what: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(MaskError, match=f"{name} cannot be used: it is {what}, outlines and no raster"):
+        tile(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["m.png", "m.tif", "m.svs"])
 def test_a_damaged_mask(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"no picture" * 10)

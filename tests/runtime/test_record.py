@@ -1,0 +1,94 @@
+"""A broken engine.json is a miss, told in a line; never the end of a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runtime_helpers import write_record
+
+from slide2vec.compile.store import EngineStore
+from slide2vec.errors import EngineError
+from slide2vec.runtime.record import RECORD_NAME, read_record
+
+
+def test_a_good_record(tmp_path: Path) -> None:
+    write_record(tmp_path)
+    assert read_record(tmp_path).preset == "tiny"
+
+
+def test_what_a_later_version_adds_is_passed_over(tmp_path: Path) -> None:
+    write_record(tmp_path, colour="blue")
+    assert read_record(tmp_path).preset == "tiny"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: value} for name in ("preset", "identity", "profile", "speed") for value in (3, None, [1])),
+        *({"checksums": value} for value in ({"a": 1}, {"../a": "0"}, {"a\0": "0"}, [])),
+        *({"file": name} for name in ("..", "", "/etc/passwd", "a/b", "a\0b", 7)),
+        *({name: value} for name in ("feature_dim", "input_size_px") for value in (0, -1, 1.5, True, "5")),
+        {"speed": {"engine": 1.0}},
+        {"speed": {"engine": "fast", "torch": 1.0}},
+        {"parity": {"min_cosine": 1.0}},
+        {"identity": {"weights": "0"}},
+        {"steps_down": [{}]},
+        {"steps_down": [3]},
+        {"profile": {"min": "1", "opt": 4, "max": 4}},
+        {"schema_version": None},
+        {"build_seconds": None},
+        {"opset": "20"},
+    ],
+    ids=repr,
+)
+def test_wrong_types(changes: dict[str, Any], tmp_path: Path) -> None:
+    write_record(tmp_path, **changes)
+    with pytest.raises(EngineError, match=r"engine\.json"):
+        read_record(tmp_path)
+
+
+def without_a_key(path: Path) -> None:
+    content = json.loads(path.read_text())
+    del content["parity"]
+    path.write_text(json.dumps(content))
+
+
+#: What may be found in the place of a record.
+BROKEN: dict[str, Callable[[Path], Any]] = {
+    "a folder": Path.mkdir,
+    "a pipe": os.mkfifo,
+    "a link to itself": lambda path: path.symlink_to(path),
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "empty": Path.touch,
+    "no JSON": lambda path: path.write_text("{"),
+    "no object": lambda path: path.write_text("[1]"),
+    "no UTF-8": lambda path: path.write_bytes(b'{"preset": "\xff"}'),
+    "deep": lambda path: path.write_text("[" * 100_000),
+    "long numbers": lambda path: path.write_text('{"schema_version": ' + "9" * 100_000 + "}"),
+    "huge": lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 1 << 40),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_record_is_a_miss(what: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("broken", "good"):
+        (tmp_path / name).mkdir()
+    write_record(tmp_path / "good")
+    BROKEN[what](tmp_path / "broken" / RECORD_NAME)
+    with caplog.at_level(logging.WARNING, "slide2vec"):
+        for _ in range(2):
+            assert [engine.name for engine in EngineStore(tmp_path)] == ["good"]
+    assert len(caplog.records) == 1 or what == "a link to itself"
+
+
+def test_a_missing_key_is_a_miss(tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    write_record(tmp_path / "broken")
+    without_a_key(tmp_path / "broken" / RECORD_NAME)
+    assert not list(EngineStore(tmp_path))
