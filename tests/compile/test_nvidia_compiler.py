@@ -1,4 +1,4 @@
-"""NVIDIA's own compiler takes what is exported now, and refuses what was: TensorRT-RTX's parser and builder."""
+"""NVIDIA's own compiler takes what is exported now, and refuses what was: TensorRT-RTX parses and builds it."""
 
 from __future__ import annotations
 
