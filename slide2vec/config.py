@@ -39,7 +39,7 @@ __all__ = [
     "shard_numbers",
 ]
 
-Backend = Literal["auto", "tiff", "cucim", "openslide", "vips", "asap"]
+Backend = Literal["auto", "tiff", "dicom", "cucim", "openslide", "vips", "asap"]
 Precision = Literal["fp16", "bf16", "fp32", "fp8"]
 EngineChoice = Literal["auto", "torch", "tensorrt", "openvino", "inductor"]
 OutputFormat = Literal["pt", "npz", "safetensors", "h5"]
@@ -153,7 +153,7 @@ class PreprocessingConfig(_Config):
     """How slides are tiled and read.
 
     Attributes:
-        backend: reader; "auto" picks per slide (tiff, cucim, vips, openslide, asap) by what opens the file.
+        backend: reader; "auto" picks per slide (tiff, dicom, cucim, vips, openslide, asap) by what opens it.
         requested_spacing_um: µm/px of the tiles; None = the preset's.
         requested_tile_size_px: side of the tiles at that spacing; None = the preset's.
         region_tile_multiple: hierarchical extraction: regions of so many tiles a side (2 or more).

@@ -10,6 +10,7 @@ __all__ = [
     "ArtifactError",
     "BackendError",
     "ConfigError",
+    "Contradiction",
     "EmbedPatientsError",
     "EmbedSlidesError",
     "EngineError",
@@ -75,6 +76,10 @@ class EngineError(Slide2VecError, RuntimeError):
 
 class BackendError(Slide2VecError, RuntimeError):
     """A reading back end cannot be used for this slide; the message says which can."""
+
+
+class Contradiction(BackendError):
+    """A second decoder gives other pixels for a tile than the reading back end."""
 
 
 class SlideError(Slide2VecError, RuntimeError):

@@ -91,7 +91,7 @@ def debugging() -> bool:
 
 
 #: As in slide2vec.config, which is not imported for the sake of start-up time.
-Backend = Literal["auto", "tiff", "cucim", "vips", "openslide", "asap"]
+Backend = Literal["auto", "tiff", "dicom", "cucim", "vips", "openslide", "asap"]
 Format = Literal["pt", "npz", "safetensors", "h5"]
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 EngineName = Literal["auto", "torch", "tensorrt", "openvino", "inductor"]

@@ -6,12 +6,16 @@ import glob
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from slide2vec.cli.console import note
 from slide2vec.errors import ManifestError
 from slide2vec.files import as_path, is_remote
 from slide2vec.manifests import MANIFEST_SUFFIXES, read_manifest
 from slide2vec.slides import SLIDE_SUFFIXES, IdFrom, Slide, as_slide, id_of
+
+if TYPE_CHECKING:
+    from slide2vec.readers.dicomhead import DicomHead
 
 __all__ = ["find_slides"]
 
@@ -83,9 +87,12 @@ def _in_directory(folder: Path, recursive: bool) -> list[Path]:
 
 
 def _is_slide(path: Path) -> bool:
-    """By its name; a link that leads nowhere is one, which fails when it is opened."""
-    named_so = path.suffix.lower() in SLIDE_SUFFIXES and not path.name.startswith(".")
-    return named_so and (path.is_file() or (path.is_symlink() and not path.exists()))
+    """By its name, or DICOM without one; a link that leads nowhere is one, and fails when it is opened."""
+    if path.name.startswith("."):
+        return False
+    if path.suffix.lower() in SLIDE_SUFFIXES:
+        return path.is_file() or (path.is_symlink() and not path.exists())
+    return _is_dicom_without_suffix(path)
 
 
 def _tell_skipped(folder: Path, files: Sequence[Path], slides: Sequence[Path]) -> None:
@@ -113,26 +120,38 @@ def _matching(pattern: str) -> list[Path]:
 
 
 def _one_per_series(paths: Sequence[Path]) -> Iterator[Path]:
-    """A DICOM slide is many files, and opening any of them opens the slide: keep the first of each."""
-    seen: set[tuple[Path, str]] = set()
+    """A DICOM slide is many files, and any of them opens the slide: keep the first of its levels."""
+    heads = {path: _dicom_head(path) for path in paths}
+    levels_first = sorted(paths, key=lambda path: not _is_level(heads[path]))  # stable: else in their order
+    chosen: dict[tuple[Path, str], Path] = {}
+    for path in levels_first:
+        if head := heads[path]:
+            chosen.setdefault((path.parent, head.series or path.name), path)
     for path in paths:
-        series = _dicom_series(path) if path.suffix.lower() == ".dcm" else None
-        if series is None:
-            yield path
-        elif (path.parent, series) not in seen:
-            seen.add((path.parent, series))
+        head = heads[path]
+        if head is None or chosen[path.parent, head.series or path.name] == path:
             yield path
         else:
-            logger.info("%s belongs to the same DICOM slide as a file before it", path)
+            logger.info("%s belongs to the same DICOM slide as another file", path)
 
 
-def _dicom_series(path: Path) -> str | None:
-    """What files of one DICOM slide share; None for a file that OpenSlide does not open."""
-    import openslide
+def _is_level(head: DicomHead | None) -> bool:
+    return head is not None and head.is_level
+
+
+def _is_dicom_without_suffix(path: Path) -> bool:
+    """Named by a number or an UID, as archives do, and a whole-slide image by its head."""
+    suffix = path.suffix[1:]
+    if suffix and not suffix.isdigit():
+        return False
+    head = _dicom_head(path)
+    return head is not None and head.is_whole_slide
+
+
+def _dicom_head(path: Path) -> DicomHead | None:
+    from slide2vec.readers.dicomhead import dicom_head
 
     try:
-        with openslide.OpenSlide(path) as handle:
-            series = handle.properties.get("dicom.SeriesInstanceUID")
-    except (openslide.OpenSlideError, OSError):
+        return dicom_head(path)
+    except OSError:  # the run will tell
         return None
-    return None if series is None else str(series)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from slide2vec.artifacts import (
@@ -16,6 +16,7 @@ from slide2vec.artifacts import (
     find_tile_artifact,
 )
 from slide2vec.cohort.identity import compatibility, difference, encoder_identity
+from slide2vec.cohort.misread import as_if_read_now, misread
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ArtifactError, ManifestError, TilingError
 from slide2vec.slides import Slide
@@ -65,14 +66,15 @@ class Finished:
         """A slide's artifacts that are finished; else what differs from the one there, None for none."""
         asked = self.look(slide)
         return {
-            kind: None if asked is None else self._find(kind, slide.sample_id, asked[kind]) for kind in kinds
+            kind: None if asked is None else self._find(kind, slide.sample_id, asked[kind], [slide])
+            for kind in kinds
         }
 
     def find_patient(
-        self, patient_id: str, slides: Mapping[str, Mapping[str, Any] | None]
+        self, patient_id: str, slides: Sequence[Slide], identities: Mapping[str, Mapping[str, Any] | None]
     ) -> Artifact | str | None:
         """As `find`, for a patient with the identities of all their slides' embeddings."""
-        return self._find("patient", patient_id, self.patient_compatibility(slides))
+        return self._find("patient", patient_id, self.patient_compatibility(identities), slides)
 
     def look(self, slide: Slide, *, anew: bool = True) -> dict[Kind, dict[str, Any]] | None:
         """The identity of a slide's embeddings by kind, as its files are; None where one cannot be read.
@@ -116,7 +118,9 @@ class Finished:
             return self._tilings.get(slide.sample_id)
         return load_coordinates(kept, slide.sample_id)
 
-    def _find(self, kind: Kind, name: str, asked: Mapping[str, Any]) -> Artifact | str | None:
+    def _find(
+        self, kind: Kind, name: str, asked: Mapping[str, Any], slides: Sequence[Slide]
+    ) -> Artifact | str | None:
         assert self._execution.output_dir is not None
         artifact = _FIND[kind](self._execution.output_dir, name)
         if artifact is None:
@@ -126,7 +130,9 @@ class Finished:
         except ArtifactError:
             return None
         options = self._differing_option(kind, artifact, recorded)
-        return options or difference(recorded.get("compatibility"), asked) or artifact
+        made = recorded.get("compatibility")
+        differs = options or difference(as_if_read_now(made), asked)
+        return differs or misread(made, recorded, slides) or artifact
 
     def _differing_option(self, kind: Kind, artifact: Artifact, recorded: Mapping[str, Any]) -> str | None:
         if artifact.format != self._execution.output_format:

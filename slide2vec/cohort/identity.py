@@ -9,6 +9,7 @@ from typing import Any
 
 from slide2vec.config import PreprocessingConfig
 from slide2vec.readers.fingerprint import same_content
+from slide2vec.readers.misread import READING
 from slide2vec.slides import Slide
 from slide2vec.tiling import Tiling
 
@@ -43,6 +44,7 @@ def compatibility(
     from_archive = config.read_tiles_from is not None
     made = {
         **files,
+        "reading": READING,
         "tiles_from": "archive" if from_archive else "slide" if config.on_the_fly else "jpeg",
         "encoder": encoder_identity(encoder),
         "geometry": _geometry(slide, config, given),

@@ -84,7 +84,7 @@ def slide_bytes(slide: Slide, config: PreprocessingConfig) -> int:
         if config.read_tiles_from is not None:
             return find_archive(config.read_tiles_from, slide.sample_id).stat().st_size
         return _bytes(slide.image_path)
-    except (OSError, TilingError):
+    except (OSError, ValueError, TilingError):  # NUL in a path is a ValueError
         return 0
 
 

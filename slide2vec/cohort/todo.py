@@ -79,8 +79,8 @@ def what_is_left(slides: Sequence[Slide], main: Kind, wanted: Sequence[Kind], fi
 
     def patient(name: str, theirs: Sequence[Slide]) -> Artifact | str | None:
         asked = {slide.sample_id: finished.look(slide) for slide in theirs}
-        slides = {name: None if found is None else found["slide"] for name, found in asked.items()}
-        return finished.find_patient(name, slides)
+        identities = {name: None if found is None else found["slide"] for name, found in asked.items()}
+        return finished.find_patient(name, theirs, identities)
 
     todo = Todo()
     with ThreadPoolExecutor(_LOOKERS, thread_name_prefix="resume") as pool:

@@ -18,7 +18,7 @@ class SlideReader(Protocol):
     Safe to use from several threads at once. Close it when done (a context manager).
 
     Attributes:
-        backend: name of the back end ("tiff", "cucim", "openslide", "vips", "asap").
+        backend: name of the back end ("tiff", "dicom", "cucim", "openslide", "vips", "asap").
         dimensions: (width, height) of level 0 in px.
         level_dimensions: (width, height) of every level, level 0 first.
         downsamples: width0 / width_l of every level, level 0 first (1.0).

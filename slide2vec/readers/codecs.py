@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from slide2vec.readers.tiletable import Parts, TileFormat
 
-__all__ = ["TileError", "decode_tile", "unavailable", "why_not"]
+__all__ = ["TileError", "decode_tile", "has_transform", "unavailable", "why_not"]
 
 Pixels = NDArray[np.uint8]
 
@@ -168,8 +168,10 @@ def _of_bytes(data: bytes, tiles: TileFormat, channels: int, shown: tuple[int, i
 def _image(data: bytes, tiles: TileFormat, channels: int, shown: tuple[int, int]) -> Pixels:
     """Decoded into an array of the size that is expected, which bounds what a damaged header can ask for."""
     codec = _OF_IMAGES[tiles.compression]
-    if codec == "jpeg2k" and data[:4] == _SOC and _EOC not in data[-2 - _PADDING :]:
-        raise TileError(f"damaged {tiles.compression} tile (it does not end as a codestream does)")
+    # CharLS, for one, may count to 2^31 before it finds that its data were cut (imagecodecs 2026.3)
+    has_end = codec == "jpegls" or (codec == "jpeg2k" and data[:4] == _SOC)
+    if has_end and _EOC not in data[-2 - _PADDING :]:
+        raise TileError(f"damaged {tiles.compression} tile (it does not end as such data do)")
     more: dict[str, Any] = {"hasalpha": True} if codec == "webp" and channels == 4 else {}
     sizes = [(tiles.height, tiles.width), *([shown] if shown != (tiles.height, tiles.width) else [])]
     for number, (height, width) in enumerate(sizes):
@@ -218,8 +220,11 @@ def _as_rgb(samples: Pixels, tiles: TileFormat, is_rgb: bool) -> Pixels:
 def _gives_rgb(data: bytes, tiles: TileFormat) -> bool:
     """The decoder converts YCbCr by itself; JPEG 2000's where the codestream says so (T.800, table A.15)."""
     codec = _OF_IMAGES.get(tiles.compression)
-    if codec != "jpeg2k":
-        return codec is not None
+    return has_transform(data) if codec == "jpeg2k" else codec not in (None, "jpegls")
+
+
+def has_transform(data: bytes) -> bool:
+    """Whether a JPEG 2000 codestream makes RGB of its components itself."""
     style = data.find(_COD)
     return style >= 0 and data[style + 8 : style + 9] == b"\x01"
 

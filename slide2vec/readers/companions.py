@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from slide2vec.readers.dicomhead import dicom_head, dicom_series
+
 __all__ = ["SlideFiles", "files_of"]
 
 #: A slide's files, each with its place in the folder that a copy of the slide goes to; the first is the one
@@ -13,11 +15,6 @@ SlideFiles = list[tuple[Path, Path]]
 
 #: Of Hamamatsu: text files that name any number of pictures, which is not followed here.
 _INDEXES = {".vms", ".vmu"}
-#: Where a DICOM file's SeriesInstanceUID is looked for: only small groups of tags come before it.
-_DICOM_HEAD_BYTES = 65_536
-#: Tag (0020,000E) with its value representation, in the encoding of whole-slide images (explicit, little
-#: endian); two bytes of length and the value follow (DICOM PS3.5, 7.1.2).
-_SERIES_TAG = b"\x20\x00\x0e\x00UI"
 
 
 def files_of(path: Path) -> SlideFiles | None:
@@ -34,11 +31,10 @@ def files_of(path: Path) -> SlideFiles | None:
         return None
     if suffix == ".mrxs":
         return [(path, Path(path.name)), *_below(path.with_suffix(""), Path(path.stem))]
-    head = _head(path)
-    if head[128:132] != b"DICM":
+    if dicom_head(path) is None:
         return [(path, Path(path.name))]
-    series = _series(head)
-    return None if series is None else [(path, Path(path.name)), *_of_series(path, series)]
+    others = [head.path for head in dicom_series(path) if head.path.name != path.name]
+    return [(path, Path(path.name)), *((other, Path(other.name)) for other in others)]
 
 
 def _below(folder: Path, place: Path) -> Iterator[tuple[Path, Path]]:
@@ -47,23 +43,3 @@ def _below(folder: Path, place: Path) -> Iterator[tuple[Path, Path]]:
             yield from _below(item, place / item.name)
         else:
             yield item, place / item.name
-
-
-def _of_series(path: Path, series: bytes) -> Iterator[tuple[Path, Path]]:
-    for item in path.parent.iterdir():
-        if item.name != path.name and item.is_file() and _series(_head(item)) == series:
-            yield item, Path(item.name)
-
-
-def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return bytes(file.read(_DICOM_HEAD_BYTES))
-
-
-def _series(head: bytes) -> bytes | None:
-    """The SeriesInstanceUID of a DICOM file."""
-    at = head.find(_SERIES_TAG)
-    if head[128:132] != b"DICM" or at < 0:
-        return None
-    value = at + len(_SERIES_TAG) + 2
-    return head[value : value + int.from_bytes(head[value - 2 : value], "little")].rstrip(b"\0 ")

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 from slide2vec.readers.probe import Probe, TiffLevel
 
-__all__ = ["misread_by_earlier_versions"]
+__all__ = ["READING", "misread_by_earlier_versions"]
+
+#: Of the code that reads pixels, kept with the identity of embeddings: those without it are of versions that
+#: read some slides wrongly.
+READING = 1
 
 #: Of tiles compressed otherwise libvips gave black pixels (white of old-style JPEG): what it cannot decode
 #: is no error to it unless fail_on="warning".

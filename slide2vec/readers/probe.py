@@ -6,6 +6,7 @@ which may have a file.
 
 from __future__ import annotations
 
+import logging
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ import tifffile
 
 from slide2vec.errors import SlideOpenError
 from slide2vec.files import is_remote, open_plain
+from slide2vec.readers.dicomhead import dicom_files, dicom_series, is_dicom
+from slide2vec.readers.dicomlevels import DicomLevel, dicom_claims, dicom_levels, doubted
 from slide2vec.readers.foreign import foreign
 from slide2vec.readers.refusal import COPY_AGAIN, Refusal
 from slide2vec.readers.spacing import Claim, settle_spacing
@@ -27,20 +30,13 @@ from slide2vec.slides import Slide
 
 __all__ = ["Probe", "TiffLevel", "probe"]
 
+logger = logging.getLogger(__name__)
+
 Kind = Literal["tiff", "dicom", "mrxs", "unrecognised"]
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 #: What tifffile raises on tags that make no sense.
-_MALFORMED = (
-    tifffile.TiffFileError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    OSError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +50,7 @@ class Probe:
         kind: container: "tiff", "dicom", "mrxs", or "unrecognised" (OpenSlide may know it).
         vendor: of a TIFF: aperio, hamamatsu, philips, leica, ventana, trestle, ome or generic; else "".
         levels: of a TIFF, level 0 first; else empty.
+        dicom_levels: of a DICOM slide, level 0 first; else empty.
         planning: the first so many levels are those that OpenSlide, cuCIM and HS2P see. Levels and grids are
             chosen among them, so that coordinates are HS2P's; the others are only there to be read.
         spacing_um, spacing_source: as in SlideReader.
@@ -67,6 +64,7 @@ class Probe:
     kind: Kind
     vendor: str = ""
     levels: tuple[TiffLevel, ...] = ()
+    dicom_levels: tuple[DicomLevel, ...] = ()
     planning: int = 0
     spacing_um: float | None = None
     spacing_source: str = "not read from the tags"
@@ -91,6 +89,8 @@ def probe(slide: Slide, copy: Path | None = None) -> Probe:
     kind = _kind(path, head)
     if kind != "dicom" and (why := foreign(path, opened, head)):
         raise SlideOpenError(f"slide {name}: {path} {why}")
+    if kind == "dicom":
+        return _probe_dicom(opened, path, name)
     if kind != "tiff":
         return Probe(path=opened, origin=path, name=name, kind=kind)
     try:
@@ -100,10 +100,14 @@ def probe(slide: Slide, copy: Path | None = None) -> Probe:
         return replace(found, path=opened, directories=directories)
     except Refusal as error:
         raise SlideOpenError(f"slide {name}: {path} cannot be read: {error}") from error
+    except (tifffile.TiffFileError, OSError) as error:
+        raise SlideOpenError(
+            f"slide {name}: {path} is a malformed or truncated TIFF ({error}); {COPY_AGAIN}"
+        ) from error
     except _MALFORMED as error:
         raise SlideOpenError(
-            f"slide {name}: {path} is a malformed or truncated TIFF ({type(error).__name__}: {error}); "
-            f"{COPY_AGAIN}"
+            f"slide {name}: {path} is a malformed TIFF: one of its tags has a value that makes no sense "
+            f"({type(error).__name__}: {error}); {COPY_AGAIN}"
         ) from error
 
 
@@ -114,7 +118,8 @@ def _head(opened: Path, path: Path, name: str) -> bytes:
     except FileNotFoundError:
         raise SlideOpenError(f"slide {name}: there is no file {path}") from None
     except IsADirectoryError:
-        raise SlideOpenError(f"slide {name}: {path} is a directory; give the slide file itself") from None
+        files = "any file of its series" if dicom_files(opened) else "the slide file itself"
+        raise SlideOpenError(f"slide {name}: {path} is a directory; give {files}") from None
     except OSError as error:
         raise SlideOpenError(f"slide {name}: {path} cannot be opened: {error}") from error
     if not head:
@@ -123,11 +128,32 @@ def _head(opened: Path, path: Path, name: str) -> bytes:
 
 
 def _kind(path: Path, head: bytes) -> Kind:
+    if is_dicom(head):  # first: what comes before may be the header of a TIFF that has the same pixels
+        return "dicom"
     if head[:4] in _TIFF_MAGIC:
         return "tiff"
-    if head[128:132] == b"DICM":
-        return "dicom"
     return "mrxs" if path.suffix.lower() == ".mrxs" else "unrecognised"
+
+
+def _probe_dicom(opened: Path, path: Path, name: str) -> Probe:
+    try:
+        levels = dicom_levels(dicom_series(opened), opened)
+    except (OSError, ValueError) as error:
+        raise SlideOpenError(f"slide {name}: {path} cannot be read: {error}") from error
+    claims = tuple(dicom_claims(levels[0]))
+    if doubt := doubted(claims):
+        logger.warning("slide %s: %s %s", name, path, doubt)
+    spacing_um, source = settle_spacing(claims)
+    return Probe(
+        path=opened,
+        origin=path,
+        name=name,
+        kind="dicom",
+        dicom_levels=levels,
+        spacing_um=spacing_um,
+        spacing_source=source,
+        claims=claims,
+    )
 
 
 def _probe_tiff(path: Path, name: str, pages: list[Any], size: int) -> Probe:

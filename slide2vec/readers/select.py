@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import cast
+from typing import TypeVar, cast
 
-from slide2vec.errors import BackendError, ConfigError, ExtraMissingError, SlideOpenError, nearest_names
+from slide2vec.errors import (
+    BackendError,
+    ConfigError,
+    Contradiction,
+    ExtraMissingError,
+    SlideOpenError,
+    nearest_names,
+)
 from slide2vec.readers.base import SlideReader
 from slide2vec.readers.probe import Probe, probe
 from slide2vec.readers.refusal import CONVERT, EXPORT, Refusal
@@ -17,14 +25,17 @@ from slide2vec.readers.spacing import refuse_oblong_pixels
 from slide2vec.readers.tiffimages import OPENSLIDE_VENDORS
 from slide2vec.slides import Slide
 
-__all__ = ["AUTO_ORDER", "backends", "open_slide"]
+__all__ = ["AUTO_ORDER", "backends", "open_and_use", "open_slide"]
 
 logger = logging.getLogger(__name__)
+
+Used = TypeVar("Used")
 
 #: back end -> (its module, its reader class), in the order "auto" tries them.
 _READERS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "tiff": ("slide2vec.readers.tiff", "TiffReader"),
+        "dicom": ("slide2vec.readers.dicom", "DicomReader"),
         "cucim": ("slide2vec.readers.cucim", "CucimReader"),
         "vips": ("slide2vec.readers.vips", "VipsReader"),
         "openslide": ("slide2vec.readers.openslide", "OpenslideReader"),
@@ -48,11 +59,17 @@ def backends() -> dict[str, str | None]:
     return {name: import_module(module).unavailable() for name, (module, _) in _READERS.items()}
 
 
-def open_slide(slide: Slide, backend: str = "auto", copy: Path | None = None) -> SlideReader:
+def open_slide(
+    slide: Slide,
+    backend: str = "auto",
+    copy: Path | None = None,
+    passed_over: Mapping[str, Exception] = MappingProxyType({}),
+) -> SlideReader:
     """Open a slide with one back end, or with the first that reads it ("auto").
 
     Args:
         copy: of the slide, to be opened in its place; messages name the slide's own path.
+        passed_over: back ends that "auto" leaves out, and why.
 
     Raises:
         ConfigError: there is no such back end.
@@ -63,7 +80,7 @@ def open_slide(slide: Slide, backend: str = "auto", copy: Path | None = None) ->
     if backend != "auto" and backend not in _READERS:
         raise ConfigError(f"unknown backend {backend!r}. {nearest_names(backend, ('auto', *_READERS))}")
     found = probe(slide, copy)
-    reader = _open_first(found) if backend == "auto" else _open_named(backend, found)
+    reader = _open_first(found, passed_over) if backend == "auto" else _open_named(backend, found)
     if slide.spacing_at_level_0 is None:
         try:
             refuse_oblong_pixels(getattr(reader, "claims", ()))
@@ -73,14 +90,43 @@ def open_slide(slide: Slide, backend: str = "auto", copy: Path | None = None) ->
     return reader
 
 
+def open_and_use(
+    slide: Slide, backend: str, copy: Path | None, use: Callable[[SlideReader], Used]
+) -> tuple[SlideReader, Used]:
+    """An opened slide and what is made of it; by the next back end of "auto" where that raises Contradiction.
+
+    Raises:
+        BackendError: a second decoder contradicts the back end asked for.
+        Others as `open_slide`, and as `use`.
+    """
+    passed_over: dict[str, Exception] = {}
+    while True:
+        with ExitStack() as undo:
+            reader = undo.enter_context(open_slide(slide, backend, copy, passed_over))
+            try:
+                used = use(reader)
+            except Contradiction as error:
+                if backend != "auto":
+                    raise _unusable(backend, slide.sample_id, slide.image_path, error) from error
+                logger.warning("slide %s: not read with %s: %s", slide.sample_id, reader.backend, error)
+                passed_over[reader.backend] = error
+                continue
+            undo.pop_all()
+            return reader, used
+
+
 def _open_named(backend: str, found: Probe) -> SlideReader:
     try:
         return _open(backend, found)
     except BackendError as error:
-        raise BackendError(
-            f'slide {found.name}: backend "{backend}" cannot be used: {error} ({found.origin}). '
-            'Use backend="auto", or another one'
-        ) from error
+        raise _unusable(backend, found.name, found.origin, error) from error
+
+
+def _unusable(backend: str, name: str, path: Path, error: BackendError) -> BackendError:
+    return BackendError(
+        f'slide {name}: backend "{backend}" cannot be used: {error} ({path}). '
+        'Use backend="auto", or another one'
+    )
 
 
 def _open(backend: str, found: Probe) -> SlideReader:
@@ -88,9 +134,11 @@ def _open(backend: str, found: Probe) -> SlideReader:
     return cast(SlideReader, getattr(import_module(module), reader)(found))
 
 
-def _open_first(found: Probe) -> SlideReader:
-    passed: dict[str, Exception] = {}
+def _open_first(found: Probe, passed_over: Mapping[str, Exception]) -> SlideReader:
+    passed = dict(passed_over)
     for backend in AUTO_ORDER:
+        if backend in passed_over:
+            continue
         try:
             reader = _open(backend, found)
         except (BackendError, ExtraMissingError) as error:
@@ -112,7 +160,9 @@ def _why(found: Probe, passed: Mapping[str, Exception]) -> str:
     """The reason that matters, and what to do. `passed` holds why every back end refused."""
     plain = found.kind == "tiff" and found.vendor not in OPENSLIDE_VENDORS
     experts = _EXPERTS.get(found.kind, ()) if plain or found.kind != "tiff" else ()
-    asked = next(backend for backend in (*experts, "openslide", *passed) if backend in passed)
+    contradicted = [backend for backend, error in passed.items() if isinstance(error, Contradiction)]
+    order = (*contradicted, *experts, "openslide", *passed)
+    asked = next(backend for backend in order if backend in passed)
     reason = str(passed[asked])
     meaning = next((meaning for text, meaning in _MEANINGS.items() if text in reason), None)
     return f"{f'{meaning} ({reason})' if meaning else reason}; {CONVERT if plain else EXPORT}"

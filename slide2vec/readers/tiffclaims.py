@@ -58,6 +58,27 @@ _TABLES = {_STRIP_OFFSETS, _STRIP_COUNTS, _TILE_OFFSETS, _TILE_COUNTS}
 #: Those without which pixels are not found or not decoded.
 _STRUCTURE = _TABLES | {_WIDTH, _LENGTH, _BITS, _COMPRESSION, _SAMPLES, _PLANAR, _ROWS_PER_STRIP}
 _STRUCTURE |= {_TILE_WIDTH, _TILE_LENGTH, _SUB_DIRECTORIES}
+#: Tags that hold one whole number, and their names.
+_SCALARS = {
+    254: "NewSubfileType",
+    _WIDTH: "ImageWidth",
+    _LENGTH: "ImageLength",
+    _COMPRESSION: "Compression",
+    262: "PhotometricInterpretation",
+    266: "FillOrder",
+    274: "Orientation",
+    _SAMPLES: "SamplesPerPixel",
+    _ROWS_PER_STRIP: "RowsPerStrip",
+    _PLANAR: "PlanarConfiguration",
+    317: "Predictor",
+    _TILE_WIDTH: "TileWidth",
+    _TILE_LENGTH: "TileLength",
+}
+#: Tags that hold one whole number, or one per channel.
+_FORMATS = 339
+_PER_CHANNEL = {_BITS: "BitsPerSample", _FORMATS: "SampleFormat"}
+#: SHORT, LONG, their signed kin, IFD and LONG8. What is stored as bytes libraries do not take for a number.
+_WHOLE = {3, 4, 8, 9, 13, 16, 17, 18}
 
 
 @dataclass(frozen=True)
@@ -192,12 +213,19 @@ class _Walk:
                 f"{name} claims {tag.size} bytes of tag {number} at byte {tag.at}, the file has {self._size}"
             )
 
+        known = _SCALARS.get(number) or _PER_CHANNEL.get(number)
+        if known and (tag.kind not in _WHOLE or not tag.count):
+            raise _Claim(f"{known} of {name} is no whole number (TIFF type {tag.kind}, {tag.count} values)")
+        if number in _SCALARS and tag.count > 1:
+            raise _Claim(f"{known} of {name} has {tag.count} values instead of one")
+
     def _check_image(self, name: str, tags: Mapping[int, _Tag]) -> None:
         if _WIDTH not in tags or _LENGTH not in tags:
             return
         width, height = self._value(tags, _WIDTH, 0), self._value(tags, _LENGTH, 0)
         if not (0 < width <= _MOST_SIDE_PX and 0 < height <= _MOST_SIDE_PX):
             raise _Claim(f"{name} claims {width}x{height} px, at most {_MOST_SIDE_PX} a side are read")
+        self._check_samples(name, tags)
         tiled = _TILE_WIDTH in tags
         tile_w = self._value(tags, _TILE_WIDTH, 0) if tiled else width
         tile_h = self._value(tags, _TILE_LENGTH, 0) if tiled else self._value(tags, _ROWS_PER_STRIP, height)
@@ -211,6 +239,13 @@ class _Walk:
             if not needed <= tags[table].count <= 4 * needed + 1024:
                 raise _Claim(f"{what}, which are {needed}, and lists {tags[table].count} of them")
         self._check_segment(what, tags, tile_w * tile_h, planes)
+
+    def _check_samples(self, name: str, tags: Mapping[int, _Tag]) -> None:
+        if self._value(tags, _SAMPLES, 1) < 1:
+            raise _Claim(f"{name} claims 0 channels (SamplesPerPixel)")
+        formats = self._values(tags[_FORMATS]) if _FORMATS in tags else ()
+        if len(set(formats)) > 1:
+            raise _Claim(f"SampleFormat of {name} differs between the channels: {formats}")
 
     def _check_segment(self, what: str, tags: Mapping[int, _Tag], pixels: int, planes: int) -> None:
         """A tile or strip must be of bearable size, or a strip at least hold what it claims."""

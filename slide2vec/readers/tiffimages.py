@@ -99,7 +99,8 @@ def find_slide(vendor: str, pages: Sequence[Page], filename: str) -> SlideImage:
         _refuse_hyperstack(pages[0])
         full = list(_of_qptiff(pages))
         base = the_largest(full)
-        levels = copies_of(base, full)
+        huron = str(pages[0].tags.valueof("Make", "")).startswith("Huron")
+        levels = copies_of(base, full, flagged=not huron)  # OpenSlide takes all that Huron tiles for levels
     refuse_pixels(base, None)
     return SlideImage(base, levels)
 

@@ -16,7 +16,16 @@ from slide2vec.readers.probe import Probe, TiffLevel
 from slide2vec.readers.tilecheck import Fail, TileCheck
 from slide2vec.readers.tiletable import Parts, TileFormat, TilePlace, places_under
 
-__all__ = ["TiffTiles", "colour_conflict", "spliced", "tile_format", "why_no_jpeg", "why_not"]
+__all__ = [
+    "RGB_MARKER",
+    "TiffTiles",
+    "colour_conflict",
+    "read_pieces",
+    "spliced",
+    "tile_format",
+    "why_no_jpeg",
+    "why_not",
+]
 
 _VENDORS = ("aperio", "generic", "ome")
 #: Reading on through a hole of so many bytes costs less than another request, on a network drive above all.
@@ -24,7 +33,7 @@ _GAP = 16 << 10
 #: Bytes of one request at most.
 _SPAN = 8 << 20
 #: An Adobe marker (T.872, 6.5.3) with transform 0: the components are RGB.
-_RGB_MARKER = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
+RGB_MARKER = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
 #: Where the markers of a JPEG are.
 _HEAD = 2048
 _ADOBE, _JFIF = b"\xff\xee\x00\x0eAdobe", b"JFIF\x00"
@@ -183,7 +192,9 @@ class TiffTiles:
         numbers = np.array(
             [[place.tile + n * per_plane for n in range(planes)] for place in places], np.int64
         )
-        pieces = self._pieces(spec.offsets[numbers.ravel()], spec.counts[numbers.ravel()])
+        if self._file is None:
+            raise SlideReadError(f"slide {self._name} was closed")
+        pieces = read_pieces(self._file, spec.offsets[numbers.ravel()], spec.counts[numbers.ravel()])
         if form.compression in codecs.JPEG:
             pieces = [spliced(spec, piece, self._markers[level]) for piece in pieces]
         tiles = [pieces[start : start + planes] for start in range(0, len(pieces), planes)]
@@ -192,19 +203,6 @@ class TiffTiles:
                 if wrong := self._check.wrong(level, piece):
                     raise self._fail(level, place.x, place.y, wrong)
         return list(tiles)
-
-    def _pieces(self, offsets: NDArray[np.int64], counts: NDArray[np.int64]) -> list[bytes]:
-        if self._file is None:
-            raise SlideReadError(f"slide {self._name} was closed")
-        found = [b""] * len(offsets)
-        for span in _spans(offsets, counts):
-            start = int(offsets[span[0]])
-            end = int((offsets[span] + counts[span]).max())
-            block = os.pread(self._file, end - start, start)
-            for index in span.tolist():
-                at = int(offsets[index]) - start
-                found[index] = block[at : at + int(counts[index])]
-        return found
 
     def damaged(self, level: int, place: TilePlace, why: object) -> SlideReadError:
         """See `TileTable.damaged`."""
@@ -228,7 +226,7 @@ def _marker(form: TileFormat, head: bytes) -> bytes:
     if form.compression not in codecs.JPEG or form.samples != 3 or form.planar:
         return b""
     if form.rgb:
-        return _RGB_MARKER if _JFIF not in head else b""
+        return RGB_MARKER if _JFIF not in head else b""
     return _JFIF_MARKER if _ADOBE in head and _JFIF not in head else b""
 
 
@@ -252,6 +250,19 @@ def _conflict(level: TiffLevel, head: bytes) -> str | None:
         transform = head[head.index(_ADOBE) + 15]
         return None if transform == 1 else "its tiles are YCbCr and carry a marker that says RGB"
     return None
+
+
+def read_pieces(file: int, offsets: NDArray[np.int64], counts: NDArray[np.int64]) -> list[bytes]:
+    """Pieces of an open file, read in its order with as few requests as possible."""
+    found = [b""] * len(offsets)
+    for span in _spans(offsets, counts):
+        start = int(offsets[span[0]])
+        end = int((offsets[span] + counts[span]).max())
+        block = os.pread(file, end - start, start)
+        for index in span.tolist():
+            at = int(offsets[index]) - start
+            found[index] = block[at : at + int(counts[index])]
+    return found
 
 
 def _spans(offsets: NDArray[np.int64], counts: NDArray[np.int64]) -> Iterator[NDArray[np.intp]]:

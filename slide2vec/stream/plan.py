@@ -13,7 +13,8 @@ import numpy as np
 from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import ConfigError, SlideOpenError, SlideReadError
 from slide2vec.files import is_remote
-from slide2vec.readers import SlideReader, open_slide, resolve_spacing
+from slide2vec.readers import SlideReader, open_and_use, resolve_spacing
+from slide2vec.readers.witness import check_against_witness
 from slide2vec.slides import Slide
 from slide2vec.stream.identities import Identities, SlideIdentity
 from slide2vec.stream.sources import (
@@ -106,11 +107,16 @@ def plan_slide(
         undo.callback(staged.close)
         identity, unreadable = _identity(identities, slide, masked=given is None, staged=staged)
         copy = None if staged.image_path == slide.image_path else staged.image_path
-        reader = undo.enter_context(open_slide(slide, config.backend, copy))
         previous = None
         if identity is not None and identities is not None and output_dir is not None:
             previous = Previous(output_dir / "tiles", slide, identity.content, identities.warn_of_older)
-        plan = _plan(reader, slide, config, output_dir, given, staged, previous)
+        reader, plan = open_and_use(
+            slide,
+            config.backend,
+            copy,
+            lambda reader: _plan(reader, slide, config, output_dir, given, staged, previous),
+        )
+        undo.enter_context(reader)
         if unreadable is not None:
             plan.source.close()
             raise unreadable
@@ -127,6 +133,8 @@ def _identity(
     """Taken before anything is read; or why it cannot be, which whoever opens the files tells better."""
     if identities is None:
         return None, None
+    if staged is not None and is_remote(staged.image_path):
+        return None, SlideOpenError(f"slide {slide.sample_id}: {slide.image_path} is on remote storage")
     try:
         return identities.of(slide, masked=masked, staged=staged), None
     except OSError as error:
@@ -176,6 +184,8 @@ def _plan(
     previous: Previous | None,
 ) -> SlidePlan:
     tiling, mask, resumed = _tiles(reader, slide, config, output_dir, given, staged, previous)
+    centres = np.stack([tiling.x, tiling.y], axis=1) + tiling.geometry.tile_size_lv0 / 2
+    check_against_witness(reader, tiling.geometry.read_level, centres)
     mask_path, tiling_path = _previews(reader, tiling, mask, config, output_dir)
     if config.read_tiles_from is not None:
         return replace(

@@ -20,7 +20,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from slide2vec.errors import SlideReadError, TilingError
-from slide2vec.files import atomic_path, remove
+from slide2vec.files import atomic_path, plain_stat, remove
 from slide2vec.tiling.headers import jpeg_fault, tar_members
 from slide2vec.tiling.records import Tiling
 
@@ -45,13 +45,18 @@ def find_archive(directory: Path, sample_id: str) -> Path:
         TilingError: it is in neither.
     """
     places = [archive_paths(folder, sample_id)[0] for folder in (directory, directory / "tiles")]
-    found = next((path for path in places if path.is_file()), None)
-    if found is None:
-        raise TilingError(
-            f"slide {sample_id}: there is no tile archive {places[0]} or {places[1]}: correct "
-            "read_tiles_from, or leave it out to read the slide itself"
-        )
-    return found
+    told = f"there is no tile archive {places[0]} or {places[1]}"
+    for path in places:
+        try:
+            plain_stat(path)
+            return path
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            told = f"its tile archive cannot be read: {error}"
+    raise TilingError(
+        f"slide {sample_id}: {told}: correct read_tiles_from, or leave it out to read the slide itself"
+    )
 
 
 def tile_number(name: str) -> int | None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from slide2vec.config import FilterConfig, PreprocessingConfig
 from slide2vec.errors import ConfigError, TilingError
-from slide2vec.files import as_path, atomic_path, local, open_plain, remove
+from slide2vec.files import as_os_errors, as_path, atomic_path, local, open_plain, remove
 from slide2vec.files.arrays import read_npz
 from slide2vec.geometry import TileGeometry
 from slide2vec.readers import SlideReader
@@ -37,7 +37,7 @@ __all__ = [
 
 _MISSING = object()
 #: Our back ends that HS2P has not -> the one of its own that opens such slides.
-_IN_HS2P = {"tiff": "tifffile"}
+_IN_HS2P = {"tiff": "tifffile", "dicom": "openslide"}
 #: What damaged JSON, ZIP and NPY make their readers raise.
 _UNREADABLE = (
     *(OSError, ValueError, TypeError, KeyError, ConfigError, zipfile.BadZipFile, zlib.error, EOFError),
@@ -166,7 +166,18 @@ def read_coordinates(directory: Path, sample_id: str) -> Tiling:
 def find_coordinates(directory: Path, sample_id: str) -> Path | None:
     """Which of `directory` and its folder `tiles` holds coordinate files of a slide; None for neither."""
     folders = (directory, directory / "tiles")
-    return next((folder for folder in folders if coordinate_paths(folder, sample_id)[1].is_file()), None)
+    return next((folder for folder in folders if _is_there(coordinate_paths(folder, sample_id)[1])), None)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is something, which is for who reads it to judge."""
+    try:
+        with as_os_errors(path):
+            return path.exists()
+    except OSError:
+        return True
+    except ValueError:  # NUL in it
+        return False
 
 
 def check_tiling(

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from slide2vec.config import PreprocessingConfig
-from slide2vec.errors import ManifestError, TilingError
+from slide2vec.errors import ManifestError, SlideError, TilingError
 from slide2vec.files import as_os_errors, atomic_path, entries, open_plain
 from slide2vec.readers import SlideReader
 from slide2vec.readers.fingerprint import same_content
+from slide2vec.readers.misread import misread_by_earlier_versions
+from slide2vec.readers.probe import probe
 from slide2vec.slides import Slide
 from slide2vec.tiling.coordinates import check_tiling, coordinate_paths, load_coordinates
 from slide2vec.tiling.records import PRECOMPUTED, Segmentation, Tiling
@@ -50,13 +52,25 @@ class Previous:
         Args:
             made: the file that was written last of it.
         """
-        recorded = _read_source(self.directory, self.slide.sample_id).get(what)
+        recorded = self._recorded(what)
         if recorded is not None:
             return same_content(recorded, self.content)
-        if not is_newer(made, self.slide):
-            return False
+        if what == "tiles_tar" or not is_newer(made, self.slide):
+            return False  # pixels of earlier versions are read again: some of them were wrong
         self.warn(self.directory)
         return True
+
+    def was_misread(self, backend: str) -> bool:
+        """Whether tissue was looked for in pixels that an earlier version read wrongly with a back end."""
+        if self._recorded("coordinates") is not None:
+            return False
+        try:
+            return misread_by_earlier_versions(backend, probe(self.slide)) is not None
+        except SlideError:  # remote: not known
+            return True
+
+    def _recorded(self, what: What) -> Any:
+        return _read_source(self.directory, self.slide.sample_id).get(what)
 
     def record(self, what: What) -> None:
         """Write down that it was made from the slide as it is now.
@@ -106,7 +120,8 @@ def find_reusable(previous: Previous, reader: SlideReader, config: Preprocessing
         check_tiling(tiling, slide, reader, config)
     except TilingError:
         return None
-    return tiling if _same_settings(tiling, slide, config) else None
+    holds = _same_settings(tiling, slide, config) and not previous.was_misread(tiling.backend)
+    return tiling if holds else None
 
 
 def is_newer(made: Path, slide: Slide) -> bool:

@@ -49,7 +49,7 @@ def test_text(run, reference_slide: Path) -> None:
 def test_why_a_back_end_was_passed_over(run, real_slide: Slides) -> None:
     found = json.loads(run("info", real_slide("fluorescence-dapi.ndpi"), "--json").stdout)
     assert found["backend"] == "openslide"
-    assert list(found["passed_over"]) == ["tiff", "cucim", "vips"]
+    assert list(found["passed_over"]) == ["tiff", "dicom", "cucim", "vips"]
     assert "hamamatsu" in found["passed_over"]["cucim"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,28 @@ def test_a_dicom_slide_of_several_files_is_one_slide(
         shutil.copy(real_slide("sm_image.dcm"), tmp_path / name)
     shutil.copy(real_slide("camelyon-jpeg.dcm"), tmp_path / "other.dcm")
     assert names(tmp_path) == ["level-0.dcm", "other.dcm"]
+
+
+def test_levels_of_dicom_slides_whatever_their_names(slides_dir: Path, tmp_path: Path) -> None:
+    """The label comes first by name, and is never what stands for the slide."""
+    dual = slides_dir.parent / "dialects" / "dicom-tiff-dual-personality"
+    if not dual.is_dir():
+        pytest.skip(f"no {dual}")
+    assert names(dual) == ["05214944.dcm"]
+    for number, path in enumerate(sorted(dual.iterdir())):
+        shutil.copy(path, tmp_path / f"1.2.840.{number}")
+    shutil.copy(slides_dir / "sm_image.dcm", tmp_path / "IM000001")
+    (tmp_path / "README").write_text("no slide")
+    os.mkfifo(tmp_path / "pipe")
+    assert names(tmp_path) == ["1.2.840.1", "IM000001"]
+
+
+def test_a_label_alone_is_left_to_the_run(slides_dir: Path, tmp_path: Path) -> None:
+    label = slides_dir.parent / "dialects" / "dicom-tiff-dual-personality" / "01130795.dcm"
+    if not label.is_file():
+        pytest.skip(f"no {label}")
+    shutil.copy(label, tmp_path / "label.dcm")
+    assert names(tmp_path) == ["label.dcm"]
 
 
 def test_skipped_files_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,6 +180,7 @@ def as_main_wrote(out: Path, slides: list[Path]) -> None:
         content = json.loads(sidecar.read_text())
         content["compatibility"]["image"] = as_main_recorded(path)
         content["compatibility"]["mask"] = None
+        del content["compatibility"]["reading"]
         sidecar.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
@@ -202,6 +203,53 @@ def test_coordinates_of_before_are_kept_by_the_clock_and_it_is_said_once(
     assert [r.getMessage() for r in caplog.records].count(
         next(r.getMessage() for r in caplog.records if "by the files' times" in r.getMessage())
     ) == 1
+
+
+def in_zstd(path: Path) -> Path:
+    """A slide as libvips read it black: ZSTD tiles."""
+    import tifffile
+
+    made = path.with_suffix(".tiff")
+    with tifffile.TiffFile(path) as file:
+        tifffile.imwrite(
+            made,
+            file.pages[0].asarray(),
+            tile=(256, 256),
+            photometric="rgb",
+            compression="zstd",
+            resolution=(40_000, 40_000),
+            resolutionunit="CENTIMETER",
+        )
+    return made
+
+
+@pytest.mark.parametrize(("backend", "recomputed"), [("vips", True), ("openslide", False)])
+def test_what_earlier_versions_read_wrongly_is_embedded_anew(
+    run: Run,
+    slides: list[Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    backend: str,
+    recomputed: bool,
+) -> None:
+    given = [in_zstd(slides[0]), slides[1]]
+    run(given)
+    as_main_wrote(tmp_path / "out", given)
+    for name in ("tile_embeddings/{}.meta.json", "tiles/{}.coordinates.meta.json"):
+        path = tmp_path / "out" / name.format("0")
+        content = json.loads(path.read_text())
+        content.get("provenance", content)["backend"] = backend
+        path.write_text(json.dumps(content))
+    npz = tmp_path / "out/tiles/0.coordinates.npz"
+    before = npz.stat().st_ino
+    with caplog.at_level(logging.WARNING, "slide2vec"):
+        result = run(given)
+    assert result.resumed == 2 - recomputed
+    assert (npz.stat().st_ino != before) == recomputed  # where tissue is was seen in those pixels, too
+    why = "earlier versions read ZSTD tiles with vips, which gives black or white for them"
+    assert result.recomputed == ({f"reading: {why}": 1} if recomputed else {})
+    assert (f"slide 0 is embedded anew: {why}" in caplog.text) == recomputed
+    assert run(given).resumed == 2
 
 
 # tiles of earlier runs --------------------------------------------------------------------------------

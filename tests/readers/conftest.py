@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 TILE, JPEG = 64, 7
 

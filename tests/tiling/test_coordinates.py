@@ -89,6 +89,12 @@ def test_hs2p_itself_loads_the_files(tiling: Tiling, tmp_path: Path) -> None:
     assert loaded.read_tile_size_px == tiling.geometry.read_tile_size_px
 
 
+def test_back_ends_have_the_names_that_hs2p_opens_their_slides_with(tiling: Tiling, tmp_path: Path) -> None:
+    write_coordinates(tmp_path, replace(tiling, backend="dicom", requested_backend="dicom"))
+    meta = json.loads(coordinate_paths(tmp_path, "s")[1].read_text())
+    assert {meta["provenance"][name] for name in ("backend", "requested_backend")} == {"openslide"}
+
+
 def test_no_tiles_no_arrays(tiling: Tiling, tmp_path: Path) -> None:
     write_coordinates(tmp_path, tiling)
     nothing = {"x": np.empty(0, np.int64), "y": np.empty(0, np.int64)}

@@ -1,0 +1,56 @@
+"""Ours: DICOM slides whose frames are each decoded once, by decoders that notice damage."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slide2vec.errors import BackendError, ExtraMissingError
+from slide2vec.readers import codecs
+from slide2vec.readers.decoders import HostDecoder
+from slide2vec.readers.dicomtiles import DicomTiles, why_not
+from slide2vec.readers.probe import Probe
+from slide2vec.readers.pyramid import PyramidReader
+from slide2vec.readers.raw import RawBoxes
+
+__all__ = ["DicomReader", "unavailable"]
+
+
+def unavailable() -> str | None:
+    """Why this back end cannot be used here, None when it can."""
+    if find_spec("pydicom") is None:
+        return "pydicom is not installed: pip install pydicom"
+    return codecs.unavailable()
+
+
+class DicomReader(PyramidReader):
+    """Reads whole-slide images with pydicom, simplejpeg and imagecodecs.
+
+    Raises:
+        ExtraMissingError: one of these is not installed.
+        BackendError: it is no DICOM file, or its frames are coded in a way that is not read.
+    """
+
+    backend = "dicom"
+
+    def __init__(self, probe: Probe) -> None:
+        if reason := unavailable():
+            raise ExtraMissingError(reason)
+        if probe.kind != "dicom":
+            raise BackendError(f"it is no DICOM file ({probe.vendor or probe.kind})")
+        levels = probe.dicom_levels
+        if reason := next(filter(None, map(why_not, levels)), None):
+            raise BackendError(reason)
+        super().__init__(probe, [(level.width, level.height) for level in levels])
+        self.tile_shapes = tuple(level.tile for level in levels)
+        self._boxes = RawBoxes(DicomTiles(levels, probe.name, self._read_error), HostDecoder())
+
+    def _read_box(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        pixels: NDArray[np.uint8] = self._boxes.read(level, x, y, width, height)
+        return pixels
+
+    def close(self) -> None:
+        """Release the files. May be called twice."""
+        self._boxes.close()
