@@ -44,7 +44,7 @@ _PARTS = (
     _Part(
         "TensorRT", "compiled encoders, NVIDIA", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt"
     ),
-    _Part("PyCUDA", "TensorRT's memory", ("pycuda",), "tensorrt"),
+    _Part("PyCUDA", "TensorRT without PyTorch", ("pycuda",), "deploy"),
     _Part("OpenVINO", "compiled encoders, CPU", ("openvino",), "openvino"),
     _Part("ONNX", "exporting encoders", ("onnx",), "openvino"),
     _Part("ONNX Script", "exporting encoders", ("onnxscript",), "openvino"),

@@ -16,7 +16,11 @@ from slide2vec.recipes import EnginePolicy, Transform
 from slide2vec.runtime.base import Layout
 from slide2vec.runtime.torch_engine import DTYPES
 
-__all__ = ["ExportedEncoder", "at_one_size", "typed_copy"]
+__all__ = ["GRAPH", "ExportedEncoder", "at_one_size", "typed_copy"]
+
+#: Counted up when the same encoder is exported as another graph: engines of the old graph are built anew.
+#: 2: bytes are cast before they are moved, position embeddings are constants, shape arithmetic is folded.
+GRAPH = 2
 
 NORMS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.RMSNorm)
 
@@ -69,8 +73,9 @@ def _of_one_size(encoder: nn.Module, size_px: int) -> nn.Module:
     """
     made: nn.Module = copy.deepcopy(encoder, {id(tensor): tensor for tensor in _tensors(encoder)})
     for module in made.modules():
-        if getattr(module, "dynamic_img_size", False) and hasattr(module, "set_input_size"):
-            module.set_input_size(img_size=size_px)
+        set_input_size: Any = getattr(module, "set_input_size", None)
+        if getattr(module, "dynamic_img_size", False) and set_input_size is not None:
+            set_input_size(img_size=size_px)
     return made
 
 
@@ -80,7 +85,7 @@ def at_one_size() -> Iterator[None]:
 
     It keeps it on purpose, for graphs that take images of any size (`timm.layers.pos_embed`).
     """
-    pos_embed = import_module("timm.layers.pos_embed")
+    pos_embed: Any = import_module("timm.layers.pos_embed")
     if not hasattr(pos_embed, "is_exporting"):  # before timm 1.0.20
         yield
         return

@@ -1,7 +1,8 @@
-"""NVIDIA's own compiler takes what is exported now, and refuses what was: TensorRT-RTX parses and builds it."""
+"""NVIDIA's own compiler (TensorRT-RTX) parses and builds what is exported now, and refuses what was."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -75,9 +76,9 @@ def test_bytes_may_only_be_cast(tmp_path: Path) -> None:
 
 @pytest.fixture
 def of_another_size() -> tuple[Recipe, nn.Module]:
-    """Trained at 96 px and run at 64, as dinov2-vitb14 is trained at 518 and run at 224."""
+    """Trained at 448 px and run at 64, as dinov2-vitb14 is trained at 518 and run at 224."""
     recipe = tiny_recipe()
-    kwargs = {**recipe.encoder.kwargs, "img_size": 96, "dynamic_img_size": True}
+    kwargs = {**recipe.encoder.kwargs, "img_size": 448, "dynamic_img_size": True}
     recipe = tiny_recipe(encoder=recipe.encoder.model_copy(update={"kwargs": kwargs}))
     return recipe, tiny_encoder(recipe)
 
@@ -89,13 +90,14 @@ def test_position_embeddings_are_constants(of_another_size: tuple[Recipe, nn.Mod
     pixels = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         torch.testing.assert_close(_of_one_size(encoder, 64)(pixels), encoder(pixels), atol=1e-5, rtol=1e-5)
-    assert encoder.trunk.pos_embed.shape[1] == 36 + 5  # type: ignore[union-attr, index]  # as it was
+    assert encoder.trunk.pos_embed.shape[1] == 28 * 28 + 5  # type: ignore[union-attr, index]  # as it was
 
 
 def test_resampled_embeddings_are_refused(
     of_another_size: tuple[Recipe, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("slide2vec.compile.exported._of_one_size", lambda encoder, size_px: encoder)
+    monkeypatch.setattr("slide2vec.compile.onnx.at_one_size", nullcontext)
     recipe, encoder = of_another_size
     path = exported(recipe, encoder, tmp_path / "encoder.onnx", "fp32", 20)
     assert node_counts(path)["Resize"] == 1 and "Antialiasing" in refusals(path)[0]
@@ -106,7 +108,7 @@ def test_attention_in_fp32_has_no_kernel(recipe: Recipe, encoder: nn.Module, tmp
 
 
 def test_a_block_has_no_shape_arithmetic(tmp_path: Path) -> None:
-    """One block more adds what a person would write: 27 nodes, and no Shape, Slice, Squeeze or Resize."""
+    """One block more adds what a person would write: 30 nodes, and no Shape, Slice, Squeeze or Resize."""
     found = []
     for depth in (1, 2):
         recipe = tiny_recipe()
@@ -117,7 +119,7 @@ def test_a_block_has_no_shape_arithmetic(tmp_path: Path) -> None:
     block = found[1] - found[0]
     assert not {"Shape", "Slice", "Squeeze", "Resize", "Expand", "Range"} & block.keys()
     assert block["Gather"] == 3 and block["Attention"] == 1 and block["MatMul"] == 4
-    assert sum(block.values()) <= 29, block
+    assert sum(block.values()) <= 30, block
 
 
 def test_picked_queries_keys_and_values_are_the_right_ones(
