@@ -52,6 +52,9 @@ _PARTS = (
     _Part("Ray", "many machines", ("ray",), "ray"),
 )
 
+#: Built from source when installed, with a CUDA toolkit: left out of the one command for all that is missing.
+NEEDS_TOOLKIT = {"deploy"}
+
 
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """Check the installation: what is there, what is missing."""
@@ -262,7 +265,7 @@ def _print(found: dict[str, Any]) -> None:
     section("Optional parts")
     rows = [(part["name"], part["purpose"], _state(part)) for part in found["parts"]]
     console.print(table(("part", "for", "version"), rows))
-    extras = sorted({part["extra"] for part in found["parts"] if not part["version"]})
+    extras = sorted({part["extra"] for part in found["parts"] if not part["version"]} - NEEDS_TOOLKIT)
     if extras:
         command = f'pip install "slide2vec[{",".join(extras)}]"'
         console.print(f"\nTo add them: {command}", markup=False, soft_wrap=True)
