@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from slide2vec.compile.exported import ExportedEncoder
+from slide2vec.compile.exported import ExportedEncoder, at_one_size
 from slide2vec.compile.onnx import batch_dimension, example_pixels, export_onnx
 from slide2vec.compile.onnx import unavailable as no_onnx
 from slide2vec.compile.quiet import first_line, quiet
@@ -65,12 +65,13 @@ class Job:
         made = ExportedEncoder(self.encoder, recipe.transform, self.layout, precision, recipe.engine)
         return made.eval()
 
-    def to_onnx(self, precision: str) -> tuple[Path, int]:
-        """The encoder as ONNX in the folder, and its opset."""
+    def to_onnx(self, precision: str, opset: int | None = None) -> tuple[Path, int]:
+        """The encoder as ONNX in the folder, and its opset: that of the job, else `opset`, else the best."""
         self.progress("exporting to ONNX", 0, 0)
         path = self.folder / ONNX_NAME
         size = self.recipe.transform.crop
-        return path, export_onnx(self.exported(precision), path, input_size_px=size, opset=self.opset)
+        asked = self.opset or opset
+        return path, export_onnx(self.exported(precision), path, input_size_px=size, opset=asked)
 
     def drop_onnx(self, path: Path) -> None:
         """Remove the ONNX, unless it is to be kept."""
@@ -145,7 +146,7 @@ def _inductor(job: Job) -> Built:
     pixels = example_pixels(module, job.recipe.transform.crop).to(job.device)
     shapes = batch_dimension(job.profile.max) if job.profile.max > 1 else None
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), at_one_size():
             program = torch.export.export(
                 module, (pixels[: job.profile.max],), dynamic_shapes=shapes, strict=False
             )
@@ -172,7 +173,9 @@ def _tensorrt(job: Job) -> Built:
     from slide2vec.compile.tensorrt import build_plan
 
     transform = job.recipe.transform
-    onnx, opset = job.to_onnx("fp16" if job.precision == "fp8" else job.precision)
+    # In fp32 NVIDIA has no kernel for the Attention operator of newer opsets (TensorRT-RTX 1.7, in words).
+    best = 20 if job.precision == "fp32" else None
+    onnx, opset = job.to_onnx("fp16" if job.precision == "fp8" else job.precision, best)
     if job.precision == "fp8":
         job.progress("calibrating fp8", 0, 0)
         pixels = for_layout(job.calibration, (transform.mean, transform.std), job.layout).numpy()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from slide2vec.compile.exported import GRAPH
 from slide2vec.recipes import Recipe
 from slide2vec.runtime.base import BatchProfile, Layout
 from slide2vec.runtime.record import SCHEMA, EngineRecord
@@ -67,6 +68,7 @@ def identity(
         "layout": layout,
         "profile": asdict(profile),
         "opset": opset,
+        "graph": GRAPH,
         "runtime": runtime,
         "runtime_version": _version(DISTRIBUTIONS[runtime]),
         "device": _device(subject.device, runtime),
