@@ -41,6 +41,7 @@ ROOMS = {
     "cohort": 7,
     "compile": 7,
     "scale": 8,
+    "tile_embedder": 8,
     "model": 9,
     "pipeline": 10,
     "cli": 11,
