@@ -17,8 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from slide2vec import __version__
 from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
+from slide2vec.version import __version__
 
 __all__ = ["doctor"]
 
@@ -44,13 +44,16 @@ _PARTS = (
     _Part(
         "TensorRT", "compiled encoders, NVIDIA", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt"
     ),
-    _Part("PyCUDA", "TensorRT's memory", ("pycuda",), "tensorrt"),
+    _Part("PyCUDA", "TensorRT without PyTorch", ("pycuda",), "deploy"),
     _Part("OpenVINO", "compiled encoders, CPU", ("openvino",), "openvino"),
     _Part("ONNX", "exporting encoders", ("onnx",), "openvino"),
     _Part("ONNX Script", "exporting encoders", ("onnxscript",), "openvino"),
     _Part("Transformers", "some presets", ("transformers",), "models"),
     _Part("Ray", "many machines", ("ray",), "ray"),
 )
+
+#: Built from source when installed, with a CUDA toolkit: left out of the one command for all that is missing.
+NEEDS_TOOLKIT = {"deploy"}
 
 
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
@@ -262,7 +265,7 @@ def _print(found: dict[str, Any]) -> None:
     section("Optional parts")
     rows = [(part["name"], part["purpose"], _state(part)) for part in found["parts"]]
     console.print(table(("part", "for", "version"), rows))
-    extras = sorted({part["extra"] for part in found["parts"] if not part["version"]})
+    extras = sorted({part["extra"] for part in found["parts"] if not part["version"]} - NEEDS_TOOLKIT)
     if extras:
         command = f'pip install "slide2vec[{",".join(extras)}]"'
         console.print(f"\nTo add them: {command}", markup=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from slide2vec.compile.exported import ExportedEncoder
+from slide2vec.compile.exported import ExportedEncoder, at_one_size
 from slide2vec.compile.onnx import batch_dimension, example_pixels, export_onnx
 from slide2vec.compile.onnx import unavailable as no_onnx
 from slide2vec.compile.quiet import first_line, quiet
@@ -23,10 +24,14 @@ from slide2vec.runtime.loading import runtimes_for
 
 __all__ = ["BUILDERS", "Built", "Job", "Progress", "default_runtime", "unavailable"]
 
+logger = logging.getLogger(__name__)
+
 #: Called with what is being done, and how far it is: step, of steps (0 = not known).
 Progress: TypeAlias = Callable[[str, int, int], None]
 
 ONNX_NAME = "encoder.onnx"
+#: Of the distance to 1 that parity allows, what fp8 may take: fp16 and the compiler need the rest.
+FP8_MARGIN = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +70,13 @@ class Job:
         made = ExportedEncoder(self.encoder, recipe.transform, self.layout, precision, recipe.engine)
         return made.eval()
 
-    def to_onnx(self, precision: str) -> tuple[Path, int]:
-        """The encoder as ONNX in the folder, and its opset."""
+    def to_onnx(self, precision: str, opset: int | None = None) -> tuple[Path, int]:
+        """The encoder as ONNX in the folder, and its opset: that of the job, else `opset`, else the best."""
         self.progress("exporting to ONNX", 0, 0)
         path = self.folder / ONNX_NAME
         size = self.recipe.transform.crop
-        return path, export_onnx(self.exported(precision), path, input_size_px=size, opset=self.opset)
+        asked = self.opset or opset
+        return path, export_onnx(self.exported(precision), path, input_size_px=size, opset=asked)
 
     def drop_onnx(self, path: Path) -> None:
         """Remove the ONNX, unless it is to be kept."""
@@ -81,10 +87,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Built:
-    """Name of the engine's file in the folder, and the opset of the ONNX it was made from."""
+    """Name of the engine's file in the folder, the opset of the ONNX it was made from, and the layers that
+    are not in fp8 for the sake of parity."""
 
     file: str
     opset: int | None = None
+    left_out: tuple[str, ...] = ()
 
 
 def unavailable(runtime: str, precision: str, device: torch.device) -> str | None:
@@ -145,7 +153,7 @@ def _inductor(job: Job) -> Built:
     pixels = example_pixels(module, job.recipe.transform.crop).to(job.device)
     shapes = batch_dimension(job.profile.max) if job.profile.max > 1 else None
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), at_one_size():
             program = torch.export.export(
                 module, (pixels[: job.profile.max],), dynamic_shapes=shapes, strict=False
             )
@@ -172,12 +180,19 @@ def _tensorrt(job: Job) -> Built:
     from slide2vec.compile.tensorrt import build_plan
 
     transform = job.recipe.transform
-    onnx, opset = job.to_onnx("fp16" if job.precision == "fp8" else job.precision)
+    # In fp32 NVIDIA has no kernel for the Attention operator of newer opsets (TensorRT-RTX 1.7, in words).
+    best = 20 if job.precision == "fp32" else None
+    onnx, opset = job.to_onnx("fp16" if job.precision == "fp8" else job.precision, best)
+    left_out: tuple[str, ...] = ()
     if job.precision == "fp8":
         job.progress("calibrating fp8", 0, 0)
         pixels = for_layout(job.calibration, (transform.mean, transform.std), job.layout).numpy()
         quantised = job.folder / f"{ONNX_NAME}.fp8"
-        quantise_fp8(onnx, quantised, pixels)
+        threshold = job.recipe.engine.threshold("fp8")
+        kept = 1 - FP8_MARGIN * (1 - threshold)
+        left_out = quantise_fp8(onnx, quantised, pixels, min_cosine=kept)
+        if left_out:
+            logger.warning("fp8 of %s: left in fp16: %s", job.recipe.name, ", ".join(left_out))
         onnx = quantised
     with torch.cuda.device(job.device):
         build_plan(
@@ -192,7 +207,7 @@ def _tensorrt(job: Job) -> Built:
             hardware_compatibility=job.hardware_compatibility,
         )
     job.drop_onnx(job.folder / ONNX_NAME)
-    return Built("encoder.plan", opset)
+    return Built("encoder.plan", opset, left_out)
 
 
 def _no_tensorrt(precision: str, device: torch.device) -> str | None:

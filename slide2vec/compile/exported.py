@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -14,7 +16,11 @@ from slide2vec.recipes import EnginePolicy, Transform
 from slide2vec.runtime.base import Layout
 from slide2vec.runtime.torch_engine import DTYPES
 
-__all__ = ["ExportedEncoder", "typed_copy"]
+__all__ = ["GRAPH", "ExportedEncoder", "at_one_size", "typed_copy"]
+
+#: Counted up when the same encoder is exported as another graph: engines of the old graph are built anew.
+#: 2: bytes are cast before they are moved, position embeddings are constants, shape arithmetic is folded.
+GRAPH = 2
 
 NORMS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.RMSNorm)
 
@@ -39,6 +45,7 @@ class ExportedEncoder(nn.Module):
     ) -> None:
         super().__init__()
         dtype, islands = DTYPES[precision], policy.islands
+        encoder = _of_one_size(encoder, transform.crop)
         self.layout = layout
         self.encoder = encoder if precision == "fp32" else typed_copy(encoder, dtype, islands)
         self.upcasts = "attention" in islands and precision != "fp32"
@@ -50,12 +57,44 @@ class ExportedEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) float32 or (B, H, W, 3) uint8 -> (B, D) float32."""
         if self.layout == "uint8_nhwc":
-            pixels = torch.addcmul(self.shift, pixels.permute(0, 3, 1, 2).float(), self.scale)
+            pixels = torch.addcmul(self.shift, pixels.float().permute(0, 3, 1, 2), self.scale)
         pixels = pixels.to(self.input_dtype)
         if not self.upcasts:
             return cast("Tensor", self.encoder(pixels).float())
         with _UpcastAttention():
             return cast("Tensor", self.encoder(pixels).float())
+
+
+def _of_one_size(encoder: nn.Module, size_px: int) -> nn.Module:
+    """The encoder with position embeddings for one input size; it shares all other parameters.
+
+    timm resamples them at every batch where a model takes images of any size, and leaves that in an exported
+    graph: a compiler would compute a constant over and over, or refuse it (TensorRT knows no antialiasing).
+    """
+    made: nn.Module = copy.deepcopy(encoder, {id(tensor): tensor for tensor in _tensors(encoder)})
+    for module in made.modules():
+        set_input_size: Any = getattr(module, "set_input_size", None)
+        if getattr(module, "dynamic_img_size", False) and set_input_size is not None:
+            set_input_size(img_size=size_px)
+    return made
+
+
+@contextmanager
+def at_one_size() -> Iterator[None]:
+    """Have timm leave out resampling that changes nothing, in what is exported in the block.
+
+    It keeps it on purpose, for graphs that take images of any size (`timm.layers.pos_embed`).
+    """
+    pos_embed: Any = import_module("timm.layers.pos_embed")
+    if not hasattr(pos_embed, "is_exporting"):  # before timm 1.0.20
+        yield
+        return
+    original = pos_embed.is_exporting
+    pos_embed.is_exporting = lambda: False
+    try:
+        yield
+    finally:
+        pos_embed.is_exporting = original
 
 
 def typed_copy(encoder: nn.Module, dtype: torch.dtype, islands: Sequence[str]) -> nn.Module:

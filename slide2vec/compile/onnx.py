@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from slide2vec.compile.exported import ExportedEncoder
+from slide2vec.compile.exported import ExportedEncoder, at_one_size
 from slide2vec.compile.quiet import first_line, quiet
 from slide2vec.errors import EngineError, ExtraMissingError
 
@@ -47,6 +47,7 @@ def export_onnx(module: ExportedEncoder, path: Path, *, input_size_px: int, opse
     for tried in (opset,) if opset is not None else OPSETS:
         try:
             _export(module, path, input_size_px, tried)
+            _tidy(path)
             _check(path)
             return tried
         except EngineError as error:
@@ -69,7 +70,7 @@ def batch_dimension(most: int = 1024) -> tuple[dict[int, torch.export.Dim]]:
 
 def _export(module: ExportedEncoder, path: Path, size_px: int, opset: int) -> None:
     pixels = example_pixels(module, size_px)
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), at_one_size():
         try:
             torch.onnx.export(
                 module.eval(),
@@ -85,6 +86,12 @@ def _export(module: ExportedEncoder, path: Path, size_px: int, opset: int) -> No
             )
         except Exception as error:  # the exporter's own errors have no common base
             raise EngineError(first_line(error)) from error
+
+
+def _tidy(path: Path) -> None:
+    from slide2vec.compile.onnx_graph import tidy  # needs onnx
+
+    tidy(path)
 
 
 def _check(path: Path) -> None:

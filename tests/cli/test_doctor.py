@@ -14,7 +14,7 @@ from slide2vec.cli import doctor as doctor_module  # the command; its module is 
 from slide2vec.recipes import load_recipe
 
 MODULE = sys.modules["slide2vec.cli.doctor"]
-EXTRAS = {"cucim", "cuda", "models", "openvino", "ray", "tensorrt", "vips"}
+EXTRAS = {"cucim", "cuda", "deploy", "models", "openvino", "ray", "tensorrt", "vips"}
 
 
 def test_json(run) -> None:

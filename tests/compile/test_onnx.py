@@ -10,10 +10,12 @@ import onnxruntime
 import pytest
 import torch
 from compile_helpers import smooth_pixels, tiny_encoder
+from rtx_compiler import refusals
 from torch import nn
 
 from slide2vec.compile.exported import ExportedEncoder
 from slide2vec.compile.onnx import OPSETS, export_onnx
+from slide2vec.compile.onnx_graph import node_counts
 from slide2vec.encoders import build_encoder
 from slide2vec.errors import EngineError
 from slide2vec.recipes import Recipe, list_models, load_recipe
@@ -61,6 +63,10 @@ def test_every_preset_exports(name: str, tmp_path: Path) -> None:
     assert found.shape == expected.shape == (3, recipe.variants[recipe.default_variant].dim)
     torch.testing.assert_close(found, expected, atol=ABSOLUTE.get(name, ABSOLUTE_DEFAULT), rtol=1e-4)
     assert (found[0] - found[1]).abs().max() > 1e-4  # it looks at the tiles
+    counts = node_counts(path)
+    assert counts["Resize"] == (name == "musk")  # which sees its tile at two scales
+    assert counts["Range"] == 0 and max(counts["Shape"], counts["Squeeze"]) <= 1  # of the batch
+    assert refusals(path) == []
 
 
 @pytest.mark.parametrize("opset", OPSETS)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from slide2vec.errors import ConfigError, EngineError, ExtraMissingError
 from slide2vec.runtime.record import EngineRecord, read_record
-from slide2vec.runtime.tensorrt.available import INSTALL, load_tensorrt
+from slide2vec.runtime.tensorrt.available import load_tensorrt
 
 if TYPE_CHECKING:
     from slide2vec.runtime.tensorrt.pinned import Device
@@ -118,7 +118,7 @@ def _pinned() -> Any:
         import_module("pycuda.driver")
     except ImportError as error:
         raise ExtraMissingError(
-            f"pycuda cannot be imported ({error}): {INSTALL}; it is built on installation and needs the "
-            "CUDA toolkit for that"
+            f'pycuda cannot be imported ({error}): pip install "slide2vec[deploy]" (Linux); it is built on '
+            "installation and needs the CUDA toolkit for that"
         ) from error
     return import_module("slide2vec.runtime.tensorrt.pinned")
