@@ -98,7 +98,7 @@ def _picture(found: Found) -> str | None:
         return None
     red, green, blue = cv2.split(overview)  # ten times as fast as along the short axis
     brightest = np.maximum(np.maximum(red, green), blue)
-    counts = np.asarray(cv2.calcHist([brightest], [0], None, [256], [0, 256])).ravel()
+    counts = np.asarray(cv2.calcHist([brightest], [0], None, [256], [0, 256]), np.float32).ravel()
     others = _may_differ(found, brightest.size)
     if counts[BLACK + 1 :].sum() <= others:
         return "all its pixels are black: it was scanned or written wrongly"
