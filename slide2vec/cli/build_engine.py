@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EnginesDir", "Runtime", "build_engine", "building", "engine_row"]
 
-Runtime = Literal["tensorrt", "openvino", "inductor"]
+Runtime = Literal["tensorrt", "tensorrt-rtx", "openvino", "inductor"]
 EnginesDir = Annotated[
     Path | None,
     typer.Option(
