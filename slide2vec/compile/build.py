@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from slide2vec.compile.builders import BUILDERS, Built, Job, Progress, default_runtime, no_aiming, unavailable
 from slide2vec.compile.identity import Subject, identity, key_of, library_versions, target_here
 from slide2vec.compile.parity import Parity, batch_sizes, compare, reference_features
-from slide2vec.compile.proof import is_to_be_proven, write_proof
+from slide2vec.compile.proof import is_to_be_proven, state, write_proof
 from slide2vec.compile.speed import beside_torch
 from slide2vec.compile.store import EngineStore, StoredEngine, engine_name
 from slide2vec.compile.tiles import tissue_pixels
@@ -32,7 +32,7 @@ from slide2vec.runtime.loading import load_engine
 from slide2vec.runtime.record import RECORD_NAME, EngineRecord
 from slide2vec.runtime.tensorrt.targets import TARGETS, default_targets, unsuited
 
-__all__ = ["BuildOptions", "build_engine", "check_compilable"]
+__all__ = ["BuildOptions", "build_engine", "check_possible"]
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def build_engine(
         OutputError: the store cannot be written to.
     """
     options = options or BuildOptions()
-    check_compilable(recipe)
+    _check_compilable(recipe)
     plan = _Plan.of(recipe, device, options)
     encoder = encoder.cpu()
     subject = Subject(recipe, variant, plan.device, cache(lambda: weights_digest(encoder)))
@@ -119,7 +119,13 @@ def build_engine(
         return _Build(encoder, subject, plan, options, store, folder, progress, device).run()
 
 
-def check_compilable(recipe: Recipe) -> None:
+def check_possible(recipe: Recipe, device: torch.device, options: BuildOptions) -> None:
+    """Raise EngineError or ConfigError where a build cannot succeed, before anything slow."""
+    _check_compilable(recipe)
+    _Plan.of(recipe, device, options)
+
+
+def _check_compilable(recipe: Recipe) -> None:
     """Raise EngineError where a preset cannot be compiled, with the reason."""
     if recipe.compile:
         return
@@ -273,7 +279,7 @@ class _Build:
             parity = Parity(**{**record.parity, "batch_sizes": sizes})
             write_proof(made, self.device, parity, record.speed)
         else:
-            logger.warning("engine %s is not yet proven: it is compared at first use on its GPU", made.name)
+            logger.info("engine %s could not be compared here: %s", made.name, state(made))
         return made
 
     def _known_tiles(self) -> tuple[Tensor, Tensor]:

@@ -19,13 +19,25 @@ from torch import nn
 from slide2vec.compile.parity import Parity
 from slide2vec.compile.speed import beside_torch
 from slide2vec.compile.store import StoredEngine
-from slide2vec.compile.verify import Reference, parity_of
+from slide2vec.compile.verify import Reference, check_files, parity_of
 from slide2vec.errors import EngineError, OutputError
 from slide2vec.files import atomic_path, open_plain
 from slide2vec.runtime.base import Engine
+from slide2vec.runtime.loading import load_engine
 from slide2vec.runtime.record import EngineRecord, per_gpu
 
-__all__ = ["Proof", "is_to_be_proven", "proof_on", "proofs", "prove", "write_proof"]
+__all__ = [
+    "Proof",
+    "as_proven",
+    "is_to_be_proven",
+    "proof_on",
+    "proofs",
+    "prove",
+    "prove_anew",
+    "proven",
+    "state",
+    "write_proof",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +63,10 @@ class Proof:
     speed: dict[str, float]
     problem: str
 
+    def as_parity(self) -> Parity:
+        """What was measured."""
+        return Parity(**{**self.parity, "batch_sizes": tuple(self.parity["batch_sizes"])})
+
 
 def is_to_be_proven(record: EngineRecord) -> bool:
     """Whether an engine needs a proof on each kind of GPU: it is for compute capabilities, not for one."""
@@ -65,6 +81,23 @@ def proofs(engine: StoredEngine) -> Iterator[Proof]:
             yield found
 
 
+def state(engine: StoredEngine) -> str:
+    """Where an engine may be used, in words."""
+    found = list(proofs(engine))
+    if not found:
+        return "not yet proven: compared with its encoder at first use on a GPU, and used if it is close"
+    return "; ".join(
+        f"failed on {proof.gpu}: {proof.problem}" if proof.problem else f"proven on {proof.gpu}"
+        for proof in found
+    )
+
+
+def as_proven(engine: StoredEngine) -> StoredEngine:
+    """The engine with the least parity that a proof found; as it is where there are none."""
+    found = sorted(proofs(engine), key=lambda proof: float(proof.parity["min_cosine"]))
+    return proven(engine, found[0]) if found else engine
+
+
 def proof_on(engine: StoredEngine, device: torch.device) -> Proof | None:
     """That of a CUDA device's kind; None where there is none yet."""
     gpu = torch.cuda.get_device_name(device)
@@ -73,16 +106,14 @@ def proof_on(engine: StoredEngine, device: torch.device) -> Proof | None:
 
 
 def prove(engine: StoredEngine, loaded: Engine, encoder: nn.Module | None = None) -> Proof:
-    """Compare a loaded engine with what its encoder gave, and keep what comes of it.
+    """Compare a loaded engine, whose files are sound, with what its encoder gave; keep what comes of it.
 
     Args:
         encoder: in PyTorch, to be timed beside it; None = what was measured before is kept.
 
     Raises:
-        EngineError: a file has changed, or the engine does not run.
+        EngineError: the engine does not run.
     """
-    if damage := engine.damage():
-        raise EngineError(f"engine {engine.name}: {damage}; build it again")
     logger.info("engine %s is used for the first time on %s: comparing it", engine.name, _gpu(loaded))
     parity = parity_of(engine, loaded)
     if encoder is not None and not parity.problem():
@@ -91,6 +122,23 @@ def prove(engine: StoredEngine, loaded: Engine, encoder: nn.Module | None = None
         before = proof_on(engine, loaded.device)
         speed = before.speed if before is not None else {}
     return write_proof(engine, loaded.device, parity, speed)
+
+
+def prove_anew(engine: StoredEngine, device: torch.device) -> Parity:
+    """As `verify_engine`; what comes of it is kept.
+
+    Raises:
+        EngineError: as `verify_engine`, or the engine needs a GPU, and there is none.
+    """
+    check_files(engine)
+    loaded = load_engine(engine.directory, device)
+    try:
+        proof = prove(engine, loaded)
+    finally:
+        loaded.close()
+    if proof.problem:
+        raise EngineError(f"engine {engine.name}: {proof.problem}; build it again")
+    return proof.as_parity()
 
 
 def write_proof(engine: StoredEngine, device: torch.device, parity: Parity, speed: dict[str, float]) -> Proof:

@@ -11,6 +11,7 @@ from slide2vec.compile.builders import default_runtime
 from slide2vec.compile.identity import Subject, differences
 from slide2vec.compile.proof import is_to_be_proven, proof_on, prove, proven
 from slide2vec.compile.store import EngineStore, StoredEngine
+from slide2vec.compile.verify import check_files
 from slide2vec.errors import ConfigError, EngineError, ExtraMissingError
 from slide2vec.runtime.base import Engine
 from slide2vec.runtime.loading import COMPILED, load_engine, not_here, runtimes_for
@@ -146,9 +147,10 @@ def _loaded(engine: StoredEngine, encoder: nn.Module, subject: Subject, choice: 
         EngineError: it does not load, or is not close enough to its encoder on this GPU.
         ExtraMissingError: as `load_engine`.
     """
-    loaded = load_engine(engine.directory, subject.device)
     if not is_to_be_proven(engine.record) or engine.record.parity:
-        return loaded
+        return load_engine(engine.directory, subject.device)
+    check_files(engine)
+    loaded = load_engine(engine.directory, subject.device)
     try:
         proof = prove(engine, loaded, encoder)
     except BaseException:

@@ -146,7 +146,7 @@ def _add_profile(
         raise EngineError(
             f"{onnx}: input {tensor.name} has shape {(batch, *row)}, which {sizes} does not fit"
         )
-    least, best, most = (library.dims([size, *row]) for size in (sizes.min, sizes.opt, sizes.max))
+    least, best, most = (library.new_dims([size, *row]) for size in (sizes.min, sizes.opt, sizes.max))
     profile = builder.create_optimization_profile()
     profile.set_shape(tensor.name, min=least, opt=best, max=most)
     if config.add_optimization_profile(profile) < 0:

@@ -16,7 +16,7 @@ from slide2vec.files import READING_ARRAYS
 from slide2vec.runtime.base import Engine
 from slide2vec.runtime.loading import load_engine
 
-__all__ = ["Reference", "parity_of", "verify_engine", "write_reference"]
+__all__ = ["Reference", "check_files", "parity_of", "verify_engine", "write_reference"]
 
 REFERENCE_NAME = "reference.npz"
 
@@ -50,6 +50,12 @@ class Reference:
         return cls(pixels, features, least)
 
 
+def check_files(engine: StoredEngine) -> None:
+    """Raises EngineError where an engine's files are not as they were published."""
+    if damage := engine.damage():
+        raise EngineError(f"engine {engine.name}: {damage}; build it again")
+
+
 def parity_of(engine: StoredEngine, loaded: Engine) -> Parity:
     """Compare a loaded engine with what its encoder gave when it was built."""
     record, known = engine.record, Reference.of(engine)
@@ -64,8 +70,7 @@ def verify_engine(engine: StoredEngine, device: torch.device) -> Parity:
     Raises:
         EngineError: a file has changed, the engine does not run here, or it is no longer close enough.
     """
-    if damage := engine.damage():
-        raise EngineError(f"engine {engine.name}: {damage}; build it again")
+    check_files(engine)
     loaded = load_engine(engine.directory, device)
     try:
         parity = parity_of(engine, loaded)

@@ -1,7 +1,7 @@
 """The API of TensorRT and TensorRT-RTX, read off the real bindings, and as stubs for a type checker.
 
-TensorRT's bindings need three libraries that only NVIDIA's own index has. They import against placeholders that
-have the same symbols and do nothing; every class, method, enum and docstring is then the real one.
+TensorRT's bindings need three libraries that only NVIDIA's own index has. They import against placeholders
+that have the same symbols and do nothing; every class, method, enum and docstring is then the real one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Run with Python: prints the API of TensorRT's or TensorRT-RTX's bindings as JSON, read off the real module.
 
-The argument names the module. On a machine without TensorRT the placeholder libraries of tensorrt_api.py must be
-on LD_LIBRARY_PATH.
+The argument names the module. On a machine without TensorRT the placeholder libraries of tensorrt_api.py must
+be on LD_LIBRARY_PATH.
 """
 
 from __future__ import annotations

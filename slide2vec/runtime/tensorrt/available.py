@@ -79,7 +79,7 @@ def load_tensorrt(runtime: str = "tensorrt") -> None:
     if not is_installed(runtime):
         raise ExtraMissingError(f"{title} is not installed: {INSTALL[runtime]}")
     try:
-        found = Library(runtime).release
+        found = Library(runtime).installed
     except (ImportError, OSError) as error:
         raise EngineError(f"{title} is installed, but does not load: {error}") from error
     if tuple(int(part) for part in found.split(".")[:2]) < OLDEST[runtime]:

@@ -73,10 +73,10 @@ class Library:
             import tensorrt as trt
         else:
             import tensorrt_rtx_bindings as trt
-        self.runtime, self.title, self.release = runtime, TITLES[runtime], trt.__version__
+        self.runtime, self.title, self.installed = runtime, TITLES[runtime], trt.__version__
         self.compiles_late = runtime == "tensorrt-rtx"
         self.new_builder, self.new_parser, self.new_runtime = trt.Builder, trt.OnnxParser, trt.Runtime
-        self.dims = trt.Dims
+        self.new_dims = trt.Dims
         self.is_input, self.is_output = trt.TensorIOMode.INPUT, trt.TensorIOMode.OUTPUT
         # TensorRT's own `nptype` has neither bf16 nor fp8. Names are those of PyTorch and NumPy.
         self.dtypes = {
