@@ -139,7 +139,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Row]:
 
 def encode(args: argparse.Namespace, model: Model, batch_size: int) -> Row:
     """The engine alone, on tensors in the device's memory: what all else is compared with."""
-    engine = model._select(ExecutionOptions()).engine
+    engine = model._tile_embedder.select(ExecutionOptions()).engine
     crop = model.recipe.transform.crop
     shape = (batch_size, crop, crop, 3) if engine.layout == "uint8_nhwc" else (batch_size, 3, crop, crop)
     dtype = torch.uint8 if engine.layout == "uint8_nhwc" else torch.float32
@@ -209,7 +209,7 @@ def data_loader(args: argparse.Namespace, model: Model, batch_size: int) -> Row:
     loader = torch.utils.data.DataLoader(
         data, batch_size=batch_size, num_workers=job_cpus(), pin_memory=args.device.type == "cuda"
     )
-    encoder = model._select(ExecutionOptions()).engine
+    encoder = model._tile_embedder.select(ExecutionOptions()).engine
     if encoder.layout != "float32_nchw":
         return {"not_run": "the engine normalises by itself, which a peer's loader does not expect"}
     row: Row = {"tiles": len(data)}

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from slide2vec.version import __version__
+
 if TYPE_CHECKING:
     from slide2vec.artifacts import (
         HierarchicalEmbeddingArtifact,
@@ -49,8 +51,6 @@ __all__ = [
     "__version__",
     "list_models",
 ]
-
-__version__ = "0.1.0"
 
 #: Loaded on first use, so that `import slide2vec` costs nothing.
 _HOMES = {

@@ -21,28 +21,23 @@ from slide2vec.aggregate import (
     one_patient,
     patient_embedding,
     pool_slides,
-    regrouped,
     with_slide_embedding,
 )
 from slide2vec.cohort import embed_cohort
-from slide2vec.compile import Subject, select_engine
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
-from slide2vec.encoders.input_size import for_input
 from slide2vec.encoders.parts import (
     PartsWeights,
-    below,
-    build_part,
+    load_parts,
+    tile_recipe,
     weights_as_text,
     weights_by_part,
-    weights_identity,
 )
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError, EmbedSlidesError, ManifestError, ModelLevelError, Slide2VecError
-from slide2vec.prepare import choose_preparer
 from slide2vec.progress import RunStarted, active_reporter, live_progress
 from slide2vec.recipes import Recipe, Variant, load_recipe
-from slide2vec.runtime import batch_size_for, devices_for, pick_device, resolve_precision
+from slide2vec.runtime import devices_for, pick_device, resolve_precision
 from slide2vec.scale import workers_for
 from slide2vec.slides import Slide, SlideLike, as_slide, as_slides
 from slide2vec.stream import (
@@ -51,13 +46,11 @@ from slide2vec.stream import (
     InPlace,
     SlideOutcome,
     SlidePlan,
-    Stream,
-    feed_for,
-    fitting_batch_size,
     plan_slide,
     stager_for,
 )
 from slide2vec.stream.plan import check_archives_here
+from slide2vec.tile_embedder import TileEmbedder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,7 +62,6 @@ if TYPE_CHECKING:
         TileFeaturesLike,
     )
     from slide2vec.cohort.run import OnPersisted
-    from slide2vec.compile.select import Selected
     from slide2vec.scale import Elsewhere, Fleets
     from slide2vec.tiling import Tiling
 
@@ -106,14 +98,24 @@ class Model:
         #: The model whose embeddings it takes: of tiles for slide-level presets, of slides for
         #: patient-level ones; None for tile-level ones.
         self.below = below
-        self._engines: dict[tuple[str, str, bool, int], Selected] = {}
-        #: The recipe for tiles of other sizes than its own, by size.
-        self._inputs: dict[int, Recipe] = {}
         #: Builds it anew in another process, as `loader(device=…)`; and workers that have.
         self._loader = loader
         self._fleets: Fleets = {}
         #: What `from_preset` was given besides the name, resolved; kept with a run's settings.
         self.origin: Mapping[str, Any] = origin or {}
+        #: Of the tiles at the bottom, whatever it embeds itself.
+        self._tile_embedder: TileEmbedder = (
+            below._tile_embedder
+            if below is not None
+            else TileEmbedder(
+                recipe,
+                variant,
+                encoder,
+                device=device,
+                precision=precision,
+                resizes=self.origin.get("input_size_px") is not None,
+            )
+        )
 
     @classmethod
     def from_preset(
@@ -155,52 +157,52 @@ class Model:
             WeightsError: the weights cannot be had or do not fit; GatedWeightsError: access is missing.
             ConfigError: no such device or precision here, or the backbone does not take the input size.
         """
-        recipe = load_recipe(name)
-        variant_name, variant = recipe.variant(output_variant)
-        chosen = pick_device(device)
-        again: dict[str, Any] = {
-            "weights": weights,
+        recipe, chosen = load_recipe(name), pick_device(device)
+        given: dict[str, Any] = {
             "seed": seed,
-            "output_variant": output_variant,
             "precision": precision,
             "input_size_px": input_size_px,
             "allow_non_recommended_settings": allow_non_recommended_settings,
             "trust_remote_code": trust_remote_code,
         }
-        resolved = resolve_precision(precision, recipe.precision, chosen)
+        resolved = resolve_precision(precision, tile_recipe(recipe).precision, chosen)
         if weights == "random" and recipe.weights is not None:
             logger.warning("preset %s has random weights (seed %d): its embeddings mean nothing", name, seed)
-        by_part = weights_by_part(recipe, weights)
-        own = by_part.pop(name)
-        lower = below(recipe)
-        under = None
-        if lower is not None:
-            theirs = {**again, "weights": by_part, "output_variant": lower[1]}
-            under = cls.from_preset(lower[0], device=device, **theirs)
-            resolved = under.precision
-            if under.level == "tile":
-                under._feed(recipe)
-        encoder = build_part(recipe, variant, own, seed, trust_remote_code)
-        if input_size_px is not None and under is None:
-            recipe = for_input(recipe, encoder, input_size_px, f"input_size_px={input_size_px}")
-        return cls(
+        parts = load_parts(
             recipe,
-            variant_name,
-            encoder if under is None else encoder.to(chosen),
-            device=chosen,
-            precision=resolved,
-            weights=weights_identity(recipe, own, seed),
-            below=under,
-            loader=partial(cls.from_preset, name, **again),
-            origin={
-                "output_variant": variant_name,
-                "weights": weights_as_text(weights),
-                "seed": seed,
-                "device": "cuda" if chosen.type == "cuda" and not _is_numbered(device) else str(chosen),
-                "input_size_px": input_size_px,
-                "allow_non_recommended_settings": allow_non_recommended_settings,
-            },
+            output_variant,
+            weights_by_part(recipe, weights),
+            seed=seed,
+            input_size_px=input_size_px,
+            trusted=trust_remote_code,
         )
+        model: Self | None = None
+        for part in parts:
+            whole = part is parts[-1]
+            theirs: dict[str, Any] = {
+                "weights": weights if whole else part.choices,
+                "output_variant": output_variant if whole else part.variant,
+            }
+            model = cls(
+                part.recipe,
+                part.variant,
+                part.encoder if model is None else part.encoder.to(chosen),
+                device=chosen,
+                precision=resolved,
+                weights=part.weights,
+                below=model,
+                loader=partial(cls.from_preset, part.recipe.name, **given, **theirs),
+                origin={
+                    "output_variant": part.variant,
+                    "weights": weights_as_text(theirs["weights"]),
+                    "seed": seed,
+                    "device": "cuda" if chosen.type == "cuda" and not _is_numbered(device) else str(chosen),
+                    "input_size_px": input_size_px,
+                    "allow_non_recommended_settings": allow_non_recommended_settings,
+                },
+            )
+        assert model is not None
+        return model
 
     @property
     def name(self) -> str:
@@ -227,34 +229,10 @@ class Model:
         """Whether its slide encoder has latents beside its embedding."""
         return self.recipe.has_latents or (self.below is not None and self.below.has_latents)
 
-    def _feed(self, above: Recipe) -> None:
-        """Prepare tiles as the authors of a slide encoder have fed it."""
-        sizes = {"resize": above.transform.resize, "crop": above.transform.crop}
-        if self.origin.get("input_size_px") is not None:
-            sizes = dict.fromkeys(sizes, self.recipe.transform.crop)
-        transform = above.transform.model_copy(update=sizes)
-        self.recipe = self.recipe.model_copy(
-            update={"transform": transform, "tile_size_px": above.tile_size_px}
-        )
-
-    def _fed_with(self, tile_size_px: int | None) -> Recipe:
-        """The recipe for tiles of a size, which are not resized unless that is asked for; None = its own.
-
-        Raises:
-            ConfigError: the backbone does not take such tiles.
-        """
-        own = (None, self.recipe.tile_size_px, self.recipe.transform.crop)
-        if tile_size_px in own or self.origin.get("input_size_px") is not None:
-            return self.recipe
-        if tile_size_px not in self._inputs:
-            asked = f"requested_tile_size_px={tile_size_px}"
-            self._inputs[tile_size_px] = for_input(self.recipe, self._encoder, tile_size_px, asked)
-        return self._inputs[tile_size_px]
-
     @property
-    def _tiles(self) -> Model:
-        """The model of tiles under it: itself, for tile-level presets."""
-        return self if self.below is None else self.below._tiles
+    def _tile_model(self) -> Model:
+        """The model of tiles at its bottom: itself, for tile-level presets."""
+        return self if self.below is None else self.below._tile_model
 
     @property
     def _variant(self) -> Variant:
@@ -277,8 +255,8 @@ class Model:
                 "weights_source": self._weights,
                 "below": self.below.identity(execution, tile_size_px),
             }
-        recipe = self._fed_with(tile_size_px)
-        engine = self._select(execution or ExecutionOptions(), recipe).engine
+        recipe = self._tile_embedder.recipe_for(tile_size_px)
+        engine = self._tile_embedder.select(execution or ExecutionOptions(), tile_size_px).engine
         return {
             "name": self.name,
             "level": self.level,
@@ -293,7 +271,7 @@ class Model:
 
     def engine_in_words(self, execution: ExecutionOptions | None = None) -> str:
         """What runs the encoder: "PyTorch, fp32 on cpu", "openvino, bf16 on cpu"."""
-        engine = self._tiles._select(execution or ExecutionOptions()).engine
+        engine = self._tile_embedder.select(execution or ExecutionOptions()).engine
         runtime = "PyTorch" if engine.runtime == "torch" else engine.runtime
         return f"{runtime}, {engine.precision} on {self.device}"
 
@@ -302,12 +280,7 @@ class Model:
         """What the weights are, wherever they came from."""
         if self.recipe.weights is None or self._weights.startswith("random:"):
             return self._weights
-        return self._content_digest
-
-    @cached_property
-    def _content_digest(self) -> str:
-        """Of the weights' values."""
-        return weights_digest(self._encoder)
+        return self._tile_embedder.weights_digest if self.below is None else weights_digest(self._encoder)
 
     def embed_slide(
         self,
@@ -470,9 +443,9 @@ class Model:
             config: resolved by `resolve_preprocessing`.
         """
         with stager_for(execution) as stager:
-            stream = self._tiles._stream(config, execution, stager)
-            with closing(stream.run(slides, lambda slide: plan(slide, stager))) as outcomes:
-                yield from map(regrouped, outcomes)
+            yield from self._tile_embedder.outcomes(
+                slides, config, execution, lambda slide: plan(slide, stager), stager
+            )
 
     def resolve_preprocessing(self, config: PreprocessingConfig | None = None) -> PreprocessingConfig:
         """The configuration with the preset's spacing and tile size filled in.
@@ -487,11 +460,11 @@ class Model:
             raise ConfigError(
                 f"preset {self.name} is {self.level}-level and takes all tiles of a slide: regions "
                 f"(region_tile_multiple, requested_region_size_px) are for tile-level presets, such as "
-                f"{self._tiles.name}"
+                f"{self._tile_model.name}"
             )
         spacing, tile_size = self.recipe.tiles(config.requested_spacing_um, config.requested_tile_size_px)
         self._check_recommended(spacing, tile_size)
-        self._tiles._fed_with(tile_size)
+        self._tile_embedder.recipe_for(tile_size)
         return config.resolved(spacing, tile_size)
 
     def _check_recommended(self, spacing_um: float, tile_size_px: int) -> None:
@@ -504,59 +477,6 @@ class Model:
                 "Model.from_preset (--allow-non-recommended-settings)"
             )
         logger.warning("%s", problem)
-
-    def _stream(self, config: PreprocessingConfig, execution: ExecutionOptions, stager: InPlace) -> Stream:
-        assert config.requested_tile_size_px is not None
-        tile_size = config.requested_tile_size_px
-        feed = feed_for(self.device, config.gpu_decode)
-        recipe = self._fed_with(tile_size)
-        selected = self._select(execution, recipe)
-        engine = selected.engine
-        preparer = choose_preparer(config.preparer, recipe.transform, self.device, engine.layout, tile_size)
-        wanted = batch_size_for(recipe.gflops, self.device)
-        size = execution.batch_size or selected.batch_size
-        budget = execution.budget(self.device.type, recipe.gflops)
-        return Stream(
-            engine,
-            preparer,
-            batch_size=size or fitting_batch_size(engine, preparer, wanted, tile_size),
-            tile_size_px=tile_size,
-            dtype=getattr(torch, execution.feature_dtype(engine.precision)),
-            readers=budget.reading_threads,
-            planners=budget.planning_threads,
-            encoder_threads=budget.encoder_threads,
-            ahead=execution.prefetch_factor,
-            reporter=active_reporter(),
-            feed=feed,
-            stager=stager,
-        )
-
-    def _select(self, execution: ExecutionOptions, recipe: Recipe | None = None) -> Selected:
-        """What runs the encoder; what is compiled is loaded, or compiled, once.
-
-        Args:
-            recipe: of `_fed_with`, None = of the preset's own tiles.
-        """
-        recipe = recipe or self.recipe
-        precision = self._call_precision(execution)
-        asked = execution.engine, precision, execution.torch_compile, recipe.transform.crop
-        if asked in self._engines:
-            return self._engines[asked]
-        selected = select_engine(
-            execution.engine,
-            self._encoder,
-            Subject(recipe, self.variant, self.device, lambda: self._content_digest),
-            precision,
-            compiled=execution.torch_compile,
-        )
-        if selected.batch_size is not None or execution.torch_compile:
-            self._engines[asked] = selected
-        return selected
-
-    def _call_precision(self, execution: ExecutionOptions) -> str:
-        if execution.precision is None:
-            return self.precision
-        return resolve_precision(execution.precision, self.recipe.precision, self.device)
 
     def embed_tiles(
         self,
@@ -587,7 +507,7 @@ class Model:
         """
         todo = as_slides(slides)
         result = embed_cohort(
-            self._tiles,
+            self._tile_model,
             todo,
             self.resolve_preprocessing(preprocessing),
             _require_output_dir(execution, "embed_tiles"),

@@ -1,19 +1,23 @@
-"""Imports point down the rooms of the design only, and heavy libraries load only when used."""
+"""Imports point down the rooms of the design, never in a circle, and heavy libraries load only when used."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "slide2vec"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "slide2vec"
 
 #: Room -> number; a room imports only from rooms with a smaller number.
 ROOMS = {
     "errors": 0,
+    "version": 0,
     "cpus": 1,
     "geometry": 1,
     "files": 1,
@@ -37,42 +41,104 @@ ROOMS = {
     "cohort": 7,
     "compile": 7,
     "scale": 8,
+    "tile_embedder": 8,
     "model": 9,
     "pipeline": 10,
     "cli": 11,
 }
-#: Files at the top that may import from anywhere.
-ENTRANCES = {"__init__", "__main__"}
+#: Files at the top that may import from anywhere; so may the package itself.
+ENTRANCES = {"__main__"}
 
 
-def room_of(module: str) -> str:
-    return module.split(".")[1] if "." in module else "__init__"
-
-
-def imports_of(path: Path) -> set[str]:
-    """Rooms that a file imports, wherever in the file the import stands."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "slide2vec":
-            found.add(room_of(node.module))
-        elif isinstance(node, ast.Import):
-            found.update(room_of(a.name) for a in node.names if a.name.split(".")[0] == "slide2vec")
+def modules_in(*packages: Path) -> dict[str, Path]:
+    """The modules of packages that lie beside each other, by their full names."""
+    found = {}
+    for package in packages:
+        for path in package.rglob("*.py"):
+            parts = path.relative_to(package.parent).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
-def sources() -> list[Path]:
-    return sorted(path for path in PACKAGE.rglob("*.py") if "engines" not in path.parts)
+MODULES = modules_in(PACKAGE, ROOT / "tools", ROOT / "benchmarks")
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_down(path: Path) -> None:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    if parts[0] in ENTRANCES:
+def imports_of(path: Path, modules: Iterable[str]) -> set[str]:
+    """Of these modules, those that a file imports, wherever in the file the import stands: in a function and
+    for types only, too."""
+    known, found = set(modules), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} imports relatively: say {node.module} in full"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else str(node.module) for name in names}
+    return found & known
+
+
+def circle_in(modules: Mapping[str, Path]) -> list[str]:
+    """Modules each of which imports the next, and the last is the first again; none without a circle."""
+    graph = {name: imports_of(path, modules) for name, path in modules.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(reversed(error.args[1]))  # it lists each after what it imports
+    return []
+
+
+def upward_imports(module: str, imported: Iterable[str]) -> set[str]:
+    """What a module of the package imports of rooms that are not below its own."""
+    room = module.split(".")[1]
+    assert room in ROOMS, f"{room} is not a room of the design"
+    upward = set()
+    for name in imported:
+        other = name.partition(".")[2].partition(".")[0]  # of the package itself: nothing
+        if name.startswith("slide2vec") and other != room and ROOMS.get(other, sys.maxsize) >= ROOMS[room]:
+            upward.add(name)
+    return upward
+
+
+@pytest.mark.parametrize("module", [name for name in sorted(MODULES) if name.startswith("slide2vec.")])
+def test_imports_point_down(module: str) -> None:
+    if module.split(".")[1] in ENTRANCES:
         return
-    assert parts[0] in ROOMS, f"{parts[0]} is not a room of the design"
-    number = ROOMS[parts[0]]
-    upward = {room for room in imports_of(path) - {parts[0], "__init__"} if ROOMS[room] >= number}
-    assert not upward, f"{path} imports {upward}, which are not below {parts[0]}"
+    upward = upward_imports(module, imports_of(MODULES[module], MODULES))
+    assert not upward, f"{module} imports {upward}, which are not below its room"
+
+
+def test_no_imports_in_a_circle() -> None:
+    circle = circle_in(MODULES)
+    assert not circle, f"a circle of imports: {' -> '.join(circle)}"
+
+
+def test_upward_import_is_noticed() -> None:
+    assert upward_imports("slide2vec.readers.probe", {"slide2vec.tiling.grid", "slide2vec.errors"}) == {
+        "slide2vec.tiling.grid"
+    }
+    assert upward_imports("slide2vec.compile.identity", {"slide2vec"}) == {"slide2vec"}
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from house.room.first import a",
+        "def f():\n    import house.room.first",
+        "from house.room import first",
+    ],
+)
+def test_circle_inside_a_room_is_noticed(tmp_path: Path, back: str) -> None:
+    room = tmp_path / "house" / "room"
+    room.mkdir(parents=True)
+    (room / "__init__.py").write_text("from house.room.first import a\n")
+    (room / "first.py").write_text("from house.room.second import b\n")
+    (room / "second.py").write_text("b = 1\n")
+    assert circle_in(modules_in(tmp_path / "house")) == []
+    (room / "second.py").write_text(
+        f"from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    b = 1\n{back}\n"
+    )
+    circle = circle_in(modules_in(tmp_path / "house"))
+    assert set(circle) == {"house.room.first", "house.room.second"} and circle[0] == circle[-1]
 
 
 @pytest.mark.parametrize(

@@ -251,9 +251,10 @@ def test_clear_errors(slides_dir: Path, scattering: Model) -> None:
 
 def test_torch_compiles_once(scattering: Model) -> None:
     compiled, plain = ExecutionOptions(torch_compile=True), ExecutionOptions()
-    engine = scattering._select(compiled).engine
-    assert scattering._select(compiled).engine is engine
-    assert scattering._select(plain).engine is not engine
+    tiles = scattering._tile_embedder
+    engine = tiles.select(compiled).engine
+    assert tiles.select(compiled).engine is engine
+    assert tiles.select(plain).engine is not engine
 
 
 def test_random_weights_are_announced(caplog: pytest.LogCaptureFixture) -> None:

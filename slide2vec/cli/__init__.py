@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from slide2vec import __version__
 from slide2vec.cli.bench import bench
 from slide2vec.cli.build_engine import build_engine
 from slide2vec.cli.console import debugging, log_to_stderr, print_error
@@ -27,6 +26,7 @@ from slide2vec.cli.run import CONFIG_SUFFIXES, run
 from slide2vec.cli.status import status
 from slide2vec.cli.tile import tile
 from slide2vec.errors import Slide2VecError
+from slide2vec.version import __version__
 
 __all__ = ["app", "main"]
 

@@ -17,8 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from slide2vec import __version__
 from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
+from slide2vec.version import __version__
 
 __all__ = ["doctor"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slide2vec.cli.console import facts, stdout, table
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from slide2vec.model import Model
     from slide2vec.progress import RunSummary
 
-__all__ = ["counted", "failures_json", "print_outcome", "print_report"]
+__all__ = ["counted", "print_outcome", "print_report"]
 
 #: Longer runs list their first slides only.
 MOST_ROWS = 50
@@ -71,20 +71,6 @@ def print_outcome(result: RunResult) -> None:
         console.print(Text(str(result.summary).replace("; ", "\n"), "bold"))
         if result.summary.tiles:
             console.print(Text(_stations(result.summary), "dim"))
-
-
-def failures_json(result: RunResult) -> list[dict[str, Any]]:
-    """The failed slides, JSON-ready."""
-    return [
-        {
-            "sample_id": item.sample_id,
-            "image_path": item.image_path,
-            "stage": item.stage,
-            "error_type": type(item.error).__name__,
-            "error": str(item.error),
-        }
-        for item in result.failed
-    ]
 
 
 def _remarks(result: RunResult) -> Iterator[str]:

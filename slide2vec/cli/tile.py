@@ -167,7 +167,8 @@ def tile_and_report(slides: Sequence[Slide], settings: RunSettings) -> RunResult
 
 def print_tiled(result: RunResult, output_dir: Path, *, as_json: bool) -> None:
     """Say what was tiled and what was not."""
-    from slide2vec.cli.report import counted, failures_json, print_outcome
+    from slide2vec.cli.report import counted, print_outcome
+    from slide2vec.cli.writing import failures_json
 
     summary = result.summary
     assert summary is not None

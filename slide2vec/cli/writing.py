@@ -17,7 +17,6 @@ from slide2vec.artifacts import (
     load_embeddings,
 )
 from slide2vec.cli.console import note
-from slide2vec.cli.report import failures_json
 from slide2vec.cohort.process_list import read_process_list
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import Slide2VecError
@@ -28,9 +27,9 @@ from slide2vec.progress import (
     ProgressReporter,
     RunSummary,
     activate_progress_reporter,
-    in_terminal,
 )
 from slide2vec.progress.lines import LineReporter
+from slide2vec.progress.screen import in_terminal
 from slide2vec.readers import open_slide
 from slide2vec.slides import IdFrom, Slide
 from slide2vec.tiling import load_coordinates
@@ -39,10 +38,10 @@ from slide2vec.tiling.regions import unroll
 
 if TYPE_CHECKING:
     from slide2vec.cohort import RunResult
-    from slide2vec.cohort.finished import Artifact
+    from slide2vec.cohort.results import Artifact
     from slide2vec.model import Model
 
-__all__ = ["Made", "Report", "embed_and_write", "live_display"]
+__all__ = ["Made", "Report", "embed_and_write", "failures_json", "live_display"]
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +109,20 @@ def _summary_json(summary: RunSummary) -> dict[str, Any]:
         for station in summary.stations
     ]
     return {**asdict(summary), "tiles_per_second": summary.tiles_per_second, "stations": stations}
+
+
+def failures_json(result: RunResult) -> list[dict[str, Any]]:
+    """The failed slides, JSON-ready."""
+    return [
+        {
+            "sample_id": item.sample_id,
+            "image_path": item.image_path,
+            "stage": item.stage,
+            "error_type": type(item.error).__name__,
+            "error": str(item.error),
+        }
+        for item in result.failed
+    ]
 
 
 def live_display() -> ProgressReporter:

@@ -4,83 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from slide2vec.artifacts.places import Kind
-from slide2vec.cohort.finished import Artifact
 from slide2vec.cohort.patients import Patient, by_patient
 from slide2vec.cohort.process_list import Key, ProcessList, Row, key_of, read_process_list
-from slide2vec.cohort.results import FailedPatient, FailedSlide, RunResult
+from slide2vec.cohort.results import Artifact, FailedPatient, FailedSlide, RunResult
 from slide2vec.cohort.shard_lists import gathered, list_path
 from slide2vec.errors import ArtifactError
 from slide2vec.progress import RunSummary
 from slide2vec.recipes import Level
 from slide2vec.slides import Slide
 
-__all__ = ["NO_TISSUE", "Books", "Entries", "Entry", "PostedEntries", "first_rows", "remark"]
+__all__ = ["NO_TISSUE", "Books", "first_rows", "remark"]
 
 logger = logging.getLogger(__name__)
 
 NO_TISSUE = "no tissue: 0 tiles"
-
-
-class Entries(Protocol):
-    """What is entered of single slides, by whoever embeds them."""
-
-    def note(self, sample_id: str, **columns: Any) -> None:
-        """Set columns of a slide in the process list."""
-        ...
-
-    def add(self, kind: Kind, name: str, artifact: Artifact) -> None:
-        """An artifact is on disk; `name` is its slide's or patient's."""
-        ...
-
-    def tiles_done(self, sample_id: str, about: Mapping[str, Any]) -> None:
-        """The tiles of a slide are embedded, or only found; `about` is what sidecars say of them."""
-        ...
-
-    def fail(self, failed: FailedSlide, traceback: str) -> None:
-        """A slide has failed."""
-        ...
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An entry on its way to the books, from another process perhaps."""
-
-    what: Literal["note", "add", "tiles_done", "fail"]
-    values: tuple[Any, ...]
-    columns: Mapping[str, Any] = field(default_factory=dict)
-
-    def enter(self, entries: Entries) -> None:
-        """Make it."""
-        getattr(entries, self.what)(*self.values, **self.columns)
-
-
-class PostedEntries:
-    """See `Entries`: hands them over to be sent to the books."""
-
-    def __init__(self, post: Callable[[Entry], None]) -> None:
-        self._post = post
-
-    def note(self, sample_id: str, **columns: Any) -> None:
-        """See `Entries`."""
-        self._post(Entry("note", (sample_id,), columns))
-
-    def add(self, kind: Kind, name: str, artifact: Artifact) -> None:
-        """See `Entries`."""
-        self._post(Entry("add", (kind, name, artifact)))
-
-    def tiles_done(self, sample_id: str, about: Mapping[str, Any]) -> None:
-        """See `Entries`."""
-        self._post(Entry("tiles_done", (sample_id, about)))
-
-    def fail(self, failed: FailedSlide, traceback: str) -> None:
-        """See `Entries`."""
-        self._post(Entry("fail", (failed, traceback)))
 
 
 class Books:

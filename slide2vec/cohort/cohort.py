@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from slide2vec.artifacts.places import Place
-from slide2vec.cohort.books import Entries, remark
-from slide2vec.cohort.embedder import Encoder, identities_of
-from slide2vec.cohort.finished import Finished, Kind
+from slide2vec.artifacts.places import Kind, Place
+from slide2vec.cohort.books import remark
+from slide2vec.cohort.embedder import Encoder
+from slide2vec.cohort.events import Entries
+from slide2vec.cohort.finished import Finished
 from slide2vec.cohort.results import FailedSlide, Stage
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ConfigError, OutputError
@@ -89,7 +90,7 @@ class Cohort:
         root, name = execution.output_dir, "" if encoder is None else encoder.name
         self.place = place or Place(root, name, root, root)
         self.tilings = tilings or {}
-        self.identities = identities_of(encoder, config, execution)
+        self.identities = _identities_of(encoder, config, execution)
         self.wanted = self._wanted_kinds()
         self.files = Identities(config, identities)
         self.finished = Finished(
@@ -274,6 +275,19 @@ class Cohort:
         text = "".join(traceback.format_exception(error))
         _forget_frames(error)
         self.entries.fail(FailedSlide(slide.sample_id, slide.image_path, stage, error), text)
+
+
+def _identities_of(
+    encoder: Encoder | None, config: PreprocessingConfig, execution: ExecutionOptions
+) -> dict[Kind, dict[str, Any]]:
+    """What identifies the encoder of each kind of artifact."""
+    found: dict[Kind, dict[str, Any]] = {}
+    while encoder is not None:
+        hierarchical = encoder.level == "tile" and config.hierarchical
+        kind: Kind = "hierarchical" if hierarchical else encoder.level
+        found[kind] = encoder.identity(execution, config.requested_tile_size_px)
+        encoder = encoder.below
+    return found
 
 
 def _forget_frames(error: BaseException | None) -> None:

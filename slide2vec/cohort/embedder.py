@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from slide2vec.artifacts.places import Kind
+from slide2vec.cohort.events import Entry, Settled
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.recipes import Level
@@ -16,12 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slide2vec.artifacts.places import Place
-    from slide2vec.cohort.books import Entry
-    from slide2vec.cohort.publish import Settled
     from slide2vec.stream.identities import Identities
     from slide2vec.tiling import Tiling
 
-__all__ = ["Embedder", "Encoder", "Workers", "identities_of"]
+__all__ = ["Embedder", "Encoder", "Workers"]
 
 
 class Encoder(Protocol):
@@ -100,16 +98,3 @@ class Embedder(Encoder, Protocol):
             PatientError: the patient encoder failed.
         """
         ...
-
-
-def identities_of(
-    encoder: Encoder | None, config: PreprocessingConfig, execution: ExecutionOptions
-) -> dict[Kind, dict[str, Any]]:
-    """What identifies the encoder of each kind of artifact."""
-    found: dict[Kind, dict[str, Any]] = {}
-    while encoder is not None:
-        hierarchical = encoder.level == "tile" and config.hierarchical
-        kind: Kind = "hierarchical" if hierarchical else encoder.level
-        found[kind] = encoder.identity(execution, config.requested_tile_size_px)
-        encoder = encoder.below
-    return found

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from slide2vec.artifacts import (
-    HierarchicalEmbeddingArtifact,
-    PatientEmbeddingArtifact,
     SlideEmbeddingArtifact,
-    TileEmbeddingArtifact,
     find_hierarchical_artifact,
     find_patient_artifact,
     find_slide_artifact,
@@ -19,6 +16,7 @@ from slide2vec.artifacts import (
 from slide2vec.artifacts.places import KINDS, Kind, Place, encoder_of, unlike
 from slide2vec.cohort.identity import compatibility, difference, encoder_identity
 from slide2vec.cohort.misread import as_if_read_now, misread
+from slide2vec.cohort.results import Artifact
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ArtifactError, ConfigError, ManifestError, TilingError
 from slide2vec.slides import Slide
@@ -26,11 +24,7 @@ from slide2vec.stream import coordinates_dir
 from slide2vec.stream.identities import Identities, SlideIdentity
 from slide2vec.tiling import Tiling, load_coordinates
 
-__all__ = ["Artifact", "Finished", "Kind"]
-
-Artifact: TypeAlias = (
-    TileEmbeddingArtifact | HierarchicalEmbeddingArtifact | SlideEmbeddingArtifact | PatientEmbeddingArtifact
-)
+__all__ = ["Finished"]
 
 _FIND: Mapping[Kind, Callable[..., Artifact | None]] = {
     "tile": find_tile_artifact,

@@ -11,9 +11,9 @@ from slide2vec.artifacts import write_patient_embedding
 from slide2vec.cohort.books import Books
 from slide2vec.cohort.cohort import Cohort
 from slide2vec.cohort.embedder import Embedder
-from slide2vec.cohort.finished import Artifact
+from slide2vec.cohort.events import Settled
 from slide2vec.cohort.patients import Patient, Patients
-from slide2vec.cohort.publish import Settled
+from slide2vec.cohort.results import Artifact
 from slide2vec.cohort.todo import Todo
 from slide2vec.errors import OutputError, PatientError, Slide2VecError
 

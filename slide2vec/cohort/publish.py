@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import torch
 
@@ -22,19 +22,16 @@ from slide2vec.artifacts import (
 from slide2vec.artifacts.writing import about_tiles
 from slide2vec.cohort.cohort import Cohort
 from slide2vec.cohort.embedder import Embedder
-from slide2vec.cohort.finished import Artifact
+from slide2vec.cohort.events import Settle, Settled, settled_alone
 from slide2vec.cohort.identity import encoder_identity
-from slide2vec.cohort.results import Stage
+from slide2vec.cohort.results import Artifact, Stage
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import Slide2VecError, SlideError
 from slide2vec.files import remove
 from slide2vec.slides import Slide
 from slide2vec.stream import SlideOutcome
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-__all__ = ["Publisher", "Settle", "Settled", "settled_alone"]
+__all__ = ["Publisher"]
 
 #: Of a sidecar of tiles, what those of slides and patients keep.
 _KEPT = (
@@ -53,32 +50,6 @@ class _Tiles:
     embedded: EmbeddedSlide
     about: Mapping[str, Any]
     identity: Mapping[str, Any] | None
-
-
-@dataclass(frozen=True)
-class Settled:
-    """A slide that is through, for its patient.
-
-    Attributes:
-        embedding: (D,) float32; None without tissue, or where the slide failed.
-        about: what sidecars of patients say of it.
-        identity: of its embedding; None where its files could not be read.
-    """
-
-    slide: Slide
-    embedding: Tensor | None = None
-    error: Exception | None = None
-    about: Mapping[str, Any] | None = None
-    identity: Mapping[str, Any] | None = None
-
-
-#: What comes after a slide: artifacts of its patient.
-Settle: TypeAlias = Callable[[Settled], Iterable[Artifact]]
-
-
-def settled_alone(slide: Settled) -> Iterable[Artifact]:
-    """Nothing comes after a slide that belongs to no patient."""
-    return ()
 
 
 class Publisher:

@@ -15,8 +15,11 @@ from slide2vec.artifacts import (
 )
 from slide2vec.progress import RunSummary
 
-__all__ = ["FailedPatient", "FailedSlide", "RunResult", "Stage"]
+__all__ = ["Artifact", "FailedPatient", "FailedSlide", "RunResult", "Stage"]
 
+Artifact: TypeAlias = (
+    TileEmbeddingArtifact | HierarchicalEmbeddingArtifact | SlideEmbeddingArtifact | PatientEmbeddingArtifact
+)
 
 Stage: TypeAlias = Literal["tiling", "embedding", "aggregation"]
 

@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from functools import partial
 
-from slide2vec.cohort.books import Books, Entry
+from slide2vec.cohort.books import Books
 from slide2vec.cohort.cohort import Cohort
 from slide2vec.cohort.embedder import Embedder
+from slide2vec.cohort.events import Entry, Settle, Settled, settled_alone
 from slide2vec.cohort.opened import Settings, opened, remove_all_partial
 from slide2vec.cohort.patient_files import PatientPublisher
-from slide2vec.cohort.publish import Publisher, Settle, Settled, settled_alone
+from slide2vec.cohort.publish import Publisher
 from slide2vec.cohort.results import RunResult
 from slide2vec.cohort.resume import take_up
 from slide2vec.cohort.writer import OnPersisted, Writer

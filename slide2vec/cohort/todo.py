@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from slide2vec.artifacts import PatientEmbeddingArtifact, SlideEmbeddingArtifact, TileEmbeddingArtifact
-from slide2vec.cohort.finished import Artifact, Finished, Kind
+from slide2vec.artifacts.places import Kind
+from slide2vec.cohort.finished import Finished
 from slide2vec.cohort.patients import by_patient
+from slide2vec.cohort.results import Artifact
 from slide2vec.slides import Slide
 
 __all__ = ["Kept", "Todo", "everything", "what_is_left"]

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
-from slide2vec.cohort.finished import Artifact
+from slide2vec.cohort.results import Artifact
 
 __all__ = ["OnPersisted", "Writer"]
 

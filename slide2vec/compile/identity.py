@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from slide2vec import __version__
 from slide2vec.compile.exported import GRAPH
 from slide2vec.recipes import Recipe
 from slide2vec.runtime.base import BatchProfile, Layout
 from slide2vec.runtime.record import SCHEMA, EngineRecord
 from slide2vec.runtime.tensorrt.targets import target_of
+from slide2vec.version import __version__
 
 __all__ = ["Subject", "differences", "identity", "key_of", "library_versions", "target_here", "targets_of"]
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from slide2vec.encoders import build_encoder
+from slide2vec.encoders.input_size import for_input
 from slide2vec.encoders.slide import build_patient_encoder, build_slide_encoder
 from slide2vec.encoders.weights import WeightsChoice
 from slide2vec.errors import PresetError, WeightsError, nearest_names
@@ -17,13 +19,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
+    "Part",
     "PartsWeights",
     "below",
-    "build_part",
+    "load_parts",
     "parts_of",
+    "tile_recipe",
     "weights_as_text",
     "weights_by_part",
-    "weights_identity",
 ]
 
 #: One choice for all parts (None or "random"), or preset -> choice.
@@ -39,6 +42,13 @@ def below(recipe: Recipe) -> tuple[str, str | None] | None:
         assert recipe.tile_encoder is not None
         return recipe.tile_encoder.preset, recipe.tile_encoder.variant
     return None
+
+
+def tile_recipe(recipe: Recipe) -> Recipe:
+    """That of the tile encoder at a preset's bottom."""
+    while (lower := below(recipe)) is not None:
+        recipe = load_recipe(lower[0])
+    return recipe
 
 
 def parts_of(recipe: Recipe) -> list[str]:
@@ -93,9 +103,70 @@ def weights_as_text(weights: PartsWeights) -> str | None:
     return None if weights is None else os.fspath(weights)
 
 
-def build_part(
-    recipe: Recipe, variant: Variant, weights: WeightsChoice, seed: int, trusted: bool
-) -> nn.Module:
+@dataclass(frozen=True)
+class Part:
+    """One of the models that a preset is made of, with its weights.
+
+    Attributes:
+        recipe: of its preset; that of tiles prepares them as the part above takes them.
+        variant: name of its output.
+        weights: where its weights came from, in a word.
+        choices: where its weights and those of the parts below it come from.
+    """
+
+    recipe: Recipe
+    variant: str
+    encoder: nn.Module
+    weights: str
+    choices: Mapping[str, WeightsChoice]
+
+
+def load_parts(
+    recipe: Recipe,
+    output_variant: str | None,
+    choices: Mapping[str, WeightsChoice],
+    *,
+    seed: int,
+    input_size_px: int | None,
+    trusted: bool,
+) -> list[Part]:
+    """Build the models of a preset and load their weights; its tile encoder is the first.
+
+    Args:
+        choices: of `weights_by_part`.
+        input_size_px: side of the tile encoder's input; None = its own.
+        trusted: code of its repository may run.
+
+    Raises:
+        PresetError, WeightsError, ConfigError: as `Model.from_preset` says.
+    """
+    name, variant = recipe.variant(output_variant)
+    lower, parts = below(recipe), list[Part]()
+    if lower is not None:
+        theirs = {part: choice for part, choice in choices.items() if part != recipe.name}
+        parts = load_parts(
+            load_recipe(lower[0]), lower[1], theirs, seed=seed, input_size_px=input_size_px, trusted=trusted
+        )
+    if len(parts) == 1:
+        parts = [_fed_to(recipe, parts[0], input_size_px)]
+    own = choices[recipe.name]
+    encoder = _build(recipe, variant, own, seed, trusted)
+    if lower is None and input_size_px is not None:
+        recipe = for_input(recipe, encoder, input_size_px, f"input_size_px={input_size_px}")
+    return [*parts, Part(recipe, name, encoder, _identity(recipe, own, seed), choices)]
+
+
+def _fed_to(above: Recipe, tiles: Part, input_size_px: int | None) -> Part:
+    """A tile encoder whose tiles are prepared as the authors of the slide encoder above have done it."""
+    own = tiles.recipe.transform
+    sizes = {"resize": above.transform.resize, "crop": above.transform.crop}
+    if input_size_px is not None:
+        sizes = dict.fromkeys(sizes, own.crop)
+    fed = {"transform": above.transform.model_copy(update=sizes), "tile_size_px": above.tile_size_px}
+    return replace(tiles, recipe=tiles.recipe.model_copy(update=fed))
+
+
+def _build(recipe: Recipe, variant: Variant, weights: WeightsChoice, seed: int, trusted: bool) -> nn.Module:
     """The encoder of a recipe of any level, with its weights; raises what the builders raise."""
     if recipe.level == "slide":
         return build_slide_encoder(recipe, variant, weights, seed, trust_remote_code=trusted)
@@ -108,7 +179,7 @@ def build_part(
     return build_encoder(recipe, variant, weights, seed, trust_remote_code=trusted)
 
 
-def weights_identity(recipe: Recipe, weights: WeightsChoice, seed: int) -> str:
+def _identity(recipe: Recipe, weights: WeightsChoice, seed: int) -> str:
     """Where the weights came from, in a word."""
     if recipe.weights is None:
         return "none"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
-from slide2vec.progress import ProgressEvent, RunFinished, RunStarted, SlideFailed
+from slide2vec.progress.events import ProgressEvent, RunFinished, RunStarted, SlideFailed
 from slide2vec.progress.state import RunState, failure
 
 __all__ = ["LineReporter"]

@@ -16,14 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from slide2vec.progress import (
-    ProgressEvent,
-    RunFinished,
-    RunStarted,
-    RunSummary,
-    SlideFailed,
-    in_notebook,
-)
+from slide2vec.progress.events import ProgressEvent, RunFinished, RunStarted, RunSummary, SlideFailed
+from slide2vec.progress.screen import in_notebook
 from slide2vec.progress.state import RunState, failure
 
 __all__ = ["LiveReporter"]

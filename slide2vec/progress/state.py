@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from slide2vec.progress import (
+from slide2vec.progress.events import (
     ProgressEvent,
     SlideFailed,
     SlideFinished,

@@ -9,8 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from slide2vec.cohort.books import Entry
-from slide2vec.cohort.publish import Settled
+from slide2vec.cohort.events import Entry, Settled
 from slide2vec.cohort.shards import slide_sizes
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import as_slide_error

@@ -11,8 +11,7 @@ from slide2vec.errors import Slide2VecError
 
 if TYPE_CHECKING:
     from slide2vec.artifacts.places import Place
-    from slide2vec.cohort.books import Entry
-    from slide2vec.cohort.publish import Settled
+    from slide2vec.cohort.events import Entry, Settled
     from slide2vec.config import ExecutionOptions, PreprocessingConfig
     from slide2vec.progress import ProgressEvent, RunSummary
     from slide2vec.slides import Slide

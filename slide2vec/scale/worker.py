@@ -157,8 +157,8 @@ class _Session:
 
     def _publish(self) -> None:
         """Artifacts are written; what there is to say of them goes back."""
-        from slide2vec.cohort.books import PostedEntries
         from slide2vec.cohort.cohort import Cohort
+        from slide2vec.cohort.events import PostedEntries
         from slide2vec.cohort.publish import Publisher
         from slide2vec.cohort.writer import Writer
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 
 from slide2vec.prepare import Preparer
 from slide2vec.runtime import Engine
 
-__all__ = ["fitting", "fitting_batch_size"]
+__all__ = ["bytes_per_tile", "fitting", "fitting_batch_size"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,31 +27,31 @@ def fitting(wanted: int, free_bytes: int, bytes_per_tile: float) -> int:
     return size
 
 
-def fitting_batch_size(engine: Engine, preparer: Preparer, wanted: int, tile_size_px: int) -> int:
-    """Tiles per forward pass on a GPU: as many as wanted, or as fit after what a trial batch has taken.
+def fitting_batch_size(device: torch.device, wanted: int, taken: float) -> int:
+    """Tiles per forward pass on a GPU: as many as wanted, or as fit into what is free of its memory.
 
-    Elsewhere as many as wanted. An engine that allocates outside PyTorch takes its memory when it is
-    loaded, so that it is not free any more.
+    Args:
+        taken: `bytes_per_tile` of the engine.
     """
-    if engine.device.type != "cuda":
-        return wanted
-    count = min(TRIAL, wanted)
-    tiles = torch.zeros((count, tile_size_px, tile_size_px, 3), dtype=torch.uint8, device=engine.device)
-    taken = _peak(engine, preparer, tiles) / count
-    free, _ = torch.cuda.mem_get_info(engine.device)
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's, unused
     size = fitting(wanted, free, taken)
     if size < wanted:
         logger.info("batch_size=%d: %.0f MB a tile, %.1f GB free", size, taken / 2**20, free / 2**30)
     return size
 
 
-def _peak(engine: Engine, preparer: Preparer, tiles: Any) -> int:
-    """Bytes that preparing and encoding take, beyond what was there."""
+def bytes_per_tile(engine: Engine, preparer: Preparer, wanted: int, tile_size_px: int) -> float:
+    """Bytes that preparing and encoding a tile take on a GPU, beyond what was there, by a trial batch.
+
+    An engine that allocates outside PyTorch takes its memory when it is loaded, so that it is not free any
+    more.
+    """
+    count = min(TRIAL, wanted)
+    tiles = torch.zeros((count, tile_size_px, tile_size_px, 3), dtype=torch.uint8, device=engine.device)
     torch.cuda.synchronize(engine.device)
     torch.cuda.reset_peak_memory_stats(engine.device)
     before = torch.cuda.memory_allocated(engine.device)
     engine.run(preparer.prepare(tiles))
     torch.cuda.synchronize(engine.device)
-    peak = torch.cuda.max_memory_allocated(engine.device) - before
-    torch.cuda.empty_cache()
-    return peak
+    return (torch.cuda.max_memory_allocated(engine.device) - before) / count

@@ -21,7 +21,7 @@ def with_quick_tiles(model: Model) -> Model:
     tiles = model
     while tiles.below is not None:
         tiles = tiles.below
-    tiles._encoder = QuickEncoder(tiles.feature_dim)
+    tiles._encoder = tiles._tile_embedder.encoder = QuickEncoder(tiles.feature_dim)
     return model
 
 

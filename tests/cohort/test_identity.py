@@ -17,8 +17,8 @@ import torch
 
 from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig, RunResult
 from slide2vec.artifacts import load_embeddings
-from slide2vec.cohort.books import PostedEntries
 from slide2vec.cohort.cohort import Cohort
+from slide2vec.cohort.events import PostedEntries
 from slide2vec.cohort.identity import difference
 from slide2vec.cohort.publish import Publisher
 from slide2vec.readers import fingerprint as fingerprints

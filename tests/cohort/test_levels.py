@@ -57,7 +57,7 @@ class Patients(nn.Module):
 def patient_model() -> Model:
     model = Model.from_preset("moozy", weights="random", device="cpu", allow_non_recommended_settings=True)
     assert model.below is not None and model.below.below is not None
-    model.below.below._encoder = Tiles()
+    model.below.below._encoder = model._tile_embedder.encoder = Tiles()
     model.below._encoder = Slides()
     model._encoder = Patients()
     return model

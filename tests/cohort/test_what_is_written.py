@@ -60,6 +60,7 @@ def patient_model(moozy: Model) -> Model:
     model = moozy
     assert model.below is not None and model.below.below is not None
     model.below.below._encoder, model.below._encoder, model._encoder = Tiles(), Slides(), Patients()
+    model._tile_embedder.encoder = model.below.below._encoder
     return model
 
 

@@ -96,8 +96,11 @@ class Small(Model):
 
     @classmethod
     def from_preset(cls, *args: Any, **options: Any) -> Self:
-        model = super().from_preset(*args, **options)
-        model._encoder = {"tile": Tiles, "slide": Slides, "patient": Patients}[model.level]()
+        model: Any = super().from_preset(*args, **options)
+        each = model
+        while each is not None:
+            each._encoder = {"tile": Tiles, "slide": Slides, "patient": Patients}[each.level]()
+            each._tile_embedder.encoder, each = each._encoder, each.below
         return model
 
 

@@ -288,12 +288,13 @@ def test_embeddings_of_a_model_do_not_depend_on_the_feed(
     reference_slide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole way: `Model` over the device's stream, here on the CPU."""
-    from slide2vec import Model, model
+    from slide2vec import Model, tile_embedder
 
     scattering = Model.from_preset("scattering", device="cpu")
     config = PreprocessingConfig(requested_spacing_um=2.0)
     expected = scattering.embed_slide(reference_slide, config)
-    monkeypatch.setattr(model, "feed_for", lambda device, gpu_decode: DeviceFeed(device, True))
+    scattering = Model.from_preset("scattering", device="cpu")  # which keeps no feed of another call yet
+    monkeypatch.setattr(tile_embedder, "feed_for", lambda device, gpu_decode: DeviceFeed(device, True))
     found = scattering.embed_slide(reference_slide, config)
     cosine = torch.nn.functional.cosine_similarity(found.tile_embeddings, expected.tile_embeddings)
     assert found.num_tiles > 0 and cosine.min() >= MIN_COSINE

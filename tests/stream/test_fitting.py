@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
-import torch
 
-from slide2vec.stream.fitting import SHARE, fitting, fitting_batch_size
+from slide2vec.stream.fitting import SHARE, fitting
 
 
 @pytest.mark.parametrize(
@@ -24,9 +20,3 @@ from slide2vec.stream.fitting import SHARE, fitting, fitting_batch_size
 )
 def test_as_many_as_fit(wanted: int, free: float, per_tile: float, expected: int) -> None:
     assert fitting(wanted, int(free), per_tile) == expected
-
-
-def test_on_a_cpu_as_many_as_wanted() -> None:
-    engine: Any = SimpleNamespace(device=torch.device("cpu"))
-    preparer: Any = None
-    assert fitting_batch_size(engine, preparer, 8, 224) == 8

@@ -84,8 +84,9 @@ class Cases:
 
     def _make_others(self) -> dict[str, Any]:
         from tools.fuzz.othermade import make_others
+        from tools.fuzz.others import OTHERS
 
-        make_others(self._folder / "others")
+        make_others(self._folder / "others", OTHERS)
         (self._folder / "others" / "done").touch()
         return {"outcome": "right"}
 

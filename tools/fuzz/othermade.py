@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-__all__ = ["NAME", "SHAPES", "make_others"]
+__all__ = ["NAME", "SHAPES", "Other", "make_others"]
 
 #: Of the slide that they are of.
 NAME = "sound"
@@ -17,13 +20,33 @@ NAME = "sound"
 SHAPES: dict[str, tuple[int, ...]] = {"a.weight": (16, 8), "a.bias": (16,), "b": (3, 3, 3)}
 
 
-def make_others(folder: Path) -> None:
-    """Write every kind's sound files into a folder each."""
-    from tools.fuzz.others import OTHERS
+@dataclass(frozen=True)
+class Other:
+    """A kind of file.
 
-    for other in OTHERS:
+    Attributes:
+        files: that are damaged, in the folder of the kind.
+        read: from a folder with the files to anything that `_plain` can compare.
+        missed: whether a damaged one may just count as absent (None).
+    """
+
+    kind: str
+    format: str
+    files: tuple[str, ...]
+    read: Callable[[Path], Any]
+    missed: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.kind} {self.format}".replace(" ", "-")
+
+
+def make_others(folder: Path, others: Iterable[Other]) -> None:
+    """Write the sound files of every kind into a folder each."""
+    for other in others:
         (folder / other.name).mkdir(parents=True)
-    for other in OTHERS:
+    for other in others:
         place = folder / other.name
         if other.kind in ("coordinates", "tile archive", "features"):
             _make_run(place, other.format if other.format != "json" else "npz")

@@ -7,7 +7,7 @@ import hashlib
 import shutil
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,32 +17,10 @@ import numpy as np
 from slide2vec.errors import Slide2VecError
 from tools.fuzz.otherdamage import damage_file
 from tools.fuzz.otherdetect import file_evidence
-from tools.fuzz.othermade import NAME, SHAPES
+from tools.fuzz.othermade import NAME, SHAPES, Other
 from tools.fuzz.slidecase import badly_said
 
-__all__ = ["OTHERS", "Other", "damage_other", "run_other_case"]
-
-
-@dataclass(frozen=True)
-class Other:
-    """A kind of file.
-
-    Attributes:
-        files: that are damaged, in the folder of the kind.
-        read: from a folder with the files to anything that `_plain` can compare.
-        missed: whether a damaged one may just count as absent (None).
-    """
-
-    kind: str
-    format: str
-    files: tuple[str, ...]
-    read: Callable[[Path], Any]
-    missed: bool = False
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return f"{self.kind} {self.format}".replace(" ", "-")
+__all__ = ["OTHERS", "damage_other", "run_other_case"]
 
 
 def _coordinates(folder: Path) -> Any:

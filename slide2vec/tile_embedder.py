@@ -1,0 +1,203 @@
+"""TileEmbedder: one tile encoder on one device, with all that tiles pass through on their way to it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+
+from slide2vec.aggregate import regrouped
+from slide2vec.compile import Subject, select_engine
+from slide2vec.config import ExecutionOptions, PreprocessingConfig
+from slide2vec.encoders.input_size import for_input
+from slide2vec.encoders.weights import weights_digest
+from slide2vec.prepare import choose_preparer
+from slide2vec.progress import active_reporter
+from slide2vec.recipes import Recipe
+from slide2vec.runtime import batch_size_for, resolve_precision
+from slide2vec.slides import Slide
+from slide2vec.stream import (
+    Arrivals,
+    Feed,
+    InPlace,
+    SlideOutcome,
+    Stream,
+    bytes_per_tile,
+    feed_for,
+    fitting_batch_size,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from slide2vec.compile.select import Selected
+    from slide2vec.prepare import Preparer
+    from slide2vec.runtime import Engine
+    from slide2vec.stream import SlidePlan
+
+__all__ = ["TileEmbedder"]
+
+#: What decides a workspace: GPU decoding, preparer, tile size, and the engine's runtime, precision, layout.
+_Key: TypeAlias = tuple[object, ...]
+
+
+@dataclass
+class _Workspace:
+    """What a stream works with besides its engine. For one stream at a time, one after the other.
+
+    Attributes:
+        bytes_per_tile: that preparing and encoding take on a GPU; None = not measured yet.
+    """
+
+    feed: Feed
+    preparer: Preparer
+    bytes_per_tile: float | None = None
+
+
+class TileEmbedder:
+    """A tile encoder on a device. What it finds out and builds for one call is there for the next: engines,
+    where tiles are decoded, what prepares them, how many of them fit.
+
+    Args:
+        recipe: of a tile-level preset, as its tiles are prepared.
+        variant: name of its output.
+        precision: that calls use unless ExecutionOptions say otherwise.
+        resizes: tiles of any size are resized to the encoder's input, rather than encoded as they are.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        variant: str,
+        encoder: nn.Module,
+        *,
+        device: torch.device,
+        precision: str,
+        resizes: bool = False,
+    ) -> None:
+        self.recipe, self.variant, self.encoder = recipe, variant, encoder
+        self.device, self.precision, self._resizes = device, precision, resizes
+        #: The recipe for tiles of other sizes than its own, by size.
+        self._recipes: dict[int, Recipe] = {}
+        self._engines: dict[tuple[str, str, bool, int], Selected] = {}
+        #: Workspaces that no stream has in use.
+        self._idle: dict[_Key, list[_Workspace]] = {}
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """Of the weights' values."""
+        return weights_digest(self.encoder)
+
+    def recipe_for(self, tile_size_px: int | None) -> Recipe:
+        """The recipe for tiles of a size, which are not resized unless that is asked for; None = its own.
+
+        Raises:
+            ConfigError: the backbone does not take such tiles.
+        """
+        own = (None, self.recipe.tile_size_px, self.recipe.transform.crop)
+        if tile_size_px in own or self._resizes:
+            return self.recipe
+        if tile_size_px not in self._recipes:
+            asked = f"requested_tile_size_px={tile_size_px}"
+            self._recipes[tile_size_px] = for_input(self.recipe, self.encoder, tile_size_px, asked)
+        return self._recipes[tile_size_px]
+
+    def select(self, execution: ExecutionOptions, tile_size_px: int | None = None) -> Selected:
+        """What runs the encoder; what is compiled is loaded, or compiled, once.
+
+        Args:
+            tile_size_px: side of the tiles; None = the preset's.
+
+        Raises:
+            EngineError, ConfigError: the engine asked for cannot be had.
+        """
+        recipe, precision = self.recipe_for(tile_size_px), self._precision(execution)
+        asked = execution.engine, precision, execution.torch_compile, recipe.transform.crop
+        if asked in self._engines:
+            return self._engines[asked]
+        selected = select_engine(
+            execution.engine,
+            self.encoder,
+            Subject(recipe, self.variant, self.device, lambda: self.weights_digest),
+            precision,
+            compiled=execution.torch_compile,
+        )
+        if selected.batch_size is not None or execution.torch_compile:
+            self._engines[asked] = selected
+        return selected
+
+    def _precision(self, execution: ExecutionOptions) -> str:
+        if execution.precision is None:
+            return self.precision
+        return resolve_precision(execution.precision, self.recipe.precision, self.device)
+
+    def outcomes(
+        self,
+        slides: Iterable[Slide] | Arrivals,
+        config: PreprocessingConfig,
+        execution: ExecutionOptions,
+        plan: Callable[[Slide], SlidePlan],
+        stager: InPlace,
+    ) -> Generator[SlideOutcome, None, None]:
+        """The stream over slides that `plan` plans, in threads. Events go to the active reporter.
+
+        Args:
+            config: with requested_tile_size_px resolved.
+
+        Raises:
+            EngineError, ConfigError, ExtraMissingError: what was asked for cannot be had here.
+        """
+        assert config.requested_tile_size_px is not None
+        tile_size = config.requested_tile_size_px
+        gflops = self.recipe_for(tile_size).gflops
+        selected = self.select(execution, tile_size)
+        budget = execution.budget(self.device.type, gflops)
+        with self._workspace(config, selected.engine, tile_size) as workspace:
+            stream = Stream(
+                selected.engine,
+                workspace.preparer,
+                batch_size=execution.batch_size
+                or selected.batch_size
+                or self._fitting(workspace, selected.engine, batch_size_for(gflops, self.device), tile_size),
+                tile_size_px=tile_size,
+                dtype=getattr(torch, execution.feature_dtype(selected.engine.precision)),
+                readers=budget.reading_threads,
+                planners=budget.planning_threads,
+                encoder_threads=budget.encoder_threads,
+                ahead=execution.prefetch_factor,
+                reporter=active_reporter(),
+                feed=workspace.feed,
+                stager=stager,
+            )
+            with closing(stream.run(slides, plan)) as outcomes:
+                yield from map(regrouped, outcomes)
+
+    @contextmanager
+    def _workspace(self, config: PreprocessingConfig, engine: Engine, tile_size: int) -> Iterator[_Workspace]:
+        """One that is idle, or a new one; kept for the next call unless this one breaks off."""
+        how = config.gpu_decode, config.preparer, tile_size, engine.runtime, engine.precision, engine.layout
+        idle = self._idle.setdefault(how, [])
+        try:
+            found = idle.pop()
+        except IndexError:
+            transform = self.recipe_for(tile_size).transform
+            found = _Workspace(
+                feed_for(self.device, config.gpu_decode),
+                choose_preparer(config.preparer, transform, self.device, engine.layout, tile_size),
+            )
+        yield found
+        idle.append(found)
+
+    def _fitting(self, workspace: _Workspace, engine: Engine, wanted: int, tile_size: int) -> int:
+        """Tiles per forward pass: as many as wanted, or as fit into what is free now."""
+        if self.device.type != "cuda":
+            return wanted
+        if workspace.bytes_per_tile is None:
+            workspace.bytes_per_tile = bytes_per_tile(engine, workspace.preparer, wanted, tile_size)
+        return fitting_batch_size(self.device, wanted, workspace.bytes_per_tile)

@@ -1,0 +1,101 @@
+"""What a call finds out and builds serves the next one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slide2vec import ExecutionOptions, Model, PreprocessingConfig, tile_embedder
+from slide2vec.synthetic import write_synthetic_slide
+
+CONFIG = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=1.0)
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("slides")
+    return [write_synthetic_slide(folder / f"{n}.svs", size_px=768, seed=n, levels=1) for n in range(2)]
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model.from_preset("scattering", device="cpu", allow_non_recommended_settings=True)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often what is to be kept was made."""
+    counts: Counter[str] = Counter()
+
+    def counted(name: str) -> Callable[..., Any]:
+        function = getattr(tile_embedder, name)
+
+        def call(*args: Any) -> Any:
+            counts[name] += 1
+            return function(*args)
+
+        return call
+
+    for name in ("feed_for", "choose_preparer"):
+        monkeypatch.setattr(tile_embedder, name, counted(name))
+    return counts
+
+
+def test_calls_share_what_feeds_the_encoder(model: Model, slides: list[Path], made: Counter[str]) -> None:
+    first = model.embed_slide(slides[0], CONFIG)
+    again = model.embed_slide(slides[0], CONFIG, ExecutionOptions(batch_size=3))
+    torch.testing.assert_close(again.tile_embeddings, first.tile_embeddings)
+    assert first.num_tiles and made == {"feed_for": 1, "choose_preparer": 1}
+    model.embed_slide(slides[0], CONFIG.updated(preparer="torch"))
+    model.embed_slide(slides[0], CONFIG.updated(requested_tile_size_px=96))
+    assert made["choose_preparer"] == 3
+
+
+def test_calls_at_once_share_nothing(model: Model, slides: list[Path], made: Counter[str]) -> None:
+    calls = [model.iter_slides(slides, CONFIG) for _ in range(2)]
+    for call in calls:
+        next(call)
+    assert made["choose_preparer"] == 2
+    assert [len(list(call)) for call in calls] == [1, 1]
+    model.embed_slide(slides[0], CONFIG)
+    assert made["choose_preparer"] == 2
+
+
+def test_what_broke_is_not_used_again(model: Model, slides: list[Path], made: Counter[str]) -> None:
+    def broken(*args: Any) -> None:
+        raise RuntimeError("CUDA error")
+
+    model.resolve_preprocessing(CONFIG)  # tries the encoder on tiles of this size
+    hook = model.encoder.register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        model.embed_slide(slides[0], CONFIG)
+    hook.remove()
+    assert model.embed_slide(slides[0], CONFIG).num_tiles and made["choose_preparer"] == 2
+
+
+def test_memory_of_a_gpu_is_tried_once_and_looked_at_for_each_call(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+    free = [8_000, 100_000]
+
+    def trial(engine: Any, preparer: Any, wanted: int, tile_size_px: int) -> float:
+        tried.append(tile_size_px)
+        return 100.0
+
+    monkeypatch.setattr(tile_embedder, "bytes_per_tile", trial)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free.pop(0), 0))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 3_000)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 1_000)
+    tiles = model._tile_embedder
+    workspace: Any = tile_embedder._Workspace(None, None)  # type: ignore[arg-type]
+    assert tiles._fitting(workspace, None, 64, 224) == 64 and not tried  # type: ignore[arg-type]
+    tiles.device = torch.device("cuda")
+    # 0.6 of the 10,000 bytes that are free, or that PyTorch holds and does not use, are 60 tiles
+    assert [tiles._fitting(workspace, None, 64, 224) for _ in range(2)] == [32, 64]  # type: ignore[arg-type]
+    assert tried == [224]
