@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,7 +13,7 @@ from slide2vec.errors import ConfigError, EngineError
 from slide2vec.files import open_plain
 from slide2vec.runtime.base import BatchProfile, Layout
 
-__all__ = ["RECORD_NAME", "SCHEMA", "EngineRecord", "read_record"]
+__all__ = ["RECORD_NAME", "SCHEMA", "EngineRecord", "per_gpu", "read_record"]
 
 RECORD_NAME = "engine.json"
 #: Of the record and of what an engine's key is made from: records of another one are misses.
@@ -96,6 +97,11 @@ class EngineRecord:
     def as_json(self) -> str:
         """The text of `engine.json`."""
         return json.dumps(self.as_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def per_gpu(what: str, gpu: str, ending: str) -> str:
+    """Name of a file beside an engine about one kind of GPU, which comes after the engine is published."""
+    return f"{what}-{re.sub(r'[^A-Za-z0-9]+', '_', gpu)}.{ending}"
 
 
 def read_record(directory: Path) -> EngineRecord:
