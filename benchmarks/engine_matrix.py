@@ -1,9 +1,9 @@
 """Every compilable preset through TensorRT-RTX's own parser and builder, without a GPU:
 `python -m benchmarks.engine_matrix`.
 
-Each preset is exported at one block in both layouts and in fp32, fp16, bf16 and fp8, parsed, and built for one
-compute capability. Nodes per block are those that a second block adds to the graph. Nothing is run: that needs
-a GPU. Rows are kept in a file as they are made; started again it goes on with what is missing. Writes
+Each preset is exported at one block in both layouts and in fp32, fp16, bf16 and fp8, parsed, and built for
+one compute capability. Nodes per block are those that a second block adds to the graph. Nothing is run: that
+needs a GPU. Rows are kept in a file as they are made; started again it goes on with what is missing. Writes
 `results/engine-matrix-<date>.{json,md}`.
 """
 
@@ -160,12 +160,13 @@ def main() -> None:
                 kept["rows"].append(found)
                 path.write_text(json.dumps(kept, indent=1) + "\n")
     cpu, library = machine(), version("tensorrt-rtx-cu13-libs")
+    packages = cpu["packages"]
     head = (
         f"# Engines of TensorRT-RTX {library} for {args.target}, built without a GPU\n\n"
         f"{datetime.date.today()}, {cpu['cpu']} ({cpu['cpus']} cores, other work on them), torch "
-        f"{cpu['packages']['torch']}, timm {cpu['packages']['timm']}. Each preset at one block, random weights, batches of "
-        f"{PROFILE.min} to {PROFILE.max}; seconds and plan size of building, layouts {' / '.join(LAYOUTS)}. Nothing was run: "
-        "that needs a GPU. Command: `python -m benchmarks.engine_matrix`.\n\n"
+        f"{packages['torch']}, timm {packages['timm']}. Each preset at one block, random weights, batches of "
+        f"{PROFILE.min} to {PROFILE.max}; seconds and plan size of building, layouts {' / '.join(LAYOUTS)}. "
+        "Nothing was run: that needs a GPU. Command: `python -m benchmarks.engine_matrix`.\n\n"
     )
     args.out.with_suffix(".md").write_text(head + table(kept["rows"], kept["blocks"], args.target) + "\n")
 
