@@ -198,7 +198,7 @@ def engine_row(engine: StoredEngine) -> tuple[object, ...]:
         f"{speed:,.1f}" if speed else "",
         f"{plain:,.1f}" if plain else "",
         f"{speed / plain:.2f}" if speed and plain else "",
-        f"{record.parity['min_cosine']:.6f}" if record.parity else "not proven",
+        f"{record.parity['min_cosine']:.6f}" if record.parity else "unproven",
         f"{engine.size_bytes / 1e6:,.0f}",
         f"{record.build_seconds:,.0f}",
     )

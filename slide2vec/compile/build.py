@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slide2vec.compile.builders import BUILDERS, Built, Job, Progress, default_runtime, no_aiming, unavailable
-from slide2vec.compile.identity import Subject, identity, key_of, library_versions, target_here
+from slide2vec.compile.identity import Subject, identity, library_versions, target_here
 from slide2vec.compile.parity import Parity, batch_sizes, compare, reference_features
 from slide2vec.compile.proof import is_to_be_proven, state, write_proof
 from slide2vec.compile.speed import beside_torch
@@ -29,7 +29,7 @@ from slide2vec.recipes import Recipe
 from slide2vec.runtime import batch_size_for
 from slide2vec.runtime.base import BatchProfile, Engine, Layout
 from slide2vec.runtime.loading import load_engine
-from slide2vec.runtime.record import RECORD_NAME, EngineRecord
+from slide2vec.runtime.record import RECORD_NAME, EngineRecord, key_of
 from slide2vec.runtime.tensorrt.targets import TARGETS, default_targets, unsuited
 
 __all__ = ["BuildOptions", "build_engine", "check_possible"]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -19,7 +18,7 @@ from slide2vec.runtime.record import SCHEMA, EngineRecord
 from slide2vec.runtime.tensorrt.targets import target_of
 from slide2vec.version import __version__
 
-__all__ = ["Subject", "differences", "identity", "key_of", "library_versions", "target_here", "targets_of"]
+__all__ = ["Subject", "differences", "identity", "library_versions", "target_here", "targets_of"]
 
 #: Distributions of a runtime, the first that is installed counts.
 DISTRIBUTIONS = {
@@ -81,11 +80,6 @@ def identity(
         "device": _targeted(targets) if targets else _device(subject.device, runtime),
     }
     return dict(json.loads(json.dumps(found)))
-
-
-def key_of(made: Mapping[str, Any]) -> str:
-    """Digest of an identity, weights included."""
-    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def differences(subject: Subject, record: EngineRecord) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Every compilable preset, layout and precision through NVIDIA's own compiler (`benchmarks.engine_matrix`)."""
+"""Every preset, layout and precision through NVIDIA's own compiler (`benchmarks.engine_matrix`)."""
 
 from __future__ import annotations
 
