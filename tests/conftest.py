@@ -15,7 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several on these CPUs; before 
 from slide2vec.cpus import job_cpus
 from slide2vec.readers.cucim import tame_cufile
 
-#: Processes that tests run in at most: each takes up to 3 GB.
+#: Processes that tests run in at most: each takes up to 4 GB.
 MAX_PROCESSES = 8
 
 tame_cufile()  # some tests import cuCIM themselves
