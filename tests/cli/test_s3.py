@@ -22,7 +22,6 @@ from slide2vec.cohort.lock import LOCK_NAME, output_lock
 from slide2vec.errors import OutputError, OutputLockedError
 from slide2vec.files import as_path
 from slide2vec.files.remote import create
-from slide2vec.synthetic import write_synthetic_slide
 
 TILE_PX, THRESHOLD = 128, 0.1
 
@@ -52,9 +51,9 @@ def endpoint() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def slides(tmp_path_factory: pytest.TempPathFactory, generated_slide: Callable[..., Path]) -> list[Path]:
     folder = tmp_path_factory.mktemp("slides")
-    return [write_synthetic_slide(folder / f"s{n}.svs", size_px=1024, seed=n, levels=1) for n in range(2)]
+    return [generated_slide(folder / f"s{n}.svs", size_px=1024, seed=n, levels=1) for n in range(2)]
 
 
 @pytest.fixture(scope="module")
