@@ -183,7 +183,7 @@ class Recipe(_Section):
         images: geometry of the published transform of ready images, where it differs from `transform`; the
             statistics are the same.
         positions: how position embeddings are resampled for inputs of another size: as timm does
-            ("antialiased"), as transformers does ("plain") or did until 4.41 ("shifted"); or not at all.
+            ("antialiased"), as transformers does ("plain") or once did ("shifted"); or not at all.
         variants, default_variant: its outputs.
         citation, note: for people.
         compile, compile_note: whether the encoder may be exported and compiled; why not, or what to mind.

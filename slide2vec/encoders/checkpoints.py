@@ -16,7 +16,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from slide2vec.encoders.renames import RENAMES
+from slide2vec.encoders.renames import PUBLISHED, RENAMES
 from slide2vec.errors import WeightsError
 from slide2vec.recipes import EncoderSpec
 
@@ -114,7 +114,10 @@ def _dinov2(state: State, spec: EncoderSpec) -> State:
     converted = _converted(state, _DINOV2, "Dinov2Model")
     if "pos_embed" in converted and "patch_embed.proj.weight" in converted and "img_size" in spec.kwargs:
         side = int(spec.kwargs["img_size"]) // converted["patch_embed.proj.weight"].shape[-1]
-        converted["pos_embed"] = _resampled(converted["pos_embed"], side)
+        published = converted["pos_embed"]
+        converted["pos_embed"] = _resampled(published, side)
+        if published.shape != converted["pos_embed"].shape:
+            converted[PUBLISHED] = published
     return converted
 
 

@@ -6,6 +6,7 @@ published with (`Recipe.positions`); a network of convolutions takes what it can
 
 from __future__ import annotations
 
+import math
 from types import MethodType
 from typing import Any, cast
 
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slide2vec.encoders.renames import PUBLISHED
 from slide2vec.errors import ConfigError
 from slide2vec.recipes import Recipe
 
-__all__ = ["for_input"]
+__all__ = ["for_input", "positions_for"]
 
-#: Added to the side of the grid by transformers until 4.41, and by code that was copied from it.
+#: Added to the side of the grid by Dinov2Model of transformers 4.35 to 4.44, and by code copied from it.
 _SHIFT = 0.1
 
 
@@ -90,32 +92,42 @@ def _resample_positions(trunk: Any, how: str) -> None:
         embed = trunk.patch_embed
         embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, Format.NHWC
     if how != "antialiased":
-        trunk._pos_embed = MethodType(_with_positions if how == "plain" else _with_shifted_positions, trunk)
+        trunk.position_resampling = how
+        trunk._pos_embed = MethodType(_with_positions, trunk)
+
+
+def positions_for(trunk: Any, grid: tuple[int, int]) -> Tensor | None:
+    """Position embeddings (1, tokens, D) of a vision transformer for a grid of patches; None where timm's own
+    way of resampling them is the right one.
+
+    They are resampled from those of the checkpoint, wherever these were resampled when it was loaded: twice
+    would give other values.
+    """
+    how = getattr(trunk, "position_resampling", None)
+    if how is None:
+        return None
+    table, had = cast("Tensor", trunk.pos_embed), tuple(trunk.patch_embed.grid_size)
+    if grid == had:
+        return table
+    prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
+    published = getattr(trunk, PUBLISHED, None)
+    if published is not None:
+        table, had = published, (math.isqrt(published.shape[1] - prefix),) * 2
+    if grid == had:
+        return table
+    patches = table[:, prefix:].float().reshape(1, *had, -1).permute(0, 3, 1, 2)
+    shifted = tuple((side + _SHIFT) / before for side, before in zip(grid, had, strict=True))
+    resampling: dict[str, Any] = {"size": grid} if how == "plain" else {"scale_factor": shifted}
+    patches = functional.interpolate(patches, mode="bicubic", align_corners=False, **resampling)
+    resampled = patches.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
+    return torch.cat([table[:, :prefix], resampled], dim=1)
 
 
 def _with_positions(trunk: Any, patches: Tensor) -> Tensor:
-    """As transformers: bicubic, without timm's antialiasing. (B, h, w, D) -> (B, tokens, D)."""
-    return _embedded(trunk, patches, size=tuple(patches.shape[1:3]))
-
-
-def _with_shifted_positions(trunk: Any, patches: Tensor) -> Tensor:
-    """As older transformers, with a scale that is a little more than that of the grids."""
-    had = trunk.patch_embed.grid_size
-    scale = tuple((side + _SHIFT) / before for side, before in zip(patches.shape[1:3], had, strict=True))
-    return _embedded(trunk, patches, scale_factor=scale)
-
-
-def _embedded(trunk: Any, patches: Tensor, **resampling: Any) -> Tensor:
-    """Tokens with their positions, in the order of timm's `VisionTransformer._pos_embed`."""
-    batch, had = patches.shape[0], trunk.patch_embed.grid_size
-    prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
-    positions = trunk.pos_embed
-    if tuple(patches.shape[1:3]) != tuple(had):
-        grid = positions[:, prefix:].float().reshape(1, *had, -1).permute(0, 3, 1, 2)
-        grid = functional.interpolate(grid, mode="bicubic", align_corners=False, **resampling)
-        resampled = grid.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)
-        positions = torch.cat([positions[:, :prefix], resampled], dim=1)
-    tokens = patches.flatten(1, 2)
+    """Tokens with their positions, in the order of timm's `VisionTransformer._pos_embed`.
+    (B, h, w, D) -> (B, tokens, D)."""
+    positions = positions_for(trunk, (patches.shape[1], patches.shape[2]))
+    batch, tokens = patches.shape[0], patches.flatten(1, 2)
     before = [
         token.expand(batch, -1, -1) for token in (trunk.cls_token, trunk.reg_token) if token is not None
     ]

@@ -18,10 +18,14 @@ from torch import Tensor
 
 from slide2vec.recipes import EncoderSpec
 
-__all__ = ["RENAMES", "beit3_vision", "clip_vision_linear", "conch", "conch_v1_5"]
+__all__ = ["PUBLISHED", "RENAMES", "beit3_vision", "clip_vision_linear", "conch", "conch_v1_5"]
 
 State = dict[str, Tensor]
 Rules = tuple[tuple[str, str], ...]
+
+#: A table of positions as published, where the encoder's own was resampled from it: a buffer of the vision
+#: transformer that is not saved.
+PUBLISHED = "published_positions"
 
 #: CONCH keeps the vision tower under "visual.".
 CONCH: Rules = (
@@ -94,7 +98,10 @@ def conch_v1_5(state: State, spec: EncoderSpec) -> State:
     state = _renamed(state, CONCH_V1_5)
     if "vit.pos_embed" in state:
         patches = spec.kwargs["img_size"] // spec.kwargs["patch_size"]
-        state["vit.pos_embed"] = _resampled(state["vit.pos_embed"], patches)
+        published = state["vit.pos_embed"]
+        state["vit.pos_embed"] = _resampled(published, patches)
+        if published.shape != state["vit.pos_embed"].shape:
+            state[PUBLISHED] = published
     return state
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from slide2vec.encoders.checkpoints import convert
+from slide2vec.encoders.renames import PUBLISHED
 from slide2vec.errors import GatedWeightsError, WeightsError
 from slide2vec.files import hub_or_cache
 from slide2vec.files.arrays import check_sums
@@ -62,10 +63,14 @@ def load_weights(build: Callable[[], nn.Module], recipe: Recipe, weights: Weight
     path = find_weights(recipe, weights)
     assert recipe.weights is not None
     state = convert(recipe.weights.convert, _state(path, recipe), recipe.encoder)
+    published = state.pop(PUBLISHED, None)
     with torch.device("meta"):
         encoder = build()
     module: nn.Module = getattr(encoder, "trunk", encoder)
     _load_strictly(module, state, recipe, path)
+    if published is not None:  # inputs of other sizes resample it, see `input_size`
+        trunk: nn.Module = getattr(module, "vit", module)
+        trunk.register_buffer(PUBLISHED, published.float(), persistent=False)
     return encoder
 
 
