@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -24,6 +23,7 @@ from slide2vec.aggregate import (
     with_slide_embedding,
 )
 from slide2vec.cohort import embed_cohort
+from slide2vec.cohort.sink import MemorySink
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
 from slide2vec.encoders.parts import (
@@ -34,21 +34,13 @@ from slide2vec.encoders.parts import (
     weights_by_part,
 )
 from slide2vec.encoders.weights import weights_digest
-from slide2vec.errors import ConfigError, EmbedSlidesError, ManifestError, ModelLevelError, Slide2VecError
+from slide2vec.errors import ConfigError, EmbedSlidesError, ManifestError, ModelLevelError
 from slide2vec.progress import RunStarted, active_reporter, live_progress
 from slide2vec.recipes import Recipe, Variant, load_recipe
 from slide2vec.runtime import devices_for, pick_device, resolve_precision
 from slide2vec.scale import workers_for
 from slide2vec.slides import Slide, SlideLike, as_slide, as_slides
-from slide2vec.stream import (
-    IN_PLACE,
-    Arrivals,
-    InPlace,
-    SlideOutcome,
-    SlidePlan,
-    plan_slide,
-    stager_for,
-)
+from slide2vec.stream import Arrivals, SlideOutcome
 from slide2vec.stream.plan import check_archives_here
 from slide2vec.tile_embedder import TileEmbedder
 
@@ -62,6 +54,7 @@ if TYPE_CHECKING:
         TileFeaturesLike,
     )
     from slide2vec.cohort.run import OnPersisted
+    from slide2vec.cohort.sink import Sink
     from slide2vec.scale import Elsewhere, Fleets
     from slide2vec.tiling import Tiling
 
@@ -368,30 +361,28 @@ class Model:
         if not config.on_the_fly or config.save_tiles:
             _require_output_dir(execution, "on_the_fly=False" if not config.on_the_fly else "save_tiles=True")
         check_archives_here(config, execution.output_dir)
-        with live_progress(), closing(self._outcomes(as_slides(slides), config, execution)) as outcomes:
-            yield from map(partial(self._with_slide_embedding, latents=execution.save_latents), outcomes)
+        sink = MemorySink(config, execution, partial(self.aggregated, latents=execution.save_latents))
+        with live_progress(), closing(self.embed_into(sink, as_slides(slides))) as outcomes:
+            yield from outcomes
 
-    def _outcomes(
-        self, slides: Sequence[Slide], config: PreprocessingConfig, execution: ExecutionOptions
-    ) -> Generator[SlideOutcome, None, None]:
-        """Here or in workers."""
+    def embed_into(self, sink: Sink, slides: Sequence[Slide]) -> Generator[SlideOutcome, None, None]:
+        """Embed slides, here or in workers, and put each into the sink when it is through; yields what goes
+        back from there.
 
-        def plan(slide: Slide, stager: InPlace = IN_PLACE) -> SlidePlan:
-            return plan_slide(slide, config, execution.output_dir, stager=stager)
-
-        workers = self.workers(execution)
+        Raises:
+            ConfigError: there are not so many devices, or workers cannot load the model.
+        """
+        workers = self._workers(sink.execution)
         if workers is not None:
-            return workers.outcomes(slides, config, execution)
+            return workers.embed_into(sink, slides)
         active_reporter().emit(RunStarted(len(slides), self.name))
-        return self.outcomes(slides, config, execution, plan)
+        return self.embed_here(sink, slides)
 
-    def _with_slide_embedding(self, outcome: SlideOutcome, latents: bool) -> SlideOutcome:
-        if outcome.embedded is None or outcome.embedded.slide_embedding is not None:
-            return outcome
-        try:
-            return replace(outcome, embedded=self.aggregated(outcome.embedded, latents=latents))
-        except Slide2VecError as error:
-            return SlideOutcome(outcome.slide, error=error)
+    def embed_here(
+        self, sink: Sink, slides: Iterable[Slide] | Arrivals
+    ) -> Generator[SlideOutcome, None, None]:
+        """As `embed_into`, on the model's own device, in this process."""
+        return self._tile_embedder.embed_into(sink, slides)
 
     def aggregated(self, embedded: EmbeddedSlide, *, latents: bool = False) -> EmbeddedSlide:
         """The slide with its slide_embedding, where the preset has a slide encoder and the slide tiles.
@@ -415,12 +406,8 @@ class Model:
         self._require_patient_level("patient_embedding")
         return patient_embedding(slides, self._encoder, self.device, preset=self.name)
 
-    def workers(self, execution: ExecutionOptions) -> Elsewhere | None:
-        """Processes that embed slides, where there are several devices for them; they wait for further calls.
-
-        Raises:
-            ConfigError: there are not so many devices, or the model is not one of `from_preset`.
-        """
+    def _workers(self, execution: ExecutionOptions) -> Elsewhere | None:
+        """Processes that embed slides, where there are several devices for them; kept for later calls."""
         if execution.executor == "ray":  # whose devices are not of this machine
             return workers_for(self, self._loader, execution.devices or (), execution, self._fleets)
         chosen = _is_numbered(self.origin.get("device", "cuda:0"))
@@ -428,24 +415,6 @@ class Model:
             self.device, chosen=chosen, num_gpus=execution.num_gpus, devices=execution.devices
         )
         return workers_for(self, self._loader, named, execution, self._fleets)
-
-    def outcomes(
-        self,
-        slides: Iterable[Slide] | Arrivals,
-        config: PreprocessingConfig,
-        execution: ExecutionOptions,
-        plan: Callable[[Slide, InPlace], SlidePlan],
-    ) -> Generator[SlideOutcome, None, None]:
-        """The stream, on the model's own device, over slides that `plan` plans (in threads; told what stages
-        them). Events go to the active reporter.
-
-        Args:
-            config: resolved by `resolve_preprocessing`.
-        """
-        with stager_for(execution) as stager:
-            yield from self._tile_embedder.outcomes(
-                slides, config, execution, lambda slide: plan(slide, stager), stager
-            )
 
     def resolve_preprocessing(self, config: PreprocessingConfig | None = None) -> PreprocessingConfig:
         """The configuration with the preset's spacing and tile size filled in.

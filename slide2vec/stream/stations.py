@@ -45,9 +45,10 @@ from slide2vec.stream.encoding import IN_FLIGHT, Encoding, Ticket
 from slide2vec.stream.feed import HOST_FEED, Feed
 from slide2vec.stream.meters import Meters, find_bottleneck
 from slide2vec.stream.plan import SlidePlan
+from slide2vec.stream.planner import Planner
 from slide2vec.stream.planning import Arrivals, Planning
 from slide2vec.stream.sources import bad_tiles, damaged, not_finite, place_singly
-from slide2vec.stream.staging import IN_PLACE, InPlace
+from slide2vec.stream.staging import InPlace
 from slide2vec.tiling import BadTile, Tiling
 
 __all__ = ["SlideOutcome", "Stream"]
@@ -171,7 +172,6 @@ class Stream:
         ahead: batches that readers may be ahead of the encoder.
         reporter: receives progress events, from the calling thread.
         feed: where tiles are kept, and how they get there.
-        stager: is told of each slide as it is taken, and copies it ahead of `plan`.
     """
 
     def __init__(
@@ -188,9 +188,7 @@ class Stream:
         ahead: int,
         reporter: ProgressReporter,
         feed: Feed = HOST_FEED,
-        stager: InPlace = IN_PLACE,
     ) -> None:
-        self._stager = stager
         self._engine, self._dtype, self._feed = engine, dtype, feed
         self._readers, self._planners, self._reporter = readers, planners, reporter
         self._inbox: queue.SimpleQueue[Batch[_Job] | _Planned | _Failed | _Broken | _End] = (
@@ -216,14 +214,14 @@ class Stream:
         self._tiles = 0
 
     def run(
-        self, slides: Iterable[Slide] | Arrivals, plan: Callable[[Slide], SlidePlan]
+        self, slides: Iterable[Slide] | Arrivals, planner: Planner
     ) -> Generator[SlideOutcome, None, None]:
         """Embed slides; yields each as soon as it is complete or has failed.
 
-        `plan` is called in worker threads. Memory does not grow with the number of slides.
+        Memory does not grow with the number of slides.
         """
         started = time.perf_counter()
-        planning = Planning(slides, partial(self._plan, plan), self._planners, self._stager)
+        planning = Planning(slides, planner, partial(self._plan, planner), self._planners)
         threads = self._start(planning)
         embedded = failed = 0
         try:
@@ -234,11 +232,12 @@ class Stream:
             self._stopping = True
             planning.stop()
             self._batches.stop()
-            self._stager.stop()
+            planner.stop()
             for thread in threads:
                 thread.join()
             self._land()
-        self._reporter.emit(RunFinished(self._summary(embedded, failed, time.perf_counter() - started)))
+        seconds = time.perf_counter() - started
+        self._reporter.emit(RunFinished(self._summary(planner.stager, embedded, failed, seconds)))
 
     def _start(self, planning: Planning) -> list[threading.Thread]:
         """The readers and the dispatcher, running."""
@@ -271,11 +270,11 @@ class Stream:
                 self._tasks.put(None)
             self._inbox.put(_End(count))
 
-    def _plan(self, plan: Callable[[Slide], SlidePlan], slide: Slide) -> SlidePlan:
+    def _plan(self, planner: Planner, slide: Slide) -> SlidePlan:
         with self._meters.waiting("plan"):
-            self._stager.wait(slide)
+            planner.wait(slide)
         with self._meters.busy("plan"):
-            planned = plan(slide)
+            planned = planner.plan(slide)
             try:
                 return self._feed.adopt(planned)
             except BaseException:
@@ -457,7 +456,7 @@ class Stream:
             tiles_tar_path=plan.tiles_tar_path,
         )
 
-    def _summary(self, embedded: int, failed: int, seconds: float) -> RunSummary:
+    def _summary(self, stager: InPlace, embedded: int, failed: int, seconds: float) -> RunSummary:
         workers = {
             "plan": self._planners,
             "read": self._readers,
@@ -465,9 +464,9 @@ class Stream:
             "encode": 1,
             "collect": 1,
         }
-        if self._stager.threads:
-            workers["stage"] = self._stager.threads
-            self._meters.add_busy("stage", self._stager.busy_s)
+        if stager.threads:
+            workers["stage"] = stager.threads
+            self._meters.add_busy("stage", stager.busy_s)
         stations = self._meters.times(workers)
         return RunSummary(
             slides=embedded,
