@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -73,9 +73,9 @@ class TileEmbedder:
         recipe: Recipe,
         variant: str,
         encoder: nn.Module,
-        *,
         device: torch.device,
         precision: str,
+        *,
         resizes: bool = False,
     ) -> None:
         self.recipe, self.variant, self.encoder = recipe, variant, encoder
@@ -128,6 +128,16 @@ class TileEmbedder:
         if selected.batch_size is not None or execution.torch_compile:
             self._engines[asked] = selected
         return selected
+
+    def identity(self, execution: ExecutionOptions, tile_size_px: int | None) -> dict[str, Any]:
+        """What of its engine and of how tiles are prepared decides an embedding; JSON-ready."""
+        recipe, engine = self.recipe_for(tile_size_px), self.select(execution, tile_size_px).engine
+        return {
+            "precision": engine.precision,
+            "runtime": engine.runtime,
+            "input_size_px": recipe.transform.crop,
+            "transform": recipe.transform.model_dump(mode="json"),
+        }
 
     def _precision(self, execution: ExecutionOptions) -> str:
         if execution.precision is None:

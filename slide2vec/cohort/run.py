@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 
+from slide2vec.artifacts import HierarchicalEmbeddingArtifact, TileEmbeddingArtifact
 from slide2vec.cohort.cohort import Cohort
 from slide2vec.cohort.disk_sink import DiskSink
 from slide2vec.cohort.embedder import Embedder
@@ -17,7 +18,7 @@ from slide2vec.cohort.results import RunResult
 from slide2vec.cohort.resume import take_up
 from slide2vec.cohort.writer import OnPersisted
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
-from slide2vec.errors import as_slide_error
+from slide2vec.errors import EmbedSlidesError, ManifestError, as_slide_error
 from slide2vec.progress import (
     RunFinished,
     RunStarted,
@@ -32,7 +33,7 @@ from slide2vec.slides import Slide
 from slide2vec.stream import Planner
 from slide2vec.tiling import Tiling
 
-__all__ = ["OnPersisted", "embed_cohort", "tile_cohort"]
+__all__ = ["OnPersisted", "embed_cohort", "embed_tiles", "tile_cohort"]
 
 
 def embed_cohort(
@@ -80,6 +81,51 @@ def embed_cohort(
                         for _ in embedding_them:  # nothing comes back: it goes onto disk
                             pass
         return books.result(log.summary)
+
+
+def embed_tiles(
+    embedder: Embedder,
+    slides: Sequence[Slide],
+    config: PreprocessingConfig,
+    execution: ExecutionOptions,
+    tilings: Sequence[Tiling] | Mapping[str, Tiling] | None = None,
+    on_slide_persisted: OnPersisted | None = None,
+) -> list[TileEmbeddingArtifact] | list[HierarchicalEmbeddingArtifact]:
+    """Embed the tiles of slides onto disk; an artifact per slide, in their order.
+
+    Args:
+        embedder: tile-level.
+        tilings: of the slides, in their order or by sample_id; None = find them.
+
+    Raises:
+        EmbedSlidesError: some slides failed; the artifacts of the others are in `.results`.
+        ManifestError: slides and tilings do not match.
+        OutputError, OutputLockedError, ConfigError: as `embed_cohort`.
+    """
+    result = embed_cohort(
+        embedder,
+        slides,
+        config,
+        execution,
+        tilings=_by_sample_id(slides, tilings),
+        on_slide_persisted=on_slide_persisted,
+    )
+    artifacts = result.tile_artifacts or result.hierarchical_artifacts
+    if result.failed:
+        made = {artifact.sample_id: artifact for artifact in artifacts}
+        failed = {item.sample_id: item.error for item in result.failed}
+        raise EmbedSlidesError.of(failed, [made.get(slide.sample_id) for slide in slides])
+    return artifacts
+
+
+def _by_sample_id(
+    slides: Sequence[Slide], tilings: Sequence[Tiling] | Mapping[str, Tiling] | None
+) -> Mapping[str, Tiling]:
+    if tilings is None or isinstance(tilings, Mapping):
+        return tilings or {}
+    if len(tilings) != len(slides):
+        raise ManifestError(f"{len(slides)} slides and {len(tilings)} tiling_results: give one per slide")
+    return {slide.sample_id: tiling for slide, tiling in zip(slides, tilings, strict=True)}
 
 
 def tile_cohort(
