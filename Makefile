@@ -6,6 +6,9 @@ STAMP := $(VENV)/.synced
 DEMO_DIR ?= demo
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
+# Tests start many processes: each would compile PyTorch's sources again, two seconds of CPU.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint bench fuzz gpu-check clean
 
@@ -26,8 +29,8 @@ $(STAMP): pyproject.toml uv.lock
 demo: $(STAMP)  ## embed a generated slide on this machine and draw the result into demo/
 	@$(BIN)/slide2vec demo --output $(DEMO_DIR)
 
-test: $(STAMP)  ## run the test suite
-	@$(BIN)/python -m pytest -q -m "not gpu and not slow" $(ARGS)
+test: $(STAMP)  ## run the test suite, on all CPUs of the job (ARGS=-n0: in one process)
+	@$(BIN)/python -m pytest -q -m "not gpu and not slow" -n auto --dist worksteal $(ARGS)
 
 test-slow: $(STAMP)  ## run the tests that take minutes and gigabytes
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)

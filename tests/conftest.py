@@ -1,4 +1,5 @@
-"""Where the real slides are: SLIDE2VEC_TEST_SLIDES, else shared/slides beside the checkout."""
+"""Where the real slides are: SLIDE2VEC_TEST_SLIDES, else shared/slides beside the checkout. How many
+processes `-n auto` starts."""
 
 from __future__ import annotations
 
@@ -8,9 +9,22 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several on these CPUs; before libraries read it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from slide2vec.cpus import job_cpus
 from slide2vec.readers.cucim import tame_cufile
 
+#: Processes that tests run in at most: each takes up to 3 GB.
+MAX_PROCESSES = 8
+
 tame_cufile()  # some tests import cuCIM themselves
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist need not be there
+def pytest_xdist_auto_num_workers() -> int:
+    """The CPUs of this job, which a container or SLURM may have made fewer than the machine's."""
+    return min(job_cpus(), MAX_PROCESSES)
 
 
 def slides_folder() -> Path:

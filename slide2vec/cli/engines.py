@@ -63,6 +63,8 @@ def _facts(engine: StoredEngine) -> Iterator[tuple[str, str]]:
     yield "runs in", f"{record.runtime}, {record.precision}{asked}"
     for step in record.steps_down:
         yield "", f"not in {step['precision']}: {step['reason']}"
+    if record.left_out:
+        yield "", f"in fp16, as fp8 disturbs them most: {', '.join(record.left_out)}"
     profile = record.profile
     yield "batches", f"{profile.min} to {profile.max} tiles, {profile.opt} best"
     yield (

@@ -305,6 +305,7 @@ class _Build:
             built_at=datetime.now(UTC).isoformat(timespec="seconds"),
             build_seconds=0.0,
             steps_down=failed,
+            left_out=list(built.left_out),
         )
 
     def _speed(self, engine: Engine, pixels: Tensor) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,10 +24,14 @@ from slide2vec.runtime.loading import runtimes_for
 
 __all__ = ["BUILDERS", "Built", "Job", "Progress", "default_runtime", "unavailable"]
 
+logger = logging.getLogger(__name__)
+
 #: Called with what is being done, and how far it is: step, of steps (0 = not known).
 Progress: TypeAlias = Callable[[str, int, int], None]
 
 ONNX_NAME = "encoder.onnx"
+#: Of the distance to 1 that parity allows, what fp8 may take: fp16 and the compiler need the rest.
+FP8_MARGIN = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +87,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Built:
-    """Name of the engine's file in the folder, and the opset of the ONNX it was made from."""
+    """Name of the engine's file in the folder, the opset of the ONNX it was made from, and the layers that
+    are not in fp8 for the sake of parity."""
 
     file: str
     opset: int | None = None
+    left_out: tuple[str, ...] = ()
 
 
 def unavailable(runtime: str, precision: str, device: torch.device) -> str | None:
@@ -176,11 +183,16 @@ def _tensorrt(job: Job) -> Built:
     # In fp32 NVIDIA has no kernel for the Attention operator of newer opsets (TensorRT-RTX 1.7, in words).
     best = 20 if job.precision == "fp32" else None
     onnx, opset = job.to_onnx("fp16" if job.precision == "fp8" else job.precision, best)
+    left_out: tuple[str, ...] = ()
     if job.precision == "fp8":
         job.progress("calibrating fp8", 0, 0)
         pixels = for_layout(job.calibration, (transform.mean, transform.std), job.layout).numpy()
         quantised = job.folder / f"{ONNX_NAME}.fp8"
-        quantise_fp8(onnx, quantised, pixels)
+        threshold = job.recipe.engine.threshold("fp8")
+        kept = 1 - FP8_MARGIN * (1 - threshold)
+        left_out = quantise_fp8(onnx, quantised, pixels, min_cosine=kept)
+        if left_out:
+            logger.warning("fp8 of %s: left in fp16: %s", job.recipe.name, ", ".join(left_out))
         onnx = quantised
     with torch.cuda.device(job.device):
         build_plan(
@@ -195,7 +207,7 @@ def _tensorrt(job: Job) -> Built:
             hardware_compatibility=job.hardware_compatibility,
         )
     job.drop_onnx(job.folder / ONNX_NAME)
-    return Built("encoder.plan", opset)
+    return Built("encoder.plan", opset, left_out)
 
 
 def _no_tensorrt(precision: str, device: torch.device) -> str | None:

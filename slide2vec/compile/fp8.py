@@ -9,6 +9,9 @@ amax / 448, 448 being the largest number of the format (Micikevicius et al., FP8
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +23,30 @@ from slide2vec.errors import ConfigError, EngineError, ExtraMissingError
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+    from slide2vec.compile.fp8_graph import Product
+
 __all__ = ["quantise_fp8"]
+
+logger = logging.getLogger(__name__)
 
 #: The first opset whose QuantizeLinear knows fp8.
 OPSET = 19
 
 
-def quantise_fp8(source: Path, target: Path, calibration: NDArray[Any], *, batch_size: int = 8) -> None:
+def quantise_fp8(
+    source: Path,
+    target: Path,
+    calibration: NDArray[Any],
+    *,
+    batch_size: int = 8,
+    min_cosine: float | None = None,
+) -> tuple[str, ...]:
     """Write `source` in fp8. The first weighted node (the patch embedding), the last one, and products with
     sides that are no multiples of 16 stay as they are.
+
+    Where the features are then too far from those of `source`, the layers that fp8 disturbs most stay as
+    they are, too: as few as are found by doubling their number and halving the last step. Disturbance is
+    |y - y8|^2 / |y|^2 of a layer's product y, with y8 what fp8 makes of it, over all calibration tiles.
 
     Args:
         source: an ONNX file in fp32 or fp16, opset 19 or newer, with one input and one output; not bf16,
@@ -37,27 +55,120 @@ def quantise_fp8(source: Path, target: Path, calibration: NDArray[Any], *, batch
         calibration: (N, ...) tiles as the file's input takes them; of the tissue that will be embedded.
         batch_size: tiles per run while calibrating: memory grows with it, the result does not depend on it
             beyond rounding.
+        min_cosine: between the features of both files, for every calibration tile; None = not checked.
+
+    Returns:
+        Names of the layers that were left as they are to keep `min_cosine`, the worst first.
 
     Raises:
         ExtraMissingError: onnx or onnxruntime is not installed.
         ConfigError: no tiles, or tiles that the file does not take.
-        EngineError: nothing in the file can be quantised, it cannot be run, or what it computes is not
-            finite.
+        EngineError: nothing in the file can be quantised, it cannot be run, what it computes is not
+            finite, or more than half of its layers would have to stay as they are.
         OutputError: the target cannot be written.
     """
     if len(calibration) == 0 or batch_size < 1:
         raise ConfigError(f"calibration on {len(calibration)} tiles, batch_size={batch_size}: 1 or more each")
     model = _load(source)
-    from slide2vec.compile.fp8_graph import measuring, products, quantise, save
+    from slide2vec.compile.fp8_graph import measuring, products
 
     chosen = products(model.graph)
     if not chosen:
         raise EngineError(f"{source}: no matrix product with a constant weight can be quantised to fp8")
     names = list(dict.fromkeys(product.activation for product in chosen))
-    largest = _largest(source, measuring(model, names), calibration, batch_size)
-    _load_weights(model, source)
-    quantise(model.graph, chosen, dict(zip(names, largest, strict=True)))
-    save(model, target)
+    features, found = _outputs(source, measuring(model, names), calibration, batch_size)
+    if not (np.isfinite(features).all() and np.isfinite(found).all()):
+        raise EngineError(f"{source} computes what is not finite on the calibration tiles")
+    amax = dict(zip(names, found.max(axis=0).tolist(), strict=True))
+    trial = _Trial(source, target, calibration, batch_size, chosen, amax, features)
+    trial.write([])
+    if min_cosine is None or trial.min_cosine() >= min_cosine:
+        return ()
+    return tuple(product.layer for product in _left_out(trial, min_cosine))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Quantised files of one source: written with some products left as they are, and compared with it."""
+
+    source: Path
+    target: Path
+    calibration: NDArray[Any]
+    batch_size: int
+    chosen: list[Product]
+    amax: dict[str, float]
+    features: NDArray[Any]
+
+    def write(self, left_out: Sequence[Product]) -> None:
+        """The target, with all products in fp8 but these."""
+        from slide2vec.compile.fp8_graph import quantise, save
+
+        model = self._whole()
+        quantise(model.graph, [each for each in self.chosen if each not in left_out], self.amax)
+        save(model, self.target)
+
+    def min_cosine(self) -> float:
+        """Of the target's features to the source's, over all tiles; -1 where they are not finite."""
+        found, _ = _outputs(self.target, None, self.calibration, self.batch_size)
+        a, b = (each.astype(np.float64) for each in (found, self.features))
+        cosines = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+        return float(np.nan_to_num(cosines, nan=-1.0).min())
+
+    def worst_first(self) -> list[Product]:
+        """The products, those first that fp8 disturbs most."""
+        from slide2vec.compile.fp8_graph import comparing, save
+
+        model = self._whole()
+        comparing(model.graph, self.chosen, self.amax)
+        path = self.target.with_name(f"{self.target.name}.compared")
+        try:
+            save(model, path)
+            del model
+            _, sums = _outputs(path, None, self.calibration, self.batch_size)
+        finally:
+            for each in (path, path.with_name(f"{path.name}.data")):
+                each.unlink(missing_ok=True)
+        lost, whole = sums.sum(axis=0).reshape(-1, 2).T
+        share = np.nan_to_num(lost / np.maximum(whole, np.finfo(np.float64).tiny), nan=np.inf)
+        return [self.chosen[index] for index in np.argsort(-share, kind="stable")]
+
+    def _whole(self) -> ModelProto:
+        model = _load(self.source)
+        _load_weights(model, self.source)
+        return model
+
+
+def _left_out(trial: _Trial, min_cosine: float) -> list[Product]:
+    """The fewest of the worst products that suffice, as far as doubling and halving finds them; the target
+    is written with these left out.
+
+    Raises:
+        EngineError: half of all would not suffice.
+    """
+    worst = trial.worst_first()
+
+    def suffices(count: int) -> bool:
+        trial.write(worst[:count])
+        found = trial.min_cosine()
+        logger.info("fp8 without the %d worst of %d layers: least cosine %.6f", count, len(worst), found)
+        return found >= min_cosine
+
+    too_few, count, most = 0, 1, len(worst) // 2
+    while count <= most and not suffices(count):
+        too_few, count = count, 2 * count
+    if count > most and (too_few == most or not suffices(most)):
+        raise EngineError(
+            f"fp8 is too coarse for {trial.source.name}: with {most} of {len(worst)} layers left out its "
+            f"least cosine to the file in its own precision is below {min_cosine:g}"
+        )
+    enough = min(count, most)
+    written = enough
+    while enough - too_few > 1:
+        written = (too_few + enough) // 2
+        too_few, enough = (too_few, written) if suffices(written) else (written, enough)
+    if written != enough:
+        trial.write(worst[:enough])
+    return worst[:enough]
 
 
 def _load(source: Path) -> ModelProto:
@@ -82,16 +193,21 @@ def _load_weights(model: ModelProto, source: Path) -> None:
     load_external_data_for_model(model, str(source.parent))
 
 
-def _largest(source: Path, model: ModelProto, tiles: NDArray[Any], batch_size: int) -> list[float]:
-    """The largest value of each scalar output over all tiles: a number each is all that is kept."""
+def _outputs(
+    source: Path, model: ModelProto | None, tiles: NDArray[Any], batch_size: int
+) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """(N, D) features of all tiles, and (batches, k) of the k further outputs, which are scalars.
+
+    Args:
+        source: the file, or the one whose weights `model` has.
+    """
     session = _session(source, model)
-    largest: NDArray[np.float64] = np.zeros(1)
+    features, scalars = [], []
     for first in range(0, len(tiles), batch_size):
-        features, *found = _run(source, session, np.ascontiguousarray(tiles[first : first + batch_size]))
-        largest = np.maximum(largest, found)
-        if not (np.isfinite(features).all() and np.isfinite(largest).all()):
-            raise EngineError(f"{source} computes what is not finite on the calibration tiles")
-    return [float(value) for value in largest]
+        found, *further = _run(source, session, np.ascontiguousarray(tiles[first : first + batch_size]))
+        features.append(found)
+        scalars.append(np.array(further, np.float64))
+    return np.concatenate(features), np.stack(scalars)
 
 
 def _run(source: Path, session: Any, batch: NDArray[Any]) -> list[Any]:
@@ -104,8 +220,8 @@ def _run(source: Path, session: Any, batch: NDArray[Any]) -> list[Any]:
         ) from error
 
 
-def _session(source: Path, model: ModelProto) -> Any:
-    """ONNX Runtime on the CPU; the graph is in memory, weights stored outside are read from there."""
+def _session(source: Path, model: ModelProto | None) -> Any:
+    """ONNX Runtime on the CPU, of a file or of a graph in memory whose weights stay outside."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -115,9 +231,8 @@ def _session(source: Path, model: ModelProto) -> Any:
         "session.model_external_initializers_file_folder_path", str(source.resolve().parent)
     )
     try:
-        return onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        graph = str(source) if model is None else model.SerializeToString()
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except _refusals() as error:
         raise EngineError(f"ONNX Runtime cannot run {source} to calibrate it: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from slide2vec.files import atomic_path
 
-__all__ = ["Product", "measuring", "products", "quantise", "save"]
+__all__ = ["Product", "comparing", "measuring", "products", "quantise", "save"]
 
 #: The largest finite FLOAT8E4M3FN.
 LARGEST = 448.0
@@ -26,13 +27,14 @@ INSIDE = 1024
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product to quantise: names of its node's output, its activation and its constant weight, and
-    the weight's axis of output channels."""
+    """A matrix product to quantise: names of its node's output, its activation and its constant weight, the
+    weight's axis of output channels, and the name of its layer."""
 
     output: str
     activation: str
     weight: str
     axis: int
+    layer: str = ""
 
 
 def products(graph: GraphProto) -> list[Product]:
@@ -40,7 +42,13 @@ def products(graph: GraphProto) -> list[Product]:
     shapes = {constant.name: tuple(constant.dims) for constant in graph.initializer}
     weighted = [node for node in graph.node if _is_weighted(node, shapes)]
     return [
-        Product(node.output[0], node.input[0], node.input[1], 0 if _attribute(node, "transB") else 1)
+        Product(
+            node.output[0],
+            node.input[0],
+            node.input[1],
+            0 if _attribute(node, "transB") else 1,
+            _layer(node),
+        )
         for node in weighted[1:-1]
         if node.op_type != "Conv" and not _attribute(node, "transA") and _fits(shapes[node.input[1]])
     ]
@@ -57,6 +65,13 @@ def _fits(shape: tuple[int, ...]) -> bool:
 
 def _attribute(node: NodeProto, name: str) -> int:
     return next((int(attribute.i) for attribute in node.attribute if attribute.name == name), 0)
+
+
+def _layer(node: NodeProto) -> str:
+    """Name of the PyTorch module that a node was exported from, else the node's own."""
+    scopes = (each.value for each in node.metadata_props if each.key == "pkg.torch.onnx.name_scopes")
+    names = [name for name in ast.literal_eval(next(scopes, "[]"))[:-1] if name]
+    return str(names[-1]).removeprefix("encoder.") if names else node.name or node.output[0]
 
 
 def measuring(model: ModelProto, names: list[str]) -> ModelProto:
@@ -91,6 +106,42 @@ def quantise(graph: GraphProto, chosen: list[Product], amax: dict[str, float]) -
     del graph.node[:]
     graph.node.extend(nodes)
     _drop_unused(graph)
+
+
+def comparing(graph: GraphProto, chosen: list[Product], amax: dict[str, float]) -> None:
+    """Have the graph compute each product in fp8 besides, from the same activation. Further outputs, two
+    float32 scalars per product after its own: sum of squares of the difference, and of the product."""
+    constants = {constant.name: constant for constant in graph.initializer}
+    by_output = {product.output: index for index, product in enumerate(chosen)}
+    written: dict[str, str] = {}
+    nodes: list[NodeProto] = []
+    for node in list(graph.node):
+        nodes.append(node)
+        if (index := by_output.get(node.output[0])) is None:
+            continue
+        product = chosen[index]
+        nodes += _pairs(graph, product, constants[product.weight], amax, written)
+        rounded = NodeProto()
+        rounded.CopyFrom(node)
+        rounded.name, rounded.output[0] = f"fp8_again_{index}", f"fp8_again_{index}"
+        rounded.input[0], rounded.input[1] = written[product.activation], written[product.weight]
+        nodes += [rounded, *_squares(node.output[0], rounded.output[0], index)]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    names = [f"fp8_{what}_{index}" for index in range(len(chosen)) for what in ("lost", "whole")]
+    graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in names)
+
+
+def _squares(exact: str, rounded: str, index: int) -> list[NodeProto]:
+    """Sums of squares in float32: those of fp16 overflow."""
+    a, b, difference = (f"fp8_{what}_{index}" for what in ("exact", "rounded", "difference"))
+    return [
+        helper.make_node("Cast", [exact], [a], to=TensorProto.FLOAT),
+        helper.make_node("Cast", [rounded], [b], to=TensorProto.FLOAT),
+        helper.make_node("Sub", [a, b], [difference]),
+        helper.make_node("ReduceSumSquare", [difference], [f"fp8_lost_{index}"], keepdims=0),
+        helper.make_node("ReduceSumSquare", [a], [f"fp8_whole_{index}"], keepdims=0),
+    ]
 
 
 def _pairs(

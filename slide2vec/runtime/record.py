@@ -29,7 +29,7 @@ _TEXTS = (
 _KINDS: Mapping[str, type] = {
     **dict.fromkeys(_TEXTS, str),
     **dict.fromkeys(("identity", "profile", "parity", "versions", "speed", "checksums"), dict),
-    "steps_down": list,
+    **dict.fromkeys(("steps_down", "left_out"), list),
 }
 
 
@@ -53,6 +53,7 @@ class EngineRecord:
         parity: see `slide2vec.compile.parity.Parity`.
         speed: tiles/s of the engine and of PyTorch on this machine, when it was built.
         steps_down: precisions that failed before this one, and why.
+        left_out: layers that are in fp16 in an engine of fp8, since fp8 disturbs them most.
         licence: of the weights, in a line.
         versions: of the libraries that built it.
         built_at: ISO 8601, UTC; build_seconds: what it took.
@@ -78,6 +79,7 @@ class EngineRecord:
     build_seconds: float
     speed: dict[str, float] = field(default_factory=dict)
     steps_down: list[dict[str, str]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     checksums: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA
 
@@ -115,6 +117,7 @@ def read_record(directory: Path) -> EngineRecord:
     if version != SCHEMA:
         raise EngineError(f"{path} has schema_version {version}, this version of slide2vec reads {SCHEMA}")
     try:
+        content.setdefault("left_out", [])  # of records that older versions wrote
         known = {each.name: content[each.name] for each in fields(EngineRecord)}
         _check_types(known)
         known["profile"] = BatchProfile(**known["profile"])
@@ -150,6 +153,7 @@ def _check_types(known: Mapping[str, Any]) -> None:
     _require(not identity or isinstance(identity["weights"], str), "identity", identity)
     for name in ("versions", "checksums"):
         _require(all(isinstance(value, str) for value in known[name].values()), name, known[name])
+    _require(all(isinstance(name, str) for name in known["left_out"]), "left_out", known["left_out"])
     steps = known["steps_down"]
     _require(all(isinstance(step["precision"] + step["reason"], str) for step in steps), "steps_down", steps)
 

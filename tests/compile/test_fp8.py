@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+from slide2vec.compile import fp8
 from slide2vec.compile.exported import ExportedEncoder
 from slide2vec.compile.fp8 import quantise_fp8
 from slide2vec.compile.onnx import export_onnx
@@ -320,3 +321,76 @@ def test_without_onnxruntime(exported: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ExtraMissingError, match="onnxruntime"):
         quantise_fp8(exported, tmp_path / "a.onnx", tiles(1))
+
+
+# layers that stay as they are ---------------------------------------------------------------------------
+
+
+def spoilt(block: int) -> nn.Module:
+    """One channel before one product is 100,000 times as large as the others, which fp8 then rounds to 0."""
+    encoder = an_encoder()
+    norm = encoder.blocks[block].norm2  # type: ignore[union-attr, index]
+    fc1 = encoder.blocks[block].mlp.fc1  # type: ignore[union-attr, index]
+    norm.weight.data[0] *= 1e5
+    fc1.weight.data[:, 0] *= 1e-5
+    return encoder
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_layer_that_fp8_spoils_is_left_out(block: int, tmp_path: Path) -> None:
+    encoder = spoilt(block)
+    source = export(encoder, tmp_path / "encoder.onnx")
+    assert quantise_fp8(source, tmp_path / "all.onnx", tiles(6)) == ()  # nobody asked
+    bad = least_cosine(run(tmp_path / "all.onnx", tiles(6)), run(source, tiles(6)))
+    good = 1 - 0.5 * (1 - bad)
+    left_out = quantise_fp8(source, tmp_path / "most.onnx", tiles(6), batch_size=4, min_cosine=good)
+    assert left_out == (f"blocks.{block}.mlp.fc1",)
+    assert least_cosine(run(tmp_path / "most.onnx", tiles(6)), run(source, tiles(6))) >= good > bad
+    kinds = [node.op_type for node in onnx.load(str(tmp_path / "most.onnx")).graph.node]
+    assert kinds.count("QuantizeLinear") == 6
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("encoder.onnx", "encoder.onnx.data", "all.onnx", "all.onnx.data", "most.onnx", "most.onnx.data")
+    }
+
+
+def test_nothing_is_left_out_where_fp8_is_close_enough(exported: Path, tmp_path: Path) -> None:
+    assert quantise_fp8(exported, tmp_path / "a.onnx", tiles(4), min_cosine=FP8_COSINE) == ()
+    assert [node.op_type for node in onnx.load(str(tmp_path / "a.onnx")).graph.node].count(
+        "QuantizeLinear"
+    ) == 7
+
+
+def test_more_than_half_is_too_much(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"fp8 is too coarse.*with 3 of 7 layers left out.*0\.999999"):
+        quantise_fp8(exported, tmp_path / "a.onnx", tiles(4), min_cosine=0.999999)
+
+
+class CountedTrial:
+    """Stands for files: fp8 is close enough once `needed` of the worst are left out."""
+
+    source = Path("encoder.onnx")
+
+    def __init__(self, needed: int, of: int) -> None:
+        self.needed, self.products, self.written = needed, list(range(of)), []
+
+    def worst_first(self) -> list[int]:
+        return self.products[::-1]
+
+    def write(self, left_out: list[int]) -> None:
+        self.written.append(left_out)
+
+    def min_cosine(self) -> float:
+        return 0.995 if len(self.written[-1]) >= self.needed else 0.9
+
+
+@pytest.mark.parametrize("needed", range(1, 17))
+def test_as_few_as_possible_in_few_trials(needed: int) -> None:
+    trial = CountedTrial(needed, of=33)
+    left_out = fp8._left_out(trial, 0.99)  # type: ignore[arg-type]
+    assert left_out == trial.products[::-1][:needed] == trial.written[-1]  # the worst, and the file has them
+    assert len(trial.written) <= 10
+
+
+def test_half_is_the_most() -> None:
+    with pytest.raises(EngineError, match="with 16 of 33 layers"):
+        fp8._left_out(CountedTrial(17, of=33), 0.99)  # type: ignore[arg-type]

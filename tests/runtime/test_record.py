@@ -92,3 +92,12 @@ def test_a_missing_key_is_a_miss(tmp_path: Path) -> None:
     write_record(tmp_path / "broken")
     without_a_key(tmp_path / "broken" / RECORD_NAME)
     assert not list(EngineStore(tmp_path))
+
+
+def test_records_of_before_name_no_layers_left_out(tmp_path: Path) -> None:
+    write_record(tmp_path)
+    path = tmp_path / RECORD_NAME
+    content = json.loads(path.read_text())
+    del content["left_out"]
+    path.write_text(json.dumps(content))
+    assert read_record(tmp_path).left_out == []
