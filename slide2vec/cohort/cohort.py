@@ -60,7 +60,7 @@ class Cohort:
     Args:
         config: with requested_spacing_um and requested_tile_size_px resolved.
         encoder: None where slides are only tiled.
-        tilings: of slides whose tiles are known, by sample_id.
+        tilings: of slides whose tiles are known, by sample_id; may grow meanwhile.
         place: where files go; None = as of the first encoder in the output directory.
         identities: what files of slides are, as far as others have looked at them; may grow meanwhile.
 
@@ -89,7 +89,7 @@ class Cohort:
         self.config, self.execution, self.encoder = config, execution, encoder
         root, name = execution.output_dir, "" if encoder is None else encoder.name
         self.place = place or Place(root, name, root, root)
-        self.tilings = tilings or {}
+        self.tilings: Mapping[str, Tiling] = {} if tilings is None else tilings
         self.identities = _identities_of(encoder, config, execution)
         self.wanted = self._wanted_kinds()
         self.files = Identities(config, identities)

@@ -40,7 +40,7 @@ def files_of(path: Path) -> SlideFiles | None:
 
 
 def folder_of(path: Path) -> Path | None:
-    """The folder beside a slide that holds the rest of it and nothing else, by its name; of MRXS, an index."""
+    """The folder beside a slide that holds the rest of it and nothing else; only MRXS has one."""
     return path.with_suffix("") if path.suffix.lower() == ".mrxs" else None
 
 

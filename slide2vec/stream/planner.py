@@ -45,7 +45,8 @@ class Planner:
         planned: Callable[[SlidePlan], None] = lambda plan: None,
     ) -> None:
         self._config, self._execution, self._output_dir = config, execution, output_dir
-        self._tilings, self._identities, self._planned = tilings or {}, identities, planned
+        self._tilings: Mapping[str, Tiling] = {} if tilings is None else tilings
+        self._identities, self._planned = identities, planned
         self._opened = ExitStack()
         self.stager: InPlace = IN_PLACE
 
