@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slide2vec.compile.builders import BUILDERS, Built, Job, Progress, default_runtime, unavailable
-from slide2vec.compile.identity import Subject, identity, key_of, library_versions
+from slide2vec.compile.identity import Subject, identity, library_versions
 from slide2vec.compile.parity import Parity, batch_sizes, compare, reference_features
 from slide2vec.compile.select import find_engine
 from slide2vec.compile.speed import tiles_per_second
@@ -29,7 +29,7 @@ from slide2vec.recipes import Recipe
 from slide2vec.runtime import batch_size_for
 from slide2vec.runtime.base import BatchProfile, Engine, Layout
 from slide2vec.runtime.loading import load_engine
-from slide2vec.runtime.record import RECORD_NAME, EngineRecord
+from slide2vec.runtime.record import RECORD_NAME, EngineRecord, key_of
 from slide2vec.runtime.torch_engine import TorchEngine
 
 __all__ = ["BuildOptions", "build_engine", "check_compilable"]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -18,7 +17,7 @@ from slide2vec.runtime.base import BatchProfile, Layout
 from slide2vec.runtime.record import SCHEMA, EngineRecord
 from slide2vec.version import __version__
 
-__all__ = ["Subject", "differences", "identity", "key_of", "library_versions"]
+__all__ = ["Subject", "differences", "identity", "library_versions"]
 
 #: Distributions of a runtime, the first that is installed counts.
 DISTRIBUTIONS = {
@@ -74,11 +73,6 @@ def identity(
         "device": _device(subject.device, runtime),
     }
     return dict(json.loads(json.dumps(found)))
-
-
-def key_of(made: Mapping[str, Any]) -> str:
-    """Digest of an identity, weights included."""
-    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def differences(subject: Subject, record: EngineRecord) -> Iterator[str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, Self, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BufferedReader", "SlideReader", "planning_downsamples"]
+__all__ = ["BufferedReader", "SlideReader", "Squares", "planning_downsamples"]
+
+#: (n, 2) int64 corners (x, y) in level px, and the side of all.
+Squares: TypeAlias = tuple[NDArray[np.int64], int]
 
 
 @runtime_checkable
@@ -89,11 +92,13 @@ class BufferedReader(Protocol):
         level: int,
         size: tuple[int, int],
         ratio: int,
+        squares: Squares | None = None,
     ) -> NDArray[np.uint8] | None:
         """`read_region`, each ratio x ratio px averaged as OpenCV's INTER_AREA does, bit by bit.
 
         Args:
             memory: flat, of at least (height // ratio) * (width // ratio) * 3 bytes.
+            squares: of the region, the only ones that will be looked at: elsewhere pixels may be any.
 
         Returns:
             (height // ratio, width // ratio, 3) uint8 in that memory; None where the region has to be read by

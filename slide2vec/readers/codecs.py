@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from slide2vec.readers.tiletable import Parts, TileFormat
 
-__all__ = ["TileError", "decode_tile", "has_transform", "unavailable", "why_not"]
+__all__ = ["TileError", "decode_tile", "has_transform", "tile_memory", "unavailable", "why_not"]
 
 Pixels = NDArray[np.uint8]
 
@@ -52,6 +52,8 @@ _OF_IMAGES = {
 _SOC, _EOC, _COD = b"\xff\x4f\xff\x51", b"\xff\xd9", b"\xff\x52"
 #: A codestream may be padded to a whole word.
 _PADDING = 4
+#: Bytes behind a multiple of 64 at which pixels begin, see `tile_memory`.
+_OFF = 8
 _COLOURS = {"RGB": 3, "YCBCR": 3, "MINISBLACK": 1, "MINISWHITE": 1, "PALETTE": 1}
 
 
@@ -90,6 +92,19 @@ def why_not(tiles: TileFormat) -> str | None:
     return None
 
 
+def tile_memory(height: int, width: int, channels: int = 3) -> Pixels:
+    """Memory for the pixels of a tile, contiguous and not aligned: (height, width, channels) uint8.
+
+    Rows that begin at a multiple of 32 bytes libjpeg-turbo writes past the CPU's cache (vmovntdq in
+    jdcolext-avx2.asm), so that whoever reads them next waits for the main memory: to decode and average a
+    tile of 256 px took 238 us instead of 199 us.
+    """
+    size = height * width * channels
+    memory = np.empty(size + 128, np.uint8)
+    start = -memory.ctypes.data % 64 + _OFF
+    return memory[start : start + size].reshape(height, width, channels)
+
+
 def decode_tile(parts: Parts, tiles: TileFormat, shown: tuple[int, int], buffer: Pixels | None) -> Pixels:
     """RGB pixels of a tile.
 
@@ -119,7 +134,7 @@ def decode_tile(parts: Parts, tiles: TileFormat, shown: tuple[int, int], buffer:
 def _jpeg(data: bytes, colours: str, tiles: TileFormat, buffer: Pixels | None) -> Pixels:
     """The buffer bounds what a damaged header can ask for."""
     if buffer is None:
-        buffer = np.empty((tiles.height, tiles.width, len(colours) if colours == "RGB" else 1), np.uint8)
+        buffer = tile_memory(tiles.height, tiles.width, len(colours) if colours == "RGB" else 1)
     pixels: Pixels = _simplejpeg().decode_jpeg(data, colours, buffer=buffer, strict=True)
     return pixels
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.errors import ExtraMissingError
-from slide2vec.readers.codecs import decode_tile
+from slide2vec.readers.codecs import decode_tile, tile_memory
 from slide2vec.readers.tiletable import Parts, TileFormat, TilePlace
 
 __all__ = ["HostDecoder", "NvimgcodecDecoder", "TileDecoder", "nvimgcodec_unavailable"]
@@ -61,7 +61,7 @@ class HostDecoder:
         shape = form.height, form.width, 3
         found: NDArray[np.uint8] | None = getattr(self._own, "buffer", None)
         if found is None or found.shape != shape:
-            found = self._own.buffer = np.empty(shape, np.uint8)
+            found = self._own.buffer = tile_memory(*shape)
         return found
 
     def canvas(self, height: int, width: int) -> NDArray[np.uint8]:

@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.errors import BackendError
+from slide2vec.readers.base import Squares
 from slide2vec.readers.codecs import TileError
 from slide2vec.readers.decoders import TileDecoder
 from slide2vec.readers.probe import Probe
 from slide2vec.readers.pyramid import PyramidReader
 from slide2vec.readers.tifftiles import TiffTiles, colour_conflict, why_no_jpeg
-from slide2vec.readers.tiletable import TilePlace, TileTable
+from slide2vec.readers.tiletable import TileFormat, TilePlace, TileTable
 
 __all__ = ["BoxReader", "RawBoxes", "RawReader"]
 
@@ -82,6 +83,7 @@ class BoxReader(PyramidReader):
         level: int,
         size: tuple[int, int],
         ratio: int,
+        squares: Squares | None = None,
     ) -> NDArray[np.uint8] | None:
         """See `BufferedReader.read_into`."""
         (x, y), (width, height) = self._corner(location_lv0, level), size
@@ -97,7 +99,8 @@ class BoxReader(PyramidReader):
         if inside.shape != shape:
             canvas[:] = 255
         with self._naming_errors(level, x0, y0):
-            self._boxes.fill(inside, level, x0, y0, ratio=ratio)
+            within = None if squares is None else (squares[0] + (x, y), squares[1])
+            self._boxes.fill(inside, level, x0, y0, ratio=ratio, squares=within)
         return canvas
 
     def close(self) -> None:
@@ -130,13 +133,23 @@ class RawBoxes:
         self.fill(canvas, level, x, y)
         return canvas
 
-    def fill(self, canvas: Any, level: int, x: int, y: int, *, ratio: int = 1) -> None:
+    def fill(
+        self,
+        canvas: Any,
+        level: int,
+        x: int,
+        y: int,
+        *,
+        ratio: int = 1,
+        squares: Squares | None = None,
+    ) -> None:
         """Write a box in level px that lies inside the level into a (height, width, 3) uint8 canvas.
 
         Args:
             x, y: of the box, which is `ratio` times as wide and high as the canvas.
             ratio: each pixel is the average of so many a side. A tile is reduced as it comes out of the
                 decoder, while the CPU's cache holds it. NumPy arrays only, and boxes that `reduces` takes.
+            squares: of the level, beside which pixels may be any: tiles under none of them are not decoded.
 
         Raises:
             SlideReadError: one of its tiles cannot be decoded.
@@ -145,6 +158,8 @@ class RawBoxes:
         places = self._tiles.under(level, x, y, width, height)
         if sum(_pixels(place.in_box) for place in places) < width * height:
             canvas[:] = 255
+        if squares is not None:
+            places = _under_squares(places, self._tiles.format(level), squares)
         for step in self._steps(level, places):
             self._fill(canvas, level, step, ratio)
 
@@ -245,6 +260,18 @@ class RawBoxes:
         self._tiles.close()
         with self._lock:
             self._kept.clear()
+
+
+def _under_squares(places: Sequence[TilePlace], form: TileFormat, squares: Squares) -> list[TilePlace]:
+    corners, side = squares
+    wide, high = form.width, form.height
+    touched = {
+        (column, row)
+        for x, y in corners.tolist()
+        for column in range(x // wide, (x + side - 1) // wide + 1)
+        for row in range(y // high, (y + side - 1) // high + 1)
+    }
+    return [place for place in places if (place.x // wide, place.y // high) in touched]
 
 
 def _pixels(part: _Part) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,7 +14,7 @@ from slide2vec.errors import ConfigError, EngineError
 from slide2vec.files import open_plain
 from slide2vec.runtime.base import BatchProfile, Layout
 
-__all__ = ["RECORD_NAME", "SCHEMA", "EngineRecord", "read_record"]
+__all__ = ["RECORD_NAME", "SCHEMA", "EngineRecord", "key_of", "read_record"]
 
 RECORD_NAME = "engine.json"
 #: Of the record and of what an engine's key is made from: records of another one are misses.
@@ -31,6 +33,8 @@ _KINDS: Mapping[str, type] = {
     **dict.fromkeys(("identity", "profile", "parity", "versions", "speed", "checksums"), dict),
     **dict.fromkeys(("steps_down", "left_out"), list),
 }
+#: Fields that an identity has, too.
+_SHARED = ("preset", "runtime", "precision", "layout", "input_size_px", "profile")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +102,17 @@ class EngineRecord:
         return json.dumps(self.as_dict(), indent=2, sort_keys=True) + "\n"
 
 
+def key_of(identity: Mapping[str, Any]) -> str:
+    """Digest of an identity, weights included."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
 def read_record(directory: Path) -> EngineRecord:
     """The record of the engine in a folder.
 
     Raises:
-        EngineError: there is none, it is damaged, or it is of another schema.
+        EngineError: there is none, it is damaged (its key is not that of its identity, say), or it is of
+            another schema.
     """
     path = directory / RECORD_NAME
     try:
@@ -147,10 +157,15 @@ def _check_types(known: Mapping[str, Any]) -> None:
     profile = known["profile"]
     _require(all(type(size) is int for size in profile.values()), "profile", profile)
     _require(not speed or all(_is_number(speed[name]) for name in ("engine", "torch")), "speed", speed)
-    measured = ("min_cosine", "mean_cosine", "tiles")
-    _require(not parity or all(_is_number(parity[name]) for name in measured), "parity", parity)
+    _require(not parity or _is_parity(parity), "parity", parity)
     _require(not identity or isinstance(identity["device"]["type"], str), "identity", identity)
     _require(not identity or isinstance(identity["weights"], str), "identity", identity)
+    _require(known["key"] == key_of(identity), "key", known["key"])
+    same = {name: identity[name] for name in _SHARED if name in identity}
+    if "output" in identity:
+        same["feature_dim"] = identity["output"]["dim"]
+    for name, value in same.items():
+        _require(known[name] == value, name, known[name])
     for name in ("versions", "checksums"):
         _require(all(isinstance(value, str) for value in known[name].values()), name, known[name])
     _require(all(isinstance(name, str) for name in known["left_out"]), "left_out", known["left_out"])
@@ -163,5 +178,17 @@ def _require(holds: bool, name: str, value: Any) -> None:
         raise TypeError(f"{name} is {str(value)[:100]!r}")
 
 
+def _is_parity(parity: Mapping[str, Any]) -> bool:
+    """Whether it may be one of `slide2vec.compile.parity.Parity`."""
+    sizes = parity["batch_sizes"]
+    return (
+        all(_is_number(parity[name]) for name in ("min_cosine", "mean_cosine", "least"))
+        and type(parity["finite"]) is bool
+        and isinstance(sizes, list)
+        and all(type(size) is int and size > 0 for size in (parity["tiles"], *sizes))
+    )
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is a finite one; Python's JSON takes NaN and Infinity, too."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max

@@ -186,7 +186,8 @@ class SlideSource:
             # whole cells only, so that the supertile can be reduced at once
             ratio = 1 if (supertile.offsets % self._ratio).any() else self._ratio
             memory = self._memory(supertile.size[0] * supertile.size[1] * 3 // ratio**2)
-            pixels = self.reader.read_into(memory, *where, ratio)
+            squares = supertile.offsets, self.tiling.geometry.read_tile_size_px
+            pixels = self.reader.read_into(memory, *where, ratio, squares)
             if pixels is not None:
                 return pixels, ratio, memory
             self._free.append(memory)

@@ -305,8 +305,10 @@ class _Sections:
             raise ValueError(f"section {section!r} has no {' or '.join(names)}")
         return value
 
-    def number(self, section: str, *names: str) -> Any:
-        """As `get`, a number and no text or truth value that Python would take for one."""
+    def number(self, section: str, *names: str, default: Any = _MISSING) -> Any:
+        """As `get`, a number and no text or truth value that Python would take for one; null is none."""
+        if default is not _MISSING and not any(name in self.all(section) for name in names):
+            return default
         value = self.get(section, *names)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{section}.{names[0]} is {value!r}, not a number")
@@ -384,13 +386,16 @@ def _segmentation(meta: _Sections) -> Segmentation:
     def value(*names: str, default: Any = None) -> Any:
         return meta.get("segmentation", *names, default=default)
 
-    downsample = int(value("seg_downsample", default=1))
+    def number(name: str, default: float) -> Any:
+        return meta.number("segmentation", name, default=default)
+
+    downsample = int(number("seg_downsample", 1))
     return Segmentation(
         method=str(value("tissue_method", default=PRECOMPUTED)),
-        requested_downsample=float(value("requested_seg_downsample", default=downsample)),
+        requested_downsample=float(number("requested_seg_downsample", downsample)),
         downsample=downsample,
-        level=int(value("seg_level", default=0)),
-        spacing_um=float(value("seg_spacing_um", default=0.0)),
+        level=int(number("seg_level", 0)),
+        spacing_um=float(number("seg_spacing_um", 0.0)),
         sthresh=value("sthresh"),
         sthresh_up=value("sthresh_up"),
         mthresh=value("mthresh"),

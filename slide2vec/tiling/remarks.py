@@ -96,22 +96,24 @@ def _picture(found: Found) -> str | None:
     overview, mask = found.tissue.overview, found.tissue.mask
     if overview is None or not overview.size:
         return None
-    pixels = overview.reshape(-1, 3)
-    red, green, blue = pixels.T  # ten times as fast as along the short axis
-    darkest = np.minimum(np.minimum(red, green), blue)
+    red, green, blue = cv2.split(overview)  # ten times as fast as along the short axis
     brightest = np.maximum(np.maximum(red, green), blue)
-    others = _may_differ(found, len(pixels))
-    if np.sum(brightest > BLACK) <= others:
+    counts = np.asarray(cv2.calcHist([brightest], [0], None, [256], [0, 256]), np.float32).ravel()
+    others = _may_differ(found, brightest.size)
+    if counts[BLACK + 1 :].sum() <= others:
         return "all its pixels are black: it was scanned or written wrongly"
-    if np.median(brightest) < DARK_BACKGROUND:
+    median = _median(counts)
+    if median < DARK_BACKGROUND:
         return (
-            f"its background is dark (median grey level {np.median(brightest):.0f}), as in fluorescence: "
+            f"its background is dark (median grey level {median:.0f}), as in fluorescence: "
             "segmentation and encoders are made for stained tissue on bright glass; if it is meant, give a "
             "tissue mask (mask_path)"
         )
-    colour = np.median(pixels, axis=0)
     if mask.any() and not mask.all():
         return None
+    pixels = overview.reshape(-1, 3)
+    colour = np.median(pixels, axis=0)
+    darkest = np.minimum(np.minimum(red, green), blue)
     if np.sum(np.abs(pixels - colour).max(axis=1) > ONE_COLOUR) <= others:
         white = ": there is nothing on the glass" if colour.min() >= WHITE else ""
         return f"all its pixels have one colour, {_rgb(colour)}{white}"
@@ -130,6 +132,15 @@ def _may_differ(found: Found, pixels: int) -> float:
     dead pixels are on every slide, but a biopsy is larger than a quarter of a tile."""
     tile = (found.geometry.tile_size_lv0 / found.tissue.overview_scale) ** 2
     return min((1 - NEARLY_ALL_PIXELS) * pixels, tile / 4)
+
+
+def _median(counts: NDArray[np.float32]) -> float:
+    """The median of grey levels, of which there are so many each."""
+    cumulated = np.cumsum(counts, dtype=np.float64)
+    total = cumulated[-1]
+    # of an even number the mean of the two in the middle
+    middle = [int(np.searchsorted(cumulated, at, side="right")) for at in ((total - 1) // 2, total // 2)]
+    return sum(middle) / 2
 
 
 # causes --------------------------------------------------------------------------------------------
@@ -154,11 +165,15 @@ def _other_hues(found: Found) -> Iterator[str]:
         return
     hsv = cv2.cvtColor(overview, cv2.COLOR_RGB2HSV)
     taken = tissue.overview_mask
-    stained = (hsv[..., 1] >= STAINED_SATURATION) & (hsv[..., 2] >= STAINED_VALUE)
-    outside = stained & ~taken & (hsv[..., 0] < FIRST_HUE)
-    share = outside.sum() / max(1, (stained | taken).sum())
+    least = np.array((0, STAINED_SATURATION, STAINED_VALUE))
+    outside = (cv2.inRange(hsv, least, np.array((FIRST_HUE - 1, 255, 255))) > 0) & ~taken
     tile_px = (found.geometry.tile_size_lv0 / tissue.overview_scale) ** 2
-    if share < OUTSIDE_THE_HUES or outside.sum() < tile_px:
+    count = int(np.count_nonzero(outside))
+    if count < tile_px:
+        return
+    stained = cv2.inRange(hsv, least, np.array((255, 255, 255))) > 0
+    share = count / max(1, int(np.count_nonzero(stained | taken)))
+    if share < OUTSIDE_THE_HUES:
         return
     hue = float(np.median(hsv[..., 0][outside]))
     name = next(name for upper, name in _HUES if hue <= upper)

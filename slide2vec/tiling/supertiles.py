@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,13 +69,14 @@ def plan_supertiles(
     """
     px, py = floor_to_level(x, downsample), floor_to_level(y, downsample)
     side = geometry.read_tile_size_px
-    every = np.arange(len(x), dtype=np.int64)
-    groups: Iterator[IntArray]
     if grouped:
-        cost = _Cost(px, py, side, file_tile or (256, 256))
-        groups = (part for block in _blocks(px, py, geometry) for part in _split(block, px, py, side, cost))
+        columns, rows = px.tolist(), py.tolist()  # plain numbers: of few, NumPy's own are slow
+        cost = _Cost(side, file_tile or (256, 256))
+        blocks = (_group(block.tolist(), columns, rows) for block in _blocks(px, py, geometry))
+        parts = (part for block in blocks for part in _split(block, columns, rows, cost))
+        groups = [np.array(part.tiles, np.int64) for part in parts]
     else:
-        groups = (every[i : i + 1] for i in range(len(x)))
+        groups = list(np.arange(len(x), dtype=np.int64)[:, None])
     return [_supertile(group, x, y, px, py, side) for group in groups]
 
 
@@ -102,41 +104,51 @@ def _blocks(px: IntArray, py: IntArray, geometry: TileGeometry) -> Iterator[IntA
     yield from np.split(order, np.flatnonzero(np.diff(key[order])) + 1)
 
 
+class _Group(NamedTuple):
+    """Tiles, and where the first and the last of them begin, px of the read level."""
+
+    tiles: list[int]
+    left: int
+    right: int
+    top: int
+    bottom: int
+
+
+def _group(tiles: list[int], columns: list[int], rows: list[int]) -> _Group:
+    xs, ys = [columns[tile] for tile in tiles], [rows[tile] for tile in tiles]
+    return _Group(tiles, min(xs), max(xs), min(ys), max(ys))
+
+
 @dataclass(frozen=True)
 class _Cost:
     """Pixels that reading a group's bounding box makes the file decode."""
 
-    px: IntArray
-    py: IntArray
     side: int
     file_tile: tuple[int, int]
 
-    def of(self, group: IntArray) -> float:
-        width = self._decoded(self.px[group], self.file_tile[0])
-        height = self._decoded(self.py[group], self.file_tile[1])
+    def of(self, group: _Group) -> float:
+        width = self._decoded(group.left, group.right, self.file_tile[0])
+        height = self._decoded(group.top, group.bottom, self.file_tile[1])
         return width * height + READ_OVERHEAD_PX
 
-    def _decoded(self, origins: IntArray, tile: int) -> float:
-        first = int(origins.min()) // tile
-        last = (int(origins.max()) + self.side - 1) // tile
-        return float((last - first + 1) * tile)
+    def _decoded(self, first: int, last: int, tile: int) -> int:
+        return ((last + self.side - 1) // tile - first // tile + 1) * tile
 
 
-def _split(group: IntArray, px: IntArray, py: IntArray, side: int, cost: _Cost) -> Iterator[IntArray]:
+def _split(group: _Group, columns: list[int], rows: list[int], cost: _Cost) -> list[_Group]:
     """The group whole, or cut at the middle of its longer side where that decodes less."""
-    width, height = np.ptp(px[group]) + side, np.ptp(py[group]) + side
-    if len(group) * side * side >= 0.98 * width * height:
-        yield group
-        return
-    along = px[group] if width >= height else py[group]
-    low = along < (int(along.min()) + int(along.max()) + 1) / 2
-    parts = group[low], group[~low]
-    if not len(parts[0]) or not len(parts[1]):
-        yield group
-        return
-    halves = [list(_split(part, px, py, side, cost)) for part in parts]
-    apart = sum(cost.of(part) for half in halves for part in half)
-    if apart < cost.of(group):
-        yield from (part for half in halves for part in half)
-    else:
-        yield group
+    width, height = group.right - group.left + cost.side, group.bottom - group.top + cost.side
+    if len(group.tiles) * cost.side**2 >= 0.98 * width * height:
+        return [group]
+    along, first, last = (
+        (columns, group.left, group.right) if width >= height else (rows, group.top, group.bottom)
+    )
+    middle = (first + last + 1) / 2
+    low = [tile for tile in group.tiles if along[tile] < middle]
+    high = [tile for tile in group.tiles if along[tile] >= middle]
+    if not low or not high:
+        return [group]
+    parts = [
+        part for half in (low, high) for part in _split(_group(half, columns, rows), columns, rows, cost)
+    ]
+    return parts if sum(map(cost.of, parts)) < cost.of(group) else [group]

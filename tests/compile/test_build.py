@@ -35,7 +35,7 @@ from slide2vec.errors import ConfigError, EngineError
 from slide2vec.recipes import EnginePolicy, Recipe
 from slide2vec.runtime.base import BatchProfile
 from slide2vec.runtime.openvino_engine import capabilities
-from slide2vec.runtime.record import RECORD_NAME, SCHEMA, read_record
+from slide2vec.runtime.record import RECORD_NAME, SCHEMA, key_of, read_record
 
 CPU = torch.device("cpu")
 #: Such small encoders are no measure.
@@ -75,6 +75,8 @@ def only(store: EngineStore) -> StoredEngine:
 
 def changed_record(store: EngineStore, **changes: Any) -> None:
     path = only(store).directory / RECORD_NAME
+    if "identity" in changes:
+        changes["key"] = key_of(changes["identity"])
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 

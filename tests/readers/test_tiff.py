@@ -395,6 +395,44 @@ def test_averaged_while_decoding(ratio: int, tmp_path: Path, tiffs: Any) -> None
             np.testing.assert_array_equal(outside, expected)
 
 
+@pytest.mark.parametrize("ratio", [1, 2])
+def test_tiles_under_none_of_the_squares_are_not_decoded(ratio: int, tmp_path: Path, tiffs: Any) -> None:
+    """Neither paid for nor judged; squares have their pixels all the same, at the edge, too."""
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    path = write(tmp_path / "a.tif", pixels, compression="zlib")
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        where = tiff.pages[0].dataoffsets[DAMAGED]
+        tiff.filehandle.seek(where)
+        tiff.filehandle.write(bytes(64))
+    corner, size = (100, 100), (330, 220)
+    corners = np.array(
+        [[0, 0], [156, 0], [250, 140], [2, 140]]
+    )  # the damaged tile has x 92 to 156, y 28 to 92
+    with open_slide(as_slide(path), "tiff") as reader:
+        assert isinstance(reader, BufferedReader)
+        memory = np.zeros(220 * 330 * 3, np.uint8)
+        found = reader.read_into(memory, corner, 0, size, ratio, (corners, 80))
+        assert found is not None
+        for x, y in corners.tolist():
+            expected = reader.read_region((100 + x, 100 + y), 0, (80, 80))
+            side = 80 // ratio
+            if ratio > 1:
+                expected = cv2.resize(expected, (side, side), interpolation=cv2.INTER_AREA)
+            x, y = x // ratio, y // ratio
+            np.testing.assert_array_equal(found[y : y + side, x : x + side], expected)
+        for touching in ([13, 0], [155, 0], [100, 91]):
+            with pytest.raises(SlideReadError, match="damaged"):
+                reader.read_into(memory, corner, 0, size, ratio, (np.array([touching]), 80))
+
+
+def test_memory_of_tiles_is_one_that_decoders_write_through_the_cache() -> None:
+    """At a multiple of 16 or 32 bytes libjpeg-turbo writes past it."""
+    for shape in ((256, 256), (240, 240, 3), (64, 64, 1)):
+        memory = codecs_module.tile_memory(*shape)
+        assert memory.shape == (*shape, 3)[:3] and memory.flags.c_contiguous
+        assert memory.ctypes.data % 16
+
+
 def test_memory_of_supertiles_holds_nothing_of_the_one_before(tmp_path: Path, tiffs: Any) -> None:
     """Sparse tiles are white in memory that is used again, too."""
     pixels = np.zeros((300, 400, 3), np.uint8)

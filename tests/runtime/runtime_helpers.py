@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from slide2vec.runtime.base import BatchProfile
-from slide2vec.runtime.record import RECORD_NAME, EngineRecord
+from slide2vec.runtime.record import RECORD_NAME, EngineRecord, key_of
 
 
 def write_record(folder: Path, **changes: Any) -> None:
-    """The engine.json of a TensorRT engine; `changes` may be wrong."""
+    """The engine.json of a TensorRT engine, with the key of its identity; `changes` may be wrong."""
+    identity = changes.get("identity", {})
     record = EngineRecord(
-        key="0" * 16,
+        key=key_of(identity),
         identity={},
         preset="tiny",
         variant="cls",

@@ -198,6 +198,17 @@ def test_damaged_metadata(change: Callable[[Meta], object], tiling: Tiling, tmp_
         load_coordinates(tmp_path, "s")
 
 
+@pytest.mark.parametrize(
+    "name", ["seg_spacing_um", "seg_level", "seg_downsample", "requested_seg_downsample"]
+)
+def test_a_segmentation_without_its_numbers(name: str, tiling: Tiling, tmp_path: Path) -> None:
+    """HS2P always writes them, in the versions that have them."""
+    write_coordinates(tmp_path, tiling)
+    edit(tmp_path, lambda meta: meta["segmentation"].update({name: None}))
+    with pytest.raises(TilingError, match=rf"slide s: .*segmentation\.{name} is None, not a number"):
+        load_coordinates(tmp_path, "s")
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_truncated_files(which: int, tiling: Tiling, tmp_path: Path) -> None:
     write_coordinates(tmp_path, tiling)

@@ -12,6 +12,7 @@ from PIL import Image
 from tiling_helpers import ArrayReader, a_slide, blank, settings
 
 from slide2vec.tiling import Tiling, tile_slide
+from slide2vec.tiling import remarks as remarks_module
 
 BROWN, GREEN_PEN, PINK = (150, 100, 60), (40, 160, 60), (200, 120, 180)
 SIDE = 2240  # 20 tiles of 112 px
@@ -176,3 +177,14 @@ def test_the_overview_of_a_large_level_is_of_the_pixels_that_were_segmented() ->
     assert tissue.overview is not None and tissue.overview_step == 3
     assert np.array_equal(tissue.overview, image[::3, ::3])
     assert tissue.overview_mask.shape == tissue.overview.shape[:2]
+
+
+def test_medians_of_counted_grey_levels() -> None:
+    """NumPy's, of the levels themselves: of an even number between the two in the middle."""
+    random = np.random.default_rng(0)
+    for count in (1, 2, 7, 1000, 1001):
+        for highest in (1, 2, 256):
+            levels = random.integers(0, highest, count, np.uint8)
+            counts = np.bincount(levels, minlength=256).astype(np.float32)
+            assert remarks_module._median(counts) == np.median(levels)
+    assert remarks_module._median(np.eye(256, dtype=np.float32)[[0, 3]].sum(axis=0)) == 1.5

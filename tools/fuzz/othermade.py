@@ -182,18 +182,19 @@ _PARITY = {
 
 def _make_engine(folder: Path) -> None:
     from slide2vec.runtime.base import BatchProfile
-    from slide2vec.runtime.record import EngineRecord
+    from slide2vec.runtime.record import EngineRecord, key_of
 
     folder.mkdir()
+    identity = {
+        "encoder": "x",
+        "weights": "0123",
+        "device": {"type": "cuda", "name": "a GPU"},
+        "libraries": {"torch": "2"},
+    }
     (folder / "engine.bin").write_bytes(bytes(range(256)))
     record = EngineRecord(
-        key="0123456789abcdef",
-        identity={
-            "encoder": "x",
-            "weights": "0123",
-            "device": {"type": "cuda", "name": "a GPU"},
-            "libraries": {"torch": "2"},
-        },
+        key=key_of(identity),
+        identity=identity,
         preset="p",
         variant="v",
         runtime="tensorrt",
