@@ -77,8 +77,8 @@ def embed_cohort(
                 for slide, embedding in todo.embeddings:
                     sink.put_embedding(slide, embedding)
                 if todo.slides:
-                    with closing(embedder.embed_into(sink, todo.slides)) as embedding_them:
-                        for _ in embedding_them:  # nothing comes back: it goes onto disk
+                    with closing(embedder.embed_into(sink, todo.slides)) as outcomes:
+                        for _ in outcomes:  # nothing comes back: it goes onto disk
                             pass
         return books.result(log.summary)
 
