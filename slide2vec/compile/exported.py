@@ -76,8 +76,9 @@ def _of_one_size(encoder: nn.Module, size_px: int) -> nn.Module:
     for module in made.modules():
         set_input_size: Any = getattr(module, "set_input_size", None)
         if getattr(module, "dynamic_img_size", False) and set_input_size is not None:
-            patch = module.patch_embed.patch_size  # type: ignore[union-attr]
-            table = positions_for(module, (size_px // patch[0], size_px // patch[1]))
+            patches: Any = module.patch_embed
+            height, width = patches.patch_size
+            table = positions_for(module, (size_px // height, size_px // width))
             set_input_size(img_size=size_px)
             if table is not None:  # resampled otherwise than by timm
                 module.pos_embed = nn.Parameter(table.detach(), requires_grad=False)
