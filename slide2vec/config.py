@@ -41,7 +41,7 @@ __all__ = [
 
 Backend = Literal["auto", "tiff", "dicom", "cucim", "openslide", "vips", "asap"]
 Precision = Literal["fp16", "bf16", "fp32", "fp8"]
-EngineChoice = Literal["auto", "torch", "tensorrt", "openvino", "inductor"]
+EngineChoice = Literal["auto", "torch", "tensorrt", "tensorrt-rtx", "openvino", "inductor"]
 OutputFormat = Literal["pt", "npz", "safetensors", "h5"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EnginesDir", "Runtime", "build_engine", "building", "engine_row"]
 
-Runtime = Literal["tensorrt", "openvino", "inductor"]
+Runtime = Literal["tensorrt", "tensorrt-rtx", "openvino", "inductor"]
 EnginesDir = Annotated[
     Path | None,
     typer.Option(
@@ -77,6 +77,14 @@ def build_engine(
         Literal["none", "same_compute_capability", "ampere_plus"],
         typer.Option(help="TensorRT: other GPUs that may run it, more slowly."),
     ] = "none",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="TensorRT-RTX: GPUs to build for, as sm89,sm120; needs none here "
+            "[this GPU's; without one all since sm80].",
+            show_default=False,
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -84,7 +92,8 @@ def build_engine(
     """Compile a preset's encoder for this machine; from then on it is used by itself.
 
     The engine is compared with the encoder in fp32 on tiles of tissue and published only if it is close
-    enough; a precision that is not makes way for the next higher one, and you are told.
+    enough; a precision that is not makes way for the next higher one, and you are told. With --runtime
+    tensorrt-rtx no GPU is needed: the engine is then compared at first use on one.
     """
     from slide2vec.compile import BuildOptions, EngineStore
 
@@ -101,6 +110,7 @@ def build_engine(
         workspace_bytes=None if workspace_gb is None else int(workspace_gb * 1e9),
         optimization_level=optimization_level,
         hardware_compatibility=hardware_compatibility,
+        targets=tuple(name.strip().lower() for name in target.split(",")) if target else (),
     )
     model = {
         "weights": weights,
@@ -133,12 +143,13 @@ def _compilable() -> list[str]:
 
 
 def _build(preset: str, model: dict[str, Any], options: BuildOptions, store: EngineStore) -> StoredEngine:
-    from slide2vec.compile.build import check_compilable
+    from slide2vec.compile.build import check_possible
     from slide2vec.recipes import load_recipe
+    from slide2vec.runtime import pick_device
 
     recipe = load_recipe(preset)
     recipe.variant(model["output_variant"])  # what cannot work is found before anything slow
-    check_compilable(recipe)
+    check_possible(recipe, pick_device(model["device"]), options)
     note(f"loading {preset} …")
     from slide2vec.model import Model
 
@@ -161,14 +172,13 @@ def _progress() -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import Progress
 
-    stage = ""
+    told: set[str] = set()  # phases of TensorRT nest: each is told once
     with Progress(console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task("", visible=False)
 
         def show(what: str, step: int, steps: int) -> None:
-            nonlocal stage
-            if what != stage:
-                stage = what
+            if what not in told:
+                told.add(what)
                 note(f"{what} …")
             bars.update(task, description=what, completed=step, total=steps or None, visible=steps > 0)
 
@@ -177,7 +187,9 @@ def _progress() -> Iterator[Progress]:
 
 def engine_row(engine: StoredEngine) -> tuple[object, ...]:
     """An engine in a table with COLUMNS."""
-    record = engine.record
+    from slide2vec.compile.proof import as_proven
+
+    record = as_proven(engine).record
     speed, plain = record.speed.get("engine"), record.speed.get("torch")
     return (
         engine.name,
@@ -186,7 +198,7 @@ def engine_row(engine: StoredEngine) -> tuple[object, ...]:
         f"{speed:,.1f}" if speed else "",
         f"{plain:,.1f}" if plain else "",
         f"{speed / plain:.2f}" if speed and plain else "",
-        f"{record.parity['min_cosine']:.6f}",
+        f"{record.parity['min_cosine']:.6f}" if record.parity else "unproven",
         f"{engine.size_bytes / 1e6:,.0f}",
         f"{record.build_seconds:,.0f}",
     )
@@ -204,9 +216,8 @@ def _print(built: list[StoredEngine], failed: dict[str, Exception], as_json: boo
     if built:
         numbers = COLUMNS[3:]
         stdout().print(table(COLUMNS, [engine_row(engine) for engine in built], numbers=numbers))
-        typer.echo(
-            f"\nIn {built[0].directory.parent}; used from now on where precision and machine are the same."
-        )
+        where = built[0].directory.parent
+        typer.echo(f"\nIn {where}; used from now on where precision and machine are the same.")
     for engine in built:
         _print_remarks(engine)
     for name, error in failed.items():
@@ -214,11 +225,15 @@ def _print(built: list[StoredEngine], failed: dict[str, Exception], as_json: boo
 
 
 def _print_remarks(engine: StoredEngine) -> None:
-    record = engine.record
+    from slide2vec.compile.proof import as_proven, is_to_be_proven, state
+
+    record = as_proven(engine).record
     for step in record.steps_down:
         note(f"{record.preset}: not in {step['precision']}: {step['reason']}")
     if record.left_out:
         note(f"{record.preset}: in fp16, as fp8 disturbs them most: {', '.join(record.left_out)}")
+    if is_to_be_proven(record):
+        note(f"{engine.name}: {state(engine)}")
     if record.is_slower:
         note(f"{engine.name} is slower than PyTorch here: it is used only with --engine {record.runtime}")
     note(f"licence of {record.preset}: {record.licence}")

@@ -97,7 +97,7 @@ def debugging() -> bool:
 Backend = Literal["auto", "tiff", "dicom", "cucim", "vips", "openslide", "asap"]
 Format = Literal["pt", "npz", "safetensors", "h5"]
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]
-EngineName = Literal["auto", "torch", "tensorrt", "openvino", "inductor"]
+EngineName = Literal["auto", "torch", "tensorrt", "tensorrt-rtx", "openvino", "inductor"]
 Engine = Annotated[
     EngineName, typer.Option(help="What runs the encoder: auto takes a compiled one where there is one.")
 ]

@@ -9,7 +9,7 @@ import typer
 
 from slide2vec.cli.build_engine import COLUMNS, EnginesDir, engine_row
 from slide2vec.cli.console import Debug, Json, facts, note, print_error, print_json, stdout, table
-from slide2vec.errors import ConfigError, Slide2VecError
+from slide2vec.errors import ConfigError, EngineError, Slide2VecError
 
 if TYPE_CHECKING:
     from slide2vec.compile import EngineStore, StoredEngine
@@ -54,7 +54,10 @@ def show(name: Name, folder: EnginesDir = None, as_json: Json = False, debug: De
 
 
 def _facts(engine: StoredEngine) -> Iterator[tuple[str, str]]:
-    record = engine.record
+    from slide2vec.compile.identity import targets_of
+    from slide2vec.compile.proof import as_proven, is_to_be_proven, state
+
+    record = as_proven(engine).record
     yield "engine", engine.name
     yield "folder", str(engine.directory)
     yield "encoder", f"{record.preset} ({record.variant}), {record.feature_dim} dimensions"
@@ -67,17 +70,21 @@ def _facts(engine: StoredEngine) -> Iterator[tuple[str, str]]:
         yield "", f"in fp16, as fp8 disturbs them most: {', '.join(record.left_out)}"
     profile = record.profile
     yield "batches", f"{profile.min} to {profile.max} tiles, {profile.opt} best"
-    yield (
-        "parity",
-        (
-            f"cosine {record.parity['min_cosine']:.6f} at least, {record.parity['mean_cosine']:.6f} on "
-            f"average, to PyTorch in fp32 over {record.parity['tiles']} tiles of tissue"
-        ),
-    )
+    if is_to_be_proven(record):
+        yield "state", state(engine)
+    if record.parity:
+        yield (
+            "parity",
+            (
+                f"cosine {record.parity['min_cosine']:.6f} at least, {record.parity['mean_cosine']:.6f} on "
+                f"average, to PyTorch in fp32 over {record.parity['tiles']} tiles of tissue"
+            ),
+        )
     if record.speed:
         yield "speed", f"{record.speed['engine']:,.1f} tiles/s; PyTorch {record.speed['torch']:,.1f}"
     device = record.identity["device"]
-    yield "for", ", ".join(str(value) for value in device.values() if isinstance(value, str))
+    named = (str(value) for value in device.values() if isinstance(value, str))
+    yield "for", ", ".join([*named, *targets_of(record)])
     yield "weights", str(record.identity["weights"])
     yield "built", f"{record.built_at} in {record.build_seconds:,.0f} s, {engine.size_bytes / 1e6:,.0f} MB"
     yield "with", ", ".join(f"{name} {version}" for name, version in record.versions.items())
@@ -123,8 +130,15 @@ def verify(
 
 
 def _verify(engine: StoredEngine, device: str | None) -> None:
+    import torch
+
+    from slide2vec.compile.proof import is_to_be_proven, prove_anew, state
     from slide2vec.compile.verify import verify_engine
     from slide2vec.runtime import pick_device
 
-    parity = verify_engine(engine, pick_device(device or engine.record.identity["device"]["type"]))
+    if is_to_be_proven(engine.record) and not torch.cuda.is_available():
+        damage = engine.damage() or f"its files are as they were built; {state(engine)}"
+        raise EngineError(f"engine {engine.name}: {damage} (PyTorch sees no GPU here)")
+    check = prove_anew if is_to_be_proven(engine.record) else verify_engine
+    parity = check(engine, pick_device(device or engine.record.identity["device"]["type"]))
     typer.echo(f"{engine.name}: good, cosine {parity.min_cosine:.6f} at least")

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slide2vec.compile.builders import BUILDERS, Built, Job, Progress, default_runtime, unavailable
-from slide2vec.compile.identity import Subject, identity, library_versions
+from slide2vec.compile.builders import BUILDERS, Built, Job, Progress, default_runtime, no_aiming, unavailable
+from slide2vec.compile.identity import Subject, identity, library_versions, target_here
 from slide2vec.compile.parity import Parity, batch_sizes, compare, reference_features
-from slide2vec.compile.select import find_engine
-from slide2vec.compile.speed import tiles_per_second
+from slide2vec.compile.proof import is_to_be_proven, state, write_proof
+from slide2vec.compile.speed import beside_torch
 from slide2vec.compile.store import EngineStore, StoredEngine, engine_name
 from slide2vec.compile.tiles import tissue_pixels
 from slide2vec.compile.verify import write_reference
@@ -30,9 +30,9 @@ from slide2vec.runtime import batch_size_for
 from slide2vec.runtime.base import BatchProfile, Engine, Layout
 from slide2vec.runtime.loading import load_engine
 from slide2vec.runtime.record import RECORD_NAME, EngineRecord, key_of
-from slide2vec.runtime.torch_engine import TorchEngine
+from slide2vec.runtime.tensorrt.targets import TARGETS, default_targets, unsuited
 
-__all__ = ["BuildOptions", "build_engine", "check_compilable"]
+__all__ = ["BuildOptions", "build_engine", "check_possible"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,9 @@ class BuildOptions:
     """What to build.
 
     Attributes:
-        runtime: "tensorrt", "openvino" or "inductor"; None = the best that there is for the device.
-        precision: "fp32", "bf16", "fp16" or "fp8"; None = the preset's on CUDA, fp32 elsewhere.
+        runtime: "tensorrt", "tensorrt-rtx", "openvino" or "inductor"; None = the best that there is for the
+            device.
+        precision: "fp32", "bf16", "fp16" or "fp8"; None = the preset's on CUDA, fp32 on a CPU.
         batch_size: tiles that it is built for; None = chosen for the encoder and device.
         layout: of the pixels it takes; None = the recipe's.
         opset: of the ONNX; None = the best that works.
@@ -60,6 +61,8 @@ class BuildOptions:
         keep_onnx: keep the ONNX file beside it.
         force: build it although it is there.
         workspace_bytes, optimization_level, hardware_compatibility: TensorRT's.
+        targets: compute capabilities that TensorRT-RTX builds for ("sm89", …), with or without a GPU here; by
+            default the GPU's own, and without one all that it knows and the precision allows.
     """
 
     runtime: str | None = None
@@ -73,6 +76,7 @@ class BuildOptions:
     workspace_bytes: int | None = None
     optimization_level: int = 3
     hardware_compatibility: str = "none"
+    targets: tuple[str, ...] = ()
 
 
 def build_engine(
@@ -102,20 +106,26 @@ def build_engine(
         OutputError: the store cannot be written to.
     """
     options = options or BuildOptions()
-    check_compilable(recipe)
+    _check_compilable(recipe)
     plan = _Plan.of(recipe, device, options)
     encoder = encoder.cpu()
-    subject = Subject(recipe, variant, device, cache(lambda: weights_digest(encoder)))
+    subject = Subject(recipe, variant, plan.device, cache(lambda: weights_digest(encoder)))
     store = store or EngineStore()
     with store.building(plan.name(subject)) as folder:
         there = _there(store, subject, plan)
         if there is not None and not options.force:
             logger.warning("engine %s is there already", there.name)
             return there
-        return _Build(encoder, subject, plan, options, store, folder, progress).run()
+        return _Build(encoder, subject, plan, options, store, folder, progress, device).run()
 
 
-def check_compilable(recipe: Recipe) -> None:
+def check_possible(recipe: Recipe, device: torch.device, options: BuildOptions) -> None:
+    """Raise EngineError or ConfigError where a build cannot succeed, before anything slow."""
+    _check_compilable(recipe)
+    _Plan.of(recipe, device, options)
+
+
+def _check_compilable(recipe: Recipe) -> None:
     """Raise EngineError where a preset cannot be compiled, with the reason."""
     if recipe.compile:
         return
@@ -125,32 +135,46 @@ def check_compilable(recipe: Recipe) -> None:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The options, resolved."""
+    """The options, resolved.
+
+    Attributes:
+        device: that the engine is for; without a GPU here an engine of TensorRT-RTX is for one all the same.
+        targets: of TensorRT-RTX, sorted.
+        runs_here: whether it can be compared with the encoder on this machine.
+    """
 
     runtime: str
     precision: str
     layout: Layout
     profile: BatchProfile
     opset: int | None
+    device: torch.device
+    targets: tuple[str, ...]
+    runs_here: bool
 
     @classmethod
     def of(cls, recipe: Recipe, device: torch.device, options: BuildOptions) -> _Plan:
-        precision = options.precision or (recipe.precision if device.type == "cuda" else "fp32")
-        if options.runtime is None:
-            runtime = default_runtime(precision, device)
-        elif options.runtime not in BUILDERS:
-            raise ConfigError(f"runtime={options.runtime!r} is not one of {', '.join(BUILDERS)}")
-        else:
-            runtime = options.runtime
-        if reason := unavailable(runtime, precision, device):
+        chosen = options.runtime or ("tensorrt-rtx" if options.targets else None)
+        if chosen is not None and chosen not in BUILDERS:
+            raise ConfigError(f"runtime={chosen!r} is not one of {', '.join(BUILDERS)}")
+        on_gpu = device.type == "cuda" or chosen == "tensorrt-rtx"
+        precision = options.precision or (recipe.precision if on_gpu else "fp32")
+        runtime = chosen or default_runtime(precision, device)
+        targets = _targets(runtime, precision, device, options)
+        reason = no_aiming(precision, targets) if targets else unavailable(runtime, precision, device)
+        if reason is not None:
             raise EngineError(f"no {runtime} engine in {precision} can be built here: {reason}")
-        size = options.batch_size or batch_size_for(recipe.gflops, device)
+        meant = torch.device("cuda") if targets and device.type != "cuda" else device
+        size = options.batch_size or batch_size_for(recipe.gflops, meant)
         return cls(
             runtime,
             precision,
             options.layout or recipe.engine.layout,
             BatchProfile(1, size, size),
             options.opset,
+            meant,
+            targets,
+            not targets or (device.type == "cuda" and target_here(device) in targets),
         )
 
     def identity(self, subject: Subject, precision: str | None = None) -> dict[str, Any]:
@@ -162,6 +186,7 @@ class _Plan:
             layout=self.layout,
             profile=self.profile,
             opset=self.opset,
+            targets=self.targets,
         )
         return {**made, "weights": subject.weights()}
 
@@ -171,11 +196,31 @@ class _Plan:
         return engine_name(subject.recipe.name, subject.variant, self.runtime, self.precision, key)
 
 
+def _targets(runtime: str, precision: str, device: torch.device, options: BuildOptions) -> tuple[str, ...]:
+    """Compute capabilities that an engine is built for; none but for TensorRT-RTX."""
+    if runtime != "tensorrt-rtx":
+        if options.targets:
+            raise ConfigError(f"targets are TensorRT-RTX's: {runtime} builds for the device at hand")
+        return ()
+    if options.hardware_compatibility != "none":
+        raise ConfigError(
+            f"hardware_compatibility={options.hardware_compatibility} is TensorRT's; TensorRT-RTX has targets"
+        )
+    if options.targets:
+        return tuple(target for target in TARGETS if target in options.targets) + tuple(
+            target
+            for target in options.targets
+            if target not in TARGETS  # to be refused in words
+        )
+    return (target_here(device),) if device.type == "cuda" else default_targets(precision)
+
+
 def _there(store: EngineStore, subject: Subject, plan: _Plan) -> StoredEngine | None:
     """The very engine that is asked for."""
-    for engine in find_engine(store, subject, plan.precision, (plan.runtime,)).matching:
-        wanted = plan.identity(subject, engine.record.precision)
-        if engine.record.identity == wanted:
+    for engine in store:
+        record = engine.record
+        asked = plan.precision in (record.precision, record.asked_precision)
+        if asked and record.identity == plan.identity(subject, record.precision):
             return engine
     return None
 
@@ -192,7 +237,9 @@ class _Build:
         store: EngineStore,
         folder: Path,
         progress: Progress,
+        device: torch.device,
     ) -> None:
+        self.device = device
         self.encoder, self.subject, self.plan, self.options = encoder, subject, plan, options
         self.store, self.folder, self.progress = store, folder, progress
         self.recipe = subject.recipe
@@ -211,8 +258,8 @@ class _Build:
         for precision in self._precisions():
             try:
                 record = self._built_in(precision, pixels, reference, failed)
-                write_reference(self.folder, *known)
-                return self.store.publish(self.folder, record)
+                write_reference(self.folder, *known, self.recipe.engine.threshold(precision))
+                return self._published(record)
             except EngineError as error:
                 failed.append({"precision": precision, "reason": str(error)})
                 logger.warning(
@@ -222,6 +269,19 @@ class _Build:
         tried = "; ".join(f"{each['precision']}: {each['reason']}" for each in failed)
         raise EngineError(f"no {self.plan.runtime} engine of {self.recipe.name} could be built ({tried})")
 
+    def _published(self, record: EngineRecord) -> StoredEngine:
+        """In the store; one that is to be proven on every kind of GPU is proven on this one."""
+        if not is_to_be_proven(record):
+            return self.store.publish(self.folder, record)
+        made = self.store.publish(self.folder, replace(record, parity={}, speed={}))
+        if record.parity:
+            sizes = tuple(record.parity["batch_sizes"])
+            parity = Parity(**{**record.parity, "batch_sizes": sizes})
+            write_proof(made, self.device, parity, record.speed)
+        else:
+            logger.info("engine %s could not be compared here: %s", made.name, state(made))
+        return made
+
     def _known_tiles(self) -> tuple[Tensor, Tensor]:
         """Tiles of a generated slide and their features in fp32: what the engine is verified with later."""
         pixels = tissue_pixels(self.recipe, TILES)
@@ -229,13 +289,16 @@ class _Build:
 
     def _reference(self, pixels: Tensor) -> Tensor:
         self.progress("reference in PyTorch, fp32", 0, 0)
-        found = reference_features(self.encoder, self.mean_std, pixels, self.subject.device, self.dim)
+        found = reference_features(self.encoder, self.mean_std, pixels, self.device, self.dim)
         self.encoder.cpu()
         return found
 
     def _precisions(self) -> Iterator[str]:
         for precision in STEPS_DOWN.get(self.plan.precision, (self.plan.precision,)):
-            if unavailable(self.plan.runtime, precision, self.subject.device) is None:
+            targets, runtime = self.plan.targets, self.plan.runtime
+            if any(unsuited(target, precision) for target in targets):
+                continue
+            if targets or unavailable(runtime, precision, self.device) is None:
                 yield precision
 
     def _built_in(
@@ -248,8 +311,10 @@ class _Build:
         """
         built = BUILDERS[self.plan.runtime](self._job(precision, pixels))
         record = self._record(precision, built, failed)
+        if not self.plan.runs_here:
+            return replace(record, build_seconds=self._seconds())
         (self.folder / RECORD_NAME).write_text(record.as_json(), encoding="utf-8")  # to be loaded by
-        engine = load_engine(self.folder, self.subject.device)
+        engine = load_engine(self.folder, self.device)
         try:
             self.progress("comparing with PyTorch", 0, 0)
             least = self.recipe.engine.threshold(precision)
@@ -260,8 +325,10 @@ class _Build:
             speed = self._speed(engine, pixels)
         finally:
             engine.close()
-        seconds = round(time.perf_counter() - self.started, 1)
-        return replace(record, parity=_as_json(parity), speed=speed, build_seconds=seconds)
+        return replace(record, parity=_as_json(parity), speed=speed, build_seconds=self._seconds())
+
+    def _seconds(self) -> float:
+        return round(time.perf_counter() - self.started, 1)
 
     def _job(self, precision: str, pixels: Tensor) -> Job:
         return Job(
@@ -280,6 +347,7 @@ class _Build:
             optimization_level=self.options.optimization_level,
             hardware_compatibility=self.options.hardware_compatibility,
             timing_cache=self.store.root / "tensorrt-timing.cache",
+            targets=self.plan.targets,
         )
 
     def _record(self, precision: str, built: Built, failed: list[dict[str, str]]) -> EngineRecord:
@@ -311,13 +379,7 @@ class _Build:
     def _speed(self, engine: Engine, pixels: Tensor) -> dict[str, float]:
         """Tiles/s of the engine and, in the same minute, of PyTorch in the same precision."""
         self.progress("measuring", 0, 0)
-        device = self.subject.device
-        precision = "fp16" if engine.precision == "fp8" else engine.precision
-        plain = TorchEngine(self.encoder, feature_dim=self.dim, precision=precision, device=device)
-        rivals = {"engine": engine, "torch": plain}
-        found = tiles_per_second(rivals, self.mean_std, pixels, self.plan.profile.opt)
-        self.encoder.cpu()
-        return {name: round(speed, 2) for name, speed in found.items()}
+        return beside_torch(engine, self.encoder, self.mean_std, pixels, self.plan.profile.opt)
 
 
 def _as_json(parity: Parity) -> dict[str, Any]:

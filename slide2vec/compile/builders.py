@@ -46,6 +46,7 @@ class Job:
         calibration: (N, H, W, 3) uint8, tiles that number ranges are taken from (fp8).
         keep_onnx: leave the ONNX file beside the engine.
         workspace_bytes, optimization_level, hardware_compatibility, timing_cache: TensorRT's.
+        targets: compute capabilities, TensorRT-RTX's.
     """
 
     encoder: nn.Module
@@ -63,6 +64,7 @@ class Job:
     optimization_level: int = 3
     hardware_compatibility: str = "none"
     timing_cache: Path | None = None
+    targets: tuple[str, ...] = ()
 
     def exported(self, precision: str) -> ExportedEncoder:
         """The module to export, in a precision of PyTorch's."""
@@ -110,7 +112,8 @@ def default_runtime(precision: str, device: torch.device) -> str:
         EngineError: none can, and why.
     """
     reasons = []
-    for runtime in runtimes_for(device):
+    # Of NVIDIA's two, TensorRT-RTX where it knows the GPU: it builds in seconds, and installs from PyPI.
+    for runtime in sorted(runtimes_for(device), key=lambda name: name != "tensorrt-rtx"):
         reason = unavailable(runtime, precision, device)
         if reason is None:
             return runtime
@@ -175,6 +178,17 @@ def _no_inductor(precision: str, device: torch.device) -> str | None:
 
 def _tensorrt(job: Job) -> Built:
     """A plan for this GPU."""
+    with torch.cuda.device(job.device):
+        return _plan(job, "tensorrt")
+
+
+def _tensorrt_rtx(job: Job) -> Built:
+    """A plan for the compute capabilities of the job."""
+    return _plan(job, "tensorrt-rtx")
+
+
+def _plan(job: Job, runtime: str) -> Built:
+    """A plan of one of NVIDIA's two compilers."""
     from slide2vec.compile.fp8 import quantise_fp8
     from slide2vec.compile.parity import for_layout
     from slide2vec.compile.tensorrt import build_plan
@@ -194,18 +208,19 @@ def _tensorrt(job: Job) -> Built:
         if left_out:
             logger.warning("fp8 of %s: left in fp16: %s", job.recipe.name, ", ".join(left_out))
         onnx = quantised
-    with torch.cuda.device(job.device):
-        build_plan(
-            onnx,
-            job.folder / "encoder.plan",
-            profile=job.profile,
-            precision=job.precision,
-            workspace_bytes=job.workspace_bytes,
-            optimization_level=job.optimization_level,
-            timing_cache=job.timing_cache,
-            on_progress=job.progress,
-            hardware_compatibility=job.hardware_compatibility,
-        )
+    build_plan(
+        onnx,
+        job.folder / "encoder.plan",
+        profile=job.profile,
+        precision=job.precision,
+        workspace_bytes=job.workspace_bytes,
+        optimization_level=job.optimization_level,
+        timing_cache=job.timing_cache,
+        on_progress=job.progress,
+        hardware_compatibility=job.hardware_compatibility,
+        runtime=runtime,
+        targets=job.targets,
+    )
     job.drop_onnx(job.folder / ONNX_NAME)
     return Built("encoder.plan", opset, left_out)
 
@@ -213,16 +228,33 @@ def _tensorrt(job: Job) -> Built:
 def _no_tensorrt(precision: str, device: torch.device) -> str | None:
     from slide2vec.compile.tensorrt import unavailable
 
-    return no_onnx() or unavailable()
+    return no_onnx() or unavailable("tensorrt", precision, device)
+
+
+def _no_tensorrt_rtx(precision: str, device: torch.device) -> str | None:
+    from slide2vec.compile.tensorrt import unavailable
+
+    return no_onnx() or unavailable("tensorrt-rtx", precision, device)
+
+
+def no_aiming(precision: str, targets: tuple[str, ...]) -> str | None:
+    """Why TensorRT-RTX cannot build for compute capabilities on this machine, with or without a GPU."""
+    from slide2vec.runtime.tensorrt.available import not_loading
+    from slide2vec.runtime.tensorrt.targets import check_targets
+
+    check_targets(targets, precision)
+    return no_onnx() or not_loading("tensorrt-rtx")
 
 
 BUILDERS: dict[str, Callable[[Job], Built]] = {
     "openvino": _openvino,
     "inductor": _inductor,
     "tensorrt": _tensorrt,
+    "tensorrt-rtx": _tensorrt_rtx,
 }
 _REASONS: dict[str, Callable[[str, torch.device], str | None]] = {
     "openvino": _no_openvino,
     "inductor": _no_inductor,
     "tensorrt": _no_tensorrt,
+    "tensorrt-rtx": _no_tensorrt_rtx,
 }

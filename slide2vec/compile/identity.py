@@ -15,15 +15,17 @@ from slide2vec.compile.exported import GRAPH
 from slide2vec.recipes import Recipe
 from slide2vec.runtime.base import BatchProfile, Layout
 from slide2vec.runtime.record import SCHEMA, EngineRecord
+from slide2vec.runtime.tensorrt.targets import target_of
 from slide2vec.version import __version__
 
-__all__ = ["Subject", "differences", "identity", "library_versions"]
+__all__ = ["Subject", "differences", "identity", "library_versions", "target_here", "targets_of"]
 
 #: Distributions of a runtime, the first that is installed counts.
 DISTRIBUTIONS = {
     "openvino": ("openvino",),
     "inductor": ("torch",),
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings"),
+    "tensorrt-rtx": ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings"),
 }
 
 
@@ -50,8 +52,13 @@ def identity(
     layout: Layout,
     profile: BatchProfile,
     opset: int | None,
+    targets: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Everything but the weights that would make another engine, JSON-ready."""
+    """Everything but the weights that would make another engine, JSON-ready.
+
+    Args:
+        targets: compute capabilities that it is for, in place of the subject's device (TensorRT-RTX).
+    """
     recipe = subject.recipe
     transform = recipe.transform
     found = {
@@ -70,7 +77,7 @@ def identity(
         "graph": GRAPH,
         "runtime": runtime,
         "runtime_version": _version(DISTRIBUTIONS[runtime]),
-        "device": _device(subject.device, runtime),
+        "device": _targeted(targets) if targets else _device(subject.device, runtime),
     }
     return dict(json.loads(json.dumps(found)))
 
@@ -84,11 +91,36 @@ def differences(subject: Subject, record: EngineRecord) -> Iterator[str]:
         layout=record.layout,
         profile=record.profile,
         opset=record.identity.get("opset"),
+        targets=_targets(record, subject.device),
     )
     names = [name for name in wanted if wanted[name] != record.identity.get(name)]
     if not names and subject.weights() != record.identity.get("weights"):
         names = ["weights"]
     yield from names
+
+
+def targets_of(record: EngineRecord) -> tuple[str, ...]:
+    """Compute capabilities that an engine of TensorRT-RTX is for; none of other runtimes."""
+    found = record.identity.get("device", {}).get("targets", ())
+    return tuple(map(str, found)) if isinstance(found, list) else ()
+
+
+def target_here(device: torch.device) -> str:
+    """The compute capability of a CUDA device of this machine, as a target."""
+    return target_of(*torch.cuda.get_device_capability(device))
+
+
+def _targets(record: EngineRecord, device: torch.device) -> tuple[str, ...]:
+    """Those of the record where the device is among them, else the device's own."""
+    if record.runtime != "tensorrt-rtx":
+        return ()
+    own = target_here(device)
+    recorded = targets_of(record)
+    return recorded if own in recorded else (own,)
+
+
+def _targeted(targets: tuple[str, ...]) -> dict[str, Any]:
+    return {"type": "cuda", "targets": sorted(targets, key=lambda name: int(name[2:]))}
 
 
 def library_versions(runtime: str) -> dict[str, str]:

@@ -9,7 +9,9 @@ from torch import nn
 
 from slide2vec.compile.builders import default_runtime
 from slide2vec.compile.identity import Subject, differences
+from slide2vec.compile.proof import is_to_be_proven, proof_on, prove, proven
 from slide2vec.compile.store import EngineStore, StoredEngine
+from slide2vec.compile.verify import check_files
 from slide2vec.errors import ConfigError, EngineError, ExtraMissingError
 from slide2vec.runtime.base import Engine
 from slide2vec.runtime.loading import COMPILED, load_engine, not_here, runtimes_for
@@ -50,14 +52,25 @@ def find_engine(store: EngineStore, subject: Subject, precision: str, runtimes: 
             continue
         if record.runtime not in runtimes or precision not in (record.precision, record.asked_precision):
             continue
-        if reason := not_here(record.runtime, record.precision):
+        if reason := not_here(record.runtime, record.precision, subject.device):
             found.stale[engine.name] = reason
         elif changed := list(differences(subject, record)):
             found.stale[engine.name] = f"built with another {', '.join(changed)}"
+        elif is_to_be_proven(record):
+            _sort(engine, subject, found)
         else:
             found.matching.append(engine)
     found.matching.sort(key=lambda engine: _rank(engine, precision, runtimes))
     return found
+
+
+def _sort(engine: StoredEngine, subject: Subject, found: Found) -> None:
+    """An engine that is proven on each kind of GPU: as it was here, if it was. One that failed is stale."""
+    proof = proof_on(engine, subject.device)
+    if proof is not None and proof.problem:
+        found.stale[engine.name] = f"on {proof.gpu} {proof.problem}; `slide2vec engines verify` tries again"
+    else:
+        found.matching.append(engine if proof is None else proven(engine, proof))
 
 
 def _rank(engine: StoredEngine, precision: str, runtimes: tuple[str, ...]) -> tuple[int, bool, float]:
@@ -92,8 +105,9 @@ def select_engine(
     runtimes = runtimes_for(subject.device)
     if choice != "auto":
         runtimes = tuple(name for name in runtimes if name == choice)
-        if choice not in {name for names in COMPILED.values() for name in names}:
-            raise ConfigError(f"engine={choice!r} is not auto, torch, tensorrt, openvino or inductor")
+        known = {name for names in COMPILED.values() for name in names}
+        if choice not in known:
+            raise ConfigError(f"engine={choice!r} is not auto, torch, {', '.join(sorted(known))}")
         if not runtimes:
             raise EngineError(f"engine={choice!r} does not run on {subject.device}")
     try:
@@ -110,9 +124,11 @@ def select_engine(
             logger.info("engine %s is not used: PyTorch was faster when it was built", engine.name)
             continue
         try:
-            loaded = load_engine(engine.directory, subject.device)
+            loaded = _loaded(engine, encoder, subject, choice)
         except (EngineError, ExtraMissingError) as error:
             problems[engine.name] = str(error)
+            continue
+        if loaded is None:
             continue
         _tell_precision(engine, precision)
         return Selected(loaded, engine.record.profile.opt)
@@ -122,6 +138,32 @@ def select_engine(
         logger.warning("engine %s is not used: %s", name, problem)
     _suggest(subject, precision)
     return _torch(encoder, subject, precision, compiled)
+
+
+def _loaded(engine: StoredEngine, encoder: nn.Module, subject: Subject, choice: str) -> Engine | None:
+    """An engine that may be used, proven if that is still to be done; None where PyTorch is faster.
+
+    Raises:
+        EngineError: it does not load, or is not close enough to its encoder on this GPU.
+        ExtraMissingError: as `load_engine`.
+    """
+    if not is_to_be_proven(engine.record) or engine.record.parity:
+        return load_engine(engine.directory, subject.device)
+    check_files(engine)
+    loaded = load_engine(engine.directory, subject.device)
+    try:
+        proof = prove(engine, loaded, encoder)
+    except BaseException:
+        loaded.close()
+        raise
+    if proof.problem:
+        loaded.close()
+        raise EngineError(f"on {proof.gpu} {proof.problem}")
+    if choice == "auto" and proven(engine, proof).record.is_slower:
+        logger.info("engine %s is not used: PyTorch is faster on %s", engine.name, proof.gpu)
+        loaded.close()
+        return None
+    return loaded
 
 
 def _torch(encoder: nn.Module, subject: Subject, precision: str, compiled: bool) -> Selected:

@@ -7,16 +7,31 @@ import time
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slide2vec.compile.parity import MeanStd, for_layout
 from slide2vec.runtime.base import Engine
+from slide2vec.runtime.torch_engine import TorchEngine
 
-__all__ = ["seconds_per_batch", "tiles_per_second"]
+__all__ = ["beside_torch", "seconds_per_batch", "tiles_per_second"]
 
 ROUNDS = 3
 #: A round lasts this long, and one batch at least.
 ROUND_S = 0.7
+
+
+def beside_torch(
+    engine: Engine, encoder: nn.Module, mean_std: MeanStd, pixels: Tensor, batch_size: int
+) -> dict[str, float]:
+    """Tiles/s of an engine and, in the same minute, of PyTorch in the same precision (fp16 for fp8).
+
+    The encoder is on the CPU afterwards.
+    """
+    precision = "fp16" if engine.precision == "fp8" else engine.precision
+    plain = TorchEngine(encoder, feature_dim=engine.feature_dim, precision=precision, device=engine.device)
+    found = tiles_per_second({"engine": engine, "torch": plain}, mean_std, pixels, batch_size)
+    encoder.cpu()
+    return {name: round(speed, 2) for name, speed in found.items()}
 
 
 def tiles_per_second(

@@ -153,6 +153,7 @@ class EngineStore:
         licence = _LICENCE.format(preset=record.preset, licence=record.licence)
         (folder / LICENCE_NAME).write_text(licence, encoding="utf-8")
         files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != RECORD_NAME)
+        files = [path for path in files if path.suffix != ".cache"]  # those change
         record = replace(record, checksums={path.name: _sha256(path) for path in files})
         (folder / RECORD_NAME).write_text(record.as_json(), encoding="utf-8")
         name = engine_name(record.preset, record.variant, record.runtime, record.precision, record.key)

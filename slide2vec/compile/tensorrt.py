@@ -1,13 +1,14 @@
-"""Building a TensorRT plan from an ONNX file: what can be asked for, and whether it can be had here."""
+"""Building a plan of TensorRT or TensorRT-RTX from an ONNX file: what can be asked for, and had here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-from slide2vec.errors import ConfigError
+from slide2vec.errors import ConfigError, EngineError, ExtraMissingError
 from slide2vec.runtime.base import BatchProfile
-from slide2vec.runtime.tensorrt.available import require, unavailable
+from slide2vec.runtime.tensorrt.available import is_installed, not_loading, require, unavailable
+from slide2vec.runtime.tensorrt.targets import check_targets
 
 __all__ = ["build_plan", "unavailable"]
 
@@ -27,9 +28,12 @@ def build_plan(
     timing_cache: Path | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
     hardware_compatibility: str = "none",
+    runtime: str = "tensorrt",
+    targets: tuple[str, ...] = (),
 ) -> None:
-    """Compile an ONNX file for the current CUDA device (`torch.cuda.device`); `plan` appears whole or not
-    at all. Takes minutes. Ctrl-C stops it at the next step.
+    """Compile an ONNX file: with TensorRT for the current CUDA device (`torch.cuda.device`), which takes
+    minutes; with TensorRT-RTX for compute capabilities, which needs no GPU. `plan` appears whole or not at
+    all. Ctrl-C stops it at the next step.
 
     Args:
         onnx: with one input, the batch first; external data lies beside it. Networks are strongly typed:
@@ -45,7 +49,10 @@ def build_plan(
         on_progress: called with (phase, steps done, steps), from TensorRT's threads. What it raises stops
             the build and is raised here.
         hardware_compatibility: other GPUs that the plan must run on: "none", "same_compute_capability" or
-            "ampere_plus" (Ampere and newer); slower.
+            "ampere_plus" (Ampere and newer); slower. TensorRT only.
+        runtime: "tensorrt" or "tensorrt-rtx".
+        targets: compute capabilities that the plan must run on ("sm89", …); TensorRT-RTX only, which needs
+            one at least.
 
     Raises:
         ConfigError: an argument that is not allowed.
@@ -54,7 +61,13 @@ def build_plan(
         OutputError: the plan cannot be written.
     """
     _check(precision, workspace_bytes, optimization_level, hardware_compatibility)
-    require()
+    if runtime == "tensorrt-rtx":
+        check_targets(targets, precision)
+        if reason := not_loading(runtime):
+            raise (EngineError if is_installed(runtime) else ExtraMissingError)(reason)
+        timing_cache = None  # with one it asks for a GPU, and times nothing
+    else:
+        require()
     from slide2vec.compile.tensorrt_builder import Settings, build
 
     settings = Settings(
@@ -63,8 +76,9 @@ def build_plan(
         workspace_bytes=workspace_bytes,
         optimization_level=optimization_level,
         hardware_compatibility=hardware_compatibility,
+        targets=targets,
     )
-    build(onnx, plan, settings, timing_cache, on_progress)
+    build(runtime, onnx, plan, settings, timing_cache, on_progress)
 
 
 def _check(precision: str, workspace_bytes: int | None, level: int, compatibility: str) -> None:

@@ -1,7 +1,4 @@
-"""TensorRT's builder: parse, configure, build. All that builds a plan calls TensorRT here.
-
-Import it only when TensorRT can be used (see `slide2vec.runtime.tensorrt.available`).
-"""
+"""The builder of TensorRT and TensorRT-RTX: parse, configure, build. All that builds plans is here."""
 
 from __future__ import annotations
 
@@ -12,25 +9,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-import tensorrt as trt
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 from slide2vec.errors import EngineError, OutputError
 from slide2vec.files import atomic_path
 from slide2vec.runtime.base import BatchProfile
-from slide2vec.runtime.tensorrt.plans import Log, told
+from slide2vec.runtime.tensorrt.library import Library, Log, told
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+else:  # which library a monitor belongs to is known when it is made: `Library.own`
+    trt = SimpleNamespace(IProgressMonitor=object)
 
 __all__ = ["Settings", "build"]
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-
-COMPATIBILITY = {
-    "none": trt.HardwareCompatibilityLevel.NONE,
-    "same_compute_capability": trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY,
-    "ampere_plus": trt.HardwareCompatibilityLevel.AMPERE_PLUS,
-}
 
 
 @dataclass(frozen=True)
@@ -42,6 +38,7 @@ class Settings:
     workspace_bytes: int | None
     optimization_level: int
     hardware_compatibility: str
+    targets: tuple[str, ...] = ()
 
 
 class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # untyped where TensorRT is not installed
@@ -79,29 +76,34 @@ class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # untyped where Tens
 
 
 def build(
-    onnx: Path, plan: Path, settings: Settings, cache: Path | None, on_progress: Progress | None
+    runtime: str,
+    onnx: Path,
+    plan: Path,
+    settings: Settings,
+    cache: Path | None,
+    on_progress: Progress | None,
 ) -> None:
     """See `slide2vec.compile.tensorrt.build_plan`."""
-    log = Log()
-    builder = trt.Builder(log)
-    # Networks of 11 are always strongly typed; the flag is there, and ignored.
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    _parse(onnx, network, log)
-    config = _configure(builder, settings)
-    _add_profile(onnx, builder, network, config, settings.profile)
+    library = Library(runtime)
+    log = library.log()
+    builder = library.new_builder(log)
+    network = builder.create_network(library.strongly_typed)
+    _parse(onnx, network, library, log)
+    config = _configure(builder, library, settings)
+    _add_profile(onnx, builder, network, config, library, settings.profile)
     timings = _read_timings(config, cache)
-    data = _compile(onnx, builder, network, config, log, on_progress)
+    data = _compile(onnx, builder, network, config, library, log, on_progress)
     with atomic_path(plan) as temporary:
         temporary.write_bytes(data)
     if cache is not None and timings is not None:
         _write_timings(timings, cache)
 
 
-def _parse(onnx: Path, network: trt.INetworkDefinition, log: Log) -> None:
-    parser = trt.OnnxParser(network, log)  # it owns the weights; the network keeps it alive
+def _parse(onnx: Path, network: trt.INetworkDefinition, library: Library, log: Log) -> None:
+    parser = library.new_parser(network, log)  # it owns the weights; the network keeps it alive
     if not parser.parse_from_file(str(onnx)):
         errors = [_in_words(parser.get_error(index)) for index in range(parser.num_errors)]
-        raise EngineError(f"TensorRT cannot parse {onnx}: {'; '.join(errors) or told(log)}")
+        raise EngineError(f"{library.title} cannot parse {onnx}: {'; '.join(errors) or told(log)}")
 
 
 def _in_words(error: trt.ParserError) -> str:
@@ -110,14 +112,19 @@ def _in_words(error: trt.ParserError) -> str:
     return f"{error.desc()}{where}"
 
 
-def _configure(builder: trt.Builder, settings: Settings) -> trt.IBuilderConfig:
+def _configure(builder: trt.Builder, library: Library, settings: Settings) -> trt.IBuilderConfig:
     config = builder.create_builder_config()
     config.builder_optimization_level = settings.optimization_level
-    config.hardware_compatibility_level = COMPATIBILITY[settings.hardware_compatibility]
+    if settings.targets:
+        from slide2vec.runtime.tensorrt.rtx import aim
+
+        aim(config, settings.targets)
+    else:
+        config.hardware_compatibility_level = library.compatibility[settings.hardware_compatibility]
     if not settings.tf32:
-        config.clear_flag(trt.BuilderFlag.TF32)
+        config.clear_flag(library.tf32)
     if settings.workspace_bytes is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
+        config.set_memory_pool_limit(library.workspace, settings.workspace_bytes)
     return config
 
 
@@ -126,6 +133,7 @@ def _add_profile(
     builder: trt.Builder,
     network: trt.INetworkDefinition,
     config: trt.IBuilderConfig,
+    library: Library,
     sizes: BatchProfile,
 ) -> None:
     """The batch sizes of the network's one input; its other dimensions must be fixed."""
@@ -138,11 +146,11 @@ def _add_profile(
         raise EngineError(
             f"{onnx}: input {tensor.name} has shape {(batch, *row)}, which {sizes} does not fit"
         )
-    least, best, most = (trt.Dims([size, *row]) for size in (sizes.min, sizes.opt, sizes.max))
+    least, best, most = (library.new_dims([size, *row]) for size in (sizes.min, sizes.opt, sizes.max))
     profile = builder.create_optimization_profile()
     profile.set_shape(tensor.name, min=least, opt=best, max=most)
     if config.add_optimization_profile(profile) < 0:
-        raise EngineError(f"{onnx}: TensorRT refuses {sizes} for input {tensor.name}")
+        raise EngineError(f"{onnx}: {library.title} refuses {sizes} for input {tensor.name}")
 
 
 def _compile(
@@ -150,17 +158,18 @@ def _compile(
     builder: trt.Builder,
     network: trt.INetworkDefinition,
     config: trt.IBuilderConfig,
+    library: Library,
     log: Log,
     on_progress: Progress | None,
 ) -> trt.IHostMemory:
-    monitor = Monitor(on_progress)
+    monitor = library.own(Monitor)(on_progress)
     config.progress_monitor = monitor
     with _interruptible(monitor):
         data: trt.IHostMemory | None = builder.build_serialized_network(network, config)
     if monitor.cause is not None:
         raise monitor.cause
     if data is None:
-        raise EngineError(f"TensorRT cannot build {onnx}: {told(log)}")
+        raise EngineError(f"{library.title} cannot build {onnx}: {told(log)}")
     return data
 
 

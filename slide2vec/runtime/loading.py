@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slide2vec.errors import EngineError
-from slide2vec.runtime.record import EngineRecord, read_record
+from slide2vec.runtime.record import EngineRecord, per_gpu, read_record
 
 if TYPE_CHECKING:
     from slide2vec.runtime.base import Engine
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["COMPILED", "load_engine", "not_here", "runtimes_for"]
 
 #: Runtimes of compiled engines, the preferred one first, by the kind of device they run on.
-COMPILED = {"cuda": ("tensorrt", "inductor"), "cpu": ("openvino", "inductor")}
+COMPILED = {"cuda": ("tensorrt", "tensorrt-rtx", "inductor"), "cpu": ("openvino", "inductor")}
 
 
 def runtimes_for(device: torch.device) -> tuple[str, ...]:
@@ -25,16 +25,16 @@ def runtimes_for(device: torch.device) -> tuple[str, ...]:
     return COMPILED.get(device.type, ())
 
 
-def not_here(runtime: str, precision: str) -> str | None:
-    """Why no engine of a runtime can run on this machine, None when it can."""
+def not_here(runtime: str, precision: str, device: torch.device | None = None) -> str | None:
+    """Why no engine of a runtime can run here, None when it can; None as a device is the current one."""
     if runtime == "openvino":
         from slide2vec.runtime.openvino_engine import unavailable
 
         return unavailable(precision)
-    if runtime == "tensorrt":
+    if runtime in ("tensorrt", "tensorrt-rtx"):
         from slide2vec.runtime.tensorrt import unavailable as no_tensorrt
 
-        return no_tensorrt()
+        return no_tensorrt(runtime, precision, device)
     return None  # PyTorch brings its own
 
 
@@ -74,8 +74,23 @@ def _tensorrt(record: EngineRecord, file: Path, device: torch.device) -> Engine:
     return TensorRTEngine(file, device=device, profile=record.profile, **_common(record))
 
 
+def _tensorrt_rtx(record: EngineRecord, file: Path, device: torch.device) -> Engine:
+    from slide2vec.runtime.tensorrt import TensorRTEngine
+
+    kernels = file.with_name(per_gpu("kernels", torch.cuda.get_device_name(device), "cache"))
+    return TensorRTEngine(
+        file,
+        device=device,
+        profile=record.profile,
+        runtime="tensorrt-rtx",
+        kernels=kernels,
+        **_common(record),
+    )
+
+
 _LOADERS: dict[str, Callable[[EngineRecord, Path, torch.device], Engine]] = {
     "openvino": _openvino,
     "inductor": _inductor,
     "tensorrt": _tensorrt,
+    "tensorrt-rtx": _tensorrt_rtx,
 }

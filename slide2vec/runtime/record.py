@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -14,7 +15,7 @@ from slide2vec.errors import ConfigError, EngineError
 from slide2vec.files import open_plain
 from slide2vec.runtime.base import BatchProfile, Layout
 
-__all__ = ["RECORD_NAME", "SCHEMA", "EngineRecord", "key_of", "read_record"]
+__all__ = ["RECORD_NAME", "SCHEMA", "EngineRecord", "key_of", "per_gpu", "read_record"]
 
 RECORD_NAME = "engine.json"
 #: Of the record and of what an engine's key is made from: records of another one are misses.
@@ -100,6 +101,11 @@ class EngineRecord:
     def as_json(self) -> str:
         """The text of `engine.json`."""
         return json.dumps(self.as_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def per_gpu(what: str, gpu: str, ending: str) -> str:
+    """Name of a file beside an engine about one kind of GPU, which comes after the engine is published."""
+    return f"{what}-{re.sub(r'[^A-Za-z0-9]+', '_', gpu)}.{ending}"
 
 
 def key_of(identity: Mapping[str, Any]) -> str:

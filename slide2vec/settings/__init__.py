@@ -242,6 +242,7 @@ _PACKAGES = {
     "cupy": ("cupy-cuda13x", "cupy-cuda12x"),
     "dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
     "tensorrt": ("tensorrt",),
+    "tensorrt-rtx": ("tensorrt-rtx-cu13-bindings",),
     "openvino": ("openvino",),
 }
 

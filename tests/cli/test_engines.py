@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,27 @@ def test_errors(run, arguments: tuple[str, ...], message: str, monkeypatch: pyte
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     done = run("build-engine", *arguments, "--device", "cpu")
     assert done.exit_code == 1 and message in " ".join(done.stderr.split())
+
+
+@pytest.mark.skipif(not find_spec("tensorrt_rtx_bindings"), reason="TensorRT-RTX is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_engine_for_gpus_that_are_elsewhere(run, tmp_path: Path) -> None:
+    """Built by TensorRT-RTX here, and not used before it is proven there."""
+    options = ("--runtime", "tensorrt-rtx", "--precision", "fp16", "--target", "SM120,sm89")
+    done = run(*BUILD, *options, "--engines", tmp_path)
+    assert done.exit_code == 0 and done.stderr.count("Building engine …") == 1
+    assert "unproven" in done.stdout and "not yet proven" in done.stderr
+    assert run(*BUILD, *options, "--engines", tmp_path).exit_code == 0
+    (engine,) = json.loads(run("engines", "list", "--json", "--engines", tmp_path).stdout)
+    assert engine["parity"] == {} and engine["identity"]["device"]["targets"] == ["sm89", "sm120"]
+    assert "unproven" in run("engines", "list", "--engines", tmp_path).stdout
+    shown = run("engines", "show", engine["name"], "--engines", tmp_path).stdout
+    assert "not yet proven" in shown and "cuda, sm89, sm120" in shown
+    done = run("engines", "verify", "--engines", tmp_path)
+    assert done.exit_code == 1 and "files are as they were built; not yet proven" in done.stderr
+    for target, said in (("sm90", "not for sm90: TensorRT does"), ("sm75,sm89", "not for sm75 (RTX 20, T4")):
+        done = run(*BUILD, "--precision", "bf16", "--runtime", "tensorrt-rtx", "--target", target)
+        assert done.exit_code == 1 and said in " ".join(done.stderr.split())
 
 
 def test_all_goes_on_after_failures(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

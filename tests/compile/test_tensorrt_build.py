@@ -24,6 +24,7 @@ from slide2vec.compile.builders import BUILDERS, Job
 from slide2vec.compile.tensorrt import build_plan
 from slide2vec.errors import ConfigError, EngineError, ExtraMissingError
 from slide2vec.runtime.base import BatchProfile
+from slide2vec.runtime.tensorrt.library import Library
 
 PROFILE = BatchProfile(1, 32, 64)
 
@@ -107,9 +108,7 @@ def test_settings_reach_the_builder(build: Callable[..., Path], state: fake_tens
 
 
 def test_every_compatibility_has_its_level(state: fake_tensorrt._State) -> None:
-    from slide2vec.compile.tensorrt_builder import COMPATIBILITY
-
-    assert set(COMPATIBILITY) == set(compiling.COMPATIBILITY)
+    assert set(Library("tensorrt").compatibility) == set(compiling.COMPATIBILITY)
 
 
 @pytest.mark.parametrize(

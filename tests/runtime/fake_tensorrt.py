@@ -42,13 +42,8 @@ class _State:
 
 STATE = _State()
 
-#: Modules of ours that keep the TensorRT which they imported.
-_KEEPING = (
-    "slide2vec.compile.tensorrt_builder",
-    "slide2vec.runtime.tensorrt.lanes",
-    "slide2vec.runtime.tensorrt.pinned",
-    "slide2vec.runtime.tensorrt.plans",
-)
+#: A module of ours that keeps the pycuda which it imported.
+_KEEPING = "slide2vec.runtime.tensorrt.pinned"
 
 
 @contextmanager
@@ -58,14 +53,9 @@ def installed() -> Iterator[_State]:
         patch.setitem(sys.modules, "tensorrt", sys.modules[__name__])
         for field_name, value in vars(_State()).items():
             setattr(STATE, field_name, value)
-        _forget()
+        sys.modules.pop(_KEEPING, None)
         yield STATE
-    _forget()
-
-
-def _forget() -> None:
-    for name in _KEEPING:
-        sys.modules.pop(name, None)
+    sys.modules.pop(_KEEPING, None)
 
 
 class ILogger:

@@ -1,7 +1,7 @@
-"""TensorRT's API, read off the real bindings on a machine without TensorRT, and as stubs for a type checker.
+"""The API of TensorRT and TensorRT-RTX, read off the real bindings, and as stubs for a type checker.
 
-The bindings need three libraries that only NVIDIA's own index has. They import against placeholders that
-have the same symbols and do nothing; every class, method, enum and docstring is then the real one.
+TensorRT's bindings need three libraries that only NVIDIA's own index has. They import against placeholders
+that have the same symbols and do nothing; every class, method, enum and docstring is then the real one.
 """
 
 from __future__ import annotations
@@ -106,9 +106,14 @@ def run_with_bindings(libraries: Path, *arguments: str) -> subprocess.CompletedP
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
-def read_api(libraries: Path) -> API:
+def missing_rtx() -> str | None:
+    """Why TensorRT-RTX cannot be imported here; it needs no placeholders."""
+    return None if find_spec("tensorrt_rtx_bindings") else "TensorRT-RTX is not installed (Linux on x86-64)"
+
+
+def read_api(libraries: Path, module: str = "tensorrt_bindings") -> API:
     """The API of the installed bindings."""
-    done = run_with_bindings(libraries, str(HERE / "tensorrt_dump.py"))
+    done = run_with_bindings(libraries, str(HERE / "tensorrt_dump.py"), module)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
@@ -158,7 +163,7 @@ def _parameter(text: str, api: API) -> Parameter:
 
 def python_type(text: str, api: API) -> str:
     """A type of a docstring as one of the stubs; `object`, of which nothing can be used, when unknown."""
-    text = re.sub(r"tensorrt_bindings\.tensorrt\.", "", text)
+    text = re.sub(r"tensorrt_(rtx_)?bindings\.tensorrt(_rtx)?\.", "", text)
     text = re.sub(r"\w+(?:::\w+)+", lambda match: _from_cpp(match[0], api), text)
     for theirs, ours in PYTHON.items():
         text = text.replace(theirs, ours)
@@ -229,20 +234,32 @@ def _method_stub(name: str, signature: Signature) -> list[str]:
 
 
 @functools.cache
-def our_sources() -> tuple[Path, ...]:
-    """Files of the package that import TensorRT."""
+def our_sources(module: str = "tensorrt") -> tuple[Path, ...]:
+    """Files of the package that import TensorRT, or what only TensorRT-RTX has."""
     sources = sorted(PACKAGE.rglob("*.py"))
-    return tuple(path for path in sources if re.search(r"^ *import tensorrt\b", path.read_text(), re.M))
+    imports = re.compile(rf"^ *import {module}\b", re.M)
+    return tuple(path for path in sources if imports.search(path.read_text()))
 
 
-def problems(api: API, folder: Path, files: tuple[Path, ...]) -> dict[Path, list[str]]:
+def problems(api: API, folder: Path, files: tuple[Path, ...], rtx: bool = False) -> dict[Path, list[str]]:
     """What in some files is not in the API: names, keywords, counts and types of arguments (mypy against
-    the stubs), and what those could not see (below)."""
+    the stubs), and what those could not see (below).
+
+    Args:
+        rtx: the API is TensorRT-RTX's, under its own name and, for what is written for both, TensorRT's.
+    """
     found: dict[Path, list[str]] = {path: list(unseen(path.read_text(), api)) for path in files}
-    home = folder / "stubs" / "tensorrt"
-    home.mkdir(parents=True, exist_ok=True)
-    (home / "__init__.pyi").write_text(stubs(api))
-    given = dict.fromkeys((home / "__init__.pyi", *our_sources(), *COMPANIONS, *files))
+    texts = {"tensorrt": stubs(api)}
+    ours = our_sources()
+    if rtx:
+        both = "from tensorrt_rtx_bindings import *\n__version__: str\n"
+        texts = {"tensorrt": both, "tensorrt_rtx_bindings": stubs(api)}
+        ours += our_sources("tensorrt_rtx_bindings")
+    homes = {folder / "stubs" / name / "__init__.pyi": text for name, text in texts.items()}
+    for home, text in homes.items():
+        home.parent.mkdir(parents=True, exist_ok=True)
+        home.write_text(text)
+    given = dict.fromkeys((*homes, *ours, *COMPANIONS, *files))
     command = [sys.executable, "-m", "mypy", *OPTIONS, f"--cache-dir={folder / 'cache'}"]
     done = subprocess.run(
         [*command, *map(str, given)],

@@ -1,15 +1,18 @@
-"""Run with Python: prints the API of TensorRT's bindings as JSON, read off the real module.
+"""Run with Python: prints the API of TensorRT's or TensorRT-RTX's bindings as JSON, read off the real module.
 
-On a machine without TensorRT the placeholder libraries of tensorrt_api.py must be on LD_LIBRARY_PATH.
+The argument names the module. On a machine without TensorRT the placeholder libraries of tensorrt_api.py must
+be on LD_LIBRARY_PATH.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import sys
+from importlib import import_module
 from typing import Any
 
-import tensorrt_bindings as trt
+trt = import_module(sys.argv[1])
 
 #: Of PyTypeObject, on 64 bits: twenty words before tp_as_buffer.
 TP_AS_BUFFER = 20 * 8

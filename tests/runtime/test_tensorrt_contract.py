@@ -1,6 +1,7 @@
-"""What we call of TensorRT exists: our source, and the fake of our tests, against the real bindings.
+"""What we call of TensorRT and TensorRT-RTX exists: our source, and the fakes of our tests, against the real
+bindings of both.
 
-Nothing can be run here, so that a misspelt call would be found only on a user's GPU.
+Plans cannot be run here, so that a misspelt call would be found only on a user's GPU.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fake_rtx
 import fake_tensorrt
 import pytest
 import tensorrt_api
@@ -25,24 +27,37 @@ from tensorrt_api import (
     run_with_bindings,
 )
 
-if reason := tensorrt_api.missing():
-    pytest.skip(reason, allow_module_level=True)
+Check = Callable[[dict[str, str]], dict[str, list[str]]]
+
+WHY_NOT = {"tensorrt": tensorrt_api.missing(), "tensorrt-rtx": tensorrt_api.missing_rtx()}
+BINDINGS = {"tensorrt": "tensorrt_bindings", "tensorrt-rtx": "tensorrt_rtx_bindings"}
+#: Written for both, and for TensorRT-RTX alone.
+SHARED = our_sources()
+EVERY = tuple(dict.fromkeys((*SHARED, *our_sources("tensorrt_rtx_bindings"))))
+
+
+@pytest.fixture(scope="module", params=list(BINDINGS))
+def library(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if reason := WHY_NOT[name]:
+        pytest.skip(reason)
+    return name
 
 
 @pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return placeholders(tmp_path_factory.mktemp("placeholders"))
+def libraries(library: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What TensorRT's bindings need; TensorRT-RTX brings its own."""
+    folder = tmp_path_factory.mktemp("placeholders")
+    return placeholders(folder) if library == "tensorrt" else folder
 
 
 @pytest.fixture(scope="module")
-def api(libraries: Path) -> API:
-    return read_api(libraries)
+def api(library: str, libraries: Path) -> API:
+    return read_api(libraries, BINDINGS[library])
 
 
 @pytest.fixture(scope="module")
-def check(
-    api: API, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[dict[str, str]], dict[str, list[str]]]:
+def check(library: str, api: API, tmp_path_factory: pytest.TempPathFactory) -> Check:
     """Checks sources by name; the problems of each."""
     folder = tmp_path_factory.mktemp("checked")
 
@@ -50,20 +65,29 @@ def check(
         paths = {folder / f"{name}.py": text for name, text in sources.items()}
         for path, text in paths.items():
             path.write_text(text)
-        return {path.stem: found for path, found in problems(api, folder, tuple(paths)).items()}
+        found = problems(api, folder, tuple(paths), rtx=library == "tensorrt-rtx")
+        return {path.stem: each for path, each in found.items()}
 
     return checked
 
 
-def test_the_real_bindings_are_read(api: API) -> None:
-    assert api["version"].startswith(f"{installed_major()}.")
+def sources_for(library: str) -> tuple[Path, ...]:
+    return EVERY if library == "tensorrt-rtx" else SHARED
+
+
+def test_the_real_bindings_are_read(library: str, api: API) -> None:
+    major = installed_major() if library == "tensorrt" else 1
+    assert api["version"].startswith(f"{major}.")
     assert len(api["classes"]) > 100
-    assert ("FP16" in api["classes"]["BuilderFlag"]["members"]) == (installed_major() < 11)  # gone in 11
+    gone = library == "tensorrt-rtx" or installed_major() >= 11
+    assert ("FP16" in api["classes"]["BuilderFlag"]["members"]) != gone
+    assert ("ComputeCapability" in api["classes"]) == (library == "tensorrt-rtx")
 
 
-def test_our_sources_call_only_what_exists(api: API, tmp_path: Path) -> None:
-    assert {path.name for path in our_sources()} >= {"available.py", "plans.py", "tensorrt_builder.py"}
-    assert problems(api, tmp_path, our_sources()) == {}
+def test_our_sources_call_only_what_exists(library: str, api: API, tmp_path: Path) -> None:
+    assert {path.name for path in SHARED} >= {"library.py", "plans.py", "tensorrt_builder.py"}
+    assert {path.name for path in EVERY} - {path.name for path in SHARED} == {"rtx.py"}
+    assert problems(api, tmp_path, sources_for(library), rtx=library == "tensorrt-rtx") == {}
 
 
 def edits(source: str, api: API) -> Iterator[tuple[str, str]]:
@@ -93,14 +117,11 @@ def spelt(tree: ast.AST, names: set[str]) -> Iterator[tuple[str, int, int]]:
                     yield method.name, method.lineno, method.col_offset + len(f"def {method.name}")
 
 
-def test_every_misspelling_is_found(
-    api: API, check: Callable[[dict[str, str]], dict[str, list[str]]]
-) -> None:
+def test_every_misspelling_is_found(library: str, api: API, check: Check) -> None:
     """So that nothing we call is out of the checker's sight."""
-    mutants = {
-        f"{path.stem}_{what}": text for path in our_sources() for what, text in edits(path.read_text(), api)
-    }
-    assert len(mutants) > 50
+    paths = SHARED if library == "tensorrt" else [path for path in EVERY if path.name == "rtx.py"]
+    mutants = {f"{path.stem}_{what}": text for path in paths for what, text in edits(path.read_text(), api)}
+    assert len(mutants) > (50 if library == "tensorrt" else 25)
     assert set(check(mutants)) == set(mutants)
 
 
@@ -124,7 +145,7 @@ MISTAKES = [
     (
         "def f(b: trt.Builder, n: trt.INetworkDefinition, c: trt.IBuilderConfig) -> None:\n"
         "    b.build_serialized_network(c, n)",
-        "matches argument types",
+        '"IBuilderConfig"',
     ),
     ("def f(e: trt.ICudaEngine) -> None:\n    e.num_io_tensors = 3", "read-only"),
     ("trt.IHostMemory()", "cannot_be_made"),
@@ -143,7 +164,7 @@ MISTAKES = [
 
 
 @pytest.fixture(scope="module")
-def found(check: Callable[[dict[str, str]], dict[str, list[str]]]) -> dict[str, list[str]]:
+def found(check: Check) -> dict[str, list[str]]:
     """Of all mistakes at once: the type checker takes a while to start."""
     return check({f"mistake_{number}": f"{HEAD}{source}\n" for number, (source, _) in enumerate(MISTAKES)})
 
@@ -155,7 +176,7 @@ def test_mistakes_are_found(number: int, found: dict[str, list[str]]) -> None:
 
 
 def test_correct_calls_are_not_called_mistakes(
-    check: Callable[[dict[str, str]], dict[str, list[str]]],
+    check: Check,
 ) -> None:
     source = (
         "def f(b: trt.Builder) -> bytes:\n    b.create_network(flags=0)\n    return bytes(trt.Dims([1]))\n"
@@ -165,31 +186,52 @@ def test_correct_calls_are_not_called_mistakes(
 
 IMPORTED = """
 import sys
-import tensorrt_bindings
-sys.modules["tensorrt"] = tensorrt_bindings
-from slide2vec.runtime.tensorrt.plans import DTYPES, LEVELS, Log, told
+name, bindings = sys.argv[1:]
+trt = __import__(bindings)
+if name == "tensorrt":
+    sys.modules["tensorrt"] = trt
+import slide2vec.runtime.tensorrt.plans
+from slide2vec.runtime.tensorrt.library import Library, told
 assert "torch" not in sys.modules
-from slide2vec.compile.tensorrt_builder import COMPATIBILITY, Monitor
-log = Log()
-log.log(tensorrt_bindings.ILogger.Severity.ERROR, "said")
-assert told(log) == "said" and len(LEVELS) == 5 and len(DTYPES) == 5 and len(COMPATIBILITY) == 3
-monitor = Monitor(None)
+library = Library(name)
+assert len(library.dtypes) == 5 and len(library.compatibility) == 3 and library.installed == trt.__version__
+log = library.log()
+assert isinstance(log, trt.ILogger)
+log.log(trt.ILogger.Severity.ERROR, "said")
+assert told(log) == "said"
+from slide2vec.compile.tensorrt_builder import Monitor
+monitor = library.own(Monitor)(None)
+assert isinstance(monitor, trt.IProgressMonitor)
 monitor.phase_start("a", None, 1)
 assert monitor.step_complete("a", 0)
-assert list(tensorrt_bindings.Dims([2, 3])) == [2, 3]
-batch, *row = tensorrt_bindings.Dims([-1, 3, 4])
+assert list(library.new_dims([2, 3])) == [2, 3]
+batch, *row = library.new_dims([-1, 3, 4])
 assert (batch, row) == (-1, [3, 4])
 print("imported")
 """
 
 
-def test_our_modules_import_and_subclass_the_real_bindings(libraries: Path) -> None:
-    done = run_with_bindings(libraries, "-c", IMPORTED)
+def test_our_modules_import_and_subclass_the_real_bindings(library: str, libraries: Path) -> None:
+    done = run_with_bindings(libraries, "-c", IMPORTED, library, BINDINGS[library])
     assert done.stdout.split() == ["imported"], done.stderr
 
 
-def test_the_fake_of_our_tests_is_like_the_real_one(api: API) -> None:
+def test_the_fakes_of_our_tests_are_like_the_real_ones(library: str, api: API) -> None:
+    """The fake TensorRT is what both have; the fake TensorRT-RTX adds its own."""
     assert list(drifted(fake_tensorrt, api)) == []
+    if library == "tensorrt-rtx":
+        assert list(drifted(fake_rtx, api)) == []
+
+
+def test_the_fakes_have_the_values_of_the_real_ones(library: str) -> None:
+    """Of enums that are more than names: diagnostics are a sum, compute capabilities numbers."""
+    if library == "tensorrt":
+        pytest.skip("it has none of them")
+    import tensorrt_rtx_bindings as real
+
+    for name in ("ComputeCapability", "EngineValidity", "EngineInvalidityDiagnostics"):
+        values = {each.name: each.value for each in getattr(fake_rtx, name)}
+        assert values == {each: getattr(real, name).__members__[each].value for each in values}
 
 
 @pytest.mark.parametrize(

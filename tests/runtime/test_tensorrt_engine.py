@@ -28,7 +28,7 @@ PROFILE = BatchProfile(min=1, opt=4, max=8)
 
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Journal]:
-    monkeypatch.setattr(engine, "require", lambda: None)
+    monkeypatch.setattr(engine, "require", lambda runtime, device: None)
     with fake_tensorrt.installed():
         yield fake_cuda.install(monkeypatch)
 

@@ -1,7 +1,9 @@
-"""A TensorRT plan as an engine of the stream: PyTorch tensors in and out, nothing leaves the GPU."""
+"""A plan of TensorRT or TensorRT-RTX as an engine of the stream: PyTorch tensors, nothing leaves the GPU."""
 
 from __future__ import annotations
 
+import logging
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TensorRTEngine"]
 
+logger = logging.getLogger(__name__)
+
 DTYPES = {"float32_nchw": "float32", "uint8_nhwc": "uint8"}
 
 
@@ -24,7 +28,7 @@ class TensorRTEngine:
     """See `slide2vec.runtime.base.Engine`. Safe to use from several threads.
 
     Args:
-        plan: file that `slide2vec.compile.tensorrt.build_plan` wrote, on this GPU and with this TensorRT.
+        plan: file that `slide2vec.compile.tensorrt.build_plan` wrote, for this GPU and with this TensorRT.
         device: a CUDA device.
         precision: what the plan was built at; for the record.
         feature_dim: D.
@@ -33,14 +37,14 @@ class TensorRTEngine:
         contexts: batches that can be under way; each costs the activations of a batch of the profile's max
             (with CUDA graphs: per size that has one, and one context more).
         cuda_graphs: whether batches of the profile's opt and max run as CUDA graphs.
+        runtime: "tensorrt" or "tensorrt-rtx".
+        kernels: file in which TensorRT-RTX keeps the kernels that it compiles on this GPU; None = nowhere.
 
     Raises:
         ExtraMissingError: TensorRT is not installed.
         EngineError: it cannot be used here, or the plan does not load or is not what was said.
         ConfigError: fewer than one context.
     """
-
-    runtime = "tensorrt"
 
     def __init__(
         self,
@@ -53,27 +57,35 @@ class TensorRTEngine:
         profile: BatchProfile,
         contexts: int = 2,
         cuda_graphs: bool = True,
+        runtime: str = "tensorrt",
+        kernels: Path | None = None,
     ) -> None:
         if contexts < 1:
             raise ConfigError(f"contexts={contexts}: 1 or more are needed")
-        require()
+        require(runtime, device)
+        self.runtime = runtime
         self.device, self.precision, self.feature_dim, self.layout = device, precision, feature_dim, layout
         self._profile = profile
         with torch.cuda.device(device):
-            self._lanes: Lanes | None = self._load(plan, contexts, cuda_graphs)
+            self._lanes: Lanes | None = self._load(plan, contexts, cuda_graphs, kernels)
 
-    def _load(self, path: Path, contexts: int, cuda_graphs: bool) -> Lanes:
+    def _load(self, path: Path, contexts: int, cuda_graphs: bool, kernels: Path | None) -> Lanes:
         from slide2vec.runtime.tensorrt.lanes import Lanes
         from slide2vec.runtime.tensorrt.plans import Plan
 
-        plan = Plan(path)
+        plan = Plan(path, self.runtime, kernels)
         if plan.input.dtype != DTYPES[self.layout] or plan.output.shape != (self.feature_dim,):
             raise EngineError(
                 f"{path} takes {plan.input.dtype} and gives {plan.output.shape}; expected "
                 f"{DTYPES[self.layout]} and ({self.feature_dim},): build it again"
             )
-        self._shape = plan.input.shape
-        return Lanes(plan, self._profile, self.device, count=contexts, graphs=cuda_graphs)
+        self._shape, self._plan = plan.input.shape, plan
+        started = time.perf_counter()
+        lanes = Lanes(plan, self._profile, self.device, count=contexts, graphs=cuda_graphs)
+        if plan.kernels is not None:
+            lanes.wait()
+            plan.kernels.tell(path, time.perf_counter() - started)
+        return lanes
 
     def run(self, pixels: Tensor) -> Tensor:
         """Pixels of `layout` -> (B, D) float32, which are the caller's: no later batch overwrites them.
@@ -106,3 +118,6 @@ class TensorRTEngine:
         lanes, self._lanes = self._lanes, None
         if lanes is not None:
             lanes.wait()
+            if self._plan.kernels is not None:
+                self._plan.kernels.keep()
+            del self._plan

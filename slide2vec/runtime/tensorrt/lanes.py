@@ -98,7 +98,7 @@ class Lanes:
     def __init__(
         self, plan: Plan, profile: BatchProfile, device: torch.device, *, count: int, graphs: bool
     ) -> None:
-        self._profile, self._lock = profile, threading.Lock()
+        self._plan, self._profile, self._lock = plan, profile, threading.Lock()
         fixed = {size: _captured(plan, size, device, count) for size in {profile.opt, profile.max} if graphs}
         spare = [Lane(plan, profile.max, device) for _ in range(1 if any(fixed.values()) else count)]
         self._all = [*spare, *itertools.chain.from_iterable(fixed.values())]
@@ -106,8 +106,8 @@ class Lanes:
         self._fixed = {size: itertools.cycle(lanes) for size, lanes in fixed.items() if lanes}
 
     def run(self, pixels: Tensor, features: Tensor) -> None:
-        """Queue at most `profile.max` tiles; fewer than `profile.min` are padded."""
-        size = max(len(pixels), self._profile.min)
+        """Queue at most `profile.max` tiles; see `Plan.batch` for how few are padded."""
+        size = self._plan.batch(len(pixels), self._profile)
         with self._lock:  # a context is for one thread at a time; queueing takes microseconds
             next(self._fixed.get(size, self._any)).run(pixels, features, size)
 

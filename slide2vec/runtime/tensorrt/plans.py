@@ -1,58 +1,24 @@
 """A plan (a compiled network) and its execution contexts. All that runs a plan calls TensorRT here.
 
-Import it only when TensorRT can be used (see `available`). No PyTorch: streams and buffers are numbers.
+No PyTorch: streams and buffers are numbers.
 """
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
-
-import tensorrt as trt
+from typing import TYPE_CHECKING
 
 from slide2vec.errors import EngineError
+from slide2vec.runtime.base import BatchProfile
+from slide2vec.runtime.tensorrt.library import Library, Log, told
 
-__all__ = ["Context", "Log", "Plan", "Port", "told"]
+if TYPE_CHECKING:
+    import tensorrt as trt
 
-logger = logging.getLogger(__name__)
+    from slide2vec.runtime.tensorrt.rtx import Kernels
 
-#: TensorRT's own `nptype` has neither bf16 nor fp8. Names are those of PyTorch and NumPy.
-DTYPES = {
-    trt.DataType.FLOAT: "float32",
-    trt.DataType.HALF: "float16",
-    trt.DataType.BF16: "bfloat16",
-    trt.DataType.FP8: "float8_e4m3fn",
-    trt.DataType.UINT8: "uint8",
-}
-
-LEVELS = {
-    trt.ILogger.Severity.INTERNAL_ERROR: logging.ERROR,
-    trt.ILogger.Severity.ERROR: logging.ERROR,
-    trt.ILogger.Severity.WARNING: logging.WARNING,
-    trt.ILogger.Severity.INFO: logging.DEBUG,
-    trt.ILogger.Severity.VERBOSE: logging.DEBUG,
-}
-
-
-class Log(trt.ILogger):  # type: ignore[misc]  # untyped where TensorRT is not installed
-    """TensorRT's messages into `logging`; errors are kept for the exception that will tell them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.errors: list[str] = []
-
-    def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
-        """Called by TensorRT, from any of its threads."""
-        level = LEVELS[severity]
-        logger.log(level, "TensorRT: %s", msg)
-        if level >= logging.ERROR:
-            self.errors.append(msg)
-
-
-def told(log: Log) -> str:
-    """What went wrong so far, in one line."""
-    return "; ".join(log.errors) or "TensorRT gave no reason"
+__all__ = ["Context", "Plan", "Port"]
 
 
 @dataclass(frozen=True)
@@ -67,24 +33,57 @@ class Port:
 class Plan:
     """A plan on the current CUDA device: one input, one output, the batch first.
 
+    Args:
+        runtime: "tensorrt" or "tensorrt-rtx".
+        kernels: file for kernels that TensorRT-RTX compiles on this GPU; None = they are not kept.
+
     Raises:
         EngineError: the file cannot be read, or was built by another TensorRT or for another GPU, or is
             not one of ours.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._log = Log()
-        self._runtime = trt.Runtime(self._log)
-        engine: trt.ICudaEngine | None = self._runtime.deserialize_cuda_engine(_content(path))
+    def __init__(self, path: Path, runtime: str = "tensorrt", kernels: Path | None = None) -> None:
+        self.path, self.library = path, Library(runtime)
+        self._log = self.library.log()
+        self._runtime = self.library.new_runtime(self._log)
+        content = _content(path)
+        if self.library.compiles_late:
+            self._check(content)
+        engine: trt.ICudaEngine | None = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
-            raise EngineError(
-                f"{path} does not load: {told(self._log)}. Plans load only on the TensorRT and the kind "
-                "of GPU that they were built for: build it again with `slide2vec build-engine`"
-            )
+            raise EngineError(self._refused(told(self._log)))
         self._engine = engine
-        self.input = self._port(trt.TensorIOMode.INPUT)
-        self.output = self._port(trt.TensorIOMode.OUTPUT)
+        self.kernels = self._late(kernels) if self.library.compiles_late else None
+        self.input = self._port(self.library.is_input)
+        self.output = self._port(self.library.is_output)
+
+    def _check(self, content: bytes) -> None:
+        """Raises EngineError when the header of a plan of TensorRT-RTX says that it does not run here."""
+        from slide2vec.runtime.tensorrt.rtx import misfit
+
+        reasons = misfit(self._runtime, content)
+        if reasons is not None:
+            raise EngineError(self._refused("; ".join(reasons) or told(self._log)))
+
+    def _late(self, path: Path | None) -> Kernels:
+        from slide2vec.runtime.tensorrt.rtx import Kernels
+
+        return Kernels(self._engine, path)
+
+    def _refused(self, reason: str) -> str:
+        return (
+            f"{self.path} does not load: {reason}. Plans load only on the {self.library.title} and the kind "
+            "of GPU that they were built for: build it again with `slide2vec build-engine`"
+        )
+
+    def batch(self, count: int, profile: BatchProfile) -> int:
+        """The batch that `count` tiles run as; rows beyond them are computed in vain.
+
+        TensorRT-RTX compiles kernels for each size that it meets: it meets powers of two and the largest.
+        """
+        if not self.library.compiles_late:
+            return max(count, profile.min)
+        return min(max(1 << (count - 1).bit_length(), profile.min), profile.max)
 
     def context(self) -> Context:
         """A new execution context: buffers of its own on the device, one batch at a time.
@@ -92,7 +91,8 @@ class Plan:
         Raises:
             EngineError: the device's memory is used up, most often.
         """
-        context: trt.IExecutionContext | None = self._engine.create_execution_context()
+        context: trt.IExecutionContext | None
+        context = self.kernels.context() if self.kernels else self._engine.create_execution_context()
         if context is None:
             raise EngineError(f"{self.path}: no execution context ({told(self._log)})")
         return Context(context, self, self._log)
@@ -103,9 +103,9 @@ class Plan:
         if len(mine) != 1:
             raise EngineError(f"{self.path} has {len(mine)} tensors of mode {mode}, 1 is needed: {mine}")
         dtype = self._engine.get_tensor_dtype(mine[0])
-        if dtype not in DTYPES:
+        if dtype not in self.library.dtypes:
             raise EngineError(f"{self.path}: tensor {mine[0]} is of type {dtype}, which no encoder has")
-        return Port(mine[0], DTYPES[dtype], tuple(self._engine.get_tensor_shape(mine[0]))[1:])
+        return Port(mine[0], self.library.dtypes[dtype], tuple(self._engine.get_tensor_shape(mine[0]))[1:])
 
 
 def _content(path: Path) -> bytes:
