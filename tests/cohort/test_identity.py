@@ -113,10 +113,10 @@ def test_a_worker_takes_what_resume_has_seen(
     config, execution = model.resolve_preprocessing(CONFIG), ExecutionOptions(output_dir=tmp_path / "out")
     worker = Cohort(config, execution, model, identities={slide.sample_id: task.identity})
     worker.entries = PostedEntries(lambda entry: None)
-    worker.plan(slide).source.close()
+    worker.planner().plan(slide).source.close()
     assert not looked_at
     replace_with(slides[0], slides[1])
-    worker.plan(slide).source.close()
+    worker.planner().plan(slide).source.close()
     assert looked_at == ["0.svs"]  # it has changed since
 
 
