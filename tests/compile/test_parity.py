@@ -59,10 +59,11 @@ def test_the_encoder_itself() -> None:
     assert parity.problem() is None
 
 
+@pytest.mark.parametrize("sizes", [(1, 2), (2,)])
 @pytest.mark.parametrize("tile", range(TILES))
-def test_one_bad_tile_of_many_is_enough(tile: int) -> None:
+def test_one_bad_tile_of_many_is_enough(tile: int, sizes: tuple[int, ...]) -> None:
     """Whichever it is: the mean, or a tile that is left out, would hide it."""
-    parity = compared(FakeEngine({tile: lambda features: -features}))
+    parity = compared(FakeEngine({tile: lambda features: -features}), sizes)
     assert parity.min_cosine == pytest.approx(-1)
     assert parity.mean_cosine == pytest.approx(1 - 2 / TILES)
     assert parity.problem() == "its least cosine to the encoder in fp32 is -1.000000, below 0.5"
@@ -75,6 +76,9 @@ def test_every_size_is_run_and_every_tile() -> None:
     engine = FakeEngine()
     compared(engine, (2, 3))
     assert engine.batches == [[0, 1], [2, 3, 4], [5, 6]]
+    engine = FakeEngine()
+    compared(engine, (2,))
+    assert engine.batches == [[0, 1], [2, 3], [4, 5], [6]]
     engine = FakeEngine()
     compared(engine, (1, 4, 9))  # more than there are: from the first on again
     assert engine.batches == [[0], [1, 2, 3, 4], [5, 6, 0, 1, 2, 3, 4, 5, 6]]
