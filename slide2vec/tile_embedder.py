@@ -106,7 +106,7 @@ class TileEmbedder:
         return self._recipes[tile_size_px]
 
     def select(self, execution: ExecutionOptions, tile_size_px: int | None = None) -> Selected:
-        """What runs the encoder; what is compiled is loaded, or compiled, once.
+        """What runs the encoder: looked for once, and loaded or compiled once.
 
         Args:
             tile_size_px: side of the tiles; None = the preset's.
@@ -116,18 +116,17 @@ class TileEmbedder:
         """
         recipe, precision = self.recipe_for(tile_size_px), self._precision(execution)
         asked = execution.engine, precision, execution.torch_compile, recipe.transform.crop
-        if asked in self._engines:
-            return self._engines[asked]
-        selected = select_engine(
-            execution.engine,
-            self.encoder,
-            Subject(recipe, self.variant, self.device, lambda: self.weights_digest),
-            precision,
-            compiled=execution.torch_compile,
-        )
-        if selected.batch_size is not None or execution.torch_compile:
-            self._engines[asked] = selected
-        return selected
+        if asked not in self._engines:
+            self._engines[asked] = select_engine(
+                execution.engine,
+                self.encoder,
+                Subject(recipe, self.variant, self.device, lambda: self.weights_digest),
+                precision,
+                compiled=execution.torch_compile,
+            )
+        elif self._engines[asked].engine.runtime == "torch":
+            self.encoder.to(self.device).eval()  # callers have it in their hands, too, and may have moved it
+        return self._engines[asked]
 
     def identity(self, execution: ExecutionOptions, tile_size_px: int | None) -> dict[str, Any]:
         """What of its engine and of how tiles are prepared decides an embedding; JSON-ready."""

@@ -79,7 +79,8 @@ def identity(
         "runtime_version": _version(DISTRIBUTIONS[runtime]),
         "device": _targeted(targets) if targets else _device(subject.device, runtime),
     }
-    if recipe.encoder.kwargs.get("img_size", transform.crop) != transform.crop:
+    resized = recipe.encoder.kwargs.get("img_size", transform.crop) != transform.crop
+    if resized and recipe.positions != "antialiased":
         found["positions"] = recipe.positions  # how the graph's own were resampled; once always timm's way
     return dict(json.loads(json.dumps(found)))
 

@@ -27,13 +27,11 @@ from slide2vec.compile import (
 )
 from slide2vec.compile import build as build_module
 from slide2vec.compile.builders import BUILDERS, Built, Job
-from slide2vec.compile.parity import batch_sizes
 from slide2vec.compile.tiles import tissue_pixels
 from slide2vec.compile.verify import verify_engine
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError, EngineError
 from slide2vec.recipes import EnginePolicy, Recipe
-from slide2vec.runtime.base import BatchProfile
 from slide2vec.runtime.openvino_engine import capabilities
 from slide2vec.runtime.record import RECORD_NAME, SCHEMA, key_of, read_record
 
@@ -222,12 +220,6 @@ def test_slide_with_too_little_tissue(
     with pytest.raises(EngineError, match=r"CMU-1-Small-Region.*name another slide"):
         tissue_pixels(large, 16, reference_slide)
     assert tissue_pixels(recipe, 16, reference_slide).shape == (16, 64, 64, 3)
-
-
-def test_sizes_that_are_tried() -> None:
-    assert batch_sizes(BatchProfile(1, 8, 8)) == (1, 2, 4, 8)
-    assert batch_sizes(BatchProfile(2, 3, 20)) == (2, 3, 4, 8, 16, 20)
-    assert batch_sizes(BatchProfile(1, 1, 1)) == (1,)
 
 
 # the store -------------------------------------------------------------------------------------
@@ -503,7 +495,7 @@ def test_choices_that_make_no_sense(tmp_path: Path, recipe: Recipe, encoder: nn.
     subject, store = subject_of(recipe, encoder), EngineStore(tmp_path)
     with pytest.raises(EngineError, match="'tensorrt' does not run on cpu"):
         select_engine("tensorrt", encoder, subject, "fp32", store=store)
-    with pytest.raises(ConfigError, match="is not auto, torch, tensorrt, openvino or inductor"):
+    with pytest.raises(ConfigError, match="is not auto, torch, inductor, openvino, tensorrt, tensorrt-rtx"):
         select_engine("onnx", encoder, subject, "fp32", store=store)
     with pytest.raises(EngineError, match="PyTorch does not run tiny in fp8"):
         select_engine("auto", encoder, subject, "fp8", store=store)
