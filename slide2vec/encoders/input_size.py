@@ -126,7 +126,7 @@ def positions_for(trunk: Any, grid: tuple[int, int]) -> Tensor | None:
 def _with_positions(trunk: Any, patches: Tensor) -> Tensor:
     """Tokens with their positions, in the order of timm's `VisionTransformer._pos_embed`.
     (B, h, w, D) -> (B, tokens, D)."""
-    positions = positions_for(trunk, (patches.shape[1], patches.shape[2]))
+    positions = cast("Tensor", positions_for(trunk, (patches.shape[1], patches.shape[2])))
     batch, tokens = patches.shape[0], patches.flatten(1, 2)
     before = [
         token.expand(batch, -1, -1) for token in (trunk.cls_token, trunk.reg_token) if token is not None
