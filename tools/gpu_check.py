@@ -24,6 +24,7 @@ OPTIONAL = {
     "nvImageCodec (the raw road)": "nvidia.nvimgcodec",
     "DALI (preparing, tile archives)": "nvidia.dali",
     "TensorRT (compiled engines)": "tensorrt",
+    "TensorRT-RTX (compiled engines)": "tensorrt_rtx_bindings",
     "Triton (fused preparing)": "triton",
 }
 #: pytest's exit status where no test was selected.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
+from slide2vec.cli.doctor_runtimes import missing_command, runtimes
 from slide2vec.version import __version__
 
 __all__ = ["doctor"]
@@ -44,6 +45,12 @@ _PARTS = (
     _Part(
         "TensorRT", "compiled encoders, NVIDIA", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt"
     ),
+    _Part(
+        "TensorRT-RTX",
+        "compiled encoders, NVIDIA",
+        ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings"),
+        "tensorrt-rtx",
+    ),
     _Part("PyCUDA", "TensorRT without PyTorch", ("pycuda",), "deploy"),
     _Part("OpenVINO", "compiled encoders, CPU", ("openvino",), "openvino"),
     _Part("ONNX", "exporting encoders", ("onnx",), "openvino"),
@@ -58,13 +65,15 @@ NEEDS_TOOLKIT = {"deploy"}
 
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """Check the installation: what is there, what is missing."""
+    gpus = _gpus()
     found = {
         "versions": _versions(),
         "machine": _machine(),
-        "gpus": _gpus(),
+        "gpus": gpus,
         "backends": _backends(),
         "parts": _parts(),
         "engines": _engines(),
+        "runtimes": runtimes(_nvidia(gpus), _version),
         "huggingface": _huggingface(),
         "weights": _weights(),
     }
@@ -165,6 +174,10 @@ def _gpus() -> dict[str, Any]:
     if not devices and driver:
         problem = f"there is a GPU, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it"
     return {"devices": devices, "problem": problem, "driver": driver, "torch_cuda": torch.version.cuda}
+
+
+def _nvidia(gpus: dict[str, Any]) -> list[dict[str, Any]]:
+    return [device for device in gpus["devices"] if "compute_capability" in device]
 
 
 def _nvidia_smi() -> list[str]:
@@ -271,8 +284,21 @@ def _print(found: dict[str, Any]) -> None:
         console.print(f"\nTo add them: {command}", markup=False, soft_wrap=True)
     section("Compiled encoders")
     console.print(facts(_engine_facts(found["engines"])))
+    console.print(table(("engines of", "built here", "run here", ""), _runtime_rows(found["runtimes"])))
+    command = missing_command(_nvidia(found["gpus"]), found["runtimes"])
+    console.print(f"\nNext: {command}", markup=False, soft_wrap=True)
     section("Hugging Face")
     console.print(facts(_huggingface_facts(found["huggingface"], found["weights"])))
+
+
+def _runtime_rows(runtimes: list[dict[str, Any]]) -> list[tuple[object, ...]]:
+    return [(row["runtime"], _yes(row["builds"]), _yes(row["runs"]), row["note"]) for row in runtimes]
+
+
+def _yes(value: bool) -> object:
+    from rich.text import Text
+
+    return Text("yes", "green") if value else Text("no", "yellow")
 
 
 def _mark(reason: str | None) -> object:

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 
 from slide2vec.cli import doctor as doctor_module  # the command; its module is in sys.modules
+from slide2vec.cli import doctor_runtimes
 from slide2vec.recipes import load_recipe
 
 MODULE = sys.modules["slide2vec.cli.doctor"]
-EXTRAS = {"cucim", "cuda", "deploy", "models", "openvino", "ray", "tensorrt", "vips"}
+EXTRAS = {"cucim", "cuda", "deploy", "models", "openvino", "ray", "tensorrt", "tensorrt-rtx", "vips"}
 
 
 def test_json(run) -> None:
@@ -50,7 +51,9 @@ def test_nothing_installed(run, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("doctor")
     assert result.exit_code == 0, result.output
     assert "missing, extra [tensorrt]" in result.stdout
-    assert 'pip install "slide2vec[cucim,cuda,models,openvino,ray,tensorrt,vips]"' in result.stdout
+    assert (
+        'pip install "slide2vec[cucim,cuda,models,openvino,ray,tensorrt,tensorrt-rtx,vips]"' in result.stdout
+    )
     assert "torch cannot be imported" in result.stdout
     assert "huggingface-hub cannot be imported" in result.stdout
 
@@ -94,6 +97,61 @@ def test_cached_weights_are_found(run, monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     found = json.loads(run("doctor", "--json").stdout)
     assert found["weights"]["prost40m"] == str(path) and found["weights"]["virchow2"] is None
+
+
+ALL = {"tensorrt-rtx-cu13-bindings", "tensorrt", "openvino", "onnx", "onnxscript", "torch"}
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "there", "builds", "runs", "command"),
+    [
+        ((), ALL, {"tensorrt-rtx", "openvino"}, {"openvino"}, "slide2vec build-engine"),
+        ((), {"torch"}, set(), set(), 'pip install "slide2vec[openvino]"'),
+        (("8.9",), ALL, {"tensorrt-rtx", "tensorrt", "openvino"}, None, "slide2vec build-engine"),
+        (
+            ("8.9",),
+            ALL - {"onnx"},
+            set(),
+            {"tensorrt-rtx", "tensorrt", "openvino"},
+            "slide2vec[tensorrt-rtx]",
+        ),
+        (("12.0",), {"torch", "onnx", "onnxscript"}, set(), set(), "slide2vec[tensorrt-rtx]"),
+        (
+            ("8.6",),
+            ALL - {"tensorrt-rtx-cu13-bindings"},
+            {"tensorrt", "openvino"},
+            None,
+            "slide2vec build-engine",
+        ),
+        (("9.0",), ALL - {"tensorrt"}, {"tensorrt-rtx", "openvino"}, {"openvino"}, "slide2vec[tensorrt]"),
+        (("9.0",), ALL, {"tensorrt-rtx", "tensorrt", "openvino"}, {"tensorrt", "openvino"}, "build-engine"),
+    ],
+)
+def test_which_engines_are_built_and_run_here(
+    capabilities: tuple[str, ...],
+    there: set[str],
+    builds: set[str],
+    runs: set[str] | None,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A login node, laptops, a workstation, an H100; with everything installed, and not."""
+    monkeypatch.setattr("shutil.which", lambda name: None)  # no C++ compiler
+    monkeypatch.setattr(doctor_runtimes, "_has_rtx_wheels", lambda: True)
+    gpus = [{"compute_capability": each} for each in capabilities]
+    found = doctor_runtimes.runtimes(gpus, lambda names: next((n for n in names if n in there), None))
+    assert {row["runtime"] for row in found if row["builds"]} == builds
+    able = {row["runtime"] for row in found if row["runs"]} - {"inductor"}  # PyTorch's own
+    assert able == (builds if runs is None else runs)
+    assert all(row["note"] for row in found if not row["builds"])
+    assert command in doctor_runtimes.missing_command(gpus, found)
+
+
+def test_what_tensorrt_needs_is_said() -> None:
+    found = {row["runtime"]: row["note"] for row in doctor_runtimes.runtimes([], lambda names: None)}
+    for word in ("pypi.nvidia.com", "CUDA 13", "R590", "tensorrt-cu12", "slide2vec[tensorrt]"):
+        assert word in found["tensorrt"]
+    assert "slide2vec[tensorrt-rtx]" in found["tensorrt-rtx"]
 
 
 def test_doctor_is_the_command() -> None:

@@ -495,7 +495,7 @@ def test_choices_that_make_no_sense(tmp_path: Path, recipe: Recipe, encoder: nn.
     subject, store = subject_of(recipe, encoder), EngineStore(tmp_path)
     with pytest.raises(EngineError, match="'tensorrt' does not run on cpu"):
         select_engine("tensorrt", encoder, subject, "fp32", store=store)
-    with pytest.raises(ConfigError, match="is not auto, torch, tensorrt, openvino or inductor"):
+    with pytest.raises(ConfigError, match="is not auto, torch, inductor, openvino, tensorrt, tensorrt-rtx"):
         select_engine("onnx", encoder, subject, "fp32", store=store)
     with pytest.raises(EngineError, match="PyTorch does not run tiny in fp8"):
         select_engine("auto", encoder, subject, "fp8", store=store)

@@ -48,7 +48,7 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         if self.layout == "uint8_nhwc":
-            pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+            pixels = pixels.float().permute(0, 3, 1, 2) / 127.5 - 1  # bytes may only be cast
         return self.trunk(pixels).float()  # type: ignore[no-any-return]
 
 

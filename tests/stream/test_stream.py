@@ -417,10 +417,11 @@ def test_script_that_dies_over_an_open_iterator_ends(tmp_path: Path) -> None:
 from slide2vec import Model, PreprocessingConfig
 from slide2vec.synthetic import write_synthetic_slide
 
-path = write_synthetic_slide({str(tmp_path / "slide.svs")!r}, size_px=4096, seed=1)
-model = Model.from_preset("scattering", device="cpu")
+path = write_synthetic_slide({str(tmp_path / "slide.svs")!r}, size_px=2048, seed=1)
+model = Model.from_preset("scattering", device="cpu", allow_non_recommended_settings=True)
 slides = [{{"sample_id": str(number), "image_path": path}} for number in range(30)]
-outcomes = model.iter_slides(slides, PreprocessingConfig(requested_tile_size_px=112))
+config = PreprocessingConfig(requested_tile_size_px=112, requested_spacing_um=0.25)
+outcomes = model.iter_slides(slides, config)
 assert next(outcomes).embedded.num_tiles > 100
 raise RuntimeError("the user's own")
 """
