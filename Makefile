@@ -10,7 +10,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench fuzz gpu-check clean
+.PHONY: help setup demo test test-slow lint bench fuzz mutants gpu-check clean
 
 help:  ## show this list
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ bench: $(STAMP)  ## CPU benchmarks, side by side; results under benchmarks/resul
 
 fuzz: $(STAMP)  ## damage N slides and files (default 800) and see what comes of them; goes on where it was stopped
 	@$(BIN)/python -m tools.fuzz --cases $(or $(N),800) --seed $(or $(SEED),1) $(ARGS)
+
+mutants: $(STAMP)  ## change the code of core modules here and there: do their unit tests notice? goes on where it was stopped
+	@$(BIN)/python -m tools.mutants $(ARGS)
 
 gpu-check:  ## tests and benchmarks on an NVIDIA GPU, with what is installed (.venv, else PYTHON as it is)
 	@$(GPU_PYTHON) tools/gpu_check.py $(ARGS)
