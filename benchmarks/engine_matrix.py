@@ -2,7 +2,7 @@
 `python -m benchmarks.engine_matrix`.
 
 Each preset is exported at one block in both layouts and in fp32, fp16, bf16 and fp8, parsed, and built for
-one compute capability. Nothing is run: that needs a GPU. Rows are kept in `results/engines-rtx-<date>.json`
+one compute capability. Nothing is run: that needs a GPU. Rows are kept in `results/engine-matrix-<date>.json`
 as they are made; started again it goes on with what is missing, and prints the tables when nothing is.
 `--depth 0` takes all blocks of a preset: minutes and gigabytes each.
 """
@@ -164,11 +164,11 @@ def table(found: list[Row]) -> str:
 
 
 def _nodes(found: Row) -> str:
-    return f"{found['nodes_exported']} → {found['nodes']}"
+    return f"{found.get('nodes_exported', '–')} → {found['nodes']}"
 
 
 def _layer_count(found: Row) -> str:
-    return f"{found['layers']:,}"
+    return f"{found['layers']:,}" if "layers" in found else "–"
 
 
 def _seconds(found: Row) -> str:
@@ -193,21 +193,18 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS)
     parser.add_argument("--target", default="sm89")
     parser.add_argument("--depth", type=int, default=1, help="blocks; 0 = all")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"engines-rtx-{datetime.date.today()}")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"engine-matrix-{datetime.date.today()}")
     args = parser.parse_args()
     path = args.out.with_suffix(".json")
-    kept: list[Row] = json.loads(path.read_text()) if path.exists() else []
+    kept: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
     for layout in args.layouts:
         for name in args.presets:
-            done = {
-                e["precision"]
-                for e in kept
-                if (e["preset"], e["layout"], e["depth"]) == (name, layout, args.depth)
-            }
+            asked = (name, layout, args.depth)
+            done = {e["precision"] for e in kept if (e["preset"], e["layout"], e["depth"]) == asked}
             for found in rows(name, layout, args.target, args.depth, set(args.precisions) - done):
                 print(found, flush=True)
                 kept.append(found)
-                path.write_text(json.dumps(kept, indent=1) + "\n")
+                path.write_text(json.dumps({"rows": kept}, indent=1) + "\n")
     for depth in sorted({each["depth"] for each in kept}, reverse=True):
         print(f"\nDepth {depth or 'whole'}\n\n{table([each for each in kept if each['depth'] == depth])}")
 

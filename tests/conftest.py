@@ -3,7 +3,9 @@ processes `-n auto` starts."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,8 +16,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several on these CPUs; before 
 
 from slide2vec.cpus import job_cpus
 from slide2vec.readers.cucim import tame_cufile
+from slide2vec.synthetic import write_synthetic_slide
 
-#: Processes that tests run in at most: each takes up to 3 GB.
+#: Processes that tests run in at most: each takes up to 4 GB.
 MAX_PROCESSES = 8
 
 tame_cufile()  # some tests import cuCIM themselves
@@ -38,6 +41,24 @@ def no_engines_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLIDE2VEC_ENGINES", str(tmp_path_factory.mktemp("engines")))
         yield
+
+
+@pytest.fixture(scope="session")
+def generated_slide(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`write_synthetic_slide`, which draws a slide once for all tests and processes of this session."""
+    own = tmp_path_factory.getbasetemp()
+    kept = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "generated-slides"
+    kept.mkdir(exist_ok=True)
+
+    def write(path: Path, *, size_px: int, seed: int, levels: int) -> Path:
+        drawn = kept / f"{size_px}-{seed}-{levels}.svs"
+        with drawn.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not drawn.exists():
+                write_synthetic_slide(drawn, size_px=size_px, seed=seed, levels=levels)
+        return Path(shutil.copyfile(drawn, path))
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,6 @@ from slide2vec.errors import (
     TilingError,
 )
 from slide2vec.stream.sources import SlideSource
-from slide2vec.synthetic import write_synthetic_slide
 from slide2vec.tiling import load_coordinates
 
 PREPROCESSING = PreprocessingConfig(requested_tile_size_px=128, tissue_threshold=0.1)
@@ -51,10 +50,10 @@ def model() -> Model:
 
 
 @pytest.fixture(scope="module")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def slides(tmp_path_factory: pytest.TempPathFactory, generated_slide: Callable[..., Path]) -> list[Path]:
     """Three slides of 1,536 px at 0.25 µm/px, two levels."""
     folder = tmp_path_factory.mktemp("slides")
-    return [write_synthetic_slide(folder / f"s{n}.svs", size_px=1536, seed=n, levels=2) for n in range(3)]
+    return [generated_slide(folder / f"s{n}.svs", size_px=1536, seed=n, levels=2) for n in range(3)]
 
 
 @pytest.fixture(scope="module")

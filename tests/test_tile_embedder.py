@@ -11,15 +11,14 @@ import pytest
 import torch
 
 from slide2vec import ExecutionOptions, Model, PreprocessingConfig, tile_embedder
-from slide2vec.synthetic import write_synthetic_slide
 
 CONFIG = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=1.0)
 
 
 @pytest.fixture(scope="module")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def slides(tmp_path_factory: pytest.TempPathFactory, generated_slide: Callable[..., Path]) -> list[Path]:
     folder = tmp_path_factory.mktemp("slides")
-    return [write_synthetic_slide(folder / f"{n}.svs", size_px=768, seed=n, levels=1) for n in range(2)]
+    return [generated_slide(folder / f"{n}.svs", size_px=768, seed=n, levels=1) for n in range(2)]
 
 
 @pytest.fixture

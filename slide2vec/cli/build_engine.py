@@ -230,10 +230,10 @@ def _print_remarks(engine: StoredEngine) -> None:
     record = as_proven(engine).record
     for step in record.steps_down:
         note(f"{record.preset}: not in {step['precision']}: {step['reason']}")
-    if is_to_be_proven(record):
-        note(f"{engine.name}: {state(engine)}")
     if record.left_out:
         note(f"{record.preset}: in fp16, as fp8 disturbs them most: {', '.join(record.left_out)}")
+    if is_to_be_proven(record):
+        note(f"{engine.name}: {state(engine)}")
     if record.is_slower:
         note(f"{engine.name} is slower than PyTorch here: it is used only with --engine {record.runtime}")
     note(f"licence of {record.preset}: {record.licence}")

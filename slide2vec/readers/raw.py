@@ -155,11 +155,15 @@ class RawBoxes:
             SlideReadError: one of its tiles cannot be decoded.
         """
         height, width = canvas.shape[0] * ratio, canvas.shape[1] * ratio
-        places = self._tiles.under(level, x, y, width, height)
-        if sum(_pixels(place.in_box) for place in places) < width * height:
+        places, form = self._tiles.under(level, x, y, width, height), self._tiles.format(level)
+        columns, rows = (
+            (x + width - 1) // form.width - x // form.width,
+            (y + height - 1) // form.height - y // form.height,
+        )
+        if len(places) < (columns + 1) * (rows + 1):  # some are left out
             canvas[:] = 255
         if squares is not None:
-            places = _under_squares(places, self._tiles.format(level), squares)
+            places = _under_squares(places, form, squares)
         for step in self._steps(level, places):
             self._fill(canvas, level, step, ratio)
 
@@ -274,11 +278,6 @@ def _under_squares(places: Sequence[TilePlace], form: TileFormat, squares: Squar
     return [place for place in places if (place.x // wide, place.y // high) in touched]
 
 
-def _pixels(part: _Part) -> int:
-    rows, columns = part
-    return int((rows.stop - rows.start) * (columns.stop - columns.start))
-
-
 def _divided(part: _Part, ratio: int) -> _Part:
     if ratio == 1:
         return part
@@ -291,11 +290,13 @@ def _divided(part: _Part, ratio: int) -> _Part:
 
 def _put(canvas: Any, place: TilePlace, pixels: Any, ratio: int) -> None:
     """Write a tile that lies wholly in the box."""
-    found, target = pixels[place.in_tile], canvas[_divided(place.in_box, ratio)]
+    if pixels.shape[:2] != (place.height, place.width):
+        pixels = pixels[place.in_tile]
+    target = canvas[_divided(place.in_box, ratio)]
     if ratio == 1:
-        target[:] = found
+        target[:] = pixels
     else:
-        cv2.resize(found, target.shape[1::-1], dst=target, interpolation=cv2.INTER_AREA)
+        cv2.resize(pixels, target.shape[1::-1], dst=target, interpolation=cv2.INTER_AREA)
 
 
 def _reduced(pixels: NDArray[np.uint8], ratio: int) -> NDArray[np.uint8]:

@@ -6,14 +6,18 @@ pixels for 7, of 24 LZW tiles for 15.
 
 from __future__ import annotations
 
+import logging
 from typing import TypeAlias
 
+from slide2vec.errors import ExtraMissingError
 from slide2vec.readers.codecs import TileError, decode_tile, unavailable
 from slide2vec.readers.probe import Probe
 from slide2vec.readers.tifftiles import TiffTiles, why_not
 from slide2vec.readers.tilecheck import Fail, TileCheck
 
 __all__ = ["Check", "Recheck", "check_of"]
+
+logger = logging.getLogger(__name__)
 
 
 class Recheck:
@@ -52,10 +56,16 @@ Check: TypeAlias = TileCheck | Recheck
 
 
 def check_of(probe: Probe, fail: Fail) -> Check | None:
-    """What checks a TIFF's tiles before a library reads them; None where nothing can."""
+    """What checks a TIFF's tiles before a library reads them; None where nothing can, which is said where it
+    is for want of a package."""
     tiled = bool(probe.levels) and all(level.tile for level in probe.levels)
-    if tiled and all(level.compression == "JPEG" for level in probe.levels):
+    if not (tiled and all(level.compression == "JPEG" for level in probe.levels)):
+        if unavailable() is None and why_not(probe) is None:
+            return Recheck(probe, fail)
+        if not tiled:
+            return None
+    try:
         return TileCheck(probe.path, probe.levels, fail)
-    if unavailable() is None and why_not(probe) is None:
-        return Recheck(probe, fail)
-    return TileCheck(probe.path, probe.levels, fail) if tiled else None
+    except ExtraMissingError as error:
+        logger.warning("slide %s: %s", probe.name, error)
+        return None

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 
-from slide2vec.errors import SlideReadError
+from slide2vec.errors import ExtraMissingError, SlideReadError
 from slide2vec.readers.probe import TiffLevel
 
 __all__ = ["TileCheck"]
@@ -39,9 +40,17 @@ class TileCheck:
 
     Args:
         strict: decode every tile, rather than look at its beginning and end.
+
+    Raises:
+        ExtraMissingError: there are JPEG tiles, and simplejpeg is not installed.
     """
 
     def __init__(self, path: Path, levels: Sequence[TiffLevel], fail: Fail, *, strict: bool = True) -> None:
+        if find_spec("simplejpeg") is None and any(level.compression == "JPEG" for level in levels):
+            raise ExtraMissingError(
+                "its JPEG tiles cannot be checked for damage: simplejpeg is not installed: "
+                "pip install simplejpeg"
+            )
         self._levels, self._fail, self._strict = levels, fail, strict
         self._passed = [np.zeros(len(level.counts), bool) for level in levels]
         self._headers: list[list[bytes]] = [[] for _ in levels]
@@ -125,6 +134,7 @@ class TileCheck:
 
 
 def _fault(jpeg: bytes, level: TiffLevel) -> str | None:
+    simplejpeg = import_module("simplejpeg")
     colours = "CMYK" if level.samples == 4 else "GRAY"
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)

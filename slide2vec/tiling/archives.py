@@ -10,16 +10,17 @@ import os
 import re
 import tarfile
 from collections.abc import Iterable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self, TypeAlias
 
 import cv2
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 
-from slide2vec.errors import SlideReadError, TilingError
+from slide2vec.errors import ExtraMissingError, SlideReadError, TilingError
 from slide2vec.files import atomic_path, plain_stat, remove
 from slide2vec.tiling.headers import jpeg_fault, tar_members
 from slide2vec.tiling.records import Tiling
@@ -148,11 +149,18 @@ class TileArchive:
     Raises:
         TilingError: it cannot be read, has anything in it but every tile once, or belongs to other
             coordinates.
+        ExtraMissingError: simplejpeg is not installed.
     """
 
     backend = "archive"
 
     def __init__(self, path: Path, tiling: Tiling, *, block: int = 16) -> None:
+        if find_spec("simplejpeg") is None:
+            raise ExtraMissingError(
+                f"slide {tiling.sample_id}: tile archives are decoded by simplejpeg, which is not installed: "
+                "pip install simplejpeg, or read the slide itself"
+            )
+        self._decode_jpeg = import_module("simplejpeg").decode_jpeg
         self.path, self._tiling = path, tiling
         self._file: int | None = None
         try:
@@ -227,7 +235,7 @@ class TileArchive:
         # Strict: libjpeg warns of damage inside the entropy data and makes pixels up; OpenCV says nothing of
         # it. The pixels are those of OpenCV and Pillow (all are libjpeg-turbo), in 0.6 of OpenCV's time.
         try:
-            target[:] = simplejpeg.decode_jpeg(jpeg, strict=True)
+            target[:] = self._decode_jpeg(jpeg, strict=True)
         except ValueError as error:
             raise self._error(tile, f"it is a damaged JPEG ({error})") from error
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from slide2vec import Model
-from slide2vec.synthetic import write_synthetic_slide
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -46,13 +46,12 @@ def slide_model(patient_model: Model) -> Model:
 
 
 @pytest.fixture(scope="session")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def slides(tmp_path_factory: pytest.TempPathFactory, generated_slide: Callable[..., Path]) -> list[Path]:
     """Three slides of several sizes at 0.25 µm/px, two levels."""
     folder = tmp_path_factory.mktemp("slides")
     sizes = (1024, 1280, 1536)
     return [
-        write_synthetic_slide(folder / f"s{n}.svs", size_px=size, seed=n, levels=2)
-        for n, size in enumerate(sizes)
+        generated_slide(folder / f"s{n}.svs", size_px=size, seed=n, levels=2) for n, size in enumerate(sizes)
     ]
 
 

@@ -7,13 +7,14 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
+from typer.testing import Result
 
 from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig
 from slide2vec.artifacts import load_embeddings
@@ -21,9 +22,10 @@ from slide2vec.cohort.lock import LOCK_NAME, output_lock
 from slide2vec.errors import OutputError, OutputLockedError
 from slide2vec.files import as_path
 from slide2vec.files.remote import create
-from slide2vec.synthetic import write_synthetic_slide
 
 TILE_PX, THRESHOLD = 128, 0.1
+
+Run = Callable[..., Result]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,9 +51,9 @@ def endpoint() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def slides(tmp_path_factory: pytest.TempPathFactory, generated_slide: Callable[..., Path]) -> list[Path]:
     folder = tmp_path_factory.mktemp("slides")
-    return [write_synthetic_slide(folder / f"s{n}.svs", size_px=1024, seed=n, levels=1) for n in range(2)]
+    return [generated_slide(folder / f"s{n}.svs", size_px=1024, seed=n, levels=1) for n in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +64,18 @@ def manifest(slides: list[Path]) -> str:
     return str(path)
 
 
-def slide2vec(*arguments: str) -> subprocess.CompletedProcess[str]:
+def in_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, which has nothing but the environment."""
     return subprocess.run(
         [sys.executable, "-m", "slide2vec", *arguments], capture_output=True, text=True, timeout=300
     )
 
 
-def run(manifest: str, output: str) -> dict[str, Any]:
-    done = slide2vec(
+def run_arguments(manifest: str, output: str) -> tuple[str, ...]:
+    return (
         *("run", "--manifest", manifest, "--output", output, "--preset", "scattering", "--run-on-cpu"),
         *("--tile-size", str(TILE_PX), "--tissue-threshold", str(THRESHOLD), "--previews", "--json"),
     )
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
 
 
 def modified(output_dir: Path) -> dict[str, Any]:
@@ -84,9 +85,12 @@ def modified(output_dir: Path) -> dict[str, Any]:
     return {Path(name).name: about["LastModified"] for name, about in files.items()}
 
 
-def test_run_and_resume(manifest: str, slides: list[Path], tmp_path: Path) -> None:
+def test_run_and_resume(manifest: str, slides: list[Path], tmp_path: Path, run: Run) -> None:
     output_dir = as_path("s3://bucket/run")
-    first = run(manifest, "s3://bucket/run")
+    arguments = run_arguments(manifest, "s3://bucket/run")
+    done = in_process(*arguments)
+    assert done.returncode == 0, done.stderr
+    first = json.loads(done.stdout)
     assert first["resumed"] == 0 and [made["sample_id"] for made in first["slides"]] == ["s0", "s1"]
     made = modified(output_dir)
     assert sorted(made) == ["s0.meta.json", "s0.pt", "s1.meta.json", "s1.pt"]
@@ -108,16 +112,18 @@ def test_run_and_resume(manifest: str, slides: list[Path], tmp_path: Path) -> No
     (log,) = (output_dir / "logs").iterdir()
     assert "slide s1: " in log.read_text()
 
-    again = run(manifest, "s3://bucket/run")
+    done_again = run(*arguments)
+    assert done_again.exit_code == 0, done_again.output
+    again = json.loads(done_again.stdout)
     assert again["resumed"] == 2 and not again["recomputed"] and modified(output_dir) == made
     assert not (output_dir / LOCK_NAME).exists()
 
-    status = slide2vec("status", "s3://bucket/run", "--json")
+    status = run("status", "s3://bucket/run", "--json")
     found = json.loads(status.stdout)
     assert (found["finished"], found["slides"], found["running"]) == (2, 2, None)
 
-    exported = slide2vec("export", "s3://bucket/run", "-o", "s3://bucket/h5", "--json")
-    assert exported.returncode == 0, exported.stderr
+    exported = run("export", "s3://bucket/run", "-o", "s3://bucket/h5", "--json")
+    assert exported.exit_code == 0, exported.output
     assert torch.equal(
         load_embeddings("s3://bucket/h5/tile_embeddings/s0.h5"),
         load_embeddings("s3://bucket/run/tile_embeddings/s0.pt"),
@@ -143,7 +149,7 @@ def test_without_credentials_there_is_one_line(endpoint: str, monkeypatch: pytes
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for arguments in (("status", "s3://bucket/run"), ("export", "s3://bucket/run", "-o", "elsewhere")):
-        done = slide2vec(*arguments)
+        done = in_process(*arguments)
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert "NoCredentialsError" in done.stderr
 
@@ -155,12 +161,12 @@ def test_one_creation_succeeds() -> None:
     assert path.read_bytes() == b"first"
 
 
-def test_a_second_run_is_refused(manifest: str) -> None:
+def test_a_second_run_is_refused(manifest: str, run: Run) -> None:
     with output_lock(as_path("s3://bucket/held")):
         with pytest.raises(OutputLockedError), output_lock(as_path("s3://bucket/held")):
             raise AssertionError("not reached")
-        done = slide2vec("run", "--manifest", manifest, "-o", "s3://bucket/held", "-p", "scattering")
-    assert done.returncode != 0 and f"process {os.getpid()} on" in done.stderr
+        done = run("run", "--manifest", manifest, "-o", "s3://bucket/held", "-p", "scattering")
+    assert done.exit_code == 1 and f"process {os.getpid()} on" in done.stderr
 
 
 def test_a_bucket_that_is_not_there() -> None:
@@ -171,7 +177,7 @@ def test_a_bucket_that_is_not_there() -> None:
         raise AssertionError("not reached")
 
 
-def test_a_manifest_that_is_not_there() -> None:
-    done = slide2vec("run", "--manifest", "s3://bucket/no.csv", "-o", "s3://bucket/x", "-p", "scattering")
-    assert done.returncode != 0 and "manifest s3://bucket/no.csv cannot be read" in done.stderr
+def test_a_manifest_that_is_not_there(run: Run) -> None:
+    done = run("run", "--manifest", "s3://bucket/no.csv", "-o", "s3://bucket/x", "-p", "scattering")
+    assert done.exit_code == 1 and "manifest s3://bucket/no.csv cannot be read" in done.stderr
     assert "Traceback" not in done.stderr

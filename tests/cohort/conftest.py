@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from slide2vec import Model
-from slide2vec.synthetic import write_synthetic_slide
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -19,13 +19,13 @@ def model() -> Model:
 
 
 @pytest.fixture(scope="session")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def slides(tmp_path_factory: pytest.TempPathFactory, generated_slide: Callable[..., Path]) -> list[Path]:
     """Six slides of 1,536 px at 0.25 µm/px: a dozen tiles each; the last is blank glass."""
     import numpy as np
     import tifffile
 
     folder = tmp_path_factory.mktemp("cohort")
-    made = [write_synthetic_slide(folder / f"s{n}.svs", size_px=1536, seed=n, levels=1) for n in range(5)]
+    made = [generated_slide(folder / f"s{n}.svs", size_px=1536, seed=n, levels=1) for n in range(5)]
     blank = folder / "s5.tiff"
     glass = np.full((1024, 1024, 3), 245, np.uint8)
     resolution = {"resolution": (40_000, 40_000), "resolutionunit": "CENTIMETER"}  # 0.25 µm/px

@@ -21,7 +21,6 @@ from slide2vec.encoders.slide import SlideFeatures, TileBag
 from slide2vec.errors import ConfigError, ManifestError, OutputError
 from slide2vec.files import as_path
 from slide2vec.manifests import read_manifest
-from slide2vec.synthetic import write_synthetic_slide
 from slide2vec.tiling import load_coordinates
 from slide2vec.tiling.reuse import recorded_slides
 
@@ -67,7 +66,7 @@ def memory() -> MemoryFileSystem:
 def patient_model() -> Model:
     model = Model.from_preset("moozy", weights="random", device="cpu", allow_non_recommended_settings=True)
     assert model.below is not None and model.below.below is not None
-    model.below.below._encoder = Tiles()
+    model.below.below._encoder = model._tile_embedder.encoder = Tiles()
     model.below._encoder = Slides()
     model._encoder = Patients()
     model.below.below.resolve_preprocessing(PREPROCESSING)  # tries one tile of another size, which counts
@@ -88,9 +87,9 @@ def tile_model(slide_model: Model) -> Model:
 
 
 @pytest.fixture(scope="module")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def slides(tmp_path_factory: pytest.TempPathFactory, generated_slide: Callable[..., Path]) -> list[Path]:
     folder = tmp_path_factory.mktemp("slides")
-    return [write_synthetic_slide(folder / f"s{n}.svs", size_px=768, seed=n, levels=1) for n in range(2)]
+    return [generated_slide(folder / f"s{n}.svs", size_px=768, seed=n, levels=1) for n in range(2)]
 
 
 def run(

@@ -26,7 +26,6 @@ from slide2vec.readers.fingerprint import FileIdentity, fingerprint, same_conten
 from slide2vec.scale.messages import Task
 from slide2vec.slides import as_slide
 from slide2vec.stream.identities import Identities
-from slide2vec.synthetic import write_synthetic_slide
 
 CONFIG = PreprocessingConfig(
     requested_spacing_um=0.5, requested_tile_size_px=96, filtering={"a_t": 0}, resume=True
@@ -34,9 +33,9 @@ CONFIG = PreprocessingConfig(
 
 
 @pytest.fixture(scope="module")
-def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def originals(tmp_path_factory: pytest.TempPathFactory, generated_slide: Callable[..., Path]) -> list[Path]:
     folder = tmp_path_factory.mktemp("originals")
-    return [write_synthetic_slide(folder / f"{n}.svs", size_px=768, seed=n, levels=1) for n in range(3)]
+    return [generated_slide(folder / f"{n}.svs", size_px=768, seed=n, levels=1) for n in range(3)]
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from slide2vec.artifacts import load_embeddings
 from slide2vec.cohort.merging import merge_shards
 from slide2vec.encoders.slide import SlideFeatures, TileBag
 from slide2vec.errors import ManifestError, PatientError
-from slide2vec.synthetic import write_synthetic_slide
 
 PREPROCESSING = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5, resume=True)
 DIM = 4
@@ -70,10 +69,10 @@ def slide_model(patient_model: Model) -> Model:
 
 
 @pytest.fixture(scope="module")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def slides(tmp_path_factory: pytest.TempPathFactory, generated_slide: Callable[..., Path]) -> list[Path]:
     folder = tmp_path_factory.mktemp("slides")
     return [
-        write_synthetic_slide(folder / f"s{n}.svs", size_px=size, seed=n, levels=2)
+        generated_slide(folder / f"s{n}.svs", size_px=size, seed=n, levels=2)
         for n, size in enumerate((768, 1024, 1280))
     ]
 

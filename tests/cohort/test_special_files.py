@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,6 @@ import pytest
 from slide2vec import ExecutionOptions, PreprocessingConfig
 from slide2vec.cohort import tile_cohort
 from slide2vec.slides import as_slides
-from slide2vec.synthetic import write_synthetic_slide
 from slide2vec.tiling.archives import archive_paths
 from slide2vec.tiling.coordinates import coordinate_paths
 
@@ -34,11 +33,11 @@ TOLD = {
 
 
 @pytest.fixture(scope="module")
-def errors() -> Iterator[list[dict[str, str]]]:
+def errors(generated_slide: Callable[..., Path]) -> Iterator[list[dict[str, str]]]:
     """Of slides that were read in place, and of staged ones."""
     with tempfile.TemporaryDirectory() as made:  # not pytest's, which is closed to others
         folder = Path(made)
-        write_synthetic_slide(folder / "good.svs", size_px=768, seed=0, levels=1)
+        generated_slide(folder / "good.svs", size_px=768, seed=0, levels=1)
         command = [sys.executable, str(Path(__file__).with_name("special.py")), made]
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -61,8 +60,8 @@ def test_special_files_fail_alone_and_at_once(errors: list[dict[str, str]], stag
             assert TOLD[kind] in error, error
 
 
-def test_special_coordinates_and_archives(tmp_path: Path) -> None:
-    slide = write_synthetic_slide(tmp_path / "a.svs", size_px=768, seed=0, levels=1)
+def test_special_coordinates_and_archives(tmp_path: Path, generated_slide: Callable[..., Path]) -> None:
+    slide = generated_slide(tmp_path / "a.svs", size_px=768, seed=0, levels=1)
     config = PreprocessingConfig(
         requested_spacing_um=0.5, requested_tile_size_px=96, filtering={"a_t": 0}, save_tiles=True
     )

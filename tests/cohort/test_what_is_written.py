@@ -15,7 +15,6 @@ from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig, Ru
 from slide2vec.artifacts import load_embeddings, load_stored
 from slide2vec.encoders.slide import SlideFeatures, TileBag
 from slide2vec.errors import ArtifactError, NotFiniteError, OutputError, PatientError, SlideError
-from slide2vec.synthetic import write_synthetic_slide
 
 CONFIG = PreprocessingConfig(requested_spacing_um=0.5, requested_tile_size_px=64, filtering={"a_t": 0})
 
@@ -77,9 +76,9 @@ def tile_model(slide_model: Model) -> Model:
 
 
 @pytest.fixture(scope="module")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def slides(tmp_path_factory: pytest.TempPathFactory, generated_slide: Callable[..., Path]) -> list[Path]:
     folder = tmp_path_factory.mktemp("slides")
-    return [write_synthetic_slide(folder / f"{n}.svs", size_px=768, seed=n, levels=1) for n in range(2)]
+    return [generated_slide(folder / f"{n}.svs", size_px=768, seed=n, levels=1) for n in range(2)]
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import openslide
 import pytest
 import tifffile
 
-from slide2vec.errors import BackendError, SlideOpenError, SlideReadError
-from slide2vec.readers import backends, open_slide
+from slide2vec.errors import BackendError, ExtraMissingError, SlideOpenError, SlideReadError
+from slide2vec.readers import backends, codecs, open_slide, tilecheck
 from slide2vec.slides import as_slide
 
 TILE = 64  # of the files that `tiffs` writes
@@ -370,3 +370,32 @@ def test_whatever_a_library_does_is_an_error_of_the_slide(
         for place in ((0, 0), (-8, 200)):
             with pytest.raises(SlideReadError, match=r"slide plain: tiff cannot decode level 0"):
                 reader.read_region(place, 0, (64, 64))
+
+
+def test_without_the_decoder_that_notices_damage(
+    tmp_path: Path, tiffs: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """cuCIM, which gives wrong pixels for damage, is passed over; another one reads, and it is said."""
+    path = tiffs.write_jpeg(tmp_path / "a.tif", [tiffs.picture()])
+    with open_slide(as_slide(path), "openslide") as reader:
+        expected = reader.read_region((0, 0), 0, (200, 200))
+    for module in (tilecheck, codecs):
+        find = module.find_spec
+        monkeypatch.setattr(
+            module, "find_spec", lambda name, f=find: None if name == "simplejpeg" else f(name)
+        )
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    with open_slide(as_slide(path)) as reader:
+        assert reader.backend in ("vips", "openslide")
+        if reader.backend == "openslide":
+            np.testing.assert_array_equal(reader.read_region((0, 0), 0, (200, 200)), expected)
+    assert "simplejpeg is not installed: pip install simplejpeg" in caplog.text
+    if backends()["cucim"] is None:
+        with pytest.raises(ExtraMissingError, match=r"cannot be checked for damage.*pip install simplejpeg"):
+            open_slide(as_slide(path), "cucim")
+
+
+def test_nothing_imports_the_decoder_before_it_is_used() -> None:
+    hidden = "import sys; sys.modules['simplejpeg'] = None; "
+    code = hidden + "import slide2vec.tiling.archives, slide2vec.readers.cucim"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ from slide2vec.progress import (
     TilesEncoded,
     activate_progress_reporter,
 )
-from slide2vec.synthetic import write_synthetic_slide
 
 #: Small tiles, so that slides have many.
 PREPROCESSING = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5)
@@ -45,11 +44,10 @@ TWO = ("cpu", "cpu")
 
 
 @pytest.fixture(scope="module")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def slides(tmp_path_factory: pytest.TempPathFactory, generated_slide: Callable[..., Path]) -> list[Path]:
     folder = tmp_path_factory.mktemp("slides")
     return [
-        write_synthetic_slide(folder / f"s{n}.svs", size_px=size, seed=n, levels=1)
-        for n, size in enumerate(SIZES)
+        generated_slide(folder / f"s{n}.svs", size_px=size, seed=n, levels=1) for n, size in enumerate(SIZES)
     ]
 
 
@@ -160,8 +158,10 @@ def test_one_slide_is_shared_out(model: Deadly, slides: list[Path], options: dic
     assert (summary.slides, summary.tiles) == (1, expected.num_tiles)
 
 
-def test_one_slide_shared_out_leaves_its_bad_tiles_out(model: Deadly, tmp_path: Path) -> None:
-    whole = write_synthetic_slide(tmp_path / "whole.svs", size_px=1536, seed=1, levels=2)
+def test_one_slide_shared_out_leaves_its_bad_tiles_out(
+    model: Deadly, tmp_path: Path, generated_slide: Callable[..., Path]
+) -> None:
+    whole = generated_slide(tmp_path / "whole.svs", size_px=1536, seed=1, levels=2)
     damaged = tmp_path / "damaged.svs"
     with tifffile.TiffFile(whole) as file:
         page: Any = file.pages[0]

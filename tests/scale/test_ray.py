@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from slide2vec.cli import app
 from slide2vec.errors import ConfigError, EmbedSlidesError, ExtraMissingError, WorkerLostError
 from slide2vec.progress import RunFinished, RunStarted, SlidePlanned, TilesEncoded, activate_progress_reporter
 from slide2vec.scale.ray_fleet import RayFleet
-from slide2vec.synthetic import write_synthetic_slide
 
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 
@@ -77,6 +76,7 @@ class Clusters:
     def end(self) -> None:
         if self.now is not None:
             self.now.shutdown()
+            self.now = None
             self.others.clear()
 
 
@@ -96,11 +96,10 @@ def clusters(left_by_workers: Path) -> Iterator[Clusters]:
 
 
 @pytest.fixture(scope="module")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def slides(tmp_path_factory: pytest.TempPathFactory, generated_slide: Callable[..., Path]) -> list[Path]:
     folder = tmp_path_factory.mktemp("slides")
     return [
-        write_synthetic_slide(folder / f"s{n}.svs", size_px=size, seed=n, levels=1)
-        for n, size in enumerate(SIZES)
+        generated_slide(folder / f"s{n}.svs", size_px=size, seed=n, levels=1) for n, size in enumerate(SIZES)
     ]
 
 
@@ -260,22 +259,6 @@ def test_the_command_line(
         assert (tmp_path / "out" / name).read_bytes() == whole.read_bytes()
 
 
-def test_a_worker_has_a_gpu_of_its_own_and_its_share_of_the_cpus(
-    kept: Deadly, clusters: Clusters, slides: list[Path], alone: list[EmbeddedSlide], left_by_workers: Path
-) -> None:
-    end_workers(kept)
-    clusters.add(num_cpus=2, num_gpus=2)
-    try:
-        model = OnGpus.from_preset("scattering", device="cpu", allow_non_recommended_settings=True)
-        found = model.embed_slides(slides, PREPROCESSING, clusters.options())
-        end_workers(model)
-    finally:
-        clusters.start()  # anew: Ray believes in a lost node, and its GPUs, for a while
-    for one, other in zip(found, alone, strict=True):
-        same(one, other)
-    assert {path.name for path in left_by_workers.iterdir()} == {"gpu 0, cpus 1", "gpu 1, cpus 1"}
-
-
 @pytest.mark.parametrize(
     ("kind", "error"), [(Unloadable, "no such weights here"), (Unshared, "is not that of the run")]
 )
@@ -315,6 +298,23 @@ def test_another_cluster_goes_on_where_one_was_left(
         again = Pipeline(kept, PREPROCESSING, clusters.options(output_dir=tmp_path)).run(slides)
     assert again.resumed == 6
     assert not any(isinstance(event, TilesEncoded) for event in recorder.events)
+
+
+def test_a_worker_has_a_gpu_of_its_own_and_its_share_of_the_cpus(
+    kept: Deadly, clusters: Clusters, slides: list[Path], alone: list[EmbeddedSlide], left_by_workers: Path
+) -> None:
+    """The last of the cluster."""
+    end_workers(kept)
+    clusters.add(num_cpus=2, num_gpus=2)
+    try:
+        model = OnGpus.from_preset("scattering", device="cpu", allow_non_recommended_settings=True)
+        found = model.embed_slides(slides, PREPROCESSING, clusters.options())
+        end_workers(model)
+    finally:
+        clusters.end()  # Ray believes in a lost node, and its GPUs, for a while
+    for one, other in zip(found, alone, strict=True):
+        same(one, other)
+    assert {path.name for path in left_by_workers.iterdir()} == {"gpu 0, cpus 1", "gpu 1, cpus 1"}
 
 
 def test_an_address_where_nothing_answers_is_told(kept: Deadly, slides: list[Path]) -> None:

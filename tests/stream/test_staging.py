@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from slide2vec.readers.companions import files_of
 from slide2vec.slides import as_slide
 from slide2vec.stream import stager_for
 from slide2vec.stream.staging import Stager
-from slide2vec.synthetic import write_synthetic_slide
 
 PREPROCESSING = PreprocessingConfig(requested_tile_size_px=128, tissue_threshold=0.1)
 
@@ -34,9 +34,9 @@ def model() -> Model:
 
 
 @pytest.fixture(scope="module")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def slides(tmp_path_factory: pytest.TempPathFactory, generated_slide: Callable[..., Path]) -> list[Path]:
     folder = tmp_path_factory.mktemp("slides")
-    return [write_synthetic_slide(folder / f"s{n}.svs", size_px=1024, seed=n, levels=1) for n in range(4)]
+    return [generated_slide(folder / f"s{n}.svs", size_px=1024, seed=n, levels=1) for n in range(4)]
 
 
 @pytest.fixture

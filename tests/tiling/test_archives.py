@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin
 from tiling_helpers import ArrayReader, a_slide, blank, settings
 
-from slide2vec.errors import OutputError, SlideReadError, TilingError
+from slide2vec.errors import ExtraMissingError, OutputError, SlideReadError, TilingError
 from slide2vec.tiling import Tiling, archives, tile_slide
 from slide2vec.tiling.archives import TileArchive, archive_paths, find_archive, tile_number, write_archive
 
@@ -725,3 +725,12 @@ def test_damaged_jpegs(
                 continue
         np.testing.assert_array_equal(pixels, decoded(bytes(changed)))
     assert least < refused < 400  # without strict decoding 74, 186 and 79
+
+
+def test_without_the_decoder(
+    tiling: Tiling, tiles: Pixels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_archive(tmp_path, tiling, shuffled(tiles))
+    monkeypatch.setattr(archives, "find_spec", lambda name: None)
+    with pytest.raises(ExtraMissingError, match="simplejpeg, which is not installed: pip install simplejpeg"):
+        TileArchive(path, tiling)
