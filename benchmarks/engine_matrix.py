@@ -196,7 +196,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / f"engine-matrix-{datetime.date.today()}")
     args = parser.parse_args()
     path = args.out.with_suffix(".json")
-    kept: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
+    file = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    kept: list[Row] = file["rows"]
     for layout in args.layouts:
         for name in args.presets:
             asked = (name, layout, args.depth)
@@ -204,7 +205,7 @@ def main() -> None:
             for found in rows(name, layout, args.target, args.depth, set(args.precisions) - done):
                 print(found, flush=True)
                 kept.append(found)
-                path.write_text(json.dumps({"rows": kept}, indent=1) + "\n")
+                path.write_text(json.dumps(file, indent=1) + "\n")
     for depth in sorted({each["depth"] for each in kept}, reverse=True):
         print(f"\nDepth {depth or 'whole'}\n\n{table([each for each in kept if each['depth'] == depth])}")
 
