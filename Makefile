@@ -30,7 +30,7 @@ demo: $(STAMP)  ## embed a generated slide on this machine and draw the result i
 	@$(BIN)/slide2vec demo --output $(DEMO_DIR)
 
 test: $(STAMP)  ## run the test suite, on all CPUs of the job (ARGS=-n0: in one process)
-	@$(BIN)/python -m pytest -q -m "not gpu and not slow" -n auto --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest -q -m "not gpu and not slow" -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(STAMP)  ## run the tests that take minutes and gigabytes
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)

@@ -62,9 +62,10 @@ def feed(slide: Path, repeat: int, backend: str = "auto") -> dict[str, Any]:
 
     Seconds begin before the stream does; those until the first batch is there are reported apart, too.
     """
+    from slide2vec.config import ExecutionOptions
     from slide2vec.progress import NullReporter
     from slide2vec.slides import Slide
-    from slide2vec.stream import Stream, plan_slide
+    from slide2vec.stream import Planner, Stream, plan_slide
 
     class Untransformed:
         def prepare(self, tiles: Any) -> Any:
@@ -84,7 +85,8 @@ def feed(slide: Path, repeat: int, backend: str = "auto") -> dict[str, Any]:
             reporter=NullReporter(),
         )
         slides = [Slide(sample_id=str(i), image_path=slide) for i in range(count)]
-        return sum(o.embedded.num_tiles for o in stream.run(slides, lambda s: plan_slide(s, config)))  # type: ignore[union-attr]
+        planner = Planner(config, ExecutionOptions())
+        return sum(o.embedded.num_tiles for o in stream.run(slides, planner))  # type: ignore[union-attr]
 
     config = configs(backend)
     plan = plan_slide(Slide(sample_id="warm-up", image_path=slide), config)  # imports, page cache

@@ -59,7 +59,7 @@ def main() -> None:
     from slide2vec import ExecutionOptions
     from slide2vec.progress import NullReporter
     from slide2vec.slides import as_slide
-    from slide2vec.stream import Stream, plan_slide, stager_for
+    from slide2vec.stream import Planner, Stream, stager_for
     from slide2vec.stream.staging import Stager
     from slide2vec.synthetic import write_synthetic_slide
 
@@ -75,7 +75,7 @@ def main() -> None:
 
         def embed(given: ExecutionOptions) -> float:
             started = time.perf_counter()
-            with stager_for(given) as stager:
+            with Planner(configs(), given) as planner:
                 stream = Stream(
                     Waiting(),
                     Untransformed(),
@@ -85,10 +85,9 @@ def main() -> None:
                     planners=1,
                     ahead=4,
                     reporter=NullReporter(),
-                    stager=stager,
                 )
                 asked = [as_slide(path) for path in slides]
-                for outcome in stream.run(asked, lambda s: plan_slide(s, configs(), stager=stager)):
+                for outcome in stream.run(asked, planner):
                     if outcome.error is not None:
                         raise outcome.error
             return time.perf_counter() - started

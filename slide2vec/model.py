@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -13,42 +11,28 @@ import torch
 
 from slide2vec.aggregate import (
     Aggregator,
-    aggregate_patients,
-    aggregate_slides,
+    aggregate_stored,
     embed_groups,
+    embed_in_order,
     embed_one,
     group_slides,
     one_patient,
     patient_embedding,
-    pool_slides,
     with_slide_embedding,
 )
-from slide2vec.cohort import embed_cohort
+from slide2vec.cohort import embed_tiles
+from slide2vec.cohort.sink import MemorySink
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
-from slide2vec.encoders.parts import (
-    PartsWeights,
-    load_parts,
-    tile_recipe,
-    weights_as_text,
-    weights_by_part,
-)
+from slide2vec.encoders.parts import PartsWeights, load_parts, tile_recipe
 from slide2vec.encoders.weights import weights_digest
-from slide2vec.errors import ConfigError, EmbedSlidesError, ManifestError, ModelLevelError, Slide2VecError
+from slide2vec.errors import ConfigError, ModelLevelError
 from slide2vec.progress import RunStarted, active_reporter, live_progress
-from slide2vec.recipes import Recipe, Variant, load_recipe
-from slide2vec.runtime import devices_for, pick_device, resolve_precision
+from slide2vec.recipes import Recipe, load_recipe
+from slide2vec.runtime import is_numbered, pick_device, resolve_precision
 from slide2vec.scale import workers_for
 from slide2vec.slides import Slide, SlideLike, as_slide, as_slides
-from slide2vec.stream import (
-    IN_PLACE,
-    Arrivals,
-    InPlace,
-    SlideOutcome,
-    SlidePlan,
-    plan_slide,
-    stager_for,
-)
+from slide2vec.stream import Arrivals, SlideOutcome
 from slide2vec.stream.plan import check_archives_here
 from slide2vec.tile_embedder import TileEmbedder
 
@@ -62,12 +46,11 @@ if TYPE_CHECKING:
         TileFeaturesLike,
     )
     from slide2vec.cohort.run import OnPersisted
-    from slide2vec.scale import Elsewhere, Fleets
+    from slide2vec.cohort.sink import Sink
+    from slide2vec.scale import Fleets
     from slide2vec.tiling import Tiling
 
 __all__ = ["Model"]
-
-logger = logging.getLogger(__name__)
 
 
 class Model:
@@ -104,18 +87,12 @@ class Model:
         #: What `from_preset` was given besides the name, resolved; kept with a run's settings.
         self.origin: Mapping[str, Any] = origin or {}
         #: Of the tiles at the bottom, whatever it embeds itself.
-        self._tile_embedder: TileEmbedder = (
-            below._tile_embedder
-            if below is not None
-            else TileEmbedder(
-                recipe,
-                variant,
-                encoder,
-                device=device,
-                precision=precision,
-                resizes=self.origin.get("input_size_px") is not None,
-            )
-        )
+        self._tile_embedder: TileEmbedder
+        if below is not None:
+            self._tile_embedder = below._tile_embedder
+        else:
+            resizes = self.origin.get("input_size_px") is not None
+            self._tile_embedder = TileEmbedder(recipe, variant, encoder, device, precision, resizes=resizes)
 
     @classmethod
     def from_preset(
@@ -158,31 +135,19 @@ class Model:
             ConfigError: no such device or precision here, or the backbone does not take the input size.
         """
         recipe, chosen = load_recipe(name), pick_device(device)
-        given: dict[str, Any] = {
+        options = {
+            "weights": weights,
             "seed": seed,
+            "output_variant": output_variant,
             "precision": precision,
             "input_size_px": input_size_px,
             "allow_non_recommended_settings": allow_non_recommended_settings,
             "trust_remote_code": trust_remote_code,
         }
         resolved = resolve_precision(precision, tile_recipe(recipe).precision, chosen)
-        if weights == "random" and recipe.weights is not None:
-            logger.warning("preset %s has random weights (seed %d): its embeddings mean nothing", name, seed)
-        parts = load_parts(
-            recipe,
-            output_variant,
-            weights_by_part(recipe, weights),
-            seed=seed,
-            input_size_px=input_size_px,
-            trusted=trust_remote_code,
-        )
+        where = "cuda" if chosen.type == "cuda" and not is_numbered(device) else str(chosen)
         model: Self | None = None
-        for part in parts:
-            whole = part is parts[-1]
-            theirs: dict[str, Any] = {
-                "weights": weights if whole else part.choices,
-                "output_variant": output_variant if whole else part.variant,
-            }
+        for part in load_parts(recipe, options):
             model = cls(
                 part.recipe,
                 part.variant,
@@ -191,15 +156,8 @@ class Model:
                 precision=resolved,
                 weights=part.weights,
                 below=model,
-                loader=partial(cls.from_preset, part.recipe.name, **given, **theirs),
-                origin={
-                    "output_variant": part.variant,
-                    "weights": weights_as_text(theirs["weights"]),
-                    "seed": seed,
-                    "device": "cuda" if chosen.type == "cuda" and not _is_numbered(device) else str(chosen),
-                    "input_size_px": input_size_px,
-                    "allow_non_recommended_settings": allow_non_recommended_settings,
-                },
+                loader=partial(cls.from_preset, part.recipe.name, **part.options),
+                origin={**part.origin, "device": where},
             )
         assert model is not None
         return model
@@ -217,7 +175,7 @@ class Model:
     @property
     def feature_dim(self) -> int:
         """D, the dimension of an embedding."""
-        return self._variant.dim
+        return self.recipe.variants[self.variant].dim
 
     @property
     def encoder(self) -> nn.Module:
@@ -234,10 +192,6 @@ class Model:
         """The model of tiles at its bottom: itself, for tile-level presets."""
         return self if self.below is None else self.below._tile_model
 
-    @property
-    def _variant(self) -> Variant:
-        return self.recipe.variants[self.variant]
-
     def identity(
         self, execution: ExecutionOptions | None = None, tile_size_px: int | None = None
     ) -> dict[str, Any]:
@@ -246,28 +200,17 @@ class Model:
         Args:
             tile_size_px: side of the tiles; None = the preset's.
         """
-        if self.below is not None:
-            return {
-                "name": self.name,
-                "level": self.level,
-                "output_variant": self.variant,
-                "weights": self._weights_digest,
-                "weights_source": self._weights,
-                "below": self.below.identity(execution, tile_size_px),
-            }
-        recipe = self._tile_embedder.recipe_for(tile_size_px)
-        engine = self._tile_embedder.select(execution or ExecutionOptions(), tile_size_px).engine
-        return {
+        execution = execution or ExecutionOptions()
+        own = {
             "name": self.name,
             "level": self.level,
             "output_variant": self.variant,
             "weights": self._weights_digest,
             "weights_source": self._weights,
-            "precision": engine.precision,
-            "runtime": engine.runtime,
-            "input_size_px": recipe.transform.crop,
-            "transform": recipe.transform.model_dump(mode="json"),
         }
+        if self.below is not None:
+            return {**own, "below": self.below.identity(execution, tile_size_px)}
+        return own | self._tile_embedder.identity(execution, tile_size_px)
 
     def engine_in_words(self, execution: ExecutionOptions | None = None) -> str:
         """What runs the encoder: "PyTorch, fp32 on cpu", "openvino, bf16 on cpu"."""
@@ -329,28 +272,8 @@ class Model:
             EmbedSlidesError: some slides failed, or the run itself broke off after some were finished.
             ManifestError: a slide is not well given, or two have one sample_id.
         """
-        _check_on_error(on_error)
         asked = as_slides(slides)
-        outcomes: dict[str, SlideOutcome] = {}
-        try:
-            for outcome in self.iter_slides(asked, preprocessing, execution):
-                outcomes[outcome.slide.sample_id] = outcome
-        except Exception as broken:  # of the run (the device, say), not of a slide: keep what is finished
-            if not outcomes:
-                raise
-            on_error = "raise"
-            for slide in asked:
-                outcomes.setdefault(slide.sample_id, SlideOutcome(slide, error=broken))
-        results = [outcomes[slide.sample_id].embedded for slide in asked]
-        failed = {name: o.error for name, o in outcomes.items() if o.error is not None}
-        if failed and on_error == "raise":
-            in_order = {
-                slide.sample_id: failed[slide.sample_id] for slide in asked if slide.sample_id in failed
-            }
-            raise EmbedSlidesError.of(in_order, results)
-        for name, error in failed.items():
-            logger.error("slide %s skipped: %s", name, error)
-        return [result for result in results if result is not None]
+        return embed_in_order(asked, self.iter_slides(asked, preprocessing, execution), on_error)
 
     def iter_slides(
         self,
@@ -368,30 +291,35 @@ class Model:
         if not config.on_the_fly or config.save_tiles:
             _require_output_dir(execution, "on_the_fly=False" if not config.on_the_fly else "save_tiles=True")
         check_archives_here(config, execution.output_dir)
-        with live_progress(), closing(self._outcomes(as_slides(slides), config, execution)) as outcomes:
-            yield from map(partial(self._with_slide_embedding, latents=execution.save_latents), outcomes)
+        sink = MemorySink(config, execution, partial(self.aggregated, latents=execution.save_latents))
+        with live_progress(), closing(self.embed_into(sink, as_slides(slides))) as outcomes:
+            yield from outcomes
 
-    def _outcomes(
-        self, slides: Sequence[Slide], config: PreprocessingConfig, execution: ExecutionOptions
-    ) -> Generator[SlideOutcome, None, None]:
-        """Here or in workers."""
+    def embed_into(self, sink: Sink, slides: Sequence[Slide]) -> Generator[SlideOutcome, None, None]:
+        """Embed slides, here or in workers, and put each into the sink when it is through; yields what goes
+        back from there.
 
-        def plan(slide: Slide, stager: InPlace = IN_PLACE) -> SlidePlan:
-            return plan_slide(slide, config, execution.output_dir, stager=stager)
-
-        workers = self.workers(execution)
+        Raises:
+            ConfigError: there are not so many devices, or workers cannot load the model.
+        """
+        workers = workers_for(
+            self,
+            self._loader,
+            self.device,
+            sink.execution,
+            self._fleets,
+            chosen=is_numbered(self.origin.get("device", "cuda:0")),
+        )
         if workers is not None:
-            return workers.outcomes(slides, config, execution)
+            return workers.embed_into(sink, slides)
         active_reporter().emit(RunStarted(len(slides), self.name))
-        return self.outcomes(slides, config, execution, plan)
+        return self.embed_here(sink, slides)
 
-    def _with_slide_embedding(self, outcome: SlideOutcome, latents: bool) -> SlideOutcome:
-        if outcome.embedded is None or outcome.embedded.slide_embedding is not None:
-            return outcome
-        try:
-            return replace(outcome, embedded=self.aggregated(outcome.embedded, latents=latents))
-        except Slide2VecError as error:
-            return SlideOutcome(outcome.slide, error=error)
+    def embed_here(
+        self, sink: Sink, slides: Iterable[Slide] | Arrivals
+    ) -> Generator[SlideOutcome, None, None]:
+        """As `embed_into`, on the model's own device, in this process."""
+        return self._tile_embedder.embed_into(sink, slides)
 
     def aggregated(self, embedded: EmbeddedSlide, *, latents: bool = False) -> EmbeddedSlide:
         """The slide with its slide_embedding, where the preset has a slide encoder and the slide tiles.
@@ -415,38 +343,6 @@ class Model:
         self._require_patient_level("patient_embedding")
         return patient_embedding(slides, self._encoder, self.device, preset=self.name)
 
-    def workers(self, execution: ExecutionOptions) -> Elsewhere | None:
-        """Processes that embed slides, where there are several devices for them; they wait for further calls.
-
-        Raises:
-            ConfigError: there are not so many devices, or the model is not one of `from_preset`.
-        """
-        if execution.executor == "ray":  # whose devices are not of this machine
-            return workers_for(self, self._loader, execution.devices or (), execution, self._fleets)
-        chosen = _is_numbered(self.origin.get("device", "cuda:0"))
-        named = devices_for(
-            self.device, chosen=chosen, num_gpus=execution.num_gpus, devices=execution.devices
-        )
-        return workers_for(self, self._loader, named, execution, self._fleets)
-
-    def outcomes(
-        self,
-        slides: Iterable[Slide] | Arrivals,
-        config: PreprocessingConfig,
-        execution: ExecutionOptions,
-        plan: Callable[[Slide, InPlace], SlidePlan],
-    ) -> Generator[SlideOutcome, None, None]:
-        """The stream, on the model's own device, over slides that `plan` plans (in threads; told what stages
-        them). Events go to the active reporter.
-
-        Args:
-            config: resolved by `resolve_preprocessing`.
-        """
-        with stager_for(execution) as stager:
-            yield from self._tile_embedder.outcomes(
-                slides, config, execution, lambda slide: plan(slide, stager), stager
-            )
-
     def resolve_preprocessing(self, config: PreprocessingConfig | None = None) -> PreprocessingConfig:
         """The configuration with the preset's spacing and tile size filled in.
 
@@ -463,20 +359,10 @@ class Model:
                 f"{self._tile_model.name}"
             )
         spacing, tile_size = self.recipe.tiles(config.requested_spacing_um, config.requested_tile_size_px)
-        self._check_recommended(spacing, tile_size)
+        allowed = bool(self.origin.get("allow_non_recommended_settings"))
+        self.recipe.check_recommended(spacing, tile_size, allowed=allowed)
         self._tile_embedder.recipe_for(tile_size)
         return config.resolved(spacing, tile_size)
-
-    def _check_recommended(self, spacing_um: float, tile_size_px: int) -> None:
-        problem = self.recipe.not_recommended(spacing_um, tile_size_px)
-        if problem is None:
-            return
-        if not self.origin.get("allow_non_recommended_settings"):
-            raise ConfigError(
-                f"{problem}. If that is what you want: allow_non_recommended_settings=True in "
-                "Model.from_preset (--allow-non-recommended-settings)"
-            )
-        logger.warning("%s", problem)
 
     def embed_tiles(
         self,
@@ -505,23 +391,10 @@ class Model:
             ManifestError: slides and tilings do not match.
             OutputError, OutputLockedError: the output directory cannot be written to.
         """
-        todo = as_slides(slides)
-        result = embed_cohort(
-            self._tile_model,
-            todo,
-            self.resolve_preprocessing(preprocessing),
-            _require_output_dir(execution, "embed_tiles"),
-            tilings=_by_sample_id(todo, tiling_results),
-            on_slide_persisted=on_slide_persisted,
-        )
-        artifacts = cast(
-            "list[TileEmbeddingArtifact]", result.tile_artifacts or result.hierarchical_artifacts
-        )
-        if result.failed:
-            made = {artifact.sample_id: artifact for artifact in artifacts}
-            failed = {item.sample_id: item.error for item in result.failed}
-            raise EmbedSlidesError.of(failed, [made.get(slide.sample_id) for slide in todo])
-        return artifacts
+        todo, config = as_slides(slides), self.resolve_preprocessing(preprocessing)
+        execution = _require_output_dir(execution, "embed_tiles")
+        made = embed_tiles(self._tile_model, todo, config, execution, tiling_results, on_slide_persisted)
+        return cast("list[TileEmbeddingArtifact]", made)
 
     def aggregate_tiles(
         self,
@@ -555,16 +428,7 @@ class Model:
             SlideError, PatientError: an encoder failed.
         """
         execution = _require_output_dir(execution, "aggregate_tiles")
-        if aggregator is not None:
-            return pool_slides(tile_artifacts, aggregator, execution)
-        if self.level == "slide":
-            return aggregate_slides(self, tile_artifacts, execution)
-        if self.level == "patient":
-            return aggregate_patients(self, tile_artifacts, execution, patient_id_map)
-        raise ModelLevelError(
-            f"preset {self.name} is tile-level and has no slide encoder; "
-            'aggregate_tiles(…, aggregator="mean"), "max" or "top_tissue" need none'
-        )
+        return aggregate_stored(self, tile_artifacts, execution, aggregator, patient_id_map)
 
     def embed_patient(
         self,
@@ -589,7 +453,6 @@ class Model:
         """
         self._require_patient_level("embed_patient")
         theirs = one_patient(as_slides(slides), patient_id)
-        _check_on_error(on_error)
         outcomes = self.iter_slides(theirs, preprocessing, execution)
         return embed_one(theirs, outcomes, self.patient_embedding, on_error)
 
@@ -616,7 +479,6 @@ class Model:
             EmbedPatientsError: some patients failed.
         """
         self._require_patient_level("embed_patients")
-        _check_on_error(on_error)
         asked = group_slides(as_slides(slides), patient_id_map)
         outcomes = self.iter_slides(asked, preprocessing, execution)
         return embed_groups(asked, outcomes, self.patient_embedding, on_error)
@@ -629,27 +491,7 @@ class Model:
             )
 
 
-def _is_numbered(device: str | torch.device | None) -> bool:
-    """Whether it is one device, not a kind of which there may be several."""
-    return device is not None and torch.device(device).index is not None
-
-
-def _check_on_error(on_error: str) -> None:
-    if on_error not in ("raise", "skip"):
-        raise ConfigError(f'on_error={on_error!r} is not "raise" or "skip"')
-
-
 def _require_output_dir(execution: ExecutionOptions | None, what: str) -> ExecutionOptions:
     if execution is None or execution.output_dir is None:
         raise ConfigError(f"{what} writes files: give ExecutionOptions(output_dir=…)")
     return execution
-
-
-def _by_sample_id(
-    slides: Sequence[Slide], tilings: Sequence[Tiling] | Mapping[str, Tiling] | None
-) -> Mapping[str, Tiling]:
-    if tilings is None or isinstance(tilings, Mapping):
-        return tilings or {}
-    if len(tilings) != len(slides):
-        raise ManifestError(f"{len(slides)} slides and {len(tilings)} tiling_results: give one per slide")
-    return {slide.sample_id: tiling for slide, tiling in zip(slides, tilings, strict=True)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import logging
 import tomllib
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,6 +31,8 @@ __all__ = [
     "load_recipe",
     "read_recipe",
 ]
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 #: What begins the name of a model without a recipe file.
@@ -277,6 +280,22 @@ class Recipe(_Section):
         if self.weights is not None and not self.generic and tile_size_px != self.tile_size_px:
             problems.append(f"tiles of {tile_size_px} px (it was trained on {self.tile_size_px})")
         return f"preset {self.name} is not for {' or '.join(problems)}" if problems else None
+
+    def check_recommended(self, spacing_um: float, tile_size_px: int, *, allowed: bool) -> None:
+        """Refuse what the preset was not trained on, or only warn of it.
+
+        Raises:
+            ConfigError: it was not, and that is not allowed.
+        """
+        problem = self.not_recommended(spacing_um, tile_size_px)
+        if problem is None:
+            return
+        if not allowed:
+            raise ConfigError(
+                f"{problem}. If that is what you want: allow_non_recommended_settings=True in "
+                "Model.from_preset (--allow-non-recommended-settings)"
+            )
+        logger.warning("%s", problem)
 
     def variant(self, name: str | None) -> tuple[str, Variant]:
         """The named output variant, or the default one.

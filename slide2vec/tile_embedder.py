@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -23,7 +23,6 @@ from slide2vec.slides import Slide
 from slide2vec.stream import (
     Arrivals,
     Feed,
-    InPlace,
     SlideOutcome,
     Stream,
     bytes_per_tile,
@@ -32,14 +31,12 @@ from slide2vec.stream import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import nn
 
+    from slide2vec.cohort.sink import Sink
     from slide2vec.compile.select import Selected
     from slide2vec.prepare import Preparer
     from slide2vec.runtime import Engine
-    from slide2vec.stream import SlidePlan
 
 __all__ = ["TileEmbedder"]
 
@@ -76,9 +73,9 @@ class TileEmbedder:
         recipe: Recipe,
         variant: str,
         encoder: nn.Module,
-        *,
         device: torch.device,
         precision: str,
+        *,
         resizes: bool = False,
     ) -> None:
         self.recipe, self.variant, self.encoder = recipe, variant, encoder
@@ -109,7 +106,7 @@ class TileEmbedder:
         return self._recipes[tile_size_px]
 
     def select(self, execution: ExecutionOptions, tile_size_px: int | None = None) -> Selected:
-        """What runs the encoder; what is compiled is loaded, or compiled, once.
+        """What runs the encoder: looked for once, and loaded or compiled once.
 
         Args:
             tile_size_px: side of the tiles; None = the preset's.
@@ -119,64 +116,68 @@ class TileEmbedder:
         """
         recipe, precision = self.recipe_for(tile_size_px), self._precision(execution)
         asked = execution.engine, precision, execution.torch_compile, recipe.transform.crop
-        if asked in self._engines:
-            return self._engines[asked]
-        selected = select_engine(
-            execution.engine,
-            self.encoder,
-            Subject(recipe, self.variant, self.device, lambda: self.weights_digest),
-            precision,
-            compiled=execution.torch_compile,
-        )
-        if selected.batch_size is not None or execution.torch_compile:
-            self._engines[asked] = selected
-        return selected
+        if asked not in self._engines:
+            self._engines[asked] = select_engine(
+                execution.engine,
+                self.encoder,
+                Subject(recipe, self.variant, self.device, lambda: self.weights_digest),
+                precision,
+                compiled=execution.torch_compile,
+            )
+        elif self._engines[asked].engine.runtime == "torch":
+            self.encoder.to(self.device).eval()  # callers have it in their hands, too, and may have moved it
+        return self._engines[asked]
+
+    def identity(self, execution: ExecutionOptions, tile_size_px: int | None) -> dict[str, Any]:
+        """What of its engine and of how tiles are prepared decides an embedding; JSON-ready."""
+        recipe, engine = self.recipe_for(tile_size_px), self.select(execution, tile_size_px).engine
+        return {
+            "precision": engine.precision,
+            "runtime": engine.runtime,
+            "input_size_px": recipe.transform.crop,
+            "transform": recipe.transform.model_dump(mode="json"),
+        }
 
     def _precision(self, execution: ExecutionOptions) -> str:
         if execution.precision is None:
             return self.precision
         return resolve_precision(execution.precision, self.recipe.precision, self.device)
 
-    def outcomes(
-        self,
-        slides: Iterable[Slide] | Arrivals,
-        config: PreprocessingConfig,
-        execution: ExecutionOptions,
-        plan: Callable[[Slide], SlidePlan],
-        stager: InPlace,
+    def embed_into(
+        self, sink: Sink, slides: Iterable[Slide] | Arrivals
     ) -> Generator[SlideOutcome, None, None]:
-        """The stream over slides that `plan` plans, in threads. Events go to the active reporter.
-
-        Args:
-            config: with requested_tile_size_px resolved.
+        """The stream: plan, read, prepare, encode, collect. Puts each slide into the sink when it is through,
+        and gives what goes back from there. Events go to the active reporter.
 
         Raises:
             EngineError, ConfigError, ExtraMissingError: what was asked for cannot be had here.
         """
-        assert config.requested_tile_size_px is not None
-        tile_size = config.requested_tile_size_px
+        config, execution, tile_size = sink.config, sink.execution, sink.config.requested_tile_size_px
+        assert tile_size is not None
         gflops = self.recipe_for(tile_size).gflops
-        selected = self.select(execution, tile_size)
-        budget = execution.budget(self.device.type, gflops)
-        with self._workspace(config, selected.engine, tile_size) as workspace:
-            stream = Stream(
-                selected.engine,
-                workspace.preparer,
-                batch_size=execution.batch_size
-                or selected.batch_size
-                or self._fitting(workspace, selected.engine, batch_size_for(gflops, self.device), tile_size),
-                tile_size_px=tile_size,
-                dtype=getattr(torch, execution.feature_dtype(selected.engine.precision)),
-                readers=budget.reading_threads,
-                planners=budget.planning_threads,
-                encoder_threads=budget.encoder_threads,
-                ahead=execution.prefetch_factor,
-                reporter=active_reporter(),
-                feed=workspace.feed,
-                stager=stager,
-            )
-            with closing(stream.run(slides, plan)) as outcomes:
-                yield from map(regrouped, outcomes)
+        with sink.planner() as planner:
+            selected = self.select(execution, tile_size)
+            engine, budget = selected.engine, execution.budget(self.device.type, gflops)
+            with self._workspace(config, engine, tile_size) as workspace:
+                wanted = batch_size_for(gflops, self.device)
+                size = execution.batch_size or selected.batch_size
+                stream = Stream(
+                    engine,
+                    workspace.preparer,
+                    batch_size=size or self._fitting(workspace, engine, wanted, tile_size),
+                    tile_size_px=tile_size,
+                    dtype=getattr(torch, execution.feature_dtype(engine.precision)),
+                    readers=budget.reading_threads,
+                    planners=budget.planning_threads,
+                    encoder_threads=budget.encoder_threads,
+                    ahead=execution.prefetch_factor,
+                    reporter=active_reporter(),
+                    feed=workspace.feed,
+                )
+                with closing(stream.run(slides, planner)) as outcomes:
+                    for outcome in outcomes:
+                        yield from sink.put(regrouped(outcome))
+                        del outcome  # the memory of the last slide, while the next one is waited for
 
     @contextmanager
     def _workspace(self, config: PreprocessingConfig, engine: Engine, tile_size: int) -> Iterator[_Workspace]:

@@ -25,6 +25,9 @@ from slide2vec.geometry import (
         (0.5, 0.499, [1, 2], 0, True),
         (0.48, 0.5, [1, 2], 0, True),  # finer than level 0, but within tolerance
         (2.0, 0.25, [1, 2, 4, 8], 3, True),
+        # 5 % is of the request: of these levels it would take the first in, and leave the second out.
+        (1.0, 0.5263, [1, 2], 0, False),
+        (1.0, 0.4755, [1, 2], 1, True),
     ],
 )
 def test_level(requested: float, base: float, downsamples: list[float], level: int, within: bool) -> None:

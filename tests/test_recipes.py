@@ -91,6 +91,27 @@ def test_virchow2_without_spacing_means_half_a_micron() -> None:
     assert recipe.default_spacing_um == 0.5
 
 
+@pytest.mark.parametrize(
+    ("spacing", "tile", "problem"),
+    [
+        *((0.5, 224, None), (0.525, 224, None), (0.475, 224, None), (2.1, 224, None)),
+        (0.535, 224, "0.535 µm/px (it was trained at 0.25, 0.5, 1, 2)"),
+        (0.465, 224, "0.465 µm/px (it was trained at 0.25, 0.5, 1, 2)"),
+        (2.15, 224, "2.15 µm/px (it was trained at 0.25, 0.5, 1, 2)"),
+        (0.5, 225, "tiles of 225 px (it was trained on 224)"),
+        (
+            0.6,
+            225,
+            "0.6 µm/px (it was trained at 0.25, 0.5, 1, 2) or tiles of 225 px (it was trained on 224)",
+        ),
+    ],
+)
+def test_what_a_preset_is_for(spacing: float, tile: int, problem: str | None) -> None:
+    """Five per cent off one of its spacings, seven no more."""
+    told = None if problem is None else f"preset virchow2 is not for {problem}"
+    assert load_recipe("virchow2").not_recommended(spacing, tile) == told
+
+
 @pytest.mark.parametrize("name", ["virchw2", "../secrets", "Virchow2"])
 def test_unknown_preset_names_the_nearest(name: str) -> None:
     with pytest.raises(PresetError, match="virchow2" if "irch" in name else "no preset"):

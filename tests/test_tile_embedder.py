@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from slide2vec import ExecutionOptions, Model, PreprocessingConfig, tile_embedder
+from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig, tile_embedder
+from slide2vec.compile.store import EngineStore
+from slide2vec.runtime.base import BatchProfile
+from slide2vec.runtime.record import RECORD_NAME, EngineRecord, key_of
 
 CONFIG = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=1.0)
 
@@ -98,3 +101,48 @@ def test_memory_of_a_gpu_is_tried_once_and_looked_at_for_each_call(
     # 0.6 of the 10,000 bytes that are free, or that PyTorch holds and does not use, are 60 tiles
     assert [tiles._fitting(workspace, None, 64, 224) for _ in range(2)] == [32, 64]  # type: ignore[arg-type]
     assert tried == [224]
+
+
+@pytest.fixture
+def stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store of one engine of the encoder, which was built by another version."""
+    monkeypatch.setenv("SLIDE2VEC_ENGINES", str(tmp_path))
+    identity = {"slide2vec": "0.0.1", "device": {"type": "cpu"}, "weights": "0"}
+    record = EngineRecord(
+        **{"key": key_of(identity), "identity": identity, "preset": "scattering", "variant": "default"},
+        **{"runtime": "inductor", "precision": "fp32", "asked_precision": "fp32", "layout": "float32_nchw"},
+        **{"input_size_px": 224, "feature_dim": 1, "profile": BatchProfile(1, 1, 1), "file": "a.pt2"},
+        **{"opset": None, "parity": {}, "licence": "", "versions": {}, "built_at": "", "build_seconds": 1.0},
+    )
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / RECORD_NAME).write_text(record.as_json())
+    return tmp_path
+
+
+@pytest.mark.usefixtures("stale")
+def test_the_store_is_looked_through_once_and_a_stale_engine_told_once(
+    model: Model, slides: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scans = []
+    look = EngineStore.__iter__
+
+    def counted(store: EngineStore) -> Iterator[Any]:
+        scans.append(store)
+        return look(store)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EngineStore, "__iter__", counted)
+        for _ in range(2):
+            model.embed_slide(slides[0], CONFIG)
+        Pipeline(model, CONFIG, ExecutionOptions(output_dir=tmp_path / "out")).run(slides)
+        told = [record.getMessage() for record in caplog.records if "is not used" in record.getMessage()]
+        assert len(scans) == 1 and len(told) == 1 and "engine engine is not used: built with" in told[0]
+        model.embed_slide(slides[0], CONFIG, ExecutionOptions(precision="bf16"))
+    assert len(scans) == 2, "what is asked for otherwise is looked for anew"
+
+
+def test_the_encoder_is_as_it_was_in_the_next_call(model: Model, slides: list[Path]) -> None:
+    first = model.embed_slide(slides[0], CONFIG)
+    model.encoder.train()
+    model.embed_slide(slides[0], CONFIG)
+    assert not model.encoder.training and first.num_tiles

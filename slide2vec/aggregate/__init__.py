@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from slide2vec.aggregate.disk import aggregate_patients, aggregate_slides, pool_slides
+from slide2vec.aggregate.disk import aggregate_stored
+from slide2vec.aggregate.gather import embed_in_order
 from slide2vec.aggregate.patients import embed_groups, embed_one, group_slides, one_patient, patient_embedding
 from slide2vec.aggregate.pooling import Aggregator, aggregate
 from slide2vec.aggregate.regions import regrouped
@@ -11,14 +12,13 @@ from slide2vec.aggregate.slides import with_slide_embedding
 __all__ = [
     "Aggregator",
     "aggregate",
-    "aggregate_patients",
-    "aggregate_slides",
+    "aggregate_stored",
     "embed_groups",
+    "embed_in_order",
     "embed_one",
     "group_slides",
     "one_patient",
     "patient_embedding",
-    "pool_slides",
     "regrouped",
     "with_slide_embedding",
 ]

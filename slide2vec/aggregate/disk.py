@@ -23,24 +23,28 @@ from slide2vec.artifacts import (
 from slide2vec.artifacts.places import Kind, features_place, owners
 from slide2vec.config import ExecutionOptions
 from slide2vec.embedded import EmbeddedSlide
-from slide2vec.errors import ArtifactError, ManifestError
+from slide2vec.errors import ArtifactError, ManifestError, ModelLevelError
 from slide2vec.files import as_path
+from slide2vec.recipes import Level
 from slide2vec.slides import Slide
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["aggregate_patients", "aggregate_slides", "pool_slides"]
+__all__ = ["aggregate_stored"]
 
 
 class Aggregating(Protocol):
-    """A model of slides or patients, as far as tiles on disk need it."""
+    """A model, as far as tiles on disk need it."""
 
     @property
     def below(self) -> Aggregating | None: ...
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def level(self) -> Level: ...
 
     @property
     def feature_dim(self) -> int: ...
@@ -52,7 +56,27 @@ class Aggregating(Protocol):
     def patient_embedding(self, slides: Mapping[str, Tensor]) -> Tensor: ...
 
 
-def pool_slides(
+def aggregate_stored(
+    model: Aggregating,
+    given: Iterable[TileFeaturesLike],
+    execution: ExecutionOptions,
+    aggregator: Aggregator | None = None,
+    patient_id_map: Mapping[str, str] | None = None,
+) -> list[SlideEmbeddingArtifact] | list[PatientEmbeddingArtifact]:
+    """See `Model.aggregate_tiles`."""
+    if aggregator is not None:
+        return _pool_slides(given, aggregator, execution)
+    if model.level == "slide":
+        return _aggregate_slides(model, given, execution)
+    if model.level == "patient":
+        return _aggregate_patients(model, given, execution, patient_id_map)
+    raise ModelLevelError(
+        f"preset {model.name} is tile-level and has no slide encoder; "
+        'aggregate_tiles(…, aggregator="mean"), "max" or "top_tissue" need none'
+    )
+
+
+def _pool_slides(
     given: Iterable[TileFeaturesLike], aggregator: Aggregator, execution: ExecutionOptions
 ) -> list[SlideEmbeddingArtifact]:
     """Slide embeddings by a statistic of the tiles, of whatever encoder these are.
@@ -80,7 +104,7 @@ def pool_slides(
     return made
 
 
-def aggregate_slides(
+def _aggregate_slides(
     model: Aggregating, given: Iterable[TileFeaturesLike], execution: ExecutionOptions
 ) -> list[SlideEmbeddingArtifact]:
     """Slide embeddings by the slide encoder of a model.
@@ -96,7 +120,7 @@ def aggregate_slides(
     ]
 
 
-def aggregate_patients(
+def _aggregate_patients(
     model: Aggregating,
     given: Iterable[TileFeaturesLike],
     execution: ExecutionOptions,
@@ -105,7 +129,7 @@ def aggregate_patients(
     """Patient embeddings by the slide and patient encoders of a model, in order of first appearance.
 
     Raises:
-        ArtifactError, SlideError: as `aggregate_slides`.
+        ArtifactError, SlideError: as `_aggregate_slides`.
         PatientError: the patient encoder failed.
     """
     assert model.below is not None

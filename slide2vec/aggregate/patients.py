@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from slide2vec.aggregate.gather import check_on_error, through
 from slide2vec.artifacts.finite import remedy
 from slide2vec.cpus import Budget
 from slide2vec.embedded import EmbeddedPatient
@@ -101,6 +102,7 @@ def embed_one(
     Raises:
         PatientError: "raise" and a slide failed, or all have, or the encoder has.
     """
+    check_on_error(on_error)
     found = {outcome.slide.sample_id: outcome for outcome in map(_light, outcomes)}
     in_order = [found[slide.sample_id] for slide in slides]
     return _patient(str(slides[0].patient_id), in_order, embed, on_error)
@@ -121,7 +123,8 @@ def embed_groups(
         EmbedPatientsError: "raise", and a slide or the encoder failed; or the run itself broke off after
             some slides were through.
     """
-    found, broken = _through(slides, outcomes)
+    check_on_error(on_error)
+    found, broken = through(slides, map(_light, outcomes))
     if broken:  # no patient is to be embedded from what happened to be through
         on_error = "raise"
     results: list[EmbeddedPatient | None] = []
@@ -138,24 +141,6 @@ def embed_groups(
     for problem in failed.values():
         logger.error("%s", problem)
     return [result for result in results if result is not None]
-
-
-def _through(
-    slides: Sequence[Slide], outcomes: Iterable[SlideOutcome]
-) -> tuple[dict[str, SlideOutcome], bool]:
-    """The outcome of every slide by sample_id, and whether the run broke off: its error (of the device,
-    say) is then that of the slides that were not through."""
-    found: dict[str, SlideOutcome] = {}
-    try:
-        for outcome in map(_light, outcomes):
-            found[outcome.slide.sample_id] = outcome
-    except Exception as error:
-        if not found:
-            raise
-        for slide in slides:
-            found.setdefault(slide.sample_id, SlideOutcome(slide, error=error))
-        return found, True
-    return found, False
 
 
 def _light(outcome: SlideOutcome) -> SlideOutcome:

@@ -97,8 +97,10 @@ def _is_slide(path: Path) -> bool:
 
 def _tell_skipped(folder: Path, files: Sequence[Path], slides: Sequence[Path]) -> None:
     """Name the files of a directory that are not taken; those that belong to a slide (MRXS) are its own."""
+    from slide2vec.readers.companions import folder_of
+
     taken = set(slides)
-    homes = {slide.with_suffix("") for slide in slides if slide.suffix.lower() == ".mrxs"}
+    homes = set(filter(None, map(folder_of, slides)))
     skipped = [
         str(file.relative_to(folder))
         for file in files

@@ -7,12 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slide2vec.cohort.results import FailedSlide, RunResult
-    from slide2vec.cohort.run import embed_cohort, tile_cohort
+    from slide2vec.cohort.run import embed_cohort, embed_tiles, tile_cohort
 
-__all__ = ["FailedSlide", "RunResult", "embed_cohort", "tile_cohort"]
+__all__ = ["FailedSlide", "RunResult", "embed_cohort", "embed_tiles", "tile_cohort"]
 
 #: Loaded on first use: `slide2vec status` reads a process list and does without PyTorch.
-_HOMES = {"FailedSlide": "results", "RunResult": "results", "embed_cohort": "run", "tile_cohort": "run"}
+_HOMES = {
+    "FailedSlide": "results",
+    "RunResult": "results",
+    "embed_cohort": "run",
+    "embed_tiles": "run",
+    "tile_cohort": "run",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -26,7 +26,7 @@ from slide2vec.errors import ConfigError, OutputError
 from slide2vec.files import atomic_path, is_remote, remove
 from slide2vec.recipes import Level
 from slide2vec.slides import Slide
-from slide2vec.stream import IN_PLACE, InPlace, SlidePlan, plan_slide
+from slide2vec.stream import Planner, SlidePlan
 from slide2vec.stream.identities import Identities, SlideIdentity
 from slide2vec.stream.plan import check_archives_here
 from slide2vec.tiling import Tiling, write_coordinates
@@ -60,7 +60,7 @@ class Cohort:
     Args:
         config: with requested_spacing_um and requested_tile_size_px resolved.
         encoder: None where slides are only tiled.
-        tilings: of slides whose tiles are known, by sample_id.
+        tilings: of slides whose tiles are known, by sample_id; may grow meanwhile.
         place: where files go; None = as of the first encoder in the output directory.
         identities: what files of slides are, as far as others have looked at them; may grow meanwhile.
 
@@ -89,7 +89,7 @@ class Cohort:
         self.config, self.execution, self.encoder = config, execution, encoder
         root, name = execution.output_dir, "" if encoder is None else encoder.name
         self.place = place or Place(root, name, root, root)
-        self.tilings = tilings or {}
+        self.tilings: Mapping[str, Tiling] = {} if tilings is None else tilings
         self.identities = _identities_of(encoder, config, execution)
         self.wanted = self._wanted_kinds()
         self.files = Identities(config, identities)
@@ -144,21 +144,17 @@ class Cohort:
             }
         return columns
 
-    def plan(self, slide: Slide, stager: InPlace = IN_PLACE) -> SlidePlan:
-        """Plan a slide and publish its coordinates. Called in threads.
-
-        Raises:
-            SlideError: the slide cannot be tiled.
-            OutputError: a file cannot be written.
-        """
-        given = self.tilings.get(slide.sample_id)
-        plan = plan_slide(slide, self.config, self.place.tiling, given, stager, self.files)
-        try:
-            self._publish_plan(plan)
-        except BaseException:
-            plan.source.close()
-            raise
-        return plan
+    def planner(self) -> Planner:
+        """What plans slides and publishes their coordinates; a file that cannot be written is an OutputError
+        of the slide."""
+        return Planner(
+            self.config,
+            self.execution,
+            self.place.tiling,
+            tilings=self.tilings,
+            identities=self.files,
+            planned=self._publish_plan,
+        )
 
     def _publish_plan(self, plan: SlidePlan) -> None:
         name, tiles, files = plan.slide.sample_id, len(plan.tiling), plan.identity

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from slide2vec.cohort.events import Entry, Settled
-from slide2vec.config import ExecutionOptions, PreprocessingConfig
+from slide2vec.cohort.sink import Sink
+from slide2vec.config import ExecutionOptions
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.recipes import Level
 from slide2vec.slides import Slide
-from slide2vec.stream import Arrivals, InPlace, SlideOutcome, SlidePlan
+from slide2vec.stream import Arrivals, SlideOutcome
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slide2vec.artifacts.places import Place
-    from slide2vec.stream.identities import Identities
-    from slide2vec.tiling import Tiling
-
-__all__ = ["Embedder", "Encoder", "Workers"]
+__all__ = ["Embedder", "Encoder"]
 
 
 class Encoder(Protocol):
@@ -46,42 +42,19 @@ class Encoder(Protocol):
     ) -> dict[str, Any]: ...
 
 
-class Workers(Protocol):
-    """Processes that embed a cohort's slides and publish their files themselves."""
-
-    @property
-    def lost(self) -> int:
-        """How many have died."""
-        ...
-
-    def publish(
-        self,
-        slides: Sequence[Slide],
-        config: PreprocessingConfig,
-        execution: ExecutionOptions,
-        tilings: Mapping[str, Tiling],
-        place: Place,
-        files: Identities,
-    ) -> Generator[Entry | Settled | SlideOutcome, None, None]:
-        """Embed slides, and tell what is to be entered in the books; an outcome is told only of a slide that
-        no worker has survived."""
-        ...
-
-
 class Embedder(Encoder, Protocol):
     """A model, as far as a cohort needs it."""
 
-    def workers(self, execution: ExecutionOptions) -> Workers | None:
-        """Who embeds slides, if not `outcomes` in this process."""
+    def embed_into(self, sink: Sink, slides: Sequence[Slide]) -> Generator[SlideOutcome, None, None]:
+        """Embed slides, here or in workers, and put each into the sink when it is through; gives what goes
+        back from there."""
         ...
 
-    def outcomes(
-        self,
-        slides: Iterable[Slide] | Arrivals,
-        config: PreprocessingConfig,
-        execution: ExecutionOptions,
-        plan: Callable[[Slide, InPlace], SlidePlan],
-    ) -> Generator[SlideOutcome, None, None]: ...
+    def embed_here(
+        self, sink: Sink, slides: Iterable[Slide] | Arrivals
+    ) -> Generator[SlideOutcome, None, None]:
+        """As `embed_into`, in this process."""
+        ...
 
     def aggregated(self, embedded: EmbeddedSlide, *, latents: bool = False) -> EmbeddedSlide:
         """With its slide embedding, (D,) float32; as it is for tile-level models and without tiles.

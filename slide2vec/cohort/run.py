@@ -6,20 +6,19 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
-from functools import partial
 
-from slide2vec.cohort.books import Books
+from slide2vec.artifacts import HierarchicalEmbeddingArtifact, TileEmbeddingArtifact
 from slide2vec.cohort.cohort import Cohort
+from slide2vec.cohort.disk_sink import DiskSink
 from slide2vec.cohort.embedder import Embedder
-from slide2vec.cohort.events import Entry, Settle, Settled, settled_alone
-from slide2vec.cohort.opened import Settings, opened, remove_all_partial
+from slide2vec.cohort.events import Settle, settled_alone
+from slide2vec.cohort.opened import Settings, opened
 from slide2vec.cohort.patient_files import PatientPublisher
-from slide2vec.cohort.publish import Publisher
 from slide2vec.cohort.results import RunResult
 from slide2vec.cohort.resume import take_up
-from slide2vec.cohort.writer import OnPersisted, Writer
+from slide2vec.cohort.writer import OnPersisted
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
-from slide2vec.errors import as_slide_error
+from slide2vec.errors import EmbedSlidesError, ManifestError, as_slide_error
 from slide2vec.progress import (
     RunFinished,
     RunStarted,
@@ -29,13 +28,12 @@ from slide2vec.progress import (
     SlidePlanned,
     StationTime,
     TilesEncoded,
-    active_reporter,
 )
 from slide2vec.slides import Slide
-from slide2vec.stream import InPlace, SlideOutcome, stager_for
+from slide2vec.stream import Planner
 from slide2vec.tiling import Tiling
 
-__all__ = ["OnPersisted", "embed_cohort", "tile_cohort"]
+__all__ = ["OnPersisted", "embed_cohort", "embed_tiles", "tile_cohort"]
 
 
 def embed_cohort(
@@ -73,63 +71,61 @@ def embed_cohort(
             settle: Settle = settled_alone
             if cohort.kind == "patient":
                 settle = PatientPublisher(cohort, books, embedder, todo).settle
-            publisher = Publisher(cohort, embedder, settle)
-            with Writer(on_slide_persisted) as writer:
+            with DiskSink(cohort, embedder, settle, on_persisted=on_slide_persisted) as sink:
                 for slide, tiles in todo.tiles:
-                    writer.put(partial(publisher.stored_tiles, slide, tiles))
+                    sink.put_tiles(slide, tiles)
                 for slide, embedding in todo.embeddings:
-                    writer.put(partial(publisher.stored_embedding, slide, embedding))
-                _embed(todo.slides, cohort, embedder, books, publisher, settle, writer)
+                    sink.put_embedding(slide, embedding)
+                if todo.slides:
+                    with closing(embedder.embed_into(sink, todo.slides)) as outcomes:
+                        for _ in outcomes:  # nothing comes back: it goes onto disk
+                            pass
         return books.result(log.summary)
 
 
-def _embed(
-    slides: Sequence[Slide],
-    cohort: Cohort,
+def embed_tiles(
     embedder: Embedder,
-    books: Books,
-    publisher: Publisher,
-    settle: Settle,
-    writer: Writer,
-) -> None:
-    """From tiles on, here or in workers."""
-    if not slides:
-        return
-    workers = embedder.workers(cohort.execution)
-    if workers is not None:
-        publish = workers.publish(
-            slides, cohort.config, cohort.execution, cohort.tilings, cohort.place, cohort.files
-        )
-        with closing(publish) as told:
-            for item in told:
-                _take(item, books, publisher, settle, writer)
-        if workers.lost and cohort.execution.shard is None:  # what they left half-written
-            remove_all_partial(cohort.place.root)
-        return
-    active_reporter().emit(RunStarted(len(slides), embedder.name))
-    with closing(embedder.outcomes(slides, cohort.config, cohort.execution, cohort.plan)) as outcomes:
-        for outcome in outcomes:
-            writer.put(partial(publisher.outcome, outcome))
-            del outcome  # the memory of the last slide, while the next one is waited for
+    slides: Sequence[Slide],
+    config: PreprocessingConfig,
+    execution: ExecutionOptions,
+    tilings: Sequence[Tiling] | Mapping[str, Tiling] | None = None,
+    on_slide_persisted: OnPersisted | None = None,
+) -> list[TileEmbeddingArtifact] | list[HierarchicalEmbeddingArtifact]:
+    """Embed the tiles of slides onto disk; an artifact per slide, in their order.
+
+    Args:
+        embedder: tile-level.
+        tilings: of the slides, in their order or by sample_id; None = find them.
+
+    Raises:
+        EmbedSlidesError: some slides failed; the artifacts of the others are in `.results`.
+        ManifestError: slides and tilings do not match.
+        OutputError, OutputLockedError, ConfigError: as `embed_cohort`.
+    """
+    result = embed_cohort(
+        embedder,
+        slides,
+        config,
+        execution,
+        tilings=_by_sample_id(slides, tilings),
+        on_slide_persisted=on_slide_persisted,
+    )
+    artifacts = result.tile_artifacts or result.hierarchical_artifacts
+    if result.failed:
+        made = {artifact.sample_id: artifact for artifact in artifacts}
+        failed = {item.sample_id: item.error for item in result.failed}
+        raise EmbedSlidesError.of(failed, [made.get(slide.sample_id) for slide in slides])
+    return artifacts
 
 
-def _take(
-    told: Entry | Settled | SlideOutcome,
-    books: Books,
-    publisher: Publisher,
-    settle: Settle,
-    writer: Writer,
-) -> None:
-    """What a worker has told of a slide, or the outcome of one that no worker has survived."""
-    match told:
-        case Entry():
-            told.enter(books)
-            if told.what == "add":
-                writer.put(partial(iter, told.values[-1:]))
-        case Settled():
-            writer.put(partial(settle, told))
-        case SlideOutcome():
-            writer.put(partial(publisher.outcome, told))
+def _by_sample_id(
+    slides: Sequence[Slide], tilings: Sequence[Tiling] | Mapping[str, Tiling] | None
+) -> Mapping[str, Tiling]:
+    if tilings is None or isinstance(tilings, Mapping):
+        return tilings or {}
+    if len(tilings) != len(slides):
+        raise ManifestError(f"{len(slides)} slides and {len(tilings)} tiling_results: give one per slide")
+    return {slide.sample_id: tiling for slide, tiling in zip(slides, tilings, strict=True)}
 
 
 def tile_cohort(
@@ -151,7 +147,7 @@ def tile_cohort(
         OutputError: a file cannot be written; finished slides stay.
     """
     cohort = Cohort(config, execution)
-    with opened(cohort, slides, settings) as (cohort, books, log), stager_for(execution) as stager:
+    with opened(cohort, slides, settings) as (cohort, books, log), cohort.planner() as planner:
         slides = books.slides  # those of the shard, if it is one
         log.emit(RunStarted(len(slides), "tiling"))
         started = time.perf_counter()
@@ -160,7 +156,7 @@ def tile_cohort(
         workers = execution.budget("cpu").planning_threads
         pool = ThreadPoolExecutor(workers, thread_name_prefix="plan")
         try:
-            jobs = {pool.submit(_tile, cohort, slide, stager): slide for slide in stager.ahead(slides)}
+            jobs = {pool.submit(_tile, cohort, planner, slide): slide for slide in planner.ahead(slides)}
             for job in as_completed(jobs):
                 slide, error = jobs.pop(job), job.exception()
                 if error is None:
@@ -177,7 +173,7 @@ def tile_cohort(
                 else:
                     raise error
         finally:
-            stager.stop()
+            planner.stop()
             pool.shutdown(cancel_futures=True)
         seconds = time.perf_counter() - started
         station = StationTime("plan", workers, busy, 0.0)
@@ -185,10 +181,10 @@ def tile_cohort(
         return books.result(log.summary)
 
 
-def _tile(cohort: Cohort, slide: Slide, stager: InPlace) -> tuple[int, str, float]:
+def _tile(cohort: Cohort, planner: Planner, slide: Slide) -> tuple[int, str, float]:
     """Tiles of a slide, what read it, and seconds."""
     started = time.perf_counter()
-    plan = cohort.plan(slide, stager)
+    plan = planner.plan(slide)
     plan.source.close()
     cohort.tiled(plan)
     return len(plan.tiling), plan.source.backend, time.perf_counter() - started

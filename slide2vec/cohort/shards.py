@@ -5,11 +5,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from slide2vec.cohort.patients import by_patient
 from slide2vec.config import PreprocessingConfig, shard_numbers
 from slide2vec.errors import TilingError
+from slide2vec.readers.companions import bytes_of
 from slide2vec.slides import Slide
 from slide2vec.tiling.archives import find_archive
 
@@ -17,8 +17,6 @@ __all__ = ["divided", "is_empty", "my_slides", "slide_bytes", "slide_sizes"]
 
 #: Threads that ask for sizes of files, on network storage perhaps.
 _LOOKERS = 16
-#: Slides of which the manifest names one file and the others lie beside it.
-_IN_FOLDER = frozenset({".dcm", ".vms", ".vmu"})
 
 
 def my_slides(
@@ -83,21 +81,6 @@ def slide_bytes(slide: Slide, config: PreprocessingConfig) -> int:
     try:
         if config.read_tiles_from is not None:
             return find_archive(config.read_tiles_from, slide.sample_id).stat().st_size
-        return _bytes(slide.image_path)
+        return bytes_of(slide.image_path)
     except (OSError, ValueError, TilingError):  # NUL in a path is a ValueError
         return 0
-
-
-def _bytes(path: Path) -> int:
-    if path.is_dir():
-        return _files_in(path)
-    alone = path.stat().st_size
-    if path.suffix.lower() in _IN_FOLDER:
-        return _files_in(path.parent)
-    if path.suffix.lower() == ".mrxs":  # an index; the tiles are in the folder of the same name
-        return alone + _files_in(path.with_suffix(""))
-    return alone
-
-
-def _files_in(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

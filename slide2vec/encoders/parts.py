@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from slide2vec.encoders import build_encoder
 from slide2vec.encoders.input_size import for_input
@@ -28,6 +29,8 @@ __all__ = [
     "weights_as_text",
     "weights_by_part",
 ]
+
+logger = logging.getLogger(__name__)
 
 #: One choice for all parts (None or "random"), or preset -> choice.
 PartsWeights: TypeAlias = "WeightsChoice | Mapping[str, WeightsChoice]"
@@ -111,49 +114,59 @@ class Part:
         recipe: of its preset; that of tiles prepares them as the part above takes them.
         variant: name of its output.
         weights: where its weights came from, in a word.
-        choices: where its weights and those of the parts below it come from.
+        options: of `Model.from_preset` that build it, and the parts below it, anew.
     """
 
     recipe: Recipe
     variant: str
     encoder: nn.Module
     weights: str
-    choices: Mapping[str, WeightsChoice]
+    options: Mapping[str, Any]
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What it was made of, as a configuration file says it; its device is left out."""
+        kept = ("seed", "input_size_px", "allow_non_recommended_settings")
+        return {
+            "output_variant": self.variant,
+            "weights": weights_as_text(self.options["weights"]),
+            **{name: self.options[name] for name in kept},
+        }
 
 
-def load_parts(
-    recipe: Recipe,
-    output_variant: str | None,
-    choices: Mapping[str, WeightsChoice],
-    *,
-    seed: int,
-    input_size_px: int | None,
-    trusted: bool,
-) -> list[Part]:
+def load_parts(recipe: Recipe, options: Mapping[str, Any]) -> list[Part]:
     """Build the models of a preset and load their weights; its tile encoder is the first.
 
     Args:
-        choices: of `weights_by_part`.
-        input_size_px: side of the tile encoder's input; None = its own.
-        trusted: code of its repository may run.
+        options: of `Model.from_preset`, all but the device.
 
     Raises:
         PresetError, WeightsError, ConfigError: as `Model.from_preset` says.
     """
-    name, variant = recipe.variant(output_variant)
+    if options["weights"] == "random" and recipe.weights is not None:
+        logger.warning(
+            "preset %s has random weights (seed %d): its embeddings mean nothing",
+            recipe.name,
+            options["seed"],
+        )
+    return _load(recipe, options, weights_by_part(recipe, options["weights"]))
+
+
+def _load(recipe: Recipe, options: Mapping[str, Any], choices: Mapping[str, WeightsChoice]) -> list[Part]:
+    name, variant = recipe.variant(options["output_variant"])
+    seed, input_size_px = options["seed"], options["input_size_px"]
     lower, parts = below(recipe), list[Part]()
     if lower is not None:
         theirs = {part: choice for part, choice in choices.items() if part != recipe.name}
-        parts = load_parts(
-            load_recipe(lower[0]), lower[1], theirs, seed=seed, input_size_px=input_size_px, trusted=trusted
-        )
+        given = {**options, "weights": theirs, "output_variant": lower[1]}
+        parts = _load(load_recipe(lower[0]), given, theirs)
     if len(parts) == 1:
         parts = [_fed_to(recipe, parts[0], input_size_px)]
     own = choices[recipe.name]
-    encoder = _build(recipe, variant, own, seed, trusted)
+    encoder = _build(recipe, variant, own, seed, options["trust_remote_code"])
     if lower is None and input_size_px is not None:
         recipe = for_input(recipe, encoder, input_size_px, f"input_size_px={input_size_px}")
-    return [*parts, Part(recipe, name, encoder, _identity(recipe, own, seed), choices)]
+    return [*parts, Part(recipe, name, encoder, _identity(recipe, own, seed), options)]
 
 
 def _fed_to(above: Recipe, tiles: Part, input_size_px: int | None) -> Part:

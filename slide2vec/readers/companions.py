@@ -7,14 +7,16 @@ from pathlib import Path
 
 from slide2vec.readers.dicomhead import dicom_head, dicom_series
 
-__all__ = ["SlideFiles", "files_of"]
+__all__ = ["SlideFiles", "bytes_of", "files_of", "folder_of"]
 
 #: A slide's files, each with its place in the folder that a copy of the slide goes to; the first is the one
 #: to open.
 SlideFiles = list[tuple[Path, Path]]
 
 #: Of Hamamatsu: text files that name any number of pictures, which is not followed here.
-_INDEXES = {".vms", ".vmu"}
+_INDEXES = frozenset({".vms", ".vmu"})
+#: Slides of several files that lie beside the one that is named.
+_SIDE_BY_SIDE = _INDEXES | {".dcm"}
 
 
 def files_of(path: Path) -> SlideFiles | None:
@@ -26,15 +28,40 @@ def files_of(path: Path) -> SlideFiles | None:
     Raises:
         OSError: they cannot be listed or read.
     """
-    suffix = path.suffix.lower()
-    if suffix in _INDEXES:
+    if path.suffix.lower() in _INDEXES:
         return None
-    if suffix == ".mrxs":
-        return [(path, Path(path.name)), *_below(path.with_suffix(""), Path(path.stem))]
+    folder = folder_of(path)
+    if folder is not None:
+        return [(path, Path(path.name)), *_below(folder, Path(path.stem))]
     if dicom_head(path) is None:
         return [(path, Path(path.name))]
     others = [head.path for head in dicom_series(path) if head.path.name != path.name]
     return [(path, Path(path.name)), *((other, Path(other.name)) for other in others)]
+
+
+def folder_of(path: Path) -> Path | None:
+    """The folder beside a slide that holds the rest of it and nothing else; only MRXS has one."""
+    return path.with_suffix("") if path.suffix.lower() == ".mrxs" else None
+
+
+def bytes_of(path: Path) -> int:
+    """The length of a slide, all its files, without a look into any of them: what lies beside it counts where
+    the rest of such slides does. A directory counts as a whole.
+
+    Raises:
+        OSError: it is not there.
+    """
+    if path.is_dir():
+        return _all_in(path)
+    if path.suffix.lower() in _SIDE_BY_SIDE:
+        path.stat()
+        return _all_in(path.parent)
+    folder = folder_of(path)
+    return path.stat().st_size + (0 if folder is None else _all_in(folder))
+
+
+def _all_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _below(folder: Path, place: Path) -> Iterator[tuple[Path, Path]]:

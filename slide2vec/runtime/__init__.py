@@ -7,9 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slide2vec.runtime.base import BatchProfile, Engine
-    from slide2vec.runtime.device import batch_size_for, devices_for, pick_device, resolve_precision
+    from slide2vec.runtime.device import (
+        batch_size_for,
+        devices_for,
+        is_numbered,
+        pick_device,
+        resolve_precision,
+    )
 
-__all__ = ["BatchProfile", "Engine", "batch_size_for", "devices_for", "pick_device", "resolve_precision"]
+__all__ = [
+    "BatchProfile",
+    "Engine",
+    "batch_size_for",
+    "devices_for",
+    "is_numbered",
+    "pick_device",
+    "resolve_precision",
+]
 
 #: Loaded on first use: `slide2vec.runtime.tensorrt` also serves where PyTorch is not installed.
 _HOMES = {
@@ -17,6 +31,7 @@ _HOMES = {
     "Engine": "base",
     "batch_size_for": "device",
     "devices_for": "device",
+    "is_numbered": "device",
     "pick_device": "device",
     "resolve_precision": "device",
 }

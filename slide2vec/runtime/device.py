@@ -9,7 +9,7 @@ import torch
 
 from slide2vec.errors import ConfigError
 
-__all__ = ["batch_size_for", "devices_for", "pick_device", "resolve_precision"]
+__all__ = ["batch_size_for", "devices_for", "is_numbered", "pick_device", "resolve_precision"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,11 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device='mps': this machine has no Metal device")
     return chosen
+
+
+def is_numbered(device: str | torch.device | None) -> bool:
+    """Whether it is one device, not a kind of which there may be several."""
+    return device is not None and torch.device(device).index is not None
 
 
 def devices_for(

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from slide2vec.cpus import job_cpus, share
 from slide2vec.errors import ConfigError
+from slide2vec.runtime import devices_for
 
 if TYPE_CHECKING:
+    import torch
+
     from slide2vec.cohort.embedder import Encoder
     from slide2vec.config import ExecutionOptions
     from slide2vec.scale.elsewhere import Elsewhere
@@ -24,22 +27,30 @@ Fleets: TypeAlias = "dict[tuple[object, ...], list[Fleet]]"
 def workers_for(
     model: Encoder,
     loader: Callable[..., Any] | None,
-    devices: Sequence[str],
+    device: torch.device,
     execution: ExecutionOptions,
     kept: Fleets,
+    *,
+    chosen: bool,
 ) -> Elsewhere | None:
     """Who embeds the slides of a call; None: its own process, on the model's own device.
 
     Args:
         loader: builds the model anew, as `loader(device=…)`.
-        devices: of this machine.
+        device: of the model in this process.
         kept: fleets of earlier calls.
+        chosen: that device was asked for, rather than any of its kind.
 
     Raises:
-        ConfigError: workers are asked for, and cannot load the model, or the cluster is not there.
+        ConfigError: there are not so many devices; or workers are asked for, and cannot load the model, or
+            the cluster is not there.
         ExtraMissingError: executor="ray", and Ray is not installed.
     """
     ray = execution.executor == "ray"
+    if ray:  # whose devices are not of this machine
+        devices = tuple(execution.devices or ())
+    else:
+        devices = devices_for(device, chosen=chosen, num_gpus=execution.num_gpus, devices=execution.devices)
     if not ray and len(devices) == 1:
         return None
     if loader is None:

@@ -27,75 +27,58 @@ from slide2vec.scale.fleet import Fleet
 from slide2vec.scale.messages import Embedded, Event, Job, Report, Task
 from slide2vec.scale.parts import SlideInParts, divisible
 from slide2vec.slides import Slide
-from slide2vec.stream import SlideOutcome, plan_slide, stager_for
-from slide2vec.tiling import Tiling
+from slide2vec.stream import SlideOutcome
 
 if TYPE_CHECKING:
     from slide2vec.artifacts.places import Place
     from slide2vec.cohort.embedder import Encoder
-    from slide2vec.stream.identities import Identities
+    from slide2vec.cohort.sink import Sink
 
 __all__ = ["Elsewhere"]
 
 
 class Elsewhere:
-    """A model at work in several processes. See `slide2vec.cohort.embedder.Workers`.
+    """A model at work in several processes.
 
     Args:
         model: the one that workers load, for its name and identity.
         start: starts a fleet of them.
         kept: where a fleet waits for the next call; empty while it works.
+
+    Attributes:
+        lost: how many workers have died.
     """
 
     def __init__(self, model: Encoder, start: Callable[[], Fleet], kept: list[Fleet]) -> None:
         self._model, self._start, self._kept = model, start, kept
         self.lost = 0
 
-    def outcomes(
-        self, slides: Sequence[Slide], config: PreprocessingConfig, execution: ExecutionOptions
-    ) -> Generator[SlideOutcome, None, None]:
-        """Embed slides in memory; each is yielded when it is through.
+    def embed_into(self, sink: Sink, slides: Sequence[Slide]) -> Generator[SlideOutcome, None, None]:
+        """Embed slides and put each into the sink when it is through; gives what goes back from there.
 
-        A single one is embedded in parts, on all devices; then it has no slide embedding yet.
+        In memory a single one is embedded in parts, on all devices, and aggregated in this process.
         """
         with self._fleet() as fleet:
-            if len(slides) == 1 and fleet.size > 1 and divisible(config):
-                yield self._in_parts(fleet, slides[0], config, execution)
+            if sink.place is None and len(slides) == 1 and fleet.size > 1 and divisible(sink.config):
+                yield from sink.put(self._in_parts(fleet, slides[0], sink))
                 return
-            job = self._job(config, execution, fleet.size, publish=False, aggregate=True)
-            reports = self._run(fleet, job, [Task(slide) for slide in slides], len(slides))
+            job = self._job(sink, fleet.size, place=sink.place)
+            tasks = [Task(slide, *sink.known(slide)) for slide in slides]
             by_name = {slide.sample_id: slide for slide in slides}
-            yield from self._outcomes(fleet, reports, by_name)
+            for item in self._through(fleet, self._run(fleet, job, tasks, len(slides)), by_name):
+                if isinstance(item, SlideOutcome):
+                    yield from sink.put(item)
+                else:
+                    sink.told(item)
+                del item  # the memory of the last slide, while the next one is waited for
+        if self.lost:
+            sink.tidy()
 
-    def publish(
-        self,
-        slides: Sequence[Slide],
-        config: PreprocessingConfig,
-        execution: ExecutionOptions,
-        tilings: Mapping[str, Tiling],
-        place: Place,
-        files: Identities,
-    ) -> Generator[Entry | Settled | SlideOutcome, None, None]:
-        """See `Workers`."""
-        by_name = {slide.sample_id: slide for slide in slides}
-        tasks = [Task(slide, tilings.get(slide.sample_id), files.known(slide.sample_id)) for slide in slides]
-        with self._fleet() as fleet:
-            job = self._job(config, execution, fleet.size, publish=True, aggregate=True)
-            job = replace(job, place=place)
-            for report in self._run(fleet, job, tasks, len(slides)):
-                match report:
-                    case Failed(name=name, error=error):
-                        yield SlideOutcome(by_name[name], error=error)
-                    case Entry() | Settled():
-                        yield report
-
-    def _in_parts(
-        self, fleet: Fleet, slide: Slide, config: PreprocessingConfig, execution: ExecutionOptions
-    ) -> SlideOutcome:
+    def _in_parts(self, fleet: Fleet, slide: Slide, sink: Sink) -> SlideOutcome:
         reporter = active_reporter()
         try:
-            with stager_for(execution) as stager:
-                plan = plan_slide(slide, config, execution.output_dir, stager=stager)
+            with sink.planner() as planner:
+                plan = planner.plan(slide)
                 with closing(plan.source):
                     parts = SlideInParts(plan, fleet.size)
         except Exception as error:  # the boundary of one slide, as in the stream
@@ -103,23 +86,32 @@ class Elsewhere:
             told = as_slide_error(error, slide.sample_id, "finding its tiles")
             reporter.emit(SlideFailed(slide.sample_id, told))
             return SlideOutcome(slide, error=told)
-        drawn = config.preview.updated(save_mask_preview=False, save_tiling_preview=False)
-        job = self._job(config.updated(preview=drawn), execution, fleet.size, publish=False, aggregate=False)
+        drawn = sink.config.preview.updated(save_mask_preview=False, save_tiling_preview=False)
+        job = self._job(sink, fleet.size, aggregate=False)
+        job = replace(job, config=sink.config.updated(preview=drawn))
         by_name = {task.name: task.slide for task in parts.tasks}
         reports = self._run(fleet, job, parts.tasks, 1, whole=slide.sample_id)
-        found = {each.slide.sample_id: each for each in self._outcomes(fleet, reports, by_name)}
+        found = {
+            each.slide.sample_id: each
+            for each in self._through(fleet, reports, by_name)
+            if isinstance(each, SlideOutcome)
+        }
         outcome = parts.joined([found[task.name] for task in parts.tasks])
         if outcome.error is not None:
             reporter.emit(SlideFailed(slide.sample_id, outcome.error))
         return outcome
 
-    def _outcomes(
+    def _through(
         self, fleet: Fleet, reports: Iterator[Report | Failed], slides: Mapping[str, Slide]
-    ) -> Iterator[SlideOutcome]:
-        """Each once: a worker may be lost between the last that it tells of a slide and its end."""
+    ) -> Iterator[SlideOutcome | Entry | Settled]:
+        """What becomes of slides; each outcome once: a worker may be lost between the last that it tells of
+        a slide and its end."""
         seen = set()
         for report in reports:
             match report:
+                case Entry() | Settled():
+                    yield report
+                    continue
                 case Embedded(outcome, features):
                     if outcome.embedded is not None:
                         values = fleet.adopt(features)
@@ -132,25 +124,17 @@ class Elsewhere:
                 seen.add(outcome.slide.sample_id)
                 yield outcome
 
-    def _job(
-        self,
-        config: PreprocessingConfig,
-        execution: ExecutionOptions,
-        workers: int,
-        *,
-        publish: bool,
-        aggregate: bool,
-    ) -> Job:
+    def _job(self, sink: Sink, workers: int, *, place: Place | None = None, aggregate: bool = True) -> Job:
         """Each worker takes its one device, and on this machine its share of the disk for staging."""
-        own = execution.updated(
+        own = sink.execution.updated(
             devices=None,
             num_gpus=None,
             executor="local",
             ray_address=None,
-            stage_gb=_stage_share(execution, workers),
+            stage_gb=_stage_share(sink.execution, workers),
         )
-        identity = self._model.identity(own, config.requested_tile_size_px)
-        return Job(config, own, publish, aggregate, identity)
+        identity = self._model.identity(own, sink.config.requested_tile_size_px)
+        return Job(sink.config, own, aggregate, identity, place)
 
     def _run(
         self, fleet: Fleet, job: Job, tasks: Sequence[Task], slides: int, whole: str | None = None

@@ -58,15 +58,13 @@ class Job:
 
     Attributes:
         config: resolved for the model.
-        publish: write artifacts to `execution.output_dir`; else embeddings come back.
         aggregate: slides get their slide embedding, where the model has one.
         identity: of the model, for `execution`: a worker whose own differs is refused.
-        place: where artifacts are written.
+        place: where artifacts are written; None: embeddings come back.
     """
 
     config: PreprocessingConfig
     execution: ExecutionOptions
-    publish: bool
     aggregate: bool
     identity: Mapping[str, Any]
     place: Place | None = None

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slide2vec.cohort.embedder import Embedder
+    from slide2vec.cohort.sink import Sink
     from slide2vec.stream import SlideOutcome
     from slide2vec.stream.identities import SlideIdentity
     from slide2vec.tiling import Tiling
@@ -97,13 +98,12 @@ class _Session:
         """Stream after stream: each ends where the coordinator has nothing more at the moment."""
         tile_size = self._job.config.requested_tile_size_px
         _check_identity(self._model.identity(self._job.execution, tile_size), self._job.identity)
-        embed = self._publish if self._job.publish else self._embed
         commands = threading.Thread(target=self._obey, name="commands", daemon=True)
         commands.start()
         self._tell(Begun())
         with activate_progress_reporter(self._reporter):
             while not self._finishing:
-                embed()
+                self._embed()
         commands.join()
         self._tell(Finished(tuple(self._reporter.summaries)))
 
@@ -124,18 +124,27 @@ class _Session:
                     self._arrivals.end()
 
     def _embed(self) -> None:
-        """Embeddings go back."""
-        from slide2vec.stream import plan_slide
-
-        config, execution = self._job.config, self._job.execution
-
-        def plan(slide: Any, stager: Any) -> Any:
-            given = self._tilings.get(slide.sample_id)
-            return plan_slide(slide, config, execution.output_dir, given, stager)
-
-        with closing(self._model.outcomes(self._arrivals, config, execution, plan)) as outcomes:
+        """One stream: embeddings go back, or files are written and what there is to say of them goes back."""
+        with self._sink() as sink, closing(self._model.embed_here(sink, self._arrivals)) as outcomes:
             for outcome in outcomes:
                 self._tell_of(outcome)
+
+    @contextmanager
+    def _sink(self) -> Iterator[Sink]:
+        from slide2vec.cohort.cohort import Cohort
+        from slide2vec.cohort.disk_sink import DiskSink
+        from slide2vec.cohort.events import PostedEntries
+        from slide2vec.cohort.sink import MemorySink
+
+        job, execution = self._job, self._job.execution
+        if job.place is None:
+            aggregate = partial(self._model.aggregated, latents=execution.save_latents)
+            yield MemorySink(job.config, execution, aggregate if job.aggregate else None, self._tilings)
+            return
+        cohort = Cohort(job.config, execution, self._model, self._tilings, job.place, self._identities)
+        cohort.entries = PostedEntries(self._tell_entry)
+        with DiskSink(cohort, self._model, self._settle, on_done=lambda name: self._tell(Done(name))) as sink:
+            yield sink
 
     def _tell_of(self, outcome: SlideOutcome) -> None:
         import torch
@@ -143,41 +152,14 @@ class _Session:
         embedded, features = outcome.embedded, None
         if embedded is not None:
             try:
-                if self._job.aggregate:
-                    embedded = self._model.aggregated(embedded, latents=self._job.execution.save_latents)
                 features = self._store(embedded.tile_embeddings)
-                embedded = replace(embedded, tile_embeddings=torch.empty(0))
-                outcome = replace(outcome, embedded=embedded)
+                outcome = replace(outcome, embedded=replace(embedded, tile_embeddings=torch.empty(0)))
             except Exception as error:
                 outcome = replace(outcome, embedded=None, tiling=None, error=error)
         if outcome.error is not None:
             outcome = replace(outcome, error=portable(outcome.error))
         self._tell(Embedded(outcome, features))
         self._tell(Done(outcome.slide.sample_id))
-
-    def _publish(self) -> None:
-        """Artifacts are written; what there is to say of them goes back."""
-        from slide2vec.cohort.cohort import Cohort
-        from slide2vec.cohort.events import PostedEntries
-        from slide2vec.cohort.publish import Publisher
-        from slide2vec.cohort.writer import Writer
-
-        config, execution = self._job.config, self._job.execution
-        cohort = Cohort(config, execution, self._model, self._tilings, self._job.place, self._identities)
-        cohort.entries = PostedEntries(self._tell_entry)
-        publisher = Publisher(cohort, self._model, self._settle)
-
-        def written(outcome: SlideOutcome) -> Iterator[Any]:
-            yield from publisher.outcome(outcome)
-            self._tell(Done(outcome.slide.sample_id))
-
-        with (
-            Writer(None) as writer,
-            closing(self._model.outcomes(self._arrivals, config, execution, cohort.plan)) as outcomes,
-        ):
-            for outcome in outcomes:
-                writer.put(partial(written, outcome))
-                del outcome
 
     def _tell_entry(self, entry: Any) -> None:
         if entry.what == "fail":

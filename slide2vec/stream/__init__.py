@@ -2,16 +2,17 @@
 
 from slide2vec.stream.feed import Feed, feed_for
 from slide2vec.stream.fitting import bytes_per_tile, fitting_batch_size
+from slide2vec.stream.jobs import SlideOutcome
 from slide2vec.stream.plan import SlidePlan, coordinates_dir, plan_slide
+from slide2vec.stream.planner import Planner
 from slide2vec.stream.planning import Arrivals
-from slide2vec.stream.staging import IN_PLACE, InPlace, stager_for
-from slide2vec.stream.stations import SlideOutcome, Stream
+from slide2vec.stream.staging import stager_for
+from slide2vec.stream.stations import Stream
 
 __all__ = [
-    "IN_PLACE",
     "Arrivals",
     "Feed",
-    "InPlace",
+    "Planner",
     "SlideOutcome",
     "SlidePlan",
     "Stream",

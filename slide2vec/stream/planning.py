@@ -11,7 +11,7 @@ from typing import Self
 
 from slide2vec.slides import Slide
 from slide2vec.stream.plan import SlidePlan
-from slide2vec.stream.staging import IN_PLACE, InPlace
+from slide2vec.stream.planner import Planner
 
 __all__ = ["Arrivals", "Planning"]
 
@@ -58,19 +58,19 @@ class Planning:
     their reader is busy with the present one, and this one does not wait for the next to come.
 
     Args:
-        plan: called in threads.
+        planner: is told of each slide as it is taken.
+        plan: what is done with each, in threads.
         threads: that plan; one slide more than these is planned ahead.
-        stager: told of each slide as it is taken.
     """
 
     def __init__(
         self,
         slides: Iterable[Slide] | Arrivals,
+        planner: Planner,
         plan: Callable[[Slide], SlidePlan],
         threads: int,
-        stager: InPlace = IN_PLACE,
     ) -> None:
-        self._slides, self._plan, self._stager = slides, plan, stager
+        self._slides, self._planner, self._plan = slides, planner, plan
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="plan")
         self._room = threading.Semaphore(threads + 1)
         self._waiting: queue.SimpleQueue[tuple[Slide, Future[SlidePlan]] | Exception | None] = (
@@ -93,7 +93,7 @@ class Planning:
 
     def _take_all(self) -> None:
         try:
-            for slide in self._stager.ahead(self._source()):
+            for slide in self._planner.ahead(self._source()):
                 self._room.acquire()
                 if self._stopping:
                     return

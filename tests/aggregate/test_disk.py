@@ -13,10 +13,8 @@ import pytest
 import torch
 
 from slide2vec import EmbeddedSlide, ExecutionOptions, Model, Pipeline, PreprocessingConfig, TileFeatures
-from slide2vec.aggregate import aggregate
-from slide2vec.aggregate.pooling import top_tissue
 from slide2vec.artifacts import load_embeddings, load_stored
-from slide2vec.errors import ArtifactError, ConfigError, ManifestError, ModelLevelError
+from slide2vec.errors import ArtifactError, ManifestError, ModelLevelError
 from slide2vec.tiling import load_coordinates
 
 PREPROCESSING = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5)
@@ -198,22 +196,6 @@ def test_aggregators_against_plain_ones(slide_model: Model, run: Path, tmp_path:
         (artifact,) = slide_model.aggregate_tiles([path], execution=execution, aggregator=aggregator)  # type: ignore[arg-type]
         assert torch.allclose(load_embeddings(artifact.path), values)
         assert artifact.metadata["aggregator"] == aggregator
-
-
-def test_top_tissue_keeps_equal_tiles_together() -> None:
-    fractions = np.array([0.2, 1.0, 0.5, 1.0, 0.5, 0.5, 0.1, 0.0], np.float32)
-    assert top_tissue(fractions).tolist() == [1, 3]
-    assert top_tissue(fractions[:7]).tolist() == [1, 3]
-    assert top_tissue(fractions[[0, 2, 4, 5]]).tolist() == [1, 2, 3]
-    assert top_tissue(fractions[:1]).tolist() == [0]
-
-
-def test_aggregators_refuse(embedded: list[EmbeddedSlide], tmp_path: Path) -> None:
-    tiles = embedded[0].tile_embeddings
-    with pytest.raises(ConfigError, match="median"):
-        aggregate(tiles, "median")  # type: ignore[arg-type]
-    with pytest.raises(ArtifactError, match="tissue fractions"):
-        aggregate(tiles, "top_tissue")
 
 
 def test_stored_tiles_of_the_original(run: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from slide2vec.artifacts import (
     write_slide_embedding,
     write_tile_embeddings,
 )
+from slide2vec.artifacts.export import export_run
 from slide2vec.cli.export import export as export_command
 from slide2vec.config import PreprocessingConfig
 from slide2vec.embedded import EmbeddedSlide
@@ -328,3 +329,19 @@ def test_a_disk_that_is_full_ends_the_export(export: Export, made: Path, tmp_pat
     (tmp_path / "out").write_text("a file where the folder should be")
     result = export(made, "-o", tmp_path / "out")
     assert isinstance(result.exception, OutputError)
+
+
+def test_python_gives_what_was_exported_and_what_was_not(made: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(made, run)
+    (run / "tiles" / "b.coordinates.meta.json").unlink()
+    done, failed = export_run(run, tmp_path / "out", "safetensors", "fp16")
+    assert [(item.sample_id, item.kind, item.feature_dtype) for item in done] == [
+        ("a", "tile", "float16"),
+        ("blank", "tile", "float16"),
+    ]
+    expected = load_embeddings(run / "tile_embeddings" / "a.npz").half()
+    assert torch.equal(load_file(done[0].path)["features"], expected)
+    assert [item.sample_id for item in failed] == ["b"] and "b" in str(failed[0].error)
+    with pytest.raises(ConfigError, match="is the run itself"):
+        export_run(run, run)

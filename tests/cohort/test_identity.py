@@ -9,9 +9,11 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,13 +21,16 @@ from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig, Ru
 from slide2vec.artifacts import load_embeddings
 from slide2vec.cohort.cohort import Cohort
 from slide2vec.cohort.events import PostedEntries
-from slide2vec.cohort.identity import difference
+from slide2vec.cohort.identity import compatibility, difference
 from slide2vec.cohort.publish import Publisher
+from slide2vec.config import FilterConfig
+from slide2vec.geometry import tile_geometry
 from slide2vec.readers import fingerprint as fingerprints
 from slide2vec.readers.fingerprint import FileIdentity, fingerprint, same_content
 from slide2vec.scale.messages import Task
-from slide2vec.slides import as_slide
+from slide2vec.slides import Slide, as_slide
 from slide2vec.stream.identities import Identities
+from slide2vec.tiling.records import Segmentation, Tiling
 
 CONFIG = PreprocessingConfig(
     requested_spacing_um=0.5, requested_tile_size_px=96, filtering={"a_t": 0}, resume=True
@@ -108,10 +113,10 @@ def test_a_worker_takes_what_resume_has_seen(
     config, execution = model.resolve_preprocessing(CONFIG), ExecutionOptions(output_dir=tmp_path / "out")
     worker = Cohort(config, execution, model, identities={slide.sample_id: task.identity})
     worker.entries = PostedEntries(lambda entry: None)
-    worker.plan(slide).source.close()
+    worker.planner().plan(slide).source.close()
     assert not looked_at
     replace_with(slides[0], slides[1])
-    worker.plan(slide).source.close()
+    worker.planner().plan(slide).source.close()
     assert looked_at == ["0.svs"]  # it has changed since
 
 
@@ -366,3 +371,119 @@ def test_whole_digests_see_the_middle(tmp_path: Path) -> None:
     assert fingerprint(path) == ends
     assert not same_content(whole, fingerprint(path, "whole"))
     assert same_content(whole, fingerprint(path)) and same_content(ends, whole)
+
+
+# what decides a slide's embeddings, with plain values ---------------------------------------------------
+
+SLIDE = as_slide({"image_path": "a.svs", "spacing_at_level_0": 0.5})
+ENCODER = {
+    **{"name": "tiny", "precision": "fp32", "weights": "w", "weights_source": "here"},
+    "below": {"name": "under", "weights": "v", "weights_source": "there"},
+}
+FILES = {"image": {"size_bytes": 3, "digest": "a"}, "mask": {"size_bytes": 2, "digest": "b"}}
+TILING = Tiling(
+    sample_id="a",
+    image_path=Path("a.svs"),
+    mask_path=None,
+    spacing_at_level_0=None,
+    backend="tiff",
+    requested_backend="auto",
+    dimensions=(800, 600),
+    downsamples=(1.0, 2.0),
+    geometry=tile_geometry(
+        requested_tile_size_px=96, requested_spacing_um=0.5, base_spacing_um=0.25, downsamples=[1.0, 2.0]
+    ),
+    x=np.array([0, 192]),
+    y=np.array([0, 0]),
+    tissue_fractions=np.ones(2, np.float32),
+    tissue_threshold=0.1,
+    segmentation=Segmentation(method="hsv", requested_downsample=64, downsample=64, level=1, spacing_um=1.0),
+    filtering=FilterConfig(),
+)
+
+
+def made_of(
+    slide: Slide = SLIDE,
+    encoder: dict[str, Any] = ENCODER,
+    files: dict[str, Any] = FILES,
+    given: Tiling | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    return compatibility(slide, CONFIG.updated(**options), encoder, files, given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        *(({name: value}, f"geometry {name}") for name, value in {
+            "overlap": 0.25, "tolerance": 0.01, "tissue_threshold": 0.5, "requested_spacing_um": 1.0,
+            "requested_tile_size_px": 64, "segmentation": {"method": "otsu"}, "filtering": {"a_t": 1},
+            "region_tile_multiple": 2,
+        }.items()),
+        ({"slide": replace(SLIDE, spacing_at_level_0=0.25)}, "geometry spacing_at_level_0"),
+        ({"encoder": {**ENCODER, "precision": "bf16"}}, "encoder precision"),
+        ({"encoder": {**ENCODER, "below": {**ENCODER["below"], "weights": "u"}}}, "encoder below weights"),
+        ({"files": {**FILES, "image": {**FILES["image"], "digest": "z"}}}, "image"),
+        ({"files": {**FILES, "mask": {**FILES["mask"], "digest": "z"}}}, "mask"),
+        ({"files": {**FILES, "mask": None}}, "mask"),
+        ({"on_the_fly": False}, "tiles_from"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_makes_other_embeddings(changes: dict[str, Any], told: str) -> None:
+    assert difference(made_of(), made_of(**changes)) == told
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"backend": "openslide"}, {"use_supertiles": False}, {"resume": False}, {"save_tiles": True}),
+        {"slide": as_slide({"image_path": "elsewhere/a.svs", "spacing_at_level_0": 0.5})},
+        {"encoder": {**ENCODER, "weights_source": "", "below": {**ENCODER["below"], "weights_source": ""}}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_makes_the_same_embeddings(changes: dict[str, Any]) -> None:
+    assert difference(made_of(), made_of(**changes)) is None
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *(replace(TILING, geometry=replace(TILING.geometry, **{name: getattr(TILING.geometry, name) + 1}))
+          for name in ("read_level", "read_tile_size_px", "tile_size_lv0")),
+        *(replace(TILING, **{name: np.array([0, 96])}) for name in "xy"),
+        replace(TILING, x=TILING.y, y=TILING.x),
+    ],
+)  # fmt: skip
+def test_given_tiles_are_those_of_a_level_at_their_places(changed: Tiling) -> None:
+    assert difference(made_of(given=TILING), made_of(given=changed)) == "geometry coordinates"
+    assert difference(made_of(given=TILING), made_of(given=replace(TILING, backend="openslide"))) is None
+    assert difference(made_of(given=TILING), made_of(given=TILING, overlap=0.25)) is None
+    assert difference(made_of(), made_of(given=TILING)) is not None
+
+
+@pytest.mark.parametrize("size", [10, 65_536, 100_000, 300_000])
+@pytest.mark.parametrize("place", [0, -1])
+def test_both_ends_of_a_file_count(size: int, place: int, tmp_path: Path) -> None:
+    path = tmp_path / "slide"
+    path.write_bytes(bytes(size))
+    before = fingerprint(path)
+    content = bytearray(size)
+    content[place] = 1
+    path.write_bytes(content)
+    assert difference({"image": before}, {"image": fingerprint(path)}) == "image"
+    path.write_bytes(bytes(size + 1))
+    assert not same_content(before, fingerprint(path))
+
+
+def test_a_mask_is_looked_at_where_it_decides_the_tiles(tmp_path: Path) -> None:
+    for name in ("a.svs", "a.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    slide = as_slide({"image_path": tmp_path / "a.svs", "mask_path": tmp_path / "a.png"})
+    files = Identities(CONFIG)
+    seen = files.of(slide).content
+    assert seen == {"image": fingerprint(slide.image_path), "mask": fingerprint(tmp_path / "a.png")}
+    (tmp_path / "a.png").write_bytes(b"another")
+    assert difference(seen, files.of(slide).content) == "mask"
+    assert files.of(slide, masked=False).content == {**seen, "mask": None}

@@ -184,7 +184,7 @@ def test_resume_takes_a_slide_up_where_it_was_left(
     assert run(slides, save_tile_embeddings=True).resumed == 3 and not seen(slide_model)
     first.slide_artifacts[1].metadata_path.unlink()
     before = load_embeddings(first.slide_artifacts[1].path)
-    monkeypatch.setattr("slide2vec.cohort.cohort.plan_slide", None)  # no slide is opened any more
+    monkeypatch.setattr("slide2vec.stream.planner.plan_slide", None)  # no slide is opened any more
     again = run(slides, save_tile_embeddings=True)
     assert again.resumed == 2 and len(seen(slide_model)) == 1 and not again.failed
     assert torch.allclose(load_embeddings(again.slide_artifacts[1].path), before, atol=1e-6)
@@ -203,7 +203,7 @@ def test_another_slide_encoder_needs_no_tiles_again(
     run(slides, save_tile_embeddings=True)
     monkeypatch.setattr(slide_model, "_weights", "random:99")
     del slide_model.__dict__["_weights_digest"]
-    monkeypatch.setattr("slide2vec.cohort.cohort.plan_slide", None)
+    monkeypatch.setattr("slide2vec.stream.planner.plan_slide", None)
     again = run(slides, save_tile_embeddings=True)
     assert (again.resumed, again.recomputed) == (0, {}) and not again.failed
     assert len(again.tile_artifacts) == 3  # those of the first

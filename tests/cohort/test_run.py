@@ -19,9 +19,9 @@ from slide2vec.cohort import embed_cohort
 from slide2vec.config import FilterConfig
 from slide2vec.errors import OutputError, SlideReadError
 from slide2vec.geometry import tile_geometry
-from slide2vec.progress import activate_progress_reporter
+from slide2vec.progress import RunStarted, activate_progress_reporter, active_reporter
 from slide2vec.slides import Slide
-from slide2vec.stream import SlidePlan
+from slide2vec.stream import Planner, SlidePlan
 from slide2vec.stream.identities import Identities
 from slide2vec.tiling import Segmentation, Tiling
 
@@ -66,18 +66,19 @@ class Embedder:
     ) -> dict[str, Any]:
         return {"name": "made up", "level": "tile", "input_size_px": 8, "precision": "fp32"}
 
-    def workers(self, execution: ExecutionOptions) -> None:
-        return None
+    def embed_into(self, sink: Any, slides: Sequence[Slide]) -> Generator[SlideOutcome, None, None]:
+        active_reporter().emit(RunStarted(len(slides), self.name))
+        return self.embed_here(sink, slides)
 
-    def outcomes(
-        self,
-        slides: Sequence[Slide],
-        config: PreprocessingConfig,
-        execution: ExecutionOptions,
-        plan: Callable[[Slide], SlidePlan],
-    ) -> Generator[SlideOutcome, None, None]:
+    def embed_here(self, sink: Any, slides: Any) -> Generator[SlideOutcome, None, None]:
+        with sink.planner() as planner:
+            for outcome in self.outcomes(planner, slides):
+                yield from sink.put(outcome)
+                del outcome
+
+    def outcomes(self, planner: Planner, slides: Sequence[Slide]) -> Generator[SlideOutcome, None, None]:
         for slide in slides:
-            planned = plan(slide)
+            planned = planner.plan(slide)
             error = self.fail(slide)
             yield SlideOutcome(slide, error=error) if error else self.outcome(slide, planned)
 
@@ -111,7 +112,7 @@ def slides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Slide]:
         source: Any = SimpleNamespace(backend="made up", blocks=[], close=lambda: None)
         return SlidePlan(slide, source, tiling_of(slide), identity=Identities(CONFIG).of(slide))
 
-    monkeypatch.setattr("slide2vec.cohort.cohort.plan_slide", plan)
+    monkeypatch.setattr("slide2vec.stream.planner.plan_slide", plan)
     made = []
     for number in range(40):
         path = tmp_path / f"{number}.svs"
@@ -189,10 +190,10 @@ def test_full_disk_while_coordinates_are_written_is_the_runs_error(
     class Streamed(Embedder):
         """As the stream does it: what planning raises is the slide's outcome."""
 
-        def outcomes(self, slides: Any, config: Any, execution: Any, plan: Any) -> Any:
+        def outcomes(self, planner: Planner, slides: Any) -> Any:
             for slide in slides:
                 try:
-                    planned = plan(slide)
+                    planned = planner.plan(slide)
                 except Exception as error:
                     yield SlideOutcome(slide, error=error)
                 else:
@@ -209,7 +210,7 @@ def test_events_reach_an_installed_reporter(slides: list[Slide], tmp_path: Path)
 
     class Emitting(Embedder):
         def outcomes(self, *args: Any) -> Generator[SlideOutcome, None, None]:
-            from slide2vec.progress import TilesEncoded, active_reporter
+            from slide2vec.progress import TilesEncoded
 
             active_reporter().emit(TilesEncoded(4))
             yield from super().outcomes(*args)

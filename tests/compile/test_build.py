@@ -27,13 +27,11 @@ from slide2vec.compile import (
 )
 from slide2vec.compile import build as build_module
 from slide2vec.compile.builders import BUILDERS, Built, Job
-from slide2vec.compile.parity import batch_sizes
 from slide2vec.compile.tiles import tissue_pixels
 from slide2vec.compile.verify import verify_engine
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError, EngineError
 from slide2vec.recipes import EnginePolicy, Recipe
-from slide2vec.runtime.base import BatchProfile
 from slide2vec.runtime.openvino_engine import capabilities
 from slide2vec.runtime.record import RECORD_NAME, SCHEMA, key_of, read_record
 
@@ -222,12 +220,6 @@ def test_slide_with_too_little_tissue(
     with pytest.raises(EngineError, match=r"CMU-1-Small-Region.*name another slide"):
         tissue_pixels(large, 16, reference_slide)
     assert tissue_pixels(recipe, 16, reference_slide).shape == (16, 64, 64, 3)
-
-
-def test_sizes_that_are_tried() -> None:
-    assert batch_sizes(BatchProfile(1, 8, 8)) == (1, 2, 4, 8)
-    assert batch_sizes(BatchProfile(2, 3, 20)) == (2, 3, 4, 8, 16, 20)
-    assert batch_sizes(BatchProfile(1, 1, 1)) == (1,)
 
 
 # the store -------------------------------------------------------------------------------------

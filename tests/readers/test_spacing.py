@@ -8,6 +8,7 @@ import pytest
 from slide2vec.errors import SpacingError
 from slide2vec.readers import open_slide, resolve_spacing
 from slide2vec.readers.probe import probe
+from slide2vec.readers.spacing import objective_claim, settle_spacing
 from slide2vec.slides import as_slide
 
 APERIO = "Aperio Image Library v12.0.15 \r\n400x300 (64x64) JPEG/RGB Q=85"
@@ -26,6 +27,7 @@ PHILIPS = (
         (APERIO + "|AppMag = 40|MPP = 0.2521", None, 0.2521, "mpp"),
         (APERIO + "|AppMag = 40", None, 0.25, "objective power"),
         (APERIO + "|AppMag = 20|MPP = 0", None, 0.5, "objective power"),
+        (APERIO + "|AppMag = 10", None, 1.0, "objective power"),
         (APERIO + "|MPP = unknown", None, None, "no spacing"),
         ("", 0.5, 0.5, "resolution"),
         ("", 0.00499, None, "implausible spacing (resolution 0.00499"),
@@ -43,6 +45,19 @@ def test_tags(
     found = probe(as_slide(tiffs.write_plain(tmp_path / "slide.tif", text, mpp)))
     assert found.spacing_um == (None if spacing is None else pytest.approx(spacing, rel=1e-5))
     assert source in found.spacing_source
+
+
+@pytest.mark.parametrize(
+    ("power", "spacing"), [(80, 0.125), (40, 0.25), (20, 0.5), (10, 1.0), (5, 2.0), (1.25, 8.0), (0.5, 20.0)]
+)
+def test_every_objective_implies_a_spacing(power: float, spacing: float) -> None:
+    assert settle_spacing([objective_claim(power)]) == (spacing, "objective power")
+
+
+@pytest.mark.parametrize("power", [0, -20, 0.4, 400])
+def test_objectives_that_no_scanner_has(power: float) -> None:
+    spacing, why = settle_spacing([objective_claim(power)])
+    assert spacing is None and "implausible spacing (objective power" in why
 
 
 def test_given_spacing_wins(tmp_path: Path, tiffs: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,8 +7,10 @@ import os
 import signal
 import time
 from collections.abc import Callable, Generator
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -22,20 +24,26 @@ from slide2vec.stream import SlidePlan
 SIZES = (768, 2048, 1024, 1536, 1280, 1024)
 
 
+def planning_by(sink: Any, plan: Callable[[Slide, Callable[[Slide], SlidePlan]], SlidePlan]) -> Any:
+    """The sink, with a planner of which `plan` has the last word; that is given the planner's own."""
+    planner = sink.planner()
+    planner.plan = partial(plan, plan=planner.plan)
+    sink.planner = lambda: planner
+    return sink
+
+
 class Deadly(Model):
     """Dies of slides called "deadly…", and once of those that have a file `<image_path>.once`."""
 
-    def outcomes(
-        self, slides: Any, config: Any, execution: Any, plan: Callable[[Slide, Any], SlidePlan]
-    ) -> Generator[Any, None, None]:
-        def deadly(slide: Slide, stager: Any) -> SlidePlan:
+    def embed_here(self, sink: Any, slides: Any) -> Generator[Any, None, None]:
+        def deadly(slide: Slide, plan: Callable[[Slide], SlidePlan]) -> SlidePlan:
             once = Path(f"{slide.image_path}.once")
             if slide.sample_id.startswith("deadly") or once.exists():
                 once.unlink(missing_ok=True)
                 os.kill(os.getpid(), signal.SIGKILL)
-            return plan(slide, stager)
+            return plan(slide)
 
-        return super().outcomes(slides, config, execution, deadly)
+        return super().embed_here(planning_by(sink, deadly), slides)
 
 
 class Different(Model):
@@ -96,7 +104,8 @@ class Small(Model):
 
     @classmethod
     def from_preset(cls, *args: Any, **options: Any) -> Self:
-        model: Any = super().from_preset(*args, **options)
+        with patch("slide2vec.encoders.parts._build", lambda *args: nn.Identity()):
+            model: Any = super().from_preset(*args, **options)
         each = model
         while each is not None:
             each._encoder = {"tile": Tiles, "slide": Slides, "patient": Patients}[each.level]()
@@ -107,10 +116,8 @@ class Small(Model):
 class Waiting(Model):
     """After its first slide it waits for a second process; each leaves a file beside the slides."""
 
-    def outcomes(
-        self, slides: Any, config: Any, execution: Any, plan: Callable[[Slide, Any], SlidePlan]
-    ) -> Generator[Any, None, None]:
-        def waiting(slide: Slide, stager: Any) -> SlidePlan:
+    def embed_here(self, sink: Any, slides: Any) -> Generator[Any, None, None]:
+        def waiting(slide: Slide, plan: Callable[[Slide], SlidePlan]) -> SlidePlan:
             folder = slide.image_path.parent
             first = not list(folder.glob("*.here"))
             (folder / f"{os.getpid()}.here").touch()
@@ -119,9 +126,9 @@ class Waiting(Model):
                 if time.monotonic() > deadline:
                     raise TimeoutError("no other process came")
                 time.sleep(0.05)
-            return plan(slide, stager)
+            return plan(slide)
 
-        return super().outcomes(slides, config, execution, waiting)
+        return super().embed_here(planning_by(sink, waiting), slides)
 
 
 class OnGpus(Model):

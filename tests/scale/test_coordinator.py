@@ -28,7 +28,7 @@ from slide2vec.scale.messages import (
 )
 from slide2vec.slides import Slide
 
-JOB = Job(PreprocessingConfig(), ExecutionOptions(), publish=False, aggregate=True, identity={})
+JOB = Job(PreprocessingConfig(), ExecutionOptions(), aggregate=True, identity={})
 
 
 class Scripted:

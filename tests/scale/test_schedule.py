@@ -271,3 +271,47 @@ def test_wrong_use_is_told() -> None:
     schedule.join("w")
     with pytest.raises(ValueError, match="w has joined"):
         schedule.join("w")
+
+
+def with_suspects(workers: int, suspects: int) -> Schedule:
+    """A run whose first worker was lost with so many tasks in its hands; the others have two each."""
+    schedule = Schedule({f"s{n}": 100.0 for n in range(1000)}, depth=max(2, suspects))
+    names = [f"w{number}" for number in range(workers + 1)]
+    for name in names:
+        schedule.join(name)
+    for _ in range(suspects):
+        assert schedule.give("w0")
+    for name in names[1:]:
+        assert schedule.give(name) and schedule.give(name)
+    assert schedule.lost("w0") == [] and len(schedule.waiting) == 1000 - 2 * workers
+    return schedule
+
+
+@pytest.mark.parametrize(("workers", "suspects"), [(1, 5), (2, 5), (3, 5), (4, 9), (5, 9), (5, 2), (4, 1)])
+def test_however_many_suspects_half_of_the_workers_go_on(workers: int, suspects: int) -> None:
+    schedule = with_suspects(workers, suspects)
+    apart = [worker for worker in schedule.workers if schedule.drains(worker)]
+    assert len(apart) == min(suspects, (workers + 1) // 2)
+    lost = schedule.waiting[:suspects]
+    for worker in apart:
+        for task in schedule.in_hand(worker):
+            schedule.done(task)
+        assert schedule.give(worker) in lost
+    assert [worker for worker in schedule.workers if schedule.drains(worker)] == apart
+    for worker in set(schedule.workers) - set(apart):
+        schedule.planned(schedule.in_hand(worker)[0], 1)
+        assert schedule.give(worker) not in (None, *lost)
+
+
+def test_a_worker_with_a_suspect_counts_among_those_apart() -> None:
+    """Another loss makes room on no more than half of those who are left."""
+    schedule = with_suspects(workers=6, suspects=9)
+    first = [worker for worker in schedule.workers if schedule.drains(worker)]
+    assert len(first) == 3
+    for task in schedule.in_hand(first[0]):
+        schedule.done(task)
+    assert schedule.give(first[0]) == "s0"
+    (other, *_) = set(schedule.workers) - set(first)
+    assert schedule.lost(other) == []
+    apart = [worker for worker in schedule.workers if schedule.drains(worker)]
+    assert len(apart) == 3 and first[0] in apart

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stream_helpers import PlanBy
 
 from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import BackendError, ConfigError, SlideReadError
@@ -212,7 +213,9 @@ def run_through(given: Feed, plans: dict[str, Callable[[], SlidePlan]]) -> tuple
         feed=given,
     )
     slides = [Slide(sample_id=name, image_path=Path("x")) for name in plans]
-    outcomes = {o.slide.sample_id: o for o in stream.run(slides, lambda slide: plans[slide.sample_id]())}
+    outcomes = {
+        o.slide.sample_id: o for o in stream.run(slides, PlanBy(lambda slide: plans[slide.sample_id]()))
+    }
     return outcomes, next(event.summary for event in events if isinstance(event, RunFinished))
 
 

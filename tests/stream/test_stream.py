@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from late_lanes import LateLane
+from stream_helpers import PlanBy
 
 from slide2vec.config import FilterConfig
 from slide2vec.errors import BackendError, SlideReadError, SpacingError
@@ -106,10 +107,8 @@ def slide(number: int) -> Slide:
     return Slide(sample_id=f"s{number}", image_path=Path(f"{number}.svs"))
 
 
-def plan_of(
-    shapes: dict[int, tuple[int, int]], skip: bool = False, **corrupt: tuple[int, int]
-) -> Callable[[Slide], SlidePlan]:
-    """A plan function: slide number -> columns and rows of its grid of tiles; slide name -> a bad pixel."""
+def plan_of(shapes: dict[int, tuple[int, int]], skip: bool = False, **corrupt: tuple[int, int]) -> PlanBy:
+    """A planner: slide number -> columns and rows of its grid of tiles; slide name -> a bad pixel."""
 
     def plan(given: Slide) -> SlidePlan:
         number = int(given.sample_id[1:])
@@ -121,7 +120,7 @@ def plan_of(
         reader: Any = Reader(number, corrupt.get(given.sample_id))
         return SlidePlan(given, SlideSource(reader, tiling), tiling, skips_bad_tiles=skip)
 
-    return plan
+    return PlanBy(plan)
 
 
 def tiling_of(slide: Slide, x: np.ndarray, y: np.ndarray) -> Tiling:
@@ -242,7 +241,7 @@ def test_damage_between_tiles_harms_nothing() -> None:
         reader: Any = Reader(1, (SIDE, SIDE))  # in the block's box, in none of its tiles
         return SlidePlan(given, SlideSource(reader, tiling), tiling)
 
-    (outcome,) = stream(Engine()).run([slide(1)], plan)
+    (outcome,) = stream(Engine()).run([slide(1)], PlanBy(plan))
     assert outcome.error is None and outcome.embedded is not None and outcome.embedded.num_tiles == 3
 
 

@@ -85,6 +85,17 @@ def test_far_tiles_are_not_read_together() -> None:
     assert [s.size for s in supertiles] == [(448, 448)] * 4
 
 
+@pytest.mark.parametrize(("gap", "reads"), [(16, 1), (64, 1), (80, 2), (96, 2)])
+def test_tiles_are_read_apart_where_that_saves_more_than_a_read_costs(gap: int, reads: int) -> None:
+    """Two tiles of 64 px; a gap of 64 x 64 px decodes as much as a read costs."""
+    x, y = np.array([0, 64 + gap]), np.array([0, 0])
+    flat = tile_geometry(
+        requested_tile_size_px=64, requested_spacing_um=0.25, base_spacing_um=0.25, downsamples=[1.0]
+    )
+    for first, second in ((x, y), (y, x)):
+        assert len(plan_supertiles(first, second, flat, 1.0, file_tile=(16, 16))) == reads
+
+
 def test_reads_less_than_tile_by_tile_where_tissue_is_ragged() -> None:
     """Decoded pixels of the file's 256 px tiles: every grouping must save, none may waste."""
     x, y, geo, _ = CASES["ragged"]

@@ -42,10 +42,14 @@ def test_a_tile_that_overhangs_tissue_and_slide_counts_the_whole_tile() -> None:
     assert tiling.tissue_fractions.tolist() == [np.float32(60 * 50 / 100**2)]
 
 
-@pytest.mark.parametrize(("threshold", "count"), [(0.0, 4), (0.1, 4), (0.11, 2), (1.0, 2)])
-def test_the_threshold_is_inclusive_in_single_precision(threshold: float, count: int) -> None:
-    # The second column holds 10 px of tissue of 100.
-    reader = ArrayReader([blank(400, 300, (0, 0, 110, 200))])
+@pytest.mark.parametrize(
+    ("threshold", "width", "count"),
+    [(0.0, 10, 4), (0.1, 10, 4), (0.11, 10, 2), (1.0, 10, 2), (0.7, 70, 4), (0.71, 70, 2), (0.3, 30, 4)],
+)
+def test_the_threshold_is_inclusive_in_single_precision(threshold: float, width: int, count: int) -> None:
+    """In double precision 0.7 is larger than the fraction 0.7 of single precision."""
+    # The second column holds `width` px of tissue of 100.
+    reader = ArrayReader([blank(400, 300, (0, 0, 100 + width, 200))])
     config = settings(requested_tile_size_px=100, tissue_threshold=threshold)
     assert len(tile_slide(reader, a_slide(), 0.5, config)[0]) == count
 

@@ -1,32 +1,35 @@
-"""One artifact of a run in another format, for `slide2vec export`."""
+"""The embeddings of a run in another format or precision."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from slide2vec.files import as_path
+import torch
 
-if TYPE_CHECKING:
-    import torch
+from slide2vec.artifacts.places import KINDS, Kind, owners
+from slide2vec.artifacts.reading import load_embeddings
+from slide2vec.artifacts.records import FORMATS, SCHEMA_VERSION, SIDECAR, read_metadata
+from slide2vec.artifacts.vectors import write_patient_embedding, write_slide_embedding
+from slide2vec.artifacts.writing import write_hierarchical_embeddings, write_tile_embeddings
+from slide2vec.config import OutputFormat
+from slide2vec.embedded import EmbeddedSlide
+from slide2vec.errors import ArtifactError, ConfigError, OutputError, Slide2VecError
+from slide2vec.files import as_path, entries, is_remote
+from slide2vec.tiling import Tiling
+from slide2vec.tiling.coordinates import coordinate_paths, load_coordinates
+from slide2vec.tiling.regions import unroll
 
-    from slide2vec.config import OutputFormat
-    from slide2vec.embedded import EmbeddedSlide
-    from slide2vec.tiling import Tiling
+__all__ = ["Dtype", "Exported", "NotExported", "export_run"]
 
-__all__ = ["EXPORTERS", "KINDS", "Dtype", "Exported", "Kind", "Source"]
-
-Kind = Literal["tile", "hierarchical", "slide", "patient"]
 Dtype = Literal["fp16", "fp32"]
-
-#: As in slide2vec.artifacts.places, which is not imported for the sake of start-up time.
-KINDS: tuple[Kind, ...] = ("tile", "hierarchical", "slide", "patient")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class _Source:
     """Where the embeddings of an encoder come from, and where they go.
 
     Attributes:
@@ -44,6 +47,16 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
+    """An artifact in its new format.
+
+    Attributes:
+        sample_id: of the slide; of a patient the patient_id.
+        encoder: its name in the run.
+        num_tiles: of the tiles or regions that it is of; None for slides and patients.
+        feature_dim: D.
+        feature_dtype: of PyTorch, "float32".
+    """
+
     sample_id: str
     encoder: str
     kind: Kind
@@ -53,10 +66,109 @@ class Exported:
     feature_dtype: str
 
 
-def _export_tiles(source: Source, sample_id: str, file_format: OutputFormat, dtype: Dtype | None) -> Exported:
-    from slide2vec.artifacts import write_tile_embeddings
-    from slide2vec.tiling.coordinates import load_coordinates
+@dataclass(frozen=True, kw_only=True)
+class NotExported:
+    """An artifact that cannot be exported, and why."""
 
+    sample_id: str
+    encoder: str
+    kind: Kind
+    error: Slide2VecError
+
+
+def export_run(
+    run: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    file_format: OutputFormat = "h5",
+    dtype: Dtype | None = None,
+    *,
+    encoder: str | None = None,
+) -> tuple[list[Exported], list[NotExported]]:
+    """Write the embeddings of a run in another format; h5 is what CLAM and TRIDENT read.
+
+    h5 and safetensors files hold the tiles' coordinates, too. What cannot be exported does not stop the rest.
+
+    Args:
+        run: output directory of a run, or its URL.
+        output: another directory, or its URL. Of a run with several encoders its folders are as in the run;
+            with `encoder`, those of that one alone.
+        dtype: of the embeddings; None = as they are.
+        encoder: only of this one, by its name in the run.
+
+    Raises:
+        ConfigError: the output is the run itself, or there is no such encoder.
+        ArtifactError: the run has no embeddings.
+        OutputError: a file cannot be written.
+    """
+    done: list[Exported] = []
+    failed: list[NotExported] = []
+    for source, kind, name in _found(as_path(run), as_path(output), encoder):
+        try:
+            done.append(_EXPORTERS[kind](source, name, file_format, dtype))
+        except OutputError:
+            raise
+        except Slide2VecError as error:
+            failed.append(NotExported(sample_id=name, encoder=source.encoder, kind=kind, error=error))
+    return done, failed
+
+
+def _found(run: Path, output: Path, encoder: str | None) -> list[tuple[_Source, Kind, str]]:
+    """What there is to export, by encoder, kind and name.
+
+    Raises:
+        ConfigError: the output is the run itself, or there is no such encoder.
+        ArtifactError: the run has no embeddings.
+    """
+    if run.resolve() == output.resolve():
+        raise ConfigError(f"--output {output} is the run itself, whose files would be replaced: name another")
+    found = [
+        (source, kind, name)
+        for source in _sources(run, output, encoder)
+        for kind in KINDS
+        for name in _names(source.features / f"{kind}_embeddings")
+    ]
+    if not found:
+        places = ", ".join(f"{kind}_embeddings/" for kind in KINDS)
+        raise ArtifactError(f"{run} has no files in {places}: give the output directory of a run")
+    return found
+
+
+def _sources(run: Path, output: Path, encoder: str | None) -> list[_Source]:
+    """The encoders of a run; its own folder, where none of its sidecars can be read."""
+    there = owners(run)
+    chosen = [owner for owner in there if encoder in (None, owner.name, owner.folder.name)]
+    if encoder is not None and not chosen:
+        names = ", ".join(owner.name for owner in there) or "none that can be read"
+        raise ConfigError(f"{run} has no embeddings of {encoder!r}; it has: {names}")
+    found = [
+        _Source(
+            encoder=owner.name,
+            features=owner.folder,
+            tiles=owner.tiling / "tiles",
+            output=output if encoder is not None else _below(output, owner.folder, run),
+        )
+        for owner in chosen
+    ]
+    if encoder is None and all(source.features != run for source in found):
+        found.insert(0, _Source(encoder="", features=run, tiles=run / "tiles", output=output))
+    return found
+
+
+def _names(folder: Path) -> list[str]:
+    """Slides of which there is a sidecar or a features file, whole or not."""
+    suffixes = (SIDECAR, *(f".{file_format}" for file_format in FORMATS))
+    names = [path.name for path in entries(folder) if is_remote(path) or path.is_file()]
+    return sorted({name.removesuffix(end) for name in names for end in suffixes if name.endswith(end)})
+
+
+def _below(output: Path, folder: Path, run: Path) -> Path:
+    """The same place below the output as a folder has below its run; either may be behind a URL."""
+    return output.joinpath(*folder.parts[len(run.parts) :])
+
+
+def _export_tiles(
+    source: _Source, sample_id: str, file_format: OutputFormat, dtype: Dtype | None
+) -> Exported:
     metadata, path = _described(source.features / "tile_embeddings", sample_id)
     values = _loaded(path, sample_id, dtype)
     tiling = load_coordinates(source.tiles, sample_id)
@@ -68,13 +180,8 @@ def _export_tiles(source: Source, sample_id: str, file_format: OutputFormat, dty
 
 
 def _export_regions(
-    source: Source, sample_id: str, file_format: OutputFormat, dtype: Dtype | None
+    source: _Source, sample_id: str, file_format: OutputFormat, dtype: Dtype | None
 ) -> Exported:
-    from slide2vec.artifacts import write_hierarchical_embeddings
-    from slide2vec.errors import ArtifactError
-    from slide2vec.tiling.coordinates import load_coordinates
-    from slide2vec.tiling.regions import unroll
-
     metadata, path = _described(source.features / "hierarchical_embeddings", sample_id)
     values = _loaded(path, sample_id, dtype)
     multiple = metadata.get("region_tile_multiple")
@@ -89,8 +196,6 @@ def _export_regions(
 
 
 def _embedded(tiling: Tiling, values: torch.Tensor) -> EmbeddedSlide:
-    from slide2vec.embedded import EmbeddedSlide
-
     return EmbeddedSlide(
         sample_id=tiling.sample_id,
         tile_embeddings=values,
@@ -104,10 +209,8 @@ def _embedded(tiling: Tiling, values: torch.Tensor) -> EmbeddedSlide:
     )
 
 
-def _as_it_was(metadata: dict[str, Any], source: Source, tiling: Tiling) -> dict[str, Any]:
+def _as_it_was(metadata: dict[str, Any], source: _Source, tiling: Tiling) -> dict[str, Any]:
     """What the sidecar of tiles or regions says besides."""
-    from slide2vec.tiling.coordinates import coordinate_paths
-
     arrays, coordinates = coordinate_paths(source.tiles, tiling.sample_id)
     archive, skipped = metadata.get("tiles_tar_path"), metadata.get("skipped_tiles")
     return {
@@ -119,9 +222,9 @@ def _as_it_was(metadata: dict[str, Any], source: Source, tiling: Tiling) -> dict
     }
 
 
-def _export_slide(source: Source, sample_id: str, file_format: OutputFormat, dtype: Dtype | None) -> Exported:
-    from slide2vec.artifacts import write_slide_embedding
-
+def _export_slide(
+    source: _Source, sample_id: str, file_format: OutputFormat, dtype: Dtype | None
+) -> Exported:
     metadata, path = _described(source.features / "slide_embeddings", sample_id)
     values = _loaded(path, sample_id, dtype)
     latents = source.features / "slide_latents" / path.name
@@ -139,10 +242,8 @@ def _export_slide(source: Source, sample_id: str, file_format: OutputFormat, dty
 
 
 def _export_patient(
-    source: Source, patient_id: str, file_format: OutputFormat, dtype: Dtype | None
+    source: _Source, patient_id: str, file_format: OutputFormat, dtype: Dtype | None
 ) -> Exported:
-    from slide2vec.artifacts import write_patient_embedding
-
     metadata, path = _described(source.features / "patient_embeddings", patient_id)
     values = _loaded(path, patient_id, dtype)
     artifact = write_patient_embedding(
@@ -159,7 +260,7 @@ def _export_patient(
 
 
 def _exported(
-    source: Source, sample_id: str, kind: Kind, path: Path, values: torch.Tensor, num_tiles: int | None
+    source: _Source, sample_id: str, kind: Kind, path: Path, values: torch.Tensor, num_tiles: int | None
 ) -> Exported:
     return Exported(
         sample_id=sample_id,
@@ -174,9 +275,6 @@ def _exported(
 
 def _described(folder: Path, sample_id: str) -> tuple[dict[str, Any], Path]:
     """The sidecar of an artifact, ours or the original slide2vec's, and its features file."""
-    from slide2vec.artifacts.records import FORMATS, SCHEMA_VERSION, SIDECAR, read_metadata
-    from slide2vec.errors import ArtifactError
-
     metadata = read_metadata(folder / f"{sample_id}{SIDECAR}")
     version, file_format = metadata.get("schema_version", 1), metadata.get("format")
     if version not in range(1, SCHEMA_VERSION + 1) or file_format not in FORMATS:
@@ -195,11 +293,6 @@ def _described(folder: Path, sample_id: str) -> tuple[dict[str, Any], Path]:
 
 
 def _loaded(path: Path, sample_id: str, dtype: Dtype | None) -> torch.Tensor:
-    import torch
-
-    from slide2vec.artifacts import load_embeddings
-    from slide2vec.errors import ArtifactError
-
     values = load_embeddings(path)
     if dtype is None:
         return values
@@ -214,8 +307,6 @@ def _loaded(path: Path, sample_id: str, dtype: Dtype | None) -> torch.Tensor:
 
 def _check_tiles(tiling: Tiling, values: torch.Tensor, metadata: dict[str, Any]) -> None:
     """Refuse coordinates that are not those of the embeddings (the slide was tiled anew since)."""
-    from slide2vec.errors import ArtifactError
-
     geometry = tiling.geometry
     checks = [("tiles", values.shape[:-1].numel(), len(tiling))]
     for key in ("requested_tile_size_px", "requested_spacing_um", "tile_size_lv0"):
@@ -230,8 +321,6 @@ def _check_tiles(tiling: Tiling, values: torch.Tensor, metadata: dict[str, Any])
 
 
 def _encoder(metadata: dict[str, Any], sample_id: str) -> dict[str, Any]:
-    from slide2vec.errors import ArtifactError
-
     name, level = metadata.get("encoder_name"), metadata.get("encoder_level")
     if not isinstance(name, str) or not isinstance(level, str):
         raise ArtifactError(f"slide {sample_id}: its sidecar does not name encoder_name and encoder_level")
@@ -242,8 +331,8 @@ def _mapping(value: object) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else {}
 
 
-#: Source, name, format, dtype (None = as it is) -> what was written.
-EXPORTERS: Mapping[Kind, Callable[[Source, str, OutputFormat, Dtype | None], Exported]] = {
+#: _Source, name, format, dtype (None = as it is) -> what was written.
+_EXPORTERS: Mapping[Kind, Callable[[_Source, str, OutputFormat, Dtype | None], Exported]] = {
     "tile": _export_tiles,
     "hierarchical": _export_regions,
     "slide": _export_slide,

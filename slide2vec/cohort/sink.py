@@ -1,0 +1,100 @@
+"""Where finished slides go: back to the caller, in memory. Onto disk: `slide2vec.cohort.disk_sink`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
+
+from slide2vec.cohort.events import Entry, Settled
+from slide2vec.config import ExecutionOptions, PreprocessingConfig
+from slide2vec.embedded import EmbeddedSlide
+from slide2vec.errors import Slide2VecError
+from slide2vec.slides import Slide
+from slide2vec.stream import Planner, SlideOutcome
+
+if TYPE_CHECKING:
+    from slide2vec.artifacts.places import Place
+    from slide2vec.stream.identities import SlideIdentity
+    from slide2vec.tiling import Tiling
+
+__all__ = ["MemorySink", "Sink"]
+
+
+class Sink(Protocol):
+    """The one place where the finished slides of a call go, wherever they were embedded.
+
+    Attributes:
+        config: with requested_spacing_um and requested_tile_size_px resolved.
+        place: where workers write the files of slides themselves; None: embeddings come back from them.
+    """
+
+    config: PreprocessingConfig
+    execution: ExecutionOptions
+    place: Place | None
+
+    def planner(self) -> Planner:
+        """What plans the slides that go there."""
+        ...
+
+    def known(self, slide: Slide) -> tuple[Tiling | None, SlideIdentity | None]:
+        """What is known of a slide before it is planned: its tiles, and what its files are."""
+        ...
+
+    def put(self, outcome: SlideOutcome) -> Iterable[SlideOutcome]:
+        """Take a slide that is through; what of it goes back to whoever embeds. Used from one thread."""
+        ...
+
+    def told(self, event: Entry | Settled) -> None:
+        """Take what a worker tells of a slide whose files it writes itself."""
+        ...
+
+    def tidy(self) -> None:
+        """Remove what workers that have died have left half-written."""
+        ...
+
+
+class MemorySink:
+    """See `Sink`: every slide goes back, with its slide embedding.
+
+    Args:
+        aggregate: gives a slide its slide_embedding, or raises a Slide2VecError; None = slides go back as
+            they come.
+        tilings: of slides whose tiles are known, by sample_id; may grow meanwhile.
+    """
+
+    place: Place | None = None
+
+    def __init__(
+        self,
+        config: PreprocessingConfig,
+        execution: ExecutionOptions,
+        aggregate: Callable[[EmbeddedSlide], EmbeddedSlide] | None = None,
+        tilings: Mapping[str, Tiling] | None = None,
+    ) -> None:
+        self.config, self.execution = config, execution
+        self._aggregate, self._tilings = aggregate, tilings
+
+    def planner(self) -> Planner:
+        """See `Sink`."""
+        return Planner(self.config, self.execution, self.execution.output_dir, tilings=self._tilings)
+
+    def known(self, slide: Slide) -> tuple[Tiling | None, SlideIdentity | None]:
+        """See `Sink`."""
+        return None, None
+
+    def put(self, outcome: SlideOutcome) -> Iterator[SlideOutcome]:
+        """See `Sink`. A worker may have aggregated it already."""
+        embedded = outcome.embedded
+        if self._aggregate is not None and embedded is not None and embedded.slide_embedding is None:
+            try:
+                outcome = replace(outcome, embedded=self._aggregate(embedded))
+            except Slide2VecError as error:
+                outcome = SlideOutcome(outcome.slide, error=error)
+        yield outcome
+
+    def told(self, event: Entry | Settled) -> None:
+        """See `Sink`: no worker writes files."""
+
+    def tidy(self) -> None:
+        """See `Sink`: nothing is written."""

@@ -1,0 +1,180 @@
+"""Slides on their way through the stream, and what its threads hand each other of them."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from slide2vec.artifacts.finite import rows_not_finite
+from slide2vec.embedded import EmbeddedSlide
+from slide2vec.errors import SlideReadError
+from slide2vec.runtime import Engine
+from slide2vec.slides import Slide
+from slide2vec.stream.batches import Batch, Piece
+from slide2vec.stream.plan import SlidePlan
+from slide2vec.stream.sources import bad_tiles, damaged, not_finite
+from slide2vec.tiling import BadTile, Tiling
+
+__all__ = ["Broken", "End", "Failed", "Item", "Job", "Planned", "ReadTask", "SlideOutcome"]
+
+
+@dataclass(frozen=True)
+class SlideOutcome:
+    """A slide that is through: `embedded` and `tiling` are there, or else `error`.
+
+    Attributes:
+        backend: what read its tiles: a reader's name, or "archive".
+        skipped: tiles that could not be decoded, and are in neither `embedded` nor `tiling`.
+        tiles_tar_path: the archive of its tiles, where there is one.
+    """
+
+    slide: Slide
+    embedded: EmbeddedSlide | None = None
+    tiling: Tiling | None = None
+    backend: str | None = None
+    skipped: tuple[BadTile, ...] = ()
+    tiles_tar_path: Path | None = None
+    error: Exception | None = None
+
+
+class Job:
+    """One slide on its way through the stream.
+
+    Attributes:
+        missing: tiles whose features have not been collected.
+        settled: its outcome has been told.
+        failed: an error of it is under way: its tiles need not be read any more.
+        bad: tiles that cannot be decoded, with why.
+    """
+
+    def __init__(self, slide: Slide) -> None:
+        self.slide = slide
+        self.plan: SlidePlan | None = None
+        self.embeddings: Tensor | None = None
+        self.missing = 0
+        self.settled = False
+        self.failed = False
+        self.bad: dict[int, SlideReadError] = {}
+        #: Tiles whose embeddings hold NaN or infinities -> whether they were finite before the cast.
+        self._overflowed: dict[int, bool] = {}
+        self._reads = 1  # one for the dispatcher, so that the reader stays open while it works
+        self._lock = threading.Lock()
+
+    def begin_read(self) -> None:
+        """A block is to be read."""
+        with self._lock:
+            self._reads += 1
+
+    def end_read(self) -> None:
+        """Close the slide after its last read."""
+        with self._lock:
+            self._reads -= 1
+            done = self._reads == 0
+        if done and self.plan is not None:
+            self.plan.source.close()
+
+    def reject(self, bad: dict[int, SlideReadError]) -> None:
+        """Leave tiles out, or fail the slide, as its plan says."""
+        assert self.plan is not None
+        if bad and not self.plan.skips_bad_tiles:
+            raise damaged(self.plan.tiling, bad)
+        with self._lock:
+            self.bad.update(bad)
+
+    def collect(self, tiles: Tensor, features: Tensor, dtype: torch.dtype) -> None:
+        """Keep the features of tiles, (n, D)."""
+        assert self.plan is not None
+        if self.embeddings is None:
+            self.embeddings = torch.empty((len(self.plan.tiling.x), features.shape[1]), dtype=dtype)
+        values = features.to(dtype)
+        self.embeddings[tiles] = values
+        self.missing -= len(tiles)
+        for row in rows_not_finite(values).tolist():
+            self._overflowed[int(tiles[row])] = bool(features[row].isfinite().all())
+
+    def problem(self, engine: Engine) -> Exception | None:
+        """Why a slide is of no use though all its features are there: no tile of it could be decoded, or
+        embeddings of tiles that could hold NaN or infinities."""
+        assert self.plan is not None
+        if self.bad and not self.plan.tiling.kept(self.bad).any():
+            return damaged(self.plan.tiling, self.bad)
+        wrong = {tile: fits for tile, fits in self._overflowed.items() if tile not in self.bad}
+        return not_finite(self.plan.tiling, wrong, engine) if wrong else None
+
+    def outcome(self) -> SlideOutcome:
+        """What there is of the slide, without its bad tiles."""
+        plan, embeddings = self.plan, self.embeddings
+        assert plan is not None and embeddings is not None
+        tiling, skipped = plan.tiling, plan.skipped
+        if self.bad:
+            skipped += tuple(bad_tiles(tiling, self.bad))
+            embeddings = embeddings[torch.from_numpy(tiling.kept(self.bad))]
+            tiling = tiling.without(self.bad)
+        embedded = EmbeddedSlide(
+            sample_id=self.slide.sample_id,
+            tile_embeddings=embeddings,
+            slide_embedding=None,
+            x=tiling.x,
+            y=tiling.y,
+            tile_size_lv0=tiling.geometry.tile_size_lv0,
+            image_path=self.slide.image_path,
+            mask_path=self.slide.mask_path,
+            num_tiles=len(embeddings),
+            mask_preview_path=plan.mask_preview_path,
+            tiling_preview_path=plan.tiling_preview_path,
+        )
+        return SlideOutcome(
+            self.slide,
+            embedded=embedded,
+            tiling=tiling,
+            backend=plan.source.backend,
+            skipped=skipped,
+            tiles_tar_path=plan.tiles_tar_path,
+        )
+
+
+@dataclass(frozen=True)
+class ReadTask:
+    """A block of a slide's tiles, to be read into its slots."""
+
+    job: Job
+    block: int
+    pieces: list[Piece[Job]]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The tiles of a slide are known."""
+
+    job: Job
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A slide cannot be planned or read."""
+
+    job: Job
+    error: Exception
+
+
+@dataclass(frozen=True)
+class End:
+    """So many slides have come, and no more do."""
+
+    slides: int
+
+
+@dataclass(frozen=True)
+class Broken:
+    """The run cannot go on."""
+
+    error: Exception
+
+
+#: What the readers tell the encoder.
+Item: TypeAlias = Batch[Job] | Planned | Failed | Broken | End

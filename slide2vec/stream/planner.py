@@ -1,0 +1,85 @@
+"""What plans the slides of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Self
+
+from slide2vec.config import ExecutionOptions, PreprocessingConfig
+from slide2vec.slides import Slide
+from slide2vec.stream.identities import Identities
+from slide2vec.stream.plan import SlidePlan, plan_slide
+from slide2vec.stream.staging import IN_PLACE, InPlace, stager_for
+from slide2vec.tiling import Tiling
+
+__all__ = ["Planner"]
+
+
+class Planner:
+    """Plans slides, and knows how they are staged. Used from several threads.
+
+    A context manager: what stages slides begins with it, and copies of slides are gone at its end.
+
+    Args:
+        config: with requested_spacing_um and requested_tile_size_px resolved.
+        execution: says where slides are staged, if they are.
+        output_dir: where previews and archives go, if the config asks for them.
+        tilings: of slides whose tiles are known, by sample_id; may grow meanwhile.
+        identities: of the run; None where nothing is published of its slides.
+        planned: called with each plan, in the thread that made it; what it raises is the slide's error.
+
+    Raises:
+        ConfigError: when it is entered: nothing can be written into stage_dir.
+    """
+
+    def __init__(
+        self,
+        config: PreprocessingConfig,
+        execution: ExecutionOptions,
+        output_dir: Path | None = None,
+        *,
+        tilings: Mapping[str, Tiling] | None = None,
+        identities: Identities | None = None,
+        planned: Callable[[SlidePlan], None] = lambda plan: None,
+    ) -> None:
+        self._config, self._execution, self._output_dir = config, execution, output_dir
+        self._tilings: Mapping[str, Tiling] = {} if tilings is None else tilings
+        self._identities, self._planned = identities, planned
+        self._opened = ExitStack()
+        self.stager: InPlace = IN_PLACE
+
+    def ahead(self, slides: Iterable[Slide]) -> Iterator[Slide]:
+        """The slides; the staging of each begins as it is taken."""
+        return self.stager.ahead(slides)
+
+    def wait(self, slide: Slide) -> None:
+        """Wait until its files are there to be read."""
+        self.stager.wait(slide)
+
+    def plan(self, slide: Slide) -> SlidePlan:
+        """The slide with its tiles, opened.
+
+        Raises:
+            SlideError, ManifestError, OutputError: as `plan_slide`, and as `planned`.
+        """
+        given = self._tilings.get(slide.sample_id)
+        plan = plan_slide(slide, self._config, self._output_dir, given, self.stager, self._identities)
+        try:
+            self._planned(plan)
+        except BaseException:
+            plan.source.close()
+            raise
+        return plan
+
+    def stop(self) -> None:
+        """Stage nothing more, and turn away whoever waits. From any thread."""
+        self.stager.stop()
+
+    def __enter__(self) -> Self:
+        self.stager = self._opened.enter_context(stager_for(self._execution))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
