@@ -2,9 +2,9 @@
 `python -m benchmarks.engine_matrix`.
 
 Each preset is exported at one block in both layouts and in fp32, fp16, bf16 and fp8, parsed, and built for
-one compute capability. Nodes per block are those that a second block adds to the graph. Nothing is run: that
-needs a GPU. Rows are kept in a file as they are made; started again it goes on with what is missing. Writes
-`results/engine-matrix-<date>.{json,md}`.
+one compute capability. Nothing is run: that needs a GPU. Rows are kept in `results/engine-matrix-<date>.json`
+as they are made; started again it goes on with what is missing, and prints the tables when nothing is.
+`--depth 0` takes all blocks of a preset: minutes and gigabytes each.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import datetime
 import json
 import tempfile
 import time
-from importlib.metadata import version
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
-from benchmarks.cpu import RESULTS, machine
+from benchmarks.cpu import RESULTS
+from slide2vec.compile import onnx_graph
+from slide2vec.compile.bench import peak_mb
 from slide2vec.compile.exported import ExportedEncoder
 from slide2vec.compile.fp8 import quantise_fp8
 from slide2vec.compile.onnx import export_onnx
@@ -33,38 +36,79 @@ from slide2vec.errors import EngineError
 from slide2vec.recipes import Recipe, list_models, load_recipe
 from slide2vec.runtime.base import BatchProfile, Layout
 
-__all__ = ["COMPILABLE", "PRECISIONS", "row", "with_depth"]
+__all__ = ["COMPILABLE", "LAYOUTS", "PRECISIONS", "rows", "with_depth"]
+
+Row: TypeAlias = dict[str, Any]
 
 COMPILABLE = [name for name in list_models("tile") if load_recipe(name).compile]
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
 LAYOUTS = get_args(Layout)
 #: In fp32 TensorRT has no kernel for the Attention operator of newer opsets.
-OPSETS = {"fp32": 20}
+OPSETS: dict[str, int | None] = {"bf16": None, "fp16": None, "fp32": 20}
 PROFILE = BatchProfile(1, 8, 8)
 
 
 def with_depth(name: str, depth: int) -> tuple[Recipe, nn.Module]:
-    """A preset with so many blocks and random weights; the scattering transform has none, and is whole."""
+    """A preset with so many blocks (0 = all) and random weights; the scattering transform has none."""
     recipe = load_recipe(name)
-    if recipe.encoder.family != "scattering":
+    if depth and recipe.encoder.family != "scattering":
         spec = recipe.encoder.model_copy(update={"kwargs": {**recipe.encoder.kwargs, "depth": depth}})
         recipe = recipe.model_copy(update={"encoder": spec})
     return recipe, build_encoder(recipe, recipe.variants[recipe.default_variant], "random")
 
 
-def row(name: str, precision: str, layout: Layout, target: str, folder: Path) -> dict[str, Any]:
-    """One engine: export, parse, build; what came of it, and what it took.
+def rows(name: str, layout: Layout, target: str, depth: int, wanted: Collection[str]) -> Iterator[Row]:
+    """The engines of a preset in one layout: export, parse, build; what came of it, and what it took.
 
     Args:
         target: compute capability ("sm89").
-        folder: empty, for its files.
+        depth: blocks; 0 = all.
+        wanted: precisions. That of fp8 is the graph of fp16, which is exported once for both.
     """
-    recipe, encoder = with_depth(name, 1)
-    found: dict[str, Any] = {"preset": name, "precision": precision, "layout": layout, "target": target}
+    recipe, encoder = with_depth(name, depth)
+    for exported, opset in OPSETS.items():
+        precisions = [each for each in ("fp16", "fp8") if exported == "fp16"] or [exported]
+        precisions = [each for each in precisions if each in wanted]
+        if not precisions:
+            continue
+        with tempfile.TemporaryDirectory() as given:
+            folder = Path(given)
+            graph = _exported(recipe, encoder, exported, layout, opset, folder / "encoder.onnx")
+            for precision in precisions:
+                found = {
+                    "preset": name,
+                    "precision": precision,
+                    "layout": layout,
+                    "target": target,
+                    "depth": depth,
+                }
+                yield {**found, **graph, **_built(recipe, precision, layout, target, folder)}
+
+
+def _exported(
+    recipe: Recipe, encoder: nn.Module, precision: str, layout: Layout, opset: int | None, path: Path
+) -> Row:
+    """Write the graph; nodes as the exporter made them, and what is left of them."""
+    module = ExportedEncoder(encoder, recipe.transform, layout, precision, recipe.engine).eval()
+    before: list[int] = []
+    tidy = onnx_graph.tidy
+
+    def counting(file: Path) -> None:
+        before.append(node_counts(file).total())
+        tidy(file)
+
+    started = time.perf_counter()
+    with patch.object(onnx_graph, "tidy", counting):
+        opset = export_onnx(module, path, input_size_px=recipe.transform.crop, opset=opset)
+    seconds = round(time.perf_counter() - started, 1)
+    nodes = {"nodes_exported": before[-1], "nodes": node_counts(path).total()}
+    return {"opset": opset, **nodes, "export_seconds": seconds}
+
+
+def _built(recipe: Recipe, precision: str, layout: Layout, target: str, folder: Path) -> Row:
     onnx, plan = folder / "encoder.onnx", folder / "encoder.plan"
+    found: Row = {}
     try:
-        found["opset"] = _export(recipe, encoder, precision, layout, onnx)
-        found["nodes"] = sum(node_counts(onnx).values())
         if precision == "fp8":
             found["left_in_fp16"] = _quantise(recipe, layout, onnx, folder / "fp8.onnx")
             onnx = folder / "fp8.onnx"
@@ -76,14 +120,18 @@ def row(name: str, precision: str, layout: Layout, target: str, folder: Path) ->
         found["plan_mb"] = round(plan.stat().st_size / 1e6, 1)
     except EngineError as error:
         found["refused"] = str(error).replace(f"{folder}/", "")
-    return found
+    return {**found, "layers": _layers(onnx), "peak_gb": round(peak_mb() / 1024, 1)}
 
 
-def _export(recipe: Recipe, encoder: nn.Module, precision: str, layout: Layout, path: Path) -> int:
-    dtype = "fp16" if precision == "fp8" else precision
-    module = ExportedEncoder(encoder, recipe.transform, layout, dtype, recipe.engine).eval()
-    size = recipe.transform.crop
-    return export_onnx(module, path, input_size_px=size, opset=OPSETS.get(precision))
+def _layers(onnx: Path) -> int:
+    """Layers of the network that TensorRT's parser makes of a file; of shape arithmetic, too."""
+    import tensorrt_rtx_bindings as trt
+
+    log = trt.Logger(trt.Logger.INTERNAL_ERROR)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    trt.OnnxParser(network, log).parse_from_file(str(onnx))
+    return int(network.num_layers)
 
 
 def _quantise(recipe: Recipe, layout: Layout, source: Path, target: Path) -> list[str]:
@@ -97,41 +145,43 @@ def _quantise(recipe: Recipe, layout: Layout, source: Path, target: Path) -> lis
     return list(quantise_fp8(source, target, given, min_cosine=recipe.engine.threshold("fp8")))
 
 
-def nodes_per_block(name: str, folder: Path) -> int | None:
-    """Nodes that a second block adds in bf16; None for presets without blocks."""
-    if load_recipe(name).encoder.family == "scattering":
-        return None
-    counts = []
-    for depth in (1, 2):
-        recipe, encoder = with_depth(name, depth)
-        path = folder / f"depth{depth}.onnx"
-        _export(recipe, encoder, "bf16", "uint8_nhwc", path)
-        counts.append(sum(node_counts(path).values()))
-    return counts[1] - counts[0]
-
-
-def table(rows: list[dict[str, Any]], blocks: dict[str, int | None], target: str) -> str:
-    """Markdown: a line per preset, a column per precision: built in both layouts, or why not."""
+def table(found: list[Row]) -> str:
+    """Markdown: a line per preset and precision, the layouts beside each other."""
     lines = [
-        f"| preset | nodes a block | {' | '.join(PRECISIONS)} | refused |",
-        f"|---|---|{'---|' * len(PRECISIONS)}---|",
+        "| preset | precision | opset | nodes, exported → tidy | layers | build | plan | notes |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for name in dict.fromkeys(each["preset"] for each in rows):
-        mine = [each for each in rows if each["preset"] == name]
-        cells = [_cell([each for each in mine if each["precision"] == precision]) for precision in PRECISIONS]
-        refused = "; ".join(sorted({each["refused"][:160] for each in mine if "refused" in each}))
-        per_block = "" if blocks.get(name) is None else str(blocks[name])
-        lines.append(f"| {name} | {per_block} | {' | '.join(cells)} | {refused} |")
+    for name, precision in sorted(
+        {(each["preset"], each["precision"]) for each in found},
+        key=lambda each: (each[0], PRECISIONS.index(each[1])),
+    ):
+        mine = [each for each in found if (each["preset"], each["precision"]) == (name, precision)]
+        mine.sort(key=lambda each: LAYOUTS.index(each["layout"]))
+        cells = (" / ".join(map(cell, mine)) for cell in (_nodes, _layer_count, _seconds, _megabytes))
+        notes = "; ".join(sorted({_note(each) for each in mine} - {""}))
+        lines.append(f"| {name} | {precision} | {mine[0]['opset']} | {' | '.join(cells)} | {notes} |")
     return "\n".join(lines)
 
 
-def _cell(rows: list[dict[str, Any]]) -> str:
-    """Seconds of building and MB, layout by layout."""
-    cells = [
-        "refused" if "refused" in each else f"{each['build_seconds']:g} s, {each['plan_mb']:g} MB"
-        for each in rows
-    ]
-    return " / ".join(cells)
+def _nodes(found: Row) -> str:
+    return f"{found.get('nodes_exported', '–')} → {found['nodes']}"
+
+
+def _layer_count(found: Row) -> str:
+    return f"{found['layers']:,}" if "layers" in found else "–"
+
+
+def _seconds(found: Row) -> str:
+    return f"{found['build_seconds']:g} s" if "build_seconds" in found else "refused"
+
+
+def _megabytes(found: Row) -> str:
+    return f"{found['plan_mb']:,g} MB" if "plan_mb" in found else "none"
+
+
+def _note(found: Row) -> str:
+    left = ", ".join(found.get("left_in_fp16", []))
+    return str(found.get("refused", f"in fp16: {left}" if left else ""))[:160]
 
 
 def main() -> None:
@@ -140,35 +190,24 @@ def main() -> None:
     )
     parser.add_argument("--presets", nargs="+", default=COMPILABLE)
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS)
+    parser.add_argument("--layouts", nargs="+", default=LAYOUTS)
     parser.add_argument("--target", default="sm89")
+    parser.add_argument("--depth", type=int, default=1, help="blocks; 0 = all")
     parser.add_argument("--out", type=Path, default=RESULTS / f"engine-matrix-{datetime.date.today()}")
     args = parser.parse_args()
     path = args.out.with_suffix(".json")
-    kept = json.loads(path.read_text()) if path.exists() else {"rows": [], "blocks": {}}
-    done = {(each["preset"], each["precision"], each["layout"]) for each in kept["rows"]}
-    for name in args.presets:
-        if name not in kept["blocks"]:
-            with tempfile.TemporaryDirectory() as folder:
-                kept["blocks"][name] = nodes_per_block(name, Path(folder))
-        for precision in args.precisions:
-            for layout in LAYOUTS:
-                if (name, precision, layout) in done:
-                    continue
-                with tempfile.TemporaryDirectory() as folder:
-                    found = row(name, precision, layout, args.target, Path(folder))
+    file = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    kept: list[Row] = file["rows"]
+    for layout in args.layouts:
+        for name in args.presets:
+            asked = (name, layout, args.depth)
+            done = {e["precision"] for e in kept if (e["preset"], e["layout"], e["depth"]) == asked}
+            for found in rows(name, layout, args.target, args.depth, set(args.precisions) - done):
                 print(found, flush=True)
-                kept["rows"].append(found)
-                path.write_text(json.dumps(kept, indent=1) + "\n")
-    cpu, library = machine(), version("tensorrt-rtx-cu13-libs")
-    packages = cpu["packages"]
-    head = (
-        f"# Engines of TensorRT-RTX {library} for {args.target}, built without a GPU\n\n"
-        f"{datetime.date.today()}, {cpu['cpu']} ({cpu['cpus']} cores, other work on them), torch "
-        f"{packages['torch']}, timm {packages['timm']}. Each preset at one block, random weights, batches of "
-        f"{PROFILE.min} to {PROFILE.max}; seconds and plan size of building, layouts {' / '.join(LAYOUTS)}. "
-        "Nothing was run: that needs a GPU. Command: `python -m benchmarks.engine_matrix`.\n\n"
-    )
-    args.out.with_suffix(".md").write_text(head + table(kept["rows"], kept["blocks"], args.target) + "\n")
+                kept.append(found)
+                path.write_text(json.dumps(file, indent=1) + "\n")
+    for depth in sorted({each["depth"] for each in kept}, reverse=True):
+        print(f"\nDepth {depth or 'whole'}\n\n{table([each for each in kept if each['depth'] == depth])}")
 
 
 if __name__ == "__main__":

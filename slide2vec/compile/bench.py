@@ -26,7 +26,7 @@ from slide2vec.runtime.base import Engine
 from slide2vec.runtime.loading import load_engine
 from slide2vec.runtime.torch_engine import TorchEngine
 
-__all__ = ["Contender", "Measured", "measure", "speedups"]
+__all__ = ["Contender", "Measured", "measure", "peak_mb", "speedups"]
 
 #: How long a process may take to load its engine.
 START_S = 600
@@ -195,7 +195,7 @@ def _answer(
     if what == "features":
         return engine.run(for_layout(tiles.to(engine.device), mean_std, engine.layout)).cpu().numpy()
     if what == "memory":
-        return _peak_mb()
+        return peak_mb()
     if size not in batches:
         chosen = tiles[torch.arange(size) % len(tiles)].to(engine.device)
         batches[size] = for_layout(chosen, mean_std, engine.layout)
@@ -203,7 +203,7 @@ def _answer(
     return seconds_per_batch(engine, batches[size])
 
 
-def _peak_mb() -> float:
+def peak_mb() -> float:
     """Most memory this process had; ru_maxrss would be that of the parent, if that had more."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -195,7 +195,8 @@ def _plan(job: Job, runtime: str) -> Built:
 
     transform = job.recipe.transform
     # In fp32 NVIDIA has no kernel for the Attention operator of newer opsets (TensorRT-RTX 1.7, in words).
-    best = 20 if job.precision == "fp32" else None
+    attends_in_fp32 = job.precision == "fp32" or "attention" in job.recipe.engine.islands
+    best = 20 if attends_in_fp32 else None
     onnx, opset = job.to_onnx("fp16" if job.precision == "fp8" else job.precision, best)
     left_out: tuple[str, ...] = ()
     if job.precision == "fp8":

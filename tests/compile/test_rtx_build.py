@@ -37,7 +37,7 @@ from slide2vec.compile.proof import proofs, prove_anew, state
 from slide2vec.compile.tensorrt import build_plan
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError, EngineError
-from slide2vec.recipes import Recipe
+from slide2vec.recipes import EnginePolicy, Recipe
 from slide2vec.runtime.base import BatchProfile
 from slide2vec.runtime.loading import runtimes_for
 from slide2vec.runtime.record import RECORD_NAME
@@ -87,6 +87,14 @@ def test_what_was_built_without_a_gpu(built: StoredEngine) -> None:
         *("encoder.plan", "encoder.onnx", "encoder.onnx.data", "reference.npz", "LICENCE.txt", RECORD_NAME)
     }
     assert built.damage() is None and "encoder.plan" in record.checksums
+
+
+def test_attention_that_stays_in_fp32(encoder: nn.Module, tmp_path: Path) -> None:
+    """No kernel has it as one operator, in an engine of fp16 neither: opset 20 spells it out."""
+    policy = EnginePolicy(islands=("norm", "patch_embed", "attention"))
+    options = BuildOptions(runtime="tensorrt-rtx", precision="fp16", targets=("sm89",))
+    made = build(tiny_recipe(engine=policy), encoder, EngineStore(tmp_path), options)
+    assert (made.record.precision, made.record.opset) == ("fp16", 20)
 
 
 def test_the_plan_is_of_its_own_library(built: StoredEngine) -> None:
