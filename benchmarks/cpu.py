@@ -87,7 +87,7 @@ def compared(rows: dict[str, list[Row]], ours: str) -> Row:
     return found
 
 
-def feed(args: argparse.Namespace) -> Row:
+def transfer(args: argparse.Namespace) -> Row:
     rivals: dict[str, Callable[[], Row]] = {
         "ours": lambda: part("feed", args.slide, SLIDES),
         "decode each tile once, strictly, into one buffer": lambda: part("decode", args.slide, SLIDES),
@@ -166,7 +166,7 @@ def start(args: argparse.Namespace) -> Row:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Row]] = {
-    "feed": feed,
+    "feed": transfer,
     "prepare": prepare,
     "encode": encode,
     "memory": memory,

@@ -25,7 +25,7 @@ from torch import nn
 from benchmarks.cpu import RESULTS
 from slide2vec.compile import onnx_graph
 from slide2vec.compile.bench import peak_mb
-from slide2vec.compile.exported import ExportedEncoder
+from slide2vec.compile.export_module import ExportedEncoder
 from slide2vec.compile.fp8 import quantise_fp8
 from slide2vec.compile.onnx import export_onnx
 from slide2vec.compile.onnx_graph import node_counts

@@ -85,7 +85,7 @@ def layouts(args: argparse.Namespace) -> list[Row]:
     """OpenVINO with the normalisation inside the engine and before it, preparing counted, in turns."""
     from slide2vec import Model
     from slide2vec.compile import BuildOptions, EngineStore, build_engine
-    from slide2vec.compile.tiles import tissue_pixels
+    from slide2vec.compile.comparison_tiles import tissue_pixels
     from slide2vec.prepare.torch_preparer import TorchPreparer
     from slide2vec.runtime.loading import load_engine
 

@@ -31,7 +31,7 @@ from slide2vec.prepare import choose_preparer
 from slide2vec.progress import NullReporter, RunFinished, RunSummary, activate_progress_reporter
 from slide2vec.slides import Slide
 from slide2vec.stream import SlidePlan, plan_slide
-from slide2vec.stream.feed import DeviceFeed
+from slide2vec.stream.decode_paths import DeviceTransfer
 
 SPACING_UM, TILE_PX = 0.5, 224
 PACKAGES = (
@@ -87,16 +87,18 @@ def planned(slide: Path) -> SlidePlan:
 
 
 def decode(args: argparse.Namespace) -> dict[str, Row]:
-    """Every tile of the slide into the device's memory, by each road."""
+    """Every tile of the slide into the device's memory, by each decode path."""
     rows = {}
-    for road in ("raw + nvimgcodec", "cucim", "uploaded"):
-        feed = DeviceFeed(args.device, "auto" if road != "uploaded" else False)
-        feed._roads = [(name, opened) for name, opened in feed._roads if name == road]
-        plan = feed.adopt(planned(args.slide))
-        if plan.road not in (f"{road} on the device", f"{plan.source.backend}, {road}"):
-            rows[road] = {"not_run": f"left for {plan.road}, or not installed; see the log"}
+    for decode_path in ("raw + nvimgcodec", "cucim", "uploaded"):
+        transfer = DeviceTransfer(args.device, "auto" if decode_path != "uploaded" else False)
+        transfer._decode_paths = [
+            (name, opened) for name, opened in transfer._decode_paths if name == decode_path
+        ]
+        plan = transfer.load_features(planned(args.slide))
+        if plan.decode_path not in (f"{decode_path} on the device", f"{plan.source.backend}, {decode_path}"):
+            rows[decode_path] = {"not_run": f"left for {plan.decode_path}, or not installed; see the log"}
             continue
-        row = rows[road] = {"tiles": len(plan.tiling)}
+        row = rows[decode_path] = {"tiles": len(plan.tiling)}
         with measured(args.device, row):
             _place_all(plan, args.device)
         plan.source.close()

@@ -57,7 +57,7 @@ def timed(found: dict[str, float]) -> Iterator[None]:
     found |= {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
 
 
-def feed(slide: Path, repeat: int, backend: str = "auto") -> dict[str, Any]:
+def transfer(slide: Path, repeat: int, backend: str = "auto") -> dict[str, Any]:
     """Plan, read, cut and resize every tile of so many slides; the encoder's transform is left to `encode`.
 
     Seconds begin before the stream does; those until the first batch is there are reported apart, too.
@@ -237,8 +237,8 @@ def prepare(name: str, side: int) -> Callable[[Path, int], dict[str, float]]:
 
 
 PARTS: dict[str, Any] = {
-    "feed": feed,
-    "feed_cucim": partial(feed, backend="cucim"),
+    "feed": transfer,
+    "feed_cucim": partial(transfer, backend="cucim"),
     "decode": decode,
     "decode_in_lots": partial(decode, lot=64),
     "decode_as_before": partial(decode, strict=False, reuse=False),

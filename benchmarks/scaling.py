@@ -106,8 +106,8 @@ def simulation_report(found: Row, picture: str) -> str:
     lines = [
         f"# Scaling, simulated, {found['date']}",
         "",
-        f"{found['slides']:,} slides; the coordinator's own `Schedule` and rivals, workers simulated. Median "
-        f"(range) of {found['seeds']} seeds.",
+        f"{found['slides']:,} slides; the coordinator's own `Scheduler` and rivals, workers simulated. "
+        f"Median (range) of {found['seeds']} seeds.",
         "Efficiency: the time that all tiles would take if no worker ever waited (ideal), over the time of "
         f"the run without its first {found['setting']['start_s']:g} s, in which workers start; with "
         "start-up: over all of it. At best: where the largest slide alone takes longer than the ideal, no "

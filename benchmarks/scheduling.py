@@ -1,4 +1,4 @@
-"""A simulation of the coordinator: its `Schedule`, and rivals, with workers that are events in a heap."""
+"""A simulation of the coordinator: its `Scheduler`, and rivals, with workers that are events in a heap."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from slide2vec.scale.coordinator import DEPTH
-from slide2vec.scale.schedule import Schedule
+from slide2vec.scale.scheduler import Scheduler
 
 __all__ = ["MEAN_TILES", "MIXES", "POLICIES", "Cohort", "Setting", "Simulation", "cohort"]
 
@@ -82,12 +82,12 @@ def cohort(mix: str, slides: int, sigma: float, seed: int) -> Cohort:
 
 
 class Policy(Protocol):
-    """What the simulation asks of `Schedule`. A worker's name is its place and a number: "3.0"."""
+    """What the simulation asks of `Scheduler`. A worker's name is its place and a number: "3.0"."""
 
     @property
     def finished(self) -> bool: ...
     def join(self, worker: str) -> None: ...
-    def give(self, worker: str) -> str | None: ...
+    def next_task(self, worker: str) -> str | None: ...
     def planned(self, task: str, tiles: int) -> None: ...
     def encoded(self, task: str, tiles: int) -> None: ...
     def done(self, task: str) -> None: ...
@@ -110,7 +110,7 @@ class _Queues:
     def join(self, worker: str) -> None:
         self._hands[worker] = []
 
-    def give(self, worker: str) -> str | None:
+    def next_task(self, worker: str) -> str | None:
         queue, hand = self._queue(worker), self._hands[worker]
         if not queue or len(hand) >= self._depth:
             return None
@@ -146,7 +146,7 @@ def _balanced(weights: dict[str, float], workers: int) -> list[deque[str]]:
 
 
 POLICIES: dict[str, Callable[[Cohort, int], Policy]] = {
-    "Schedule": lambda given, workers: Schedule(given.sizes, depth=DEPTH, expected=workers),
+    "Schedule": lambda given, workers: Scheduler(given.sizes, depth=DEPTH, expected=workers),
     "pulled one by one": lambda given, _: _Queues([deque(given.tiles)], 1),
     # As slide2vec 7.1.4, which tiles all slides first: that time is not counted here.
     "split by tiles": lambda given, workers: _Queues(_balanced(dict(given.tiles), workers), 2),
@@ -177,7 +177,7 @@ class Simulation:
 
     def __init__(self, policy: str, given: Cohort, workers: int, setting: Setting, seed: int) -> None:
         self._policy = POLICIES[policy](given, workers)
-        self._tiles, self._setting = given.tiles, setting
+        self.tile_model, self._setting = given.tiles, setting
         self._random = random.Random(seed)
         self._speeds = [
             setting.tiles_per_s * max(0.1, self._random.gauss(1, setting.speeds)) for _ in range(workers)
@@ -200,12 +200,12 @@ class Simulation:
     @property
     def ideal(self) -> float:
         """Seconds that the tiles take when no worker ever waits; starting is not counted."""
-        return sum(self._tiles.values()) / sum(self._speeds)
+        return sum(self.tile_model.values()) / sum(self._speeds)
 
     @property
     def longest(self) -> float:
         """Seconds of the largest slide with the fastest worker: no run can be shorter."""
-        return max(self._tiles.values()) / max(self._speeds)
+        return max(self.tile_model.values()) / max(self._speeds)
 
     def _at(self, when: float, happen: Callable[[], None]) -> None:
         heapq.heappush(self._events, (when, next(self._order), happen))
@@ -221,7 +221,7 @@ class Simulation:
         if self._setting.losses_per_h:
             lasts = self._random.expovariate(self._setting.losses_per_h / 3600)
             self._at(self._now + lasts, lambda: self._lose(worker))
-        self._feed(worker)
+        self._assign_next(worker)
 
     def _lose(self, worker: _Worker) -> None:
         del self._alive[worker.name]
@@ -230,10 +230,10 @@ class Simulation:
         place, number = worker.name.split(".")
         self._start(f"{place}.{int(number) + 1}")
         for other in self._alive.values():
-            self._feed(other)
+            self._assign_next(other)
 
-    def _feed(self, worker: _Worker) -> None:
-        while (task := self._policy.give(worker.name)) is not None:
+    def _assign_next(self, worker: _Worker) -> None:
+        while (task := self._policy.next_task(worker.name)) is not None:
             begun = max(self._now + self._setting.message_s, worker.planners_free[0])
             heapq.heapreplace(worker.planners_free, begun + self._setting.plan_s)
             worker.ahead.append((task, begun + self._setting.plan_s))
@@ -248,9 +248,9 @@ class Simulation:
     def _encode(self, worker: _Worker, task: str) -> None:
         if worker.name not in self._alive:
             return
-        tiles = self._tiles[task]
+        tiles = self.tile_model[task]
         self._policy.planned(task, tiles)
-        self._feed(worker)
+        self._assign_next(worker)
         seconds = tiles / worker.tiles_per_s + self._setting.slide_s
         for quarter in range(1, self.QUARTERS):
             share = tiles * quarter // self.QUARTERS - tiles * (quarter - 1) // self.QUARTERS
@@ -263,10 +263,10 @@ class Simulation:
     def _report(self, worker: _Worker, task: str, tiles: int) -> None:
         if worker.name in self._alive:
             self._policy.encoded(task, tiles)
-            self._feed(worker)
+            self._assign_next(worker)
 
     def _end(self, worker: _Worker, task: str) -> None:
         if worker.name in self._alive:
             worker.busy = False
             self._policy.done(task)
-            self._feed(worker)
+            self._assign_next(worker)

@@ -99,7 +99,7 @@ def _in_words(name: str, error: Any) -> str:
 
 
 class SegmentationConfig(_Config):
-    """How tissue is told from background; see `slide2vec.tiling` for the methods."""
+    """How tissue is distinguished from background; see `slide2vec.tiling` for the methods."""
 
     method: Literal["hsv", "otsu", "threshold"] = "hsv"
     downsample: Annotated[float, Field(gt=0)] = 64

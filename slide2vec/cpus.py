@@ -140,7 +140,7 @@ def _asked(value: str) -> int:
 
 
 def _slurm_cpus(environ: Mapping[str, str]) -> JobCpus | None:
-    """CPUs of one task: told as such, or those of this node divided by its tasks; None without SLURM.
+    """CPUs of one task: as SLURM says, or those of this node divided by its tasks; None without SLURM.
 
     The variables are those of the manual pages of sbatch and srun, "OUTPUT ENVIRONMENT VARIABLES".
     """

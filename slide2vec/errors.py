@@ -143,8 +143,8 @@ class OutputError(Slide2VecError, OSError):
         return _output_error, (type(self), str(self), self.errno, self.filename)
 
 
-def _output_error(kind: type[OutputError], told: str, number: int | None, filename: Any) -> OutputError:
-    made = kind(told)
+def _output_error(kind: type[OutputError], message: str, number: int | None, filename: Any) -> OutputError:
+    made = kind(message)
     made.errno, made.filename = number, filename
     return made
 
@@ -202,12 +202,12 @@ def as_slide_error(error: BaseException, sample_id: str, doing: str) -> Exceptio
     if isinstance(error, Slide2VecError):
         return error
     what = " ".join(str(error).split())
-    told = SlideError(
+    slide_error = SlideError(
         f"slide {sample_id}: {doing} failed: {type(error).__name__}{f': {what}' if what else ''}; its file "
         "is damaged perhaps: copy it again from its source"
     )
-    told.__cause__ = error
-    return told
+    slide_error.__cause__ = error
+    return slide_error
 
 
 def nearest_names(name: str, allowed: Iterable[str], count: int = 3) -> str:

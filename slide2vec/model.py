@@ -24,7 +24,7 @@ from slide2vec.cohort import embed_tiles
 from slide2vec.cohort.sink import MemorySink
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
-from slide2vec.encoders.parts import PartsWeights, load_parts, tile_recipe
+from slide2vec.encoders.preset_chain import PartsWeights, load_parts, tile_recipe
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError, ModelLevelError
 from slide2vec.progress import RunStarted, active_reporter, live_progress
@@ -32,7 +32,7 @@ from slide2vec.recipes import Recipe, load_recipe
 from slide2vec.runtime import is_numbered, pick_device, resolve_precision
 from slide2vec.scale import workers_for
 from slide2vec.slides import Slide, SlideLike, as_slide, as_slides
-from slide2vec.stream import Arrivals, SlideOutcome
+from slide2vec.stream import SlideOutcome, SlideQueue
 from slide2vec.stream.plan import check_archives_here
 from slide2vec.tile_embedder import TileEmbedder
 
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     )
     from slide2vec.cohort.run import OnPersisted
     from slide2vec.cohort.sink import Sink
-    from slide2vec.scale import Fleets
+    from slide2vec.scale import WorkerPools
     from slide2vec.tiling import Tiling
 
 __all__ = ["Model"]
@@ -73,23 +73,23 @@ class Model:
         precision: str,
         weights: str,
         origin: Mapping[str, Any] | None = None,
-        below: Model | None = None,
+        upstream: Model | None = None,
         loader: Callable[..., Model] | None = None,
     ) -> None:
         self.recipe, self.variant, self.device, self.precision = recipe, variant, device, precision
         self._encoder, self._weights = encoder, weights
         #: The model whose embeddings it takes: of tiles for slide-level presets, of slides for
         #: patient-level ones; None for tile-level ones.
-        self.below = below
+        self.upstream = upstream
         #: Builds it anew in another process, as `loader(device=…)`; and workers that have.
         self._loader = loader
-        self._fleets: Fleets = {}
+        self._pools: WorkerPools = {}
         #: What `from_preset` was given besides the name, resolved; kept with a run's settings.
         self.origin: Mapping[str, Any] = origin or {}
         #: Of the tiles at the bottom, whatever it embeds itself.
         self._tile_embedder: TileEmbedder
-        if below is not None:
-            self._tile_embedder = below._tile_embedder
+        if upstream is not None:
+            self._tile_embedder = upstream._tile_embedder
         else:
             resizes = self.origin.get("input_size_px") is not None
             self._tile_embedder = TileEmbedder(recipe, variant, encoder, device, precision, resizes=resizes)
@@ -155,7 +155,7 @@ class Model:
                 device=chosen,
                 precision=resolved,
                 weights=part.weights,
-                below=model,
+                upstream=model,
                 loader=partial(cls.from_preset, part.recipe.name, **part.options),
                 origin={**part.origin, "device": where},
             )
@@ -185,12 +185,12 @@ class Model:
     @property
     def has_latents(self) -> bool:
         """Whether its slide encoder has latents beside its embedding."""
-        return self.recipe.has_latents or (self.below is not None and self.below.has_latents)
+        return self.recipe.has_latents or (self.upstream is not None and self.upstream.has_latents)
 
     @property
     def _tile_model(self) -> Model:
         """The model of tiles at its bottom: itself, for tile-level presets."""
-        return self if self.below is None else self.below._tile_model
+        return self if self.upstream is None else self.upstream._tile_model
 
     def identity(
         self, execution: ExecutionOptions | None = None, tile_size_px: int | None = None
@@ -208,8 +208,8 @@ class Model:
             "weights": self._weights_digest,
             "weights_source": self._weights,
         }
-        if self.below is not None:
-            return {**own, "below": self.below.identity(execution, tile_size_px)}
+        if self.upstream is not None:
+            return {**own, "below": self.upstream.identity(execution, tile_size_px)}
         return own | self._tile_embedder.identity(execution, tile_size_px)
 
     def engine_in_words(self, execution: ExecutionOptions | None = None) -> str:
@@ -223,7 +223,7 @@ class Model:
         """What the weights are, wherever they came from."""
         if self.recipe.weights is None or self._weights.startswith("random:"):
             return self._weights
-        return self._tile_embedder.weights_digest if self.below is None else weights_digest(self._encoder)
+        return self._tile_embedder.weights_digest if self.upstream is None else weights_digest(self._encoder)
 
     def embed_slide(
         self,
@@ -265,7 +265,7 @@ class Model:
         others.
 
         Args:
-            on_error: "raise" an EmbedSlidesError after all slides are through, which carries the
+            on_error: "raise" an EmbedSlidesError after all slides are complete, which carries the
                 results of the good ones; or "skip" the failed ones (they are logged).
 
         Raises:
@@ -296,7 +296,7 @@ class Model:
             yield from outcomes
 
     def embed_into(self, sink: Sink, slides: Sequence[Slide]) -> Generator[SlideOutcome, None, None]:
-        """Embed slides, here or in workers, and put each into the sink when it is through; yields what goes
+        """Embed slides, here or in workers, and put each into the sink when it is complete; yields what goes
         back from there.
 
         Raises:
@@ -307,7 +307,7 @@ class Model:
             self._loader,
             self.device,
             sink.execution,
-            self._fleets,
+            self._pools,
             chosen=is_numbered(self.origin.get("device", "cuda:0")),
         )
         if workers is not None:
@@ -316,7 +316,7 @@ class Model:
         return self.embed_here(sink, slides)
 
     def embed_here(
-        self, sink: Sink, slides: Iterable[Slide] | Arrivals
+        self, sink: Sink, slides: Iterable[Slide] | SlideQueue
     ) -> Generator[SlideOutcome, None, None]:
         """As `embed_into`, on the model's own device, in this process."""
         return self._tile_embedder.embed_into(sink, slides)
@@ -327,10 +327,10 @@ class Model:
         Raises:
             SlideError: the slide encoder failed.
         """
-        if self.below is None:
+        if self.upstream is None:
             return embedded
         if self.level == "patient":
-            return self.below.aggregated(embedded, latents=latents)
+            return self.upstream.aggregated(embedded, latents=latents)
         return with_slide_embedding(embedded, self._encoder, self.device, preset=self.name, latents=latents)
 
     def patient_embedding(self, slides: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -14,7 +14,7 @@ from slide2vec.files import as_path
 from slide2vec.manifests import read_manifest
 from slide2vec.settings import RunSettings, settings_as_yaml, versions
 from slide2vec.slides import IdFrom, Slide, SlideLike, as_slides
-from slide2vec.tiling.reuse import recorded_slides
+from slide2vec.tiling.previous_files import recorded_slides
 
 if TYPE_CHECKING:
     from slide2vec.cohort.run import OnPersisted
@@ -129,7 +129,7 @@ class Pipeline:
         )
 
     def _check_patients(self, slides: Sequence[Slide], where: str) -> None:
-        """Raises ManifestError where a patient-level model is not told whose slides they are."""
+        """Raises ManifestError where slides of a patient-level model have no patient_id."""
         if self.model.level != "patient":
             return
         without = [slide.sample_id for slide in slides if slide.patient_id is None]

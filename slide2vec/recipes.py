@@ -132,7 +132,7 @@ class EnginePolicy(_Section):
         islands: parts that stay in fp32 in a half-precision engine: "norm" (layer norms),
             "patch_embed", "attention" (queries, keys and values are brought to fp32 for the product).
         layout: what its engines take (see `slide2vec.runtime.base.Layout`), where none is asked for.
-        advised: whether runs that have no engine tell how to build one.
+        advised: whether runs that have no engine say how to build one.
         min_cosine: least cosine similarity, over real tissue tiles, of an engine's features to those of
             the encoder in fp32; below it an engine is not published.
     """

@@ -1,4 +1,4 @@
-"""TileEmbedder: one tile encoder on one device, with all that tiles pass through on their way to it."""
+"""TileEmbedder: one tile encoder on one device, with its engines and the stream of tiles through them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from slide2vec.aggregate import regrouped
-from slide2vec.compile import Subject, select_engine
+from slide2vec.compile import EngineTarget, select_engine
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.encoders.input_size import for_input
 from slide2vec.encoders.weights import weights_digest
@@ -21,20 +21,20 @@ from slide2vec.recipes import Recipe
 from slide2vec.runtime import batch_size_for, resolve_precision
 from slide2vec.slides import Slide
 from slide2vec.stream import (
-    Arrivals,
-    Feed,
     SlideOutcome,
+    SlideQueue,
     Stream,
+    TileTransfer,
     bytes_per_tile,
-    feed_for,
     fitting_batch_size,
+    tile_transfer,
 )
 
 if TYPE_CHECKING:
     from torch import nn
 
     from slide2vec.cohort.sink import Sink
-    from slide2vec.compile.select import Selected
+    from slide2vec.compile.engine_choice import Selected
     from slide2vec.prepare import Preparer
     from slide2vec.runtime import Engine
 
@@ -52,7 +52,7 @@ class _Workspace:
         bytes_per_tile: that preparing and encoding take on a GPU; None = not measured yet.
     """
 
-    feed: Feed
+    transfer: TileTransfer
     preparer: Preparer
     bytes_per_tile: float | None = None
 
@@ -120,7 +120,7 @@ class TileEmbedder:
             self._engines[asked] = select_engine(
                 execution.engine,
                 self.encoder,
-                Subject(recipe, self.variant, self.device, lambda: self.weights_digest),
+                EngineTarget(recipe, self.variant, self.device, lambda: self.weights_digest),
                 precision,
                 compiled=execution.torch_compile,
             )
@@ -144,10 +144,10 @@ class TileEmbedder:
         return resolve_precision(execution.precision, self.recipe.precision, self.device)
 
     def embed_into(
-        self, sink: Sink, slides: Iterable[Slide] | Arrivals
+        self, sink: Sink, slides: Iterable[Slide] | SlideQueue
     ) -> Generator[SlideOutcome, None, None]:
-        """The stream: plan, read, prepare, encode, collect. Puts each slide into the sink when it is through,
-        and gives what goes back from there. Events go to the active reporter.
+        """The stream: plan, read, prepare, encode, collect. Puts each slide into the sink when it is
+        complete, and gives what goes back from there. Events go to the active reporter.
 
         Raises:
             EngineError, ConfigError, ExtraMissingError: what was asked for cannot be had here.
@@ -172,7 +172,7 @@ class TileEmbedder:
                     encoder_threads=budget.encoder_threads,
                     ahead=execution.prefetch_factor,
                     reporter=active_reporter(),
-                    feed=workspace.feed,
+                    transfer=workspace.transfer,
                 )
                 with closing(stream.run(slides, planner)) as outcomes:
                     for outcome in outcomes:
@@ -189,7 +189,7 @@ class TileEmbedder:
         except IndexError:
             transform = self.recipe_for(tile_size).transform
             found = _Workspace(
-                feed_for(self.device, config.gpu_decode),
+                tile_transfer(self.device, config.gpu_decode),
                 choose_preparer(config.preparer, transform, self.device, engine.layout, tile_size),
             )
         yield found

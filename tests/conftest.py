@@ -15,13 +15,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several on these CPUs; before 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from slide2vec.cpus import job_cpus
-from slide2vec.readers.cucim import tame_cufile
+from slide2vec.readers.cucim import configure_cufile
 from slide2vec.synthetic import write_synthetic_slide
 
 #: Processes that tests run in at most: each takes up to 4 GB.
 MAX_PROCESSES = 8
 
-tame_cufile()  # some tests import cuCIM themselves
+configure_cufile()  # some tests import cuCIM themselves
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist need not be there

@@ -36,7 +36,7 @@ from slide2vec.errors import (
     SlideReadError,
     TilingError,
 )
-from slide2vec.stream.sources import SlideSource
+from slide2vec.stream.tile_sources import SlideSource
 from slide2vec.tiling import load_coordinates
 
 PREPROCESSING = PreprocessingConfig(requested_tile_size_px=128, tissue_threshold=0.1)

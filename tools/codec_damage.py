@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from slide2vec.readers import open_slide
 from slide2vec.readers.codecs import TileError, decode_tile
 from slide2vec.readers.probe import probe
-from slide2vec.readers.tifftiles import spliced, tile_format
+from slide2vec.readers.tiff_tiles import spliced, tile_format
 from slide2vec.slides import as_slide
 
 SIDE = 256

@@ -38,7 +38,7 @@ class Aggregating(Protocol):
     """A model, as far as tiles on disk need it."""
 
     @property
-    def below(self) -> Aggregating | None: ...
+    def upstream(self) -> Aggregating | None: ...
 
     @property
     def name(self) -> str: ...
@@ -89,15 +89,15 @@ def _pool_slides(
     folders = _Folders(execution)
     for stored in _loaded(given):
         identity = {"aggregator": aggregator}
-        encoder = {"name": stored.about.get("encoder_name"), **identity}
+        encoder = {"name": stored.metadata.get("encoder_name"), **identity}
         made.append(
             write_slide_embedding(
                 folders.of("slide", encoder, stored),
                 stored.sample_id,
                 aggregate(stored.features, aggregator, stored.tissue_fractions),
                 file_format=execution.output_format,
-                encoder={"name": stored.about.get("encoder_name"), "level": "slide"},
-                metadata={**_about(stored), **identity},
+                encoder={"name": stored.metadata.get("encoder_name"), "level": "slide"},
+                metadata={**_metadata(stored), **identity},
                 compatibility=_compatibility(stored, identity),
             )
         )
@@ -132,7 +132,7 @@ def _aggregate_patients(
         ArtifactError, SlideError: as `_aggregate_slides`.
         PatientError: the patient encoder failed.
     """
-    assert model.below is not None
+    assert model.upstream is not None
     folders = _Folders(execution)
     patients: dict[str, dict[str, Tensor]] = {}
     identities: dict[str, dict[str, Any]] = {}
@@ -140,10 +140,10 @@ def _aggregate_patients(
         name = stored.sample_id
         assert embedded.slide_embedding is not None
         if execution.save_slide_embeddings:
-            _write_slide(model.below, stored, embedded, execution, folders)
+            _write_slide(model.upstream, stored, embedded, execution, folders)
         whose = (patient_id_map or {}).get(name) or stored.patient_id or name
         patients.setdefault(whose, {})[name] = embedded.slide_embedding
-        identities[name] = _compatibility(stored, _own_identity(model.below))
+        identities[name] = _compatibility(stored, _own_identity(model.upstream))
     folder = folders.of("patient", _own_identity(model), None)
     return [
         write_patient_embedding(
@@ -168,11 +168,11 @@ def _aggregated(
 ) -> Iterator[tuple[StoredTiles, EmbeddedSlide]]:
     """Slides with their embedding, one after the other."""
     tiles = model
-    while tiles.below is not None:
-        tiles = tiles.below
+    while tiles.upstream is not None:
+        tiles = tiles.upstream
     for stored in _loaded(given):
         _check_encoder(stored, tiles)
-        image = stored.about.get("image_path")
+        image = stored.metadata.get("image_path")
         slide = Slide(sample_id=stored.sample_id, image_path=as_path(image) if image else stored.path)
         yield stored, model.aggregated(as_embedded(slide, stored), latents=execution.save_latents)
 
@@ -195,14 +195,17 @@ def _loaded(given: Iterable[TileFeaturesLike]) -> Iterator[StoredTiles]:
 
 
 def _check_encoder(stored: StoredTiles, tiles: Aggregating) -> None:
-    recorded, dim = stored.about.get("encoder_name"), stored.features.shape[1]
+    recorded, dim = stored.metadata.get("encoder_name"), stored.features.shape[1]
     if recorded not in (None, tiles.name) or dim != tiles.feature_dim:
         what = recorded or f"an encoder of {dim} dimensions"
         raise ArtifactError(
             f"slide {stored.sample_id}: {stored.path} has tile embeddings of {what}; those of "
             f"{tiles.name}, of {tiles.feature_dim} dimensions, are needed"
         )
-    made, needed = _statistics(stored.about.get("compatibility")), _statistics({"encoder": tiles.identity()})
+    made, needed = (
+        _statistics(stored.metadata.get("compatibility")),
+        _statistics({"encoder": tiles.identity()}),
+    )
     if made and needed and made != needed:
         raise ArtifactError(
             f"slide {stored.sample_id}: the tiles of {stored.path} were normalised with mean and std {made}, "
@@ -232,7 +235,7 @@ def _write_slide(
         embedded.slide_embedding.to(dtype),
         file_format=execution.output_format,
         encoder=model.identity(),
-        metadata=_about(stored),
+        metadata=_metadata(stored),
         compatibility=_compatibility(stored, _own_identity(model)),
         latents=None if embedded.latents is None else embedded.latents.to(dtype),
     )
@@ -251,7 +254,7 @@ class _Folders:
         name = kind, str(encoder.get("name"))
         if name not in self._known:
             identities = {kind: encoder}
-            recorded = stored.about.get("compatibility") if stored is not None else None
+            recorded = stored.metadata.get("compatibility") if stored is not None else None
             if isinstance(recorded, dict) and isinstance(recorded.get("encoder"), dict):
                 identities["tile"] = recorded["encoder"]
             self._known[name] = features_place(self._root, owners(self._root), kind, identities, None)[0]
@@ -266,13 +269,15 @@ def _own_identity(model: Aggregating) -> dict[str, Any]:
 
 def _compatibility(stored: StoredTiles, above: Mapping[str, Any]) -> dict[str, Any]:
     """What a run from slides would record, where the tile embeddings are of one; else what they are."""
-    recorded = stored.about.get("compatibility")
+    recorded = stored.metadata.get("compatibility")
     if isinstance(recorded, dict) and "encoder" in recorded:
         return {**recorded, "encoder": {**above, "below": recorded["encoder"]}}
     digest = hashlib.blake2b(stored.features.contiguous().view(torch.uint8).numpy().tobytes(), digest_size=16)
     return {"tiles": digest.hexdigest(), "encoder": dict(above)}
 
 
-def _about(stored: StoredTiles) -> dict[str, Any]:
-    recorded = {name: stored.about[name] for name in ("image_path", "mask_path") if name in stored.about}
+def _metadata(stored: StoredTiles) -> dict[str, Any]:
+    recorded = {
+        name: stored.metadata[name] for name in ("image_path", "mask_path") if name in stored.metadata
+    }
     return {**recorded, "num_tiles": len(stored.features), "tile_size_lv0": stored.tile_size_lv0}

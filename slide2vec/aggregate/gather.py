@@ -11,7 +11,7 @@ from slide2vec.errors import ConfigError, EmbedSlidesError
 from slide2vec.slides import Slide
 from slide2vec.stream import SlideOutcome
 
-__all__ = ["check_on_error", "embed_in_order", "through"]
+__all__ = ["check_on_error", "collect_outcomes", "embed_in_order"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def embed_in_order(
             through. It carries the others.
     """
     check_on_error(on_error)
-    found, broken = through(slides, outcomes)
+    found, broken = collect_outcomes(slides, outcomes)
     results = [found[slide.sample_id].embedded for slide in slides]
     errors = ((slide.sample_id, found[slide.sample_id].error) for slide in slides)
     failed = {name: error for name, error in errors if error is not None}
@@ -47,11 +47,11 @@ def check_on_error(on_error: str) -> None:
         raise ConfigError(f'on_error={on_error!r} is not "raise" or "skip"')
 
 
-def through(
+def collect_outcomes(
     slides: Sequence[Slide], outcomes: Iterable[SlideOutcome]
 ) -> tuple[dict[str, SlideOutcome], bool]:
     """The outcome of every slide by sample_id, and whether the run broke off: its error (of the device,
-    say) is then that of the slides that were not through."""
+    say) is then that of the slides that were not complete."""
     found: dict[str, SlideOutcome] = {}
     try:
         for outcome in outcomes:

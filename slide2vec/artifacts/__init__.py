@@ -23,7 +23,13 @@ from slide2vec.artifacts.records import (
     read_metadata,
     tile_artifacts,
 )
-from slide2vec.artifacts.stored import StoredTiles, TileFeatures, TileFeaturesLike, as_embedded, load_stored
+from slide2vec.artifacts.tile_features import (
+    StoredTiles,
+    TileFeatures,
+    TileFeaturesLike,
+    as_embedded,
+    load_stored,
+)
 from slide2vec.artifacts.vectors import write_patient_embedding, write_slide_embedding
 from slide2vec.artifacts.writing import write_hierarchical_embeddings, write_json, write_tile_embeddings
 

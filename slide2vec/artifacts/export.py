@@ -21,7 +21,7 @@ from slide2vec.errors import ArtifactError, ConfigError, OutputError, Slide2VecE
 from slide2vec.files import as_path, entries, is_remote
 from slide2vec.tiling import Tiling
 from slide2vec.tiling.coordinates import coordinate_paths, load_coordinates
-from slide2vec.tiling.regions import unroll
+from slide2vec.tiling.types import expand_regions
 
 __all__ = ["Dtype", "Exported", "NotExported", "export_run"]
 
@@ -187,7 +187,7 @@ def _export_regions(
     multiple = metadata.get("region_tile_multiple")
     if type(multiple) is not int or multiple < 2:
         raise ArtifactError(f"slide {sample_id}: its sidecar has region_tile_multiple {multiple!r}")
-    tiling = unroll(load_coordinates(source.tiles, sample_id), multiple)
+    tiling = expand_regions(load_coordinates(source.tiles, sample_id), multiple)
     _check_tiles(tiling, values, metadata)
     embedded = _embedded(tiling, values)
     more = _as_it_was(metadata, source, tiling)

@@ -41,7 +41,8 @@ ENCODERS, TILINGS = "encoders", "tilings"
 #: Of an encoder's features and pictures.
 ARTIFACT_FOLDERS = (*(f"{kind}_embeddings" for kind in KINDS), "slide_latents", "preview/map")
 
-#: What makes two encoders of it, if it differs. A transform that differs does not: that was mended.
+#: Fields of an identity that make it another encoder where they differ. `transform` is none of them: it once
+#: differed because of a bug that was fixed.
 _ENCODER = ("name", "aggregator", "output_variant", "precision", "runtime", "input_size_px", "weights")
 #: `requested_spacing_um`, `requested_tile_size_px`, `overlap`, `region_tile_multiple` (None without regions).
 Geometry: TypeAlias = Mapping[str, Any]
@@ -83,7 +84,8 @@ class Owner:
 
     @property
     def name(self) -> str:
-        """In the process list, and in words: that of the preset, or with what tells it from others."""
+        """Its name in the process list and in messages: that of the preset, or with what distinguishes it
+        from others."""
         preset = self.preset
         return preset if self.folder == self.root or self.folder.name == _safe(preset) else self.folder.name
 
@@ -170,7 +172,7 @@ def features_place(
 
 
 def unlike(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> set[str]:
-    """By what two encoders are two; what one of them does not say does not count."""
+    """The fields by which two encoders differ; a field that one of them lacks is ignored."""
     found = {
         name
         for name in _ENCODER
@@ -237,7 +239,7 @@ def _safe(text: str) -> str:
 
 
 def _suffix(names: set[str], encoder: Mapping[str, Any], geometry: Geometry) -> str:
-    """What tells an encoder from others of its preset."""
+    """What distinguishes an encoder from others of its preset."""
     tiles = encoder
     while isinstance(tiles.get("below"), Mapping):
         tiles = tiles["below"]

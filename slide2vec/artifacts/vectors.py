@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slide2vec.artifacts.records import PatientEmbeddingArtifact, SlideEmbeddingArtifact
-from slide2vec.artifacts.writing import NOTHING, common_metadata, content_of, remove_others, write_artifact
+from slide2vec.artifacts.writing import (
+    NO_METADATA,
+    common_metadata,
+    content_of,
+    remove_others,
+    write_artifact,
+)
 from slide2vec.config import OutputFormat
 from slide2vec.errors import ArtifactError
 from slide2vec.files import as_path
@@ -25,8 +31,8 @@ def write_slide_embedding(
     *,
     file_format: OutputFormat = "pt",
     encoder: Mapping[str, Any],
-    metadata: Mapping[str, Any] = NOTHING,
-    compatibility: Mapping[str, Any] = NOTHING,
+    metadata: Mapping[str, Any] = NO_METADATA,
+    compatibility: Mapping[str, Any] = NO_METADATA,
     latents: torch.Tensor | None = None,
 ) -> SlideEmbeddingArtifact:
     """Write a slide's embedding (D,) to `slide_embeddings/`, its latents to `slide_latents/`; the
@@ -72,8 +78,8 @@ def write_patient_embedding(
     num_slides: int,
     file_format: OutputFormat = "pt",
     encoder: Mapping[str, Any],
-    metadata: Mapping[str, Any] = NOTHING,
-    compatibility: Mapping[str, Any] = NOTHING,
+    metadata: Mapping[str, Any] = NO_METADATA,
+    compatibility: Mapping[str, Any] = NO_METADATA,
 ) -> PatientEmbeddingArtifact:
     """Write a patient's embedding (D,) to `patient_embeddings/`; the sidecar last.
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slide2vec.artifacts.encoding import Content, about_coords, write_content
 from slide2vec.artifacts.finite import rows_not_finite
+from slide2vec.artifacts.formats import FeatureFile, coords_attributes, write_feature_file
 from slide2vec.artifacts.records import (
     FORMATS,
     SCHEMA_VERSION,
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "NOTHING",
-    "about_tiles",
+    "NO_METADATA",
     "common_metadata",
     "content_of",
     "remove_others",
+    "tiles_metadata",
     "write_artifact",
     "write_hierarchical_embeddings",
     "write_json",
     "write_tile_embeddings",
 ]
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 #: What a safetensors file says of itself, from its sidecar: what is read without knowing the run.
 _IN_SAFETENSORS = (
     "schema_version",
@@ -81,7 +81,7 @@ def write_tile_embeddings(
     *,
     file_format: OutputFormat = "pt",
     encoder: Mapping[str, Any],
-    compatibility: Mapping[str, Any] = NOTHING,
+    compatibility: Mapping[str, Any] = NO_METADATA,
     coordinates: tuple[Path | None, Path | None] = (None, None),
     tiles_tar_path: Path | None = None,
     skipped_tiles: Sequence[Mapping[str, Any]] = (),
@@ -107,7 +107,7 @@ def write_tile_embeddings(
     _check_shape(embedded, (len(embedded.x),))
     metadata = {
         **common_metadata(embedded.sample_id, "tile_embeddings", file_format, values, encoder),
-        **about_tiles(embedded, tiling, encoder, coordinates, tiles_tar_path, skipped_tiles),
+        **tiles_metadata(embedded, tiling, encoder, coordinates, tiles_tar_path, skipped_tiles),
         "compatibility": compatibility,
     }
     common = _write_tiles(output_dir, embedded, tiling, metadata)
@@ -121,7 +121,7 @@ def write_hierarchical_embeddings(
     *,
     file_format: OutputFormat = "pt",
     encoder: Mapping[str, Any],
-    compatibility: Mapping[str, Any] = NOTHING,
+    compatibility: Mapping[str, Any] = NO_METADATA,
     coordinates: tuple[Path | None, Path | None] = (None, None),
     tiles_tar_path: Path | None = None,
     skipped_tiles: Sequence[Mapping[str, Any]] = (),
@@ -141,7 +141,7 @@ def write_hierarchical_embeddings(
     _check_shape(embedded, (len(embedded.x), multiple**2))
     metadata = {
         **common_metadata(embedded.sample_id, "hierarchical_embeddings", file_format, values, encoder),
-        **about_tiles(embedded, tiling, encoder, coordinates, tiles_tar_path, skipped_tiles),
+        **tiles_metadata(embedded, tiling, encoder, coordinates, tiles_tar_path, skipped_tiles),
         "num_regions": len(values),
         "tiles_per_region": multiple**2,
         "region_tile_multiple": multiple,
@@ -164,7 +164,7 @@ def _check_shape(embedded: EmbeddedSlide, expected: tuple[int, ...]) -> None:
         )
 
 
-def about_tiles(
+def tiles_metadata(
     embedded: EmbeddedSlide,
     tiling: Tiling,
     encoder: Mapping[str, Any],
@@ -198,8 +198,10 @@ def _write_tiles(
 ) -> dict[str, Any]:
     """Write features and sidecar; what every artifact has."""
     coords = np.stack([embedded.x, embedded.y], axis=1)
-    about = about_coords(tiling.recorded)
-    content = content_of(metadata, "features", embedded.tile_embeddings, coords=coords, about_coords=about)
+    attributes = coords_attributes(tiling.recorded)
+    content = content_of(
+        metadata, "features", embedded.tile_embeddings, coords=coords, coords_attributes=attributes
+    )
     path, metadata_path = write_artifact(
         as_path(output_dir), metadata, [(metadata["artifact_type"], content)]
     )
@@ -244,7 +246,7 @@ def _id_key(artifact_type: str) -> str:
     return "patient_id" if artifact_type == "patient_embeddings" else "sample_id"
 
 
-def content_of(metadata: Mapping[str, Any], name: str, values: torch.Tensor, **more: Any) -> Content:
+def content_of(metadata: Mapping[str, Any], name: str, values: torch.Tensor, **more: Any) -> FeatureFile:
     """What goes into a features file that a sidecar describes; `name` is the array's."""
     key = _id_key(metadata["artifact_type"])
     whose = metadata[key]
@@ -255,17 +257,17 @@ def content_of(metadata: Mapping[str, Any], name: str, values: torch.Tensor, **m
             f"{metadata['feature_dtype']}, hold NaN or infinities, the first at index {int(wrong[0])}; "
             "nothing is written: use fp32 (--dtype, --output-dtype), or embed it again in bf16 or fp32"
         )
-    return Content(
+    return FeatureFile(
         name=name,
         values=values.detach().cpu().contiguous(),
-        about={key: str(metadata[key]) for key in _IN_SAFETENSORS if key in metadata},
-        about_values={"name": whose, "encoder": metadata["encoder_name"]},
+        metadata={key: str(metadata[key]) for key in _IN_SAFETENSORS if key in metadata},
+        values_attributes={"name": whose, "encoder": metadata["encoder_name"]},
         **more,
     )
 
 
 def write_artifact(
-    output_dir: Path, metadata: Mapping[str, Any], contents: Sequence[tuple[str, Content]]
+    output_dir: Path, metadata: Mapping[str, Any], contents: Sequence[tuple[str, FeatureFile]]
 ) -> tuple[Path, Path]:
     """Write (folder, content) pairs and the sidecar of the first.
 
@@ -280,7 +282,7 @@ def write_artifact(
         for path, (_, content) in zip(paths, contents, strict=True):
             temporary = renamed.enter_context(atomic_path(path))
             with _naming(f"{'patient' if key == 'patient_id' else 'slide'} {name}"):
-                write_content(temporary, content, file_format)
+                write_feature_file(temporary, content, file_format)
             if path == paths[0]:
                 size = temporary.stat().st_size
         remove(metadata_path)

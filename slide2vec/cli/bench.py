@@ -60,7 +60,7 @@ def bench(
     """Compare runtimes, precisions and batch sizes; engines that are missing are built, and kept."""
     from slide2vec.compile import EngineStore
     from slide2vec.compile.bench import measure
-    from slide2vec.compile.tiles import tissue_pixels
+    from slide2vec.compile.comparison_tiles import tissue_pixels
     from slide2vec.cpus import Budget
     from slide2vec.model import Model
     from slide2vec.recipes import load_recipe

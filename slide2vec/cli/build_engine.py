@@ -92,7 +92,7 @@ def build_engine(
     """Compile a preset's encoder for this machine; from then on it is used by itself.
 
     The engine is compared with the encoder in fp32 on tiles of tissue and published only if it is close
-    enough; a precision that is not makes way for the next higher one, and you are told. With --runtime
+    enough; a precision that is not is replaced by the next higher one, with a message. With --runtime
     tensorrt-rtx no GPU is needed: the engine is then compared at first use on one.
     """
     from slide2vec.compile import BuildOptions, EngineStore
@@ -157,7 +157,7 @@ def _build(preset: str, model: dict[str, Any], options: BuildOptions, store: Eng
 
 
 def building(model: Model, store: EngineStore, options: BuildOptions) -> StoredEngine:
-    """Build an engine and tell on stderr how far it is."""
+    """Build an engine and show progress on stderr."""
     from slide2vec.compile import build_engine
 
     with _progress() as progress:

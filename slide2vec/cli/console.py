@@ -74,7 +74,7 @@ def log_to_stderr(level: int = logging.WARNING) -> None:
         if isinstance(handler, _StderrHandler):
             _logger.removeHandler(handler)
     _logger.addHandler(_StderrHandler(level))
-    advice = logging.getLogger("slide2vec.compile.select")  # one line at most, about a faster way
+    advice = logging.getLogger("slide2vec.compile.engine_choice")  # one line at most, about a faster way
     advice.setLevel(min(level, logging.INFO))
     if not advice.handlers:
         advice.addHandler(_AdviceHandler(logging.INFO))
@@ -118,7 +118,7 @@ IdSource = Annotated[
 ]
 SegmentationMethod = Annotated[
     Literal["hsv", "otsu", "threshold"] | None,
-    typer.Option(help="How tissue is told from glass [hsv].", show_default=False),
+    typer.Option(help="How tissue is distinguished from glass [hsv].", show_default=False),
 ]
 SegmentationDownsample = Annotated[
     float | None, typer.Option(help="Of the level on which tissue is looked for, about [64].")

@@ -54,7 +54,7 @@ def show(name: Name, folder: EnginesDir = None, as_json: Json = False, debug: De
 
 
 def _facts(engine: StoredEngine) -> Iterator[tuple[str, str]]:
-    from slide2vec.compile.identity import targets_of
+    from slide2vec.compile.engine_key import targets_of
     from slide2vec.compile.proof import as_proven, is_to_be_proven, state
 
     record = as_proven(engine).record
@@ -132,8 +132,8 @@ def verify(
 def _verify(engine: StoredEngine, device: str | None) -> None:
     import torch
 
+    from slide2vec.compile.parity import verify_engine
     from slide2vec.compile.proof import is_to_be_proven, prove_anew, state
-    from slide2vec.compile.verify import verify_engine
     from slide2vec.runtime import pick_device
 
     if is_to_be_proven(engine.record) and not torch.cuda.is_available():

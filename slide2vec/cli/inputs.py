@@ -15,13 +15,13 @@ from slide2vec.manifests import MANIFEST_SUFFIXES, read_manifest
 from slide2vec.slides import SLIDE_SUFFIXES, IdFrom, Slide, as_slide, id_of
 
 if TYPE_CHECKING:
-    from slide2vec.readers.dicomhead import DicomHead
+    from slide2vec.readers.dicom_head import DicomHead
 
 __all__ = ["find_slides"]
 
 logger = logging.getLogger(__name__)
 
-#: Names of skipped files that are told.
+#: Names of skipped files that are listed.
 _MOST_NAMES = 5
 
 
@@ -97,7 +97,7 @@ def _is_slide(path: Path) -> bool:
 
 def _tell_skipped(folder: Path, files: Sequence[Path], slides: Sequence[Path]) -> None:
     """Name the files of a directory that are not taken; those that belong to a slide (MRXS) are its own."""
-    from slide2vec.readers.companions import folder_of
+    from slide2vec.readers.slide_files import folder_of
 
     taken = set(slides)
     homes = set(filter(None, map(folder_of, slides)))
@@ -151,9 +151,9 @@ def _is_dicom_without_suffix(path: Path) -> bool:
 
 
 def _dicom_head(path: Path) -> DicomHead | None:
-    from slide2vec.readers.dicomhead import dicom_head
+    from slide2vec.readers.dicom_head import dicom_head
 
     try:
         return dicom_head(path)
-    except OSError:  # the run will tell
+    except OSError:  # the run reports it
         return None

@@ -12,7 +12,7 @@ from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
 from slide2vec.cohort.process_list import by_encoder, state_of
 
 if TYPE_CHECKING:
-    from slide2vec.cohort.merging import Merged
+    from slide2vec.cohort.shard_merge import MergedShards
 
 __all__ = ["merge"]
 
@@ -32,7 +32,7 @@ def merge(
     The exit status is 1 when a shard has not run or is running, or a slide is not finished or failed. Run
     what is missing with the same --shard, then merge again.
     """
-    from slide2vec.cohort.merging import merge_shards
+    from slide2vec.cohort.shard_merge import merge_shards
     from slide2vec.files import as_path
 
     directory = as_path(output)
@@ -45,7 +45,7 @@ def merge(
         raise typer.Exit(1)
 
 
-def _as_json(output: Path, merged: Merged) -> dict[str, Any]:
+def _as_json(output: Path, merged: MergedShards) -> dict[str, Any]:
     found = merged.found
     several = {
         name: {"slides": len(rows), "finished": sum(state_of(row) == "finished" for row in rows)}
@@ -70,7 +70,7 @@ def _as_json(output: Path, merged: Merged) -> dict[str, Any]:
     }
 
 
-def _print(output: Path, merged: Merged) -> None:
+def _print(output: Path, merged: MergedShards) -> None:
     console = stdout()
     console.print(facts(_facts(output, merged)))
     if failed := merged.rows("failed"):
@@ -81,7 +81,7 @@ def _print(output: Path, merged: Merged) -> None:
             console.print(f"… and {len(failed) - MOST_ROWS:,} more")
 
 
-def _facts(output: Path, merged: Merged) -> Iterator[tuple[str, str]]:
+def _facts(output: Path, merged: MergedShards) -> Iterator[tuple[str, str]]:
     found, unfinished = merged.found, merged.rows("to do", "in progress")
     yield "finished", f"{merged.finished:,} of {merged.total:,} slides"
     encoders = by_encoder(found.rows.values())

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from slide2vec.artifacts import PatientEmbeddingArtifact
-    from slide2vec.cli.writing import Made, Report
+    from slide2vec.cli.embed_run import EmbeddedFiles, Report
     from slide2vec.cohort import RunResult
     from slide2vec.config import ExecutionOptions
     from slide2vec.model import Model
@@ -81,11 +81,11 @@ def _remarks(result: RunResult) -> Iterator[str]:
     if result.without_tissue:
         blank = result.without_tissue
         yield f"{counted(len(blank), 'slide')} without tissue: {_names(blank)}"
-    told = [(name, remark) for name, remarks in result.remarks.items() for remark in remarks]
-    for name, remark in told[:MOST_ROWS]:
+    listed = [(name, remark) for name, remarks in result.remarks.items() for remark in remarks]
+    for name, remark in listed[:MOST_ROWS]:
         yield f"slide {name}: {remark}"
-    if len(told) > MOST_ROWS:
-        yield f"… and {len(told) - MOST_ROWS:,} more such remarks in {result.process_list_path}"
+    if len(listed) > MOST_ROWS:
+        yield f"… and {len(listed) - MOST_ROWS:,} more such remarks in {result.process_list_path}"
     for name, count in list(result.skipped_tiles.items())[:MOST_ROWS]:
         yield f"slide {name}: {counted(count, 'tile')} left out that cannot be decoded (see its .meta.json)"
 
@@ -95,7 +95,7 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_NAMES]) + more
 
 
-def _made_table(made: Sequence[Made]) -> Table:
+def _made_table(made: Sequence[EmbeddedFiles]) -> Table:
     rows = [(item.sample_id, f"{item.num_tiles:,}", item.backend or "") for item in made[:MOST_ROWS]]
     return table(("slide", "tiles", "read with"), rows, numbers=("tiles",))
 
@@ -116,7 +116,9 @@ def _patient_places(
     yield "patients", f"{_below(patients[0].path.parent, output_dir)}/, {each}({model.feature_dim},)"
 
 
-def _places(made: Sequence[Made], model: Model, execution: ExecutionOptions) -> Iterator[tuple[str, str]]:
+def _places(
+    made: Sequence[EmbeddedFiles], model: Model, execution: ExecutionOptions
+) -> Iterator[tuple[str, str]]:
     """Where the files are, one line per kind: the file of a single slide, the folder of several."""
     output_dir = execution.output_dir
     assert output_dir is not None

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CONFIG_SUFFIXES", "run"]
 
-#: What tells a configuration file: `slide2vec a.yaml` is `slide2vec run a.yaml`.
+#: Suffixes of configuration files: `slide2vec a.yaml` is `slide2vec run a.yaml`.
 CONFIG_SUFFIXES = (".yaml", ".yml")
 
 #: What flags alone say where the original's files have other defaults: those of Python, and resuming.
@@ -264,9 +264,9 @@ def _file_and_overrides(given: list[str]) -> tuple[Path | None, list[str]]:
 
 
 def _run(settings: RunSettings, *, tiling_only: bool, trust_remote_code: bool, as_json: bool) -> None:
+    from slide2vec.cli.embed_run import embed_and_write
     from slide2vec.cli.report import print_report
     from slide2vec.cli.tile import print_tiled, resolved, tile_and_report
-    from slide2vec.cli.writing import embed_and_write
 
     slides = _slides(settings)  # wrong lines are found before weights are loaded
     output_dir = settings.execution.output_dir
@@ -328,7 +328,7 @@ def _nothing_in_shard(settings: RunSettings, slides: list[Slide], *, as_json: bo
 
 def _slides(settings: RunSettings) -> list[Slide]:
     from slide2vec.manifests import read_manifest
-    from slide2vec.tiling.reuse import recorded_slides
+    from slide2vec.tiling.previous_files import recorded_slides
 
     if settings.manifest_path is not None:
         return read_manifest(settings.manifest_path, slides_dir=settings.slides_dir, id_from=settings.id_from)

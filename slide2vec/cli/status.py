@@ -56,12 +56,12 @@ def status(
 
 def _look(directory: Path) -> dict[str, Any]:
     from slide2vec.cohort.lock import holder, shard_holders
-    from slide2vec.cohort.shard_lists import gathered, list_path
+    from slide2vec.cohort.shard_lists import list_path, merged_process_list
 
     shards = shard_holders(directory)  # first: a run that ends meanwhile is looked at once more
     running = holder(directory) or next(iter(shards.values()), None)
     with as_os_errors(directory):
-        found = gathered(directory)
+        found = merged_process_list(directory)
         is_there = list_path(directory, None).exists()
     rows = list(found.rows.values())
     if not (running or found.by_shard or is_there):
@@ -70,7 +70,7 @@ def _look(directory: Path) -> dict[str, Any]:
     begun = {row["sample_id"] for row in rows}
     states["to do"] += sum(name not in begun for name in found.missing)  # of shards that have not begun
     failed = [row for row in rows if state_of(row) == "failed"]
-    told = [row for row in rows if row["error"] and state_of(row) != "failed"]
+    listed = [row for row in rows if row["error"] and state_of(row) != "failed"]
     return {
         "output_dir": directory,
         "running": running,
@@ -90,7 +90,7 @@ def _look(directory: Path) -> dict[str, Any]:
             for row in failed
         ],
         "by_encoder": {name: _counts(theirs) for name, theirs in by_encoder(rows).items()},
-        "remarks": [{"sample_id": row["sample_id"], "remark": row["error"]} for row in told],
+        "remarks": [{"sample_id": row["sample_id"], "remark": row["error"]} for row in listed],
     }
 
 
@@ -135,8 +135,8 @@ def _shown(found: Mapping[str, Any]) -> Group:
     if several:
         parts += ["", _encoders_table(found["by_encoder"])]
     if found["remarks"]:
-        told = [(item["sample_id"], item["remark"]) for item in found["remarks"][-MOST_ROWS:]]
-        parts += ["", table(("slide", "remark"), told)]
+        listed = [(item["sample_id"], item["remark"]) for item in found["remarks"][-MOST_ROWS:]]
+        parts += ["", table(("slide", "remark"), listed)]
     if found["failures"]:
         rows = [
             (

@@ -148,7 +148,7 @@ def resolved(config: PreprocessingConfig, preset: str | None) -> PreprocessingCo
 def tile_and_report(slides: Sequence[Slide], settings: RunSettings) -> RunResult:
     """Tile with live progress. The settings, with spacing and tile size set, are kept as config.yaml
     unless they are without a preset, which a configuration file cannot be."""
-    from slide2vec.cli.writing import live_display
+    from slide2vec.cli.embed_run import live_display
     from slide2vec.cohort import tile_cohort
     from slide2vec.progress import activate_progress_reporter
     from slide2vec.settings import settings_as_yaml, versions
@@ -167,8 +167,8 @@ def tile_and_report(slides: Sequence[Slide], settings: RunSettings) -> RunResult
 
 def print_tiled(result: RunResult, output_dir: Path, *, as_json: bool) -> None:
     """Say what was tiled and what was not."""
+    from slide2vec.cli.embed_run import failures_json
     from slide2vec.cli.report import counted, print_outcome
-    from slide2vec.cli.writing import failures_json
 
     summary = result.summary
     assert summary is not None

@@ -1,4 +1,4 @@
-"""Where the finished slides of a run on disk go: files, each slide's in order, written beside the encoder."""
+"""Sink of a run on disk: each finished slide becomes files, written in a thread beside the encoder."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING, Self
 
 from slide2vec.artifacts import SlideEmbeddingArtifact, TileEmbeddingArtifact
 from slide2vec.artifacts.places import Place
-from slide2vec.cohort.cohort import Cohort
+from slide2vec.cohort.context import Cohort
 from slide2vec.cohort.embedder import Embedder
-from slide2vec.cohort.events import Entry, Settle, Settled, settled_alone
-from slide2vec.cohort.opened import remove_all_partial
-from slide2vec.cohort.publish import Publisher
+from slide2vec.cohort.output_dir import remove_all_partial
+from slide2vec.cohort.record_events import OnSlideCompleted, RecordEvent, SlideCompleted, without_patient
 from slide2vec.cohort.results import Artifact
-from slide2vec.cohort.writer import OnPersisted, Writer
+from slide2vec.cohort.slide_writer import OnPersisted, SlideWriter, WriterThread
 from slide2vec.slides import Slide
 from slide2vec.stream import Planner, SlideOutcome
 
 if TYPE_CHECKING:
-    from slide2vec.stream.identities import SlideIdentity
+    from slide2vec.stream.slide_identity import SlideIdentity
     from slide2vec.tiling import Tiling
 
 __all__ = ["DiskSink"]
@@ -30,8 +29,9 @@ class DiskSink:
     """See `slide2vec.cohort.sink.Sink`. A context manager, whose end waits for what is not written yet.
 
     Args:
-        cohort: whose `entries` are set.
-        settle: called with each slide that is through, for what comes after it.
+        cohort: whose `recorder` is set.
+        on_slide_completed: called with each slide that is complete or has failed; gives its patient's
+            artifacts.
         on_persisted: called with each new artifact, in the thread that writes.
         on_done: called with the sample_id of each slide that was `put`, in that thread, once nothing more
             comes of it.
@@ -41,15 +41,18 @@ class DiskSink:
         self,
         cohort: Cohort,
         embedder: Embedder,
-        settle: Settle = settled_alone,
+        on_slide_completed: OnSlideCompleted = without_patient,
         *,
         on_persisted: OnPersisted | None = None,
         on_done: Callable[[str], None] = lambda sample_id: None,
     ) -> None:
         self.config, self.execution = cohort.config, cohort.execution
         self.place: Place | None = cohort.place
-        self._cohort, self._settle, self._on_done = cohort, settle, on_done
-        self._publisher, self._writer = Publisher(cohort, embedder, settle), Writer(on_persisted)
+        self._cohort, self._on_slide_completed, self._on_done = cohort, on_slide_completed, on_done
+        self._slide_writer, self._writer = (
+            SlideWriter(cohort, embedder, on_slide_completed),
+            WriterThread(on_persisted),
+        )
 
     def planner(self) -> Planner:
         """See `Sink`: coordinates are published as slides are planned."""
@@ -65,23 +68,23 @@ class DiskSink:
         return ()
 
     def _publish(self, outcome: SlideOutcome) -> Iterator[Artifact]:
-        yield from self._publisher.outcome(outcome)
+        yield from self._slide_writer.outcome(outcome)
         self._on_done(outcome.slide.sample_id)
 
     def put_tiles(self, slide: Slide, artifact: TileEmbeddingArtifact) -> None:
         """Take a slide whose tile embeddings an earlier run has written."""
-        self._writer.put(partial(self._publisher.stored_tiles, slide, artifact))
+        self._writer.put(partial(self._slide_writer.stored_tiles, slide, artifact))
 
     def put_embedding(self, slide: Slide, artifact: SlideEmbeddingArtifact) -> None:
         """Take a slide of a patient whose slide embedding an earlier run has written."""
-        self._writer.put(partial(self._publisher.stored_embedding, slide, artifact))
+        self._writer.put(partial(self._slide_writer.stored_embedding, slide, artifact))
 
-    def told(self, event: Entry | Settled) -> None:
+    def take_report(self, event: RecordEvent | SlideCompleted) -> None:
         """See `Sink`."""
-        if isinstance(event, Settled):
-            self._writer.put(partial(self._settle, event))
+        if isinstance(event, SlideCompleted):
+            self._writer.put(partial(self._on_slide_completed, event))
             return
-        event.enter(self._cohort.entries)
+        event.apply(self._cohort.recorder)
         if event.what == "add":
             self._writer.put(partial(iter, event.values[-1:]))
 

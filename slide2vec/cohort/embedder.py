@@ -10,7 +10,7 @@ from slide2vec.config import ExecutionOptions
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.recipes import Level
 from slide2vec.slides import Slide
-from slide2vec.stream import Arrivals, SlideOutcome
+from slide2vec.stream import SlideOutcome, SlideQueue
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ class Encoder(Protocol):
     def level(self) -> Level: ...
 
     @property
-    def below(self) -> Encoder | None:
+    def upstream(self) -> Encoder | None:
         """The model whose embeddings it takes; None for one of tiles."""
         ...
 
@@ -46,12 +46,12 @@ class Embedder(Encoder, Protocol):
     """A model, as far as a cohort needs it."""
 
     def embed_into(self, sink: Sink, slides: Sequence[Slide]) -> Generator[SlideOutcome, None, None]:
-        """Embed slides, here or in workers, and put each into the sink when it is through; gives what goes
+        """Embed slides, here or in workers, and put each into the sink when it is complete; gives what goes
         back from there."""
         ...
 
     def embed_here(
-        self, sink: Sink, slides: Iterable[Slide] | Arrivals
+        self, sink: Sink, slides: Iterable[Slide] | SlideQueue
     ) -> Generator[SlideOutcome, None, None]:
         """As `embed_into`, in this process."""
         ...

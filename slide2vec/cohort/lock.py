@@ -13,9 +13,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from slide2vec.cohort.lease import lease_holder, leased, signature
 from slide2vec.errors import OutputError, OutputLockedError
 from slide2vec.files import entries, is_remote, open_locked
+from slide2vec.files.lease import lease_holder, leased, signature
 
 __all__ = ["LOCK_NAME", "SHARD_LOCKS", "holder", "output_lock", "shard_holders", "shard_stem"]
 
@@ -65,7 +65,7 @@ def _refuse_others(output_dir: Path, shard: str | None) -> None:
         raise OutputError.of(output_dir, error) from error
     for by in others.values():
         if by is not None:
-            raise OutputLockedError(_told(output_dir, by))
+            raise OutputLockedError(_locked_message(output_dir, by))
 
 
 @contextmanager
@@ -94,12 +94,12 @@ def _acquire(descriptor: int, path: Path, kind: int) -> None:
         by: Mapping[str, Any] | None = _read(descriptor)
         if path.name == LOCK_NAME:  # shards in the way hold it together, unsigned
             by = next(iter(shard_holders(output_dir).values()), by)
-        raise OutputLockedError(_told(output_dir, by)) from None
+        raise OutputLockedError(_locked_message(output_dir, by)) from None
     except OSError as error:  # some network file systems have no locks
         logger.warning("%s cannot be locked (%s): do not run twice into it", output_dir, error.strerror)
 
 
-def _told(output_dir: Path, by: Mapping[str, Any] | None) -> str:
+def _locked_message(output_dir: Path, by: Mapping[str, Any] | None) -> str:
     who = f"process {by['pid']} on {by['host']}, since {by['started']}" if by else "another process"
     return (
         f"{who} is writing into {output_dir}: wait until it is done, stop it, or choose another output "
@@ -108,7 +108,7 @@ def _told(output_dir: Path, by: Mapping[str, Any] | None) -> str:
 
 
 def _patiently(descriptor: int, operation: int) -> None:
-    """Lock; whoever asks who holds a lock holds it for a moment, so it is tried more than once."""
+    """Lock; asking who holds a lock takes it for a moment, so it is tried more than once."""
     for _ in range(_TRIES - 1):
         try:
             return fcntl.flock(descriptor, operation)

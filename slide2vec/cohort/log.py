@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class _File(logging.FileHandler):
-    """Loses lines on a full disk, in silence: the run itself will tell."""
+    """Loses lines on a full disk, in silence: the run itself reports it."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Do nothing."""

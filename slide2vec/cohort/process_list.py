@@ -160,7 +160,7 @@ class ProcessList:
         try:
             self._write()
         except OutputError:
-            if error is None:  # else the first error is the one to tell
+            if error is None:  # else the first error is raised
                 raise
 
     def update(self, sample_id: str, **values: Any) -> None:

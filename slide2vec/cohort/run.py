@@ -8,15 +8,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 
 from slide2vec.artifacts import HierarchicalEmbeddingArtifact, TileEmbeddingArtifact
-from slide2vec.cohort.cohort import Cohort
+from slide2vec.cohort.context import Cohort
 from slide2vec.cohort.disk_sink import DiskSink
 from slide2vec.cohort.embedder import Embedder
-from slide2vec.cohort.events import Settle, settled_alone
-from slide2vec.cohort.opened import Settings, opened
-from slide2vec.cohort.patient_files import PatientPublisher
+from slide2vec.cohort.output_dir import Settings, output_directory
+from slide2vec.cohort.patient_writer import PatientWriter
+from slide2vec.cohort.record_events import OnSlideCompleted, without_patient
 from slide2vec.cohort.results import RunResult
-from slide2vec.cohort.resume import take_up
-from slide2vec.cohort.writer import OnPersisted
+from slide2vec.cohort.resume import resume_run
+from slide2vec.cohort.slide_writer import OnPersisted
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import EmbedSlidesError, ManifestError, as_slide_error
 from slide2vec.progress import (
@@ -60,18 +60,18 @@ def embed_cohort(
         OutputError: a file cannot be written; finished slides stay.
     """
     cohort = Cohort(config, execution, embedder, tilings)
-    with opened(cohort, slides, settings) as (cohort, books, log):
-        slides = books.slides  # those of the shard, if it is one
-        todo = take_up(cohort, books)
+    with output_directory(cohort, slides, settings) as (cohort, recorder, log):
+        slides = recorder.slides  # those of the shard, if it is one
+        todo = resume_run(cohort, recorder)
         log.write(
             f"{len(todo.slides)} of {len(slides)} slides to embed, {len(todo.tiles)} to aggregate from their "
             "tile embeddings on disk"
         )
         if todo:
-            settle: Settle = settled_alone
+            on_slide_completed: OnSlideCompleted = without_patient
             if cohort.kind == "patient":
-                settle = PatientPublisher(cohort, books, embedder, todo).settle
-            with DiskSink(cohort, embedder, settle, on_persisted=on_slide_persisted) as sink:
+                on_slide_completed = PatientWriter(cohort, recorder, embedder, todo).on_slide_completed
+            with DiskSink(cohort, embedder, on_slide_completed, on_persisted=on_slide_persisted) as sink:
                 for slide, tiles in todo.tiles:
                     sink.put_tiles(slide, tiles)
                 for slide, embedding in todo.embeddings:
@@ -80,7 +80,7 @@ def embed_cohort(
                     with closing(embedder.embed_into(sink, todo.slides)) as outcomes:
                         for _ in outcomes:  # nothing comes back: it goes onto disk
                             pass
-        return books.result(log.summary)
+        return recorder.result(log.summary)
 
 
 def embed_tiles(
@@ -147,8 +147,8 @@ def tile_cohort(
         OutputError: a file cannot be written; finished slides stay.
     """
     cohort = Cohort(config, execution)
-    with opened(cohort, slides, settings) as (cohort, books, log), cohort.planner() as planner:
-        slides = books.slides  # those of the shard, if it is one
+    with output_directory(cohort, slides, settings) as (cohort, recorder, log), cohort.planner() as planner:
+        slides = recorder.slides  # those of the shard, if it is one
         log.emit(RunStarted(len(slides), "tiling"))
         started = time.perf_counter()
         tiles = failed = 0
@@ -167,9 +167,9 @@ def tile_cohort(
                     log.emit(SlideFinished(slide.sample_id, count))
                 elif isinstance(error, Exception):
                     failed += 1
-                    told = as_slide_error(error, slide.sample_id, "finding its tiles")
-                    cohort.fail(slide, told, "tiling")
-                    log.emit(SlideFailed(slide.sample_id, told))
+                    slide_error = as_slide_error(error, slide.sample_id, "finding its tiles")
+                    cohort.fail(slide, slide_error, "tiling")
+                    log.emit(SlideFailed(slide.sample_id, slide_error))
                 else:
                     raise error
         finally:
@@ -178,7 +178,7 @@ def tile_cohort(
         seconds = time.perf_counter() - started
         station = StationTime("plan", workers, busy, 0.0)
         log.emit(RunFinished(RunSummary(len(slides) - failed, failed, tiles, seconds, (station,), "plan")))
-        return books.result(log.summary)
+        return recorder.result(log.summary)
 
 
 def _tile(cohort: Cohort, planner: Planner, slide: Slide) -> tuple[int, str, float]:

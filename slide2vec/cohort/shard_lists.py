@@ -21,7 +21,14 @@ from slide2vec.cohort.process_list import (
 )
 from slide2vec.files import atomic_path, entries, remove
 
-__all__ = ["Gathered", "enter_empty", "forget_shards", "gathered", "list_path", "write_order"]
+__all__ = [
+    "MergedProcessList",
+    "enter_empty",
+    "forget_shards",
+    "list_path",
+    "merged_process_list",
+    "write_order",
+]
 
 #: The sample_ids of a whole cohort in the order of its manifest, one a line. Every shard writes the same.
 _ORDER = ".slide2vec.slides"
@@ -34,7 +41,7 @@ def list_path(output_dir: Path, shard: str | None) -> Path:
 
 
 def write_order(output_dir: Path, sample_ids: Iterable[str]) -> None:
-    """Keep which slides the whole cohort has, for `gathered`.
+    """Keep which slides the whole cohort has, for `merged_process_list`.
 
     Raises:
         OutputError: it cannot be written.
@@ -61,12 +68,12 @@ def enter_empty(output_dir: Path, shard: str, sample_ids: Iterable[str]) -> Path
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gathered:
+class MergedProcessList:
     """All process lists of an output directory together.
 
     Attributes:
-        rows: by sample_id and encoder, in the order of the manifest where shards have told it; then those of
-            other slides, as they were in the common list.
+        rows: by sample_id and encoder, in the order of the manifest where shards have written it; then those
+            of other slides, as they were in the common list.
         by_shard: the slides of each shard that has a list ("3/16" -> sample_ids), by their number.
         missing: slides of the cohort that are in no list, or not with an encoder that shards have.
     """
@@ -98,7 +105,7 @@ def _up_to(count: str) -> range:
     return range(1, int(count) + 1)
 
 
-def gathered(output_dir: Path) -> Gathered:
+def merged_process_list(output_dir: Path) -> MergedProcessList:
     """What the process lists of an output directory say.
 
     Of a slide in several lists a shard's row counts over the common one (a shard's list that is there is
@@ -130,7 +137,7 @@ def gathered(output_dir: Path) -> Gathered:
         for name in order
         if not all((name, encoder) in found or (name, "") in newer for encoder in at_work)
     )
-    return Gathered(rows=ranked, by_shard=by_shard, missing=missing)
+    return MergedProcessList(rows=ranked, by_shard=by_shard, missing=missing)
 
 
 def _lists(output_dir: Path) -> Iterator[tuple[str, Path]]:
@@ -144,7 +151,7 @@ def _lists(output_dir: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _order(output_dir: Path) -> list[str]:
-    """Of the whole cohort, each slide once; nothing where no shard has told it."""
+    """Of the whole cohort, each slide once; nothing where no shard has written it."""
     try:
         text = (output_dir / _ORDER).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

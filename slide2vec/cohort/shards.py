@@ -6,10 +6,10 @@ import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from slide2vec.cohort.patients import by_patient
+from slide2vec.cohort.pending_patients import by_patient
 from slide2vec.config import PreprocessingConfig, shard_numbers
 from slide2vec.errors import TilingError
-from slide2vec.readers.companions import bytes_of
+from slide2vec.readers.slide_files import bytes_of
 from slide2vec.slides import Slide
 from slide2vec.tiling.archives import find_archive
 
@@ -77,7 +77,7 @@ def divided(
 
 
 def slide_bytes(slide: Slide, config: PreprocessingConfig) -> int:
-    """Length of what is read of a slide, all its files; 0 where it is missing (which its shard will tell)."""
+    """Length of what is read of a slide, all its files; 0 where it is missing (its shard reports that)."""
     try:
         if config.read_tiles_from is not None:
             return find_archive(config.read_tiles_from, slide.sample_id).stat().st_size

@@ -1,4 +1,5 @@
-"""Where finished slides go: back to the caller, in memory. Onto disk: `slide2vec.cohort.disk_sink`."""
+"""Sinks: where finished slides go. Here back to the caller, in memory; `slide2vec.cohort.disk_sink`: onto
+disk."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from slide2vec.cohort.events import Entry, Settled
+from slide2vec.cohort.record_events import RecordEvent, SlideCompleted
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import Slide2VecError
@@ -15,7 +16,7 @@ from slide2vec.stream import Planner, SlideOutcome
 
 if TYPE_CHECKING:
     from slide2vec.artifacts.places import Place
-    from slide2vec.stream.identities import SlideIdentity
+    from slide2vec.stream.slide_identity import SlideIdentity
     from slide2vec.tiling import Tiling
 
 __all__ = ["MemorySink", "Sink"]
@@ -42,15 +43,16 @@ class Sink(Protocol):
         ...
 
     def put(self, outcome: SlideOutcome) -> Iterable[SlideOutcome]:
-        """Take a slide that is through; what of it goes back to whoever embeds. Used from one thread."""
+        """Take a slide that is complete or has failed; yields what goes back to the caller. Used from one
+        thread."""
         ...
 
-    def told(self, event: Entry | Settled) -> None:
-        """Take what a worker tells of a slide whose files it writes itself."""
+    def take_report(self, event: RecordEvent | SlideCompleted) -> None:
+        """Take a worker's report of a slide whose files it writes itself."""
         ...
 
     def tidy(self) -> None:
-        """Remove what workers that have died have left half-written."""
+        """Remove half-written files of workers that have died."""
         ...
 
 
@@ -93,7 +95,7 @@ class MemorySink:
                 outcome = SlideOutcome(outcome.slide, error=error)
         yield outcome
 
-    def told(self, event: Entry | Settled) -> None:
+    def take_report(self, event: RecordEvent | SlideCompleted) -> None:
         """See `Sink`: no worker writes files."""
 
     def tidy(self) -> None:

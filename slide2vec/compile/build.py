@@ -15,14 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slide2vec.compile.builders import BUILDERS, Built, Job, Progress, default_runtime, no_aiming, unavailable
-from slide2vec.compile.identity import Subject, identity, library_versions, target_here
-from slide2vec.compile.parity import Parity, batch_sizes, compare, reference_features
+from slide2vec.compile.builders import (
+    BUILDERS,
+    BuildJob,
+    Built,
+    Progress,
+    default_runtime,
+    no_aiming,
+    unavailable,
+)
+from slide2vec.compile.comparison_tiles import tissue_pixels
+from slide2vec.compile.engine_key import EngineTarget, identity, library_versions, target_here
+from slide2vec.compile.parity import Parity, batch_sizes, compare, reference_features, write_reference
 from slide2vec.compile.proof import is_to_be_proven, state, write_proof
 from slide2vec.compile.speed import beside_torch
 from slide2vec.compile.store import EngineStore, StoredEngine, engine_name
-from slide2vec.compile.tiles import tissue_pixels
-from slide2vec.compile.verify import write_reference
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError, EngineError
 from slide2vec.recipes import Recipe
@@ -109,14 +116,14 @@ def build_engine(
     _check_compilable(recipe)
     plan = _Plan.of(recipe, device, options)
     encoder = encoder.cpu()
-    subject = Subject(recipe, variant, plan.device, cache(lambda: weights_digest(encoder)))
+    target = EngineTarget(recipe, variant, plan.device, cache(lambda: weights_digest(encoder)))
     store = store or EngineStore()
-    with store.building(plan.name(subject)) as folder:
-        there = _there(store, subject, plan)
+    with store.building(plan.name(target)) as folder:
+        there = _there(store, target, plan)
         if there is not None and not options.force:
             logger.warning("engine %s is there already", there.name)
             return there
-        return _Build(encoder, subject, plan, options, store, folder, progress, device).run()
+        return _Build(encoder, target, plan, options, store, folder, progress, device).run()
 
 
 def check_possible(recipe: Recipe, device: torch.device, options: BuildOptions) -> None:
@@ -177,10 +184,10 @@ class _Plan:
             not targets or (device.type == "cuda" and target_here(device) in targets),
         )
 
-    def identity(self, subject: Subject, precision: str | None = None) -> dict[str, Any]:
+    def identity(self, target: EngineTarget, precision: str | None = None) -> dict[str, Any]:
         """Of the engine, weights included; in a lower precision when given."""
         made = identity(
-            subject,
+            target,
             runtime=self.runtime,
             precision=precision or self.precision,
             layout=self.layout,
@@ -188,12 +195,12 @@ class _Plan:
             opset=self.opset,
             targets=self.targets,
         )
-        return {**made, "weights": subject.weights()}
+        return {**made, "weights": target.weights()}
 
-    def name(self, subject: Subject) -> str:
+    def name(self, target: EngineTarget) -> str:
         """Of the engine's folder, as asked for."""
-        key = key_of(self.identity(subject))
-        return engine_name(subject.recipe.name, subject.variant, self.runtime, self.precision, key)
+        key = key_of(self.identity(target))
+        return engine_name(target.recipe.name, target.variant, self.runtime, self.precision, key)
 
 
 def _targets(runtime: str, precision: str, device: torch.device, options: BuildOptions) -> tuple[str, ...]:
@@ -215,12 +222,12 @@ def _targets(runtime: str, precision: str, device: torch.device, options: BuildO
     return (target_here(device),) if device.type == "cuda" else default_targets(precision)
 
 
-def _there(store: EngineStore, subject: Subject, plan: _Plan) -> StoredEngine | None:
+def _there(store: EngineStore, target: EngineTarget, plan: _Plan) -> StoredEngine | None:
     """The very engine that is asked for."""
     for engine in store:
         record = engine.record
         asked = plan.precision in (record.precision, record.asked_precision)
-        if asked and record.identity == plan.identity(subject, record.precision):
+        if asked and record.identity == plan.identity(target, record.precision):
             return engine
     return None
 
@@ -231,7 +238,7 @@ class _Build:
     def __init__(
         self,
         encoder: nn.Module,
-        subject: Subject,
+        target: EngineTarget,
         plan: _Plan,
         options: BuildOptions,
         store: EngineStore,
@@ -240,10 +247,10 @@ class _Build:
         device: torch.device,
     ) -> None:
         self.device = device
-        self.encoder, self.subject, self.plan, self.options = encoder, subject, plan, options
+        self.encoder, self.target, self.plan, self.options = encoder, target, plan, options
         self.store, self.folder, self.progress = store, folder, progress
-        self.recipe = subject.recipe
-        self.dim = self.recipe.variants[subject.variant].dim
+        self.recipe = target.recipe
+        self.dim = self.recipe.variants[target.variant].dim
         self.mean_std = (self.recipe.transform.mean, self.recipe.transform.std)
         self.started = time.perf_counter()
 
@@ -330,12 +337,12 @@ class _Build:
     def _seconds(self) -> float:
         return round(time.perf_counter() - self.started, 1)
 
-    def _job(self, precision: str, pixels: Tensor) -> Job:
-        return Job(
+    def _job(self, precision: str, pixels: Tensor) -> BuildJob:
+        return BuildJob(
             encoder=self.encoder,
             recipe=self.recipe,
             folder=self.folder,
-            device=self.subject.device,
+            device=self.target.device,
             precision=precision,
             layout=self.plan.layout,
             profile=self.plan.profile,
@@ -351,13 +358,13 @@ class _Build:
         )
 
     def _record(self, precision: str, built: Built, failed: list[dict[str, str]]) -> EngineRecord:
-        made = self.plan.identity(self.subject, precision)
+        made = self.plan.identity(self.target, precision)
         licence = self.recipe.licence
         return EngineRecord(
             key=key_of(made),
             identity=made,
             preset=self.recipe.name,
-            variant=self.subject.variant,
+            variant=self.target.variant,
             runtime=self.plan.runtime,
             precision=precision,
             asked_precision=self.plan.precision,

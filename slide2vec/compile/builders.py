@@ -13,16 +13,16 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from slide2vec.compile.exported import ExportedEncoder, at_one_size
+from slide2vec.compile.compiler_messages import first_line, silenced
+from slide2vec.compile.export_module import ExportedEncoder, at_one_size
 from slide2vec.compile.onnx import batch_dimension, example_pixels, export_onnx
 from slide2vec.compile.onnx import unavailable as no_onnx
-from slide2vec.compile.quiet import first_line, quiet
 from slide2vec.errors import EngineError
 from slide2vec.recipes import Recipe
 from slide2vec.runtime.base import BatchProfile, Layout
 from slide2vec.runtime.loading import runtimes_for
 
-__all__ = ["BUILDERS", "Built", "Job", "Progress", "default_runtime", "unavailable"]
+__all__ = ["BUILDERS", "BuildJob", "Built", "Progress", "default_runtime", "unavailable"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ FP8_MARGIN = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class BuildJob:
     """An engine to build.
 
     Attributes:
@@ -124,7 +124,7 @@ def default_runtime(precision: str, device: torch.device) -> str:
     )
 
 
-def _openvino(job: Job) -> Built:
+def _openvino(job: BuildJob) -> Built:
     """OpenVINO's own model, in fp32: it computes in the precision that it is loaded for."""
     import openvino
 
@@ -147,7 +147,7 @@ def _no_openvino(precision: str, device: torch.device) -> str | None:
     return no_onnx() or unavailable(precision)
 
 
-def _inductor(job: Job) -> Built:
+def _inductor(job: BuildJob) -> Built:
     """A package of compiled code and weights."""
     job.progress("compiling with AOTInductor", 0, 0)
     module = job.exported(job.precision)
@@ -156,7 +156,7 @@ def _inductor(job: Job) -> Built:
     pixels = example_pixels(module, job.recipe.transform.crop).to(job.device)
     shapes = batch_dimension(job.profile.max) if job.profile.max > 1 else None
     try:
-        with quiet(), torch.no_grad(), at_one_size():
+        with silenced(), torch.no_grad(), at_one_size():
             program = torch.export.export(
                 module, (pixels[: job.profile.max],), dynamic_shapes=shapes, strict=False
             )
@@ -176,18 +176,18 @@ def _no_inductor(precision: str, device: torch.device) -> str | None:
     return None
 
 
-def _tensorrt(job: Job) -> Built:
+def _tensorrt(job: BuildJob) -> Built:
     """A plan for this GPU."""
     with torch.cuda.device(job.device):
         return _plan(job, "tensorrt")
 
 
-def _tensorrt_rtx(job: Job) -> Built:
+def _tensorrt_rtx(job: BuildJob) -> Built:
     """A plan for the compute capabilities of the job."""
     return _plan(job, "tensorrt-rtx")
 
 
-def _plan(job: Job, runtime: str) -> Built:
+def _plan(job: BuildJob, runtime: str) -> Built:
     """A plan of one of NVIDIA's two compilers."""
     from slide2vec.compile.fp8 import quantise_fp8
     from slide2vec.compile.parity import for_layout
@@ -247,7 +247,7 @@ def no_aiming(precision: str, targets: tuple[str, ...]) -> str | None:
     return no_onnx() or not_loading("tensorrt-rtx")
 
 
-BUILDERS: dict[str, Callable[[Job], Built]] = {
+BUILDERS: dict[str, Callable[[BuildJob], Built]] = {
     "openvino": _openvino,
     "inductor": _inductor,
     "tensorrt": _tensorrt,

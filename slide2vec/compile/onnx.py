@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from slide2vec.compile.exported import ExportedEncoder, at_one_size
-from slide2vec.compile.quiet import first_line, quiet
+from slide2vec.compile.compiler_messages import first_line, silenced
+from slide2vec.compile.export_module import ExportedEncoder, at_one_size
 from slide2vec.errors import EngineError, ExtraMissingError
 
 __all__ = ["OPSETS", "batch_dimension", "example_pixels", "export_onnx", "unavailable"]
@@ -70,7 +70,7 @@ def batch_dimension(most: int = 1024) -> tuple[dict[int, torch.export.Dim]]:
 
 def _export(module: ExportedEncoder, path: Path, size_px: int, opset: int) -> None:
     pixels = example_pixels(module, size_px)
-    with quiet(), torch.no_grad(), at_one_size():
+    with silenced(), torch.no_grad(), at_one_size():
         try:
             torch.onnx.export(
                 module.eval(),

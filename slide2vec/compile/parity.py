@@ -1,19 +1,37 @@
-"""How close an engine is to its encoder."""
+"""How close an engine is to its encoder: when it is built, and when it is verified later."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slide2vec.compile.store import StoredEngine
+from slide2vec.errors import EngineError
+from slide2vec.files import READING_ARRAYS
 from slide2vec.runtime.base import BatchProfile, Engine, Layout
+from slide2vec.runtime.loading import load_engine
 from slide2vec.runtime.torch_engine import TorchEngine
 
-__all__ = ["MeanStd", "Parity", "batch_sizes", "compare", "for_layout", "reference_features"]
+__all__ = [
+    "MeanStd",
+    "Parity",
+    "Reference",
+    "batch_sizes",
+    "check_files",
+    "compare",
+    "for_layout",
+    "parity_of",
+    "reference_features",
+    "verify_engine",
+    "write_reference",
+]
 
 #: Of each colour, in [0, 1]: what is subtracted, and divided by.
 MeanStd: TypeAlias = "tuple[Sequence[float], Sequence[float]]"
@@ -125,3 +143,66 @@ def _batches(count: int, sizes: tuple[int, ...]) -> Iterator[Tensor]:
     while start < count:
         yield torch.arange(start, min(start + sizes[-1], count))
         start += sizes[-1]
+
+
+REFERENCE_NAME = "reference.npz"
+
+
+def write_reference(folder: Path, pixels: Tensor, features: Tensor, min_cosine: float) -> None:
+    """Keep tiles and their features beside an engine, and how close it has to be to them.
+
+    Args:
+        pixels: (N, H, W, 3) uint8, of a generated slide: nobody's tissue is kept.
+        features: (N, D) float32, of the encoder in fp32.
+        min_cosine: cosine that the engine must not be below.
+    """
+    path = folder / REFERENCE_NAME
+    np.savez_compressed(path, pixels=pixels.numpy(), features=features.numpy(), least=min_cosine)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What `write_reference` kept."""
+
+    pixels: Tensor
+    features: Tensor
+    least: float
+
+    @classmethod
+    def of(cls, engine: StoredEngine) -> Reference:
+        """That of an engine."""
+        with READING_ARRAYS, np.load(engine.directory / REFERENCE_NAME) as kept:
+            pixels, features = (torch.from_numpy(kept[name]) for name in ("pixels", "features"))
+            min_cosine = engine.record.parity["least"] if engine.record.parity else float(kept["least"])
+        return cls(pixels, features, min_cosine)
+
+
+def check_files(engine: StoredEngine) -> None:
+    """Raises EngineError where an engine's files are not as they were published."""
+    if damage := engine.damage():
+        raise EngineError(f"engine {engine.name}: {damage}; build it again")
+
+
+def parity_of(engine: StoredEngine, loaded: Engine) -> Parity:
+    """Compare a loaded engine with what its encoder gave when it was built."""
+    record, known = engine.record, Reference.of(engine)
+    mean, std = record.identity["normalisation"]
+    sizes = batch_sizes(record.profile)
+    return compare(loaded, (mean, std), known.pixels, known.features, sizes, known.least)
+
+
+def verify_engine(engine: StoredEngine, device: torch.device) -> Parity:
+    """Check an engine's files, load it, and compare it with what its encoder gave when it was built.
+
+    Raises:
+        EngineError: a file has changed, the engine does not run here, or it is no longer close enough.
+    """
+    check_files(engine)
+    loaded = load_engine(engine.directory, device)
+    try:
+        parity = parity_of(engine, loaded)
+    finally:
+        loaded.close()
+    if problem := parity.problem():
+        raise EngineError(f"engine {engine.name}: {problem}; build it again")
+    return parity

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from slide2vec.compile.parity import Parity
+from slide2vec.compile.parity import Parity, Reference, check_files, parity_of
 from slide2vec.compile.speed import beside_torch
 from slide2vec.compile.store import StoredEngine
-from slide2vec.compile.verify import Reference, check_files, parity_of
 from slide2vec.errors import EngineError, OutputError
 from slide2vec.files import atomic_path, open_plain
 from slide2vec.runtime.base import Engine

@@ -1,4 +1,4 @@
-"""Engines on disk: one folder each, found by what they are, published whole."""
+"""Engines on disk: one folder each, found by their keys, published whole."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ class EngineStore:
         EngineError: as `default_root`.
     """
 
-    #: Records that were complained of, by any store of the process.
-    _told: ClassVar[set[Path]] = set()
+    #: Records that were warned of already, by any store of the process.
+    _reported: ClassVar[set[Path]] = set()
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or default_root()
@@ -100,8 +100,8 @@ class EngineStore:
             try:
                 yield StoredEngine(path.parent, read_record(path.parent))
             except EngineError as error:
-                logger.log(logging.INFO if path in self._told else logging.WARNING, "%s", error)
-                self._told.add(path)
+                logger.log(logging.INFO if path in self._reported else logging.WARNING, "%s", error)
+                self._reported.add(path)
 
     def named(self, name: str) -> StoredEngine:
         """An engine by its name, or by the beginning of it that no other has.
@@ -144,8 +144,8 @@ class EngineStore:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def publish(self, folder: Path, record: EngineRecord) -> StoredEngine:
-        """Make what was built in a folder of `building` an engine of the store; an older one of the same
-        name is replaced.
+        """Publish what was built in a folder of `building` as an engine of the store; an older one of the
+        same name is replaced.
 
         Raises:
             OutputError: it cannot be written.

@@ -40,8 +40,8 @@ def build_plan(
             its dtypes are the precision.
         plan: the file to write. It loads on this TensorRT and this kind of GPU only.
         profile: batch sizes; where the ONNX file has a fixed batch, all three must be it.
-        precision: what the ONNX file was exported at: "fp32" forbids TF32, which the others' fp32 islands
-            may use.
+        precision: what the ONNX file was exported at: "fp32" forbids TF32, which the fp32 layers of the
+            others may use.
         workspace_bytes: most memory for a layer's scratch; None = all that the device has.
         optimization_level: 0 (fastest build) to 5 (most tactics tried).
         timing_cache: measured tactics from earlier builds, read and rewritten; one that belongs to another

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from slide2vec.errors import EngineError, OutputError
 from slide2vec.files import atomic_path
 from slide2vec.runtime.base import BatchProfile
-from slide2vec.runtime.tensorrt.library import Library, Log, told
+from slide2vec.runtime.tensorrt.library import Library, Log, error_text
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """What the builder is told; see `slide2vec.compile.tensorrt.build_plan`."""
+    """Settings of the builder; see `slide2vec.compile.tensorrt.build_plan`."""
 
     profile: BatchProfile
     tf32: bool
@@ -42,7 +42,7 @@ class Settings:
 
 
 class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # untyped where TensorRT is not installed
-    """TensorRT's progress, told to `on_progress`. Its first exception cancels the build and is `cause`:
+    """TensorRT's progress, passed on to `on_progress`. Its first exception cancels the build and is `cause`:
     TensorRT would print it and lose it.
     """
 
@@ -103,7 +103,7 @@ def _parse(onnx: Path, network: trt.INetworkDefinition, library: Library, log: L
     parser = library.new_parser(network, log)  # it owns the weights; the network keeps it alive
     if not parser.parse_from_file(str(onnx)):
         errors = [_in_words(parser.get_error(index)) for index in range(parser.num_errors)]
-        raise EngineError(f"{library.title} cannot parse {onnx}: {'; '.join(errors) or told(log)}")
+        raise EngineError(f"{library.title} cannot parse {onnx}: {'; '.join(errors) or error_text(log)}")
 
 
 def _in_words(error: trt.ParserError) -> str:
@@ -169,7 +169,7 @@ def _compile(
     if monitor.cause is not None:
         raise monitor.cause
     if data is None:
-        raise EngineError(f"{library.title} cannot build {onnx}: {told(log)}")
+        raise EngineError(f"{library.title} cannot build {onnx}: {error_text(log)}")
     return data
 
 

@@ -90,7 +90,7 @@ def build_encoder(
     if recipe.level != "tile":
         raise ModelLevelError(f"preset {recipe.name} is {recipe.level}-level: it embeds no tiles")
     if recipe.encoder.family == "remote":
-        from slide2vec.encoders.remote import build_remote
+        from slide2vec.encoders.remote_code import build_remote
 
         encoder = build_remote(recipe, variant, weights, trust_remote_code)
         return encoder.eval().requires_grad_(False)

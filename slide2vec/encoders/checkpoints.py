@@ -16,7 +16,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from slide2vec.encoders.renames import PUBLISHED, RENAMES
+from slide2vec.encoders.checkpoint_keys import PUBLISHED, RENAMES
 from slide2vec.errors import WeightsError
 from slide2vec.recipes import EncoderSpec
 

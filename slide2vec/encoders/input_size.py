@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slide2vec.encoders.renames import PUBLISHED
+from slide2vec.encoders.checkpoint_keys import PUBLISHED
 from slide2vec.errors import ConfigError
 from slide2vec.recipes import Recipe
 

@@ -17,8 +17,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from slide2vec.encoders.checkpoint_keys import PUBLISHED
 from slide2vec.encoders.checkpoints import convert
-from slide2vec.encoders.renames import PUBLISHED
 from slide2vec.errors import GatedWeightsError, WeightsError
 from slide2vec.files import hub_or_cache
 from slide2vec.files.arrays import check_sums

@@ -1,4 +1,4 @@
-"""Arrays in .npz files that anybody may have sent: bounded before they are read."""
+"""Arrays in .npz files from untrusted sources: bounded before they are read."""
 
 from __future__ import annotations
 

@@ -67,8 +67,8 @@ def open_locked(path: Path, flags: int = os.O_RDWR | os.O_CREAT, mode: int = 0o6
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-        told = f"its lock {path.name} is a link, which is not followed: remove it"
-        raise OSError(errno.ELOOP, told) from error
+        message = f"its lock {path.name} is a link, which is not followed: remove it"
+        raise OSError(errno.ELOOP, message) from error
     try:
         _refuse_others(path, os.fstat(descriptor).st_mode)
     except OSError:

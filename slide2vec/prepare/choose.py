@@ -1,4 +1,4 @@
-"""Which preparer a model's tiles go through."""
+"""What a preparer is (tiles to the encoder's input), and which one a model's tiles go through."""
 
 from __future__ import annotations
 
@@ -6,19 +6,30 @@ import logging
 from collections.abc import Mapping
 from importlib import import_module
 from types import MappingProxyType
-from typing import cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
 from slide2vec.errors import ConfigError, ExtraMissingError, Slide2VecError, nearest_names
-from slide2vec.prepare.base import Preparer
 from slide2vec.prepare.torch_preparer import TorchPreparer
 from slide2vec.recipes import Transform
 from slide2vec.runtime.base import Layout
 
-__all__ = ["PREPARERS", "choose_preparer"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["PREPARERS", "Preparer", "choose_preparer"]
 
 logger = logging.getLogger(__name__)
+
+
+class Preparer(Protocol):
+    """Turns a batch of tiles into the encoder's input."""
+
+    def prepare(self, tiles: torch.Tensor) -> torch.Tensor:
+        """(B, S, S, 3) uint8 tiles, wherever they are -> pixels in the engine's layout, on its device."""
+        ...
+
 
 #: name -> (its module, its class).
 PREPARERS: Mapping[str, tuple[str, str]] = MappingProxyType(

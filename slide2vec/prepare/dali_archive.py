@@ -61,7 +61,7 @@ def unavailable() -> str | None:
 class DaliArchive:
     """The tiles of a slide out of its archive, decoded by DALI; safe to use from several threads.
 
-    The pixels are those of `archive`. DALI parses no tar: it is told where the JPEGs are, and gets
+    The pixels are those of `archive`. DALI parses no tar: it is given the places of the JPEGs, and gets
     none that `archive` has not looked at. Where it fails, `archive` does the rest, and says
     what is wrong. DALI starts with the first block that is asked for.
 
@@ -170,7 +170,7 @@ class DaliArchive:
                 self._pipeline = _build(self._archive, self._threads, self._device)
             pixels = self._decoded(self._pipeline, len(tiles))
         except (RuntimeError, OSError, ImportError, ValueError) as error:
-            if not isinstance(error, SlideReadError):  # that one is told by `archive`
+            if not isinstance(error, SlideReadError):  # `archive` reports that one
                 logger.warning("%s is read without DALI, which failed: %s", self._archive.path, error)
             self._works, self._pipeline = False, None
             return

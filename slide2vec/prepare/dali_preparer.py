@@ -22,7 +22,7 @@ _THREADS = 2
 
 
 class DaliPreparer:
-    """See `slide2vec.prepare.base.Preparer`. One thread uses it.
+    """See `slide2vec.prepare.choose.Preparer`. One thread uses it.
 
     Tiles go in and pixels come out without a copy, in the order of the current CUDA stream. What comes out
     is not written again while somebody holds it.

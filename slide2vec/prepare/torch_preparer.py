@@ -13,7 +13,7 @@ __all__ = ["TorchPreparer"]
 
 
 class TorchPreparer:
-    """See `slide2vec.prepare.base.Preparer`.
+    """See `slide2vec.prepare.choose.Preparer`.
 
     Resizing is antialiased and rounds to uint8, as Pillow's and torchvision's does (within one
     grey level of Pillow); then centre crop, then (pixels / 255 - mean) / std as a multiply and an add, which

@@ -25,7 +25,7 @@ def triton_unavailable() -> str | None:
 
 
 class TritonPreparer:
-    """See `slide2vec.prepare.base.Preparer`. Reads every tile once and writes every pixel once.
+    """See `slide2vec.prepare.choose.Preparer`. Reads every tile once and writes every pixel once.
 
     Raises:
         ExtraMissingError: Triton is not installed.

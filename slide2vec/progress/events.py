@@ -1,4 +1,4 @@
-"""What a run tells while it lasts, and its summary."""
+"""The events of a run, and its summary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is told of the events of a run."""
+"""Reporters: where the events of a run go."""
 
 from __future__ import annotations
 

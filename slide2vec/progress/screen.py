@@ -1,4 +1,4 @@
-"""Whether somebody is there to see the progress of a run."""
+"""Whether this process shows its output in a terminal or a notebook."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slide2vec.readers.base import SlideReader
+from slide2vec.readers.reader import SlideReader
 from slide2vec.readers.select import backends, open_and_use, open_slide
 from slide2vec.readers.spacing import resolve_spacing
 

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.errors import BackendError, ExtraMissingError, SlideReadError
+from slide2vec.readers.crash_guard import check_in_child
 from slide2vec.readers.probe import Probe
 from slide2vec.readers.pyramid import PyramidReader, to_level0
-from slide2vec.readers.spacing import settle_spacing
-from slide2vec.readers.trial import try_first
+from slide2vec.readers.spacing import choose_spacing
 
 __all__ = ["AsapReader", "unavailable"]
 
@@ -43,7 +43,7 @@ class AsapReader(PyramidReader):
     def __init__(self, probe: Probe) -> None:
         if reason := unavailable():
             raise ExtraMissingError(reason)
-        try_first(AsapReader, probe)
+        check_in_child(AsapReader, probe)
         try:
             self._image: Any | None = (
                 import_module(_MODULE).MultiResolutionImageReader().open(str(probe.path))
@@ -64,7 +64,7 @@ class AsapReader(PyramidReader):
         if self.spacing_um is None:
             spacing = [float(um) for um in image.getSpacing() or ()]
             self.claims = (("mpp", spacing[0], spacing[1]),) if len(spacing) > 1 else ()
-            self.spacing_um, self.spacing_source = settle_spacing(self.claims)
+            self.spacing_um, self.spacing_source = choose_spacing(self.claims)
 
     def _read_box(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         downsample = self._native_downsamples[level]

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from slide2vec.readers.tiletable import Parts, TileFormat
+from slide2vec.readers.tile_table import Parts, TileFormat
 
 __all__ = ["TileError", "decode_tile", "has_transform", "tile_memory", "unavailable", "why_not"]
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from slide2vec.errors import BackendError, ExtraMissingError, SlideReadError
+from slide2vec.readers.crash_guard import check_in_child
 from slide2vec.readers.probe import Probe, TiffLevel
 from slide2vec.readers.pyramid import PyramidReader, to_level0
-from slide2vec.readers.tifftiles import colour_conflict
-from slide2vec.readers.tilecheck import TileCheck
-from slide2vec.readers.trial import try_first
+from slide2vec.readers.tiff_tiles import colour_conflict
+from slide2vec.readers.tile_check import TileCheck
 
-__all__ = ["CucimCudaReader", "CucimReader", "load_on", "tame_cufile", "unavailable"]
+__all__ = ["CucimCudaReader", "CucimReader", "configure_cufile", "load_on", "unavailable"]
 
 _VENDORS = ("aperio", "generic", "ome", "philips")
 #: Read with the same pixels as OpenSlide's; a damaged tile raises (JPEG ones: see TileCheck).
@@ -121,8 +121,8 @@ def _why_not_level(level: TiffLevel) -> str | None:
 def _open(probe: Probe) -> Any:
     if reason := unavailable():
         raise ExtraMissingError(reason)
-    try_first(CucimReader, probe)
-    tame_cufile()
+    check_in_child(CucimReader, probe)
+    configure_cufile()
     library = import_module("cucim")
     try:
         if _opened.is_set():
@@ -140,8 +140,8 @@ def _open(probe: Probe) -> Any:
 _opening, _opened = threading.Lock(), threading.Event()
 
 
-def tame_cufile() -> None:
-    """Have cuFile, which cuCIM opens when it is imported, give up where GPUDirect Storage is missing.
+def configure_cufile() -> None:
+    """Configure cuFile, which cuCIM opens when it is imported, not to run where GPUDirect Storage is missing.
 
     Its compatibility mode would open a CUDA context on every visible GPU, spins for ever on a
     machine without one once PyTorch has loaded its own libcufile (1.17), and leaves a cufile.log in
@@ -196,6 +196,6 @@ class CucimCudaReader(CucimReader):
 def load_on(device: Any) -> None:
     """Import cuCIM with its CUDA context on one device, rather than on any that is visible."""
     if unavailable() is None:
-        tame_cufile()
+        configure_cufile()
         with import_module("torch").cuda.device(device):
             import_module("cucim")

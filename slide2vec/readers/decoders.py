@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from slide2vec.errors import ExtraMissingError
 from slide2vec.readers.codecs import decode_tile, tile_memory
-from slide2vec.readers.tiletable import Parts, TileFormat, TilePlace
+from slide2vec.readers.tile_table import Parts, TileFormat, TilePlace
 
 __all__ = ["HostDecoder", "NvimgcodecDecoder", "TileDecoder", "nvimgcodec_unavailable"]
 

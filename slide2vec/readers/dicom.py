@@ -1,4 +1,4 @@
-"""Ours: DICOM slides whose frames are each decoded once, by decoders that notice damage."""
+"""slide2vec's own reader of DICOM slides: each frame is decoded once, by strict decoders."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from slide2vec.errors import BackendError, ExtraMissingError
 from slide2vec.readers import codecs
 from slide2vec.readers.decoders import HostDecoder
-from slide2vec.readers.dicomtiles import DicomTiles, why_not
+from slide2vec.readers.dicom_tiles import DicomTiles, why_not
 from slide2vec.readers.probe import Probe
-from slide2vec.readers.raw import BoxReader, RawBoxes
+from slide2vec.readers.tile_assembly import HostTileReader, TileAssembler
 
 __all__ = ["DicomReader", "unavailable"]
 
@@ -21,7 +21,7 @@ def unavailable() -> str | None:
     return codecs.unavailable()
 
 
-class DicomReader(BoxReader):
+class DicomReader(HostTileReader):
     """Reads whole-slide images with pydicom, simplejpeg and imagecodecs.
 
     Raises:
@@ -41,4 +41,4 @@ class DicomReader(BoxReader):
             raise BackendError(reason)
         super().__init__(probe, [(level.width, level.height) for level in levels])
         self.tile_shapes = tuple(level.tile for level in levels)
-        self._boxes = RawBoxes(DicomTiles(levels, probe.name, self._read_error), HostDecoder())
+        self._boxes = TileAssembler(DicomTiles(levels, probe.name, self._read_error), HostDecoder())

@@ -1,4 +1,4 @@
-"""What a slide's files are: taken once, before they are read, and held against them afterwards."""
+"""Fingerprints of a slide's files: taken before they are read, and compared with them afterwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
 
 from slide2vec.files import as_os_errors, is_remote, open_plain, plain_stat
-from slide2vec.readers.companions import files_of
+from slide2vec.readers.slide_files import slide_files
 
 __all__ = ["FileIdentity", "Fingerprint", "Stamp", "fingerprint", "same_content", "stamps_of"]
 
@@ -49,7 +49,7 @@ class FileIdentity:
         copy: Path | None = None,
         stamps: Mapping[Path, Stamp] | None = None,
     ) -> FileIdentity:
-        """Look at a file and those that belong to it.
+        """Take the fingerprint of a file and of those that belong to it.
 
         Args:
             how: digest the ends of each file, or the whole of it as well.
@@ -73,7 +73,7 @@ class FileIdentity:
             return False
 
     def change(self) -> str | None:
-        """What has become of it, in words; None where it is the same still, its files touched perhaps.
+        """How it has changed, in words; None where its content is the same, even if its files were touched.
 
         Reads its files only where they look changed.
         """
@@ -157,7 +157,7 @@ def _companions(path: Path) -> list[Path]:
     """The files that belong to the one that is named, as far as they are known."""
     plain_stat(path)  # before anything is opened: a pipe would never answer
     try:
-        found = files_of(path)
+        found = slide_files(path)
     except (
         FileNotFoundError,
         NotADirectoryError,
@@ -174,7 +174,7 @@ def _stamp(path: Path) -> Stamp:
 
 
 def _version(path: Any) -> str:
-    """What a store calls the content of an object; "" where it does not tell."""
+    """What a store calls the content of an object; "" where it does not say."""
     with as_os_errors(path):
         info = path.fs.info(path.path)
     return str(info.get("ETag") or info.get("etag") or info.get("md5Hash") or "")

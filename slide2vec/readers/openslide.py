@@ -14,11 +14,11 @@ import openslide
 from numpy.typing import NDArray
 
 from slide2vec.errors import BackendError, SlideReadError
+from slide2vec.readers.crash_guard import check_in_child
 from slide2vec.readers.probe import Probe, TiffLevel
 from slide2vec.readers.pyramid import PyramidReader
 from slide2vec.readers.recheck import check_of
-from slide2vec.readers.spacing import Claim, objective_claim, settle_spacing
-from slide2vec.readers.trial import try_first
+from slide2vec.readers.spacing import SpacingCandidate, choose_spacing, objective_claim
 
 __all__ = ["OpenslideReader", "unavailable"]
 
@@ -52,7 +52,7 @@ class OpenslideReader(PyramidReader):
         reason = next((reason for level in probe.levels if (reason := _why_not(level))), None)
         if reason:
             raise BackendError(reason)
-        try_first(OpenslideReader, probe)
+        check_in_child(OpenslideReader, probe)
         try:
             handle = openslide.OpenSlide(probe.path)
         except openslide.OpenSlideError as error:
@@ -67,7 +67,7 @@ class OpenslideReader(PyramidReader):
         self._lock = threading.Lock()
         if probe.kind != "tiff" or probe.vendor in {"leica", "ventana", "trestle"}:
             self.claims = tuple(_claims(handle.properties))
-            self.spacing_um, self.spacing_source = settle_spacing(self.claims)
+            self.spacing_um, self.spacing_source = choose_spacing(self.claims)
         self._check = check_of(probe, self._read_error) if probe.vendor in _CHECKED else None
         if self.tile_shapes[0] is None:
             self.tile_shapes = tuple(
@@ -176,7 +176,7 @@ def _edge(index: int, downsample: float) -> int:
     return int(pixels[np.abs(locations - np.round(locations)).argmin()])
 
 
-def _claims(properties: Any) -> Iterator[Claim]:
+def _claims(properties: Any) -> Iterator[SpacingCandidate]:
     x, y, power = (
         _number(properties.get(f"openslide.{name}")) for name in ("mpp-x", "mpp-y", "objective-power")
     )

@@ -17,16 +17,16 @@ import tifffile
 
 from slide2vec.errors import SlideOpenError
 from slide2vec.files import is_remote, open_plain
-from slide2vec.readers.dicomhead import dicom_files, dicom_series, is_dicom
-from slide2vec.readers.dicomlevels import DicomLevel, dicom_claims, dicom_levels, doubted
-from slide2vec.readers.foreign import foreign
+from slide2vec.readers.dicom_head import dicom_files, dicom_series, is_dicom
+from slide2vec.readers.dicom_levels import DicomLevel, dicom_claims, dicom_levels, doubted
 from slide2vec.readers.refusal import COPY_AGAIN, Refusal
-from slide2vec.readers.spacing import Claim, settle_spacing
-from slide2vec.readers.tiffclaims import Directory, check_claims
-from slide2vec.readers.tiffimages import find_slide, vendor_of
-from slide2vec.readers.tifflevels import TiffLevel
-from slide2vec.readers.tiffpixels import refuse_contradictions
-from slide2vec.readers.tiffspacing import tiff_claims
+from slide2vec.readers.spacing import SpacingCandidate, choose_spacing
+from slide2vec.readers.tiff_bounds import Directory, check_bounds
+from slide2vec.readers.tiff_images import find_slide, vendor_of
+from slide2vec.readers.tiff_levels import TiffLevel
+from slide2vec.readers.tiff_pixels import refuse_contradictions
+from slide2vec.readers.tiff_spacing import tiff_claims
+from slide2vec.readers.unsupported import unsupported_reason
 from slide2vec.slides import Slide
 
 __all__ = ["Probe", "TiffLevel", "probe"]
@@ -42,7 +42,7 @@ _MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueErro
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What a file is, as far as its tags tell.
+    """What a file is, as far as its tags say.
 
     Attributes:
         path: the file, or the copy of it that is opened.
@@ -69,7 +69,7 @@ class Probe:
     planning: int = 0
     spacing_um: float | None = None
     spacing_source: str = "not read from the tags"
-    claims: tuple[Claim, ...] = ()
+    claims: tuple[SpacingCandidate, ...] = ()
     directories: tuple[Directory, ...] = ()
 
 
@@ -88,14 +88,14 @@ def probe(slide: Slide, copy: Path | None = None) -> Probe:
     opened = copy or path
     head = _head(opened, path, name)
     kind = _kind(path, head)
-    if kind != "dicom" and (why := foreign(path, opened, head)):
+    if kind != "dicom" and (why := unsupported_reason(path, opened, head)):
         raise SlideOpenError(f"slide {name}: {path} {why}")
     if kind == "dicom":
         return _probe_dicom(opened, path, name)
     if kind != "tiff":
         return Probe(path=opened, origin=path, name=name, kind=kind)
     try:
-        directories = tuple(check_claims(opened))
+        directories = tuple(check_bounds(opened))
         with tifffile.TiffFile(opened) as tiff:
             found = _probe_tiff(path, name, list(tiff.pages), opened.stat().st_size)
         return replace(found, path=opened, directories=directories)
@@ -144,7 +144,7 @@ def _probe_dicom(opened: Path, path: Path, name: str) -> Probe:
     claims = tuple(dicom_claims(levels[0]))
     if doubt := doubted(claims):
         logger.warning("slide %s: %s %s", name, path, doubt)
-    spacing_um, source = settle_spacing(claims)
+    spacing_um, source = choose_spacing(claims)
     return Probe(
         path=opened,
         origin=path,
@@ -167,7 +167,7 @@ def _probe_tiff(path: Path, name: str, pages: list[Any], size: int) -> Probe:
     found = find_slide(vendor, pages, path.name)
     refuse_contradictions(found.levels.levels, found.page)
     claims = tuple(tiff_claims(vendor, found.page, found.ome))
-    spacing_um, source = settle_spacing(claims)
+    spacing_um, source = choose_spacing(claims)
     return Probe(
         path=path,
         origin=path,

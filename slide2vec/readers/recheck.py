@@ -12,8 +12,8 @@ from typing import TypeAlias
 from slide2vec.errors import ExtraMissingError
 from slide2vec.readers.codecs import TileError, decode_tile, unavailable
 from slide2vec.readers.probe import Probe
-from slide2vec.readers.tifftiles import TiffTiles, why_not
-from slide2vec.readers.tilecheck import Fail, TileCheck
+from slide2vec.readers.tiff_tiles import TiffTiles, why_not
+from slide2vec.readers.tile_check import Fail, TileCheck
 
 __all__ = ["Check", "Recheck", "check_of"]
 
@@ -39,7 +39,7 @@ class Recheck:
         """
         places = [
             place
-            for place in self._tiles.under(level, x, y, width, height)
+            for place in self._tiles.tiles_in(level, x, y, width, height)
             if (level, place.tile) not in self._sound
         ]
         form = self._tiles.format(level)

@@ -18,11 +18,11 @@ from slide2vec.errors import (
     SlideOpenError,
     nearest_names,
 )
-from slide2vec.readers.base import SlideReader
 from slide2vec.readers.probe import Probe, probe
+from slide2vec.readers.reader import SlideReader
 from slide2vec.readers.refusal import CONVERT, EXPORT, Refusal
 from slide2vec.readers.spacing import refuse_oblong_pixels
-from slide2vec.readers.tiffimages import OPENSLIDE_VENDORS
+from slide2vec.readers.tiff_images import OPENSLIDE_VENDORS
 from slide2vec.slides import Slide
 
 __all__ = ["AUTO_ORDER", "backends", "open_and_use", "open_slide"]
@@ -43,8 +43,9 @@ _READERS: Mapping[str, tuple[str, str]] = MappingProxyType(
     }
 )
 AUTO_ORDER = tuple(_READERS)
-#: Whose reason matters where no back end reads a file, the first that is there; else OpenSlide's.
-_EXPERTS = {"tiff": ("tiff", "vips"), "dicom": ("dicom",)}
+#: By kind of file, back ends whose reason is reported where none reads it, the first that is installed; else
+#: OpenSlide's.
+_ANSWERING_FOR = {"tiff": ("tiff", "vips"), "dicom": ("dicom",)}
 #: What OpenSlide's shortest reasons mean.
 _MEANINGS = {
     "dissimilar main images": "it is a Leica SCN of areas that are too unlike to be put together",
@@ -157,9 +158,9 @@ def _all(passed: Mapping[str, Exception]) -> str:
 
 
 def _why(found: Probe, passed: Mapping[str, Exception]) -> str:
-    """The reason that matters, and what to do. `passed` holds why every back end refused."""
+    """The reason to report, and what to do. `passed` holds why every back end refused."""
     plain = found.kind == "tiff" and found.vendor not in OPENSLIDE_VENDORS
-    experts = _EXPERTS.get(found.kind, ()) if plain or found.kind != "tiff" else ()
+    experts = _ANSWERING_FOR.get(found.kind, ()) if plain or found.kind != "tiff" else ()
     contradicted = [backend for backend, error in passed.items() if isinstance(error, Contradiction)]
     order = (*contradicted, *experts, "openslide", *passed)
     asked = next(backend for backend in order if backend in passed)

@@ -8,35 +8,35 @@ from typing import TypeAlias
 
 from slide2vec.errors import SpacingError
 from slide2vec.geometry import PLAUSIBLE_SPACING_UM, is_plausible_spacing
-from slide2vec.readers.base import SlideReader
+from slide2vec.readers.reader import SlideReader
 from slide2vec.readers.refusal import Refusal
 from slide2vec.slides import Slide
 
 __all__ = [
     "OBJECTIVE",
-    "Claim",
+    "SpacingCandidate",
+    "choose_spacing",
     "objective_claim",
     "refuse_oblong_pixels",
     "resolve_spacing",
-    "settle_spacing",
 ]
 
 logger = logging.getLogger(__name__)
 
 #: (where it was read, µm/px of level 0, the same along y where that is given).
-Claim: TypeAlias = tuple[str, float] | tuple[str, float, float]
+SpacingCandidate: TypeAlias = tuple[str, float] | tuple[str, float, float]
 
 OBJECTIVE = "objective power"
 #: Relative difference of µm/px along x and y up to which pixels count as square.
 MOST_OBLONG = 0.01
 
 
-def objective_claim(power: float) -> Claim:
+def objective_claim(power: float) -> SpacingCandidate:
     """What an objective magnification implies: 40x has 0.25 µm/px, 20x 0.5."""
     return OBJECTIVE, 10.0 / power if power > 0 else 0.0
 
 
-def settle_spacing(claims: Iterable[Claim]) -> tuple[float | None, str]:
+def choose_spacing(claims: Iterable[SpacingCandidate]) -> tuple[float | None, str]:
     """The first plausible claim as (µm/px, its source), or (None, why there is none)."""
     refused = []
     for claim in claims:
@@ -53,7 +53,7 @@ def settle_spacing(claims: Iterable[Claim]) -> tuple[float | None, str]:
     )
 
 
-def refuse_oblong_pixels(claims: Iterable[Claim]) -> None:
+def refuse_oblong_pixels(claims: Iterable[SpacingCandidate]) -> None:
     """Refuse pixels that are not square: tiles would be distorted.
 
     Raises:

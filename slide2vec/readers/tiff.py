@@ -1,4 +1,4 @@
-"""Ours: TIFFs whose compressed tiles or strips are each decoded once, by decoders that notice damage."""
+"""slide2vec's own reader of TIFFs: each compressed tile or strip is decoded once, by strict decoders."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from slide2vec.errors import BackendError, ExtraMissingError
 from slide2vec.readers.codecs import unavailable
 from slide2vec.readers.decoders import HostDecoder
 from slide2vec.readers.probe import Probe
-from slide2vec.readers.raw import BoxReader, RawBoxes
-from slide2vec.readers.tifftiles import TiffTiles, why_not
+from slide2vec.readers.tiff_tiles import TiffTiles, why_not
+from slide2vec.readers.tile_assembly import HostTileReader, TileAssembler
 
 __all__ = ["TiffReader", "unavailable"]
 
 
-class TiffReader(BoxReader):
+class TiffReader(HostTileReader):
     """Reads plain TIFFs, Aperio's and OME's with simplejpeg and imagecodecs.
 
     Raises:
@@ -28,4 +28,4 @@ class TiffReader(BoxReader):
         if reason := why_not(probe):
             raise BackendError(reason)
         super().__init__(probe, [(level.width, level.height) for level in probe.levels])
-        self._boxes = RawBoxes(TiffTiles(probe, self._read_error), HostDecoder())
+        self._boxes = TileAssembler(TiffTiles(probe, self._read_error), HostDecoder())

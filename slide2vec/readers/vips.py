@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.errors import BackendError, ExtraMissingError, SlideReadError
+from slide2vec.readers.crash_guard import check_in_child
 from slide2vec.readers.probe import Probe, TiffLevel
 from slide2vec.readers.pyramid import PyramidReader
 from slide2vec.readers.recheck import check_of
-from slide2vec.readers.tifftiles import colour_conflict
-from slide2vec.readers.trial import try_first
+from slide2vec.readers.tiff_tiles import colour_conflict
 
 __all__ = ["VipsReader", "unavailable"]
 
@@ -46,7 +46,7 @@ class VipsReader(PyramidReader):
         if reason:
             raise BackendError(reason)
         vips = _library()
-        try_first(VipsReader, probe)
+        check_in_child(VipsReader, probe)
         levels = probe.levels[: probe.planning]
         super().__init__(probe, [(level.width, level.height) for level in levels])
         self._error: type[Exception] = vips.Error

@@ -1,4 +1,4 @@
-"""The seam between the stream and whatever computes features."""
+"""What an engine offers the stream: one batch of pixels in, features out."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def load_engine(directory: Path, device: torch.device) -> Engine:
 
 
 def _common(record: EngineRecord) -> dict[str, Any]:
-    """What every runtime is told of its engine."""
+    """Arguments that every runtime's engine takes."""
     return {"precision": record.precision, "feature_dim": record.feature_dim, "layout": record.layout}
 
 

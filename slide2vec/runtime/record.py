@@ -147,7 +147,7 @@ def read_record(directory: Path) -> EngineRecord:
 
 
 def _check_types(known: Mapping[str, Any]) -> None:
-    """Refuse what nobody who uses a record reckons with.
+    """Refuse records whose fields have unexpected types.
 
     Raises:
         TypeError: naming the field.

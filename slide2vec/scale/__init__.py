@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
     from slide2vec.cohort.embedder import Encoder
     from slide2vec.config import ExecutionOptions
-    from slide2vec.scale.elsewhere import Elsewhere
-    from slide2vec.scale.fleet import Fleet
+    from slide2vec.scale.executor import WorkerExecutor
+    from slide2vec.scale.pool import WorkerPool
 
-__all__ = ["Elsewhere", "Fleets", "workers_for"]
+__all__ = ["WorkerExecutor", "WorkerPools", "workers_for"]
 
 #: Fleets that wait for the next call, by what decides their workers.
-Fleets: TypeAlias = "dict[tuple[object, ...], list[Fleet]]"
+WorkerPools: TypeAlias = "dict[tuple[object, ...], list[WorkerPool]]"
 
 
 def workers_for(
@@ -29,16 +29,16 @@ def workers_for(
     loader: Callable[..., Any] | None,
     device: torch.device,
     execution: ExecutionOptions,
-    kept: Fleets,
+    kept: WorkerPools,
     *,
     chosen: bool,
-) -> Elsewhere | None:
+) -> WorkerExecutor | None:
     """Who embeds the slides of a call; None: its own process, on the model's own device.
 
     Args:
         loader: builds the model anew, as `loader(device=…)`.
         device: of the model in this process.
-        kept: fleets of earlier calls.
+        kept: pools of earlier calls.
         chosen: that device was asked for, rather than any of its kind.
 
     Raises:
@@ -59,24 +59,24 @@ def workers_for(
             "workers need a model of Model.from_preset, which each of them loads anew; for one that "
             f"was made otherwise say {alone}"
         )
-    from slide2vec.scale.elsewhere import Elsewhere
+    from slide2vec.scale.executor import WorkerExecutor
 
     key: tuple[object, ...] = (*devices, execution.executor, execution.ray_address, execution.num_gpus)
-    return Elsewhere(model, _starter(loader, devices, execution), kept.setdefault(key, []))
+    return WorkerExecutor(model, _starter(loader, devices, execution), kept.setdefault(key, []))
 
 
 def _starter(
     loader: Callable[..., Any], devices: Sequence[str], execution: ExecutionOptions
-) -> Callable[[], Fleet]:
+) -> Callable[[], WorkerPool]:
     if execution.executor == "ray":
-        return partial(_ray_fleet, loader, execution)
-    from slide2vec.scale.local import LocalFleet
+        return partial(_ray_pool, loader, execution)
+    from slide2vec.scale.local_pool import LocalPool
 
-    return partial(LocalFleet, devices, loader, share(job_cpus(), len(devices)))
+    return partial(LocalPool, devices, loader, share(job_cpus(), len(devices)))
 
 
-def _ray_fleet(loader: Callable[..., Any], execution: ExecutionOptions) -> Fleet:
-    from slide2vec.scale.ray_fleet import RayFleet
+def _ray_pool(loader: Callable[..., Any], execution: ExecutionOptions) -> WorkerPool:
+    from slide2vec.scale.ray_pool import RayPool
 
     workers = None if execution.devices is None else len(execution.devices)
-    return RayFleet(loader, address=execution.ray_address, workers=workers, num_gpus=execution.num_gpus)
+    return RayPool(loader, address=execution.ray_address, workers=workers, num_gpus=execution.num_gpus)

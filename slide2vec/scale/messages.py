@@ -1,4 +1,4 @@
-"""What passes between the coordinator and its workers. Plain values, so that they can be pickled."""
+"""Messages between the coordinator and its workers. Plain values, so that they can be pickled."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from slide2vec.errors import Slide2VecError
 
 if TYPE_CHECKING:
     from slide2vec.artifacts.places import Place
-    from slide2vec.cohort.events import Entry, Settled
+    from slide2vec.cohort.record_events import RecordEvent, SlideCompleted
     from slide2vec.config import ExecutionOptions, PreprocessingConfig
     from slide2vec.progress import ProgressEvent, RunSummary
     from slide2vec.slides import Slide
     from slide2vec.stream import SlideOutcome
-    from slide2vec.stream.identities import SlideIdentity
+    from slide2vec.stream.slide_identity import SlideIdentity
     from slide2vec.tiling import Tiling
 
 __all__ = [
-    "Begin",
-    "Begun",
     "Broken",
     "Command",
     "Done",
-    "Drain",
     "Embedded",
-    "Event",
-    "Finish",
-    "Finished",
+    "EndOfJob",
+    "Flush",
     "Job",
+    "JobFinished",
+    "JobStarted",
     "Load",
     "Logged",
     "Lost",
+    "ProgressMessage",
     "Ready",
     "Report",
+    "StartJob",
     "Task",
     "portable",
 ]
@@ -71,7 +71,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Begin:
+class StartJob:
     """Slides of this job follow."""
 
     job: Job
@@ -91,16 +91,16 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Drain:
-    """Nothing comes before what is there is done: encode the partial batch."""
+class Flush:
+    """No slide comes before those that are there are done: encode the partial batch."""
 
 
 @dataclass(frozen=True)
-class Finish:
+class EndOfJob:
     """The job has no more slides."""
 
 
-Command: TypeAlias = Load | Begin | Task | Drain | Finish
+Command: TypeAlias = Load | StartJob | Task | Flush | EndOfJob
 
 
 # from a worker -------------------------------------------------------------------------------------
@@ -112,12 +112,12 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class Begun:
+class JobStarted:
     """The job's slides can come."""
 
 
 @dataclass(frozen=True)
-class Event:
+class ProgressMessage:
     """Something for the progress reporter."""
 
     event: ProgressEvent
@@ -125,7 +125,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Embedded:
-    """A slide is through, in memory; `features`: its tile embeddings as the fleet keeps them."""
+    """A slide is embedded, in memory; `features`: its tile embeddings as the pool transports them."""
 
     outcome: SlideOutcome
     features: Any
@@ -133,13 +133,13 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Done:
-    """A slide is through, whatever became of it: all that there is to tell of it has been told."""
+    """A slide is complete or has failed, and everything about it has been reported."""
 
     name: str
 
 
 @dataclass(frozen=True)
-class Finished:
+class JobFinished:
     """The job is finished; a summary per stream that had anything to do."""
 
     summaries: tuple[RunSummary, ...]
@@ -163,13 +163,14 @@ class Broken:
 
 @dataclass(frozen=True)
 class Lost:
-    """Said of a worker by its fleet: it is no more, and why."""
+    """From the pool itself: a worker has ended, and why."""
 
     reason: str
 
 
 Report: TypeAlias = (
-    "Ready | Begun | Event | Entry | Settled | Embedded | Done | Finished | Logged | Broken | Lost"
+    "Ready | JobStarted | ProgressMessage | RecordEvent | SlideCompleted | Embedded "
+    "| Done | JobFinished | Logged | Broken | Lost"
 )
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from slide2vec.cpus import job_cpus
 from slide2vec.errors import ConfigError, ExtraMissingError
 
-__all__ = ["Connection", "Place", "Places", "import_ray"]
+__all__ = ["Connection", "Placement", "WorkerResources", "import_ray"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def import_ray() -> ModuleType:
 
 
 class Connection:
-    """Ray as it is, or connected to by the first fleet that needs it, and left with the last.
+    """The connection to Ray: made by the first pool that needs it, closed with the last.
 
     Args:
         address: None = RAY_ADDRESS, else a new cluster of this machine alone.
@@ -50,7 +50,7 @@ class Connection:
         ConfigError: no cluster answers there, or the process is connected to another one.
     """
 
-    _fleets: ClassVar[int] = 0
+    _pools: ClassVar[int] = 0
     _address: ClassVar[str | None] = None
     _printing: ClassVar[Any] = None
 
@@ -58,22 +58,22 @@ class Connection:
         self.ray, cls = import_ray(), Connection
         if not self.ray.is_initialized():
             _connect(self.ray, address)
-            cls._fleets, cls._address, cls._printing = 0, address, _hush(self.ray)
+            cls._pools, cls._address, cls._printing = 0, address, _silence_stdout(self.ray)
             self._ours = True
         else:
-            self._ours = cls._fleets > 0
+            self._ours = cls._pools > 0
         if self._ours and cls._address != address:
             raise ConfigError(
                 f"ray_address={address}: this process works with the Ray cluster "
                 f"{cls._address or 'of its own'} already; drop the models that have workers there, or use "
                 "another process"
             )
-        cls._fleets += self._ours
+        cls._pools += self._ours
 
     def close(self) -> None:
         """Once."""
-        Connection._fleets -= self._ours
-        if self._ours and not Connection._fleets and self.ray.is_initialized():
+        Connection._pools -= self._ours
+        if self._ours and not Connection._pools and self.ray.is_initialized():
             self.ray.shutdown()
             self.ray._private.worker.print_to_stdstream = Connection._printing
 
@@ -87,7 +87,7 @@ def _connect(ray: ModuleType, address: str | None) -> None:
         return
     assert address is not None
     try:
-        _knock(address)
+        _check_reachable(address)
         ray.init(address, **quiet)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
@@ -97,7 +97,7 @@ def _connect(ray: ModuleType, address: str | None) -> None:
         ) from error
 
 
-def _hush(ray: ModuleType) -> Any:
+def _silence_stdout(ray: ModuleType) -> Any:
     """Log what nodes complain of; Ray prints it to stdout, where results go. Returns what prints it."""
     worker = ray._private.worker
     printing = worker.print_to_stdstream
@@ -112,8 +112,8 @@ def _hush(ray: ModuleType) -> Any:
     return printing
 
 
-def _knock(address: str) -> None:
-    """Ray itself tries for minutes. Raises OSError, ValueError."""
+def _check_reachable(address: str) -> None:
+    """See that something answers there: Ray itself would try for minutes. Raises OSError, ValueError."""
     if address in _WORDS:
         return
     host, colon, port = address.removeprefix("ray://").rpartition(":")
@@ -123,7 +123,7 @@ def _knock(address: str) -> None:
 
 
 @dataclass(frozen=True)
-class Place:
+class WorkerResources:
     """What a worker needs of the cluster.
 
     Attributes:
@@ -136,7 +136,7 @@ class Place:
     node: str | None = None
 
 
-class Places:
+class Placement:
     """Where workers are wanted: one per GPU; or so many on CPUs; or one per node, with all its CPUs.
 
     Args:
@@ -154,17 +154,17 @@ class Places:
         if num_gpus and not gpus:
             raise ConfigError(f"num_gpus={num_gpus}: the Ray cluster has none; leave it out to use CPUs")
         self._workers, self._num_gpus = workers, num_gpus
-        self._shared: Place | None = None
+        self._shared: WorkerResources | None = None
         if workers is not None:
-            self._shared = Place(_cpus_of_each([cpus for cpus, _ in there], workers))
+            self._shared = WorkerResources(_cpus_of_each([cpus for cpus, _ in there], workers))
         elif gpus and num_gpus != 0:
-            self._shared = Place(min(cpus // count for cpus, count in gpus), 1)
+            self._shared = WorkerResources(min(cpus // count for cpus, count in gpus), 1)
 
-    def wanted(self, nodes: Iterable[Mapping[str, Any]]) -> Counter[Place]:
+    def wanted(self, nodes: Iterable[Mapping[str, Any]]) -> Counter[WorkerResources]:
         """On the nodes that there are now."""
         there = {node["NodeID"]: _resources(node) for node in nodes if node["Alive"]}
         if self._shared is None:
-            return Counter(Place(cpus, node=node) for node, (cpus, _) in there.items() if cpus)
+            return Counter(WorkerResources(cpus, node=node) for node, (cpus, _) in there.items() if cpus)
         if not self._shared.gpus:
             return Counter({self._shared: self._workers or 0})
         return Counter({self._shared: self._num_gpus or sum(gpus for _, gpus in there.values())})

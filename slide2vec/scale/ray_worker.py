@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from slide2vec.cohort.lock import LOCK_NAME
 from slide2vec.errors import ConfigError
-from slide2vec.scale.messages import Begin, Command, Job, Report
+from slide2vec.scale.messages import Command, Job, Report, StartJob
 from slide2vec.scale.worker import serve
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class RayWorker:
 
     def _command(self) -> Command:
         command: Command = pickle.loads(self._commands.get())
-        if isinstance(command, Begin):
+        if isinstance(command, StartJob):
             _check_shared(command.job)
         return command
 

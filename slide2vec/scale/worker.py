@@ -1,4 +1,4 @@
-"""A worker: one device, one model, and the slides that it is handed, through one stream at a time."""
+"""A worker: one device, one model, and the slides that it is given, one stream at a time."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any
 from slide2vec.errors import ConfigError
 from slide2vec.progress import ProgressEvent, RunFinished, RunSummary, SlideFailed, activate_progress_reporter
 from slide2vec.scale.messages import (
-    Begin,
-    Begun,
     Broken,
     Command,
     Done,
-    Drain,
     Embedded,
-    Event,
-    Finish,
-    Finished,
+    EndOfJob,
+    Flush,
     Job,
+    JobFinished,
+    JobStarted,
     Load,
     Logged,
+    ProgressMessage,
     Ready,
     Report,
+    StartJob,
     Task,
     portable,
 )
@@ -38,41 +38,41 @@ if TYPE_CHECKING:
     from slide2vec.cohort.embedder import Embedder
     from slide2vec.cohort.sink import Sink
     from slide2vec.stream import SlideOutcome
-    from slide2vec.stream.identities import SlideIdentity
+    from slide2vec.stream.slide_identity import SlideIdentity
     from slide2vec.tiling import Tiling
 
 __all__ = ["serve"]
 
-Tell = Callable[[Report], None]
+SendReport = Callable[[Report], None]
 
 
-def serve(receive: Callable[[], Command], tell: Tell, store: Callable[[Tensor], Any]) -> None:
-    """Do what the coordinator says, until `receive` raises EOFError.
+def serve(receive: Callable[[], Command], send_report: SendReport, store: Callable[[Tensor], Any]) -> None:
+    """Execute the coordinator's commands, until `receive` raises EOFError.
 
     Args:
         receive: the next command; called from one thread at a time.
-        tell: called from several threads.
+        send_report: called from several threads.
         store: tile embeddings -> what the coordinator gets them back from.
     """
     try:
-        _serve(receive, tell, store)
+        _serve(receive, send_report, store)
     except EOFError:
         return
     except Exception as error:
-        tell(Broken(portable(error)))
+        send_report(Broken(portable(error)))
 
 
-def _serve(receive: Callable[[], Command], tell: Tell, store: Callable[[Tensor], Any]) -> None:
+def _serve(receive: Callable[[], Command], send_report: SendReport, store: Callable[[Tensor], Any]) -> None:
     model: Embedder | None = None
     while True:
         match receive():
             case Load(loader, device):
                 model = loader(device=device)
-                tell(Ready())
-            case Begin(job):
+                send_report(Ready())
+            case StartJob(job):
                 assert model is not None
-                with _logs_told(tell):
-                    _Session(model, job, receive, tell, store).run()
+                with _forward_logs(send_report):
+                    _Session(model, job, receive, send_report, store).run()
 
 
 class _Session:
@@ -83,15 +83,15 @@ class _Session:
         model: Embedder,
         job: Job,
         receive: Callable[[], Command],
-        tell: Tell,
+        send_report: SendReport,
         store: Callable[[Tensor], Any],
     ) -> None:
-        from slide2vec.stream import Arrivals
+        from slide2vec.stream import SlideQueue
 
-        self._model, self._job, self._tell, self._store = model, job, tell, store
-        self._arrivals, self._tilings = Arrivals(), dict[str, "Tiling"]()
+        self._model, self._job, self._send_report, self._store = model, job, send_report, store
+        self._arrivals, self._tilings = SlideQueue(), dict[str, "Tiling"]()
         self._identities = dict[str, "SlideIdentity"]()
-        self._reporter = _Told(tell)
+        self._reporter = EventForwarder(send_report)
         self._receive, self._finishing = receive, False
 
     def run(self) -> None:
@@ -100,12 +100,12 @@ class _Session:
         _check_identity(self._model.identity(self._job.execution, tile_size), self._job.identity)
         commands = threading.Thread(target=self._obey, name="commands", daemon=True)
         commands.start()
-        self._tell(Begun())
+        self._send_report(JobStarted())
         with activate_progress_reporter(self._reporter):
             while not self._finishing:
                 self._embed()
         commands.join()
-        self._tell(Finished(tuple(self._reporter.summaries)))
+        self._send_report(JobFinished(tuple(self._reporter.summaries)))
 
     def _obey(self) -> None:
         """Take commands while the stream runs."""
@@ -117,9 +117,9 @@ class _Session:
                     if identity is not None:
                         self._identities[slide.sample_id] = identity
                     self._arrivals.put(slide)
-                case Drain():
+                case Flush():
                     self._arrivals.end()
-                case Finish():
+                case EndOfJob():
                     self._finishing = True
                     self._arrivals.end()
 
@@ -127,13 +127,13 @@ class _Session:
         """One stream: embeddings go back, or files are written and what there is to say of them goes back."""
         with self._sink() as sink, closing(self._model.embed_here(sink, self._arrivals)) as outcomes:
             for outcome in outcomes:
-                self._tell_of(outcome)
+                self._report_outcome(outcome)
 
     @contextmanager
     def _sink(self) -> Iterator[Sink]:
-        from slide2vec.cohort.cohort import Cohort
+        from slide2vec.cohort.context import Cohort
         from slide2vec.cohort.disk_sink import DiskSink
-        from slide2vec.cohort.events import PostedEntries
+        from slide2vec.cohort.record_events import ForwardingRecorder
         from slide2vec.cohort.sink import MemorySink
 
         job, execution = self._job, self._job.execution
@@ -142,11 +142,13 @@ class _Session:
             yield MemorySink(job.config, execution, aggregate if job.aggregate else None, self._tilings)
             return
         cohort = Cohort(job.config, execution, self._model, self._tilings, job.place, self._identities)
-        cohort.entries = PostedEntries(self._tell_entry)
-        with DiskSink(cohort, self._model, self._settle, on_done=lambda name: self._tell(Done(name))) as sink:
+        cohort.recorder = ForwardingRecorder(self._report_record)
+        with DiskSink(
+            cohort, self._model, self._on_slide_completed, on_done=lambda name: self._send_report(Done(name))
+        ) as sink:
             yield sink
 
-    def _tell_of(self, outcome: SlideOutcome) -> None:
+    def _report_outcome(self, outcome: SlideOutcome) -> None:
         import torch
 
         embedded, features = outcome.embedded, None
@@ -158,19 +160,19 @@ class _Session:
                 outcome = replace(outcome, embedded=None, tiling=None, error=error)
         if outcome.error is not None:
             outcome = replace(outcome, error=portable(outcome.error))
-        self._tell(Embedded(outcome, features))
-        self._tell(Done(outcome.slide.sample_id))
+        self._send_report(Embedded(outcome, features))
+        self._send_report(Done(outcome.slide.sample_id))
 
-    def _tell_entry(self, entry: Any) -> None:
+    def _report_record(self, entry: Any) -> None:
         if entry.what == "fail":
             failed, traceback = entry.values
             entry = replace(entry, values=(replace(failed, error=portable(failed.error)), traceback))
-        self._tell(entry)
+        self._send_report(entry)
 
-    def _settle(self, settled: Any) -> tuple[()]:
-        if settled.error is not None:
-            settled = replace(settled, error=portable(settled.error))
-        self._tell(settled)
+    def _on_slide_completed(self, completed_slide: Any) -> tuple[()]:
+        if completed_slide.error is not None:
+            completed_slide = replace(completed_slide, error=portable(completed_slide.error))
+        self._send_report(completed_slide)
         return ()
 
 
@@ -187,11 +189,11 @@ def _check_identity(own: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
         )
 
 
-class _Told:
+class EventForwarder:
     """A reporter that sends events on, and keeps the summaries of streams that did anything."""
 
-    def __init__(self, tell: Tell) -> None:
-        self._tell = tell
+    def __init__(self, send_report: SendReport) -> None:
+        self._send_report = send_report
         self.summaries: list[RunSummary] = []
 
     def emit(self, event: ProgressEvent) -> None:
@@ -202,19 +204,19 @@ class _Told:
             return
         if isinstance(event, SlideFailed):
             event = replace(event, error=portable(event.error))
-        self._tell(Event(event))
+        self._send_report(ProgressMessage(event))
 
     def close(self) -> None:
         """Do nothing."""
 
 
 @contextmanager
-def _logs_told(tell: Tell) -> Iterator[None]:
-    """Send warnings of the library to the coordinator, which tells each once."""
+def _forward_logs(send_report: SendReport) -> Iterator[None]:
+    """Send warnings of the library to the coordinator, which logs each once."""
 
     class Sent(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            tell(Logged(record.name, record.levelno, record.getMessage()))
+            send_report(Logged(record.name, record.levelno, record.getMessage()))
 
     handler, library = Sent(logging.WARNING), logging.getLogger("slide2vec")
     library.addHandler(handler)

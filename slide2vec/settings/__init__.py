@@ -224,7 +224,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-#: What may have a say in embeddings or speed, and the names it is distributed under.
+#: Packages that may affect embeddings or speed, by the names they are distributed under.
 _PACKAGES = {
     "slide2vec": ("slide2vec",),
     "torch": ("torch",),
@@ -248,7 +248,7 @@ _PACKAGES = {
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that have a say in a run."""
+    """Versions of Python and of the installed packages that may affect a run."""
     found = {"python": platform.python_version()}
     for name, distributions in _PACKAGES.items():
         for distribution in distributions:

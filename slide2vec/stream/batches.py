@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from slide2vec.stream.lanes import Event
+from slide2vec.stream.cuda_streams import Event
 
-__all__ = ["Batch", "Batches", "Piece", "Stopped"]
+__all__ = ["Batch", "BatchSlice", "Batches", "Stopped"]
 
 Owner = TypeVar("Owner")
 
-#: How often a thread that waits for room looks whether anybody is still there.
+#: Seconds after which a thread that waits for room checks whether the stream is still consumed.
 LOOK_UP_S = 0.5
 
 
@@ -26,8 +26,8 @@ class Stopped(Exception):
 
 
 @dataclass
-class Piece(Generic[Owner]):
-    """Consecutive slots of one batch that hold tiles of one slide.
+class BatchSlice(Generic[Owner]):
+    """Consecutive slots of one batch, for tiles of one slide.
 
     Attributes:
         tiles: (n,) int64 indices of the tiles in their slide.
@@ -61,7 +61,7 @@ class Batch(Generic[Owner]):
     pixels: torch.Tensor
     free: Event | None = None
     written: list[Event] = field(default_factory=list)
-    pieces: list[Piece[Owner]] = field(default_factory=list)
+    pieces: list[BatchSlice[Owner]] = field(default_factory=list)
     reserved: int = 0
     filled: int = 0
     sealed: bool = False
@@ -84,7 +84,7 @@ class Batches(Generic[Owner]):
         tile_size_px: S.
         ahead: full batches that may wait to be encoded before `reserve` blocks.
         ready: called with each full batch.
-        abandoned: whether nobody will come for the batches any more: a script that dies while it
+        abandoned: whether nobody takes the batches any more: a script that dies while it
             holds the iterator leaves the stream suspended, and its threads must end all the same.
         allocate: gives their memory, (B, S, S, 3) uint8.
     """
@@ -110,7 +110,7 @@ class Batches(Generic[Owner]):
         self._stopped = False
         self._room = threading.Condition()
 
-    def reserve(self, owner: Owner, tiles: NDArray[np.int64]) -> list[Piece[Owner]]:
+    def reserve(self, owner: Owner, tiles: NDArray[np.int64]) -> list[BatchSlice[Owner]]:
         """Slots for the tiles, in order; blocks while enough batches wait to be encoded.
 
         Only batches whose slots are all given out count as waiting, and these are filled without
@@ -127,11 +127,11 @@ class Batches(Generic[Owner]):
                 raise Stopped
             return self._take(owner, tiles)
 
-    def _take(self, owner: Owner, tiles: NDArray[np.int64]) -> list[Piece[Owner]]:
+    def _take(self, owner: Owner, tiles: NDArray[np.int64]) -> list[BatchSlice[Owner]]:
         pieces = []
         while len(tiles):
             batch = self._open = self._open or self._new()
-            piece = Piece(batch, batch.reserved, owner, tiles[: self._shape[0] - batch.reserved])
+            piece = BatchSlice(batch, batch.reserved, owner, tiles[: self._shape[0] - batch.reserved])
             batch.pieces.append(piece)
             batch.reserved += len(piece.tiles)
             pieces.append(piece)
@@ -149,8 +149,8 @@ class Batches(Generic[Owner]):
         batch.sealed, self._open = True, None
         self._unreleased += 1
 
-    def fill(self, piece: Piece[Owner], written: Event | None = None) -> None:
-        """The piece's slots are written, once the event comes (or given up: nobody will look at them)."""
+    def fill(self, piece: BatchSlice[Owner], written: Event | None = None) -> None:
+        """The slots are written, once the event comes (or given up: nobody looks at them)."""
         with self._room:
             piece.batch.written += [written] if written else []
             piece.batch.filled += len(piece.tiles)
@@ -177,7 +177,7 @@ class Batches(Generic[Owner]):
             self._ready(last)
 
     def stop(self) -> None:
-        """Wake and turn away whoever waits in `reserve`."""
+        """Make every `reserve` that waits raise `Stopped`."""
         with self._room:
             self._stopped = True
             self._room.notify_all()

@@ -1,4 +1,4 @@
-"""Slides on their way through the stream, and what its threads hand each other of them."""
+"""Slides in the stream, and the messages between its threads."""
 
 from __future__ import annotations
 
@@ -15,17 +15,26 @@ from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import SlideReadError
 from slide2vec.runtime import Engine
 from slide2vec.slides import Slide
-from slide2vec.stream.batches import Batch, Piece
+from slide2vec.stream.batches import Batch, BatchSlice
 from slide2vec.stream.plan import SlidePlan
-from slide2vec.stream.sources import bad_tiles, damaged, not_finite
+from slide2vec.stream.tile_sources import bad_tiles, damaged, not_finite
 from slide2vec.tiling import BadTile, Tiling
 
-__all__ = ["Broken", "End", "Failed", "Item", "Job", "Planned", "ReadTask", "SlideOutcome"]
+__all__ = [
+    "EndOfSlides",
+    "Item",
+    "JobFailed",
+    "JobPlanned",
+    "ReadTask",
+    "SlideJob",
+    "SlideOutcome",
+    "StreamBroken",
+]
 
 
 @dataclass(frozen=True)
 class SlideOutcome:
-    """A slide that is through: `embedded` and `tiling` are there, or else `error`.
+    """A slide that is complete (`embedded` and `tiling` are there) or has failed (`error`).
 
     Attributes:
         backend: what read its tiles: a reader's name, or "archive".
@@ -42,12 +51,12 @@ class SlideOutcome:
     error: Exception | None = None
 
 
-class Job:
+class SlideJob:
     """One slide on its way through the stream.
 
     Attributes:
         missing: tiles whose features have not been collected.
-        settled: its outcome has been told.
+        reported: its outcome has been given to the caller.
         failed: an error of it is under way: its tiles need not be read any more.
         bad: tiles that cannot be decoded, with why.
     """
@@ -57,7 +66,7 @@ class Job:
         self.plan: SlidePlan | None = None
         self.embeddings: Tensor | None = None
         self.missing = 0
-        self.settled = False
+        self.reported = False
         self.failed = False
         self.bad: dict[int, SlideReadError] = {}
         #: Tiles whose embeddings hold NaN or infinities -> whether they were finite before the cast.
@@ -142,39 +151,39 @@ class Job:
 class ReadTask:
     """A block of a slide's tiles, to be read into its slots."""
 
-    job: Job
+    job: SlideJob
     block: int
-    pieces: list[Piece[Job]]
+    pieces: list[BatchSlice[SlideJob]]
 
 
 @dataclass(frozen=True)
-class Planned:
+class JobPlanned:
     """The tiles of a slide are known."""
 
-    job: Job
+    job: SlideJob
 
 
 @dataclass(frozen=True)
-class Failed:
+class JobFailed:
     """A slide cannot be planned or read."""
 
-    job: Job
+    job: SlideJob
     error: Exception
 
 
 @dataclass(frozen=True)
-class End:
+class EndOfSlides:
     """So many slides have come, and no more do."""
 
     slides: int
 
 
 @dataclass(frozen=True)
-class Broken:
+class StreamBroken:
     """The run cannot go on."""
 
     error: Exception
 
 
-#: What the readers tell the encoder.
-Item: TypeAlias = Batch[Job] | Planned | Failed | Broken | End
+#: What the readers send to the encoder.
+Item: TypeAlias = Batch[SlideJob] | JobPlanned | JobFailed | StreamBroken | EndOfSlides

@@ -14,10 +14,11 @@ from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import ConfigError, SlideOpenError, SlideReadError
 from slide2vec.files import is_remote
 from slide2vec.readers import SlideReader, open_and_use, resolve_spacing
-from slide2vec.readers.witness import check_against_witness
+from slide2vec.readers.cross_check import compare_with_second_decoder
 from slide2vec.slides import Slide
-from slide2vec.stream.identities import Identities, SlideIdentity
-from slide2vec.stream.sources import (
+from slide2vec.stream.slide_identity import Identities, SlideIdentity
+from slide2vec.stream.staging import IN_PLACE, InPlace, Staged
+from slide2vec.stream.tile_sources import (
     Pixels,
     SlideSource,
     TileSource,
@@ -26,13 +27,12 @@ from slide2vec.stream.sources import (
     open_archive,
     place_singly,
 )
-from slide2vec.stream.staging import IN_PLACE, InPlace, Staged
 from slide2vec.tiling import BadTile, Tiling, TissueMask, load_coordinates, tile_slide
 from slide2vec.tiling.archives import Block, archive_paths, find_archive, write_archive
 from slide2vec.tiling.coordinates import check_tiling, find_coordinates
 from slide2vec.tiling.previews import write_mask_preview, write_tiling_preview
-from slide2vec.tiling.regions import unroll
-from slide2vec.tiling.reuse import Previous, find_reusable
+from slide2vec.tiling.previous_files import Previous, find_reusable
+from slide2vec.tiling.types import expand_regions
 
 __all__ = ["SlidePlan", "check_archives_here", "coordinates_dir", "plan_slide"]
 
@@ -51,7 +51,7 @@ class SlidePlan:
         skipped: tiles that `tiling` has lost so already.
         tiles_tar_path: the archive of the tiles, where there is one.
         coordinates_dir: where coordinate files hold just this tiling; None where none do yet.
-        road: how its pixels get to the device; None = as the source's back end gives them.
+        decode_path: how its pixels get to the device; None = as the source's back end gives them.
         identity: what the slide's files were before they were read; None where nothing is written of it.
         given: its tiles (or regions) as they were given; None where they were looked for.
     """
@@ -65,7 +65,7 @@ class SlidePlan:
     tiling_preview_path: Path | None = None
     tiles_tar_path: Path | None = None
     coordinates_dir: Path | None = None
-    road: str | None = None
+    decode_path: str | None = None
     identity: SlideIdentity | None = None
     given: Tiling | None = None
 
@@ -130,7 +130,7 @@ def plan_slide(
 def _identity(
     identities: Identities | None, slide: Slide, *, masked: bool, staged: Staged | None = None
 ) -> tuple[SlideIdentity | None, SlideOpenError | None]:
-    """Taken before anything is read; or why it cannot be, which whoever opens the files tells better."""
+    """Taken before anything is read; or why it cannot be (opening the files gives the better message)."""
     if identities is None:
         return None, None
     if staged is not None and is_remote(staged.image_path):
@@ -185,7 +185,7 @@ def _plan(
 ) -> SlidePlan:
     tiling, mask, resumed = _tiles(reader, slide, config, output_dir, given, staged, previous)
     centres = np.stack([tiling.x, tiling.y], axis=1) + tiling.geometry.tile_size_lv0 / 2
-    check_against_witness(reader, tiling.geometry.read_level, centres)
+    compare_with_second_decoder(reader, tiling.geometry.read_level, centres)
     mask_path, tiling_path = _previews(reader, tiling, mask, config, output_dir)
     if config.read_tiles_from is not None:
         return replace(
@@ -214,7 +214,9 @@ def _plan(
 
 def _tiles_of(tiling: Tiling, config: PreprocessingConfig) -> Tiling:
     """The tiles to embed: those of the regions where the tiling is one of regions."""
-    return tiling if config.region_tile_multiple is None else unroll(tiling, config.region_tile_multiple)
+    return (
+        tiling if config.region_tile_multiple is None else expand_regions(tiling, config.region_tile_multiple)
+    )
 
 
 def _tiles(
@@ -297,7 +299,7 @@ def _with_archive(
 
 
 class _BadTilesFound(Exception):
-    """The archive is to be written again, without them."""
+    """The archive has to be written again, without the tiles that cannot be decoded."""
 
 
 def _pixels(plan: SlidePlan, bad: dict[int, SlideReadError]) -> Iterator[Block]:

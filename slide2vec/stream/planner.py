@@ -1,4 +1,4 @@
-"""What plans the slides of a run."""
+"""Planner: plans the slides of a run, and knows how they are staged."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Self
 
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.slides import Slide
-from slide2vec.stream.identities import Identities
 from slide2vec.stream.plan import SlidePlan, plan_slide
+from slide2vec.stream.slide_identity import Identities
 from slide2vec.stream.staging import IN_PLACE, InPlace, stager_for
 from slide2vec.tiling import Tiling
 
@@ -74,7 +74,7 @@ class Planner:
         return plan
 
     def stop(self) -> None:
-        """Stage nothing more, and turn away whoever waits. From any thread."""
+        """Stage nothing more; whoever waits gets `Stopped`. From any thread."""
         self.stager.stop()
 
     def __enter__(self) -> Self:

@@ -24,7 +24,7 @@ def private_folder(directory: Path) -> Iterator[Path]:
     """A new folder in a directory, removed when the block ends; those of dead runs are removed first.
 
     A run holds a lock on the file beside its folder, which the operating system releases however the run
-    ends. Not all network file systems tell one machine of the locks of another, so that only folders of
+    ends. Not all network file systems show one machine the locks of another, so that only folders of
     this machine, by its name, are taken for dead.
 
     Raises:

@@ -22,8 +22,8 @@ from typing import Self
 from slide2vec.config import ExecutionOptions
 from slide2vec.errors import ConfigError, SlideOpenError
 from slide2vec.files import is_remote
-from slide2vec.readers.companions import files_of
 from slide2vec.readers.fingerprint import Stamp, stamps_of
+from slide2vec.readers.slide_files import slide_files
 from slide2vec.slides import Slide
 from slide2vec.stream.batches import Stopped
 from slide2vec.stream.scratch import private_folder
@@ -63,7 +63,7 @@ class InPlace:
         return iter(slides)
 
     def wait(self, slide: Slide) -> None:
-        """Wait until `take` needs not."""
+        """Wait until `take` returns at once."""
 
     def take(self, slide: Slide) -> Staged:
         """The files to read, once they are there.
@@ -75,7 +75,7 @@ class InPlace:
         return Staged(slide.image_path, slide.mask_path)
 
     def stop(self) -> None:
-        """Copy nothing more, and turn away whoever waits."""
+        """Copy nothing more; whoever waits gets `Stopped`."""
 
 
 IN_PLACE = InPlace()
@@ -154,7 +154,7 @@ class Stager(InPlace):
 
     @contextmanager
     def _in_turn(self, turn: int) -> Iterator[None]:
-        """The block ends with the slide's turn to be admitted, whatever comes of it."""
+        """When the block ends, however it ends, it is the next slide's turn to be admitted."""
         try:
             yield
         finally:
@@ -177,8 +177,8 @@ class Stager(InPlace):
             self._used += size
 
     def _files(self, slide: Slide) -> _Files:
-        image = files_of(slide.image_path)
-        mask = [] if slide.mask_path is None else files_of(slide.mask_path)
+        image = slide_files(slide.image_path)
+        mask = [] if slide.mask_path is None else slide_files(slide.mask_path)
         if image is None or mask is None:
             raise _NotForStaging(f"it is not known which files belong to a {slide.image_path.suffix} slide")
         return [
@@ -199,8 +199,8 @@ class Stager(InPlace):
             self.busy_s += time.perf_counter() - started
 
     def _copy_file(self, source: Path, target: Path) -> None:
-        with source.open("rb") as reading, target.open("wb", buffering=0) as writing:
-            while chunk := reading.read(CHUNK_BYTES):
+        with source.open("rb") as read_ahead, target.open("wb", buffering=0) as writing:
+            while chunk := read_ahead.read(CHUNK_BYTES):
                 if self._stopped:
                     raise Stopped
                 writing.write(chunk)
@@ -227,7 +227,7 @@ class Stager(InPlace):
             self._room.notify_all()
 
     def _not_staged(self, slide: Slide, reason: Exception) -> Staged:
-        """Read where it is, which is told; what is remote cannot be."""
+        """Read where it is, which is logged; what is remote cannot be."""
         if is_remote(slide.image_path) or is_remote(slide.mask_path):
             raise SlideOpenError(
                 f"slide {slide.sample_id}: {slide.image_path} is on remote storage and cannot be "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from slide2vec.tiling.records import BadTile, Segmentation, Tiling, TissueMask, TissuePiece
+from slide2vec.tiling.types import BadTile, Segmentation, Tiling, TissueMask, TissuePiece
 
 if TYPE_CHECKING:
     from slide2vec.tiling.coordinates import load_coordinates, read_coordinates, write_coordinates

@@ -1,6 +1,6 @@
 """Tile archives: <sample_id>.tiles.tar, a JPEG per tile, and <sample_id>.tiles.manifest.csv.
 
-Written as HS2P 6.1 writes them. Read as something that anybody may have sent: only headers are read
+Written as HS2P 6.1 writes them. Read without trusting them: only headers are read
 before everything is known to be a plain file named after a tile, of a size that a tile can have.
 """
 
@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from slide2vec.errors import ExtraMissingError, SlideReadError, TilingError
 from slide2vec.files import atomic_path, plain_stat, remove
-from slide2vec.tiling.headers import jpeg_fault, tar_members
-from slide2vec.tiling.records import Tiling
+from slide2vec.tiling.types import Tiling
+from slide2vec.tiling.untrusted_headers import jpeg_fault, tar_members
 
 __all__ = ["Block", "TileArchive", "archive_paths", "find_archive", "tile_number", "write_archive"]
 
@@ -46,7 +46,7 @@ def find_archive(directory: Path, sample_id: str) -> Path:
         TilingError: it is in neither.
     """
     places = [archive_paths(folder, sample_id)[0] for folder in (directory, directory / "tiles")]
-    told = f"there is no tile archive {places[0]} or {places[1]}"
+    reason = f"there is no tile archive {places[0]} or {places[1]}"
     for path in places:
         try:
             plain_stat(path)
@@ -54,9 +54,9 @@ def find_archive(directory: Path, sample_id: str) -> Path:
         except FileNotFoundError:
             continue
         except OSError as error:
-            told = f"its tile archive cannot be read: {error}"
+            reason = f"its tile archive cannot be read: {error}"
     raise TilingError(
-        f"slide {sample_id}: {told}: correct read_tiles_from, or leave it out to read the slide itself"
+        f"slide {sample_id}: {reason}: correct read_tiles_from, or leave it out to read the slide itself"
     )
 
 
@@ -278,7 +278,7 @@ def _scan(file: int, count: int, largest: int) -> NDArray[np.int64]:
 
 
 def _check_manifest(path: Path, tiling: Tiling) -> None:
-    """Refuse an archive whose manifest, if it has one, tells of other coordinates."""
+    """Refuse an archive whose manifest, if it has one, has other coordinates."""
     manifest = path.with_name(path.name.removesuffix(".tar") + ".manifest.csv")
     if not manifest.is_file():
         return

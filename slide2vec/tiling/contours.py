@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.geometry import TileGeometry
-from slide2vec.tiling.records import TissuePiece
+from slide2vec.tiling.types import TissuePiece
 
 __all__ = ["find_pieces", "smallest_area"]
 

@@ -23,7 +23,7 @@ from slide2vec.files.arrays import read_npz
 from slide2vec.geometry import TileGeometry
 from slide2vec.readers import SlideReader
 from slide2vec.slides import Slide
-from slide2vec.tiling.records import PRECOMPUTED, Segmentation, Tiling
+from slide2vec.tiling.types import PRECOMPUTED, Segmentation, Tiling
 
 __all__ = [
     "as_hs2p_backend",
@@ -171,7 +171,7 @@ def find_coordinates(directory: Path, sample_id: str) -> Path | None:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether there is something, which is for who reads it to judge."""
+    """Whether there is something; whoever reads it decides what it is."""
     try:
         with as_os_errors(path):
             return path.exists()
@@ -227,8 +227,8 @@ def check_places(x: NDArray[Any], y: NDArray[Any], dimensions: tuple[int, int]) 
     for name, values, side in (("x", x, dimensions[0]), ("y", y, dimensions[1])):
         if values.dtype.kind not in "iu":
             finite = np.isfinite(values) if values.dtype.kind == "f" else np.ones(len(values), bool)
-            told = f", tile {int((~finite).argmax())} has {values[~finite][0]}" if not finite.all() else ""
-            raise ValueError(f"{name} is {values.dtype}, not whole numbers{told}")
+            example = f", tile {int((~finite).argmax())} has {values[~finite][0]}" if not finite.all() else ""
+            raise ValueError(f"{name} is {values.dtype}, not whole numbers{example}")
         outside = (values < 0) | (values >= side)
         if outside.any():
             first = int(outside.argmax())

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.geometry import TileGeometry
-from slide2vec.tiling.records import TissueMask, TissuePiece
+from slide2vec.tiling.types import TissueMask, TissuePiece
 
 __all__ = ["tissue_tiles"]
 

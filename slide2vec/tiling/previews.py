@@ -12,7 +12,7 @@ from slide2vec.config import PreviewConfig
 from slide2vec.files import atomic_path
 from slide2vec.readers import SlideReader
 from slide2vec.tiling.levels import read_level
-from slide2vec.tiling.records import Tiling, TissueMask
+from slide2vec.tiling.types import Tiling, TissueMask
 
 __all__ = ["draw_tiles", "draw_tissue", "thumbnail", "write_mask_preview", "write_tiling_preview"]
 

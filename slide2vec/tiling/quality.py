@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from slide2vec.config import FilterConfig
 from slide2vec.geometry import TileGeometry, select_level
 from slide2vec.readers import SlideReader
-from slide2vec.readers.base import planning_downsamples
+from slide2vec.readers.reader import planning_downsamples
 
 __all__ = ["good_tiles", "looks_good"]
 

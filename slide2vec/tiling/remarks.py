@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from slide2vec.config import FilterConfig
 from slide2vec.geometry import TileGeometry
-from slide2vec.tiling.records import PRECOMPUTED, TissueMask
 from slide2vec.tiling.segment import TISSUE_HSV
+from slide2vec.tiling.types import PRECOMPUTED, TissueMask
 
-__all__ = ["Found", "remarks"]
+__all__ = ["TilingFacts", "remarks"]
 
 #: Grey levels up to which a picture is black, and from which it is white: the defaults of FilterConfig.
 BLACK, WHITE = 25, 220
@@ -32,15 +32,15 @@ NEARLY_EVERYWHERE = 0.95
 DARK_BACKGROUND = 60
 #: Saturation (OpenCV, 0 to 255) and value from which a pixel is stained, well above any glass.
 STAINED_SATURATION, STAINED_VALUE = 51, 40
-#: Share of the coloured area outside the rule's hues that is worth telling.
+#: Share of the coloured area outside the rule's hues from which it is reported.
 OUTSIDE_THE_HUES = 0.1
 #: Glass with a cast: bright, hardly coloured, and of one colour (grey levels from its median) over a share.
 GLASS_VALUE, GLASS_SPREAD, GLASS_SHARE = 180, 8, 0.2
 #: Difference of its channels, in grey levels, from which HS2P's rule (saturation 8 of 255) may take it.
 CAST = 6
-#: In reference tiles: a piece of tissue that is left out is told from this size, smaller ones are dust.
-SMALLEST_PIECE_TOLD = 0.5
-#: Left-out tissue in relation to kept tissue that is worth telling.
+#: In reference tiles: a piece of tissue that is left out is reported from this size, smaller ones are dust.
+SMALLEST_PIECE_REPORTED = 0.5
+#: Left-out tissue in relation to kept tissue from which it is reported.
 LEFT_OUT = 0.25
 #: Side of a tile in px of the mask below which its tissue fraction says little.
 COARSEST_TILE_PX = 2.0
@@ -53,7 +53,7 @@ Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class TilingFacts:
     """What tiling a slide came to.
 
     Attributes:
@@ -75,23 +75,23 @@ class Found:
     filtering: FilterConfig
 
 
-def remarks(found: Found) -> tuple[str, ...]:
+def remarks(found: TilingFacts) -> tuple[str, ...]:
     """What is implausible, the cause before its consequences; empty for most slides."""
     picture = _picture(found)
     if picture is not None:
         return (picture,)
-    told = [*_too_coarse(found), *_other_hues(found), *_small_pieces(found)]
+    listed = [*_too_coarse(found), *_other_hues(found), *_small_pieces(found)]
     if not found.tiles:
-        return tuple(told) or (_why_none(found),)
+        return tuple(listed) or (_why_none(found),)
     if _covered(found) >= NEARLY_EVERYWHERE:
-        told.append(_why_everywhere(found))
-    return tuple(told)
+        listed.append(_why_everywhere(found))
+    return tuple(listed)
 
 
 # the picture as a whole ----------------------------------------------------------------------------
 
 
-def _picture(found: Found) -> str | None:
+def _picture(found: TilingFacts) -> str | None:
     """What is wrong with the picture itself, where that is why tissue cannot be found in it."""
     overview, mask = found.tissue.overview, found.tissue.mask
     if overview is None or not overview.size:
@@ -127,7 +127,7 @@ def _picture(found: Found) -> str | None:
     return None
 
 
-def _may_differ(found: Found, pixels: int) -> float:
+def _may_differ(found: TilingFacts, pixels: int) -> float:
     """How many pixels of the overview may be otherwise for a picture to be black, white or grey: dust and
     dead pixels are on every slide, but a biopsy is larger than a quarter of a tile."""
     tile = (found.geometry.tile_size_lv0 / found.tissue.overview_scale) ** 2
@@ -146,7 +146,7 @@ def _median(counts: NDArray[np.float32]) -> float:
 # causes --------------------------------------------------------------------------------------------
 
 
-def _too_coarse(found: Found) -> Iterator[str]:
+def _too_coarse(found: TilingFacts) -> Iterator[str]:
     segmentation = found.tissue.segmentation
     side = found.geometry.tile_size_lv0 / max(found.tissue.scale)
     if segmentation.method != PRECOMPUTED and side < COARSEST_TILE_PX:
@@ -157,7 +157,7 @@ def _too_coarse(found: Found) -> Iterator[str]:
         )
 
 
-def _other_hues(found: Found) -> Iterator[str]:
+def _other_hues(found: TilingFacts) -> Iterator[str]:
     """Stained pixels whose hues method hsv does not take for tissue: brown (DAB), red, yellow, green."""
     tissue = found.tissue
     overview = tissue.overview
@@ -184,13 +184,13 @@ def _other_hues(found: Found) -> Iterator[str]:
     )
 
 
-def _small_pieces(found: Found) -> Iterator[str]:
+def _small_pieces(found: TilingFacts) -> Iterator[str]:
     a_t, reference = found.filtering.a_t, found.filtering.ref_tile_size
     tile_area = found.tissue.smallest_area / a_t if a_t else 0.0
-    told = [area for area in found.tissue.left_out if area >= SMALLEST_PIECE_TOLD * tile_area]
+    listed = [area for area in found.tissue.left_out if area >= SMALLEST_PIECE_REPORTED * tile_area]
     kept = float(np.count_nonzero(found.tissue.mask)) - sum(found.tissue.left_out)
-    if told and (not found.tiles or sum(told) >= LEFT_OUT * kept):
-        pieces = "1 piece of tissue is" if len(told) == 1 else f"{len(told)} pieces of tissue are"
+    if listed and (not found.tiles or sum(listed) >= LEFT_OUT * kept):
+        pieces = "1 piece of tissue is" if len(listed) == 1 else f"{len(listed)} pieces of tissue are"
         yield (
             f"{pieces} not larger than a_t = {a_t:g} tiles of {reference} px and left out: a smaller a_t "
             "(--min-piece) keeps them"
@@ -200,7 +200,7 @@ def _small_pieces(found: Found) -> Iterator[str]:
 # consequences --------------------------------------------------------------------------------------
 
 
-def _why_none(found: Found) -> str:
+def _why_none(found: TilingFacts) -> str:
     method = found.tissue.segmentation.method
     if not found.tissue.mask.any():
         if method == PRECOMPUTED:
@@ -220,13 +220,13 @@ def _why_none(found: Found) -> str:
     return f"the pixel filters left out all of its {found.in_grid:,} tiles: see filtering"
 
 
-def _covered(found: Found) -> float:
+def _covered(found: TilingFacts) -> float:
     """Share of the slide under tiles, 0 to 1 (more, where they overhang)."""
     width, height = found.dimensions
     return found.tiles * found.geometry.step_px_lv0**2 / (width * height)
 
 
-def _why_everywhere(found: Found) -> str:
+def _why_everywhere(found: TilingFacts) -> str:
     everywhere = "tiles lie nearly everywhere"
     tissue = found.tissue
     if tissue.segmentation.method == PRECOMPUTED:

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from slide2vec.config import SegmentationConfig
 from slide2vec.geometry import nearest_downsample_level
 from slide2vec.readers import SlideReader
-from slide2vec.readers.base import planning_downsamples
+from slide2vec.readers.reader import planning_downsamples
 from slide2vec.tiling.levels import read_blocks, reduced_size
-from slide2vec.tiling.records import Segmentation
+from slide2vec.tiling.types import Segmentation
 
 __all__ = ["MAX_MASK_PX", "TISSUE_HSV", "Segmented", "segment_tissue"]
 

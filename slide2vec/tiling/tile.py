@@ -8,15 +8,15 @@ from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import ConfigError, SpacingError
 from slide2vec.geometry import TileGeometry, region_geometry, tile_geometry
 from slide2vec.readers import SlideReader
-from slide2vec.readers.base import planning_downsamples
+from slide2vec.readers.reader import planning_downsamples
 from slide2vec.slides import Slide
 from slide2vec.tiling.contours import find_pieces, smallest_area
 from slide2vec.tiling.grid import tissue_tiles
 from slide2vec.tiling.quality import good_tiles
-from slide2vec.tiling.rasters import read_mask
-from slide2vec.tiling.records import Tiling, TissueMask
-from slide2vec.tiling.remarks import Found, remarks
+from slide2vec.tiling.remarks import TilingFacts, remarks
 from slide2vec.tiling.segment import segment_tissue
+from slide2vec.tiling.types import Tiling, TissueMask
+from slide2vec.tiling.user_masks import read_mask
 
 __all__ = ["find_tissue", "tile_slide"]
 
@@ -50,7 +50,7 @@ def tile_slide(
     tissue = find_tissue(reader, slide, geometry, config, mask_copy)
     x, y, fractions = tissue_tiles(tissue, geometry, reader.dimensions, config.tissue_threshold)
     good = good_tiles(reader, x, y, geometry, filtering)
-    found = Found(
+    found = TilingFacts(
         tissue=tissue,
         geometry=geometry,
         dimensions=reader.dimensions,

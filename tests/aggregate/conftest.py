@@ -19,8 +19,8 @@ from aggregate_helpers import QuickEncoder
 def with_quick_tiles(model: Model) -> Model:
     """The model with another encoder at its bottom."""
     tiles = model
-    while tiles.below is not None:
-        tiles = tiles.below
+    while tiles.upstream is not None:
+        tiles = tiles.upstream
     tiles._encoder = tiles._tile_embedder.encoder = QuickEncoder(tiles.feature_dim)
     return model
 
@@ -41,8 +41,8 @@ def patient_model() -> Model:
 
 @pytest.fixture(scope="session")
 def slide_model(patient_model: Model) -> Model:
-    assert patient_model.below is not None
-    return patient_model.below
+    assert patient_model.upstream is not None
+    return patient_model.upstream
 
 
 @pytest.fixture(scope="session")

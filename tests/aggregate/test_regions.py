@@ -19,7 +19,7 @@ from slide2vec.artifacts import find_hierarchical_artifact, load_coords, load_em
 from slide2vec.errors import ConfigError, SlideReadError
 from slide2vec.geometry import region_geometry, subtile_geometry, tile_geometry
 from slide2vec.slides import Slide
-from slide2vec.stream.sources import SlideSource
+from slide2vec.stream.tile_sources import SlideSource
 from slide2vec.tiling import load_coordinates, write_coordinates
 
 PREPROCESSING = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5)

@@ -156,10 +156,10 @@ def test_a_small_pt_does_not_become_gigabytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file_format", ["pt", "npz", "safetensors", "h5"])
 def test_no_more_is_read_than_the_sidecar_says(file_format: Any, tmp_path: Path) -> None:
-    from slide2vec.artifacts.encoding import Content, write_content
+    from slide2vec.artifacts.formats import FeatureFile, write_feature_file
 
     path = tmp_path / f"a.{file_format}"
-    write_content(path, Content(name="features", values=torch.zeros(10, 4)), file_format)
+    write_feature_file(path, FeatureFile(name="features", values=torch.zeros(10, 4)), file_format)
     assert load_embeddings(path, most=40).shape == (10, 4)
     with pytest.raises(ArtifactError, match="more than the 39 numbers of its"):
         load_embeddings(path, most=39)

@@ -64,9 +64,9 @@ def test_safetensors(dtype: torch.dtype, tmp_path: Path) -> None:
     assert found["features"].dtype == dtype and torch.equal(found["features"], slide.tile_embeddings)
     assert found["coords"].dtype == torch.int64 and np.array_equal(found["coords"].numpy(), COORDS)
     with safe_open(path, framework="pt") as file:
-        about = file.metadata()
-    assert about["sample_id"] == "s" and about["encoder_name"] == "enc"
-    assert about["requested_spacing_um"] == "0.5" and about["tile_size_lv0"] == "512"
+        metadata = file.metadata()
+    assert metadata["sample_id"] == "s" and metadata["encoder_name"] == "enc"
+    assert metadata["requested_spacing_um"] == "0.5" and metadata["tile_size_lv0"] == "512"
 
 
 def test_h5_has_the_datasets_and_attributes_of_trident_and_clam(tmp_path: Path) -> None:
@@ -101,15 +101,15 @@ def test_trident_computes_our_tile_size_from_the_h5_attributes(
 ) -> None:
     tiling = a_tiling(base_spacing_um=base, size_px=size)
     with h5py.File(write(tmp_path, tiling, file_format="h5").path) as file:
-        about = dict(file["coords"].attrs)
+        metadata = dict(file["coords"].attrs)
     # As trident/wsi_objects/WSIPatcher.py does: spacings 10 / magnification, then their ratio.
-    source, target = 10 / about["level0_magnification"], 10 / about["target_magnification"]
-    assert round(about["patch_size"] * (target / source)) == tiling.geometry.tile_size_lv0
+    source, target = 10 / metadata["level0_magnification"], 10 / metadata["target_magnification"]
+    assert round(metadata["patch_size"] * (target / source)) == tiling.geometry.tile_size_lv0
     # As CLAM's dataset_h5.py reads: patch_size pixels of patch_level. Absent where that is no tile.
     resized = tiling.geometry.read_tile_size_px != size
-    assert ("patch_level" in about) != resized
+    assert ("patch_level" in metadata) != resized
     if not resized:
-        assert about["patch_size"] == tiling.geometry.read_tile_size_px
+        assert metadata["patch_size"] == tiling.geometry.read_tile_size_px
 
 
 def test_sidecar_has_the_fields_of_the_contract(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_runs_use_the_engine(
 def test_advice_where_there_is_none(
     run, small_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slide2vec.compile.select._suggested", set())  # it is said once per process
+    monkeypatch.setattr("slide2vec.compile.engine_choice._suggested", set())  # it is said once per process
     done = run(
         "embed", small_slide, "--preset", PRESET, "--weights", "random", "--spacing", "0.25", "-o", tmp_path
     )

@@ -15,14 +15,14 @@ from torch import nn
 
 from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig, RunResult
 from slide2vec.artifacts import load_embeddings
-from slide2vec.artifacts.stored import load_stored
-from slide2vec.cohort.merging import merge_shards
+from slide2vec.artifacts.tile_features import load_stored
+from slide2vec.cohort.shard_merge import merge_shards
 from slide2vec.encoders.slide import SlideFeatures, TileBag
 from slide2vec.errors import ConfigError, ManifestError, OutputError
 from slide2vec.files import as_path
 from slide2vec.manifests import read_manifest
 from slide2vec.tiling import load_coordinates
-from slide2vec.tiling.reuse import recorded_slides
+from slide2vec.tiling.previous_files import recorded_slides
 
 URL = "memory://bucket/run"
 PREPROCESSING = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5, resume=True)
@@ -47,7 +47,7 @@ class Slides(nn.Module):
         return SlideFeatures(embedding=bag.features.mean(0).repeat(2), latents=bag.features[:2].clone())
 
 
-class Patients(nn.Module):
+class PendingPatients(nn.Module):
     """The sum of slides."""
 
     def forward(self, slides: torch.Tensor) -> torch.Tensor:
@@ -65,25 +65,27 @@ def memory() -> MemoryFileSystem:
 @pytest.fixture(scope="module")
 def patient_model() -> Model:
     model = Model.from_preset("moozy", weights="random", device="cpu", allow_non_recommended_settings=True)
-    assert model.below is not None and model.below.below is not None
-    model.below.below._encoder = model._tile_embedder.encoder = Tiles()
-    model.below._encoder = Slides()
-    model._encoder = Patients()
-    model.below.below.resolve_preprocessing(PREPROCESSING)  # tries one tile of another size, which counts
+    assert model.upstream is not None and model.upstream.upstream is not None
+    model.upstream.upstream._encoder = model._tile_embedder.encoder = Tiles()
+    model.upstream._encoder = Slides()
+    model._encoder = PendingPatients()
+    model.upstream.upstream.resolve_preprocessing(
+        PREPROCESSING
+    )  # tries one tile of another size, which counts
     seen(model)
     return model
 
 
 @pytest.fixture(scope="module")
 def slide_model(patient_model: Model) -> Model:
-    assert patient_model.below is not None
-    return patient_model.below
+    assert patient_model.upstream is not None
+    return patient_model.upstream
 
 
 @pytest.fixture(scope="module")
 def tile_model(slide_model: Model) -> Model:
-    assert slide_model.below is not None
-    return slide_model.below
+    assert slide_model.upstream is not None
+    return slide_model.upstream
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +108,8 @@ def run(
 
 def seen(model: Model) -> int:
     """Tiles that were embedded since the last question."""
-    while model.below is not None:
-        model = model.below
+    while model.upstream is not None:
+        model = model.upstream
     encoder: Any = model._encoder
     count, encoder.seen = encoder.seen, 0
     return int(count)

@@ -19,18 +19,18 @@ import torch
 
 from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig, RunResult
 from slide2vec.artifacts import load_embeddings
-from slide2vec.cohort.cohort import Cohort
-from slide2vec.cohort.events import PostedEntries
+from slide2vec.cohort.context import Cohort
 from slide2vec.cohort.identity import compatibility, difference
-from slide2vec.cohort.publish import Publisher
+from slide2vec.cohort.record_events import ForwardingRecorder
+from slide2vec.cohort.slide_writer import SlideWriter
 from slide2vec.config import FilterConfig
 from slide2vec.geometry import tile_geometry
 from slide2vec.readers import fingerprint as fingerprints
 from slide2vec.readers.fingerprint import FileIdentity, fingerprint, same_content
 from slide2vec.scale.messages import Task
 from slide2vec.slides import Slide, as_slide
-from slide2vec.stream.identities import Identities
-from slide2vec.tiling.records import Segmentation, Tiling
+from slide2vec.stream.slide_identity import Identities
+from slide2vec.tiling.types import Segmentation, Tiling
 
 CONFIG = PreprocessingConfig(
     requested_spacing_um=0.5, requested_tile_size_px=96, filtering={"a_t": 0}, resume=True
@@ -112,7 +112,7 @@ def test_a_worker_takes_what_resume_has_seen(
     looked_at.clear()
     config, execution = model.resolve_preprocessing(CONFIG), ExecutionOptions(output_dir=tmp_path / "out")
     worker = Cohort(config, execution, model, identities={slide.sample_id: task.identity})
-    worker.entries = PostedEntries(lambda entry: None)
+    worker.recorder = ForwardingRecorder(lambda entry: None)
     worker.planner().plan(slide).source.close()
     assert not looked_at
     replace_with(slides[0], slides[1])
@@ -121,13 +121,13 @@ def test_a_worker_takes_what_resume_has_seen(
 
 
 def before_publishing(monkeypatch: pytest.MonkeyPatch, then: Callable[[str], None]) -> None:
-    publish = Publisher.outcome
+    publish = SlideWriter.outcome
 
-    def late(self: Publisher, outcome: Any) -> Iterator[Any]:
+    def late(self: SlideWriter, outcome: Any) -> Iterator[Any]:
         then(outcome.slide.sample_id)
         yield from publish(self, outcome)
 
-    monkeypatch.setattr(Publisher, "outcome", late)
+    monkeypatch.setattr(SlideWriter, "outcome", late)
 
 
 def replace_with(path: Path, other: Path) -> None:
@@ -413,7 +413,7 @@ def made_of(
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "take_report"),
     [
         *(({name: value}, f"geometry {name}") for name, value in {
             "overlap": 0.25, "tolerance": 0.01, "tissue_threshold": 0.5, "requested_spacing_um": 1.0,

@@ -15,7 +15,7 @@ from torch import nn
 
 from slide2vec import EmbeddedSlide, ExecutionOptions, Model, Pipeline, PreprocessingConfig, RunResult
 from slide2vec.artifacts import load_embeddings
-from slide2vec.cohort.merging import merge_shards
+from slide2vec.cohort.shard_merge import merge_shards
 from slide2vec.encoders.slide import SlideFeatures, TileBag
 from slide2vec.errors import ManifestError, PatientError
 
@@ -45,7 +45,7 @@ class Slides(nn.Module):
         return SlideFeatures(embedding=bag.features.mean(0).repeat(2), latents=bag.features[:2].clone())
 
 
-class Patients(nn.Module):
+class PendingPatients(nn.Module):
     """The sum of slides."""
 
     def forward(self, slides: torch.Tensor) -> torch.Tensor:
@@ -55,17 +55,17 @@ class Patients(nn.Module):
 @pytest.fixture
 def patient_model() -> Model:
     model = Model.from_preset("moozy", weights="random", device="cpu", allow_non_recommended_settings=True)
-    assert model.below is not None and model.below.below is not None
-    model.below.below._encoder = model._tile_embedder.encoder = Tiles()
-    model.below._encoder = Slides()
-    model._encoder = Patients()
+    assert model.upstream is not None and model.upstream.upstream is not None
+    model.upstream.upstream._encoder = model._tile_embedder.encoder = Tiles()
+    model.upstream._encoder = Slides()
+    model._encoder = PendingPatients()
     return model
 
 
 @pytest.fixture
 def slide_model(patient_model: Model) -> Model:
-    assert patient_model.below is not None
-    return patient_model.below
+    assert patient_model.upstream is not None
+    return patient_model.upstream
 
 
 @pytest.fixture(scope="module")
@@ -288,18 +288,18 @@ def test_patients(patient_model: Model, slides: list[Path], given: Path, tmp_pat
 
 
 def test_resume_of_patients(patient_model: Model, given: Path, tmp_path: Path) -> None:
-    run, below = runner(patient_model, tmp_path / "out"), patient_model.below
-    assert below is not None
+    run, upstream = runner(patient_model, tmp_path / "out"), patient_model.upstream
+    assert upstream is not None
     first = run(None, given)
-    seen(below)
+    seen(upstream)
     again = run(None, given)
-    assert (again.resumed, again.patient_artifacts) == (3, first.patient_artifacts) and not seen(below)
+    assert (again.resumed, again.patient_artifacts) == (3, first.patient_artifacts) and not seen(upstream)
     assert rows(again)["s0"]["num_tiles"] == rows(first)["s0"]["num_tiles"]
     saved = run(None, given, save_slide_embeddings=True)
-    assert len(saved.slide_artifacts) == 3 and len(seen(below)) == 3
+    assert len(saved.slide_artifacts) == 3 and len(seen(upstream)) == 3
     saved.patient_artifacts[0].metadata_path.unlink()
     kept = run(None, given, save_slide_embeddings=True)
-    assert kept.resumed == 1 and not seen(below)  # from the slide embeddings
+    assert kept.resumed == 1 and not seen(upstream)  # from the slide embeddings
     assert len(kept.patient_artifacts) == 2 and len(kept.slide_artifacts) == 3
 
 

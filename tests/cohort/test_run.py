@@ -22,7 +22,7 @@ from slide2vec.geometry import tile_geometry
 from slide2vec.progress import RunStarted, activate_progress_reporter, active_reporter
 from slide2vec.slides import Slide
 from slide2vec.stream import Planner, SlidePlan
-from slide2vec.stream.identities import Identities
+from slide2vec.stream.slide_identity import Identities
 from slide2vec.tiling import Segmentation, Tiling
 
 GEOMETRY = tile_geometry(
@@ -56,7 +56,7 @@ def tiling_of(slide: Slide) -> Tiling:
 class Embedder:
     """Gives every slide's number as its embedding; counts the results that are alive."""
 
-    name, variant, level, below, has_latents = "made up", "default", "tile", None, False
+    name, variant, level, upstream, has_latents = "made up", "default", "tile", None, False
 
     def __init__(self, fail: Callable[[Slide], Exception | None] = lambda slide: None) -> None:
         self.fail, self.alive, self.most = fail, 0, 0
@@ -199,7 +199,7 @@ def test_full_disk_while_coordinates_are_written_is_the_runs_error(
                 else:
                     yield self.outcome(slide, planned)
 
-    monkeypatch.setattr("slide2vec.cohort.cohort.write_coordinates", full)
+    monkeypatch.setattr("slide2vec.cohort.context.write_coordinates", full)
     with pytest.raises(OutputError, match=r"No space left on device\. 0 of 40 slides are complete in"):
         embed_cohort(Streamed(), slides, CONFIG, ExecutionOptions(output_dir=tmp_path / "out"))
 

@@ -15,8 +15,8 @@ from cohort_helpers import files, rows
 from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig
 from slide2vec.cohort import RunResult, tile_cohort
 from slide2vec.cohort.lock import holder, output_lock, shard_holders
-from slide2vec.cohort.merging import merge_shards
 from slide2vec.cohort.process_list import read_process_list
+from slide2vec.cohort.shard_merge import merge_shards
 from slide2vec.errors import OutputLockedError
 from slide2vec.files import atomic_path
 from slide2vec.slides import as_slides

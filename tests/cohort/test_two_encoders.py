@@ -11,9 +11,9 @@ import torch
 from cohort_helpers import files, rows
 
 from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig, RunResult
-from slide2vec.cohort.merging import merge_shards
-from slide2vec.cohort.publish import Publisher
-from slide2vec.cohort.shard_lists import gathered
+from slide2vec.cohort.shard_lists import merged_process_list
+from slide2vec.cohort.shard_merge import merge_shards
+from slide2vec.cohort.slide_writer import SlideWriter
 from slide2vec.errors import ConfigError
 from slide2vec.tiling import load_coordinates
 
@@ -114,16 +114,16 @@ def test_a_second_run_that_breaks_off_is_taken_up(
     for out in ("out", "undisturbed"):
         run("scattering", out)
     run("timm", "undisturbed")
-    publish, made = Publisher.outcome, []
+    publish, made = SlideWriter.outcome, []
 
-    def broken(self: Publisher, outcome: Any) -> Any:
+    def broken(self: SlideWriter, outcome: Any) -> Any:
         made.append(outcome)
         if len(made) > 1:
             raise RuntimeError("broken off")
         yield from publish(self, outcome)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Publisher, "outcome", broken)
+        patched.setattr(SlideWriter, "outcome", broken)
         with pytest.raises(RuntimeError, match="broken off"):
             run("timm")
     assert run("scattering").resumed == 2
@@ -163,7 +163,7 @@ def test_shards_of_a_second_encoder(run: Run, tmp_path: Path) -> None:
     run("scattering")
     for shard in ("1/2", "2/2"):
         assert run("timm", execution={"shard": shard}).failed == ()
-        assert len(gathered(tmp_path / "out").missing) == (1 if shard == "1/2" else 0)
+        assert len(merged_process_list(tmp_path / "out").missing) == (1 if shard == "1/2" else 0)
     merged = merge_shards(tmp_path / "out")
     assert merged.complete and (merged.finished, merged.total) == (2, 2)
     assert sorted({row["encoder_name"] for row in rows(tmp_path / "out")}) == ["scattering", TIMM]
@@ -194,7 +194,7 @@ def test_tiles_that_are_there_are_taken_with_their_settings(
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "take_report"),
     [
         ({"segmentation": {"method": "hsv"}}, "segmentation.method otsu, not hsv"),
         ({"tissue_threshold": 0.01}, "tissue_threshold 0.3, not 0.01"),

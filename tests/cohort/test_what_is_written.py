@@ -40,7 +40,7 @@ class Slides(nn.Module):
         return SlideFeatures(embedding=embedding, latents=bag.features[:2] + self.latent)
 
 
-class Patients(nn.Module):
+class PendingPatients(nn.Module):
     """The sum of slides."""
 
     value = 0.0
@@ -57,22 +57,26 @@ def moozy() -> Model:
 @pytest.fixture
 def patient_model(moozy: Model) -> Model:
     model = moozy
-    assert model.below is not None and model.below.below is not None
-    model.below.below._encoder, model.below._encoder, model._encoder = Tiles(), Slides(), Patients()
-    model._tile_embedder.encoder = model.below.below._encoder
+    assert model.upstream is not None and model.upstream.upstream is not None
+    model.upstream.upstream._encoder, model.upstream._encoder, model._encoder = (
+        Tiles(),
+        Slides(),
+        PendingPatients(),
+    )
+    model._tile_embedder.encoder = model.upstream.upstream._encoder
     return model
 
 
 @pytest.fixture
 def slide_model(patient_model: Model) -> Model:
-    assert patient_model.below is not None
-    return patient_model.below
+    assert patient_model.upstream is not None
+    return patient_model.upstream
 
 
 @pytest.fixture
 def tile_model(slide_model: Model) -> Model:
-    assert slide_model.below is not None
-    return slide_model.below
+    assert slide_model.upstream is not None
+    return slide_model.upstream
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +228,7 @@ def test_a_folder_in_the_place_of_coordinates_and_of_a_patient(
 def test_an_output_directory_that_is_gone_ends_the_run(
     tile_model: Model, slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from slide2vec.cohort.cohort import Cohort
+    from slide2vec.cohort.context import Cohort
 
     cohort = Cohort(
         tile_model.resolve_preprocessing(CONFIG), ExecutionOptions(output_dir=tmp_path / "x"), tile_model

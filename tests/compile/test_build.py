@@ -19,16 +19,16 @@ from torch import nn
 from slide2vec.compile import (
     BuildOptions,
     EngineStore,
+    EngineTarget,
     StoredEngine,
-    Subject,
     build_engine,
     find_engine,
     select_engine,
 )
 from slide2vec.compile import build as build_module
-from slide2vec.compile.builders import BUILDERS, Built, Job
-from slide2vec.compile.tiles import tissue_pixels
-from slide2vec.compile.verify import verify_engine
+from slide2vec.compile.builders import BUILDERS, BuildJob, Built
+from slide2vec.compile.comparison_tiles import tissue_pixels
+from slide2vec.compile.parity import verify_engine
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError, EngineError
 from slide2vec.recipes import EnginePolicy, Recipe
@@ -41,8 +41,8 @@ FAST = {"engine": 200.0, "torch": 100.0}
 FP32 = BuildOptions(runtime="openvino", precision="fp32")
 
 
-def subject_of(recipe: Recipe, encoder: nn.Module) -> Subject:
-    return Subject(recipe, "both", CPU, lambda: weights_digest(encoder))
+def subject_of(recipe: Recipe, encoder: nn.Module) -> EngineTarget:
+    return EngineTarget(recipe, "both", CPU, lambda: weights_digest(encoder))
 
 
 def build(
@@ -132,7 +132,7 @@ def test_force_replaces(store: EngineStore, recipe: Recipe, encoder: nn.Module) 
 def test_bad_parity_is_not_published(recipe: Recipe, encoder: nn.Module, tmp_path: Path) -> None:
     strict = recipe.model_copy(update={"engine": EnginePolicy(min_cosine={"fp32": 0.9999})})
 
-    def spoilt(job: Job) -> Built:
+    def spoilt(job: BuildJob) -> Built:
         with torch.no_grad():
             job.encoder.trunk.norm.bias += 3  # type: ignore[union-attr, operator]
         return _OPENVINO(job)
@@ -340,9 +340,9 @@ def test_auto_takes_the_engine(store: EngineStore, recipe: Recipe, encoder: nn.M
 
 def test_auto_passes_over_what_was_slower(store: EngineStore, recipe: Recipe, encoder: nn.Module) -> None:
     changed_record(store, speed={"engine": 50.0, "torch": 100.0})
-    subject = subject_of(recipe, encoder)
-    assert select_engine("auto", encoder, subject, "fp32", store=store).engine.runtime == "torch"
-    assert select_engine("openvino", encoder, subject, "fp32", store=store).engine.runtime == "openvino"
+    target = subject_of(recipe, encoder)
+    assert select_engine("auto", encoder, target, "fp32", store=store).engine.runtime == "torch"
+    assert select_engine("openvino", encoder, target, "fp32", store=store).engine.runtime == "openvino"
 
 
 def test_no_advice_where_it_is_not_worth_it(
@@ -415,9 +415,12 @@ def test_weights_are_read_only_where_all_else_agrees(store: EngineStore, recipe:
         recipe.model_copy(update={"name": "other"}),
         recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"prefix_tokens": 1})}),
     ):
-        assert find_engine(store, Subject(other, "both", CPU, weights), "fp32", ("openvino",)).matching == []
+        assert (
+            find_engine(store, EngineTarget(other, "both", CPU, weights), "fp32", ("openvino",)).matching
+            == []
+        )
     with pytest.raises(AssertionError, match="were read"):
-        find_engine(store, Subject(recipe, "both", CPU, weights), "fp32", ("openvino",))
+        find_engine(store, EngineTarget(recipe, "both", CPU, weights), "fp32", ("openvino",))
 
 
 def test_engine_that_cannot_be_loaded(
@@ -443,11 +446,11 @@ def test_store_shared_with_a_machine_without_the_runtime(
     monkeypatch.setattr("slide2vec.runtime.openvino_engine.find_spec", lambda name: None)
     capabilities.cache_clear()
     monkeypatch.setitem(sys.modules, "openvino", None)
-    subject = subject_of(recipe, encoder)
-    assert select_engine("auto", encoder, subject, "fp32", store=store).engine.runtime == "torch"
+    target = subject_of(recipe, encoder)
+    assert select_engine("auto", encoder, target, "fp32", store=store).engine.runtime == "torch"
     assert "is not used: OpenVINO is not installed" in caplog.text
     with pytest.raises(EngineError, match=r"OpenVINO is not installed: pip install"):
-        select_engine("openvino", encoder, subject, "fp32", store=store)
+        select_engine("openvino", encoder, target, "fp32", store=store)
 
 
 def test_runtime_that_does_not_load(
@@ -471,9 +474,9 @@ def test_user_without_a_home(
     for name in ("SLIDE2VEC_ENGINES", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    subject = subject_of(recipe, encoder)
+    target = subject_of(recipe, encoder)
     with caplog.at_level("INFO"):
-        assert select_engine("auto", encoder, subject, "fp32").engine.runtime == "torch"
+        assert select_engine("auto", encoder, target, "fp32").engine.runtime == "torch"
     assert "set SLIDE2VEC_ENGINES" in caplog.text
     with pytest.raises(EngineError, match="set SLIDE2VEC_ENGINES to a folder"):
         build_engine(encoder, recipe, "both", CPU, FP32)
@@ -492,13 +495,13 @@ def test_weights_are_hashed_once_per_build(
 
 
 def test_choices_that_make_no_sense(tmp_path: Path, recipe: Recipe, encoder: nn.Module) -> None:
-    subject, store = subject_of(recipe, encoder), EngineStore(tmp_path)
+    target, store = subject_of(recipe, encoder), EngineStore(tmp_path)
     with pytest.raises(EngineError, match="'tensorrt' does not run on cpu"):
-        select_engine("tensorrt", encoder, subject, "fp32", store=store)
+        select_engine("tensorrt", encoder, target, "fp32", store=store)
     with pytest.raises(ConfigError, match="is not auto, torch, inductor, openvino, tensorrt, tensorrt-rtx"):
-        select_engine("onnx", encoder, subject, "fp32", store=store)
+        select_engine("onnx", encoder, target, "fp32", store=store)
     with pytest.raises(EngineError, match="PyTorch does not run tiny in fp8"):
-        select_engine("auto", encoder, subject, "fp8", store=store)
+        select_engine("auto", encoder, target, "fp8", store=store)
 
 
 def test_store_that_is_not_there(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from slide2vec.compile import fp8
-from slide2vec.compile.exported import ExportedEncoder
+from slide2vec.compile.export_module import ExportedEncoder
 from slide2vec.compile.fp8 import quantise_fp8
 from slide2vec.compile.onnx import export_onnx
 from slide2vec.compile.parity import for_layout

@@ -10,8 +10,8 @@ import pytest
 import torch
 from compile_helpers import tiny_recipe
 
-from slide2vec.compile import identity as identity_module
-from slide2vec.compile.identity import Subject, differences, identity
+from slide2vec.compile import engine_key as identity_module
+from slide2vec.compile.engine_key import EngineTarget, differences, identity
 from slide2vec.recipes import Recipe, Variant, load_recipe
 from slide2vec.runtime.base import BatchProfile
 from slide2vec.runtime.record import EngineRecord, key_of
@@ -23,8 +23,8 @@ BUILD: dict[str, Any] = {
 }
 
 
-def subject_of(recipe: Recipe = RECIPE, weights: Callable[[], str] = lambda: "w") -> Subject:
-    return Subject(recipe, "both", torch.device("cpu"), weights)
+def subject_of(recipe: Recipe = RECIPE, weights: Callable[[], str] = lambda: "w") -> EngineTarget:
+    return EngineTarget(recipe, "both", torch.device("cpu"), weights)
 
 
 def with_policy(**changes: Any) -> Recipe:
@@ -126,7 +126,7 @@ def test_the_threshold_of_parity_makes_no_other_engine() -> None:
 def identity_of(recipe: Recipe, **transform: Any) -> dict[str, Any]:
     """Of a preset's default output, its transform changed."""
     recipe = recipe.model_copy(update={"transform": recipe.transform.model_copy(update=transform)})
-    return identity(Subject(recipe, recipe.default_variant, torch.device("cpu"), lambda: "w"), **BUILD)
+    return identity(EngineTarget(recipe, recipe.default_variant, torch.device("cpu"), lambda: "w"), **BUILD)
 
 
 @pytest.mark.parametrize("name", ["phikon", "midnight", "virchow2", "lunit"])

@@ -12,7 +12,7 @@ from compile_helpers import smooth_pixels, tiny_encoder, tiny_recipe
 from rtx_compiler import WHY_NOT, build, refusals
 from torch import Tensor, nn
 
-from slide2vec.compile.exported import ExportedEncoder, _of_one_size
+from slide2vec.compile.export_module import ExportedEncoder, _of_one_size
 from slide2vec.compile.fp8 import quantise_fp8
 from slide2vec.compile.onnx import export_onnx
 from slide2vec.compile.onnx_graph import node_counts
@@ -96,7 +96,7 @@ def test_position_embeddings_are_constants(of_another_size: tuple[Recipe, nn.Mod
 def test_resampled_embeddings_are_refused(
     of_another_size: tuple[Recipe, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slide2vec.compile.exported._of_one_size", lambda encoder, size_px: encoder)
+    monkeypatch.setattr("slide2vec.compile.export_module._of_one_size", lambda encoder, size_px: encoder)
     monkeypatch.setattr("slide2vec.compile.onnx.at_one_size", nullcontext)
     recipe, encoder = of_another_size
     path = exported(recipe, encoder, tmp_path / "encoder.onnx", "fp32", 20)

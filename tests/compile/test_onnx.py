@@ -13,7 +13,7 @@ from compile_helpers import smooth_pixels, tiny_encoder
 from rtx_compiler import refusals
 from torch import nn
 
-from slide2vec.compile.exported import ExportedEncoder
+from slide2vec.compile.export_module import ExportedEncoder
 from slide2vec.compile.onnx import OPSETS, export_onnx
 from slide2vec.compile.onnx_graph import node_counts
 from slide2vec.encoders import build_encoder

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from slide2vec.compile import (
     BuildOptions,
     EngineStore,
+    EngineTarget,
     StoredEngine,
-    Subject,
     build_engine,
     find_engine,
     select_engine,
 )
 from slide2vec.compile import build as build_module
-from slide2vec.compile import select as select_module
+from slide2vec.compile import engine_choice as select_module
 from slide2vec.compile.builders import default_runtime
 from slide2vec.compile.proof import proofs, prove_anew, state
 from slide2vec.compile.tensorrt import build_plan
@@ -297,7 +297,7 @@ def runs(
         how.timed += 1
         return how.speed
 
-    subject = Subject(recipe, "both", GPU, lambda: weights_digest(encoder))
+    subject = EngineTarget(recipe, "both", GPU, lambda: weights_digest(encoder))
     for module in (select_module, "slide2vec.compile.proof"):
         where = module if isinstance(module, str) else module.__name__
         monkeypatch.setattr(f"{where}.load_engine", lambda folder, device: Engine(encoder, how.spoil))

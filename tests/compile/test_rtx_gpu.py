@@ -11,7 +11,7 @@ import torch
 from compile_helpers import smooth_pixels
 from torch import nn
 
-from slide2vec.compile import BuildOptions, EngineStore, Subject, build_engine, select_engine
+from slide2vec.compile import BuildOptions, EngineStore, EngineTarget, build_engine, select_engine
 from slide2vec.compile.proof import proofs
 from slide2vec.compile.tensorrt import unavailable
 from slide2vec.encoders.weights import weights_digest
@@ -39,7 +39,7 @@ def test_built_elsewhere_proven_here(
     here = mine.record.identity["device"]["targets"]
     made = build_engine(encoder, recipe, "both", CPU, replace(options, targets=tuple(here)), store=store)
     assert list(proofs(made)) == [] and [proof.problem for proof in proofs(mine)] == [""]
-    subject = Subject(recipe, "both", GPU, lambda: weights_digest(encoder))
+    subject = EngineTarget(recipe, "both", GPU, lambda: weights_digest(encoder))
     for told in ("kernels were compiled", "its kernels were there"):
         with caplog.at_level(logging.INFO):
             engine = select_engine("tensorrt-rtx", encoder, subject, precision, store=store).engine

@@ -14,9 +14,9 @@ import torch
 from compile_helpers import tiny_recipe
 from torch import nn
 
-from slide2vec.compile import select
-from slide2vec.compile.identity import Subject
-from slide2vec.compile.select import find_engine, select_engine
+from slide2vec.compile import engine_choice
+from slide2vec.compile.engine_choice import find_engine, select_engine
+from slide2vec.compile.engine_key import EngineTarget
 from slide2vec.compile.store import EngineStore, StoredEngine
 from slide2vec.errors import EngineError, ExtraMissingError
 from slide2vec.runtime.base import BatchProfile
@@ -24,7 +24,7 @@ from slide2vec.runtime.record import EngineRecord
 
 RUNTIMES = ("openvino", "inductor")
 ENCODER = nn.Identity()
-SUBJECT = Subject(tiny_recipe(), "both", torch.device("cpu"), lambda: "w")
+SUBJECT = EngineTarget(tiny_recipe(), "both", torch.device("cpu"), lambda: "w")
 
 
 def an_engine(name: str, *, speed: float | None = 200.0, **changes: Any) -> StoredEngine:
@@ -51,9 +51,9 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             raise ExtraMissingError("it is not installed")
         return SimpleNamespace(runtime=directory.name)
 
-    monkeypatch.setattr(select, "load_engine", load)
-    monkeypatch.setattr(select, "not_here", lambda *args: None)
-    monkeypatch.setattr(select, "differences", lambda subject, record: [])
+    monkeypatch.setattr(engine_choice, "load_engine", load)
+    monkeypatch.setattr(engine_choice, "not_here", lambda *args: None)
+    monkeypatch.setattr(engine_choice, "differences", lambda subject, record: [])
     return names
 
 
@@ -132,7 +132,7 @@ def test_what_is_not_used_is_told_with_its_reason(
         "not_here": lambda *args: "no such library" if next(turns) == 2 else None,
     }
     for name, function in why.items():
-        monkeypatch.setattr(select, name, function)
+        monkeypatch.setattr(engine_choice, name, function)
     turns = itertools.count()
     with caplog.at_level(logging.WARNING):
         assert chosen(engines) == "torch"

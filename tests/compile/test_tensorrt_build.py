@@ -20,7 +20,7 @@ from compile_helpers import smooth_pixels, tiny_encoder, tiny_recipe
 from fake_tensorrt import ParserError
 
 import slide2vec.compile.tensorrt as compiling
-from slide2vec.compile.builders import BUILDERS, Job
+from slide2vec.compile.builders import BUILDERS, BuildJob
 from slide2vec.compile.tensorrt import build_plan
 from slide2vec.errors import ConfigError, EngineError, ExtraMissingError
 from slide2vec.runtime.base import BatchProfile
@@ -243,7 +243,7 @@ def test_the_builder_of_build_engine(
     recipe = tiny_recipe()
     state.inputs = [(-1, 64, 64, 3)]
     told: list[str] = []
-    job = Job(
+    job = BuildJob(
         encoder=tiny_encoder(recipe),
         recipe=recipe,
         folder=tmp_path,

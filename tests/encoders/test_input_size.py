@@ -9,7 +9,7 @@ import timm
 import torch
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
-from slide2vec.compile.exported import ExportedEncoder
+from slide2vec.compile.export_module import ExportedEncoder
 from slide2vec.encoders import build_encoder
 from slide2vec.encoders.checkpoints import convert
 from slide2vec.encoders.input_size import for_input, positions_for

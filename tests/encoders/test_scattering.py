@@ -92,11 +92,11 @@ def reference(rgb: NDArray[np.uint8], scales: int, orientations: int) -> Maps:
     for octave in range(scales):
         first = [[amplitude(pyramid[octave], wavelet) for wavelet in bank] for pyramid in pyramids]
         features += [order_one(np.stack(maps)) for maps in first]
-        below = first
+        upstream = first
         for coarser in range(octave + 1, scales):
             if coarser > octave + 1:
-                below = [[halved(u) for u in maps] for maps in below]
-            features += [order_two(maps, bank, np.stack(first[s]).mean()) for s, maps in enumerate(below)]
+                upstream = [[halved(u) for u in maps] for maps in upstream]
+            features += [order_two(maps, bank, np.stack(first[s]).mean()) for s, maps in enumerate(upstream)]
     return np.concatenate(features)
 
 

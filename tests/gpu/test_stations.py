@@ -17,8 +17,8 @@ from slide2vec.prepare.torch_preparer import TorchPreparer
 from slide2vec.recipes import Transform
 from slide2vec.slides import Slide
 from slide2vec.stream import SlidePlan, plan_slide
-from slide2vec.stream.feed import MAX_MEAN_DIFFERENCE, DeviceFeed
-from slide2vec.stream.sources import open_archive
+from slide2vec.stream.decode_paths import MAX_MEAN_DIFFERENCE, DeviceTransfer
+from slide2vec.stream.tile_sources import open_archive
 from slide2vec.tiling.archives import write_archive
 
 pytestmark = pytest.mark.gpu
@@ -90,15 +90,17 @@ def on_host(plan: SlidePlan) -> torch.Tensor:
     return torch.from_numpy(tiles)
 
 
-@pytest.mark.parametrize("road", ["raw + nvimgcodec", "cucim"])
-def test_decoding(road: str, slide: Path, device: torch.device) -> None:
-    feed = DeviceFeed(device)
-    feed._roads = [(name, opened) for name, opened in feed._roads if name == road]
-    if not feed._roads:
-        pytest.skip(f"not run: {road} is not there")
-    plan = feed.adopt(planned(slide))
-    if plan.road != f"{road} on the device":
-        pytest.skip(f"not run: {road} was left for {plan.road}; the reason is in the log")
+@pytest.mark.parametrize("decode_path", ["raw + nvimgcodec", "cucim"])
+def test_decoding(decode_path: str, slide: Path, device: torch.device) -> None:
+    transfer = DeviceTransfer(device)
+    transfer._decode_paths = [
+        (name, opened) for name, opened in transfer._decode_paths if name == decode_path
+    ]
+    if not transfer._decode_paths:
+        pytest.skip(f"not run: {decode_path} is not there")
+    plan = transfer.bind(planned(slide))
+    if plan.decode_path != f"{decode_path} on the device":
+        pytest.skip(f"not run: {decode_path} was left for {plan.decode_path}; the reason is in the log")
     expected = on_host(planned(slide))
     difference = (placed(plan, device).int() - expected.int()).abs().float()
     assert difference.mean() <= MAX_MEAN_DIFFERENCE
@@ -106,8 +108,8 @@ def test_decoding(road: str, slide: Path, device: torch.device) -> None:
 
 
 def test_uploading(slide: Path, device: torch.device) -> None:
-    plan = DeviceFeed(device, False).adopt(planned(slide))
-    assert plan.road is not None and plan.road.endswith(", uploaded")
+    plan = DeviceTransfer(device, False).bind(planned(slide))
+    assert plan.decode_path is not None and plan.decode_path.endswith(", uploaded")
     assert torch.equal(placed(plan, device), on_host(planned(slide)))
 
 
@@ -117,7 +119,7 @@ def test_archives(slide: Path, device: torch.device, cuda: torch.device, tmp_pat
     tiles = on_host(plan).numpy()
     path = write_archive(tmp_path, plan.tiling, ((block, tiles[block]) for block in plan.source.blocks))
     expected = on_host(SlidePlan(plan.slide, open_archive(path, plan.tiling), plan.tiling))
-    adopted = DeviceFeed(device).adopt(SlidePlan(plan.slide, open_archive(path, plan.tiling), plan.tiling))
-    assert adopted.road == "archive, dali on the device"
+    adopted = DeviceTransfer(device).bind(SlidePlan(plan.slide, open_archive(path, plan.tiling), plan.tiling))
+    assert adopted.decode_path == "archive, dali on the device"
     difference = (placed(adopted, device).int() - expected.int()).abs().float()
     assert difference.mean() <= MAX_MEAN_DIFFERENCE

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from slide2vec import ExecutionOptions, Model, PreprocessingConfig
-from slide2vec.stream.encoding import Encoding
-from slide2vec.stream.meters import Meters
+from slide2vec.stream.batch_encoder import BatchEncoder
+from slide2vec.stream.station_timers import StationTimers
 
 pytestmark = pytest.mark.gpu
 
@@ -102,15 +102,15 @@ class Hungry:
 def test_memory_that_runs_out_halves_the_batch(cuda: torch.device, caplog: pytest.LogCaptureFixture) -> None:
     engine: Any = Hungry(cuda)
     preparer: Any = SimpleNamespace(prepare=lambda tiles: tiles)
-    work = Encoding(engine, preparer, Meters(), batch_size=16)
+    work = BatchEncoder(engine, preparer, StationTimers(), batch_size=16)
     tiles = torch.randint(0, 256, (16, 8, 8, 3), dtype=torch.uint8, device=cuda)
     torch.cuda.synchronize(cuda)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            ticket = work.submit(tiles, [])
-            ticket.done.synchronize()
-            assert torch.allclose(ticket.features, tiles.float().mean(dim=(1, 2)).cpu(), atol=1e-3)
-            work.release(ticket)
+            in_flight = work.submit(tiles, [])
+            in_flight.done.synchronize()
+            assert torch.allclose(in_flight.features, tiles.float().mean(dim=(1, 2)).cpu(), atol=1e-3)
+            work.release(in_flight)
     assert work.most == 4 and "do not fit into the memory" in caplog.text
 
 
@@ -126,17 +126,17 @@ def test_features_are_not_read_too_early(cuda: torch.device) -> None:
 
     engine: Any = Slow(cuda)
     preparer: Any = SimpleNamespace(prepare=lambda tiles: tiles)
-    work = Encoding(engine, preparer, Meters(), batch_size=4)
+    work = BatchEncoder(engine, preparer, StationTimers(), batch_size=4)
     given = [torch.full((4, 8, 8, 3), value, dtype=torch.uint8, device=cuda) for value in range(50)]
     torch.cuda.synchronize(cuda)
     flight = []
     for value, tiles in enumerate(given):
         flight.append((value, work.submit(tiles, [])))
         if len(flight) == 2:
-            number, ticket = flight.pop(0)
-            ticket.done.synchronize()
-            assert (ticket.features == number).all()
-            work.release(ticket)
+            number, in_flight = flight.pop(0)
+            in_flight.done.synchronize()
+            assert (in_flight.features == number).all()
+            work.release(in_flight)
 
 
 def test_nothing_is_waited_for_in_the_loop(vit: Model, slide: Path) -> None:

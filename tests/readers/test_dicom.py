@@ -31,8 +31,8 @@ from pydicom.pixels import convert_color_space
 
 from slide2vec.errors import BackendError, SlideOpenError, SlideReadError
 from slide2vec.readers import SlideReader, open_slide
-from slide2vec.readers.companions import files_of
-from slide2vec.readers.dicomhead import dicom_head
+from slide2vec.readers.dicom_head import dicom_head
+from slide2vec.readers.slide_files import slide_files
 from slide2vec.slides import as_slide
 
 #: Of lossless transfer syntaxes, and of lossy ones at the quality used here: the noise of a few levels.
@@ -206,7 +206,7 @@ def test_neighbours_of_any_kind(series: Path) -> None:
     write(series / "other.dcm", picture(), series="1.2.3")
     with opened(series / "b.dcm") as reader:
         assert len(reader.level_dimensions) == 2
-    files = files_of(series / "c.dcm")
+    files = slide_files(series / "c.dcm")
     assert files is not None
     assert [str(name) for _, name in files] == ["c.dcm", "a.dcm", "b.dcm"]
 
@@ -425,7 +425,7 @@ def test_pydicom_does_not_warn(series: Path) -> None:
 
 
 def test_series_are_copied_whole(series: Path, tmp_path: Path) -> None:
-    files = files_of(series / "a.dcm")
+    files = slide_files(series / "a.dcm")
     assert files is not None
     copies = tmp_path / "copies"
     copies.mkdir()

@@ -8,7 +8,7 @@ import pytest
 from slide2vec.errors import SpacingError
 from slide2vec.readers import open_slide, resolve_spacing
 from slide2vec.readers.probe import probe
-from slide2vec.readers.spacing import objective_claim, settle_spacing
+from slide2vec.readers.spacing import choose_spacing, objective_claim
 from slide2vec.slides import as_slide
 
 APERIO = "Aperio Image Library v12.0.15 \r\n400x300 (64x64) JPEG/RGB Q=85"
@@ -51,12 +51,12 @@ def test_tags(
     ("power", "spacing"), [(80, 0.125), (40, 0.25), (20, 0.5), (10, 1.0), (5, 2.0), (1.25, 8.0), (0.5, 20.0)]
 )
 def test_every_objective_implies_a_spacing(power: float, spacing: float) -> None:
-    assert settle_spacing([objective_claim(power)]) == (spacing, "objective power")
+    assert choose_spacing([objective_claim(power)]) == (spacing, "objective power")
 
 
 @pytest.mark.parametrize("power", [0, -20, 0.4, 400])
 def test_objectives_that_no_scanner_has(power: float) -> None:
-    spacing, why = settle_spacing([objective_claim(power)])
+    spacing, why = choose_spacing([objective_claim(power)])
     assert spacing is None and "implausible spacing (objective power" in why
 
 

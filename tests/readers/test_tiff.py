@@ -21,8 +21,8 @@ import tifffile
 from slide2vec.errors import BackendError, ExtraMissingError, SlideReadError
 from slide2vec.readers import backends, open_slide
 from slide2vec.readers import codecs as codecs_module
-from slide2vec.readers.base import BufferedReader
-from slide2vec.readers.tifftiles import _MOST_BYTES
+from slide2vec.readers.reader import BufferedReader
+from slide2vec.readers.tiff_tiles import _MOST_BYTES
 from slide2vec.slides import as_slide
 
 TILE, ACROSS = 64, 7
@@ -215,8 +215,8 @@ def test_planar_and_sparse(codec: str, tmp_path: Path, tiffs: Any) -> None:
 @pytest.mark.parametrize("rows", [1, 7, 300])
 def test_strips(rows: int, codec: str, tmp_path: Path, tiffs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many or one; raw ones are read by their rows, others in steps of bounded memory."""
-    monkeypatch.setattr("slide2vec.readers.tifftiles._RAW_STRIP", 10_000)
-    monkeypatch.setattr("slide2vec.readers.raw.STEP_BYTES", 50_000)
+    monkeypatch.setattr("slide2vec.readers.tiff_tiles._RAW_STRIP", 10_000)
+    monkeypatch.setattr("slide2vec.readers.tile_assembly.STEP_BYTES", 50_000)
     if codec == "jpeg":
         rows = -(-rows // 8) * 8  # as the format asks for
     path = write(tmp_path / "a.tif", tiffs.picture(), tile=None, rowsperstrip=rows, **CODECS[codec])
@@ -230,7 +230,7 @@ def test_a_strip_that_would_fill_the_memory_is_refused(
     tmp_path: Path, tiffs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "a.tif", tiffs.picture(), tile=None, rowsperstrip=300, compression="zlib")
-    monkeypatch.setattr("slide2vec.readers.tifftiles._MOST_BYTES", 300 * 400 * 3 - 1)
+    monkeypatch.setattr("slide2vec.readers.tiff_tiles._MOST_BYTES", 300 * 400 * 3 - 1)
     with pytest.raises(BackendError, match="strips of 0 MB"):
         open_slide(as_slide(path), "tiff")
     assert _MOST_BYTES <= 256 << 20

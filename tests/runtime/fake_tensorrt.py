@@ -43,7 +43,7 @@ class _State:
 STATE = _State()
 
 #: A module of ours that keeps the pycuda which it imported.
-_KEEPING = "slide2vec.runtime.tensorrt.pinned"
+_KEEPING = "slide2vec.runtime.tensorrt.pycuda_contexts"
 
 
 @contextmanager

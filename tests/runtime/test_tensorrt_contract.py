@@ -191,14 +191,14 @@ trt = __import__(bindings)
 if name == "tensorrt":
     sys.modules["tensorrt"] = trt
 import slide2vec.runtime.tensorrt.plans
-from slide2vec.runtime.tensorrt.library import Library, told
+from slide2vec.runtime.tensorrt.library import Library, error_text
 assert "torch" not in sys.modules
 library = Library(name)
 assert len(library.dtypes) == 5 and len(library.compatibility) == 3 and library.installed == trt.__version__
 log = library.log()
 assert isinstance(log, trt.ILogger)
 log.log(trt.ILogger.Severity.ERROR, "said")
-assert told(log) == "said"
+assert error_text(log) == "said"
 from slide2vec.compile.tensorrt_builder import Monitor
 monitor = library.own(Monitor)(None)
 assert isinstance(monitor, trt.IProgressMonitor)

@@ -1,4 +1,4 @@
-"""Our own part of the TensorRT engine on a fake TensorRT and fake CUDA: lanes, splitting, padding, graphs.
+"""Our own part of the TensorRT engine on a fake TensorRT and fake CUDA: contexts, splitting, padding, graphs.
 
 That the fake is like TensorRT: test_tensorrt_contract.py. The real thing: test_tensorrt_gpu.py.
 """
@@ -170,7 +170,9 @@ def test_closing(make: Callable[..., TensorRTEngine], fakes: Journal) -> None:
     fakes.clear()
     made.close()
     made.close()
-    assert [entry[0] for entry in fakes] == ["synchronize"] * 5  # two lanes each of 4 and 8 tiles, one spare
+    assert [entry[0] for entry in fakes] == [
+        "synchronize"
+    ] * 5  # two contexts each of 4 and 8 tiles, one spare
     with pytest.raises(EngineError, match="closed"):
         made.run(tiles(1))
 

@@ -180,10 +180,10 @@ def test_streaming_gives_batches_in_order(engine_dir: Callable[..., Path]) -> No
 
 def test_progress_and_cancelling(engine_dir: Callable[..., Path], tmp_path: Path) -> None:
     onnx = engine_dir("fp32") / "encoder.onnx"
-    told: list[tuple[str, int, int]] = []
+    error_text: list[tuple[str, int, int]] = []
     build = partial(build_plan, onnx, tmp_path / "a.plan", profile=PROFILE, precision="fp32")
-    build(on_progress=lambda *step: told.append(step))
-    assert told and all(0 <= done <= steps for _, done, steps in told)
+    build(on_progress=lambda *step: error_text.append(step))
+    assert error_text and all(0 <= done <= steps for _, done, steps in error_text)
 
     def stop(phase: str, done: int, steps: int) -> None:
         raise KeyboardInterrupt

@@ -63,7 +63,7 @@ def test_few_sizes_are_run(make: Callable[..., TensorRTEngine], fakes: Journal) 
 def test_kernels_are_compiled_before_a_size_first_runs(make: Callable[..., TensorRTEngine]) -> None:
     make(contexts=2)
     strategy = fake_rtx.DynamicShapesKernelSpecializationStrategy.EAGER
-    assert fake_rtx.RTX.strategies == [strategy] * 3  # two lanes with graphs, one for other sizes
+    assert fake_rtx.RTX.strategies == [strategy] * 3  # two contexts with graphs, one for other sizes
 
 
 def test_kernels_are_kept_and_found(

@@ -104,12 +104,12 @@ class Small(Model):
 
     @classmethod
     def from_preset(cls, *args: Any, **options: Any) -> Self:
-        with patch("slide2vec.encoders.parts._build", lambda *args: nn.Identity()):
+        with patch("slide2vec.encoders.preset_chain._build", lambda *args: nn.Identity()):
             model: Any = super().from_preset(*args, **options)
         each = model
         while each is not None:
             each._encoder = {"tile": Tiles, "slide": Slides, "patient": Patients}[each.level]()
-            each._tile_embedder.encoder, each = each._encoder, each.below
+            each._tile_embedder.encoder, each = each._encoder, each.upstream
         return model
 
 
@@ -157,9 +157,9 @@ class Unshared(Model):
 
 
 def end_workers(model: Model) -> None:
-    for fleets in model._fleets.values():
-        while fleets:
-            fleets.pop().close()
+    for pools in model._pools.values():
+        while pools:
+            pools.pop().close()
 
 
 def same(found: EmbeddedSlide, expected: EmbeddedSlide) -> None:

@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import `late_lanes` and `stream_helpers`."""
+"""Lets the tests of this folder import `late_streams` and `stream_helpers`."""
 
 import sys
 from pathlib import Path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from slide2vec.progress import StationTime
-from slide2vec.stream.meters import Meters, find_bottleneck
+from slide2vec.stream.station_timers import StationTimers, find_bottleneck
 
 SECONDS = 10.0
 
@@ -38,11 +38,11 @@ def test_the_busiest_station_by_what_its_threads_can_do(
 
 
 def test_times_are_of_the_stations_asked_for() -> None:
-    meters = Meters()
+    timers = StationTimers()
     for spent in (1.0, 2.0):
-        meters.add_busy("read", spent)
-    meters.add_busy("encode", 4.0)
-    assert meters.times({"encode": 1, "read": 3, "plan": 2}) == (
+        timers.add_busy("read", spent)
+    timers.add_busy("encode", 4.0)
+    assert timers.times({"encode": 1, "read": 3, "plan": 2}) == (
         StationTime("encode", 1, 4.0, 0.0),
         StationTime("read", 3, 3.0, 0.0),
         StationTime("plan", 2, 0.0, 0.0),
@@ -51,10 +51,10 @@ def test_times_are_of_the_stations_asked_for() -> None:
 
 def test_a_block_is_work_or_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([1.0, 3.5, 10.0, 14.0])
-    monkeypatch.setattr("slide2vec.stream.meters.time.perf_counter", lambda: next(clock))
-    meters = Meters()
-    with meters.busy("read"):
+    monkeypatch.setattr("slide2vec.stream.station_timers.time.perf_counter", lambda: next(clock))
+    timers = StationTimers()
+    with timers.busy("read"):
         pass
-    with pytest.raises(OSError), meters.waiting("read"):
+    with pytest.raises(OSError), timers.waiting("read"):
         raise OSError
-    assert meters.times({"read": 1}) == (StationTime("read", 1, 2.5, 4.0),)
+    assert timers.times({"read": 1}) == (StationTime("read", 1, 2.5, 4.0),)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from slide2vec.cohort.cohort import Cohort
+from slide2vec.cohort.context import Cohort
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import OutputError
 from slide2vec.slides import Slide

@@ -20,7 +20,7 @@ import torch
 from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig
 from slide2vec.cohort import tile_cohort
 from slide2vec.errors import ConfigError, SlideOpenError
-from slide2vec.readers.companions import files_of
+from slide2vec.readers.slide_files import slide_files
 from slide2vec.slides import as_slide
 from slide2vec.stream import stager_for
 from slide2vec.stream.staging import Stager
@@ -236,13 +236,13 @@ def test_files_of_mrxs_and_vms(tmp_path: Path, stage: Path) -> None:
         assert not folder.exists()
     names = ("a.mrxs", "a/Slidedat.ini", "a/Data0000.dat", "a/sub/more.dat")
     assert found == {name: name for name in names}
-    assert files_of(tmp_path / "c.vms") is None
+    assert slide_files(tmp_path / "c.vms") is None
 
 
 def test_files_of_a_dicom_series(real_slide: Any, tmp_path: Path) -> None:
     series = [shutil.copy(real_slide("camelyon-jpeg.dcm"), tmp_path / f"{n}.dcm") for n in range(2)]
     shutil.copy(real_slide("sm_image.dcm"), tmp_path / "other.dcm")
-    files = files_of(Path(series[0]))
+    files = slide_files(Path(series[0]))
     assert files is not None
     assert sorted(source.name for source, _ in files) == ["0.dcm", "1.dcm"]
 

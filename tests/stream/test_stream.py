@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from late_lanes import LateLane
+from late_streams import LateStream
 from stream_helpers import PlanBy
 
 from slide2vec.config import FilterConfig
@@ -30,11 +30,11 @@ from slide2vec.progress import (
 )
 from slide2vec.runtime.base import Layout
 from slide2vec.slides import Slide
-from slide2vec.stream import Arrivals, SlideOutcome, SlidePlan, Stream, encoding
-from slide2vec.stream.feed import HostFeed
-from slide2vec.stream.lanes import HostLane
-from slide2vec.stream.meters import find_bottleneck
-from slide2vec.stream.sources import SlideSource
+from slide2vec.stream import SlideOutcome, SlidePlan, SlideQueue, Stream, batch_encoder
+from slide2vec.stream.cuda_streams import HostStream
+from slide2vec.stream.decode_paths import HostTransfer
+from slide2vec.stream.station_timers import find_bottleneck
+from slide2vec.stream.tile_sources import SlideSource
 from slide2vec.tiling import Segmentation, Tiling
 
 SIDE = 8
@@ -312,14 +312,14 @@ def test_failing_engine_raises_and_cleans_up() -> None:
 
 
 def test_a_slide_that_the_feed_refuses_is_closed() -> None:
-    class Refusing(HostFeed):
-        def adopt(self, plan: SlidePlan) -> SlidePlan:
+    class Refusing(HostTransfer):
+        def bind(self, plan: SlidePlan) -> SlidePlan:
             if plan.slide.sample_id == "s1":
                 raise BackendError("slide s1: gpu_decode=True, but the GPU cannot decode it")
             return plan
 
     shapes = {n: (3, 3) for n in range(3)}
-    outcomes = by_number(stream(Engine(), feed=Refusing()).run(map(slide, shapes), plan_of(shapes)))
+    outcomes = by_number(stream(Engine(), transfer=Refusing()).run(map(slide, shapes), plan_of(shapes)))
     assert isinstance(outcomes[1].error, BackendError)
     check(outcomes[0], 0, (3, 3))
     check(outcomes[2], 2, (3, 3))
@@ -327,8 +327,9 @@ def test_a_slide_that_the_feed_refuses_is_closed() -> None:
 
 
 def test_features_that_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a device they are collected a batch or two later; on this CPU a stand-in lane does the same."""
-    monkeypatch.setattr(encoding, "lane_for", LateLane)
+    """On a device they are collected a batch or two later; on this CPU a stand-in device stream does the
+    same."""
+    monkeypatch.setattr(batch_encoder, "device_stream", LateStream)
     shapes = {0: (5, 4), 1: (1, 1), 2: (20, 13), 3: (2, 9)}
     flights: list[int] = []
     run = stream(Engine())
@@ -343,7 +344,7 @@ def test_features_that_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in (0, 1, 3):
         check(outcomes[number], number, shapes[number])
     assert isinstance(outcomes[2].error, SlideReadError) and isinstance(outcomes[4].error, SpacingError)
-    assert max(flights) == encoding.IN_FLIGHT
+    assert max(flights) == batch_encoder.IN_FLIGHT
     assert Reader.open_now == 0
 
 
@@ -352,13 +353,13 @@ def test_memory_is_written_again_only_after_it_was_read() -> None:
     waited: list[Any] = []
     read: list[Any] = []
 
-    class Lane(HostLane):
+    class DeviceStream(HostStream):
         def wait(self, events: Any) -> None:
             waited.extend(events)
 
-    feed = HostFeed()
-    feed.lane = Lane(feed.device)
-    run = stream(Engine(), feed=feed)
+    transfer = HostTransfer()
+    transfer.stream = DeviceStream(transfer.device)
+    run = stream(Engine(), transfer=transfer)
     release = run._batches.release
     run._batches.release = lambda batch, event=None: (read.append(event), release(batch, event))  # type: ignore
     list(run.run(map(slide, range(2)), plan_of({0: (30, 20), 1: (30, 20)})))
@@ -496,24 +497,24 @@ def test_threads_stay_as_they_are_unless_told(three_threads: int) -> None:
 def test_slides_that_come_one_by_one_are_through_before_the_next_comes() -> None:
     """Nobody waits for the slide after the present one; the last batch only for the end."""
     shapes = {0: (7, 2), 1: (7, 3), 2: (1, 1)}
-    arrivals = Arrivals()
-    arrivals.put(slide(0))
-    outcomes = stream(Engine(), batch_size=7).run(arrivals, plan_of(shapes))
+    slide_queue = SlideQueue()
+    slide_queue.put(slide(0))
+    outcomes = stream(Engine(), batch_size=7).run(slide_queue, plan_of(shapes))
     for number in (0, 1):
         check(next(outcomes), number, shapes[number])
-        arrivals.put(slide(number + 1))
-    arrivals.end()
+        slide_queue.put(slide(number + 1))
+    slide_queue.end()
     check(next(outcomes), 2, shapes[2])
     assert next(outcomes, None) is None
-    arrivals.put(slide(0))
-    arrivals.end()
-    again = by_number(stream(Engine(), batch_size=7).run(arrivals, plan_of(shapes)))
+    slide_queue.put(slide(0))
+    slide_queue.end()
+    again = by_number(stream(Engine(), batch_size=7).run(slide_queue, plan_of(shapes)))
     assert again.keys() == {0}, "what comes after an end is the next stream's"
 
 
 def test_a_stream_that_is_closed_does_not_wait_for_slides_that_might_come() -> None:
-    arrivals = Arrivals()
-    arrivals.put(slide(0))
-    outcomes = stream(Engine(), batch_size=7).run(arrivals, plan_of({0: (7, 2)}))
+    slide_queue = SlideQueue()
+    slide_queue.put(slide(0))
+    outcomes = stream(Engine(), batch_size=7).run(slide_queue, plan_of({0: (7, 2)}))
     next(outcomes)
     outcomes.close()

@@ -10,7 +10,7 @@ import pytest
 
 from slide2vec.config import PreprocessingConfig
 from slide2vec.readers import open_slide
-from slide2vec.readers.base import planning_downsamples
+from slide2vec.readers.reader import planning_downsamples
 from slide2vec.slides import Slide
 from slide2vec.tiling import Tiling, tile_slide
 

@@ -14,7 +14,7 @@ from slide2vec.geometry import tile_geometry
 from slide2vec.tiling import Tiling, TissueMask, segment, tile_slide
 from slide2vec.tiling.contours import find_pieces, smallest_area
 from slide2vec.tiling.grid import tissue_tiles
-from slide2vec.tiling.records import Segmentation
+from slide2vec.tiling.types import Segmentation
 
 FULL = (0, 0, 400, 300)
 

@@ -36,9 +36,9 @@ def warm_up() -> None:
     import simplejpeg  # noqa: F401
 
     from slide2vec.readers import backends
-    from slide2vec.readers.cucim import tame_cufile
+    from slide2vec.readers.cucim import configure_cufile
 
-    tame_cufile()
+    configure_cufile()
     backends()
     native = len(list(Path("/proc/self/task").iterdir()))
     if threading.active_count() > 1 or native > 1:

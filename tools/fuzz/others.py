@@ -62,7 +62,7 @@ def _process_list(folder: Path) -> Any:
 
 def _features(folder: Path) -> Any:
     from slide2vec.artifacts import find_tile_artifact
-    from slide2vec.artifacts.stored import as_embedded, load_stored
+    from slide2vec.artifacts.tile_features import as_embedded, load_stored
     from slide2vec.slides import Slide
 
     artifact = find_tile_artifact(folder, NAME)

@@ -17,7 +17,7 @@ from slide2vec.errors import Slide2VecError
 from slide2vec.readers import open_slide
 from slide2vec.slides import Slide
 from slide2vec.stream.plan import SlidePlan, plan_slide
-from slide2vec.stream.sources import SlideSource
+from slide2vec.stream.tile_sources import SlideSource
 from tools.fuzz.slides import Base
 
 __all__ = [

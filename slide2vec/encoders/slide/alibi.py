@@ -26,9 +26,9 @@ def alibi_slopes(heads: int) -> list[float]:
     """Slopes of the heads: a geometric sequence from 2^(-8/n) for n heads, a power of two; for another
     number that of the power below, then every second one of the power above (Press et al., Train short,
     test long, ICLR 2022, and its published code)."""
-    below = 2 ** math.floor(math.log2(heads))
-    slopes = [2.0 ** (-8.0 * i / below) for i in range(1, below + 1)]
-    return slopes + [2.0 ** (-4.0 * i / below) for i in range(1, 2 * (heads - below), 2)]
+    upstream = 2 ** math.floor(math.log2(heads))
+    slopes = [2.0 ** (-8.0 * i / upstream) for i in range(1, upstream + 1)]
+    return slopes + [2.0 ** (-4.0 * i / upstream) for i in range(1, 2 * (heads - upstream), 2)]
 
 
 def alibi_attention(

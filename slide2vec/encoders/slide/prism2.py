@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from slide2vec.encoders.remote import consented, load_remote
+from slide2vec.encoders.remote_code import consented, load_remote
 from slide2vec.encoders.slide.bag import SlideFeatures, TileBag, checked_features
 from slide2vec.encoders.weights import WeightsChoice
 from slide2vec.errors import ConfigError, ExtraMissingError

@@ -1,6 +1,6 @@
 """A TensorRT plan without PyTorch, for services: NumPy in, NumPy out, on pycuda.
 
-Pixels are copied into page-locked memory, from there to the GPU, and features back, each lane on a stream
+Pixels are copied into page-locked memory, from there to the GPU, and features back, each context on a stream
 of its own: while one batch computes, the next is on its way.
 """
 
@@ -21,7 +21,7 @@ from slide2vec.runtime.record import EngineRecord, read_record
 from slide2vec.runtime.tensorrt.available import load_tensorrt
 
 if TYPE_CHECKING:
-    from slide2vec.runtime.tensorrt.pinned import Device
+    from slide2vec.runtime.tensorrt.pycuda_contexts import Device
 
 __all__ = ["DeployedEngine"]
 
@@ -81,16 +81,16 @@ class DeployedEngine:
         try:
             for turn, batch in enumerate(batches):
                 device.check(batch)
-                if len(pending) == len(device.lanes):
+                if len(pending) == len(device.contexts):
                     yield device.finish(*pending.popleft())
-                lane = device.lanes[turn % len(device.lanes)]
-                pending.append((lane, len(batch)))
-                device.start(lane, batch)
+                context = device.contexts[turn % len(device.contexts)]
+                pending.append((context, len(batch)))
+                device.start(context, batch)
             while pending:
                 yield device.finish(*pending.popleft())
-        finally:  # a lane whose features nobody took must be idle when it is used again
-            for lane, _ in pending:
-                device.wait(lane)
+        finally:  # a context whose features nobody took must be idle when it is used again
+            for context, _ in pending:
+                device.wait(context)
 
     def _open(self) -> Device:
         if self._device is None:
@@ -121,4 +121,4 @@ def _pinned() -> Any:
             f'pycuda cannot be imported ({error}): pip install "slide2vec[deploy]" (Linux); it is built on '
             "installation and needs the CUDA toolkit for that"
         ) from error
-    return import_module("slide2vec.runtime.tensorrt.pinned")
+    return import_module("slide2vec.runtime.tensorrt.pycuda_contexts")

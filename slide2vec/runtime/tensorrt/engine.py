@@ -15,7 +15,7 @@ from slide2vec.runtime.base import BatchProfile, Layout
 from slide2vec.runtime.tensorrt.available import require
 
 if TYPE_CHECKING:
-    from slide2vec.runtime.tensorrt.lanes import Lanes
+    from slide2vec.runtime.tensorrt.contexts import ContextPool
 
 __all__ = ["TensorRTEngine"]
 
@@ -67,10 +67,10 @@ class TensorRTEngine:
         self.device, self.precision, self.feature_dim, self.layout = device, precision, feature_dim, layout
         self._profile = profile
         with torch.cuda.device(device):
-            self._lanes: Lanes | None = self._load(plan, contexts, cuda_graphs, kernels)
+            self._contexts: ContextPool | None = self._load(plan, contexts, cuda_graphs, kernels)
 
-    def _load(self, path: Path, contexts: int, cuda_graphs: bool, kernels: Path | None) -> Lanes:
-        from slide2vec.runtime.tensorrt.lanes import Lanes
+    def _load(self, path: Path, contexts: int, cuda_graphs: bool, kernels: Path | None) -> ContextPool:
+        from slide2vec.runtime.tensorrt.contexts import ContextPool
         from slide2vec.runtime.tensorrt.plans import Plan
 
         plan = Plan(path, self.runtime, kernels)
@@ -81,11 +81,11 @@ class TensorRTEngine:
             )
         self._shape, self._plan = plan.input.shape, plan
         started = time.perf_counter()
-        lanes = Lanes(plan, self._profile, self.device, count=contexts, graphs=cuda_graphs)
+        pool = ContextPool(plan, self._profile, self.device, count=contexts, graphs=cuda_graphs)
         if plan.kernels is not None:
-            lanes.wait()
+            pool.wait()
             plan.kernels.tell(path, time.perf_counter() - started)
-        return lanes
+        return pool
 
     def run(self, pixels: Tensor) -> Tensor:
         """Pixels of `layout` -> (B, D) float32, which are the caller's: no later batch overwrites them.
@@ -93,17 +93,17 @@ class TensorRTEngine:
         Raises:
             EngineError: pixels of another shape or dtype, or TensorRT fails, or the engine is closed.
         """
-        lanes = self._open(pixels)
+        pool = self._open(pixels)
         most = self._profile.max
         with torch.inference_mode(), torch.cuda.device(self.device):
             features = torch.empty((len(pixels), self.feature_dim), dtype=torch.float32, device=self.device)
             for part, out in zip(torch.split(pixels, most), torch.split(features, most), strict=True):
-                lanes.run(part, out)
+                pool.run(part, out)
         return features
 
-    def _open(self, pixels: Tensor) -> Lanes:
-        """The lanes, if they take such pixels."""
-        if self._lanes is None:
+    def _open(self, pixels: Tensor) -> ContextPool:
+        """The contexts, if they take such pixels."""
+        if self._contexts is None:
             raise EngineError("this engine is closed")
         found = (tuple(pixels.shape[1:]), str(pixels.dtype), pixels.device.type)
         if found != (self._shape, f"torch.{DTYPES[self.layout]}", self.device.type):
@@ -111,13 +111,13 @@ class TensorRTEngine:
                 f"the engine takes (B, {', '.join(map(str, self._shape))}) {DTYPES[self.layout]} on "
                 f"{self.device}, not {tuple(pixels.shape)} {pixels.dtype} on {pixels.device}"
             )
-        return self._lanes
+        return self._contexts
 
     def close(self) -> None:
         """Release the device's memory. May be called twice."""
-        lanes, self._lanes = self._lanes, None
-        if lanes is not None:
-            lanes.wait()
+        pool, self._contexts = self._contexts, None
+        if pool is not None:
+            pool.wait()
             if self._plan.kernels is not None:
                 self._plan.kernels.keep()
             del self._plan

@@ -1,6 +1,7 @@
-"""NVIDIA's two compilers, TensorRT and TensorRT-RTX, behind one door: what has to be named in a library.
+"""NVIDIA's two compilers, TensorRT and TensorRT-RTX, behind one interface: what differs by name in the two.
 
-All else is called on what these make, and is the same in both; what only TensorRT-RTX has is in `rtx`.
+Everything else is called on the objects that these make and is the same in both; what only TensorRT-RTX has
+is in `rtx`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 else:  # which of the two a class belongs to is known when it is made: `Library.own`
     trt = SimpleNamespace(ILogger=object, IProgressMonitor=object)
 
-__all__ = ["MODULES", "TITLES", "Library", "Log", "told"]
+__all__ = ["MODULES", "TITLES", "Library", "Log", "error_text"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ Class = TypeVar("Class", bound="trt.ILogger | trt.IProgressMonitor")
 
 
 class Log(trt.ILogger):  # type: ignore[misc]  # untyped where TensorRT is not installed
-    """A library's messages into `logging`; errors are kept for the exception that will tell them.
+    """A library's messages into `logging`; errors are kept for the exception that will be raised.
 
     Made by `Library.log`.
     """
@@ -49,7 +50,7 @@ class Log(trt.ILogger):  # type: ignore[misc]  # untyped where TensorRT is not i
             self.errors.append(msg)
 
 
-def told(log: Log) -> str:
+def error_text(log: Log) -> str:
     """What went wrong so far, in one line."""
     return "; ".join(log.errors) or f"{log.title} gave no reason"
 

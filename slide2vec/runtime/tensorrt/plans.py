@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from slide2vec.errors import EngineError
 from slide2vec.runtime.base import BatchProfile
-from slide2vec.runtime.tensorrt.library import Library, Log, told
+from slide2vec.runtime.tensorrt.library import Library, Log, error_text
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -51,7 +51,7 @@ class Plan:
             self._check(content)
         engine: trt.ICudaEngine | None = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
-            raise EngineError(self._refused(told(self._log)))
+            raise EngineError(self._refused(error_text(self._log)))
         self._engine = engine
         self.kernels = self._late(kernels) if self.library.compiles_late else None
         self.input = self._port(self.library.is_input)
@@ -63,7 +63,7 @@ class Plan:
 
         reasons = misfit(self._runtime, content)
         if reasons is not None:
-            raise EngineError(self._refused("; ".join(reasons) or told(self._log)))
+            raise EngineError(self._refused("; ".join(reasons) or error_text(self._log)))
 
     def _late(self, path: Path | None) -> Kernels:
         from slide2vec.runtime.tensorrt.rtx import Kernels
@@ -94,7 +94,7 @@ class Plan:
         context: trt.IExecutionContext | None
         context = self.kernels.context() if self.kernels else self._engine.create_execution_context()
         if context is None:
-            raise EngineError(f"{self.path}: no execution context ({told(self._log)})")
+            raise EngineError(f"{self.path}: no execution context ({error_text(self._log)})")
         return Context(context, self, self._log)
 
     def _port(self, mode: trt.TensorIOMode) -> Port:
@@ -139,4 +139,4 @@ class Context:
             and self._context.execute_async_v3(stream)
         )
         if not done:
-            raise EngineError(f"{self._plan.path} failed on a batch of {batch}: {told(self._log)}")
+            raise EngineError(f"{self._plan.path} failed on a batch of {batch}: {error_text(self._log)}")

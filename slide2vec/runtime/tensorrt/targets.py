@@ -15,7 +15,7 @@ TARGETS = {
     "sm120": "RTX 50, RTX PRO Blackwell",
     "sm121": "GB10",
 }
-#: What it takes without being told (its documentation: 8.0, 8.6, 8.9, 12.0).
+#: What it takes by default (its documentation: 8.0, 8.6, 8.9, 12.0).
 USUAL = ("sm80", "sm86", "sm89", "sm120")
 #: Precision -> the first that it is compiled for. TensorRT-RTX 1.7.1 itself refuses earlier ones: on sm75 it
 #: has no products in fp32 and no bf16, before sm89 no fp8.

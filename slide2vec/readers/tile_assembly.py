@@ -1,0 +1,312 @@
+"""Assembles regions from a slide's compressed tiles, read in file order and each decoded once."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeAlias
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from slide2vec.errors import BackendError
+from slide2vec.readers.codecs import TileError
+from slide2vec.readers.decoders import TileDecoder
+from slide2vec.readers.probe import Probe
+from slide2vec.readers.pyramid import PyramidReader
+from slide2vec.readers.reader import Squares
+from slide2vec.readers.tiff_tiles import TiffTiles, colour_conflict, why_no_jpeg
+from slide2vec.readers.tile_table import TileFormat, TilePlace, TileTable
+
+__all__ = ["HostTileReader", "JpegTileReader", "TileAssembler"]
+
+#: Decoded tiles that reach into a neighbouring box and are kept for it, per open slide.
+KEPT_BYTES = 48 << 20
+#: Pixels of the tiles that one step decodes, in bytes: boxes over long strips take several.
+STEP_BYTES = 64 << 20
+
+#: Rows, columns.
+_Part: TypeAlias = tuple[slice, slice]
+#: Level, tile, ratio that it was reduced by.
+_Key: TypeAlias = tuple[int, int, int]
+
+
+class JpegTileReader(PyramidReader):
+    """A SlideReader over JPEG tiles; its pixels are of the decoder's kind. Meant for decoding on a GPU.
+
+    Raises:
+        BackendError: the file has no JPEG tiles, or their colours are not clear from them alone.
+    """
+
+    backend = "raw"
+
+    def __init__(self, probe: Probe, decoder: TileDecoder) -> None:
+        if reason := why_no_jpeg(probe):
+            raise BackendError(reason)
+        super().__init__(probe, [(level.width, level.height) for level in probe.levels])
+        self._decoder = decoder
+        tiles = TiffTiles(probe, self._read_error, is_checked=True)
+        self._boxes = TileAssembler(tiles, decoder)
+        if reason := colour_conflict(probe):
+            self.close()
+            raise BackendError(reason)
+
+    def _read_box(self, level: int, x: int, y: int, width: int, height: int) -> Any:
+        return self._boxes.read(level, x, y, width, height)
+
+    def _canvas(self, height: int, width: int) -> Any:
+        canvas = self._decoder.canvas(height, width)
+        canvas[:] = 255
+        return canvas
+
+    def close(self) -> None:
+        """Release the file. May be called twice."""
+        self._boxes.close()
+
+
+class HostTileReader(PyramidReader):
+    """A SlideReader over the boxes of a `HostDecoder`; see also `BufferedReader`."""
+
+    _boxes: TileAssembler
+
+    def _read_box(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        pixels: NDArray[np.uint8] = self._boxes.read(level, x, y, width, height)
+        return pixels
+
+    def read_into(
+        self,
+        memory: NDArray[np.uint8],
+        location_lv0: tuple[int, int],
+        level: int,
+        size: tuple[int, int],
+        ratio: int,
+        squares: Squares | None = None,
+    ) -> NDArray[np.uint8] | None:
+        """See `BufferedReader.read_into`."""
+        (x, y), (width, height) = self._corner(location_lv0, level), size
+        right, bottom = self.level_dimensions[level]
+        x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + width, right), min(y + height, bottom)
+        # no averaged cell may reach over the edge of the level, nor over two tiles
+        cells = not any(edge % ratio for edge in (x0 - x, y0 - y, x1 - x, y1 - y))
+        if x0 >= x1 or y0 >= y1 or not cells or not self._boxes.reduces(level, x0, y0, ratio):
+            return None
+        shape = height // ratio, width // ratio, 3
+        canvas = memory[: shape[0] * shape[1] * 3].reshape(shape)
+        inside = canvas[(y0 - y) // ratio : (y1 - y) // ratio, (x0 - x) // ratio : (x1 - x) // ratio]
+        if inside.shape != shape:
+            canvas[:] = 255
+        with self._naming_errors(level, x0, y0):
+            within = None if squares is None else (squares[0] + (x, y), squares[1])
+            self._boxes.fill(inside, level, x0, y0, ratio=ratio, squares=within)
+        return canvas
+
+    def close(self) -> None:
+        """Release the files. May be called twice."""
+        self._boxes.close()
+
+
+class TileAssembler:
+    """Boxes of a slide's levels. Safe to use from several threads: a tile that two boxes share is decoded by
+    one of them and kept for the other.
+
+    Args:
+        tiles: where they are read from; closed with this.
+        decoder: gives the pixels; boxes are of its kind (NumPy arrays or tensors).
+    """
+
+    def __init__(self, tiles: TileTable, decoder: TileDecoder) -> None:
+        self._tiles, self._decoder = tiles, decoder
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[_Key, Future[Any]] = OrderedDict()
+        self._working: dict[_Key, Future[Any]] = {}
+
+    def read(self, level: int, x: int, y: int, width: int, height: int) -> Any:
+        """(height, width, 3) uint8 of a box in level px that lies inside the level.
+
+        Raises:
+            SlideReadError: one of its tiles cannot be decoded.
+        """
+        canvas = self._decoder.canvas(height, width)
+        self.fill(canvas, level, x, y)
+        return canvas
+
+    def fill(
+        self,
+        canvas: Any,
+        level: int,
+        x: int,
+        y: int,
+        *,
+        ratio: int = 1,
+        squares: Squares | None = None,
+    ) -> None:
+        """Write a box in level px that lies inside the level into a (height, width, 3) uint8 canvas.
+
+        Args:
+            x, y: of the box, which is `ratio` times as wide and high as the canvas.
+            ratio: each pixel is the average of so many a side. A tile is reduced as it comes out of the
+                decoder, while the CPU's cache holds it. NumPy arrays only, and boxes that `reduces` takes.
+            squares: of the level, beside which pixels may be any: tiles under none of them are not decoded.
+
+        Raises:
+            SlideReadError: one of its tiles cannot be decoded.
+        """
+        height, width = canvas.shape[0] * ratio, canvas.shape[1] * ratio
+        places, form = self._tiles.tiles_in(level, x, y, width, height), self._tiles.format(level)
+        columns, rows = (
+            (x + width - 1) // form.width - x // form.width,
+            (y + height - 1) // form.height - y // form.height,
+        )
+        if len(places) < (columns + 1) * (rows + 1):  # some are left out
+            canvas[:] = 255
+        if squares is not None:
+            places = _under_squares(places, form, squares)
+        for step in self._steps(level, places):
+            self._fill(canvas, level, step, ratio)
+
+    def reduces(self, level: int, x: int, y: int, ratio: int) -> bool:
+        """Whether a box that begins there has no averaged cell that reaches over two tiles."""
+        form = self._tiles.format(level)
+        return not (x % ratio or y % ratio or form.width % ratio or form.height % ratio)
+
+    def _steps(self, level: int, places: Sequence[TilePlace]) -> Iterator[Sequence[TilePlace]]:
+        form = self._tiles.format(level)
+        most = max(1, STEP_BYTES // (form.width * form.height * 3))
+        return (places[start : start + most] for start in range(0, len(places), most))
+
+    def _fill(self, canvas: Any, level: int, places: Sequence[TilePlace], ratio: int) -> None:
+        """Tiles that other boxes need, too, are reserved: whoever needs them meanwhile waits for them."""
+        wanted, mine = self._claim(level, places, ratio)
+        try:
+            for place, pixels in zip(mine, self._decode(level, mine, ratio), strict=True):
+                if place.is_whole:
+                    _put(canvas, place, pixels, ratio)
+                    continue
+                kept = pixels if ratio == 1 else _reduced(pixels, ratio)
+                canvas[_divided(place.in_box, ratio)] = kept[_divided(place.in_tile, ratio)]
+                wanted.pop(place.tile)[1].set_result(kept)
+        finally:
+            self._publish(level, mine, ratio)
+        for place, future in wanted.values():
+            found = self._result(level, place, future, ratio)
+            canvas[_divided(place.in_box, ratio)] = found[_divided(place.in_tile, ratio)]
+
+    def _claim(
+        self, level: int, places: Sequence[TilePlace], ratio: int
+    ) -> tuple[dict[int, tuple[TilePlace, Future[Any]]], list[TilePlace]]:
+        """The pixels (as futures) of tiles that are shared, and the tiles that are neither decoded nor being
+        decoded."""
+        wanted: dict[int, tuple[TilePlace, Future[Any]]] = {}
+        mine = []
+        with self._lock:
+            for place in places:
+                key = level, place.tile, ratio
+                found = self._kept.get(key) or self._working.get(key)
+                if found is None:
+                    mine.append(place)
+                    if place.is_whole:
+                        continue
+                    found = self._working[key] = Future()
+                wanted[place.tile] = place, found
+        return wanted, mine
+
+    def _decode(self, level: int, places: Sequence[TilePlace], ratio: int) -> Iterator[Any]:
+        """Pixels of each tile in turn; those that are only averaged are valid until the next."""
+        if not places:
+            return
+        form = self._tiles.format(level)
+        kept = [ratio == 1 and not place.is_whole for place in places]
+        decoded = self._decoder.decode(self._tiles.read(level, places), form, places, kept)
+        for place in places:
+            try:
+                pixels = next(decoded)
+            except TileError as error:
+                raise self._tiles.damaged(level, place, error) from error
+            height, width, channels = pixels.shape
+            if not (place.height <= height <= form.height and place.width <= width <= form.width):
+                found = f"damaged tile ({width}x{height} px instead of {form.width}x{form.height})"
+                raise self._tiles.damaged(level, place, found)
+            if channels != 3:
+                raise self._tiles.damaged(level, place, f"damaged tile ({channels} channels instead of 3)")
+            yield pixels
+
+    def _result(self, level: int, place: TilePlace, future: Future[Any], ratio: int) -> Any:
+        try:
+            return future.result()
+        except _FailedElsewhere:
+            pixels = next(self._decode(level, [place], ratio))
+            return pixels if ratio == 1 else _reduced(pixels, ratio)
+
+    def _publish(self, level: int, mine: Sequence[TilePlace], ratio: int) -> None:
+        """Keep what a neighbouring box will need; threads that wait for what failed try it themselves."""
+        with self._lock:
+            for place in mine:
+                if place.is_whole:
+                    continue
+                key = level, place.tile, ratio
+                future = self._working.pop(key)
+                if future.done():
+                    self._kept[key] = future
+                else:
+                    future.set_exception(_FailedElsewhere())
+            self._shrink(level, ratio)
+
+    def _shrink(self, level: int, ratio: int) -> None:
+        form = self._tiles.format(level)
+        tile = form.width * form.height * 3 // ratio**2
+        while len(self._kept) > max(1, KEPT_BYTES // tile):
+            self._kept.popitem(last=False)
+
+    def close(self) -> None:
+        """Release the file. May be called twice."""
+        self._tiles.close()
+        with self._lock:
+            self._kept.clear()
+
+
+def _under_squares(places: Sequence[TilePlace], form: TileFormat, squares: Squares) -> list[TilePlace]:
+    corners, side = squares
+    wide, high = form.width, form.height
+    touched = {
+        (column, row)
+        for x, y in corners.tolist()
+        for column in range(x // wide, (x + side - 1) // wide + 1)
+        for row in range(y // high, (y + side - 1) // high + 1)
+    }
+    return [place for place in places if (place.x // wide, place.y // high) in touched]
+
+
+def _divided(part: _Part, ratio: int) -> _Part:
+    if ratio == 1:
+        return part
+    rows, columns = part
+    return (
+        slice(rows.start // ratio, rows.stop // ratio),
+        slice(columns.start // ratio, columns.stop // ratio),
+    )
+
+
+def _put(canvas: Any, place: TilePlace, pixels: Any, ratio: int) -> None:
+    """Write a tile that lies wholly in the box."""
+    if pixels.shape[:2] != (place.height, place.width):
+        pixels = pixels[place.in_tile]
+    target = canvas[_divided(place.in_box, ratio)]
+    if ratio == 1:
+        target[:] = pixels
+    else:
+        cv2.resize(pixels, target.shape[1::-1], dst=target, interpolation=cv2.INTER_AREA)
+
+
+def _reduced(pixels: NDArray[np.uint8], ratio: int) -> NDArray[np.uint8]:
+    """Whole cells averaged; the same values as of any other part that holds them."""
+    height, width = pixels.shape[0] // ratio, pixels.shape[1] // ratio
+    cells = pixels[: height * ratio, : width * ratio]
+    averaged: Any = cv2.resize(cells, (width, height), interpolation=cv2.INTER_AREA)
+    return averaged  # type: ignore[no-any-return]
+
+
+class _FailedElsewhere(Exception):
+    """The thread that decoded this tile failed, at it or at another one of its step."""

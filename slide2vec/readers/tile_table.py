@@ -1,0 +1,140 @@
+"""What `TileAssembler` needs of a container: where its compressed tiles lie, how they are coded, their
+bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slide2vec.errors import SlideReadError
+
+__all__ = ["Parts", "TileFormat", "TilePlace", "TileTable", "tile_places"]
+
+#: A compressed tile: one piece, or one per channel where channels are stored apart.
+Parts: TypeAlias = Sequence[bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileFormat:
+    """How the tiles of a level are coded.
+
+    Attributes:
+        width, height: of a whole tile, px.
+        compression: its TIFF name ("JPEG", "LZW", "NONE", …; "JPEGLS" and "RLE" of DICOM).
+        photometric: its TIFF name ("RGB", "YCBCR", "MINISBLACK", "MINISWHITE", "PALETTE").
+        samples: channels that a tile holds; those beyond the colours are opacity or ignored.
+        planar: channels are coded apart.
+        predictor: 2 where pixels are coded as differences from their left neighbour, else 1.
+        alpha: what the channel after the colours is: opacity that the colours were multiplied with, or not.
+        colormap: (256, 3) uint8 of PALETTE.
+        is_subsampled: of YCBCR, the colours have fewer pixels than the brightness.
+        reversed_bits: the bytes of the file have their lowest bit first.
+        is_strip: the last tile of a column may be coded shorter.
+        rgb: JPEG: the components are RGB already, whatever a decoder would think.
+    """
+
+    width: int
+    height: int
+    compression: str
+    photometric: str = "RGB"
+    samples: int = 3
+    planar: bool = False
+    predictor: int = 1
+    alpha: Literal["premultiplied", "straight"] | None = None
+    colormap: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
+    is_subsampled: bool = False
+    reversed_bits: bool = False
+    is_strip: bool = False
+    rgb: bool = False
+
+
+class TilePlace(NamedTuple):
+    """A compressed tile under a box.
+
+    Attributes:
+        tile: its number in the level.
+        x, y: of its top-left corner, level px.
+        width, height: of what the level holds of it, px.
+        in_box, in_tile: (rows, columns) that both share, in each of them.
+        is_whole: the box holds all of it, so that no neighbouring box needs it.
+    """
+
+    tile: int
+    x: int
+    y: int
+    width: int
+    height: int
+    in_box: tuple[slice, slice]
+    in_tile: tuple[slice, slice]
+    is_whole: bool
+
+
+class TileTable(Protocol):
+    """The compressed tiles of a slide's levels. Used from several threads."""
+
+    def format(self, level: int) -> TileFormat:
+        """How they are coded."""
+        ...
+
+    def tiles_in(self, level: int, x: int, y: int, width: int, height: int) -> list[TilePlace]:
+        """The tiles under a box that lies inside a level (level px), without those that the file leaves out:
+        these are white."""
+        ...
+
+    def read(self, level: int, places: Sequence[TilePlace]) -> list[Parts]:
+        """What is stored of tiles.
+
+        Raises:
+            SlideReadError: it cannot be read, or the slide was closed.
+        """
+        ...
+
+    def damaged(self, level: int, place: TilePlace, why: object) -> SlideReadError:
+        """The error of a tile that a decoder does not take."""
+        ...
+
+    def close(self) -> None:
+        """Release the file. May be called twice."""
+        ...
+
+
+def tile_places(
+    level_size: tuple[int, int], tile_size: tuple[int, int], box: tuple[int, int, int, int]
+) -> list[TilePlace]:
+    """The tiles under a box, numbered row by row.
+
+    Args:
+        level_size, tile_size: (width, height), px.
+        box: (x, y, width, height) inside the level, px.
+    """
+    (right, bottom), (tile_w, tile_h), (x, y, width, height) = level_size, tile_size, box
+    across = -(-right // tile_w)
+    columns = [_span(at, tile_w, right, x, width) for at in range(x // tile_w, (x + width - 1) // tile_w + 1)]
+    rows = [_span(at, tile_h, bottom, y, height) for at in range(y // tile_h, (y + height - 1) // tile_h + 1)]
+    return [
+        TilePlace(
+            row * across + column, left, top, wide, high, (in_y, in_x), (from_y, from_x), all_x and all_y
+        )
+        for row, top, high, in_y, from_y, all_y in rows
+        for column, left, wide, in_x, from_x, all_x in columns
+    ]
+
+
+def _span(at: int, side: int, end: int, start: int, length: int) -> tuple[int, int, int, slice, slice, bool]:
+    """Of the row or column `at` of tiles: its number, place, length inside the level, what the box and it
+    share in each of them, and whether that is all."""
+    first = at * side
+    inside = min(side, end - first)
+    low, high = max(first, start), min(first + inside, start + length)
+    return (
+        at,
+        first,
+        inside,
+        slice(low - start, high - start),
+        slice(low - first, high - first),
+        high - low == inside,
+    )

@@ -1,0 +1,74 @@
+"""How long each station works and waits."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from slide2vec.progress import StationTime
+
+__all__ = ["StationTimers", "find_bottleneck"]
+
+
+class StationTimers:
+    """Busy and waiting seconds per station, summed over threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._busy: defaultdict[str, float] = defaultdict(float)
+        self._waiting: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def busy(self, station: str) -> Iterator[None]:
+        """The block is work of a station."""
+        with self._timed(self._busy, station):
+            yield
+
+    @contextmanager
+    def waiting(self, station: str) -> Iterator[None]:
+        """In the block a station waits."""
+        with self._timed(self._waiting, station):
+            yield
+
+    @contextmanager
+    def _timed(self, seconds: defaultdict[str, float], station: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._add(seconds, station, time.perf_counter() - start)
+
+    def add_busy(self, station: str, spent: float) -> None:
+        """Seconds of work that a device did for a station."""
+        self._add(self._busy, station, spent)
+
+    def _add(self, seconds: defaultdict[str, float], station: str, spent: float) -> None:
+        with self._lock:
+            seconds[station] += spent
+
+    def times(self, workers: Mapping[str, int]) -> tuple[StationTime, ...]:
+        """One record per station of `workers` (name -> number of threads)."""
+        with self._lock:
+            return tuple(
+                StationTime(name, count, self._busy[name], self._waiting[name])
+                for name, count in workers.items()
+            )
+
+
+def find_bottleneck(stations: tuple[StationTime, ...], seconds: float) -> str:
+    """The station whose workers were busiest. Read and prepare share threads: the larger of the two
+    answers for both."""
+    by_name = {station.name: station for station in stations}
+    read, prepare = by_name["read"], by_name["prepare"]
+    feeding = max((read, prepare), key=lambda station: station.busy_s).name
+    busy = {
+        "encode": by_name["encode"].utilisation(seconds),
+        feeding: read.utilisation(seconds) + prepare.utilisation(seconds),
+        "plan": by_name["plan"].utilisation(seconds),
+    }
+    if "stage" in by_name:
+        busy["stage"] = by_name["stage"].utilisation(seconds)
+    return max(busy, key=lambda name: busy[name])

@@ -1,0 +1,206 @@
+"""Coordinate files and archives of previous runs: of which slides they are, and whether they are still
+valid."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from slide2vec.config import PreprocessingConfig
+from slide2vec.errors import ManifestError, SlideError, TilingError
+from slide2vec.files import as_os_errors, atomic_path, entries, open_plain
+from slide2vec.readers import SlideReader
+from slide2vec.readers.fingerprint import same_content
+from slide2vec.readers.known_misreads import misread_by_earlier_versions
+from slide2vec.readers.probe import probe
+from slide2vec.slides import Slide
+from slide2vec.tiling.coordinates import check_tiling, coordinate_paths, load_coordinates
+from slide2vec.tiling.types import PRECOMPUTED, Segmentation, Tiling
+
+__all__ = ["Previous", "find_reusable", "record_source", "recorded_slides", "source_path"]
+
+_SUFFIX = ".coordinates.meta.json"
+#: Of <sample_id>.source.json.
+_SCHEMA = 1
+#: A source record has a few hundred bytes; what else it may come to hold is not much.
+_MOST_BYTES = 2**20
+
+#: What a source record is of: the coordinate files, the tile archive.
+What: TypeAlias = Literal["coordinates", "tiles_tar"]
+
+
+@dataclass(frozen=True)
+class Previous:
+    """What earlier runs may have made of a slide.
+
+    Attributes:
+        directory: of coordinate files and archives.
+        content: fingerprints of the slide's files now, "image" and "mask".
+        warn: called with the directory where only the files' times show whether they are still valid.
+    """
+
+    directory: Path
+    slide: Slide
+    content: Mapping[str, Any]
+    warn: Callable[[Path], None]
+
+    def holds(self, what: What, made: Path) -> bool:
+        """Whether it was made from the slide as it is now; by the files' times where nothing else is
+        recorded.
+
+        Args:
+            made: the file that was written last of it.
+        """
+        recorded = self._recorded(what)
+        if recorded is not None:
+            return same_content(recorded, self.content)
+        if what == "tiles_tar" or not is_newer(made, self.slide):
+            return False  # pixels of earlier versions are read again: some of them were wrong
+        self.warn(self.directory)
+        return True
+
+    def was_misread(self, backend: str) -> bool:
+        """Whether tissue was looked for in pixels that an earlier version read wrongly with a back end."""
+        if self._recorded("coordinates") is not None:
+            return False
+        try:
+            return misread_by_earlier_versions(backend, probe(self.slide)) is not None
+        except SlideError:  # remote: not known
+            return True
+
+    def _recorded(self, what: What) -> Any:
+        return _read_source(self.directory, self.slide.sample_id).get(what)
+
+    def record(self, what: What) -> None:
+        """Write down that it was made from the slide as it is now.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        record_source(self.directory, self.slide.sample_id, what, self.content)
+
+
+def source_path(directory: Path, sample_id: str) -> Path:
+    """The record of what a slide was when its coordinate files and archive were made."""
+    return directory / f"{sample_id}.source.json"
+
+
+def record_source(directory: Path, sample_id: str, what: str, content: Any) -> None:
+    """Enter something, JSON-ready, in a slide's source record; what else it holds stays.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    found = {**_read_source(directory, sample_id), "schema_version": _SCHEMA, what: content}
+    with atomic_path(source_path(directory, sample_id)) as temporary:
+        temporary.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _read_source(directory: Path, sample_id: str) -> dict[str, Any]:
+    """Nothing where there is none that can be read, of a known schema."""
+    try:
+        with open_plain(source_path(directory, sample_id)) as file:
+            found = json.loads(file.read(_MOST_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    known = isinstance(found, dict) and found.get("schema_version") == _SCHEMA
+    return found if known else {}
+
+
+def find_reusable(previous: Previous, reader: SlideReader, config: PreprocessingConfig) -> Tiling | None:
+    """The tiling that an earlier run has written, if it is of this slide, as it is now, with these
+    settings; else None."""
+    directory, slide = previous.directory, previous.slide
+    metadata = coordinate_paths(directory, slide.sample_id)[1]
+    if not previous.holds("coordinates", metadata):
+        return None
+    try:
+        tiling = load_coordinates(directory, slide.sample_id)
+        check_tiling(tiling, slide, reader, config)
+    except TilingError:
+        return None
+    if not _same_settings(tiling, slide, config) or previous.was_misread(tiling.backend):
+        return None
+    return replace(tiling, remarks=_recorded_remarks(directory, slide.sample_id))
+
+
+def _recorded_remarks(directory: Path, sample_id: str) -> tuple[str, ...]:
+    found = _read_source(directory, sample_id).get("remarks")
+    return tuple(map(str, found)) if isinstance(found, list) else ()
+
+
+def is_newer(made: Path, slide: Slide) -> bool:
+    """Whether a file was made after the slide's files were last changed."""
+    sources = [path for path in (slide.image_path, slide.mask_path) if path is not None]
+    try:
+        return _changed_at(made) >= max(map(_changed_at, sources))
+    except OSError:
+        return False
+
+
+def _changed_at(path: Path) -> float:
+    with as_os_errors(path):
+        return path.stat().st_mtime
+
+
+def _same_settings(tiling: Tiling, slide: Slide, config: PreprocessingConfig) -> bool:
+    reference = config.filtering.ref_tile_size or config.requested_tile_size_px
+    return (
+        (tiling.image_path, tiling.mask_path, tiling.spacing_at_level_0)
+        == (slide.image_path, slide.mask_path, slide.spacing_at_level_0)
+        and (tiling.geometry.tolerance, tiling.geometry.overlap) == (config.tolerance, config.overlap)
+        and tiling.tissue_threshold == config.tissue_threshold
+        and tiling.filtering == config.filtering.updated(ref_tile_size=reference)
+        and _same_segmentation(tiling.segmentation, slide, config)
+    )
+
+
+def _same_segmentation(made: Segmentation, slide: Slide, config: PreprocessingConfig) -> bool:
+    asked = config.segmentation
+    if int(made.requested_downsample) != int(asked.downsample):
+        return False
+    if slide.mask_path is not None:
+        return made.method == PRECOMPUTED
+    return (made.method, made.sthresh, made.sthresh_up, made.mthresh, made.close) == (
+        asked.method,
+        asked.sthresh,
+        asked.sthresh_up,
+        asked.mthresh,
+        asked.close,
+    )
+
+
+def recorded_slides(directory: Path) -> list[Slide]:
+    """The slides whose coordinate files are in a directory or in its folder `tiles`, by name.
+
+    A slide whose metadata cannot be read has these as its image: it fails when it is planned.
+
+    Raises:
+        ManifestError: there are none.
+    """
+    found = {
+        path.name: path
+        for folder in (directory / "tiles", directory)
+        for path in entries(folder)
+        if path.name.endswith(_SUFFIX)
+    }
+    if not found:
+        raise ManifestError(f"{directory} holds no coordinate files (*{_SUFFIX}), nor does its folder tiles/")
+    return [_recorded_slide(found[name]) for name in sorted(found)]
+
+
+def _recorded_slide(metadata: Path) -> Slide:
+    name = metadata.name.removesuffix(_SUFFIX)
+    try:
+        tiling = load_coordinates(metadata.parent, name)
+    except TilingError:
+        return Slide(sample_id=name, image_path=metadata)
+    return Slide(
+        sample_id=name,
+        image_path=tiling.image_path,
+        mask_path=tiling.mask_path,
+        spacing_at_level_0=tiling.spacing_at_level_0,
+    )
