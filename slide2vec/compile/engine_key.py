@@ -79,8 +79,7 @@ def identity(
         "runtime_version": _version(DISTRIBUTIONS[runtime]),
         "device": _targeted(targets) if targets else _device(target.device, runtime),
     }
-    resized = recipe.encoder.kwargs.get("img_size", transform.crop) != transform.crop
-    if resized and recipe.positions != "antialiased":
+    if recipe.positions != "antialiased" and recipe.encoder.kwargs.get("img_size") != transform.crop:
         found["positions"] = recipe.positions  # how the graph's own were resampled; once always timm's way
     return dict(json.loads(json.dumps(found)))
 

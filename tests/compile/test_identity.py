@@ -138,6 +138,13 @@ def test_what_comes_before_the_graph_makes_no_other_engine(name: str) -> None:
     assert "positions" not in before
 
 
+def test_a_recipe_that_tells_no_size_of_its_own_has_its_positions_in_the_key() -> None:
+    """isight's engines of other sizes were built with positions resampled in timm's way."""
+    recipe = load_recipe("isight")
+    assert "img_size" not in recipe.encoder.kwargs
+    assert identity_of(recipe, resize=448, crop=448)["positions"] == "plain"
+
+
 @pytest.mark.parametrize(("name", "more"), [("phikon", {"positions"}), ("h-optimus-0", set())])
 def test_another_input_size_does(name: str, more: set[str]) -> None:
     """And only where timm does not resample positions did the graph of such a size change."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,28 @@ def test_claims_beyond_the_file(
 def test_real_claims(name: str, message: str, broken_dir: Path) -> None:
     with pytest.raises(SlideOpenError, match=message):
         open_slide(as_slide(broken_dir / name))
+
+
+_OPEN = """
+import resource, sys
+from slide2vec.errors import SlideOpenError
+from slide2vec.readers import open_slide
+from slide2vec.slides import as_slide
+try:
+    open_slide(as_slide(sys.argv[1]))
+except SlideOpenError:
+    print(max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+"""
+
+
+@pytest.mark.parametrize("name", ["f1-363-crash-ifd_bytes.tif", "f2-1227-hang-huge_dims.svs"])
+def test_damaged_headers_take_no_memory(name: str, broken_dir: Path) -> None:
+    """Below 1 GB, libraries included; OpenSlide asks for terabytes, and planning for minutes."""
+    if not (broken_dir / name).is_file():
+        pytest.skip(f"no {broken_dir / name}")
+    command = [sys.executable, "-c", _OPEN, str(broken_dir / name)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert 0 < int(found) * 1024 < 1_000_000_000
 
 
 def test_a_strip_that_claims_too_much(tmp_path: Path) -> None:
