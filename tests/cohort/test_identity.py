@@ -247,6 +247,33 @@ def test_embeddings_of_the_transform_of_images_are_computed_anew_and_named(
     assert "encoder transform" in caplog.text
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_that_earlier_versions_wrote_is_computed_anew_and_named(
+    run: Run, slides: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, value: float
+) -> None:
+    run()
+    as_main_wrote(tmp_path / "out", slides)
+    path = tmp_path / "out" / "tile_embeddings" / f"{slides[0].stem}.pt"
+    right = load_embeddings(path)
+    wrong = right.clone()
+    wrong[3, 5] = value
+    torch.save(wrong, path)
+    sidecar = path.with_name(f"{slides[0].stem}.meta.json")
+    recorded = {**json.loads(sidecar.read_text()), "file_size_bytes": path.stat().st_size}
+    sidecar.write_text(json.dumps(recorded))
+    again = run()
+    assert again.resumed == 1
+    assert again.recomputed == {"embedding: an earlier version wrote NaN or infinities": 1}
+    assert f"{slides[0].stem} is embedded anew: {path} holds NaN" in caplog.text
+    assert torch.equal(load_embeddings(path), right)
+
+
+def test_features_of_this_version_are_not_read_on_resume(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run()
+    monkeypatch.delattr("slide2vec.cohort.misread_embeddings.load_embeddings")
+    assert run().resumed == 2
+
+
 def test_artifacts_of_before_are_kept(run: Run, slides: list[Path], tmp_path: Path) -> None:
     run()
     as_main_wrote(tmp_path / "out", slides)
