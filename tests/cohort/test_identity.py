@@ -22,8 +22,10 @@ from slide2vec.artifacts import load_embeddings
 from slide2vec.cohort.context import Cohort
 from slide2vec.cohort.identity import compatibility, difference
 from slide2vec.cohort.record_events import ForwardingRecorder
+from slide2vec.cohort.sink import MemorySink
 from slide2vec.cohort.slide_writer import SlideWriter
 from slide2vec.config import FilterConfig
+from slide2vec.errors import EmbedSlidesError
 from slide2vec.geometry import tile_geometry
 from slide2vec.readers import fingerprint as fingerprints
 from slide2vec.readers.fingerprint import FileIdentity, fingerprint, same_content
@@ -155,6 +157,25 @@ def test_a_slide_that_is_replaced_while_it_is_read_fails(
     assert not again.failed and again.resumed == 1
     recorded = again.tile_artifacts[0].metadata["compatibility"]["image"]
     assert recorded == as_main_recorded(slides[0])
+
+
+@pytest.mark.parametrize("what", ["replaced", "gone"])
+def test_a_slide_that_changes_fails_in_memory_too(
+    model: Model, slides: list[Path], originals: list[Path], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    put = MemorySink.put
+
+    def late(self: MemorySink, outcome: Any) -> Iterator[Any]:
+        if outcome.slide.sample_id == "0":
+            replace_with(slides[0], originals[2]) if what == "replaced" else slides[0].unlink()
+        yield from put(self, outcome)
+
+    monkeypatch.setattr(MemorySink, "put", late)
+    with pytest.raises(EmbedSlidesError) as caught:
+        model.embed_slides(slides, CONFIG)
+    assert list(caught.value.failed) == ["0"]
+    assert "slide 0: " in (text := str(caught.value.failed["0"])) and "changed while it was read" in text
+    assert [each.sample_id for each in caught.value.results if each is not None] == ["1"]
 
 
 def test_a_slide_that_is_gone_when_it_is_written_fails_alone(
@@ -413,7 +434,7 @@ def made_of(
 
 
 @pytest.mark.parametrize(
-    ("changes", "take_report"),
+    ("changes", "told"),
     [
         *(({name: value}, f"geometry {name}") for name, value in {
             "overlap": 0.25, "tolerance": 0.01, "tissue_threshold": 0.5, "requested_spacing_um": 1.0,
