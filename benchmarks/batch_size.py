@@ -6,13 +6,14 @@ and for wavelet scattering. `slide2vec.runtime.batch_size_for` takes its default
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 
 import torch
 from torch import nn
 
-from benchmarks.parts import PRESET, THREADS, TILE_PX
+from benchmarks.common import PRESET, THREADS, TILE_PX
 from slide2vec import Model
 
 SIZES = (1, 4, 8, 16, 32, 64)
@@ -29,6 +30,7 @@ def speed(encoder: nn.Module, size: int) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(THREADS)
     for preset in ("scattering", PRESET):
         encoder = Model.from_preset(preset, weights="random", device="cpu").encoder

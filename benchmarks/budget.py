@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu import HERE, RESULTS, Row, machine
+from benchmarks.common import HERE, RESULTS, Row, machine
 
 #: Encoders, how many of the slides, and how often they are run through: a ViT-S, and one that costs little.
 PRESETS = {"prost40m": (1, 1), "scattering": (3, 2)}
@@ -32,7 +32,7 @@ Setting = tuple[int, int, int]
 
 def embed(preset: str, slides: list[Path], repeat: int, readers: int, planners: int) -> Row:
     """One run in this process; 0 threads = automatic. SLIDE2VEC_CPUS says how many encode."""
-    from benchmarks.parts import configs
+    from benchmarks.common import configs
     from slide2vec import ExecutionOptions, Model, cpus
 
     if readers:

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu import HERE, RESULTS, Row, child, compared, in_turns, machine
+from benchmarks.common import HERE, RESULTS, Row, child, compared, in_turns, machine
 
 #: Encoders and slides: one that costs little, for which writing weighs most, and a ViT-S.
 PRESETS = {"scattering": 50, "prost40m": 12}

@@ -22,7 +22,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from benchmarks.cpu import RESULTS
+from benchmarks.common import RESULTS
 from slide2vec.compile import onnx_graph
 from slide2vec.compile.bench import peak_mb
 from slide2vec.compile.export_module import ExportedEncoder

@@ -25,8 +25,7 @@ from typing import get_args
 
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.cpu import HERE, RESULTS, Row, child, compared, generated, in_turns, machine
-from benchmarks.parts import PRESET
+from benchmarks.common import HERE, PRESET, RESULTS, Row, child, compared, generated, in_turns, machine
 from slide2vec.runtime.base import Layout
 
 PARTS = ("runtimes", "end", "layouts")

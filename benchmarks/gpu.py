@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.cpu import RESULTS, generated, installed
+from benchmarks.common import RESULTS, generated, installed
 from slide2vec import ExecutionOptions, Model, PreprocessingConfig
 from slide2vec.cpus import job_cpus
 from slide2vec.errors import Slide2VecError

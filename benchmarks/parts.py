@@ -16,37 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-THREADS = 2
-SPACING_UM = 0.5
-TILE_PX = 224
-PRESET = "prost40m"  # a ViT-S
-
-
-class NullEngine:
-    """An encoder that costs nothing, to measure what feeds it."""
-
-    runtime, precision, feature_dim = "none", "fp32", 1
-
-    def __init__(self) -> None:
-        import torch
-
-        self.device = torch.device("cpu")
-        self.first: float | None = None
-
-    def run(self, pixels: Any) -> Any:
-        self.first = self.first or time.perf_counter()
-        return pixels[:, 0, 0, :1]
-
-    def close(self) -> None:
-        pass
-
-
-def configs(backend: str = "auto") -> Any:
-    from slide2vec import PreprocessingConfig
-
-    return PreprocessingConfig(
-        requested_spacing_um=SPACING_UM, requested_tile_size_px=TILE_PX, backend=backend
-    )
+from benchmarks.common import PRESET, THREADS, TILE_PX, NullEngine, configs
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 
-from benchmarks.cpu import RESULTS, Row, child, machine
+from benchmarks.common import RESULTS, Row, child, machine
 from benchmarks.growth_plot import growth_plot
 
 PRESETS = ("prism", "gigapath-slide", "moozy-slide", "titan")

@@ -15,8 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu import RESULTS, machine
-from benchmarks.parts import TILE_PX, NullEngine, configs
+from benchmarks.common import RESULTS, TILE_PX, NullEngine, configs, machine
 
 SLIDES, SIZE_PX = 16, 2048
 #: Of the stand-in encoder.

@@ -7,9 +7,9 @@ embedded.tile_embeddings, embedded.x, embedded.y
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from slide2vec.lazy import lazy_attributes
 from slide2vec.version import __version__
 
 if TYPE_CHECKING:
@@ -74,12 +74,4 @@ _HOMES = {
     "list_models": "recipes",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_attributes(__name__, _HOMES)

@@ -1,4 +1,4 @@
-"""Manifests: CSV tables of slides, as people have them.
+"""Manifests: tables of slides, as people have them: CSV files, and DataFrames of pandas.
 
 The columns are those of HS2P; those of CLAM (`slide_id`, `case_id`) and TRIDENT (`wsi`, `mpp`) mean the same.
 """
@@ -10,11 +10,12 @@ import difflib
 import io
 import logging
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import ConfigError, ManifestError
@@ -23,13 +24,18 @@ from slide2vec.slides import (
     SLIDE_SUFFIXES,
     IdFrom,
     Slide,
+    SlideLike,
+    as_slides,
     id_of,
     is_missing,
     is_tiling_option,
     slide_from_fields,
 )
 
-__all__ = ["MANIFEST_SUFFIXES", "read_manifest"]
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["MANIFEST_SUFFIXES", "SlidesLike", "given_slides", "read_manifest"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +57,9 @@ _NEAR = 0.85
 #: Wrong lines of a manifest that an error lists.
 _MOST_LINES = 5
 
-_Row: TypeAlias = "list[str] | dict[str, str]"
+_Row: TypeAlias = "list[str] | dict[str, Any]"
+#: Several slides, as users give them.
+SlidesLike: TypeAlias = "Iterable[SlideLike] | pandas.DataFrame"
 
 
 def read_manifest(
@@ -85,36 +93,70 @@ def read_manifest(
     except ConfigError as error:
         raise ManifestError(f"manifest {error}") from None
     columns, rows = _table(path)
-    if "image_path" not in columns and folder is None:
+    return _collected(f"manifest {path}", "line", _Rows(columns, _Places(path, folder), id_from), rows)
+
+
+def given_slides(
+    given: SlidesLike, *, slides_dir: str | os.PathLike[str] | None = None, id_from: IdFrom = "name"
+) -> list[Slide]:
+    """Several slides: `slide2vec.slides.as_slides`, or those of a DataFrame, a slide a row.
+
+    Its columns (and levels of its index that are named like them) are those of `read_manifest`; a cell is
+    text, a number or a path, and None, NaN and pandas.NA mean absent, too.
+
+    Args:
+        slides_dir, id_from: of a DataFrame, as `read_manifest`.
+
+    Raises:
+        ManifestError: a slide is not well given, with the label of its row; or two have one sample_id.
+    """
+    pandas = sys.modules.get("pandas")  # not imported for those who do not use it
+    if pandas is None or not isinstance(given, pandas.DataFrame):
+        return as_slides(given)
+    source, labels = "the DataFrame of slides", given.index
+    known = {name for names in _NAMES.values() for name in names} - set(given.columns)
+    if known & set(given.index.names):
+        given = given.reset_index()
+    header = [str(name).strip() for name in given.columns]
+    columns = _columns(source, header)
+    folder = None if slides_dir is None else as_path(slides_dir).expanduser()
+    cells = given.astype(object).where(given.notna(), "").itertuples(index=False, name=None)
+    rows = ((label, dict(zip(header, row, strict=True))) for label, row in zip(labels, cells, strict=True))
+    return _collected(source, "row", _Rows(columns, _Places(None, folder), id_from), rows)
+
+
+def _collected(source: str, unit: str, reader: _Rows, rows: Iterable[tuple[Any, _Row]]) -> list[Slide]:
+    """The slides of a table.
+
+    Args:
+        source, unit: what the table and its rows are called in errors.
+        rows: with their numbers or labels.
+    """
+    if "image_path" not in reader.columns and reader.places.slides_dir is None:
         raise ManifestError(
-            f"manifest {path} names slides (column {columns['sample_id']}) without their paths: say in which "
+            f"{source} names slides (column {reader.columns['sample_id']}) without their paths: say in which "
             "folder they are (--slides-dir DIR, slides_dir=), or add a column image_path"
         )
-    reader = _Rows(columns, _Places(path, folder), id_from)
-    return _collected(path, reader, rows)
-
-
-def _collected(path: Path, reader: _Rows, rows: Iterable[tuple[int, _Row]]) -> list[Slide]:
     slides: dict[str, Slide] = {}
-    lines: dict[str, int] = {}
+    labels: dict[str, Any] = {}
     wrong: list[str] = []
-    for number, row in rows:
+    for label, row in rows:
         try:
             slide = reader.slide(row)
             if slide.sample_id in slides:
                 raise ManifestError(
-                    f"sample_id {slide.sample_id!r} is already in line {lines[slide.sample_id]}"
+                    f"sample_id {slide.sample_id!r} is already in {unit} {labels[slide.sample_id]}"
                     + reader.distinct
                 )
         except ManifestError as error:
-            wrong.append(f"line {number}: {error}")
+            wrong.append(f"{unit} {label}: {error}")
         else:
-            slides[slide.sample_id], lines[slide.sample_id] = slide, number
+            slides[slide.sample_id], labels[slide.sample_id] = slide, label
     if wrong:
-        more = f"; and {len(wrong) - _MOST_LINES} more lines" if len(wrong) > _MOST_LINES else ""
-        raise ManifestError(f"manifest {path}, {'; '.join(wrong[:_MOST_LINES])}{more}")
+        more = f"; and {len(wrong) - _MOST_LINES} more {unit}s" if len(wrong) > _MOST_LINES else ""
+        raise ManifestError(f"{source}, {'; '.join(wrong[:_MOST_LINES])}{more}")
     if not slides:
-        raise ManifestError(f"manifest {path} lists no slides")
+        raise ManifestError(f"{source} lists no slides")
     return list(slides.values())
 
 
@@ -132,7 +174,7 @@ def _table(path: Path) -> tuple[dict[str, str], Iterator[tuple[int, _Row]]]:
         header = [name.strip() for name in next(table, [])]
     except csv.Error as error:
         raise ManifestError(f"manifest {path} cannot be read: {error}") from error
-    return _columns(path, header), _rows(path, table, header)
+    return _columns(f"manifest {path}", header), _rows(path, table, header)
 
 
 def _rows(path: Path, table: Any, header: Sequence[str]) -> Iterator[tuple[int, _Row]]:
@@ -187,8 +229,8 @@ def _delimiter(first: Sequence[str]) -> str:
     return ","
 
 
-def _columns(path: Path, header: Sequence[str]) -> dict[str, str]:
-    """What we call a column -> what the file calls it.
+def _columns(source: str, header: Sequence[str]) -> dict[str, str]:
+    """What we call a column -> what the table calls it.
 
     Raises:
         ManifestError: a column is missing or there twice, or is a near miss of one that is not there.
@@ -198,23 +240,23 @@ def _columns(path: Path, header: Sequence[str]) -> dict[str, str]:
     }
     for name in header:
         if name and header.count(name) > 1 and (name in found.values() or is_tiling_option(name)):
-            raise ManifestError(f"manifest {path} has {header.count(name)} columns {name!r}; keep one")
-    _refuse_near_misses(path, header, found)
+            raise ManifestError(f"{source} has {header.count(name)} columns {name!r}; keep one")
+    _refuse_near_misses(source, header, found)
     found |= {name: name for name in header if is_tiling_option(name)}
     if "image_path" not in found and "sample_id" not in found:
         raise ManifestError(
-            f"manifest {path} needs the columns 'sample_id' and 'image_path' (slide_id and wsi are "
+            f"{source} needs the columns 'sample_id' and 'image_path' (slide_id and wsi are "
             f"understood, too), separated by commas; found {list(header)}"
         )
     if "image_path" not in found and found["sample_id"] == "sample_id":
         raise ManifestError(
-            f"manifest {path} needs one column 'image_path' (wsi is understood, too), separated by commas; "
+            f"{source} needs one column 'image_path' (wsi is understood, too), separated by commas; "
             f"found {list(header)}"
         )
     return found
 
 
-def _refuse_near_misses(path: Path, header: Sequence[str], found: Mapping[str, str]) -> None:
+def _refuse_near_misses(source: str, header: Sequence[str], found: Mapping[str, str]) -> None:
     absent = [name for ours, names in _NAMES.items() if ours not in found for name in names]
     absent += [] if "tissue_threshold" in header else ["tissue_threshold"]
     for name in header:
@@ -224,7 +266,7 @@ def _refuse_near_misses(path: Path, header: Sequence[str], found: Mapping[str, s
         near = difflib.get_close_matches(plain, absent, n=1, cutoff=_NEAR)
         if near:
             raise ManifestError(
-                f"manifest {path} has a column {name!r}: did you mean {near[0]!r}? Rename it, so that it is "
+                f"{source} has a column {name!r}: did you mean {near[0]!r}? Rename it, so that it is "
                 "neither overlooked nor guessed"
             )
 
@@ -250,7 +292,7 @@ class _Rows:
     def slide(self, row: _Row) -> Slide:
         if isinstance(row, list):
             raise ManifestError(f"it has {len(row)} cells, more than the header: {','.join(row)[:200]}")
-        values = {ours: row[name].strip() for ours, name in self.columns.items()}
+        values = {ours: _cell(ours, row[name]) for ours, name in self.columns.items()}
         given = values.get("sample_id")
         if given is not None and is_missing(given):
             raise ManifestError(
@@ -269,6 +311,15 @@ class _Rows:
         return replace(slide, image_path=self.places.resolved(slide.image_path), mask_path=mask)
 
 
+def _cell(column: str, value: Any) -> Any:
+    if isinstance(value, float) and column in ("sample_id", "patient_id"):
+        raise ManifestError(
+            f"{column} is the number {value}: pandas makes such numbers of whole ones when some are missing. "
+            "Give it as text (pandas.read_csv(…, dtype=str), say)"
+        )
+    return value.strip() if isinstance(value, str) else value
+
+
 def _without_suffix(name: str) -> str:
     path = Path(name)
     return path.stem if path.suffix.lower() in SLIDE_SUFFIXES else name
@@ -277,9 +328,9 @@ def _without_suffix(name: str) -> str:
 class _Places:
     """Where files that a manifest names relatively are looked for, in order."""
 
-    def __init__(self, manifest: Path, slides_dir: Path | None) -> None:
-        self._slides_dir = slides_dir
-        own = [] if is_remote(manifest) else [manifest.parent]
+    def __init__(self, manifest: Path | None, slides_dir: Path | None) -> None:
+        self.slides_dir = slides_dir
+        own = [] if manifest is None or is_remote(manifest) else [manifest.parent]
         self._folders = [*([] if slides_dir is None else [slides_dir]), Path(), *own]
         self._by_name: dict[str, list[Path]] | None = None
 
@@ -295,14 +346,14 @@ class _Places:
 
     def by_name(self, name: str) -> Path:
         """A slide of the folder, by its name with or without suffix."""
-        assert self._slides_dir is not None
+        assert self.slides_dir is not None
         if self._by_name is None:
-            self._by_name = self._listed(self._slides_dir)
+            self._by_name = self._listed(self.slides_dir)
         found = self._by_name.get(name, [])
         if len(found) > 1:
             raise ManifestError(f"{name!r} may be any of {', '.join(sorted(path.name for path in found))}")
         if not found:
-            raise ManifestError(f"folder {self._slides_dir} holds no slide named {name!r}")
+            raise ManifestError(f"folder {self.slides_dir} holds no slide named {name!r}")
         return found[0]
 
     @staticmethod

@@ -27,11 +27,12 @@ from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
 from slide2vec.encoders.preset_chain import PartsWeights, load_parts, tile_recipe
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError, ModelLevelError
+from slide2vec.manifests import SlidesLike, given_slides
 from slide2vec.progress import RunStarted, active_reporter, live_progress
 from slide2vec.recipes import Recipe, load_recipe
 from slide2vec.runtime import is_numbered, pick_device, resolve_precision
 from slide2vec.scale import workers_for
-from slide2vec.slides import Slide, SlideLike, as_slide, as_slides
+from slide2vec.slides import Slide, SlideLike, as_slide
 from slide2vec.stream import SlideOutcome, SlideQueue
 from slide2vec.stream.plan import check_archives_here
 from slide2vec.tile_embedder import TileEmbedder
@@ -253,7 +254,7 @@ class Model:
 
     def embed_slides(
         self,
-        slides: Iterable[SlideLike],
+        slides: SlidesLike,
         preprocessing: PreprocessingConfig | None = None,
         execution: ExecutionOptions | None = None,
         *,
@@ -265,6 +266,7 @@ class Model:
         others.
 
         Args:
+            slides: as for `embed_slide`; or a pandas.DataFrame with the columns of a manifest.
             on_error: "raise" an EmbedSlidesError after all slides are complete, which carries the
                 results of the good ones; or "skip" the failed ones (they are logged).
 
@@ -272,12 +274,12 @@ class Model:
             EmbedSlidesError: some slides failed, or the run itself broke off after some were finished.
             ManifestError: a slide is not well given, or two have one sample_id.
         """
-        asked = as_slides(slides)
+        asked = given_slides(slides)
         return embed_in_order(asked, self.iter_slides(asked, preprocessing, execution), on_error)
 
     def iter_slides(
         self,
-        slides: Iterable[SlideLike],
+        slides: SlidesLike,
         preprocessing: PreprocessingConfig | None = None,
         execution: ExecutionOptions | None = None,
     ) -> Generator[SlideOutcome, None, None]:
@@ -292,7 +294,7 @@ class Model:
             _require_output_dir(execution, "on_the_fly=False" if not config.on_the_fly else "save_tiles=True")
         check_archives_here(config, execution.output_dir)
         sink = MemorySink(config, execution, partial(self.aggregated, latents=execution.save_latents))
-        with live_progress(), closing(self.embed_into(sink, as_slides(slides))) as outcomes:
+        with live_progress(), closing(self.embed_into(sink, given_slides(slides))) as outcomes:
             yield from outcomes
 
     def embed_into(self, sink: Sink, slides: Sequence[Slide]) -> Generator[SlideOutcome, None, None]:
@@ -366,7 +368,7 @@ class Model:
 
     def embed_tiles(
         self,
-        slides: Iterable[SlideLike],
+        slides: SlidesLike,
         tiling_results: Sequence[Tiling] | Mapping[str, Tiling] | None = None,
         *,
         preprocessing: PreprocessingConfig | None = None,
@@ -391,7 +393,7 @@ class Model:
             ManifestError: slides and tilings do not match.
             OutputError, OutputLockedError: the output directory cannot be written to.
         """
-        todo, config = as_slides(slides), self.resolve_preprocessing(preprocessing)
+        todo, config = given_slides(slides), self.resolve_preprocessing(preprocessing)
         execution = _require_output_dir(execution, "embed_tiles")
         made = embed_tiles(self._tile_model, todo, config, execution, tiling_results, on_slide_persisted)
         return cast("list[TileEmbeddingArtifact]", made)
@@ -432,7 +434,7 @@ class Model:
 
     def embed_patient(
         self,
-        slides: Iterable[SlideLike],
+        slides: SlidesLike,
         patient_id: str | None = None,
         *,
         preprocessing: PreprocessingConfig | None = None,
@@ -452,13 +454,13 @@ class Model:
             PatientError: slides failed.
         """
         self._require_patient_level("embed_patient")
-        theirs = one_patient(as_slides(slides), patient_id)
+        theirs = one_patient(given_slides(slides), patient_id)
         outcomes = self.iter_slides(theirs, preprocessing, execution)
         return embed_one(theirs, outcomes, self.patient_embedding, on_error)
 
     def embed_patients(
         self,
-        slides: Iterable[SlideLike],
+        slides: SlidesLike,
         patient_id_map: Mapping[str, str] | None = None,
         *,
         preprocessing: PreprocessingConfig | None = None,
@@ -479,7 +481,7 @@ class Model:
             EmbedPatientsError: some patients failed.
         """
         self._require_patient_level("embed_patients")
-        asked = group_slides(as_slides(slides), patient_id_map)
+        asked = group_slides(given_slides(slides), patient_id_map)
         outcomes = self.iter_slides(asked, preprocessing, execution)
         return embed_groups(asked, outcomes, self.patient_embedding, on_error)
 

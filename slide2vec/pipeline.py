@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,9 +11,9 @@ from slide2vec.cohort import RunResult, embed_cohort, tile_cohort
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ConfigError, ManifestError
 from slide2vec.files import as_path
-from slide2vec.manifests import read_manifest
+from slide2vec.manifests import SlidesLike, given_slides, read_manifest
 from slide2vec.settings import RunSettings, settings_as_yaml, versions
-from slide2vec.slides import IdFrom, Slide, SlideLike, as_slides
+from slide2vec.slides import IdFrom, Slide
 from slide2vec.tiling.previous_files import recorded_slides
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Pipeline:
 
     def run(
         self,
-        slides: Iterable[SlideLike] | None = None,
+        slides: SlidesLike | None = None,
         manifest_path: str | os.PathLike[str] | None = None,
         *,
         slides_dir: str | os.PathLike[str] | None = None,
@@ -63,24 +63,26 @@ class Pipeline:
         """Embed the slides of a manifest, or those given.
 
         Args:
+            slides: paths, mappings or Slides; or a pandas.DataFrame with the columns of a manifest.
             manifest_path: CSV (a path or URL) with sample_id and image_path, optionally mask_path,
                 spacing_at_level_0 and patient_id; see `slide2vec.manifests.read_manifest`.
-            slides_dir, id_from: of the manifest, likewise.
+            slides_dir, id_from: of the manifest or the DataFrame, likewise.
             tiling_only: write coordinates (and previews, archives) and embed nothing.
             on_slide_persisted: called with each new artifact, in a thread of the run.
 
         Raises:
-            ManifestError: the manifest is malformed, with its line; or both or neither were given; or a
-                slide of a patient-level model has no patient_id.
+            ManifestError: the manifest is malformed, with its line, or the DataFrame, with its row; or both
+                or neither were given; or a slide of a patient-level model has no patient_id.
             OutputLockedError: another run writes into the output directory.
             OutputError: a file cannot be written; what is finished stays.
         """
         if (slides is None) == (manifest_path is None):
             raise ManifestError("Pipeline.run takes either slides or manifest_path")
-        if manifest_path is None:
-            todo = as_slides(slides or ())
-        else:
+        if manifest_path is not None:
             todo = read_manifest(manifest_path, slides_dir=slides_dir, id_from=id_from)
+        else:
+            assert slides is not None
+            todo = given_slides(slides, slides_dir=slides_dir, id_from=id_from)
         self._check_patients(todo, "the slides" if manifest_path is None else f"manifest {manifest_path}")
         settings = partial(
             self._settings, manifest_path=manifest_path, slides_dir=slides_dir, id_from=id_from
@@ -100,7 +102,7 @@ class Pipeline:
         self,
         coordinates_dir: str | os.PathLike[str],
         *,
-        slides: Iterable[SlideLike] | None = None,
+        slides: SlidesLike | None = None,
         on_slide_persisted: OnPersisted | None = None,
     ) -> RunResult:
         """Embed the tiles of HS2P coordinate files; nothing is segmented or tiled.
@@ -116,7 +118,7 @@ class Pipeline:
             OutputLockedError, OutputError: as `run`.
         """
         directory = as_path(coordinates_dir)
-        todo: list[Slide] = recorded_slides(directory) if slides is None else as_slides(slides)
+        todo: list[Slide] = recorded_slides(directory) if slides is None else given_slides(slides)
         self._check_patients(todo, f"{directory}" if slides is None else "the slides")
         config = self.preprocessing.updated(read_coordinates_from=directory)
         return embed_cohort(

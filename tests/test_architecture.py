@@ -6,8 +6,11 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterable, Mapping
 from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ PACKAGE = ROOT / "slide2vec"
 #: Room -> number; a room imports only from rooms with a smaller number.
 ROOMS = {
     "errors": 0,
+    "lazy": 0,
     "version": 0,
     "cpus": 1,
     "geometry": 1,
@@ -157,6 +161,41 @@ def test_import_stays_light(statement: str, absent: tuple[str, ...]) -> None:
     code = f"import sys; {statement}; print(*[m for m in {absent!r} if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout.split() == []
+
+
+#: Imported name -> distribution, where it cannot be asked for: those that need not be installed here.
+DISTRIBUTIONS = {
+    "pycuda": "pycuda",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx_bindings": "tensorrt-rtx-cu13-bindings",
+}
+#: Imported where something else has brought it: PyTorch, or the notebook that we run in.
+BROUGHT = {"IPython", "triton"}
+
+
+def libraries_in(package: Path) -> set[str]:
+    """Names of other people's packages that the modules of ours import, wherever in them."""
+    found = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found.update(alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                found.add(str(node.module).partition(".")[0])
+    return found - sys.stdlib_module_names - {package.name}
+
+
+def test_what_is_imported_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    declared = {re.split(r"[^\w.-]", name)[0].lower().replace("_", "-") for name in asked}
+    brought_by = packages_distributions()
+    undeclared = set()
+    for name in libraries_in(PACKAGE) - BROUGHT:
+        distributions = {*brought_by.get(name, ()), DISTRIBUTIONS.get(name, "")}
+        if not declared & {distribution.lower().replace("_", "-") for distribution in distributions}:
+            undeclared.add(name)
+    assert undeclared == set()
 
 
 #: Rooms that run per tile. Nothing here may know of cohorts, command lines, pictures or configuration files.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from slide2vec.errors import ManifestError
-from slide2vec.manifests import read_manifest
+from slide2vec.manifests import given_slides, read_manifest
 from slide2vec.slides import Slide
 
 
@@ -247,3 +248,71 @@ def test_ids_of_paths(tmp_path: Path) -> None:
 def test_an_impossible_name_fails_its_slide_alone(tmp_path: Path) -> None:
     path = write(tmp_path / "m.csv", f"sample_id,image_path,mask_path\ns,a.svs,{'x' * 300}.png\nt,b.svs,\n")
     assert [slide.sample_id for slide in read_manifest(path)] == ["s", "t"]
+
+
+# DataFrames ------------------------------------------------------------------------------------------
+
+
+def test_data_frame_means_what_its_file_means(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "m.csv",
+        "slide_id,wsi,mpp,mask_path,case_id,tissue_threshold,score\n"
+        "0007,/a.svs,0.25,,p1,0.2,1\ns2,/b.svs,,/m.png,,,\n",
+    )
+    expected = read_manifest(path)
+    as_text = pd.read_csv(path, dtype=str)
+    assert [vars(slide) for slide in given_slides(as_text)] == [vars(slide) for slide in expected]
+    frame = pd.read_csv(path, dtype={"slide_id": str})  # numbers as numbers, NaN where there are none
+    (first, second) = given_slides(frame)
+    assert (first.spacing_at_level_0, second.spacing_at_level_0) == (0.25, None)
+    assert (first.tiling, second.tiling) == ({"tissue_threshold": 0.2}, {})
+    assert (first.sample_id, first.patient_id, second.patient_id) == ("0007", "p1", None)
+    assert second.mask_path == Path("/m.png") and first.mask_path is None
+
+
+def test_cells_of_data_frames() -> None:
+    columns = {"sample_id": ["a", 7], "image_path": [Path("/a.svs"), "/b.svs"], "mask_path": [pd.NA, None]}
+    frame = pd.DataFrame(columns, index=[1, 1])
+    frame["patient_id"] = pd.array([1, None], dtype="Int64")
+    first, second = given_slides(frame)
+    assert first == Slide(sample_id="a", image_path=Path("/a.svs"), patient_id="1")
+    assert second == Slide(sample_id="7", image_path=Path("/b.svs"))
+
+
+def test_index_of_data_frame_is_a_column() -> None:
+    frame = pd.DataFrame({"image_path": ["/a.svs"]}, index=pd.Index(["first"], name="sample_id"))
+    assert [slide.sample_id for slide in given_slides(frame)] == ["first"]
+
+
+def test_paths_of_data_frames(tmp_path: Path) -> None:
+    (tmp_path / "a.svs").touch()
+    named = pd.DataFrame({"slide_id": ["a"]})
+    assert given_slides(named, slides_dir=tmp_path) == given_slides(
+        pd.DataFrame({"image_path": ["a.svs"]}), slides_dir=tmp_path
+    )
+    with pytest.raises(ManifestError, match=r"slide_id.*without their paths"):
+        given_slides(named)
+    (slide,) = given_slides(pd.DataFrame({"image_path": ["x/a.svs"]}), id_from="path")
+    assert slide.sample_id == "x__a"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"sample_id": ["s"], "path": ["a"]}, "the DataFrame of slides needs one column 'image_path'"),
+        ({"sample_id": ["s"], "imagepath": ["a"]}, "column 'imagepath': did you mean 'image_path'"),
+        ({"sample_id": ["s", None], "image_path": ["a.svs"] * 2}, "row y: sample_id is blank"),
+        ({"sample_id": ["s", "s"], "image_path": ["a.svs"] * 2}, "row y: .*'s' is already in row x"),
+        ({"sample_id": ["s", "t"], "image_path": ["a.svs", pd.NA]}, "row y: slide t: image_path is blank"),
+        ({"sample_id": ["s", "t"], "image_path": ["a.svs", 5]}, "row y: image_path: .*got 5"),
+        ({"image_path": ["a.svs", "b.svs"], "mpp": [0.5, "oops"]}, "row y: .*oops"),
+        ({"image_path": ["a.svs", "b.svs"], "patient_id": [7, None]}, "row x: patient_id .*7.0.*dtype=str"),
+        ({"image_path": []}, "the DataFrame of slides lists no slides"),
+        ({}, "needs the columns"),
+    ],
+)
+def test_bad_data_frames(columns: dict[str, list[object]], message: str) -> None:
+    frame = pd.DataFrame(columns)
+    frame.index = pd.Index(["x", "y"][: len(frame)])
+    with pytest.raises(ManifestError, match=message):
+        given_slides(frame)

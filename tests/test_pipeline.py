@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -141,6 +142,26 @@ def test_persisted_callback_names_every_artifact(model: Model, slides: list[Path
     pipeline = Pipeline(model, PREPROCESSING, ExecutionOptions(output_dir=tmp_path))
     pipeline.run(slides, on_slide_persisted=lambda artifact: seen.append(artifact.sample_id))
     assert sorted(seen) == ["s0", "s1", "s2"]
+
+
+def test_slides_and_result_as_data_frames(
+    model: Model, slides: list[Path], in_memory: list[EmbeddedSlide], tmp_path: Path
+) -> None:
+    frame = pd.DataFrame({"slide_id": ["one", "lost"], "wsi": [slides[0].name, "absent.svs"]})
+    pipeline = Pipeline(model, PREPROCESSING, ExecutionOptions(output_dir=tmp_path / "out"))
+    result = pipeline.run(frame, slides_dir=slides[0].parent)
+    done, failed = result.to_frame().to_dict("records")
+    assert (done["level"], done["sample_id"], done["status"]) == ("tile", "one", "done")
+    assert torch.equal(load_embeddings(done["path"]), in_memory[0].tile_embeddings)
+    assert (failed["sample_id"], failed["status"], failed["stage"]) == ("lost", "failed", "tiling")
+    assert "absent.svs" in failed["error"]
+
+
+def test_data_frame_in_memory(model: Model, slides: list[Path], in_memory: list[EmbeddedSlide]) -> None:
+    (found,) = model.embed_slides(
+        pd.DataFrame({"sample_id": ["x"], "image_path": [slides[1]]}), PREPROCESSING
+    )
+    assert found.sample_id == "x" and torch.equal(found.tile_embeddings, in_memory[1].tile_embeddings)
 
 
 def test_no_output_directory(model: Model) -> None:

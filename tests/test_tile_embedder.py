@@ -43,7 +43,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         return call
 
-    for name in ("feed_for", "choose_preparer"):
+    for name in ("tile_transfer", "choose_preparer"):
         monkeypatch.setattr(tile_embedder, name, counted(name))
     return counts
 
@@ -52,7 +52,7 @@ def test_calls_share_what_feeds_the_encoder(model: Model, slides: list[Path], ma
     first = model.embed_slide(slides[0], CONFIG)
     again = model.embed_slide(slides[0], CONFIG, ExecutionOptions(batch_size=3))
     torch.testing.assert_close(again.tile_embeddings, first.tile_embeddings)
-    assert first.num_tiles and made == {"feed_for": 1, "choose_preparer": 1}
+    assert first.num_tiles and made == {"tile_transfer": 1, "choose_preparer": 1}
     model.embed_slide(slides[0], CONFIG.updated(preparer="torch"))
     model.embed_slide(slides[0], CONFIG.updated(requested_tile_size_px=96))
     assert made["choose_preparer"] == 3

@@ -20,7 +20,7 @@ MODULES = {
     "geometry": ("slide2vec/geometry.py", "tests/test_geometry.py"),
     "grid": ("slide2vec/tiling/grid.py", "tests/tiling/test_tile_slide.py"),
     "identity": ("slide2vec/cohort/identity.py", "tests/cohort/test_identity.py -k 'makes or given_tiles'"),
-    "engine-key": ("slide2vec/compile/engine_key.py", "tests/compile/test_identity.py"),
+    "engine-key": ("slide2vec/compile/engine_key.py", "tests/compile/test_engine_key.py"),
     "parity": ("slide2vec/compile/parity.py", "tests/compile/test_parity.py"),
     "schedule": ("slide2vec/scale/scheduler.py", "tests/scale/test_scheduler.py"),
     "batches": ("slide2vec/stream/batches.py", "tests/stream/test_batches.py"),

@@ -37,7 +37,6 @@ class _Part:
 _PARTS = (
     _Part("cuCIM", "fast slide reading", ("cucim-cu13", "cucim-cu12", "cucim"), "cucim"),
     _Part("libvips", "reads more TIFF files", ("pyvips",), "vips"),
-    _Part("CuPy", "pixels on the GPU", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "cuda"),
     _Part(
         "nvImageCodec", "decoding on the GPU", ("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12"), "cuda"
     ),
@@ -55,6 +54,8 @@ _PARTS = (
     _Part("OpenVINO", "compiled encoders, CPU", ("openvino",), "openvino"),
     _Part("ONNX", "exporting encoders", ("onnx",), "openvino"),
     _Part("ONNX Script", "exporting encoders", ("onnxscript",), "openvino"),
+    _Part("ONNX Runtime", "fp8, NVIDIA", ("onnxruntime",), "tensorrt"),
+    _Part("ml_dtypes", "fp8, NVIDIA", ("ml-dtypes",), "tensorrt"),
     _Part("Transformers", "some presets", ("transformers",), "models"),
     _Part("Ray", "many machines", ("ray",), "ray"),
 )

@@ -17,7 +17,11 @@ from slide2vec.artifacts import (
     find_tile_artifact,
 )
 from slide2vec.artifacts.places import KINDS, Kind, Place, encoder_of, unlike
-from slide2vec.cohort.misread_embeddings import misread_reason, with_current_reading
+from slide2vec.cohort.misread_embeddings import (
+    misread_reason,
+    not_finite_reason,
+    with_current_reading,
+)
 from slide2vec.cohort.results import Artifact
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ArtifactError, ConfigError, ManifestError, TilingError
@@ -240,7 +244,8 @@ class CompletedArtifacts:
         options = self._differing_option(kind, artifact, recorded)
         made = recorded.get("compatibility")
         differs = options or difference(with_current_reading(made), asked)
-        return differs or misread_reason(made, recorded, slides) or artifact
+        wrong = differs or misread_reason(made, recorded, slides) or not_finite_reason(made, artifact, name)
+        return wrong or artifact
 
     def _differing_option(self, kind: Kind, artifact: Artifact, recorded: Mapping[str, Any]) -> str | None:
         if artifact.format != self._execution.output_format:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ from typing import Any
 from slide2vec.errors import OutputError, OutputLockedError
 from slide2vec.files import entries, is_remote, open_locked
 from slide2vec.files.lease import lease_holder, leased, signature
+from slide2vec.files.locks import try_lock
 
 __all__ = ["LOCK_NAME", "SHARD_LOCKS", "holder", "output_lock", "shard_holders", "shard_stem"]
 
@@ -76,7 +76,7 @@ def _lock(output_dir: Path, name: str, *, shared: bool = False) -> Iterator[None
     except OSError as error:
         raise OutputError.of(output_dir, error) from error
     try:
-        _acquire(descriptor, output_dir / name, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        _acquire(descriptor, output_dir / name, shared=shared)
         if not shared:
             _sign(descriptor, output_dir / name)
         yield
@@ -86,17 +86,18 @@ def _lock(output_dir: Path, name: str, *, shared: bool = False) -> Iterator[None
         os.close(descriptor)
 
 
-def _acquire(descriptor: int, path: Path, kind: int) -> None:
+def _acquire(descriptor: int, path: Path, *, shared: bool) -> None:
     output_dir = path.parent
     try:
-        _patiently(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        by: Mapping[str, Any] | None = _read(descriptor)
-        if path.name == LOCK_NAME:  # shards in the way hold it together, unsigned
-            by = next(iter(shard_holders(output_dir).values()), by)
-        raise OutputLockedError(_locked_message(output_dir, by)) from None
+        if _patiently(descriptor, shared=shared):
+            return
     except OSError as error:  # some network file systems have no locks
         logger.warning("%s cannot be locked (%s): do not run twice into it", output_dir, error.strerror)
+        return
+    by: Mapping[str, Any] | None = _read(descriptor)
+    if path.name == LOCK_NAME:  # shards in the way hold it together, unsigned
+        by = next(iter(shard_holders(output_dir).values()), by)
+    raise OutputLockedError(_locked_message(output_dir, by))
 
 
 def _locked_message(output_dir: Path, by: Mapping[str, Any] | None) -> str:
@@ -107,14 +108,13 @@ def _locked_message(output_dir: Path, by: Mapping[str, Any] | None) -> str:
     )
 
 
-def _patiently(descriptor: int, operation: int) -> None:
+def _patiently(descriptor: int, *, shared: bool) -> bool:
     """Lock; asking who holds a lock takes it for a moment, so it is tried more than once."""
     for _ in range(_TRIES - 1):
-        try:
-            return fcntl.flock(descriptor, operation)
-        except BlockingIOError:
-            time.sleep(_PAUSE_S)
-    return fcntl.flock(descriptor, operation)
+        if try_lock(descriptor, shared=shared):
+            return True
+        time.sleep(_PAUSE_S)
+    return try_lock(descriptor, shared=shared)
 
 
 def _sign(descriptor: int, path: Path) -> None:
@@ -148,9 +148,8 @@ def _holder(path: Path) -> Mapping[str, Any] | None:
     except OSError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _read(descriptor) or {"host": "unknown", "pid": 0, "started": "unknown"}
+        if not try_lock(descriptor, shared=True):
+            return _read(descriptor) or {"host": "unknown", "pid": 0, "started": "unknown"}
     except OSError:
         return None
     finally:

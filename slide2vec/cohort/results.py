@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from slide2vec.artifacts import (
     HierarchicalEmbeddingArtifact,
@@ -14,6 +14,9 @@ from slide2vec.artifacts import (
     TileEmbeddingArtifact,
 )
 from slide2vec.progress import RunSummary
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = ["Artifact", "FailedPatient", "FailedSlide", "RunResult", "Stage"]
 
@@ -73,3 +76,81 @@ class RunResult:
     resumed: int = 0
     recomputed: Mapping[str, int] = field(default_factory=dict)
     summary: RunSummary | None = None
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A row for each artifact, for each failure, and for each slide without tissue that has no artifact.
+
+        Columns: level ("tile", "region", "slide" or "patient"), sample_id (of patients: missing), patient_id
+        (of patients), status ("done", "failed" or "no tissue"), num_tiles, skipped_tiles and feature_dim
+        (Int64), path (of the features file), stage and error (of failures), remarks. What does not apply is
+        missing (pandas.NA or None).
+        """
+        import pandas
+
+        whole = dict.fromkeys(("num_tiles", "skipped_tiles", "feature_dim"), "Int64")
+        frame = pandas.DataFrame([*self._done(), *self._not_done()], columns=list(_COLUMNS), dtype=object)
+        return frame.astype(whole)
+
+    def _done(self) -> Iterator[dict[str, Any]]:
+        levels: Mapping[str, Sequence[Artifact]] = {
+            "tile": self.tile_artifacts,
+            "region": self.hierarchical_artifacts,
+            "slide": self.slide_artifacts,
+            "patient": self.patient_artifacts,
+        }
+        for level, artifacts in levels.items():
+            for artifact in artifacts:
+                sample_id = getattr(artifact, "sample_id", None)
+                yield self._of_slide(sample_id) | {
+                    "level": level,
+                    "sample_id": sample_id,
+                    "patient_id": getattr(artifact, "patient_id", None),
+                    "status": "done",
+                    "num_tiles": _tiles(artifact),
+                    "feature_dim": artifact.feature_dim,
+                    "path": str(artifact.path),
+                }
+
+    def _not_done(self) -> Iterator[dict[str, Any]]:
+        there = {artifact.sample_id for artifact in self.tile_artifacts}
+        there |= {artifact.sample_id for artifact in self.hierarchical_artifacts}
+        for sample_id in self.without_tissue:
+            if sample_id not in there:
+                row = {"level": "tile", "sample_id": sample_id, "status": "no tissue", "num_tiles": 0}
+                yield self._of_slide(sample_id) | row
+        for slide in self.failed:
+            level = "slide" if slide.stage == "aggregation" else "tile"
+            yield self._of_slide(slide.sample_id) | {
+                "level": level,
+                "sample_id": slide.sample_id,
+                "status": "failed",
+                "stage": slide.stage,
+                "error": str(slide.error),
+            }
+        for patient in self.failed_patients:
+            yield {
+                "level": "patient",
+                "patient_id": patient.patient_id,
+                "status": "failed",
+                "stage": "aggregation",
+                "error": str(patient.error),
+            }
+
+    def _of_slide(self, sample_id: str | None) -> dict[str, Any]:
+        if sample_id is None:
+            return {}
+        remarks = self.remarks.get(sample_id)
+        skipped = self.skipped_tiles.get(sample_id, 0)
+        return {"skipped_tiles": skipped, "remarks": " ".join(remarks) if remarks else None}
+
+
+_COLUMNS = (
+    *("level", "sample_id", "patient_id", "status", "num_tiles", "skipped_tiles", "feature_dim"),
+    *("path", "stage", "error", "remarks"),
+)
+
+
+def _tiles(artifact: Artifact) -> int | None:
+    if isinstance(artifact, HierarchicalEmbeddingArtifact):
+        return artifact.num_regions * artifact.tiles_per_region
+    return getattr(artifact, "num_tiles", None)

@@ -13,10 +13,10 @@ from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import Slide2VecError
 from slide2vec.slides import Slide
 from slide2vec.stream import Planner, SlideOutcome
+from slide2vec.stream.slide_identity import Identities, SlideIdentity
 
 if TYPE_CHECKING:
     from slide2vec.artifacts.places import Place
-    from slide2vec.stream.slide_identity import SlideIdentity
     from slide2vec.tiling import Tiling
 
 __all__ = ["MemorySink", "Sink"]
@@ -57,7 +57,7 @@ class Sink(Protocol):
 
 
 class MemorySink:
-    """See `Sink`: every slide goes back, with its slide embedding.
+    """See `Sink`: every slide goes back, with its slide embedding, if its files are still what was read.
 
     Args:
         aggregate: gives a slide its slide_embedding, or raises a Slide2VecError; None = slides go back as
@@ -76,23 +76,34 @@ class MemorySink:
     ) -> None:
         self.config, self.execution = config, execution
         self._aggregate, self._tilings = aggregate, tilings
+        self._files = Identities(config)
 
     def planner(self) -> Planner:
         """See `Sink`."""
-        return Planner(self.config, self.execution, self.execution.output_dir, tilings=self._tilings)
+        return Planner(
+            self.config,
+            self.execution,
+            self.execution.output_dir,
+            tilings=self._tilings,
+            identities=self._files,
+        )
 
     def known(self, slide: Slide) -> tuple[Tiling | None, SlideIdentity | None]:
         """See `Sink`."""
         return None, None
 
     def put(self, outcome: SlideOutcome) -> Iterator[SlideOutcome]:
-        """See `Sink`. A worker may have aggregated it already."""
-        embedded = outcome.embedded
-        if self._aggregate is not None and embedded is not None and embedded.slide_embedding is None:
-            try:
+        """See `Sink`. A worker may have aggregated it already, and has checked its files."""
+        slide, embedded = outcome.slide, outcome.embedded
+        files = self._files.known(slide.sample_id)
+        self._files.forget(slide.sample_id)
+        try:
+            if files is not None and embedded is not None:
+                files.check(slide)
+            if self._aggregate is not None and embedded is not None and embedded.slide_embedding is None:
                 outcome = replace(outcome, embedded=self._aggregate(embedded))
-            except Slide2VecError as error:
-                outcome = SlideOutcome(outcome.slide, error=error)
+        except Slide2VecError as error:
+            outcome = SlideOutcome(slide, error=error)
         yield outcome
 
     def take_report(self, event: RecordEvent | SlideCompleted) -> None:

@@ -61,7 +61,7 @@ def quantise_fp8(
         Names of the layers that were left as they are to keep `min_cosine`, the worst first.
 
     Raises:
-        ExtraMissingError: onnx or onnxruntime is not installed.
+        ExtraMissingError: ml_dtypes, onnx or onnxruntime is not installed.
         ConfigError: no tiles, or tiles that the file does not take.
         EngineError: nothing in the file can be quantised, it cannot be run, what it computes is not
             finite, or more than half of its layers would have to stay as they are.
@@ -174,11 +174,13 @@ def _left_out(trial: _Trial, min_cosine: float) -> list[Product]:
 def _load(source: Path) -> ModelProto:
     """The graph; weights that are stored outside stay there."""
     try:
+        import ml_dtypes  # noqa: F401  # before the work begins
         import onnx
-        import onnxruntime  # noqa: F401  # before the work begins
+        import onnxruntime  # noqa: F401
     except ImportError as error:
         raise ExtraMissingError(
-            f"fp8 needs {error.name}: pip install onnx onnxruntime (calibration runs the encoder on the CPU)"
+            f"fp8 needs {error.name}: pip install ml-dtypes onnx onnxruntime (calibration runs the encoder "
+            "on the CPU)"
         ) from error
     model = onnx.load(str(source), load_external_data=False)
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)

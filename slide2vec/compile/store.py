@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -17,6 +16,7 @@ from typing import ClassVar
 
 from slide2vec.errors import EngineError, OutputError
 from slide2vec.files import open_locked
+from slide2vec.files.locks import try_lock, wait_for_lock
 from slide2vec.runtime.record import RECORD_NAME, EngineRecord, read_record
 
 __all__ = ["EngineStore", "StoredEngine", "default_root", "engine_name"]
@@ -192,11 +192,9 @@ def _lock(path: Path) -> Iterator[None]:
     with _as_output_error(path):
         descriptor = open_locked(path)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(descriptor):
             logger.warning("another process builds this engine: waiting for it (%s)", path)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            wait_for_lock(descriptor)
         yield
     finally:
         os.close(descriptor)

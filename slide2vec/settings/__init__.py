@@ -239,7 +239,6 @@ _PACKAGES = {
     "tifffile": ("tifffile",),
     "simplejpeg": ("simplejpeg",),
     "imagecodecs": ("imagecodecs",),
-    "cupy": ("cupy-cuda13x", "cupy-cuda12x"),
     "dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
     "tensorrt": ("tensorrt",),
     "tensorrt-rtx": ("tensorrt-rtx-cu13-bindings",),

@@ -52,7 +52,7 @@ class SlidePlan:
         tiles_tar_path: the archive of the tiles, where there is one.
         coordinates_dir: where coordinate files hold just this tiling; None where none do yet.
         decode_path: how its pixels get to the device; None = as the source's back end gives them.
-        identity: what the slide's files were before they were read; None where nothing is written of it.
+        identity: what the slide's files were before they were read; None where nobody asked.
         given: its tiles (or regions) as they were given; None where they were looked for.
     """
 
@@ -85,7 +85,7 @@ def plan_slide(
         output_dir: where previews and archives go, if the config asks for them.
         given: its tiles, if they are known.
         stager: knows where the slide's files are read; all that is recorded names the slide's own paths.
-        identities: of the run; None where nothing is published of the slide.
+        identities: of the run; None where nobody asks later whether the slide is still the same.
 
     Raises:
         SlideError: the slide cannot be opened, has no spacing, an unreadable mask, …

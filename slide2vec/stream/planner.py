@@ -27,7 +27,7 @@ class Planner:
         execution: says where slides are staged, if they are.
         output_dir: where previews and archives go, if the config asks for them.
         tilings: of slides whose tiles are known, by sample_id; may grow meanwhile.
-        identities: of the run; None where nothing is published of its slides.
+        identities: of the run; None where nobody asks later whether its slides are still the same.
         planned: called with each plan, in the thread that made it; what it raises is the slide's error.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import secrets
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from slide2vec.files import open_locked
+from slide2vec.files.locks import try_lock
 
 __all__ = ["private_folder"]
 
@@ -71,9 +71,6 @@ def _remove_if_dead(lock: Path) -> None:
 def _hold(descriptor: int) -> bool | None:
     """Whether this process now holds a lock file; None where the file system has no locks."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return try_lock(descriptor)
     except OSError:
         return None
-    return True

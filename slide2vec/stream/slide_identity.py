@@ -46,8 +46,8 @@ class SlideIdentity:
             change = None if each is None else each.change()
             if each is not None and change is not None:
                 raise SlideReadError(
-                    f"slide {slide.sample_id}: {each.path} changed while it was read: {change}; nothing is "
-                    "written of it: run again with resume when it is in place"
+                    f"slide {slide.sample_id}: {each.path} changed while it was read: {change}; its "
+                    "embeddings are dropped: run again (with resume, on disk) when it is in place"
                 )
 
 

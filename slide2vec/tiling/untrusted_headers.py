@@ -29,7 +29,8 @@ _SEGMENTS = {_HUFFMAN, 0xCC, 0xDB, _RESTARTS_EVERY, *range(0xE0, 0xF0), 0xFE}
 def tar_members(file: int, largest: int) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size (bytes) of each member of an uncompressed tar, in order.
 
-    `tarfile` would keep a record per member, and read into memory whatever calls itself a header.
+    `tarfile` cannot keep these bounds (Python 3.11): it reads whatever calls itself a header into memory
+    (1 GiB for a pax header that says so), and keeps a record of 440 bytes per member.
 
     Args:
         file: its descriptor; its position is neither used nor changed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,14 @@ def test_extras_exist() -> None:
     """The advice must work: every extra named is one that this package has."""
     assert {part.extra for part in MODULE._PARTS} == EXTRAS
     assert set(metadata.metadata("slide2vec").get_all("Provides-Extra") or ()) >= EXTRAS
+
+
+def test_parts_are_packages_of_their_extras() -> None:
+    """And installing the extra brings the part."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    for part in MODULE._PARTS:
+        asked = project["optional-dependencies"][part.extra]
+        assert any(name.startswith(part.distributions) for name in asked), part.name
 
 
 def test_nothing_installed(run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,10 @@ from slide2vec.artifacts import load_embeddings
 from slide2vec.cohort.context import Cohort
 from slide2vec.cohort.identity import compatibility, difference
 from slide2vec.cohort.record_events import ForwardingRecorder
+from slide2vec.cohort.sink import MemorySink
 from slide2vec.cohort.slide_writer import SlideWriter
 from slide2vec.config import FilterConfig
+from slide2vec.errors import EmbedSlidesError
 from slide2vec.geometry import tile_geometry
 from slide2vec.readers import fingerprint as fingerprints
 from slide2vec.readers.fingerprint import FileIdentity, fingerprint, same_content
@@ -157,6 +159,25 @@ def test_a_slide_that_is_replaced_while_it_is_read_fails(
     assert recorded == as_main_recorded(slides[0])
 
 
+@pytest.mark.parametrize("what", ["replaced", "gone"])
+def test_a_slide_that_changes_fails_in_memory_too(
+    model: Model, slides: list[Path], originals: list[Path], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    put = MemorySink.put
+
+    def late(self: MemorySink, outcome: Any) -> Iterator[Any]:
+        if outcome.slide.sample_id == "0":
+            replace_with(slides[0], originals[2]) if what == "replaced" else slides[0].unlink()
+        yield from put(self, outcome)
+
+    monkeypatch.setattr(MemorySink, "put", late)
+    with pytest.raises(EmbedSlidesError) as caught:
+        model.embed_slides(slides, CONFIG)
+    assert list(caught.value.failed) == ["0"]
+    assert "slide 0: " in (text := str(caught.value.failed["0"])) and "changed while it was read" in text
+    assert [each.sample_id for each in caught.value.results if each is not None] == ["1"]
+
+
 def test_a_slide_that_is_gone_when_it_is_written_fails_alone(
     run: Run, slides: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +245,33 @@ def test_embeddings_of_the_transform_of_images_are_computed_anew_and_named(
     again = run()
     assert again.resumed == 1 and again.recomputed == {"encoder transform": 1}
     assert "encoder transform" in caplog.text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_that_earlier_versions_wrote_is_computed_anew_and_named(
+    run: Run, slides: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, value: float
+) -> None:
+    run()
+    as_main_wrote(tmp_path / "out", slides)
+    path = tmp_path / "out" / "tile_embeddings" / f"{slides[0].stem}.pt"
+    right = load_embeddings(path)
+    wrong = right.clone()
+    wrong[3, 5] = value
+    torch.save(wrong, path)
+    sidecar = path.with_name(f"{slides[0].stem}.meta.json")
+    recorded = {**json.loads(sidecar.read_text()), "file_size_bytes": path.stat().st_size}
+    sidecar.write_text(json.dumps(recorded))
+    again = run()
+    assert again.resumed == 1
+    assert again.recomputed == {"embedding: an earlier version wrote NaN or infinities": 1}
+    assert f"{slides[0].stem} is embedded anew: {path} holds NaN" in caplog.text
+    assert torch.equal(load_embeddings(path), right)
+
+
+def test_features_of_this_version_are_not_read_on_resume(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run()
+    monkeypatch.delattr("slide2vec.cohort.misread_embeddings.load_embeddings")
+    assert run().resumed == 2
 
 
 def test_artifacts_of_before_are_kept(run: Run, slides: list[Path], tmp_path: Path) -> None:
@@ -413,7 +461,7 @@ def made_of(
 
 
 @pytest.mark.parametrize(
-    ("changes", "take_report"),
+    ("changes", "told"),
     [
         *(({name: value}, f"geometry {name}") for name, value in {
             "overlap": 0.25, "tolerance": 0.01, "tissue_threshold": 0.5, "requested_spacing_um": 1.0,

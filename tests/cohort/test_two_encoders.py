@@ -194,7 +194,7 @@ def test_tiles_that_are_there_are_taken_with_their_settings(
 
 
 @pytest.mark.parametrize(
-    ("given", "take_report"),
+    ("given", "told"),
     [
         ({"segmentation": {"method": "hsv"}}, "segmentation.method otsu, not hsv"),
         ({"tissue_threshold": 0.01}, "tissue_threshold 0.3, not 0.01"),

@@ -64,6 +64,7 @@ def patient_model(moozy: Model) -> Model:
         PendingPatients(),
     )
     model._tile_embedder.encoder = model.upstream.upstream._encoder
+    model._tile_embedder._engines.clear()  # those of the encoder before
     return model
 
 

@@ -317,9 +317,12 @@ def test_old_opsets_are_refused(tmp_path: Path) -> None:
         quantise_fp8(tmp_path / "a.onnx", tmp_path / "b.onnx", np.ones((1, 16), np.float32))
 
 
-def test_without_onnxruntime(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ExtraMissingError, match="onnxruntime"):
+@pytest.mark.parametrize("module", ["onnxruntime", "ml_dtypes"])
+def test_without_libraries(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ExtraMissingError, match=f"fp8 needs {module}: pip install"):
         quantise_fp8(exported, tmp_path / "a.onnx", tiles(1))
 
 

@@ -255,7 +255,7 @@ def test_rgb_frames_that_dicom_calls_ybr(dialects_dir: Path, reference_slide: Pa
         (fields(TotalPixelMatrixColumns=2**31), "claims 2147483648x200 px, and has only 20 frames"),
         (fields(TotalPixelMatrixRows=None), "claims 300x0 px"),
         (fields(Rows=65535, Columns=65535), "claims 300x200 px in frames of 65535x65535"),
-        (fields(DimensionOrganizationType="TILED_SPARSE"), "does not tell where its frames are"),
+        (fields(DimensionOrganizationType="TILED_SPARSE"), "does not say where its frames are"),
         (fields(SOPClassUID=uid.CTImageStorage), "no whole-slide image .CT Image Storage"),
         (fields(PixelData=None), "truncated"),
     ],

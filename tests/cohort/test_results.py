@@ -1,0 +1,63 @@
+"""What a run gives, as a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from slide2vec import (
+    HierarchicalEmbeddingArtifact,
+    PatientEmbeddingArtifact,
+    RunResult,
+    SlideEmbeddingArtifact,
+    TileEmbeddingArtifact,
+)
+from slide2vec.cohort.results import FailedPatient, FailedSlide
+from slide2vec.errors import PatientError, SlideOpenError
+
+FILES = {"path": Path("/out/a.pt"), "metadata_path": Path("/out/a.meta.json"), "format": "pt"}
+
+
+def test_a_row_for_each_artifact_and_failure() -> None:
+    result = RunResult(
+        tile_artifacts=[TileEmbeddingArtifact(sample_id="0001", num_tiles=5, feature_dim=3, **FILES)],
+        hierarchical_artifacts=[
+            HierarchicalEmbeddingArtifact(
+                sample_id="r", num_regions=2, tiles_per_region=4, feature_dim=3, **FILES
+            )
+        ],
+        slide_artifacts=[SlideEmbeddingArtifact(sample_id="0001", feature_dim=7, **FILES)],
+        patient_artifacts=[PatientEmbeddingArtifact(patient_id="p", num_slides=1, feature_dim=9, **FILES)],
+        process_list_path=Path("/out/process_list.csv"),
+        failed=(FailedSlide("bad", Path("/bad.svs"), "embedding", SlideOpenError("slide bad: no file")),),
+        failed_patients=(FailedPatient("q", PatientError("patient q: slides failed")),),
+        without_tissue=("blank",),
+        skipped_tiles={"0001": 2},
+        remarks={"0001": ("One.", "Two.")},
+    )
+    frame = result.to_frame()
+    assert frame["level"].tolist() == ["tile", "region", "slide", "patient", "tile", "tile", "patient"]
+    assert frame["status"].tolist() == ["done"] * 4 + ["no tissue", "failed", "failed"]
+    assert frame["sample_id"].dropna().tolist() == ["0001", "r", "0001", "blank", "bad"]
+    assert frame["patient_id"].dropna().tolist() == ["p", "q"]
+    assert frame["num_tiles"].dropna().tolist() == [5, 8, 0]
+    assert frame["feature_dim"].dropna().tolist() == [3, 3, 7, 9]
+    assert frame.loc[0, ["skipped_tiles", "remarks", "path"]].tolist() == [2, "One. Two.", "/out/a.pt"]
+    assert frame["stage"].dropna().tolist() == ["embedding", "aggregation"]
+    assert frame["error"].dropna().tolist() == ["slide bad: no file", "patient q: slides failed"]
+    assert {str(frame[name].dtype) for name in ("num_tiles", "skipped_tiles", "feature_dim")} == {"Int64"}
+
+
+def test_slide_without_tissue_that_has_an_artifact_comes_once() -> None:
+    blank = TileEmbeddingArtifact(sample_id="blank", num_tiles=0, feature_dim=3, **FILES)
+    result = RunResult(
+        tile_artifacts=[blank], process_list_path=Path("p.csv"), without_tissue=("blank",)
+    ).to_frame()
+    assert result[["sample_id", "status", "num_tiles"]].values.tolist() == [["blank", "done", 0]]
+
+
+def test_nothing_is_a_table_with_columns() -> None:
+    frame = RunResult(process_list_path=Path("p.csv")).to_frame()
+    assert isinstance(frame, pd.DataFrame) and len(frame) == 0
+    assert {"sample_id", "status", "path", "error"} <= set(frame.columns)
