@@ -21,7 +21,7 @@ from slide2vec.compile.builders import (
     Built,
     Progress,
     default_runtime,
-    no_aiming,
+    not_for_targets,
     unavailable,
 )
 from slide2vec.compile.comparison_tiles import tissue_pixels
@@ -168,7 +168,7 @@ class _Plan:
         precision = options.precision or (recipe.precision if on_gpu else "fp32")
         runtime = chosen or default_runtime(precision, device)
         targets = _targets(runtime, precision, device, options)
-        reason = no_aiming(precision, targets) if targets else unavailable(runtime, precision, device)
+        reason = not_for_targets(precision, targets) if targets else unavailable(runtime, precision, device)
         if reason is not None:
             raise EngineError(f"no {runtime} engine in {precision} can be built here: {reason}")
         meant = torch.device("cuda") if targets and device.type != "cuda" else device

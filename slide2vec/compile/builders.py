@@ -238,7 +238,7 @@ def _no_tensorrt_rtx(precision: str, device: torch.device) -> str | None:
     return no_onnx() or unavailable("tensorrt-rtx", precision, device)
 
 
-def no_aiming(precision: str, targets: tuple[str, ...]) -> str | None:
+def not_for_targets(precision: str, targets: tuple[str, ...]) -> str | None:
     """Why TensorRT-RTX cannot build for compute capabilities on this machine, with or without a GPU."""
     from slide2vec.runtime.tensorrt.available import not_loading
     from slide2vec.runtime.tensorrt.targets import check_targets

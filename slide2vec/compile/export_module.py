@@ -32,7 +32,7 @@ class ExportedEncoder(nn.Module):
     `forward` takes pixels of `layout`, (B, 3, H, W) float32 or (B, H, W, 3) uint8, and returns features
     (B, D) float32. Strongly typed runtimes compute in the types of the graph, so the precision is
     decided here: parameters of the half precisions are converted once, but for the layers that the recipe
-        keeps in fp32 (`engine.fp32_layers`).
+    keeps in fp32 (`engine.islands`).
 
     Args:
         encoder: in fp32; it is not changed.

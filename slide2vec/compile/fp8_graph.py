@@ -70,7 +70,10 @@ def _attribute(node: NodeProto, name: str) -> int:
 def _layer(node: NodeProto) -> str:
     """Name of the PyTorch module that a node was exported from, else the node's own."""
     scopes = (each.value for each in node.metadata_props if each.key == "pkg.torch.onnx.name_scopes")
-    names = [name for name in ast.literal_eval(next(scopes, "[]"))[:-1] if name]
+    try:
+        names = [name for name in ast.literal_eval(next(scopes, "[]"))[:-1] if name]
+    except (ValueError, SyntaxError, TypeError):  # the exporter writes it for people, in no promised form
+        names = []
     return str(names[-1]).removeprefix("encoder.") if names else node.name or node.output[0]
 
 

@@ -116,9 +116,9 @@ def _configure(builder: trt.Builder, library: Library, settings: Settings) -> tr
     config = builder.create_builder_config()
     config.builder_optimization_level = settings.optimization_level
     if settings.targets:
-        from slide2vec.runtime.tensorrt.rtx import aim
+        from slide2vec.runtime.tensorrt.rtx import set_targets
 
-        aim(config, settings.targets)
+        set_targets(config, settings.targets)
     else:
         config.hardware_compatibility_level = library.compatibility[settings.hardware_compatibility]
     if not settings.tf32:

@@ -47,7 +47,7 @@ class Slides(nn.Module):
         return SlideFeatures(embedding=bag.features.mean(0).repeat(2), latents=bag.features[:2].clone())
 
 
-class PendingPatients(nn.Module):
+class SumOfSlides(nn.Module):
     """The sum of slides."""
 
     def forward(self, slides: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,7 @@ def patient_model() -> Model:
     assert model.upstream is not None and model.upstream.upstream is not None
     model.upstream.upstream._encoder = model._tile_embedder.encoder = Tiles()
     model.upstream._encoder = Slides()
-    model._encoder = PendingPatients()
+    model._encoder = SumOfSlides()
     model.upstream.upstream.resolve_preprocessing(
         PREPROCESSING
     )  # tries one tile of another size, which counts

@@ -45,7 +45,7 @@ class Slides(nn.Module):
         return SlideFeatures(embedding=bag.features.mean(0).repeat(2), latents=bag.features[:2].clone())
 
 
-class PendingPatients(nn.Module):
+class SumOfSlides(nn.Module):
     """The sum of slides."""
 
     def forward(self, slides: torch.Tensor) -> torch.Tensor:
@@ -58,7 +58,7 @@ def patient_model() -> Model:
     assert model.upstream is not None and model.upstream.upstream is not None
     model.upstream.upstream._encoder = model._tile_embedder.encoder = Tiles()
     model.upstream._encoder = Slides()
-    model._encoder = PendingPatients()
+    model._encoder = SumOfSlides()
     return model
 
 

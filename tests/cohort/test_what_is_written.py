@@ -40,7 +40,7 @@ class Slides(nn.Module):
         return SlideFeatures(embedding=embedding, latents=bag.features[:2] + self.latent)
 
 
-class PendingPatients(nn.Module):
+class SumOfSlides(nn.Module):
     """The sum of slides."""
 
     value = 0.0
@@ -61,7 +61,7 @@ def patient_model(moozy: Model) -> Model:
     model.upstream.upstream._encoder, model.upstream._encoder, model._encoder = (
         Tiles(),
         Slides(),
-        PendingPatients(),
+        SumOfSlides(),
     )
     model._tile_embedder.encoder = model.upstream.upstream._encoder
     model._tile_embedder._engines.clear()  # those of the encoder before

@@ -100,15 +100,15 @@ def test_attention_that_stays_in_fp32(encoder: nn.Module, tmp_path: Path) -> Non
 def test_the_plan_is_of_its_own_library(built: StoredEngine) -> None:
     """As far as it can tell without a GPU: a header of its own format and version, and nothing else is."""
     from slide2vec.runtime.tensorrt.library import Library
-    from slide2vec.runtime.tensorrt.rtx import misfit
+    from slide2vec.runtime.tensorrt.rtx import invalidity
 
     library = Library("tensorrt-rtx")
     runtime = library.new_runtime(library.log())
     plan = (built.directory / "encoder.plan").read_bytes()
     if not torch.cuda.is_available():
-        assert misfit(runtime, plan) == []  # no fault of the plan; there is no GPU
+        assert invalidity(runtime, plan) == []  # no fault of the plan; there is no GPU
     for broken in (b"", plan[:32], b"x" * 1000):
-        assert misfit(runtime, broken) == ["it is no plan of this version of TensorRT-RTX"]
+        assert invalidity(runtime, broken) == ["it is no plan of this version of TensorRT-RTX"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field
 
-__all__ = ["Directory", "RecordEvent", "Tiff", "read_tiff"]
+__all__ = ["Directory", "Tag", "Tiff", "read_tiff"]
 
 #: Bytes of one value, by TIFF type; unknown types count as one byte.
 _SIZES = {
@@ -32,7 +32,7 @@ _MOST_DIRECTORIES = 64
 
 
 @dataclass(frozen=True)
-class RecordEvent:
+class Tag:
     """One tag: its own position, and position and size in bytes of its values."""
 
     at: int
@@ -48,7 +48,7 @@ class Directory:
     """An image directory; `next_at` is where the pointer to the next one lies."""
 
     at: int
-    entries: dict[int, RecordEvent]
+    entries: dict[int, Tag]
     next_at: int
 
 
@@ -116,7 +116,7 @@ def _directory(tiff: Tiff, at: int) -> Directory:
         here = at + head + number * width
         tag, kind, values = struct.unpack_from(tiff.endian + letters, tiff.data, here)
         size = values * _SIZES.get(kind, 1)
-        entries[tag] = RecordEvent(
+        entries[tag] = Tag(
             here, tag, kind, values, here + fixed if size <= tiff.word else tiff.pointer(here + fixed), size
         )
     return Directory(at, entries, at + head + count * width)

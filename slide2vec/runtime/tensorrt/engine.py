@@ -84,7 +84,7 @@ class TensorRTEngine:
         pool = ContextPool(plan, self._profile, self.device, count=contexts, graphs=cuda_graphs)
         if plan.kernels is not None:
             pool.wait()
-            plan.kernels.tell(path, time.perf_counter() - started)
+            plan.kernels.report_start(path, time.perf_counter() - started)
         return pool
 
     def run(self, pixels: Tensor) -> Tensor:

@@ -59,9 +59,9 @@ class Plan:
 
     def _check(self, content: bytes) -> None:
         """Raises EngineError when the header of a plan of TensorRT-RTX says that it does not run here."""
-        from slide2vec.runtime.tensorrt.rtx import misfit
+        from slide2vec.runtime.tensorrt.rtx import invalidity
 
-        reasons = misfit(self._runtime, content)
+        reasons = invalidity(self._runtime, content)
         if reasons is not None:
             raise EngineError(self._refused("; ".join(reasons) or error_text(self._log)))
 

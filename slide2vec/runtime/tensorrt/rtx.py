@@ -13,7 +13,7 @@ import tensorrt_rtx_bindings as trt
 from slide2vec.errors import EngineError, OutputError
 from slide2vec.files import atomic_path
 
-__all__ = ["Kernels", "aim", "misfit"]
+__all__ = ["Kernels", "invalidity", "set_targets"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ FAULTS = {
 }
 
 
-def aim(config: trt.IBuilderConfig, targets: tuple[str, ...]) -> None:
+def set_targets(config: trt.IBuilderConfig, targets: tuple[str, ...]) -> None:
     """Have a plan built for compute capabilities, see `targets.TARGETS`."""
     config.num_compute_capabilities = len(targets)
     for place, target in enumerate(targets):
@@ -45,7 +45,7 @@ def aim(config: trt.IBuilderConfig, targets: tuple[str, ...]) -> None:
             raise EngineError(f"TensorRT-RTX refuses target {target}")
 
 
-def misfit(runtime: trt.Runtime, plan: bytes) -> list[str] | None:
+def invalidity(runtime: trt.Runtime, plan: bytes) -> list[str] | None:
     """Why a plan cannot run here, None when it can. Only its header is looked at.
 
     The list is empty where TensorRT-RTX names no fault; its log may say more.
@@ -86,7 +86,7 @@ class Kernels:
         """A new execution context; None when it cannot be made."""
         return self._engine.create_execution_context(runtime_config=self._config)
 
-    def tell(self, plan: Path, seconds: float) -> None:
+    def report_start(self, plan: Path, seconds: float) -> None:
         """Say what starting took, and write kernels down."""
         before = len(self._kept)
         self.keep()
