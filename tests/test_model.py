@@ -29,6 +29,9 @@ from slide2vec.tiling import write_coordinates
 
 #: What the mission allows between an embedding and its reference.
 MIN_COSINE = 0.9999
+#: Of equal pixels in the same encoder: 3e-13 from 1 was seen. All pixels off by 0.6 grey levels give 2e-6,
+#: which the mission's bound would let pass.
+SAME_PIXELS_COSINE = 1 - 1e-7
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +82,7 @@ def reference(
 
 
 def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cosine_similarity(a, b)
+    return torch.nn.functional.cosine_similarity(a.double(), b.double())
 
 
 @pytest.mark.parametrize("supertiles", [True, False])
@@ -101,7 +104,7 @@ def test_embeddings_equal_the_reference(
     assert found.num_tiles > 10
     assert found.tile_embeddings.shape == (found.num_tiles, 384)
     expected = reference(shallow, path, config, found)
-    assert cosines(found.tile_embeddings[: len(expected)], expected).min() >= MIN_COSINE
+    assert cosines(found.tile_embeddings[: len(expected)], expected).min() >= SAME_PIXELS_COSINE
 
 
 @pytest.mark.parametrize("preset", ["scattering", "lunit"])
@@ -116,7 +119,7 @@ def test_presets_equal_the_reference(slides_dir: Path, preset: str, scattering: 
     config = PreprocessingConfig(requested_spacing_um=2.0, requested_tile_size_px=224)
     found = model.embed_slide(slides_dir / "CMU-1-Small-Region.svs", config)
     expected = reference(model, slides_dir / "CMU-1-Small-Region.svs", config, found, limit=4)
-    assert cosines(found.tile_embeddings[: len(expected)], expected).min() >= MIN_COSINE
+    assert cosines(found.tile_embeddings[: len(expected)], expected).min() >= SAME_PIXELS_COSINE
 
 
 def test_embedded_slide_fields(slides_dir: Path, scattering: Model) -> None:
