@@ -187,17 +187,17 @@ class Cohort:
         )
 
     def write_coordinates(self, tiling: Tiling, files: SlideIdentity) -> tuple[Path | None, Path]:
-        """Coordinate files of a slide, and then what its files were.
+        """Coordinate files of a slide, and before their metadata what its files were.
 
         Raises:
             OutputError: one cannot be written.
         """
-        folder = self.place.tiling / "tiles"
-        paths = write_coordinates(folder, tiling.recorded)
-        record_source(folder, tiling.sample_id, "coordinates", files.content)
-        if tiling.recorded.remarks:
-            record_source(folder, tiling.sample_id, "remarks", list(tiling.recorded.remarks))
-        return paths
+        folder, remarks = self.place.tiling / "tiles", list(tiling.recorded.remarks)
+        # Metadata mean that all is there: a process that is killed must leave neither coordinates of an
+        # unknown state of the slide, nor its record beside coordinates of another state.
+        remove(coordinate_paths(folder, tiling.sample_id)[1])
+        record_source(folder, tiling.sample_id, {"coordinates": files.content, "remarks": remarks or None})
+        return write_coordinates(folder, tiling.recorded)
 
     def identity_of_failed(self, slide: Slide) -> Mapping[str, Any] | None:
         """Of the embedding that a failed slide would have had, for its patient; None where its files cannot

@@ -80,7 +80,7 @@ class Previous:
         Raises:
             OutputError: it cannot be written.
         """
-        record_source(self.directory, self.slide.sample_id, what, self.content)
+        record_source(self.directory, self.slide.sample_id, {what: self.content})
 
 
 def source_path(directory: Path, sample_id: str) -> Path:
@@ -88,13 +88,14 @@ def source_path(directory: Path, sample_id: str) -> Path:
     return directory / f"{sample_id}.source.json"
 
 
-def record_source(directory: Path, sample_id: str, what: str, content: Any) -> None:
-    """Enter something, JSON-ready, in a slide's source record; what else it holds stays.
+def record_source(directory: Path, sample_id: str, entered: Mapping[str, Any]) -> None:
+    """Enter something, JSON-ready, in a slide's source record; what else it holds stays. None removes.
 
     Raises:
         OutputError: it cannot be written.
     """
-    found = {**_read_source(directory, sample_id), "schema_version": _SCHEMA, what: content}
+    merged = {**_read_source(directory, sample_id), "schema_version": _SCHEMA, **entered}
+    found = {name: content for name, content in merged.items() if content is not None}
     with atomic_path(source_path(directory, sample_id)) as temporary:
         temporary.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

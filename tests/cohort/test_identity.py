@@ -25,7 +25,7 @@ from slide2vec.cohort.record_events import ForwardingRecorder
 from slide2vec.cohort.sink import MemorySink
 from slide2vec.cohort.slide_writer import SlideWriter
 from slide2vec.config import FilterConfig
-from slide2vec.errors import EmbedSlidesError
+from slide2vec.errors import EmbedSlidesError, OutputError
 from slide2vec.geometry import tile_geometry
 from slide2vec.readers import fingerprint as fingerprints
 from slide2vec.readers.fingerprint import FileIdentity, fingerprint, same_content
@@ -369,6 +369,31 @@ def test_the_source_record(run: Run, slides: list[Path], tmp_path: Path) -> None
     files = {"image": fingerprint(slides[0]), "mask": None}
     recorded.pop("remarks", None)  # which others make
     assert recorded == {"schema_version": 1, "coordinates": files, "tiles_tar": files}
+
+
+def test_a_kill_leaves_no_coordinates_without_their_source(
+    run: Run, slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever metadata are there, the record of the slide is, too, and says nothing of earlier tiles."""
+    tiles = tmp_path / "out" / "tiles"
+    tiles.mkdir(parents=True)
+    (tiles / "0.source.json").write_text('{"schema_version": 1, "coordinates": {}, "remarks": ["old"]}')
+    seen: list[bool] = []
+
+    def killed(folder: Path, tiling: Tiling) -> Any:
+        record = json.loads((folder / f"{tiling.sample_id}.source.json").read_text())
+        assert record["coordinates"] == {"image": fingerprint(tiling.image_path), "mask": None}
+        assert record.get("remarks") == (list(tiling.recorded.remarks) or None)
+        seen.append((folder / f"{tiling.sample_id}.coordinates.meta.json").exists())
+        raise OutputError("the process is killed here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("slide2vec.cohort.context.write_coordinates", killed)
+        with pytest.raises(OutputError):
+            run([slides[0]])
+    assert seen == [False]
+    assert run([slides[0]]).tile_artifacts[0].num_tiles > 0
+    assert (tiles / "0.coordinates.meta.json").is_file()
 
 
 def test_an_archive_of_a_slide_that_was_replaced_is_written_anew(

@@ -35,7 +35,11 @@ def leave(output_dir: Path, *, age_s: float) -> Path:
 
 
 def on_disk(output_dir: Path) -> Mapping[str, Any]:
-    return dict(json.loads((output_dir / LOCK_NAME).read_text()))
+    """The lock's content. fsspec's memory store, unlike others, shows an object before its content."""
+    waited = time.monotonic() + 30
+    while not (text := (output_dir / LOCK_NAME).read_text()) and time.monotonic() < waited:
+        time.sleep(0.001)
+    return dict(json.loads(text))
 
 
 def test_held_while_the_block_lasts(output_dir: Path) -> None:
