@@ -93,7 +93,7 @@ def test_attributes(case: str, engine: Engine) -> None:
     assert engine.feature_dim == 128 and engine.layout in ("uint8_nhwc", "float32_nchw")
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("count", [9, 1, 2, 3, 4, 5])
 def test_any_batch(engine: Engine, count: int) -> None:
     """Also beyond the batch that it was built for (4)."""
     found = engine.run(pixels_for(engine, count))
