@@ -64,7 +64,8 @@ class TorchEngine:
         with torch.autocast(
             self.device.type, dtype=DTYPES[self.precision], enabled=self._converts, cache_enabled=False
         ):
-            return self._encoder(pixels).float()
+            features: Tensor = self._encoder(pixels).float()
+        return features
 
     def close(self) -> None:
         """Release CUDA graphs. The encoder is the caller's."""
