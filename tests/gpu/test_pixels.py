@@ -1,4 +1,4 @@
-"""Every station on the GPU against the CPU."""
+"""Tiles prepared, cut, decoded and uploaded on the GPU, against the CPU."""
 
 from __future__ import annotations
 
