@@ -138,9 +138,9 @@ def _decoded_by(name: str, args: argparse.Namespace, slide: Path, expected: torc
             plan = transfer.bind(planned(slide))
         except (Slide2VecError, RuntimeError) as error:
             return {"not_run": str(error)}
-    if (name in str(plan.decode_path)) is False:
+    if name not in str(plan.decode_path):
         plan.source.close()
-        return {"not_run": f"left for {plan.decode_path}: {'; '.join(said.messages) or 'not installed'}"}
+        return {"not_run": f"left for {plan.decode_path}: {' '.join(said.messages[-1:])}"}
     row: Row = {"decode_path": plan.decode_path, "tiles": 0}
     found = placed(plan, args.device, COMPARED)
     difference = (found.cpu().int() - expected.int()).abs().float().mean(dim=(1, 2, 3))
@@ -267,7 +267,7 @@ def memory(device: torch.device) -> Row:
 
 
 class PerTile(torch.utils.data.Dataset[torch.Tensor]):
-    """One OpenSlide read, Pillow resize and transform per tile: what peers do. The slide comes over and over."""
+    """One OpenSlide read, Pillow resize and transform per tile: what peers do. Tiles come again and again."""
 
     def __init__(self, path: Path, plan: SlidePlan, transform: Any, count: int) -> None:
         self._path, self._tiling, self._transform, self._slide = path, plan.tiling, transform, None
@@ -354,8 +354,7 @@ def with_speed(row: Row) -> Row:
 
 
 def _median(rows: list[Row], rounds: list[dict[str, Row]]) -> Row:
-    """The middle one of a part's rounds, with its share of the encoder alone and its lead over the peers' way,
-    taken round by round."""
+    """The middle one of a part's rounds, with its share of the encoder alone, taken round by round."""
     if "not_run" in rows[0]:
         return rows[0]
     speeds = [row["tiles_per_s"] for row in rows]
@@ -394,7 +393,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--most-slides", type=int, default=200, help="in one run")
     parser.add_argument("--quick", action="store_true", help="a small slide, one short round")
     parser.add_argument("--work-dir", type=Path, default=Path(tempfile.gettempdir()) / "slide2vec-bench")
-    parser.add_argument("--out", type=Path, help="stem of the results (default: benchmarks/results/gpu-<date>)")
+    parser.add_argument("--out", type=Path, help="stem of results (default: benchmarks/results/gpu-<date>)")
     parser.add_argument("--add", action="store_true", help="to the results that are there")
     args = parser.parse_args()
     if args.quick:

@@ -19,7 +19,8 @@ def report(found: Row) -> str:
     lines = [f"# GPU benchmark, {found['date']}", "", f"{found['gpu']}, {found['cpus']} CPUs, "]
     lines[-1] += ", ".join(f"{name} {number}" for name, number in found["packages"].items() if number)
     for name, rows in found["parts"].items():
-        lines += ["", f"## {name}", "", *(_decoding(rows) if name.startswith("decode") else _speeds(name, rows))]
+        table = _decoding(rows) if name.startswith("decode") else _speeds(name, rows)
+        lines += ["", f"## {name}", "", *table]
     return "\n".join(lines) + "\n"
 
 

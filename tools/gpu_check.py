@@ -2,7 +2,7 @@
 
 Needs slide2vec's base packages (PyTorch, timm, OpenSlide, …) and pytest in the Python that runs it; cuCIM,
 nvImageCodec, DALI, TensorRT and Triton are used where they are installed, and reported as not run where not.
-Nothing is downloaded: encoders have random weights. tools/gpu_plan.sh runs this and more within a few minutes.
+Nothing is downloaded: encoders have random weights. See docs/gpu.md.
 
     python tools/gpu_check.py [--no-benchmarks] [--quick] [--only stream|engines|tensorrt] [pytest options]
 """

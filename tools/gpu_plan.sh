@@ -62,15 +62,15 @@ sanitize() {
 export -f sanitize
 
 device=cuda presets="virchow2 prost40m uni" budget=345 probe_limit=120
-figures=(--size 12288 --seconds 0.8) stream=(--rounds 1 --seconds 3) tests=()
+figures=(--size 12288 --seconds 0.8) stream=(--parts presets --rounds 1 --seconds 3) tests=()
 if [ -n "$quick" ]; then
   presets="virchow2 prost40m" budget=170 probe_limit=60
-  figures=(--size 12288 --seconds 0.5) stream=(--rounds 1 --seconds 2) tests=(-k "not memory")
+  figures=(--size 12288 --seconds 0.5) stream=(--parts presets --rounds 1 --seconds 2) tests=(-k "not memory")
 fi
 if [ -n "$dry" ]; then
   export SLIDE2VEC_GPU_TEST_DEVICE=cpu
-  device=cpu presets=prost40m budget=900 probe_limit=300
-  figures=(--size 1024 --batch-size 2 --seconds 0.01 --trial 1) stream=(--rounds 1 --most-slides 2) tests=(-k cutting)
+  device=cpu presets=scattering budget=900 probe_limit=300
+  figures=(--size 1024 --batch-size 2 --seconds 0.01 --trial 1) stream=(--rounds 1 --most-slides 2 --parts decode presets prepare) tests=(-k cutting)
 fi
 figures+=(--device $device --work-dir "$work")
 for slide in .gpu-slides/*; do [ -e "$slide" ] && slides+=("$slide"); done
@@ -88,7 +88,7 @@ else
   stage probe $probe_limit probe.log "$python" -m tools.gpu_probe --out "$out/probe.json" --presets $presets "${figures[@]}"
   stage tests 80 tests.log "${check[@]}" --only stream "${tests[@]}"
   for preset in $presets; do
-    shown=40 stage "stream, $preset" 60 bench.log "$python" -m benchmarks.gpu --parts presets --presets "$preset" \
+    shown=40 stage "stream, $preset" 60 bench.log "$python" -m benchmarks.gpu --presets "$preset" \
       --out "$out/bench" --add "${figures[@]}" "${stream[@]}"
   done
   if [ -z "$quick" ]; then

@@ -2,8 +2,8 @@
 
     python -m tools.gpu_probe --out probe.json [--presets virchow2 …] [--slide FILE …] [--device cpu]
 
-Every item is kept as soon as it is there, the most telling first; one that fails does not stop the others. tools/gpu_plan.sh
-runs this; docs/gpu.md says what the file holds.
+Every item is kept as soon as it is there, the most telling first; one that fails does not stop the others.
+tools/gpu_plan.sh runs this; docs/gpu.md says what the file holds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from torch import Tensor
 
 from benchmarks.common import generated
 from benchmarks.gpu import Row, decode, in_a_row, model_of, planned, wait
-from slide2vec.compile.export_module import torch_engine
 from slide2vec.runtime import batch_size_for
 from slide2vec.runtime.base import Engine
 from slide2vec.runtime.torch_engine import TorchEngine
@@ -81,8 +80,8 @@ def decoding(args: argparse.Namespace, slide: Path) -> Row:
 
 
 def races(args: argparse.Namespace, slide: Path) -> Row:
-    """Tiles that another stream reads as soon as a decode path's own says that they are there, against the same
-    after the device was waited for: regions that were read too early."""
+    """Tiles that another stream reads as soon as a decode path's own says that they are there, against the
+    same tiles after the device was waited for."""
     return {name: _races(name, args, slide) for name in DECODE_PATHS}
 
 
@@ -116,7 +115,7 @@ def _twice(plan: SlidePlan, number: int, transfer: DeviceTransfer) -> tuple[Tens
 
 
 def encoders(args: argparse.Namespace, preset: str) -> Row:
-    """A preset's encoder in PyTorch: kernel by kernel, as CUDA graphs, compiled; how close each is to fp32."""
+    """A preset's encoder in PyTorch, in each way that it can run: speed, closeness to fp32, kernels."""
     embedder = model_of(args, preset)._tile_embedder
     recipe, encoder, precision = embedder.recipe, embedder.encoder, embedder.precision
     size = args.batch_size or batch_size_for(recipe.gflops, args.device)
@@ -124,17 +123,16 @@ def encoders(args: argparse.Namespace, preset: str) -> Row:
     crop = recipe.transform.crop
     pixels = torch.randn(size, 3, crop, crop, device=args.device)
     few = pixels[:8]
-    exact = TorchEngine(encoder, precision="fp32", cuda_graphs=False, **how).run(few)
+    exact = TorchEngine(encoder, precision="fp32", **how).run(few)
     ways: dict[str, Callable[[], Engine]] = {
-        "autocast, eager": lambda: TorchEngine(encoder, precision=precision, cuda_graphs=False, **how),
-        "eager": lambda: torch_engine(encoder, recipe, precision, cuda_graphs=False, **how),
-        "graph": lambda: torch_engine(encoder, recipe, precision, **how),
-        "compiled blocks, graph": lambda: torch_engine(encoder, recipe, precision, compiled=True, **how),
+        "eager": lambda: TorchEngine(encoder, precision=precision, **how),
     }
+    if args.device.type == "cuda":
+        ways["compiled"] = lambda: TorchEngine(encoder, precision=precision, compiled=True, **how)
     row: Row = {"batch": size, "precision": precision, "GFLOP a tile": recipe.gflops}
     for name, build in ways.items():
         try:
-            row[name] = _speeds(build(), pixels, exact, args, busy="autocast" not in name)
+            row[name] = _speeds(build(), pixels, exact, args)
         except Exception as error:  # the next way may do
             row[name] = f"FAILED {type(error).__name__}: {error}"[:300]
         print(f"    {preset}, {name}: {row[name]}", flush=True)
@@ -143,15 +141,14 @@ def encoders(args: argparse.Namespace, preset: str) -> Row:
     return row
 
 
-def _speeds(engine: Engine, pixels: Tensor, exact: Tensor, args: argparse.Namespace, *, busy: bool) -> Row:
+def _speeds(engine: Engine, pixels: Tensor, exact: Tensor, args: argparse.Namespace) -> Row:
     start = time.perf_counter()
     cosine = torch.nn.functional.cosine_similarity(engine.run(pixels)[: len(exact)].float(), exact)
     wait(args.device)
     row: Row = {"first batch, s": round(time.perf_counter() - start, 2), "least cosine": float(cosine.min())}
     row["tiles/s"] = _rate(engine, pixels, args)
-    if busy:
-        with busy_threads(args.device):
-            row[f"tiles/s beside {BUSY_THREADS} busy threads"] = _rate(engine, pixels, args)
+    with busy_threads(args.device):
+        row[f"tiles/s beside {BUSY_THREADS} busy threads"] = _rate(engine, pixels, args)
     engine.close()
     return row
 

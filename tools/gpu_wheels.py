@@ -2,9 +2,10 @@
 
     python -m tools.gpu_wheels [--to .whl] [--python 3.12] [--arch 90]
 
-Writes .whl/base/site.tar.xz and .whl/dali/site.tar.xz, which tools/gpu_plan.sh unpacks where it finds them. The machine
-is taken to have PyTorch, timm and their like. Of each package stays what that Python on that GPU can load: GPU code
-of other architectures is zeroed, symbol tables and other Pythons' modules are left out. Needs uv, strip, tar and xz.
+Writes .whl/base/site.tar.xz and .whl/dali/site.tar.xz, which tools/gpu_plan.sh unpacks where it finds them.
+The machine is taken to have PyTorch, timm and their like. Of each package stays what that Python on that GPU
+can load: GPU code of other architectures is zeroed, symbol tables and other Pythons' modules are left out.
+Needs uv, strip, tar and xz.
 """
 
 from __future__ import annotations
@@ -66,9 +67,9 @@ def sections(binary: bytearray) -> Iterator[tuple[str, int, int]]:
 def zero_other_gpu_code(binary: bytearray, arch: int) -> int:
     """Zero GPU code for other architectures (and PTX) in an ELF file; bytes zeroed.
 
-    The entries stay listed, with their sizes: the driver takes the one that fits exactly. The layout is that of
-    fatbinary_section.h and of what cuobjdump shows: a header (magic, version, its own size, size of all entries),
-    entries each with a header (kind, version, its own size, size of the payload, …, architecture).
+    The entries stay listed, with their sizes: the driver takes the one that fits exactly. The layout is that
+    of fatbinary_section.h: a header (magic, version, its own size, size of all entries), then entries, each
+    with a header (kind, version, its own size, size of its payload, …, architecture).
     """
     zeroed = 0
     for name, start, length in sections(binary):
@@ -111,7 +112,8 @@ def trim(folder: Path, python: str, arch: int) -> None:
             path.write_bytes(binary)
             path.chmod(0o755)
         stripped = path.with_name(path.name + ".stripped")
-        if subprocess.run(["strip", "--strip-unneeded", "-o", stripped, path], capture_output=True).returncode:
+        command = ["strip", "--strip-unneeded", "-o", stripped, path]
+        if subprocess.run(command, capture_output=True).returncode:
             stripped.unlink(missing_ok=True)
         else:
             stripped.replace(path)

@@ -1,5 +1,5 @@
-"""`python base_packages.py MODULE ARGS…`: runs a module where nothing can be imported but the standard library,
-what slide2vec's base packages bring along, pytest, and this checkout."""
+"""`python base_packages.py MODULE ARGS…`: runs a module where nothing can be imported but the standard
+library, what slide2vec's base packages bring along, pytest, and this checkout."""
 
 from __future__ import annotations
 

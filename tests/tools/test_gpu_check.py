@@ -20,7 +20,11 @@ OTHERS = ("cucim", "nvidia.nvimgcodec", "nvidia.dali", "openvino", "ray", "moto"
 def only_base(*command: str) -> subprocess.CompletedProcess[str]:
     hidden = {"CUDA_VISIBLE_DEVICES": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return subprocess.run(
-        [sys.executable, ONLY_BASE, *command], cwd=ROOT, env=os.environ | hidden, capture_output=True, text=True
+        [sys.executable, ONLY_BASE, *command],
+        cwd=ROOT,
+        env=os.environ | hidden,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -57,7 +61,9 @@ def test_every_gpu_test_is_named() -> None:
     named = [ROOT / file for files in TESTS.values() for file in files]
     for file in (ROOT / "tests").rglob("test_*.py"):
         if re.search(r"mark\.gpu\b", file.read_text()):
-            assert any(file == one or one in file.parents for one in named), f"{file} is not in gpu_check.TESTS"
+            assert any(file == one or one in file.parents for one in named), (
+                f"{file} is not in gpu_check.TESTS"
+            )
 
 
 @pytest.mark.parametrize("file", sum(TESTS.values(), ()))
