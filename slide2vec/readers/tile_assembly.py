@@ -34,39 +34,6 @@ _Part: TypeAlias = tuple[slice, slice]
 _Key: TypeAlias = tuple[int, int, int]
 
 
-class JpegTileReader(PyramidReader):
-    """A SlideReader over JPEG tiles; its pixels are of the decoder's kind. Meant for decoding on a GPU.
-
-    Raises:
-        BackendError: the file has no JPEG tiles, or their colours are not clear from them alone.
-    """
-
-    backend = "raw"
-
-    def __init__(self, probe: Probe, decoder: TileDecoder) -> None:
-        if reason := why_no_jpeg(probe):
-            raise BackendError(reason)
-        super().__init__(probe, [(level.width, level.height) for level in probe.levels])
-        self._decoder = decoder
-        tiles = TiffTiles(probe, self._read_error, is_checked=True)
-        self._boxes = TileAssembler(tiles, decoder)
-        if reason := colour_conflict(probe):
-            self.close()
-            raise BackendError(reason)
-
-    def _read_box(self, level: int, x: int, y: int, width: int, height: int) -> Any:
-        return self._boxes.read(level, x, y, width, height)
-
-    def _canvas(self, height: int, width: int) -> Any:
-        canvas = self._decoder.canvas(height, width)
-        canvas[:] = 255
-        return canvas
-
-    def close(self) -> None:
-        """Release the file. May be called twice."""
-        self._boxes.close()
-
-
 class HostTileReader(PyramidReader):
     """A SlideReader over the boxes of a `HostDecoder`; see also `BufferedReader`."""
 

@@ -24,7 +24,7 @@ from slide2vec.readers.cucim import CucimCudaReader, load_on
 from slide2vec.readers.decoders import NvimgcodecDecoder, TileDecoder
 from slide2vec.readers.probe import Probe
 from slide2vec.readers.pyramid import PyramidReader
-from slide2vec.readers.tile_assembly import JpegTileReader
+from slide2vec.readers.jpeg_tiles import JpegTileReader
 from slide2vec.stream.cuda_streams import DeviceStream, HostStream, device_stream
 from slide2vec.stream.plan import SlidePlan
 from slide2vec.stream.tile_sources import SlideSource, TileSource
