@@ -72,7 +72,7 @@ def gather(  # type: ignore[no-untyped-def]
     pixels: (n, tile_height, tile_width, 3) uint8. plan, int64: rows of `columns` numbers in pixels, -1 where
     the file has none, `slots` in all; then x, y (level px) and the address of the pixels of each tile, which
     are (size, size, 3) uint8. first, weights: see `area_taps`; not looked at where the ratio is `whole`.
-    left, top: of the first of the rows, level px. right, bottom: of the level, beyond which all is white.
+    left, top, right, bottom: of the rows, or of the level where it ends before, level px: all else is white.
     """
     byte = tl.program_id(0) * block + tl.arange(0, block)
     wanted = byte < size * size * 3
@@ -84,13 +84,13 @@ def gather(  # type: ignore[no-untyped-def]
         from_x = tl.load(first + column, mask=wanted, other=0)
         from_y = tl.load(first + row, mask=wanted, other=0)
     x, y = tl.load(own).to(tl.int32) + from_x, tl.load(own + 1).to(tl.int32) + from_y
-    total = tl.zeros((block,), tl.int32 if whole else tl.float32)
+    total = tl.full((block,), 0, tl.int32 if whole else tl.float32)
     for dy in range(taps):
-        in_rows = wanted & (y + dy >= 0) & (y + dy < bottom)
+        in_rows = wanted & (y + dy >= top) & (y + dy < bottom)
         at_y = tl.where(in_rows, y + dy, top)
-        of_row = tl.zeros((block,), tl.int32 if whole else tl.float32)
+        of_row = tl.full((block,), 0, tl.int32 if whole else tl.float32)
         for dx in range(taps):
-            inside = in_rows & (x + dx >= 0) & (x + dx < right)
+            inside = in_rows & (x + dx >= left) & (x + dx < right)
             at_x = tl.where(inside, x + dx, left)
             place = (at_y - top) // tile_height * columns + (at_x - left) // tile_width
             slot = tl.load(plan + place, mask=inside, other=-1)

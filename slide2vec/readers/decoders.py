@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,7 @@ from slide2vec.errors import ExtraMissingError
 from slide2vec.readers.codecs import decode_tile, tile_memory
 from slide2vec.readers.tile_table import Parts, TileFormat, TilePlace
 
-__all__ = ["HostDecoder", "NvimgcodecDecoder", "TileDecoder", "nvimgcodec_unavailable"]
-
+__all__ = ["HostDecoder", "NvimgcodecDecoder", "nvimgcodec_unavailable"]
 
 #: Memory for decoded tiles that is kept for the next ones.
 POOL_BYTES = 1 << 30
@@ -26,32 +25,9 @@ POOL_BYTES = 1 << 30
 _LEAST_SLOTS = 64
 
 
-class TileDecoder(Protocol):
-    """Decodes tiles into pixels of its own kind: NumPy arrays or tensors. Used from several threads."""
-
-    def decode(
-        self, tiles: Sequence[Parts], form: TileFormat, places: Sequence[TilePlace], kept: Sequence[bool]
-    ) -> Iterator[Any]:
-        """(h, w, 3) uint8 RGB of each in turn: a whole tile, or no less than the level holds of it.
-
-        Args:
-            tiles: what is stored of them.
-            form: how they are coded.
-            places: where they lie.
-            kept: pixels that must outlive the next step; others are good only until then.
-
-        Raises:
-            TileError: the next one cannot be decoded.
-        """
-        ...
-
-    def canvas(self, height: int, width: int) -> Any:
-        """Memory for (height, width, 3) uint8 pixels of the same kind, whatever is in it."""
-        ...
-
-
 class HostDecoder:
-    """Strict decoders on the CPU (see `codecs`); of JPEG the pixels of OpenSlide and cuCIM, bit by bit."""
+    """Strict decoders on the CPU (see `codecs`); of JPEG the pixels of OpenSlide and cuCIM, bit by bit. Used
+    from several threads."""
 
     def __init__(self) -> None:
         self._own = threading.local()
@@ -59,7 +35,18 @@ class HostDecoder:
     def decode(
         self, tiles: Sequence[Parts], form: TileFormat, places: Sequence[TilePlace], kept: Sequence[bool]
     ) -> Iterator[NDArray[np.uint8]]:
-        """See `TileDecoder`; what need not be kept goes to the same memory, which stays in the cache."""
+        """(h, w, 3) uint8 RGB of each in turn: a whole tile, or no less than the level holds of it.
+
+        Args:
+            tiles: what is stored of them.
+            form: how they are coded.
+            places: where they lie.
+            kept: pixels that must outlive the next step; others go to the same memory, which stays in the
+                cache.
+
+        Raises:
+            TileError: the next one cannot be decoded.
+        """
         shared = self._buffer(form)
         for parts, place, keep in zip(tiles, places, kept, strict=True):
             yield decode_tile(parts, form, (place.height, place.width), None if keep else shared)
@@ -71,10 +58,6 @@ class HostDecoder:
         if found is None or found.shape != shape:
             found = self._own.buffer = tile_memory(*shape)
         return found
-
-    def canvas(self, height: int, width: int) -> NDArray[np.uint8]:
-        """See `TileDecoder`."""
-        return np.empty((height, width, 3), np.uint8)
 
 
 def nvimgcodec_unavailable() -> str | None:
@@ -166,7 +149,7 @@ class NvimgcodecDecoder:
             return NvimgcodecMemory(pixels, self._library.as_images(list(pixels), cuda_stream=self._stream()))
         return NvimgcodecMemory(pixels, self._library.as_images(list(pixels.numpy())))
 
-    def release(self, memory: NvimgcodecMemory) -> None:
+    def release(self, memory: Any) -> None:
         """See `JpegDecoder.release`."""
         with self._lock:
             self._free.insert(0, memory)

@@ -39,7 +39,7 @@ class JpegDecoder(Protocol):
         """
         ...
 
-    def release(self, memory: TileMemory) -> None:
+    def release(self, memory: Any) -> None:
         """What is enqueued on the device is the last that needs it."""
         ...
 
@@ -65,6 +65,13 @@ class DecodedTiles:
     left: int
     top: int
     level_size: tuple[int, int]
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of what they hold of the level, px."""
+        (rows, columns), (height, width) = self.slots.shape, self.memory.pixels.shape[1:3]
+        right = min(self.left + columns * width, self.level_size[0])
+        return self.left, self.top, right, min(self.top + rows * height, self.level_size[1])
 
 
 class JpegTileReader(PyramidReader):
@@ -119,7 +126,7 @@ class JpegTileReader(PyramidReader):
         tile = form.width, form.height
         first = np.maximum(corners, 0) // tile
         last = (np.minimum(corners + side, self.level_dimensions[level]) - 1) // tile
-        seen = (first <= last).all(axis=1)
+        seen = ((first <= last) & (corners < self.level_dimensions[level])).all(axis=1)
         if not seen.any():
             return np.zeros((1, 1), bool), 0, 0
         first, last = first[seen], last[seen]
@@ -175,16 +182,13 @@ def region_of(decoded: DecodedTiles, x: int, y: int, width: int, height: int) ->
     pixels, (rows, columns) = decoded.memory.pixels, decoded.slots.shape
     tile_height, tile_width = pixels.shape[1:3]
     canvas = pixels.new_full((height, width, 3), 255)
-    right = min(decoded.left + columns * tile_width, decoded.level_size[0])
-    bottom = min(decoded.top + rows * tile_height, decoded.level_size[1])
-    x0, y0, x1, y1 = max(x, decoded.left), max(y, decoded.top), min(x + width, right), min(y + height, bottom)
+    left, top, right, bottom = decoded.box
+    x0, y0, x1, y1 = max(x, left), max(y, top), min(x + width, right), min(y + height, bottom)
     if x0 >= x1 or y0 >= y1 or (decoded.slots < 0).all():
         return canvas
     slots = import_module("torch").from_numpy(decoded.slots).to(pixels.device)
     tiles = pixels[slots.clamp(min=0)]
     tiles[slots < 0] = 255
     plane = tiles.transpose(1, 2).reshape(rows * tile_height, columns * tile_width, 3)
-    canvas[y0 - y : y1 - y, x0 - x : x1 - x] = plane[
-        y0 - decoded.top : y1 - decoded.top, x0 - decoded.left : x1 - decoded.left
-    ]
+    canvas[y0 - y : y1 - y, x0 - x : x1 - x] = plane[y0 - top : y1 - top, x0 - left : x1 - left]
     return canvas

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -159,6 +159,7 @@ class TiffTiles:
         self._forms = [tile_format(level, probe.vendor) for level in self._levels]
         self._check = TileCheck(probe.path, probe.levels, fail, strict=False) if is_checked else None
         self._file: int | None = os.open(probe.path, os.O_RDONLY)
+        self._memory = _Memory()
         self._name = probe.name
         self._markers = [
             _marker(form, _head(self._file, level))
@@ -221,7 +222,7 @@ class TiffTiles:
         if self._file is None:
             raise SlideReadError(f"slide {self._name} was closed")
         head = _SOI + self._markers[level] + (spec.jpeg_tables or b"")[2:-2]
-        jpegs = _read_spliced(self._file, spec.offsets[numbers], spec.counts[numbers], head)
+        jpegs = _read_spliced(self._file, spec.offsets[numbers], spec.counts[numbers], head, self._memory)
         for index in check.unknown(level, jpegs):
             place = self.place(level, int(numbers[index]))
             if wrong := check.wrong(level, jpegs[index], (place.height, place.width)):
@@ -286,34 +287,43 @@ def _conflict(level: TiffLevel, head: bytes) -> str | None:
 
 
 def _read_spliced(
-    file: int, offsets: NDArray[np.int64], counts: NDArray[np.int64], head: bytes
+    file: int, offsets: NDArray[np.int64], counts: NDArray[np.int64], head: bytes, memory: _Memory
 ) -> list[bytes]:
     """JPEGs in the order of the file, with as few requests as possible, `head` in the place of their first
     marker; those that begin with another one as they are."""
-    found: list[bytes] = []
+    if not len(offsets):
+        return []
     ends = offsets + counts
-    request = (offsets - offsets[:1]) // _SPAN
+    request = (offsets - offsets[0]) // _SPAN
     apart = (offsets[1:] - ends[:-1] > _GAP) | (request[1:] != request[:-1])
-    cuts = [0, *(np.flatnonzero(apart) + 1).tolist(), len(offsets)]
-    # plain numbers and one copy of each: this runs for every tile
-    for low, high in pairwise(cuts):
-        first = int(offsets[low])
-        block = os.pread(file, int(ends[low:high].max()) - first, first)
-        view = memoryview(block)
-        spans = zip((offsets[low:high] - first).tolist(), (ends[low:high] - first).tolist(), strict=True)
-        if _begin_with(block, offsets[low:high] - first, _SOI):
-            found += [b"".join((head, view[start + len(_SOI) : end])) for start, end in spans]
-        else:
-            found += [block[start:end] for start, end in spans]
-    return found
+    first = np.concatenate([[0], np.flatnonzero(apart) + 1])
+    sizes = np.maximum.reduceat(ends, first) - offsets[first]
+    at = np.concatenate([[0], np.cumsum(sizes)])
+    data = memory.of(int(at[-1]))
+    view = data.data
+    for low, high, offset in zip(at[:-1].tolist(), at[1:].tolist(), offsets[first].tolist(), strict=True):
+        got = os.preadv(file, [view[low:high]], offset)
+        data[low + got : high] = 0  # of a file that was cut short
+    moved = np.repeat(at[:-1] - offsets[first], np.diff([*first, len(offsets)]))
+    starts, ends = offsets + moved, ends + moved
+    if (data[starts] == _SOI[0]).all() and (data[starts + 1] == _SOI[1]).all():
+        # plain numbers and one copy of each: this runs for every tile
+        spans = zip((starts + len(_SOI)).tolist(), ends.tolist(), strict=True)
+        return [b"".join((head, view[start:end])) for start, end in spans]
+    return [bytes(view[start:end]) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 
 
-def _begin_with(block: bytes, starts: NDArray[np.int64], marker: bytes) -> bool:
-    """Whether that is so everywhere."""
-    data = np.frombuffer(block, np.uint8)
-    if not len(starts) or starts[-1] + len(marker) > len(data):
-        return False
-    return all((data[starts + place] == byte).all() for place, byte in enumerate(marker))
+class _Memory(threading.local):
+    """Memory of each thread that reads: to touch a page for the first time is dear."""
+
+    def __init__(self) -> None:
+        self._data = np.empty(0, np.uint8)
+
+    def of(self, size: int) -> NDArray[np.uint8]:
+        """So many bytes, whatever is in them."""
+        if len(self._data) < size:
+            self._data = np.empty(size, np.uint8)
+        return self._data[:size]
 
 
 def read_pieces(file: int, offsets: NDArray[np.int64], counts: NDArray[np.int64]) -> list[bytes]:

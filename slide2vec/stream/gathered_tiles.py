@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.geometry import floor_to_level
-from slide2vec.prepare.gather import Gather
+from slide2vec.prepare.gather_tiles import Gather
 from slide2vec.readers.jpeg_tiles import DecodedTiles, JpegTileReader
 from slide2vec.stream.tile_sources import SlideSource
 
@@ -19,7 +19,7 @@ _Corners: TypeAlias = NDArray[np.int64]
 
 
 class GatheredTiles:
-    """The tiles of a slide by a `JpegTileReader`, which is closed with this.
+    """The tiles of a slide by a `JpegTileReader`. Closing it closes the reader, not the source.
 
     Args:
         source: whose tiles they are.
@@ -58,6 +58,5 @@ class GatheredTiles:
         self.place(0, self._fetch(np.array([tile])), [target])
 
     def close(self) -> None:
-        """Close the slide, by both readers."""
+        """Close the slide."""
         self._reader.close()
-        self._source.close()
