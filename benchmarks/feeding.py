@@ -4,8 +4,8 @@
 
 Compressed tiles are read, checked and handed over as for a GPU, and the numbers of the Triton kernel are made
 ready; nvImageCodec's decoding and the launch are left out, since they are the device's. What the file's pages
-take to be copied and CodeStream to parse a header (about 0.5 and 0.9 us per JPEG tile) is in it, but not under
-the GIL.
+take to be copied and CodeStream to parse a header is in it (0.5 and 0.9 us per JPEG tile), but not under the
+GIL.
 """
 
 from __future__ import annotations
