@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,16 @@ class InductorEngine:
     Args:
         package: of `torch._inductor.aoti_compile_and_package`, for the device.
         profile: the batches it was compiled for; larger ones are run in parts.
+        runners: batches that may be under way on the device: one more would be waited for, with Python's lock
+            in hand. They share the weights.
 
     Raises:
         EngineError: the package cannot be loaded.
     """
 
     runtime = "inductor"
+    #: PyTorch's binding of `run` does not release it (2.15): on a CPU for as long as a batch takes.
+    holds_gil = True
 
     def __init__(
         self,
@@ -36,16 +41,17 @@ class InductorEngine:
         feature_dim: int,
         layout: Layout,
         profile: BatchProfile,
+        runners: int = 2,
     ) -> None:
         self.device, self.precision, self.feature_dim, self.layout = device, precision, feature_dim, layout
         self._most = profile.max
-        self._compiled: Any | None = _loaded(package, device)
+        self._compiled: Any | None = _loaded(package, device, runners)
 
     def run(self, pixels: Tensor) -> Tensor:
         """Pixels of `layout` -> (B, D) float32."""
         if self._compiled is None:
             raise EngineError("the engine is closed")
-        with torch.inference_mode():
+        with torch.inference_mode(), _on(self.device):
             parts = [self._compiled(part.contiguous()) for part in torch.split(pixels, self._most)]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -54,11 +60,18 @@ class InductorEngine:
         self._compiled = None
 
 
-def _loaded(package: Path, device: torch.device) -> Any:
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """The device made the current one: a package launches its kernels there."""
+    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+
+
+def _loaded(package: Path, device: torch.device, runners: int) -> Any:
+    from torch._inductor.package import load_package  # imports the compiler
+
+    index = -1 if device.type == "cpu" else device.index or 0
     try:
-        if device.type == "cpu":
-            return torch._inductor.aoti_load_package(str(package))
-        return torch._inductor.aoti_load_package(str(package), device_index=device.index or 0)
+        with _on(device):
+            return load_package(str(package), num_runners=runners, device_index=index)
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
         raise EngineError(f"AOTInductor cannot load {package}: {reason}") from error
