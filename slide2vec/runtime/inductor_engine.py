@@ -66,7 +66,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _loaded(package: Path, device: torch.device, runners: int) -> Any:
-    from torch._inductor.package import load_package  # imports the compiler
+    from torch._inductor.package.package import load_package  # imports the compiler
 
     index = -1 if device.type == "cpu" else device.index or 0
     try:

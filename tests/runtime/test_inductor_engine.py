@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch._inductor.package
+import torch._inductor.package.package
 
 from slide2vec.runtime.base import BatchProfile
 from slide2vec.runtime.inductor_engine import InductorEngine
@@ -37,7 +37,7 @@ def test_runners_for_every_batch_in_flight_on_its_own_device(
         return compiled
 
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(torch._inductor.package, "load_package", load_package)
+    monkeypatch.setattr(torch._inductor.package.package, "load_package", load_package)
     engine = InductorEngine(
         tmp_path / "encoder.pt2",
         device=torch.device("cuda:1"),
