@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from slide2vec.errors import EngineError
 from slide2vec.runtime.base import BatchProfile, Layout
+from slide2vec.runtime.device import use_device
 
 __all__ = ["InductorEngine"]
 
@@ -51,7 +51,7 @@ class InductorEngine:
         """Pixels of `layout` -> (B, D) float32."""
         if self._compiled is None:
             raise EngineError("the engine is closed")
-        with torch.inference_mode(), _on(self.device):
+        with torch.inference_mode(), use_device(self.device):
             parts = [self._compiled(part.contiguous()) for part in torch.split(pixels, self._most)]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -60,17 +60,12 @@ class InductorEngine:
         self._compiled = None
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """The device made the current one: a package launches its kernels there."""
-    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
-
-
 def _loaded(package: Path, device: torch.device, runners: int) -> Any:
     from torch._inductor.package.package import load_package  # imports the compiler
 
     index = -1 if device.type == "cpu" else device.index or 0
     try:
-        with _on(device):
+        with use_device(device):
             return load_package(str(package), num_runners=runners, device_index=index)
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
