@@ -76,6 +76,7 @@ figures+=(--device $device --work-dir "$work")
 for slide in .gpu-slides/*; do [ -e "$slide" ] && slides+=("$slide"); done
 [ -n "${slides[*]:-}" ] && figures+=(--slide "${slides[@]}")
 check=("$python" tools/gpu_check.py --no-benchmarks -p no:cacheprovider --durations=5)
+"$python" -c "import pytest_timeout" 2> /dev/null && check+=(--timeout 60)
 
 printf '| stage | status | until, s | last line |\n|---|---|---|---|\n' > "$out/results.md"
 stage environment 30 environment.txt bash -c "

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.common import generated
 from benchmarks.gpu import Row, decode, in_a_row, model_of, planned, wait
+from slide2vec.compile.export_module import torch_engine
 from slide2vec.runtime import batch_size_for
 from slide2vec.runtime.base import Engine
 from slide2vec.runtime.torch_engine import TorchEngine
@@ -114,21 +116,27 @@ def _twice(plan: SlidePlan, number: int, transfer: DeviceTransfer) -> tuple[Tens
     return first, tiles
 
 
-def encoders(args: argparse.Namespace, preset: str) -> Row:
-    """A preset's encoder in PyTorch, in each way that it can run: speed, closeness to fp32, kernels."""
-    embedder = model_of(args, preset)._tile_embedder
+def encoders(args: argparse.Namespace, preset: str, *, compiled: bool = False) -> Row:
+    """A preset's encoder in PyTorch, in each way that it can run: speed, closeness to fp32, kernels;
+    compiled by itself, which takes half a minute."""
+    embedder = model_of(preset, args.device)._tile_embedder
     recipe, encoder, precision = embedder.recipe, embedder.encoder, embedder.precision
     size = args.batch_size or batch_size_for(recipe.gflops, args.device)
     how: Row = {"device": args.device, "feature_dim": recipe.variants[embedder.variant].dim}
     crop = recipe.transform.crop
     pixels = torch.randn(size, 3, crop, crop, device=args.device)
     few = pixels[:8]
-    exact = TorchEngine(encoder, precision="fp32", **how).run(few)
+    exact = TorchEngine(encoder, precision="fp32", cuda_graphs=False, **how).run(few)
+    typed = partial(torch_engine, encoder, recipe, precision, **how)
     ways: dict[str, Callable[[], Engine]] = {
-        "eager": lambda: TorchEngine(encoder, precision=precision, **how),
+        "as a run has it": typed,
+        "kernel by kernel": partial(typed, cuda_graphs=False),
+        "under autocast, kernel by kernel": partial(
+            TorchEngine, encoder, precision=precision, cuda_graphs=False, **how
+        ),
     }
-    if args.device.type == "cuda":
-        ways["compiled"] = lambda: TorchEngine(encoder, precision=precision, compiled=True, **how)
+    if compiled:
+        ways = {"blocks compiled": partial(typed, compiled=True)}
     row: Row = {"batch": size, "precision": precision, "GFLOP a tile": recipe.gflops}
     for name, build in ways.items():
         try:
@@ -137,7 +145,7 @@ def encoders(args: argparse.Namespace, preset: str) -> Row:
             row[name] = f"FAILED {type(error).__name__}: {error}"[:300]
         print(f"    {preset}, {name}: {row[name]}", flush=True)
     if args.device.type == "cuda":
-        row["kernels"] = _kernels(ways["eager"](), pixels)
+        row["kernels"] = _kernels(list(ways.values())[-1 if compiled else 1](), pixels)
     return row
 
 
@@ -273,6 +281,8 @@ def main() -> None:
     findings.keep("nvImageCodec's back ends", lambda: back_ends(args, slide))
     for other in args.slide:
         findings.keep(f"decoding {other.name}", lambda name=other: decoding(args, name))
+    for preset in args.presets if args.device.type == "cuda" else ():  # a CPU's compiler takes a minute
+        findings.keep(f"encoder {preset}, compiled", lambda name=preset: encoders(args, name, compiled=True))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def test_probe(work_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [item for item in found.values() if "FAILED" in str(item)]
     decoded = found["decoding synthetic-1024.svs"]
     assert decoded["uploaded"]["tiles_per_s"] > 0 and decoded["uploaded"]["worst_tile"] == 0
-    assert found["encoder scattering"]["eager"]["least cosine"] > 0.9999
+    assert found["encoder scattering"]["as a run has it"]["least cosine"] > 0.9999
 
 
 def test_an_item_that_fails_ends_only_itself(tmp_path: Path) -> None:
