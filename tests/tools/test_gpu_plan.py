@@ -25,7 +25,7 @@ MOST_FILES = 8
 
 @pytest.fixture
 def work_dir(tmp_path: Path, generated_slide: Callable[..., Path]) -> Path:
-    generated_slide(tmp_path / "synthetic-1024.svs", size_px=1024, seed=0, levels=2)
+    generated_slide(tmp_path / "synthetic-1024.svs", size_px=1024, seed=0, levels=1)
     return tmp_path
 
 
