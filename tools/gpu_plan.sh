@@ -72,6 +72,7 @@ if [ -n "$dry" ]; then
   device=cpu presets=scattering budget=900 probe_limit=300
   figures=(--size 1024 --batch-size 2 --seconds 0.01 --trial 1) stream=(--rounds 1 --most-slides 2 --parts decode presets prepare) tests=(-k cutting)
 fi
+rtx_presets=${presets/virchow2 prost40m/prost40m virchow2}  # the small one first
 figures+=(--device $device --work-dir "$work")
 for slide in .gpu-slides/*; do [ -e "$slide" ] && slides+=("$slide"); done
 [ -n "${slides[*]:-}" ] && figures+=(--slide "${slides[@]}")
@@ -84,7 +85,8 @@ stage environment 30 environment.txt bash -c "
   $python -m pip list 2> /dev/null | grep -iE '^(torch|triton|timm|numpy|nvidia|cuda|onnx|tensorrt)'
   nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || echo 'no nvidia-smi'"
 if [ -n "$rtx" ]; then
-  stage "TensorRT-RTX" 200 tests.log "${check[@]}" --only tensorrt
+  stage "TensorRT-RTX" 140 probe.log "$python" -m tools.gpu_probe --rtx --out "$out/probe.json" --presets $rtx_presets "${figures[@]}"
+  stage "TensorRT-RTX, tests" 120 tests.log "${check[@]}" --only tensorrt
 else
   stage probe $probe_limit probe.log "$python" -m tools.gpu_probe --out "$out/probe.json" --presets $presets "${figures[@]}"
   stage tests 80 tests.log "${check[@]}" --only stream "${tests[@]}"
