@@ -46,6 +46,8 @@ LEFT_OUT = (
     "nvidia/cu13/include",
     "nvidia/dali/Acknowledgements.txt",
     "nvidia/dali/test",
+    "nvidia/nvimgcodec/extensions/libnvjpeg2k_ext.*",  # of libraries that are not packed
+    "nvidia/nvimgcodec/extensions/libnvtiff_ext.*",
     "cucim/skimage",
     "**/*.a",
     "**/__pycache__",

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,22 @@ def test_whole_plan(work_dir: Path) -> None:
     assert len(stages) == 6 and {status for _, status in stages} == {"0"}, ended.stdout
     assert "## scattering" in results
     assert len(list((work_dir / "out").iterdir())) <= MOST_FILES
+
+
+def test_archives_are_unpacked_once(tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text("found = 1")
+    archive = tmp_path / "base" / "site.tar.xz"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:xz") as packed:
+        packed.add(tmp_path / "module.py", "package/module.py")
+    own = {"WHEELS": str(tmp_path), "TMPDIR": str(tmp_path), "OUT": str(tmp_path), "PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "tools" / "gpu_plan.sh"), "--unpack"]
+    unpacked = tmp_path / "slide2vec-gpu" / "site" / "package" / "module.py"
+    for _ in range(2):
+        subprocess.run(command, env=os.environ | own, check=True, capture_output=True)
+        assert unpacked.read_text() == "found = 1"
+        unpacked.write_text("found = 1")  # what is there already stays
+        archive.write_bytes(b"no archive")
 
 
 def test_unknown_options_are_refused() -> None:
