@@ -151,6 +151,7 @@ def _decoded_by(name: str, args: argparse.Namespace, slide: Path, expected: torc
         while not row["tiles"] or time.perf_counter() - start < args.seconds:
             place_all(plan, args.device)
             row["tiles"] += len(plan.tiling)
+    row["decoded_by"] = dict(plan.decoded_by())  # as it happened
     plan.source.close()
     return row
 

@@ -42,6 +42,7 @@ def test_probe(work_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = json.loads(out.read_text())
     assert not [item for item in found.values() if "FAILED" in str(item)]
     decoded = found["decoding synthetic-1024.svs"]
+    assert all(row.get("decoded_by", {}).keys() <= {row.get("decode_path")} for row in decoded.values())
     assert decoded["uploaded"]["tiles_per_s"] > 0 and decoded["uploaded"]["worst_tile"] == 0
     assert found["encoder scattering"]["as a run has it"]["least cosine"] > 0.9999
 
