@@ -113,7 +113,7 @@ def on_host(plan: SlidePlan) -> torch.Tensor:
     return torch.from_numpy(tiles)
 
 
-@pytest.mark.parametrize("decode_path", ["raw + nvimgcodec", "cucim"])
+@pytest.mark.parametrize("decode_path", ["raw + nvimgcodec", "raw + dali", "cucim"])
 def test_decoding(decode_path: str, slide: Path, device: torch.device) -> None:
     plan = DeviceTransfer(device, "auto", (decode_path,)).bind(planned(slide))
     if plan.decode_path != f"{decode_path} on the device":
