@@ -20,8 +20,8 @@ from slide2vec.stream.decode_paths import DECODE_PATHS, DeviceTransfer, jpeg_pat
 
 CPU, SIDE = torch.device("cpu"), 224
 #: Decode path, px read per px -> calls (Python's and C's) and tensor operations per tile: a quarter more than
-#: measured on 35 tiles (halved) and 117 (1:1), both cut out of 130 JPEG tiles. Before one kernel cut tiles out
-#: of decoded JPEG tiles, nvImageCodec's path took 109 and 21.5, and 33.5 and 7.7.
+#: measured on 35 tiles (halved) and 117 (1:1), both cut out of 130 JPEG tiles. Before one kernel cut tiles
+#: out of decoded JPEG tiles, nvImageCodec's path took 109 and 21.5, and 33.5 and 7.7.
 BUDGET = {
     ("kernel", 2): (21, 1.7),
     ("kernel", 1): (7, 1.4),
