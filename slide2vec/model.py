@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     )
     from slide2vec.cohort.run import OnPersisted
     from slide2vec.cohort.sink import Sink
+    from slide2vec.models import Models
     from slide2vec.scale import WorkerPools
     from slide2vec.tiling import Tiling
 
@@ -162,6 +163,21 @@ class Model:
             )
         assert model is not None
         return model
+
+    @classmethod
+    def from_presets(cls, names: Iterable[str], **options: Any) -> Models:
+        """Several presets, to embed slides that are read once for all of them.
+
+        Args:
+            names: of the presets.
+            options: for each of them, as `from_preset`.
+
+        Raises:
+            ConfigError: one is named twice; others as `from_preset`.
+        """
+        from slide2vec.models import Models
+
+        return Models([cls.from_preset(name, **options) for name in names])
 
     @property
     def name(self) -> str:
