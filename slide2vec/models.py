@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from slide2vec.aggregate.gather import check_on_error, embed_in_order
 from slide2vec.cohort.side_by_side import run_side_by_side
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Models"]
 
+logger = logging.getLogger(__name__)
+
 
 class Models(Mapping[str, Model]):
-    """Several models over the same slides, by name. Build it with `Model.from_presets`, or from models.
+    """Several models over the same slides, by name. Build it with `Models.from_presets`, or from models.
 
     Encoders of equal tiles (spacing, size, overlap) share what is read and decoded; others share the opened
     slide and its tissue. Embeddings are those of separate calls, bit by bit.
@@ -46,6 +49,19 @@ class Models(Mapping[str, Model]):
         if not named:
             raise ConfigError("no model was given")
         self._models = dict(named)
+
+    @classmethod
+    def from_presets(cls, names: Iterable[str], **options: Any) -> Self:
+        """Build several presets.
+
+        Args:
+            names: of the presets.
+            options: for each of them, as `Model.from_preset`.
+
+        Raises:
+            ConfigError: one is named twice; others as `Model.from_preset`.
+        """
+        return cls([Model.from_preset(name, **options) for name in names])
 
     def __getitem__(self, name: str) -> Model:
         return self._models[name]
@@ -113,10 +129,41 @@ class Models(Mapping[str, Model]):
                 partly[name] = results[name] = embed_in_order(asked, outcomes, on_error)
             except EmbedSlidesError as error:
                 failed |= {f"{slide} with {name}": why for slide, why in error.failed.items()}
-                partly[name] = error.results
+                partly[name] = cast("Sequence[EmbeddedSlide | None]", error.results)
         if failed and (on_error == "raise" or len(results) < len(self)):
             raise EmbedSlidesError.of_several(failed, partly)
         return results
+
+    def resolve_preprocessing(
+        self, config: PreprocessingConfig | None = None
+    ) -> dict[str, PreprocessingConfig]:
+        """Of each model, by name; see `Model.resolve_preprocessing`."""
+        return {name: model.resolve_preprocessing(config) for name, model in self.items()}
+
+    def grouped(
+        self, configs: Mapping[str, PreprocessingConfig], execution: ExecutionOptions
+    ) -> list[list[str]]:
+        """Names of models that have the same tiles and tile encoder; of each group those of tiles first.
+
+        Args:
+            configs: of each model, resolved.
+        """
+        groups: dict[str, list[str]] = {}
+        for name, model in self.items():
+            groups.setdefault(_tiles_key(model, configs[name], execution), []).append(name)
+        return [sorted(names, key=lambda name: self[name].level != "tile") for names in groups.values()]
+
+    def take_turns(self, execution: ExecutionOptions) -> bool:
+        """Whether the models embed one after the other, each reading the slides for itself: where workers embed,
+        on several devices or machines. Says so in the log."""
+        if len(self) == 1 or not any(model.in_workers(execution) for model in self.values()):
+            return False
+        logger.warning(
+            "%s embed on several devices: they take turns, and each reads the slides. On one device each "
+            '(num_gpus=1; Model.from_preset(…, device="cuda:1")) the slides are read once for all',
+            ", ".join(self),
+        )
+        return True
 
     def _outcomes(
         self,
@@ -125,14 +172,15 @@ class Models(Mapping[str, Model]):
         execution: ExecutionOptions | None,
     ) -> dict[str, list[SlideOutcome] | Exception]:
         execution = execution or ExecutionOptions()
-        groups: dict[str, list[str]] = {}
-        configs = {}
-        for name, model in self.items():
-            config = configs[name] = model.resolve_preprocessing(preprocessing)
-            groups.setdefault(_tiles_key(model, config, execution), []).append(name)
+        if self.take_turns(execution):
+            return {
+                name: list(model.iter_slides(slides, preprocessing, execution))
+                for name, model in self.items()
+            }
+        configs = self.resolve_preprocessing(preprocessing)
+        groups = self.grouped(configs, execution)
         tasks = {
-            names[0]: partial(self._embed, names, slides, configs[names[0]], execution)
-            for names in groups.values()
+            names[0]: partial(self._embed, names, slides, configs[names[0]], execution) for names in groups
         }
         with live_progress():
             reporter = TogetherReporter(
@@ -141,7 +189,7 @@ class Models(Mapping[str, Model]):
             reporter.start(list(self))
             done = run_side_by_side(tasks, dict.fromkeys(tasks, slides), execution, reporter)
         found: dict[str, list[SlideOutcome] | Exception] = {}
-        for names in groups.values():
+        for names in groups:
             made = done[names[0]]
             found |= dict.fromkeys(names, made) if isinstance(made, Exception) else made
         return {name: found[name] for name in self}
