@@ -154,7 +154,7 @@ class Models(Mapping[str, Model]):
         return [sorted(names, key=lambda name: self[name].level != "tile") for names in groups.values()]
 
     def take_turns(self, execution: ExecutionOptions) -> bool:
-        """Whether the models embed one after the other, each reading the slides for itself: where workers embed,
+        """Whether the models embed one after the other, each reading the slides for itself: where workers do,
         on several devices or machines. Says so in the log."""
         if len(self) == 1 or not any(model.in_workers(execution) for model in self.values()):
             return False

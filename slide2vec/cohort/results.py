@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -89,6 +89,14 @@ class RunResult:
         for result in results:
             recomputed.update(result.recomputed)
         summaries = [result.summary for result in results if result.summary is not None]
+        summary = merged(summaries, max(each.seconds for each in summaries)) if summaries else None
+        if summary is not None:  # they are the same slides
+            summary = replace(
+                summary,
+                slides=max(each.slides for each in summaries),
+                failed=max(each.failed for each in summaries),
+                roads=max((each.roads for each in summaries), key=lambda roads: sum(roads.values())),
+            )
         return cls(
             tile_artifacts=[each for result in results for each in result.tile_artifacts],
             hierarchical_artifacts=[each for result in results for each in result.hierarchical_artifacts],
@@ -102,7 +110,7 @@ class RunResult:
             remarks={name: said for result in results for name, said in result.remarks.items()},
             resumed=sum(result.resumed for result in results),
             recomputed=dict(recomputed),
-            summary=merged(summaries, max(each.seconds for each in summaries)) if summaries else None,
+            summary=summary,
             encoders=dict(encoders),
         )
 

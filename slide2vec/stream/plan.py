@@ -196,12 +196,13 @@ def _opened(slide: Slide, requests: Sequence[_Request], stager: InPlace) -> list
 
         def plan_all(reader: SlideReader) -> tuple[list[SlidePlan | Exception], Callable[[], None]]:
             tissue, closing = TissueOnce(), _LastCloses(reader.close, staged.close)
+            checked: set[int] = set()  # levels
             done = closing.user()
             plans: list[SlidePlan | Exception] = []
             for asked, earlier in zip(requests, previous, strict=True):
                 close = closing.user()
                 try:
-                    plan = _plan(reader, slide, asked, staged, earlier, tissue, close)
+                    plan = _plan(reader, slide, asked, staged, earlier, tissue, checked, close)
                 except Contradiction:
                     raise
                 except Exception as error:
@@ -317,12 +318,15 @@ def _plan(
     staged: Staged,
     previous: Previous | None,
     tissue: TissueOnce,
+    checked: set[int],
     close: Callable[[], None],
 ) -> SlidePlan:
     config, output_dir = asked.config, asked.output_dir
     tiling, mask, resumed = _tiles(reader, slide, asked, staged, previous, tissue)
-    centres = np.stack([tiling.x, tiling.y], axis=1) + tiling.geometry.tile_size_lv0 / 2
-    compare_with_second_decoder(reader, tiling.geometry.read_level, centres)
+    if tiling.geometry.read_level not in checked:
+        centres = np.stack([tiling.x, tiling.y], axis=1) + tiling.geometry.tile_size_lv0 / 2
+        compare_with_second_decoder(reader, tiling.geometry.read_level, centres)
+        checked.add(tiling.geometry.read_level)
     mask_path, tiling_path = _previews(reader, tiling, mask, config, output_dir)
     if config.read_tiles_from is not None:
         return replace(

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from slide2vec.errors import SlideReadError
+from slide2vec.readers.tile_assembly import EXPECTED_BYTES, HostTileReader
 from slide2vec.slides import Slide
 from slide2vec.stream.batches import Stopped
 from slide2vec.stream.plan import PlanRequest, SlidePlan, plan_together
@@ -145,6 +146,7 @@ class SharedSlides:
             made = plan_together(slide, list(requests.values()), self.stager)
             for key, plan in zip(requests, made, strict=True):
                 plans[key] = plan if isinstance(plan, Exception) else _Blocks(plan)
+            _share_decoded([each for each in plans.values() if isinstance(each, _Blocks)])
         except BaseException as error:
             failed = error if isinstance(error, Exception) else Stopped()
             plans = dict.fromkeys(keys.values(), failed)
@@ -179,19 +181,27 @@ class SharedSlides:
                 if block is not None and block.is_there:
                     return True, self._taken(member, blocks, number)
                 if block is None:
-                    if blocks.members <= {member}:
+                    if blocks.leads():
+                        pass
+                    elif blocks.members <= {member}:
                         alone = True
                         break
-                    if self._bytes < self._kept_bytes or self._blocks_kept[member]:
+                    elif self._bytes < self._kept_bytes or self._blocks_kept[member]:
                         block = blocks.there[number] = _Block()
                         alone = False
                         break
                 self._changed.wait()
                 if member not in self._planning or member not in blocks.members:
                     raise Stopped
-        if alone:
-            return False, blocks.plan.source.fetch(number)
-        return True, self._fetch_for_all(member, blocks, number)
+        try:
+            if alone:
+                return False, blocks.plan.source.fetch(number)
+            return True, self._fetch_for_all(member, blocks, number)
+        finally:
+            if blocks.beside:
+                with self._changed:
+                    blocks.fetched += 1
+                    self._changed.notify_all()
 
     def _taken(self, member: _Member, blocks: _Blocks, number: int) -> Any:
         block = blocks.there[number]
@@ -336,8 +346,42 @@ class _Blocks:
     plan: SlidePlan
     members: set[_Member] = field(default_factory=set)
     there: dict[int, _Block] = field(default_factory=dict)
+    #: Plans of other tiles that need the same compressed tiles; and how many blocks of this one were fetched.
+    beside: tuple[_Blocks, ...] = ()
+    fetched: int = 0
     announcing: threading.Lock = field(default_factory=threading.Lock)
     is_announced: bool = False
+
+    def leads(self) -> bool:
+        """Whether much is kept for plans that are behind."""
+        source = self.plan.source
+        if (
+            not self.beside
+            or not isinstance(source, SlideSource)
+            or not isinstance(source.reader, HostTileReader)
+        ):
+            return False
+        behind = min((each.progress for each in self.beside if each.members), default=1.0)
+        return self.progress > behind and source.reader.kept_bytes > EXPECTED_BYTES // 2
+
+    @property
+    def progress(self) -> float:
+        """The share of its blocks that were fetched."""
+        return self.fetched / max(1, len(self.plan.source.blocks))
+
+
+def _share_decoded(plans: Sequence[_Blocks]) -> None:
+    """Have compressed tiles that several plans of one reader need decoded once."""
+    by_reader: dict[int, list[tuple[_Blocks, SlideSource, HostTileReader]]] = {}
+    for each in plans:
+        source = each.plan.source
+        if isinstance(source, SlideSource) and isinstance(source.reader, HostTileReader):
+            by_reader.setdefault(id(source.reader), []).append((each, source, source.reader))
+    for sharing in by_reader.values():
+        if len(sharing) > 1:
+            sharing[0][2].expect(read for _, source, _ in sharing for read in source.reads())
+            for each, _, _ in sharing:
+                each.beside = tuple(other for other, _, _ in sharing if other is not each)
 
 
 @dataclass(eq=False)

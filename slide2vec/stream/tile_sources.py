@@ -16,7 +16,7 @@ from slide2vec.cpus import job_cpus
 from slide2vec.errors import NotFiniteError, SlideReadError
 from slide2vec.prepare import cut_tiles, dali_archive
 from slide2vec.readers import SlideReader
-from slide2vec.readers.reader import BufferedReader
+from slide2vec.readers.reader import BufferedReader, Squares
 from slide2vec.runtime import Engine
 from slide2vec.tiling import BadTile, Tiling
 from slide2vec.tiling.archives import TileArchive
@@ -196,6 +196,13 @@ class SlideSource:
                 return pixels, ratio, memory
             self._free.append(memory)
         return self.reader.read_region(*where), 1, None
+
+    def reads(self) -> Iterator[tuple[tuple[int, int], int, tuple[int, int], int, Squares]]:
+        """What `fetch` reads, see `HostTileReader.expect`."""
+        level, side = self.tiling.geometry.read_level, self.tiling.geometry.read_tile_size_px
+        for each in self._supertiles:
+            ratio = 1 if (each.offsets % self._ratio).any() else self._ratio
+            yield each.location_lv0, level, each.size, ratio, (each.offsets, side)
 
     def _memory(self, size: int) -> Pixels:
         """Memory that `place` is done with, else new: to touch a page for the first time is dear."""
