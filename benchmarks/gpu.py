@@ -90,11 +90,9 @@ def decode(args: argparse.Namespace) -> dict[str, Row]:
     """Every tile of the slide into the device's memory, by each decode path."""
     rows = {}
     for decode_path in ("raw + nvimgcodec", "cucim", "uploaded"):
-        transfer = DeviceTransfer(args.device, "auto" if decode_path != "uploaded" else False)
-        transfer._decode_paths = [
-            (name, opened) for name, opened in transfer._decode_paths if name == decode_path
-        ]
-        plan = transfer.load_features(planned(args.slide))
+        uploaded = decode_path == "uploaded"
+        transfer = DeviceTransfer(args.device, not uploaded and "auto", () if uploaded else (decode_path,))
+        plan = transfer.bind(planned(args.slide))
         if plan.decode_path not in (f"{decode_path} on the device", f"{plan.source.backend}, {decode_path}"):
             rows[decode_path] = {"not_run": f"left for {plan.decode_path}, or not installed; see the log"}
             continue
