@@ -157,7 +157,8 @@ def test_resume_adds_what_is_missing_and_segments_nothing(
 def test_an_encoder_that_breaks_off_fails_alone(
     models: Models, slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = models["second"]._tile_embedder.select(EXECUTION, 64).engine
+    execution = EXECUTION.updated(num_workers=1)  # tiles come in order
+    engine = models["second"]._tile_embedder.select(execution, 64).engine
     run, calls = engine.run, []
 
     def broken(pixels: torch.Tensor) -> torch.Tensor:
@@ -167,7 +168,7 @@ def test_an_encoder_that_breaks_off_fails_alone(
         return run(pixels)
 
     monkeypatch.setattr(engine, "run", broken)
-    result = Pipeline(models, CONFIG, EXECUTION.updated(output_dir=tmp_path)).run(slides)
+    result = Pipeline(models, CONFIG, execution.updated(output_dir=tmp_path)).run(slides)
     assert [len(each.tile_artifacts) for each in result.encoders.values()] == [3, 1, 3]
     failed = result.encoders["second"].failed
     assert [each.sample_id for each in failed] == ["1", "2"] and "device is gone" in str(failed[0].error)
@@ -176,7 +177,7 @@ def test_an_encoder_that_breaks_off_fails_alone(
     )
     calls.clear()
     with pytest.raises(EmbedSlidesError, match="1 with second") as caught:
-        models.embed_slides(slides, CONFIG, EXECUTION)
+        models.embed_slides(slides, CONFIG, execution)
     assert [len(results) for results in caught.value.results.values()] == [3, 3, 3]
 
 
