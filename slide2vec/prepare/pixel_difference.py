@@ -8,7 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DECODED", "PixelLimits"]
+__all__ = ["DECODED", "PixelLimits", "most_textured", "spread"]
+
+#: Tiles that are looked at, spread over a slide, and those of them with the most texture that are compared:
+#: on a smooth tile the chroma of a wrong decoder is right, on a white one even that of a wrong colour space.
+_TILES_LOOKED_AT = 10
+_TILES_COMPARED = 5
 
 
 @dataclass(frozen=True)
@@ -43,3 +48,14 @@ class PixelLimits:
 
 #: Of JPEG decoders.
 DECODED = PixelLimits(mean=1.0, percentile_99=6.0)
+
+
+def spread(count: int) -> NDArray[np.int64]:
+    """Some of `count` tiles to look at, ascending."""
+    return np.unique(np.linspace(0, count - 1, min(count, _TILES_LOOKED_AT)).round().astype(np.int64))
+
+
+def most_textured(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Which of (n, S, S, 3) tiles to compare: the largest mean step between neighbouring pixels first."""
+    steps = [np.abs(np.diff(pixels.astype(np.int16), axis=axis)).mean((1, 2, 3)) for axis in (1, 2)]
+    return np.argsort(-(steps[0] + steps[1]), kind="stable")[:_TILES_COMPARED]

@@ -17,7 +17,7 @@ from slide2vec.stream.cuda_streams import DeviceStream
 from slide2vec.stream.decode_tally import DecodeTally
 from slide2vec.stream.tile_sources import TileSource
 
-__all__ = ["DecodedOnDevice", "OnDevice", "Uploaded", "is_out_of_memory"]
+__all__ = ["DecodedOnDevice", "OnDevice", "Uploaded", "is_out_of_memory", "neighbours"]
 
 logger = logging.getLogger(__name__)
 
@@ -95,14 +95,14 @@ class Uploaded:
 
     def _upload(self, staged: Tensor, targets: Sequence[Any]) -> None:
         with self._stream.current():
-            for slots, target in _neighbours([torch.as_tensor(target) for target in targets]):
+            for slots, target in neighbours([torch.as_tensor(target) for target in targets]):
                 target.copy_(staged[slots], non_blocking=True)
 
     def close(self) -> None:
         self._source.close()
 
 
-def _neighbours(targets: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+def neighbours(targets: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
     """Targets that lie one behind the other in memory as one tensor each, and which they are."""
     start = 0
     for end in range(1, len(targets) + 1):

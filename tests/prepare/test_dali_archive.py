@@ -198,6 +198,40 @@ def test_dali_that_does_not_start(
 
 
 @pytest.mark.usefixtures("dali")
+@pytest.mark.parametrize("wrong", [None, 0, -1])
+def test_a_device_is_used_where_several_tiles_are_right(
+    wrong: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    built, build, decode = [], dali_archive._build, DaliArchive._decoded
+
+    def noted(archive: Any, blocks: Any, *more: Any) -> Any:
+        built.append(np.concatenate(blocks))
+        return build(archive, blocks, *more)
+
+    def wrong_in_one(self: DaliArchive, pipeline: Any, count: int) -> Any:
+        pixels = decode(self, pipeline, count)
+        if wrong is not None:
+            pixels[wrong] = pixels[wrong].flip(-1)
+        return pixels
+
+    monkeypatch.setattr(dali_archive, "_build", noted)
+    monkeypatch.setattr(DaliArchive, "_decoded", wrong_in_one)
+    source = opened(tmp_path)
+    reason = source.use_device(torch.device("cpu"))
+    (compared,) = built
+    assert len(set(compared.tolist())) == 5 and np.ptp(compared) > COUNT // 2  # all over the slide
+    pixels = np.zeros((COUNT, SIDE, SIDE, 3), np.uint8)
+    if wrong is None:
+        assert reason is None and isinstance(source.fetch(0), torch.Tensor)
+    else:
+        assert reason is not None and "grey levels" in reason
+        assert not any([place(source, number, pixels) for number in range(len(source.blocks))])
+        np.testing.assert_array_equal(pixels, decoded(make_jpegs()))
+    source.close()
+
+
+@pytest.mark.usefixtures("dali")
 def test_nothing_stays_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))

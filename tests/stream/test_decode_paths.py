@@ -15,6 +15,7 @@ from stream_helpers import PlanBy
 
 from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import BackendError, ConfigError, SlideReadError
+from slide2vec.prepare import dali_archive
 from slide2vec.progress import RunFinished
 from slide2vec.readers import decoders
 from slide2vec.readers.decoders import HostDecoder
@@ -180,8 +181,9 @@ def test_what_decides_the_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(ConfigError, match="gpu_decode=True needs an NVIDIA GPU"):
         tile_transfer(CPU, True)
-    monkeypatch.setattr(decoders, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"gpu_decode=True: nvImageCodec is not installed.*'auto'"):
+    for module in (decoders, dali_archive):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"gpu_decode=True: nvImageCodec is not .*DALI is not .*'auto'"):
         DeviceTransfer(CPU, True)
 
 
