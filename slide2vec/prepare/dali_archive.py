@@ -44,6 +44,7 @@ class Archive(Protocol):
     members: NDArray[np.int64]
 
     def fetch(self, number: int) -> Any: ...
+    def check(self, number: int, data: Any) -> None: ...
     def place(self, number: int, data: Any, targets: Sequence[Pixels]) -> None: ...
     def read_tile(self, tile: int, target: Pixels) -> None: ...
     def close(self) -> None: ...
@@ -60,7 +61,8 @@ class DaliArchive:
     """The tiles of a slide out of its archive, decoded by DALI; safe to use from several threads.
 
     The pixels are those of `archive`. DALI parses no tar: it is given the places of the JPEGs, and gets
-    none that `archive` has not looked at. Where it fails, `archive` does the rest, and says
+    none that `archive` has not looked at. Since it makes up pixels for damage inside of a JPEG, no block is
+    handed out that `archive` has not checked strictly. Where DALI fails, `archive` does the rest, and says
     what is wrong. DALI starts with the first block that is asked for.
 
     Args:
@@ -132,11 +134,14 @@ class DaliArchive:
         Raises:
             SlideReadError: it cannot be decoded.
         """
+        jpegs = self._archive.fetch(number)
+        if self._works:
+            self._archive.check(number, jpegs)  # by as many threads as there are
         with self._lock:
             while self._works and self._next <= number:
                 self._advance()
             pixels = self._passed.pop(number, None)
-        return self._archive.fetch(number) if pixels is None else pixels
+        return jpegs if pixels is None else pixels
 
     def place(self, number: int, data: Any, targets: Sequence[Pixels]) -> None:
         """Write what `fetch` gave into targets, (S, S, 3) uint8 each.

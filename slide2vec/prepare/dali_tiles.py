@@ -31,6 +31,8 @@ RATIOS = (1, 2)
 _MOST_PIPELINES = 4
 #: Samples that a pipeline takes at least: it is built anew for more.
 _LEAST_SAMPLES = 256
+#: Bytes of a GPU's memory and of page-locked memory that each decoding thread keeps: tiles are small.
+_KEPT_BYTES = 2 << 20
 #: Side of the JPEG that fills a batch, px.
 _FILLER_PX = 16
 #: Area averages by two are multiples of 1/4; halves are to be rounded up, as OpenCV does, whatever DALI does
@@ -129,7 +131,9 @@ class _Pipeline:
 
 def _filled(part: NDArray[np.int32], samples: int) -> NDArray[np.int32]:
     """For as many samples: the last one again."""
-    return np.pad(part, ((0, samples - len(part)), *[(0, 0)] * (part.ndim - 1)), mode="edge")
+    found = np.empty((samples, *part.shape[1:]), np.int32)
+    found[: len(part)], found[len(part) :] = part, part[-1]
+    return found
 
 
 def _white_jpeg(width: int, height: int, rgb: bool) -> NDArray[np.uint8]:
@@ -149,12 +153,15 @@ def _build(geometry: Geometry, device: torch.device, most: int) -> Any:
             fn.external_source(name=name, dtype=dtype, ndim=ndim)
             for name, (dtype, ndim) in zip(_INPUTS, kinds, strict=True)
         )
+        mixed = {"affine": False, "device_memory_padding": _KEPT_BYTES, "host_memory_padding": _KEPT_BYTES}
         tiles = fn.decoders.image(
             jpegs,
             device="mixed" if cuda else "cpu",
+            # the components as they are: a GPU's parser does not see the marker that says RGB
             output_type=types.ANY_DATA if geometry.rgb else types.RGB,
             jpeg_fancy_upsampling=True,
             adjust_orientation=False,
+            **(mixed if cuda else {}),
         )
         boxes = fn.multi_paste(
             tiles,

@@ -21,23 +21,25 @@ from slide2vec.errors import BackendError, ConfigError, ExtraMissingError
 from slide2vec.prepare.dali_archive import DaliArchive
 from slide2vec.prepare.dali_tiles import DaliTiles
 from slide2vec.prepare.device_cut import cut_tiles_on_device
+from slide2vec.prepare.gather_tiles import Gather, choose_gather
 from slide2vec.readers import SlideReader
 from slide2vec.readers.compressed import CompressedJpegs
 from slide2vec.readers.cucim import CucimCudaReader, load_on
 from slide2vec.readers.decoders import NvimgcodecDecoder
+from slide2vec.readers.jpeg_tiles import JpegDecoder, JpegTileReader
 from slide2vec.readers.probe import Probe
 from slide2vec.readers.pyramid import PyramidReader
-from slide2vec.readers.tile_assembly import JpegTileReader
 from slide2vec.stream.cuda_streams import device_stream
 from slide2vec.stream.dali_source import DaliSource
 from slide2vec.stream.decode_check import SampleTiles
 from slide2vec.stream.decode_tally import DecodeTally
 from slide2vec.stream.device_sources import DecodedOnDevice, OnDevice, Uploaded
+from slide2vec.stream.gathered_tiles import GatheredTiles
 from slide2vec.stream.plan import SlidePlan
 from slide2vec.stream.tile_sources import SlideSource, TileSource
 from slide2vec.stream.transfer import HOST_TRANSFER, TileTransfer
 
-__all__ = ["AUTO", "DECODE_PATHS", "DecodePath", "DeviceTransfer", "tile_transfer"]
+__all__ = ["AUTO", "DECODE_PATHS", "DecodePath", "DeviceTransfer", "jpeg_path", "tile_transfer"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +62,17 @@ class DecodePath(NamedTuple):
 
 
 def _nvimgcodec(device: torch.device) -> DecodePath:
-    decoder = NvimgcodecDecoder(device)
-    return DecodePath(lambda probe: JpegTileReader(probe, decoder.for_slide()))
+    return jpeg_path(NvimgcodecDecoder(device), choose_gather(device))
+
+
+def jpeg_path(decoder: JpegDecoder, gather: Gather) -> DecodePath:
+    """JPEG tiles in the order of the file, and tiles that are cut straight out of them."""
+
+    def source(host: SlideSource, reader: SlideReader) -> TileSource:
+        assert isinstance(reader, JpegTileReader)
+        return GatheredTiles(host, reader, gather)
+
+    return DecodePath(lambda probe: JpegTileReader(probe, decoder), source)
 
 
 def _dali(device: torch.device) -> DecodePath:

@@ -91,7 +91,8 @@ class Uploaded:
     def _staging(self, count: int, target: Any) -> Tensor:
         """Page-locked where the device is a GPU: PyTorch hands such memory out again after the copy."""
         cuda = self._stream.device.type == "cuda"
-        return torch.empty((count, *target.shape), dtype=torch.uint8, pin_memory=cuda)
+        with self._stream.current():  # or it opens a context on another GPU
+            return torch.empty((count, *target.shape), dtype=torch.uint8, pin_memory=cuda)
 
     def _upload(self, staged: Tensor, targets: Sequence[Any]) -> None:
         with self._stream.current():

@@ -124,6 +124,19 @@ def test_pipelines_of_many_geometries_are_bounded() -> None:
     assert len(decoder._pipelines) == dali_tiles._MOST_PIPELINES
 
 
+@pytest.mark.usefixtures("dali")
+@pytest.mark.parametrize("ratio", dali_tiles.RATIOS)
+def test_the_pipeline_for_a_gpu_can_be_defined(ratio: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not built, which takes a GPU; but its operators know their options, and work there."""
+    import nvidia.dali
+
+    given = []
+    monkeypatch.setattr(nvidia.dali.Pipeline, "build", lambda self: None)
+    monkeypatch.setattr(nvidia.dali.Pipeline, "set_outputs", lambda self, *nodes: given.extend(nodes))
+    dali_tiles._build(Geometry(64, 32, ratio, True), torch.device("cuda:0"), 4)
+    assert [node.device for node in given] == ["gpu"]
+
+
 def test_without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dali_archive, "find_spec", lambda name: None)
     with pytest.raises(ExtraMissingError, match=r"slide2vec\[cuda\]"):
