@@ -26,7 +26,7 @@ from slide2vec.runtime.torch_engine import TorchEngine
 ALONE = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.02}
 COSINE = {"fp32": 0.9999, "bf16": 0.999, "fp16": 0.999}
 
-RECIPE = tiny_recipe()
+RECIPE = tiny_recipe(depth=1)
 Opener = Callable[[], Engine]
 
 
@@ -41,7 +41,7 @@ CASES = [
     "openvino fp32 cpu",
     "openvino bf16 cpu",
     "inductor fp32 cpu",
-    "inductor bf16 cpu",
+    pytest.param("inductor bf16 cpu", marks=pytest.mark.slow),  # a minute of the C++ compiler
     *(
         pytest.param(f"{runtime} {precision} cuda", marks=pytest.mark.gpu)
         for runtime in ("torch", "inductor", "tensorrt")
@@ -56,7 +56,7 @@ def case(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def opener(case: str, tmp_path_factory: pytest.TempPathFactory) -> Opener:
+def opener(case: str, short_rounds: None, tmp_path_factory: pytest.TempPathFactory) -> Opener:
     """Opens the engine of a case, as often as asked."""
     runtime, precision, _ = case.split()
     device, encoder = device_of(case), tiny_encoder(RECIPE)
