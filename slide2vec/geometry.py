@@ -71,14 +71,14 @@ def select_level(
     def within(level: int) -> bool:
         return abs(spacings[level] - requested_spacing_um) / requested_spacing_um <= tolerance
 
-    level = min(range(len(spacings)), key=lambda i: abs(spacings[i] - requested_spacing_um))
-    while not within(level) and level > 0 and spacings[level] > requested_spacing_um:
-        level -= 1
-    if requested_spacing_um < base_spacing_um and not within(level):
+    if requested_spacing_um < spacings[0] and not within(0):
         raise SpacingError(
             f"{requested_spacing_um} µm/px was requested but level 0 has {base_spacing_um:.4g} µm/px: images "
             "are not upsampled. Request a coarser spacing, or give spacing_at_level_0 if the file's is wrong"
         )
+    level = min(range(len(spacings)), key=lambda i: abs(spacings[i] - requested_spacing_um))
+    while spacings[level] > requested_spacing_um and not within(level):
+        level -= 1
     return LevelChoice(level=level, spacing_um=spacings[level], is_within_tolerance=within(level))
 
 
@@ -133,7 +133,7 @@ def tile_geometry(
         read_tile_size_px=read,
         tile_size_lv0=lv0,
         read_step_px=read_step,
-        step_px_lv0=max(1, round(read_step * lv0 / read)),
+        step_px_lv0=round(read_step * lv0 / read),
         tolerance=tolerance,
         overlap=overlap,
         is_within_tolerance=choice.is_within_tolerance,

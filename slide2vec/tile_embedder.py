@@ -124,7 +124,7 @@ class TileEmbedder:
                 precision,
                 compiled=execution.torch_compile,
             )
-        elif self._engines[asked].engine.runtime == "torch":
+        elif self._engines[asked].engine.runtime == "torch" and self.device.type != "cuda":
             self.encoder.to(self.device).eval()  # callers have it in their hands, too, and may have moved it
         return self._engines[asked]
 

@@ -2,13 +2,14 @@
 
 Needs slide2vec's base packages (PyTorch, timm, OpenSlide, …) and pytest in the Python that runs it; cuCIM,
 nvImageCodec, DALI, TensorRT and Triton are used where they are installed, and reported as not run where not.
-Nothing is downloaded: encoders have random weights.
+Nothing is downloaded: encoders have random weights. See docs/gpu.md.
 
-    python tools/gpu_check.py [--no-benchmarks] [--quick] [pytest options]
+    python tools/gpu_check.py [--no-benchmarks] [--quick] [--only stream|engines|tensorrt] [pytest options]
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import subprocess
 import sys
@@ -18,14 +19,20 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+#: The files with tests marked gpu. They are named: other tests need packages that a GPU machine may lack.
+TESTS = {
+    "stream": ("tests/gpu",),
+    "engines": ("tests/runtime/test_engine_contract.py",),
+    "tensorrt": ("tests/runtime/test_tensorrt_gpu.py", "tests/compile/test_rtx_gpu.py"),
+}
 #: Optional part -> the module that is imported for it.
 OPTIONAL = {
     "cuCIM (decoding on the GPU)": "cucim",
-    "nvImageCodec (the raw road)": "nvidia.nvimgcodec",
-    "DALI (preparing, tile archives)": "nvidia.dali",
+    "nvImageCodec (decoding on the GPU)": "nvidia.nvimgcodec",
+    "DALI (decoding, preparing, tile archives)": "nvidia.dali",
     "TensorRT (compiled engines)": "tensorrt",
     "TensorRT-RTX (compiled engines)": "tensorrt_rtx_bindings",
-    "Triton (fused preparing)": "triton",
+    "Triton (fused cutting and preparing)": "triton",
 }
 #: pytest's exit status where no test was selected.
 NO_TESTS = 5
@@ -64,13 +71,22 @@ def describe() -> bool:
     print(f"Python {sys.version.split()[0]}, PyTorch {torch.__version__}")
     print(f"GPU: {torch.cuda.get_device_name() if found else 'not run: PyTorch sees no CUDA device'}")
     for part, module in OPTIONAL.items():
-        print(f"{part}: {'installed' if is_there(module) else 'not run: not installed'}")
+        print(f"{part}: {'installed' if is_there(module) else 'not run: not installed'}", flush=True)
     return found
 
 
+def pytest_command(which: str | None, options: list[str]) -> list[str]:
+    """pytest over the files of one kind of tests, or of all."""
+    files = [file for kind, named in TESTS.items() if which in (None, kind) for file in named]
+    return [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", *files, *options]
+
+
 def main() -> int:
-    options = sys.argv[1:]
-    ours = {"--no-benchmarks", "--quick"}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--no-benchmarks", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="small benchmarks")
+    parser.add_argument("--only", choices=TESTS, help="tests of one kind")
+    given, options = parser.parse_known_args()
     missing = list(missing_packages())
     if missing:
         print(
@@ -78,13 +94,12 @@ def main() -> int:
         )
         return 1
     has_gpu = describe()
-    tests = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", "tests"]
-    status = subprocess.run([*tests, *(o for o in options if o not in ours)], cwd=ROOT).returncode
+    status = subprocess.run(pytest_command(given.only, options), cwd=ROOT).returncode
     status = 0 if status == NO_TESTS else status
     if not has_gpu:
         print("Nothing could be checked: run this on a machine with an NVIDIA GPU")
-    elif "--no-benchmarks" not in options:
-        quick = ["--quick"] if "--quick" in options else []
+    elif not given.no_benchmarks:
+        quick = ["--quick"] if given.quick else []
         measured = subprocess.run([sys.executable, "-m", "benchmarks.gpu", *quick], cwd=ROOT).returncode
         status = status or measured
     return status

@@ -16,15 +16,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from slide2vec.compile.export_module import torch_engine
 from slide2vec.compile.parity import MeanStd, for_layout
-from slide2vec.compile.speed import seconds_per_batch
+from slide2vec.compile.speed import seconds_per_batch, warm
 from slide2vec.encoders import build_encoder
 from slide2vec.errors import EngineError
 from slide2vec.recipes import load_recipe
 from slide2vec.runtime import pick_device
 from slide2vec.runtime.base import Engine
 from slide2vec.runtime.loading import load_engine
-from slide2vec.runtime.torch_engine import TorchEngine
 
 __all__ = ["Contender", "Measured", "measure", "peak_mb", "speedups"]
 
@@ -66,8 +66,8 @@ class Contender:
         recipe = load_recipe(self.preset)
         variant = recipe.variants[self.variant]
         encoder: nn.Module = build_encoder(recipe, variant, self.weights, self.seed)
-        return TorchEngine(
-            encoder, feature_dim=variant.dim, precision=self.precision, device=device, compiled=self.compiled
+        return torch_engine(
+            encoder, recipe, self.precision, device, feature_dim=variant.dim, compiled=self.compiled
         )
 
 
@@ -199,7 +199,7 @@ def _answer(
     if size not in batches:
         chosen = tiles[torch.arange(size) % len(tiles)].to(engine.device)
         batches[size] = for_layout(chosen, mean_std, engine.layout)
-        engine.run(batches[size])  # warm
+        warm(engine, batches[size])
     return seconds_per_batch(engine, batches[size])
 
 

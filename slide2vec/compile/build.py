@@ -386,7 +386,7 @@ class _Build:
     def _speed(self, engine: Engine, pixels: Tensor) -> dict[str, float]:
         """Tiles/s of the engine and, in the same minute, of PyTorch in the same precision."""
         self.progress("measuring", 0, 0)
-        return beside_torch(engine, self.encoder, self.mean_std, pixels, self.plan.profile.opt)
+        return beside_torch(engine, self.encoder, self.recipe, pixels, self.plan.profile.opt)
 
 
 def _as_json(parity: Parity) -> dict[str, Any]:

@@ -9,13 +9,14 @@ from torch import nn
 
 from slide2vec.compile.builders import default_runtime
 from slide2vec.compile.engine_key import EngineTarget, differences
+from slide2vec.compile.export_module import torch_engine
 from slide2vec.compile.parity import check_files
 from slide2vec.compile.proof import is_to_be_proven, proof_on, prove, proven
 from slide2vec.compile.store import EngineStore, StoredEngine
 from slide2vec.errors import ConfigError, EngineError, ExtraMissingError
 from slide2vec.runtime.base import Engine
 from slide2vec.runtime.loading import COMPILED, load_engine, not_here, runtimes_for
-from slide2vec.runtime.torch_engine import DTYPES, TorchEngine
+from slide2vec.runtime.torch_engine import DTYPES
 
 __all__ = ["MatchingEngines", "Selected", "find_engine", "select_engine"]
 
@@ -154,7 +155,7 @@ def _loaded(engine: StoredEngine, encoder: nn.Module, target: EngineTarget, choi
     check_files(engine)
     loaded = load_engine(engine.directory, target.device)
     try:
-        proof = prove(engine, loaded, encoder)
+        proof = prove(engine, loaded, encoder, target.recipe)
     except BaseException:
         loaded.close()
         raise
@@ -176,7 +177,7 @@ def _torch(encoder: nn.Module, target: EngineTarget, precision: str, compiled: b
         )
     dim = target.recipe.variants[target.variant].dim
     return Selected(
-        TorchEngine(encoder, feature_dim=dim, precision=precision, device=target.device, compiled=compiled)
+        torch_engine(encoder, target.recipe, precision, target.device, feature_dim=dim, compiled=compiled)
     )
 
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from slide2vec.encoders.input_size import positions_for
-from slide2vec.recipes import EnginePolicy, Transform
+from slide2vec.recipes import EnginePolicy, Recipe, Transform
 from slide2vec.runtime.base import Layout
-from slide2vec.runtime.torch_engine import DTYPES
+from slide2vec.runtime.torch_engine import DTYPES, TorchEngine
 
-__all__ = ["GRAPH", "ExportedEncoder", "at_one_size", "typed_copy"]
+__all__ = ["GRAPH", "ExportedEncoder", "at_one_size", "torch_engine", "typed_copy"]
 
 #: Counted up when the same encoder is exported as another graph: engines of the old graph are built anew.
 #: 2: bytes are cast before they are moved, position embeddings are constants, shape arithmetic is folded.
@@ -84,6 +84,44 @@ def _of_one_size(encoder: nn.Module, size_px: int) -> nn.Module:
             if table is not None:  # resampled otherwise than by timm
                 module.pos_embed = nn.Parameter(table.detach(), requires_grad=False)
     return made
+
+
+def torch_engine(
+    encoder: nn.Module,
+    recipe: Recipe,
+    precision: str,
+    device: torch.device,
+    *,
+    feature_dim: int,
+    compiled: bool = False,
+) -> TorchEngine:
+    """The encoder in PyTorch. Below fp32 on CUDA its parameters are converted once, as they are for export;
+    elsewhere, and where an encoder cannot be exported or no recipe file describes it, every product converts
+    them (autocast).
+
+    Args:
+        encoder: in fp32; on CUDA it is left as it is, else it is moved to the device.
+        compiled: by `torch.compile`.
+    """
+    made, typed = encoder, _is_typed(recipe, precision, device)
+    if typed:
+        policy = recipe.engine.model_copy(update={"islands": _computed_in_fp32(recipe.engine.islands)})
+        made = ExportedEncoder(encoder, recipe.transform, "float32_nchw", precision, policy)
+    return TorchEngine(
+        made, feature_dim=feature_dim, precision=precision, device=device, compiled=compiled, typed=typed
+    )
+
+
+def _is_typed(recipe: Recipe, precision: str, device: torch.device) -> bool:
+    """Whether an encoder runs in PyTorch with converted parameters. A CPU keeps autocast: its features are
+    those of earlier runs, to the bit, and conversion is a small part of its time."""
+    return device.type == "cuda" and precision != "fp32" and recipe.compile and not recipe.generic
+
+
+def _computed_in_fp32(islands: Sequence[str]) -> tuple[str, ...]:
+    """The islands that PyTorch needs. Its kernels of norms compute in fp32 whatever goes in and comes out, so
+    that casts around them would only move memory: twice as much in all, for virchow2."""
+    return tuple(name for name in islands if name != "norm")
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def reference_features(
     Args:
         pixels: (N, H, W, 3) uint8.
     """
-    engine = TorchEngine(encoder, feature_dim=feature_dim, precision="fp32", device=device)
+    engine = TorchEngine(encoder, feature_dim=feature_dim, precision="fp32", device=device, cuda_graphs=False)
     with _exact():
         parts = [
             engine.run(for_layout(part.to(device), mean_std, engine.layout)).cpu()

@@ -21,6 +21,7 @@ from slide2vec.compile.speed import beside_torch
 from slide2vec.compile.store import StoredEngine
 from slide2vec.errors import EngineError, OutputError
 from slide2vec.files import atomic_path, open_plain
+from slide2vec.recipes import Recipe
 from slide2vec.runtime.base import Engine
 from slide2vec.runtime.loading import load_engine
 from slide2vec.runtime.record import EngineRecord, per_gpu
@@ -104,19 +105,21 @@ def proof_on(engine: StoredEngine, device: torch.device) -> Proof | None:
     return found if found is not None and found.gpu == gpu else None
 
 
-def prove(engine: StoredEngine, loaded: Engine, encoder: nn.Module | None = None) -> Proof:
+def prove(
+    engine: StoredEngine, loaded: Engine, encoder: nn.Module | None = None, recipe: Recipe | None = None
+) -> Proof:
     """Compare a loaded engine, whose files are sound, with what its encoder gave; keep what comes of it.
 
     Args:
-        encoder: in PyTorch, to be timed beside it; None = what was measured before is kept.
+        encoder, recipe: to be timed beside it in PyTorch; None = what was measured before is kept.
 
     Raises:
         EngineError: the engine does not run.
     """
     logger.info("engine %s is used for the first time on %s: comparing it", engine.name, _gpu(loaded))
     parity = parity_of(engine, loaded)
-    if encoder is not None and not parity.problem():
-        speed = _timed(engine, loaded, encoder)
+    if encoder is not None and recipe is not None and not parity.problem():
+        speed = _timed(engine, loaded, encoder, recipe)
     else:
         before = proof_on(engine, loaded.device)
         speed = before.speed if before is not None else {}
@@ -167,13 +170,11 @@ def _gpu(loaded: Engine) -> str:
     return torch.cuda.get_device_name(loaded.device)
 
 
-def _timed(engine: StoredEngine, loaded: Engine, encoder: nn.Module) -> dict[str, float]:
+def _timed(engine: StoredEngine, loaded: Engine, encoder: nn.Module, recipe: Recipe) -> dict[str, float]:
     """Nothing where the GPU has no room for both."""
-    record = engine.record
-    mean, std = record.identity["normalisation"]
     pixels = Reference.of(engine).pixels
     try:
-        return beside_torch(loaded, encoder, (mean, std), pixels, record.profile.opt)
+        return beside_torch(loaded, encoder, recipe, pixels, engine.record.profile.opt)
     except torch.cuda.OutOfMemoryError:
         logger.info("engine %s is not timed: there is no memory for PyTorch beside it", engine.name)
         encoder.cpu()

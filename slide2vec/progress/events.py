@@ -52,7 +52,7 @@ class RunSummary:
         seconds: wall time of the stream.
         stations: in stream order.
         bottleneck: name of the station that was busiest.
-        roads: how slides were read (a reader's name, "raw, nvimgcodec on cuda:0", …) -> how many.
+        roads: how tiles were read (a reader's name, "raw + nvimgcodec on the device", …) -> how many.
     """
 
     slides: int
@@ -78,7 +78,9 @@ class RunSummary:
         return f"{done} in {speed}; bottleneck: {self.bottleneck}{self._bottleneck_share()}{self._read_by()}"
 
     def _read_by(self) -> str:
-        roads = ", ".join(f"{road} ({count:,})" for road, count in self.roads.items())
+        roads = ", ".join(
+            f"{road} ({count:,} tile{'' if count == 1 else 's'})" for road, count in self.roads.items()
+        )
         return f"; read by {roads}" if roads else ""
 
     def _bottleneck_share(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from copy import copy
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -19,7 +20,13 @@ __all__ = ["HostDecoder", "NvimgcodecDecoder", "TileDecoder", "nvimgcodec_unavai
 
 
 class TileDecoder(Protocol):
-    """Decodes tiles into pixels of its own kind: NumPy arrays or tensors. Used from several threads."""
+    """Decodes tiles into pixels of its own kind: NumPy arrays or tensors. Used from several threads.
+
+    Attributes:
+        refused: tiles that it did not take, and had decoded on the CPU.
+    """
+
+    refused: int
 
     def decode(
         self, tiles: Sequence[Parts], form: TileFormat, places: Sequence[TilePlace], kept: Sequence[bool]
@@ -44,6 +51,8 @@ class TileDecoder(Protocol):
 
 class HostDecoder:
     """Strict decoders on the CPU (see `codecs`); of JPEG the pixels of OpenSlide and cuCIM, bit by bit."""
+
+    refused = 0
 
     def __init__(self) -> None:
         self._own = threading.local()
@@ -86,7 +95,10 @@ class NvimgcodecDecoder:
 
     Raises:
         ExtraMissingError: it is not installed.
+        RuntimeError: it cannot be started: of the library.
     """
+
+    refused = 0
 
     def __init__(self, device: Any) -> None:
         if reason := nvimgcodec_unavailable():
@@ -101,6 +113,12 @@ class NvimgcodecDecoder:
         else:
             index = self._torch.cuda.current_device() if device.index is None else device.index
             self._decoder = library.Decoder(device_id=index, options=options)
+
+    def for_slide(self) -> NvimgcodecDecoder:
+        """The same decoder, which counts what it refuses anew."""
+        other = copy(self)
+        other.refused = 0
+        return other
 
     def decode(
         self, tiles: Sequence[Parts], form: TileFormat, places: Sequence[TilePlace], kept: Sequence[bool]
@@ -130,6 +148,8 @@ class NvimgcodecDecoder:
             return self._torch.from_dlpack(image)
         if image is not None:
             return self._torch.from_numpy(np.array(image)).to(self._device)
+        with self._lock:
+            self.refused += 1
         pixels = decode_tile([jpeg], form, (place.height, place.width), None)
         return self._torch.from_numpy(pixels).to(self._device)
 

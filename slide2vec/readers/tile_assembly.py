@@ -54,6 +54,11 @@ class JpegTileReader(PyramidReader):
             self.close()
             raise BackendError(reason)
 
+    @property
+    def refused(self) -> int:
+        """Tiles that its decoder did not take, see `TileDecoder`."""
+        return self._decoder.refused
+
     def _read_box(self, level: int, x: int, y: int, width: int, height: int) -> Any:
         return self._boxes.read(level, x, y, width, height)
 

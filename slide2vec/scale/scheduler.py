@@ -84,7 +84,6 @@ class Scheduler:
         own = self._assigned[worker]
         if self._suspects and not own:
             task = self._suspects.popleft()
-            self._clearing = self._clearing - {worker} if self._suspects else set()
         elif self._queue and self._has_room(worker):
             task = self._queue.popleft()
         else:
@@ -122,7 +121,6 @@ class Scheduler:
             self._release(task)
         elif task in self._suspects:  # the last word of a lost worker
             self._suspects.remove(task)
-            self._clearing = self._clearing if self._suspects else set()
         else:
             return
         self._work.drop(task)
@@ -153,13 +151,15 @@ class Scheduler:
     def _make_room(self) -> None:
         """Choose who gets nothing new, to have room for suspects: those with the least to do."""
         apart = [worker for worker, own in self._assigned.items() if self._suspected.intersection(own)]
-        others = sorted(self._assigned.keys() - set(apart), key=lambda worker: (self._load(worker), worker))
+        others = [worker for worker in self._assigned if worker not in apart]
+        others.sort(key=lambda worker: (self._load(worker), worker))
         most = math.ceil(len(self._assigned) / 2) - len(apart)
         self._clearing = set(others[: max(0, min(most, len(self._suspects)))])
 
     def _is_apart(self, worker: str) -> bool:
-        """The worker has a suspect, or makes room for one."""
-        return worker in self._clearing or not self._suspected.isdisjoint(self._assigned[worker])
+        """The worker has a suspect, or makes room for one that waits."""
+        makes_room = self._suspects and worker in self._clearing
+        return bool(makes_room) or not self._suspected.isdisjoint(self._assigned[worker])
 
     def _has_room(self, worker: str) -> bool:
         """For one more of the queue."""

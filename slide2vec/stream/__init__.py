@@ -1,13 +1,14 @@
 """The stream: plan, read, prepare, encode, collect, on one device."""
 
 from slide2vec.stream.batch_size import bytes_per_tile, fitting_batch_size
-from slide2vec.stream.decode_paths import TileTransfer, tile_transfer
+from slide2vec.stream.decode_paths import tile_transfer
 from slide2vec.stream.jobs import SlideOutcome
 from slide2vec.stream.plan import SlidePlan, coordinates_dir, plan_slide
 from slide2vec.stream.plan_ahead import SlideQueue
 from slide2vec.stream.planner import Planner
 from slide2vec.stream.staging import stager_for
 from slide2vec.stream.stream import Stream
+from slide2vec.stream.transfer import TileTransfer
 
 __all__ = [
     "Planner",

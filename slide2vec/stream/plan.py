@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from slide2vec.files import is_remote
 from slide2vec.readers import SlideReader, open_and_use, resolve_spacing
 from slide2vec.readers.cross_check import compare_with_second_decoder
 from slide2vec.slides import Slide
+from slide2vec.stream.decode_tally import DecodeTally
 from slide2vec.stream.slide_identity import Identities, SlideIdentity
 from slide2vec.stream.staging import IN_PLACE, InPlace, Staged
 from slide2vec.stream.tile_sources import (
@@ -51,7 +52,8 @@ class SlidePlan:
         skipped: tiles that `tiling` has lost so already.
         tiles_tar_path: the archive of the tiles, where there is one.
         coordinates_dir: where coordinate files hold just this tiling; None where none do yet.
-        decode_path: how its pixels get to the device; None = as the source's back end gives them.
+        decode_path: how its pixels are to get to the device; None = as the source's back end gives them.
+        tally: how they did; None = as planned.
         identity: what the slide's files were before they were read; None where nobody asked.
         given: its tiles (or regions) as they were given; None where they were looked for.
     """
@@ -66,8 +68,15 @@ class SlidePlan:
     tiles_tar_path: Path | None = None
     coordinates_dir: Path | None = None
     decode_path: str | None = None
+    tally: DecodeTally | None = None
     identity: SlideIdentity | None = None
     given: Tiling | None = None
+
+    def decoded_by(self) -> Mapping[str, int]:
+        """Decode path -> tiles that came by it, so far."""
+        if self.tally is not None:
+            return self.tally.counts()
+        return {self.decode_path or self.source.backend: len(self.tiling)} if len(self.tiling) else {}
 
 
 def plan_slide(

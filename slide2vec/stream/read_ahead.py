@@ -19,13 +19,13 @@ from typing import Any
 from slide2vec.errors import SlideReadError, as_slide_error
 from slide2vec.slides import Slide
 from slide2vec.stream.batches import Batches, Stopped
-from slide2vec.stream.decode_paths import TileTransfer
 from slide2vec.stream.jobs import EndOfSlides, Item, JobFailed, JobPlanned, ReadTask, SlideJob, StreamBroken
 from slide2vec.stream.plan import SlidePlan
 from slide2vec.stream.plan_ahead import PlanAhead, SlideQueue
 from slide2vec.stream.planner import Planner
 from slide2vec.stream.station_timers import StationTimers
 from slide2vec.stream.tile_sources import place_singly
+from slide2vec.stream.transfer import TileTransfer
 
 __all__ = ["ReadAhead"]
 

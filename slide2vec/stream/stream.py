@@ -30,7 +30,6 @@ from slide2vec.runtime import Engine
 from slide2vec.slides import Slide
 from slide2vec.stream.batch_encoder import IN_FLIGHT, BatchEncoder, InFlightBatch
 from slide2vec.stream.batches import Batch, Batches
-from slide2vec.stream.decode_paths import HOST_TRANSFER, TileTransfer
 from slide2vec.stream.jobs import (
     EndOfSlides,
     Item,
@@ -45,6 +44,7 @@ from slide2vec.stream.planner import Planner
 from slide2vec.stream.read_ahead import ReadAhead
 from slide2vec.stream.staging import InPlace
 from slide2vec.stream.station_timers import StationTimers, find_bottleneck
+from slide2vec.stream.transfer import HOST_TRANSFER, TileTransfer
 
 __all__ = ["Stream"]
 
@@ -194,7 +194,6 @@ class Stream:
     def _planned(self, job: SlideJob) -> Iterator[SlideOutcome]:
         assert job.plan is not None
         decode_path = job.plan.decode_path or job.plan.source.backend
-        self._decode_paths[decode_path] += 1
         self._reporter.emit(SlidePlanned(job.slide.sample_id, job.missing, decode_path))
         if not job.missing:
             job.embeddings = torch.empty((0, self._engine.feature_dim), dtype=self._dtype)
@@ -204,6 +203,8 @@ class Stream:
         outcome = job.outcome()
         assert outcome.embedded is not None
         job.reported = True
+        assert job.plan is not None
+        self._decode_paths.update(job.plan.decoded_by())
         self._tiles += outcome.embedded.num_tiles
         self._reporter.emit(SlideFinished(job.slide.sample_id, outcome.embedded.num_tiles))
         yield outcome

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -171,6 +172,19 @@ class SlideSource:
         """The same tiles by another reader, cut by what takes its pixels; it closes both readers."""
         other = copy(self)
         other.reader, other._cut, other._others = reader, cut, (self.reader, *self._others)
+        return other
+
+    def of_tiles(self, tiles: NDArray[np.int64]) -> SlideSource:
+        """Some of its tiles, (n,) ascending indices, by the same reader; not to be closed."""
+        tiling = replace(
+            self.tiling,
+            x=self.tiling.x[tiles],
+            y=self.tiling.y[tiles],
+            tissue_fractions=self.tiling.tissue_fractions[tiles],
+            regions=None,
+        )
+        other = SlideSource(self.reader, tiling)
+        other._cut = self._cut
         return other
 
     def over(self, tiling: Tiling, *, grouped: bool) -> SlideSource:

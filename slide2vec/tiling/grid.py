@@ -49,7 +49,7 @@ def _piece_tiles(
     threshold: float,
 ) -> Tiles:
     low, high = piece.contour.min(axis=(0, 1)), piece.contour.max(axis=(0, 1))
-    image = _draw(piece, tissue.mask, low, high)
+    image = _draw(piece)
     integral = np.asarray(cv2.integral(image), np.int32)
     lines, spans, windows = [], [], []
     for axis in (0, 1):
@@ -66,19 +66,16 @@ def _piece_tiles(
     return lines[0][columns], lines[1][rows], fractions[columns, rows]
 
 
-def _draw(
-    piece: TissuePiece, mask: NDArray[np.uint8], low: NDArray[np.int32], high: NDArray[np.int32]
-) -> NDArray[np.uint8]:
+def _draw(piece: TissuePiece) -> NDArray[np.uint8]:
     """The piece alone, 1 on 0, in its bounding box of the mask; islands in its holes are not part of it."""
-    crop = mask[low[1] : high[1] + 1, low[0] : high[0] + 1]
-    image = np.zeros(crop.shape, np.uint8)
-    offset = (-int(low[0]), -int(low[1]))
+    x, y, width, height = cv2.boundingRect(piece.contour)
+    image = np.zeros((height, width), np.uint8)
+    offset = (-x, -y)
     cv2.drawContours(image, [piece.contour], -1, 1, thickness=cv2.FILLED, offset=offset)
     if piece.holes:
         cv2.drawContours(image, piece.holes, -1, 0, thickness=cv2.FILLED, offset=offset)
         # The outline of a hole is tissue.
         cv2.drawContours(image, piece.holes, -1, 1, thickness=1, offset=offset)
-    image[crop == 0] = 0
     return image
 
 
@@ -95,4 +92,4 @@ def _fractions(
     (x0, x1), (y0, y1) = x, y
     rows = integral[y1] - integral[y0]
     counts = (rows[:, x1] - rows[:, x0]).T
-    return np.clip((counts / area).astype(np.float32), 0.0, 1.0)
+    return np.asarray(counts / area, np.float32)

@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 
 from slide2vec import EmbeddedSlide, ExecutionOptions, Model, Pipeline, PreprocessingConfig
+from slide2vec.aggregate.regions import regrouped
 from slide2vec.artifacts import find_hierarchical_artifact, load_coords, load_embeddings
+from slide2vec.config import FilterConfig
 from slide2vec.errors import ConfigError, SlideReadError
-from slide2vec.geometry import region_geometry, subtile_geometry, tile_geometry
-from slide2vec.slides import Slide
+from slide2vec.geometry import TileGeometry, region_geometry, subtile_geometry, tile_geometry
+from slide2vec.slides import Slide, as_slide
+from slide2vec.stream import SlideOutcome
 from slide2vec.stream.tile_sources import SlideSource
-from slide2vec.tiling import load_coordinates, write_coordinates
+from slide2vec.tiling import Tiling, load_coordinates, write_coordinates
+from slide2vec.tiling.types import Segmentation, expand_regions
 
 PREPROCESSING = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5)
 REGIONS = PREPROCESSING.updated(region_tile_multiple=3)
@@ -117,6 +121,65 @@ def test_geometry_is_tile_first(spacing: float, multiple: int) -> None:
     assert region.read_tile_size_px == tile.read_tile_size_px * multiple
     assert region.tile_size_lv0 == region.step_px_lv0 == tile.tile_size_lv0 * multiple
     assert subtile_geometry(region, multiple) == tile
+
+
+def a_tiling(geometry: TileGeometry, x: list[int], y: list[int]) -> Tiling:
+    return Tiling(
+        sample_id="s",
+        image_path=Path("s.svs"),
+        mask_path=None,
+        spacing_at_level_0=None,
+        backend="tiff",
+        requested_backend="auto",
+        dimensions=(900, 700),
+        downsamples=(1.0,),
+        geometry=geometry,
+        x=np.array(x),
+        y=np.array(y),
+        tissue_fractions=np.linspace(0, 1, len(x), dtype=np.float32),
+        tissue_threshold=0.0,
+        segmentation=Segmentation(
+            method="hsv", requested_downsample=64, downsample=64, level=0, spacing_um=1.0
+        ),
+        filtering=FilterConfig(),
+    )
+
+
+def test_tiles_are_regrouped_region_by_region_and_row_by_row() -> None:
+    """Two regions of 2 x 2 tiles of 10 px: every number in its place."""
+    tile = tile_geometry(
+        requested_tile_size_px=10, requested_spacing_um=0.5, base_spacing_um=0.5, downsamples=[1.0]
+    )
+    tiling = expand_regions(a_tiling(region_geometry(tile, 2), [0, 20], [5, 45]), 2)
+    assert tiling.x.tolist() == [0, 10, 0, 10, 20, 30, 20, 30]
+    assert tiling.y.tolist() == [5, 5, 15, 15, 45, 45, 55, 55]
+    assert tiling.tissue_fractions.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    features = torch.arange(24.0).reshape(8, 3)
+    flat = EmbeddedSlide(
+        sample_id="s",
+        tile_embeddings=features,
+        slide_embedding=None,
+        x=tiling.x,
+        y=tiling.y,
+        tile_size_lv0=10,
+        image_path=Path("s.svs"),
+        mask_path=None,
+        num_tiles=8,
+    )
+    outcome = SlideOutcome(slide=as_slide("s.svs"), embedded=flat, tiling=tiling)
+    made = regrouped(outcome).embedded
+    assert made is not None and made.tile_x is not None and made.tile_y is not None
+    assert made.tile_embeddings.shape == (2, 4, 3)
+    assert torch.equal(made.tile_embeddings[1, 2], features[6])
+    assert made.x.tolist() == [0, 20] and made.y.tolist() == [5, 45]
+    assert made.tile_x.tolist() == [[0, 10, 0, 10], [20, 30, 20, 30]]
+    assert made.tile_y.tolist() == [[5, 5, 15, 15], [45, 45, 55, 55]]
+    for other in (
+        replace(outcome, tiling=replace(tiling, regions=None)),
+        replace(outcome, embedded=None),
+        replace(outcome, tiling=None),
+    ):
+        assert regrouped(other) is other
 
 
 @pytest.mark.parametrize(

@@ -520,6 +520,15 @@ def test_what_makes_the_same_embeddings(changes: dict[str, Any]) -> None:
     assert difference(made_of(), made_of(**changes)) is None
 
 
+def test_made_of_what_is_recorded_as_it_was() -> None:
+    """Of given tiles a digest: one of another length or order would have everything embedded again."""
+    assert made_of()["tiles_from"] == "slide" and made_of(on_the_fly=False)["tiles_from"] == "jpeg"
+    assert made_of(read_tiles_from=Path("archives"))["tiles_from"] == "archive"
+    sizes = hashlib.blake2b(b"1 96 192", digest_size=16)
+    sizes.update(np.array([0, 192, 0, 0], np.int64).tobytes())
+    assert made_of(given=TILING)["geometry"]["coordinates"] == sizes.hexdigest()
+
+
 @pytest.mark.parametrize(
     "changed",
     [

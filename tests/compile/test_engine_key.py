@@ -11,10 +11,18 @@ import torch
 from compile_helpers import tiny_recipe
 
 from slide2vec.compile import engine_key as identity_module
-from slide2vec.compile.engine_key import EngineTarget, differences, identity
+from slide2vec.compile.engine_key import (
+    EngineTarget,
+    differences,
+    identity,
+    library_versions,
+    target_here,
+    targets_of,
+)
 from slide2vec.recipes import Recipe, Variant, load_recipe
 from slide2vec.runtime.base import BatchProfile
 from slide2vec.runtime.record import EngineRecord, key_of
+from slide2vec.version import __version__
 
 RECIPE = tiny_recipe()
 BUILD: dict[str, Any] = {
@@ -104,6 +112,61 @@ def test_weights_are_asked_for_last() -> None:
     assert list(differences(replace(other, recipe=RECIPES["islands"]), record_of(made))) == ["islands"]
     assert asked == ["x"]
     assert key_of(made) != key_of({**made, "weights": "other"})
+
+
+@pytest.mark.parametrize("weights", ["a", "z"])
+def test_other_weights_are_others(weights: str) -> None:
+    record = record_of({**identity(subject_of(), **BUILD), "weights": "w"})
+    assert list(differences(subject_of(weights=lambda: weights), record)) == ["weights"]
+
+
+def on_cuda(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> EngineTarget:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    return replace(subject_of(), device=torch.device("cuda"))
+
+
+def test_an_engine_of_a_gpu_is_for_its_name_and_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = identity(on_cuda(monkeypatch, (9, 0)), **{**BUILD, "runtime": "tensorrt"})
+    assert made["device"] == {"type": "cuda", "name": "GPU", "compute_capability": "9.0"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "differing"), [((9, 0), []), ((10, 0), []), ((8, 0), ["device"])], ids=str
+)
+def test_an_engine_of_tensorrt_rtx_is_for_the_gpus_it_was_built_for(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], differing: list[str]
+) -> None:
+    target = on_cuda(monkeypatch, capability)
+    build = {**BUILD, "runtime": "tensorrt-rtx"}
+    made = {**identity(target, **build, targets=("sm100", "sm90")), "weights": "w"}
+    assert made["device"] == {"type": "cuda", "targets": ["sm90", "sm100"]}
+    record = replace(record_of(made), runtime="tensorrt-rtx")
+    assert targets_of(record) == ("sm90", "sm100")
+    assert target_here(target.device) == f"sm{capability[0]}{capability[1]}"
+    assert list(differences(target, record)) == differing
+
+
+def test_engines_of_a_cpu_are_for_its_instructions_or_for_what_openvino_computes_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = {"avx2": True, "avx512_f": False, "architecture": "x86_64", "amx_tile": True, "l1d_cache_size": 1}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    ours = identity(subject_of(), **BUILD)
+    assert ours["device"]["instructions"] == ["amx_tile", "avx2"]
+    openvino = identity(subject_of(), **{**BUILD, "runtime": "openvino"})
+    assert set(openvino["device"]) == {"type", "machine", "computes_in"}
+    assert targets_of(record_of(ours)) == ()
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    older = identity(subject_of(), **BUILD)
+    assert older["device"]["instructions"] == [torch.backends.cpu.get_cpu_capability()]
+
+
+def test_libraries_that_are_there_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"torch": "2", "timm": "1", "onnx": "", "openvino": "2025"}
+    monkeypatch.setattr(identity_module, "_version", lambda names: versions[names[0]])
+    found = library_versions("openvino")
+    assert found == {"slide2vec": __version__, "torch": "2", "timm": "1", "openvino": "2025"}
 
 
 def test_the_version_is_that_of_the_first_distribution_there_is(monkeypatch: pytest.MonkeyPatch) -> None:

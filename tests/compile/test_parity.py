@@ -5,14 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from slide2vec.compile.parity import Parity, batch_sizes, compare, for_layout, reference_features
+from slide2vec.compile.parity import (
+    Parity,
+    Reference,
+    batch_sizes,
+    compare,
+    for_layout,
+    reference_features,
+    verify_engine,
+    write_reference,
+)
+from slide2vec.compile.store import StoredEngine
+from slide2vec.errors import EngineError
 from slide2vec.runtime.base import BatchProfile
+from slide2vec.runtime.record import EngineRecord
 
 CPU = torch.device("cpu")
 MEAN_STD = ((0.0, 0.25, 0.5), (1.0, 0.5, 0.25))
@@ -82,6 +95,9 @@ def test_every_size_is_run_and_every_tile() -> None:
     engine = FakeEngine()
     compared(engine, (1, 4, 9))  # more than there are: from the first on again
     assert engine.batches == [[0], [1, 2, 3, 4], [5, 6, 0, 1, 2, 3, 4, 5, 6]]
+    engine = FakeEngine()
+    compared(engine, (16,))
+    assert engine.batches == [[*range(7), *range(7), 0, 1]]
 
 
 def test_a_size_that_goes_wrong() -> None:
@@ -134,6 +150,43 @@ def test_the_reference_is_the_encoder_on_every_tile_in_order() -> None:
     value = torch.arange(11) / 255
     assert torch.allclose(found, torch.stack([value, (value - 0.25) / 0.5], 1))
     assert sizes == [8, 3] and exact == [False, False]
+
+
+def stored(folder: Path, parity: dict[str, Any]) -> StoredEngine:
+    """An engine on disk, of which only what is compared with later is there: at least 0.5."""
+    write_reference(folder, PIXELS, REFERENCE, 0.5)
+    record = EngineRecord(
+        **{"key": "k", "preset": "tiny", "variant": "both", "runtime": "fake", "precision": "fp32"},
+        **{"asked_precision": "fp32", "layout": "uint8_nhwc", "input_size_px": 2, "feature_dim": 2},
+        **{"profile": BatchProfile(1, 2, 2), "file": "a", "opset": None, "licence": "", "versions": {}},
+        **{"built_at": "", "build_seconds": 1.0, "identity": {"normalisation": MEAN_STD}},
+        **{"parity": parity, "checksums": {}},
+    )
+    return StoredEngine(folder, record)
+
+
+@pytest.mark.parametrize(("parity", "least"), [({}, 0.5), ({"least": 0.75}, 0.75)], ids=str)
+def test_what_was_kept_is_what_is_compared_with(tmp_path: Path, parity: dict[str, Any], least: float) -> None:
+    """The record's threshold counts over the file's: a preset's may have been changed since."""
+    kept = Reference.of(stored(tmp_path, parity))
+    assert torch.equal(kept.pixels, PIXELS) and torch.equal(kept.features, REFERENCE)
+    assert kept.least == least
+
+
+def test_an_engine_that_is_no_longer_close_enough_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, loaded = stored(tmp_path, {}), FakeEngine()
+    monkeypatch.setattr("slide2vec.compile.parity.load_engine", lambda directory, device: loaded)
+    parity = verify_engine(engine, CPU)
+    assert parity.min_cosine == pytest.approx(1)
+    assert (parity.least, parity.tiles, parity.batch_sizes) == (0.5, TILES, (1, 2))
+    loaded = FakeEngine({3: lambda features: -features})
+    with pytest.raises(EngineError, match=r"least cosine .* is -1.000000, below 0.5; build it again"):
+        verify_engine(engine, CPU)
+    damaged = replace(engine, record=replace(engine.record, checksums={"gone": "x"}))
+    with pytest.raises(EngineError, match="gone is missing; build it again"):
+        verify_engine(damaged, CPU)
 
 
 def test_sizes_between_those_of_the_profile() -> None:

@@ -287,7 +287,7 @@ def runs(
         where = module if isinstance(module, str) else module.__name__
         monkeypatch.setattr(f"{where}.load_engine", lambda folder, device: Engine(encoder, how.spoil))
     monkeypatch.setattr("slide2vec.compile.proof.beside_torch", timed)
-    monkeypatch.setattr(select_module, "TorchEngine", Plain)
+    monkeypatch.setattr(select_module, "torch_engine", Plain)
     how.subject = subject
     how.select = lambda store, choice="auto": (
         select_engine(choice, encoder, subject, "bf16", store=store).engine

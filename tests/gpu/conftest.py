@@ -35,6 +35,6 @@ def cuda(device: torch.device) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A generated JPEG pyramid, 0.25 µm/px."""
+def slide(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generated JPEG pyramid, 0.25 µm/px; drawn only where there is a device for it."""
     return write_synthetic_slide(tmp_path_factory.mktemp("slides") / "slide.svs", size_px=6144, seed=3)

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from slide2vec.scale.scheduler import Scheduler
+from slide2vec.scale.scheduler import Scheduler, _Work
 
 #: Tiles per batch of the workers here.
 BATCH = 64
@@ -219,6 +219,66 @@ def test_a_worker_with_more_than_its_share_gets_nothing_ahead() -> None:
     assert not scheduler.should_flush("a") and scheduler.next_task("a") == "s0"
 
 
+def test_what_is_ahead_and_the_next_may_be_a_quarter_of_the_share() -> None:
+    """The quarter itself included: 2 of 8."""
+    scheduler = Scheduler({f"s{n}": 1.0 for n in range(8)}, depth=4)
+    scheduler.join("w")
+    assert [scheduler.next_task("w") for _ in range(3)] == ["s0", "s1", None]
+    # 2 + 2 of 14 / 4; the last ones would be little enough.
+    scheduler = Scheduler({"a": 2.0, "b": 2.0} | {f"s{n}": 0.1 for n in range(100)}, depth=4)
+    scheduler.join("w")
+    assert [scheduler.next_task("w") for _ in range(2)] == ["a", None]
+    # 1.8 of (16 * 0.9 + 0.6) / 2 / 4 = 1.875.
+    sizes = {f"s{n}": 0.9 for n in range(16)} | {"last": 0.6}
+    scheduler = Scheduler(sizes, depth=4, expected=2)
+    scheduler.join("w")
+    assert [scheduler.next_task("w") for _ in range(3)] == ["s0", "s1", None]
+
+
+def test_a_worker_with_just_its_share_gets_one_ahead() -> None:
+    scheduler = Scheduler({"a": 10.0, "b": 10.0}, depth=1, expected=2)
+    scheduler.join("w")
+    assert scheduler.next_task("w") == "a"
+    scheduler.planned("a", 10)
+    assert scheduler.next_task("w") == "b"
+
+
+def test_what_is_left_is_known_better_and_better() -> None:
+    work = _Work({"a": 100.0, "b": 300.0, "c": 0.0, "d": math.inf, "e": math.nan, "f": -1.0})
+    assert [work.of(task) for task in "abcdef"] == [100, 300, 200, 200, 200, 200]
+    assert work.total == 1200
+    work.measure("a", 10)  # so every tenth of a size is a tile
+    assert (work.of("a"), work.of("b"), work.total) == (10, 30, 10 + 110)
+    work.reduce("a", 4)
+    assert (work.of("a"), work.total) == (6, 6 + 110)
+    work.measure("a", 12)  # begun again: its worker was lost
+    assert (work.of("a"), work.of("b"), work.total) == (12, 30, 12 + 110)
+    work.reduce("a", 99)
+    assert (work.of("a"), work.total) == (0, 110)
+    work.drop("b")
+    assert (work.of("b"), work.total) == (0, 80)
+    work.measure("c", 7)
+    work.drop("c")
+    assert work.of("c") == 0 and work.total == pytest.approx(600 * 17 / 300)
+
+
+def test_of_equal_unknown_sizes_one_tells_of_the_others() -> None:
+    work = _Work({"a": 0.0, "b": math.nan})
+    assert work.total == 2
+    work.measure("a", 10)
+    assert (work.of("b"), work.total) == (10, 20)
+
+
+def test_a_task_that_failed_with_two_workers_is_no_work_any_more() -> None:
+    scheduler = Scheduler({"poison": 1000.0} | {f"s{n}": 1.0 for n in range(8)}, depth=4)
+    for worker, failed in (("a", []), ("b", ["poison"])):
+        scheduler.join(worker)
+        assert scheduler.next_task(worker) == "poison" and scheduler.next_task(worker) is None
+        assert scheduler.lost(worker) == failed
+    scheduler.join("c")
+    assert [scheduler.next_task("c") for _ in range(3)] == ["s0", "s1", None]  # a quarter of 8
+
+
 def test_suspects_go_first_and_others_go_on() -> None:
     scheduler = Scheduler({f"s{n}": 100.0 for n in range(100)}, depth=2)
     for worker in "abcd":
@@ -296,6 +356,7 @@ def test_however_many_suspects_half_of_the_workers_go_on(workers: int, suspects:
     assert len(apart) == min(suspects, (workers + 1) // 2)
     lost = scheduler.waiting[:suspects]
     for worker in apart:
+        assert [each for each in scheduler.workers if scheduler.should_flush(each)] == apart
         for task in scheduler.assigned(worker):
             scheduler.done(task)
         assert scheduler.next_task(worker) in lost
@@ -305,15 +366,25 @@ def test_however_many_suspects_half_of_the_workers_go_on(workers: int, suspects:
         assert scheduler.next_task(worker) not in (None, *lost)
 
 
-def test_a_worker_with_a_suspect_counts_among_those_apart() -> None:
+def test_room_is_made_until_the_last_suspect_is_given_or_done() -> None:
+    scheduler = with_suspects(workers=2, suspects=2)
+    (worker,) = (worker for worker in scheduler.workers if scheduler.should_flush(worker))
+    scheduler.done("s0")  # last words of the lost worker
+    assert scheduler.should_flush(worker)
+    scheduler.done("s1")
+    assert not scheduler.should_flush(worker)
+
+
+@pytest.mark.parametrize(("workers", "room", "after"), [(6, 3, 3), (5, 3, 2), (3, 2, 1)])
+def test_a_worker_with_a_suspect_counts_among_those_apart(workers: int, room: int, after: int) -> None:
     """Another loss makes room on no more than half of those who are left."""
-    scheduler = with_suspects(workers=6, suspects=9)
+    scheduler = with_suspects(workers, suspects=9)
     first = [worker for worker in scheduler.workers if scheduler.should_flush(worker)]
-    assert len(first) == 3
+    assert len(first) == room
     for task in scheduler.assigned(first[0]):
         scheduler.done(task)
     assert scheduler.next_task(first[0]) == "s0"
-    (other, *_) = set(scheduler.workers) - set(first)
+    other = next(worker for worker in scheduler.workers if worker not in first)
     assert scheduler.lost(other) == []
     apart = [worker for worker in scheduler.workers if scheduler.should_flush(worker)]
-    assert len(apart) == 3 and first[0] in apart
+    assert len(apart) == after and first[0] in apart

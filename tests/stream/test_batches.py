@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 
 from slide2vec.stream.batches import Batch, Batches, Stopped
 
@@ -48,6 +49,63 @@ def test_targets_are_views_of_the_batch() -> None:
     assert ready[0].pixels[:, 0, 0, 0].tolist() == [1, 2]
 
 
+def test_targets_begin_where_the_batch_is_free() -> None:
+    """Slots 3 to 5, which a bit-wise mistake takes for 3 alone."""
+    batches, ready = make(6)
+    for owner, count in (("a", 3), ("b", 3)):
+        (piece,) = batches.reserve(owner, np.arange(count))
+        target = piece.targets()
+        assert isinstance(target, np.ndarray) and target.shape == (3, 8, 8, 3)
+        target[:] = ord(owner)
+        batches.fill(piece)
+    assert ready[0].pixels[:, 7, 7, 2].tolist() == [97] * 3 + [98] * 3
+
+
+def test_memory_of_a_device_is_given_as_a_tensor() -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def allocate(shape: tuple[int, ...]) -> torch.Tensor:
+        shapes.append(shape)
+        return torch.empty(shape, dtype=torch.uint8, device="meta")
+
+    batches = Batches[str](4, 8, ahead=1, ready=lambda batch: None, allocate=allocate)
+    (piece,) = batches.reserve("a", np.arange(3))
+    target = piece.targets()
+    assert shapes == [(4, 8, 8, 3)]
+    assert isinstance(target, torch.Tensor) and target.shape == (3, 8, 8, 3)
+
+
+def test_events_are_kept_with_the_pixels_that_they_are_of() -> None:
+    batches, ready = make(2)
+    written, read = object(), object()
+    first, second = (*batches.reserve("a", np.arange(1)), *batches.reserve("a", np.arange(1)))
+    batches.fill(first)
+    batches.fill(second, written)  # type: ignore[arg-type]
+    assert ready[0].written == [written] and ready[0].free is None
+    batches.release(ready[0], read)  # type: ignore[arg-type]
+    (piece,) = batches.reserve("b", np.arange(1))
+    assert piece.batch.free is read and piece.batch.pixels is ready[0].pixels and not piece.batch.written
+
+
+def test_a_stream_that_nobody_takes_from_turns_its_threads_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slide2vec.stream.batches.LOOK_UP_S", 0.001)
+    looks = iter([False, True])
+    batches = Batches[str](1, 8, ahead=1, ready=lambda batch: None, abandoned=lambda: next(looks))
+    batches.reserve("a", np.arange(1))
+    with pytest.raises(Stopped):
+        batches.reserve("b", np.arange(1))
+    assert list(looks) == []
+
+
+def test_finish_without_any_tile_or_after_full_batches_gives_nothing_more() -> None:
+    batches, ready = make(2)
+    batches.finish()
+    for piece in batches.reserve("a", np.arange(2)):
+        batches.fill(piece)
+    batches.finish()
+    assert [batch.reserved for batch in ready] == [2]
+
+
 def test_reserve_blocks_until_a_batch_is_released_and_reuses_its_memory() -> None:
     batches, ready = make(2, ahead=1)
     (piece,) = batches.reserve("a", np.arange(2))
@@ -64,14 +122,21 @@ def test_reserve_blocks_until_a_batch_is_released_and_reuses_its_memory() -> Non
     assert got[0].batch.pixels is memory  # type: ignore[attr-defined]
 
 
-def test_more_tiles_than_may_be_ahead_do_not_block() -> None:
+def test_more_tiles_than_may_be_ahead_do_not_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """A supertile of many small tiles spans more batches than the limit; it must get them."""
-    batches, ready = make(2, ahead=1)
+    ready: list[Batch[str]] = []
+    batches = Batches[str](2, 8, ahead=1, ready=ready.append, abandoned=lambda: True)
     pieces = batches.reserve("a", np.arange(9))
     assert len(pieces) == 5
     for piece in pieces:
         batches.fill(piece)
     assert len(ready) == 4
+    monkeypatch.setattr("slide2vec.stream.batches.LOOK_UP_S", 0.001)
+    for batch in ready:  # four are ahead: whoever comes now waits (here for nobody) till there is none
+        with pytest.raises(Stopped):
+            batches.reserve("b", np.arange(1))
+        batches.release(batch)
+    assert batches.reserve("b", np.arange(1))
 
 
 def test_stop_turns_waiting_threads_away() -> None:

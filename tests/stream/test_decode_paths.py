@@ -21,7 +21,8 @@ from slide2vec.readers.decoders import HostDecoder
 from slide2vec.readers.tile_assembly import JpegTileReader
 from slide2vec.slides import Slide
 from slide2vec.stream import SlidePlan, Stream, decode_paths, plan_slide
-from slide2vec.stream.decode_paths import DeviceTransfer, HostTransfer, TileTransfer, tile_transfer
+from slide2vec.stream.decode_paths import DecodePath, DeviceTransfer, tile_transfer
+from slide2vec.stream.transfer import HostTransfer, TileTransfer
 from slide2vec.tiling.archives import write_archive
 
 CPU = torch.device("cpu")
@@ -110,7 +111,15 @@ def test_uploading_gives_the_hosts_pixels(
     np.testing.assert_array_equal(singly(plan), expected)
 
 
-class Wrong(HostDecoder):
+class Tensors(HostDecoder):
+    def decode(self, *tiles: Any) -> Any:
+        return map(torch.from_numpy, super().decode(*tiles))
+
+    def canvas(self, height: int, width: int) -> Any:
+        return torch.full((height, width, 3), 255, dtype=torch.uint8)
+
+
+class Wrong(Tensors):
     """Takes RGB for YCbCr, as cuCIM does on a GPU."""
 
     def decode(self, tiles: Any, *more: Any) -> Any:
@@ -137,36 +146,32 @@ def test_a_decode_path_with_wrong_pixels_is_left(
         opened.append(JpegTileReader(probe, decoder()))
         return opened[-1]
 
-    candidates = [("bad", open_assembled)]
-    device_transfer = DeviceTransfer(CPU)
-    monkeypatch.setattr(device_transfer, "_decode_paths", candidates)
-    with caplog.at_level(logging.INFO, logger=decode_paths.__name__):
-        plan = device_transfer.bind(planned(reference_slide))
+    monkeypatch.setattr(decode_paths, "DECODE_PATHS", {"bad": lambda device: DecodePath(open_assembled)})
+    with caplog.at_level(logging.WARNING, logger=decode_paths.__name__):
+        plan = DeviceTransfer(CPU, "auto", ["bad"]).bind(planned(reference_slide))
     assert plan.decode_path is not None and plan.decode_path.endswith(", uploaded")
-    assert "decoded on the CPU (bad: " in caplog.text and reason in caplog.text
+    assert "slide s: decoded on the CPU" in caplog.text and reason in caplog.text
     np.testing.assert_array_equal(pixels(plan), pixels(planned(reference_slide)))
     with pytest.raises(SlideReadError, match="closed"):
         opened[0].read_region((0, 0), 0, (10, 10))
-    device_transfer = DeviceTransfer(CPU, True)
-    monkeypatch.setattr(device_transfer, "_decode_paths", candidates)
     with pytest.raises(BackendError, match=f"slide s: gpu_decode=True.*{reason}.*gpu_decode='auto'"):
-        device_transfer.bind(planned(reference_slide))
+        DeviceTransfer(CPU, True, ["bad"]).bind(planned(reference_slide))
 
 
 def test_the_second_decode_path_is_tried(reference_slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    device_transfer = DeviceTransfer(CPU)
-    good: Any = lambda probe: JpegTileReader(probe, _Tensors())  # noqa: E731
-    bad: Any = lambda probe: JpegTileReader(probe, Wrong())  # noqa: E731
-    monkeypatch.setattr(device_transfer, "_decode_paths", [("bad", bad), ("good", good)])
-    assert device_transfer.bind(planned(reference_slide)).decode_path == "good on the device"
+    with_paths(monkeypatch, bad=Wrong, good=Tensors)
+    plan = DeviceTransfer(CPU, "auto", ["bad", "good"]).bind(planned(reference_slide))
+    assert plan.decode_path == "good on the device"
 
 
-class _Tensors(HostDecoder):
-    def decode(self, *tiles: Any) -> Any:
-        return map(torch.from_numpy, super().decode(*tiles))
+def with_paths(monkeypatch: pytest.MonkeyPatch, **decoders: Callable[[], Any]) -> None:
+    """Have decode paths of these decoders, by name."""
 
-    def canvas(self, height: int, width: int) -> Any:
-        return torch.full((height, width, 3), 255, dtype=torch.uint8)
+    def made(decoder: Callable[[], Any]) -> Callable[[torch.device], DecodePath]:
+        return lambda device: DecodePath(lambda probe: JpegTileReader(probe, decoder()))
+
+    paths = {name: made(decoder) for name, decoder in decoders.items()}
+    monkeypatch.setattr(decode_paths, "DECODE_PATHS", paths)
 
 
 def test_what_decides_the_transfer(monkeypatch: pytest.MonkeyPatch) -> None:

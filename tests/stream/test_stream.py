@@ -32,9 +32,9 @@ from slide2vec.runtime.base import Layout
 from slide2vec.slides import Slide
 from slide2vec.stream import SlideOutcome, SlidePlan, SlideQueue, Stream, batch_encoder
 from slide2vec.stream.cuda_streams import HostStream
-from slide2vec.stream.decode_paths import HostTransfer
 from slide2vec.stream.station_timers import find_bottleneck
 from slide2vec.stream.tile_sources import SlideSource
+from slide2vec.stream.transfer import HostTransfer
 from slide2vec.tiling import Segmentation, Tiling
 
 SIDE = 8

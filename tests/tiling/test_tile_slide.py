@@ -121,7 +121,7 @@ def random_mask(seed: int) -> NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("dimensions", [(1984, 1600), (1990, 1603)])
+@pytest.mark.parametrize("dimensions", [(1984, 1600), (1990, 1603), (1984, 1200)])
 def test_coverage_equals_counting_pixels_one_by_one(seed: int, dimensions: tuple[int, int]) -> None:
     mask = random_mask(seed)
     scale = (dimensions[0] / mask.shape[1], dimensions[1] / mask.shape[0])
@@ -170,6 +170,40 @@ def counted(
                 )
                 found.setdefault((x, y), []).append(count / (window_x * window_y))
     return found
+
+
+def test_the_last_pixel_of_tissue_begins_a_tile() -> None:
+    reader = ArrayReader([blank(400, 300, (37, 21, 51, 30))])
+    config = settings(requested_tile_size_px=50, tissue_threshold=0.0)
+    tiling, _ = tile_slide(reader, a_slide(), 0.5, config)
+    assert tiles_of(tiling) == [(37, 21), (87, 21)]
+    assert tiling.tissue_fractions[1] == np.float32(30 / 50**2)
+
+
+def coverage_of_a_block(dimensions_px: int, tile_px: int) -> dict[tuple[int, int], float]:
+    """Of a mask of 10 x 10 px, tissue in 3 to 5 of both axes, and a slide that is as wide as high."""
+    mask = np.zeros((10, 10), np.uint8)
+    mask[3:6, 3:6] = 255
+    scale = dimensions_px / 10
+    tissue = TissueMask(
+        mask=mask, pieces=find_pieces(mask, 0.0)[0], scale=(scale, scale), segmentation=SEGMENTATION
+    )
+    geometry = tile_geometry(
+        requested_tile_size_px=tile_px, requested_spacing_um=0.5, base_spacing_um=0.5, downsamples=[1]
+    )
+    x, y, fractions = tissue_tiles(tissue, geometry, (dimensions_px, dimensions_px), 0.0)
+    return dict(zip(zip(x.tolist(), y.tolist(), strict=True), fractions.tolist(), strict=True))
+
+
+def test_a_tile_smaller_than_a_pixel_of_the_mask_is_what_that_pixel_is() -> None:
+    starts = range(3 * 64, 5 * 64 + 1, 16)
+    assert coverage_of_a_block(640, 16) == {(x, y): 1.0 for x in starts for y in starts}
+
+
+def test_a_tile_that_begins_before_the_box_of_its_piece_counts_nothing_there() -> None:
+    """A pixel of the mask is 2.5 px: the box begins at 7.5, the first tile at 7, in the pixel before."""
+    found = coverage_of_a_block(25, 2)
+    assert found == {(x, y): float(x > 7 and y > 7) for x in (7, 9, 11) for y in (7, 9, 11)}
 
 
 def flooded(mask: NDArray[np.uint8]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:

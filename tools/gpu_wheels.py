@@ -1,0 +1,153 @@
+"""Pack what a bare GPU machine without a network lacks into archives that are small enough to be sent there.
+
+    python -m tools.gpu_wheels [--to .whl] [--python 3.12] [--arch 90]
+
+Writes .whl/base/site.tar.xz and .whl/dali/site.tar.xz, which tools/gpu_plan.sh unpacks where it finds them.
+The machine is taken to have PyTorch, timm and their like. Of each package stays what that Python on that GPU
+can load: GPU code of other architectures is zeroed, symbol tables and other Pythons' modules are left out.
+Needs uv, strip, tar and xz.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+#: Archive -> what goes into it. DALI alone is as large as all the others together.
+ARCHIVES = {
+    "base": (
+        "annotated-types",
+        "cucim-cu13",
+        "imagecodecs",
+        "nvidia-nvimgcodec-cu13",
+        "nvidia-nvjpeg",
+        "openslide-bin",
+        "openslide-python",
+        "pydantic",
+        "pydantic-core",
+        "pydicom",
+        "pytest-timeout",
+        "simplejpeg",
+        "typing-inspection",
+    ),
+    "dali": ("nvidia-dali-cuda130",),
+}
+#: Nothing of slide2vec loads them, or they would hide another package's (nvidia/__init__.py).
+LEFT_OUT = (
+    "nvidia/__init__.py",
+    "nvidia/*/include",
+    "nvidia/cu13/include",
+    "nvidia/dali/Acknowledgements.txt",
+    "nvidia/dali/test",
+    "cucim/skimage",
+    "**/*.a",
+    "**/__pycache__",
+)
+_FATBIN_MAGIC = 0xBA55ED50
+_PTX, _CUBIN = 1, 2
+
+
+def sections(binary: bytearray) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of each section of a 64-bit ELF file."""
+    (table,) = struct.unpack_from("<Q", binary, 0x28)
+    size, count, names = struct.unpack_from("<HHH", binary, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", binary, table + number * size) for number in range(count)]
+    for name, _, _, _, offset, length in headers:
+        start = headers[names][4] + name
+        yield binary[start : binary.index(b"\0", start)].decode(), offset, length
+
+
+def zero_other_gpu_code(binary: bytearray, arch: int) -> int:
+    """Zero GPU code for other architectures (and PTX) in an ELF file; bytes zeroed.
+
+    The entries stay listed, with their sizes: the driver takes the one that fits exactly. The layout is that
+    of fatbinary_section.h: a header (magic, version, its own size, size of all entries), then entries, each
+    with a header (kind, version, its own size, size of its payload, …, architecture).
+    """
+    zeroed = 0
+    for name, start, length in sections(binary):
+        if name not in (".nv_fatbin", "__nv_relfatbin"):
+            continue
+        place, end = start, start + length
+        while place < end - 16:
+            magic, _, own, following = struct.unpack_from("<IHHQ", binary, place)
+            if magic != _FATBIN_MAGIC:
+                place += 8
+                continue
+            place += own
+            stop = place + following
+            while place < stop:
+                kind, _, header, payload = struct.unpack_from("<HHIQ", binary, place)
+                (code_for,) = struct.unpack_from("<I", binary, place + 28)
+                if kind == _PTX or (kind == _CUBIN and code_for != arch):
+                    binary[place + header : place + header + payload] = bytes(payload)
+                    zeroed += payload
+                place += header + payload
+    return zeroed
+
+
+def trim(folder: Path, python: str, arch: int) -> None:
+    """Leave out what that Python on that GPU cannot load."""
+    for pattern in LEFT_OUT:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    own = f"cpython-{python.replace('.', '')}-"
+    for path in folder.rglob("*.so*"):
+        if not path.is_file() or path.is_symlink():
+            continue
+        other_python = re.search(r"\.cpython-\w+-", path.name)
+        if other_python and own not in path.name:
+            path.unlink()
+            continue
+        binary = bytearray(path.read_bytes())
+        if binary[:5] == b"\x7fELF\x02" and zero_other_gpu_code(binary, arch):
+            path.unlink()  # the file may be a link into uv's cache
+            path.write_bytes(binary)
+            path.chmod(0o755)
+        stripped = path.with_name(path.name + ".stripped")
+        command = ["strip", "--strip-unneeded", "-o", stripped, path]
+        if subprocess.run(command, capture_output=True).returncode:
+            stripped.unlink(missing_ok=True)
+        else:
+            stripped.replace(path)
+
+
+def pack(name: str, to: Path, python: str, arch: int) -> Path:
+    """Install, trim and compress one archive."""
+    with tempfile.TemporaryDirectory() as scratch:
+        site = Path(scratch) / "site"
+        install = ["uv", "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:", "--target", site]
+        platform = ["--python-version", python, "--python-platform", "x86_64-manylinux_2_28"]
+        subprocess.run([*install, *platform, "--link-mode", "copy", *ARCHIVES[name]], check=True)
+        trim(site, python, arch)
+        archive = to / name / "site.tar.xz"
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with archive.open("wb") as file:
+            packed = subprocess.Popen(["tar", "c", "-C", site, "."], stdout=subprocess.PIPE)
+            subprocess.run(["xz", "--x86", "--lzma2=preset=9"], stdin=packed.stdout, stdout=file, check=True)
+            if packed.wait():
+                raise SystemExit(f"tar failed on {site}")
+    return archive
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--to", type=Path, default=Path(".whl"))
+    parser.add_argument("--python", default="3.12", help="of the GPU machine")
+    parser.add_argument("--arch", type=int, default=90, help="of the GPU: 80 (A100), 90 (H100), 100 (B200)")
+    parser.add_argument("--only", choices=ARCHIVES, help="one archive")
+    args = parser.parse_args()
+    for name in [args.only] if args.only else ARCHIVES:
+        archive = pack(name, args.to, args.python, args.arch)
+        print(f"{archive}: {archive.stat().st_size / 2**20:.1f} MiB", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
