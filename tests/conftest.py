@@ -25,7 +25,7 @@ from slide2vec.synthetic import write_synthetic_slide
 #: Processes that tests run in at most: each takes up to 4 GB.
 MAX_PROCESSES = 8
 
-#: Files that take longest, the longest first: what is begun last shall be short, so that processes end together.
+#: Files that take longest, the longest first: what is begun last is short, and processes end together.
 LONGEST = (
     "tests/compile/test_matrix.py",
     "tests/scale/test_ray_pool.py",
