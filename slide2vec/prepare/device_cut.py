@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import ceil, floor
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["area_weights", "cut_tiles_on_device", "reduce_whole"]
+__all__ = ["area_taps", "cut_tiles_on_device", "reduce_whole"]
 
 #: Float pixels of the tiles that are reduced at once where the ratio is fractional.
 _AT_ONCE = 1 << 24
+#: Shares of a pixel that OpenCV leaves out (computeResizeAreaTab of modules/imgproc/src/resize.cpp).
+_LEAST_SHARE = 1e-3
 
 
 def cut_tiles_on_device(
@@ -25,13 +28,13 @@ def cut_tiles_on_device(
         pixels: (h, w, 3) uint8, the supertile.
         offsets: (n, 2) int64, (x, y) of each tile in it, px.
         read_tile_size_px: side of the tiles in it.
-        targets: n (S, S, 3) uint8 tensors (or arrays), S the requested size.
+        targets: n (S, S, 3) uint8 tensors (or arrays), S the requested size, at most that side.
 
-    Equal to OpenCV's INTER_AREA where the ratio of the sizes is whole, within one grey level elsewhere.
+    Equal to OpenCV's INTER_AREA bit by bit.
     """
     size = targets[0].shape[0]
     ratio, rest = divmod(read_tile_size_px, size)
-    if rest or not ratio:
+    if rest:
         _cut_fractional(pixels, offsets, read_tile_size_px, targets)
     elif (offsets % ratio).any():
         for (x, y), target in zip(offsets.tolist(), targets, strict=True):
@@ -63,25 +66,53 @@ def reduce_whole(pixels: Tensor, ratio: int) -> Tensor:
 
 def _cut_fractional(pixels: Tensor, offsets: NDArray[Any], side: int, targets: Sequence[Any]) -> None:
     size = targets[0].shape[0]
-    weights = area_weights(side, size, pixels.device)
     per_step = max(1, _AT_ONCE // (side * side * 3))
     for start in range(0, len(targets), per_step):
         places = offsets[start : start + per_step].tolist()
         tiles = torch.stack([pixels[y : y + side, x : x + side] for x, y in places]).float()
-        rows = torch.einsum("sr,nrwc->nswc", weights, tiles)
-        reduced = torch.einsum("tw,nswc->nstc", weights, rows).round_().clamp_(0, 255).to(torch.uint8)
-        for tile, target in zip(reduced, targets[start : start + per_step], strict=True):
+        reduced = _reduce_axis(_reduce_axis(tiles, size, 2), size, 1)
+        rounded = reduced.round_().clamp_(0, 255).to(torch.uint8)
+        for tile, target in zip(rounded, targets[start : start + per_step], strict=True):
             torch.as_tensor(target).copy_(tile, non_blocking=True)
 
 
-@lru_cache(maxsize=8)
-def area_weights(read: int, size: int, device: torch.device) -> Tensor:
-    """(size, read) float32: the share of each read pixel in each pixel of the requested size.
+def _reduce_axis(tiles: Tensor, size: int, axis: int) -> Tensor:
+    """Products and sums one by one, in OpenCV's order: a matrix product would round otherwise."""
+    side = tiles.shape[axis]
+    first, weights = area_taps(side, size, tiles.device)
+    total: Tensor | None = None
+    for tap, weight in enumerate(weights.unbind(1)):
+        part = tiles.index_select(axis, (first + tap).clamp(max=side - 1)).mul_(
+            weight.view([-1 if number == axis else 1 for number in range(tiles.dim())])
+        )
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
 
-    Pixel i covers the interval [i, i + 1) * read / size; its value is the average over that interval.
+
+@lru_cache(maxsize=8)
+def area_taps(read: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which pixels each pixel of the requested size is the average of, and their shares in it, as OpenCV's
+    INTER_AREA has them: pixel i covers the interval [i, i + 1) * read / size.
+
+    Returns:
+        (size,) int32, the first of them, and (size, taps) float32, their shares; 0 beyond the last.
     """
-    edges = torch.arange(size + 1, dtype=torch.float64) * (read / size)
-    pixel = torch.arange(read, dtype=torch.float64)
-    begin = torch.maximum(edges[:-1, None], pixel)
-    end = torch.minimum(edges[1:, None], pixel + 1)
-    return ((end - begin).clamp_(min=0) * (size / read)).float().to(device)
+    scale = read / size
+    taps = [_taps(index * scale, scale, read) for index in range(size)]
+    most = max(len(shares) for _, shares in taps)
+    weights = [shares + [0.0] * (most - len(shares)) for _, shares in taps]
+    firsts = torch.tensor([first for first, _ in taps], dtype=torch.int32)
+    return firsts.to(device), torch.tensor(weights, dtype=torch.float32).to(device)
+
+
+def _taps(begin: float, scale: float, read: int) -> tuple[int, list[float]]:
+    end, cell = begin + scale, min(scale, read - begin)
+    last = min(floor(end), read - 1)
+    whole = min(ceil(begin), last)
+    shares = [1 / cell] * (last - whole)
+    if end - last > _LEAST_SHARE:
+        shares.append(min(end - last, 1.0, cell) / cell)
+    if whole - begin > _LEAST_SHARE:
+        return whole - 1, [(whole - begin) / cell, *shares]
+    return whole, shares

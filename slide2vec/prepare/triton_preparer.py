@@ -12,6 +12,7 @@ from torch import Tensor
 from slide2vec.errors import ConfigError, ExtraMissingError
 from slide2vec.recipes import Transform
 from slide2vec.runtime.base import Layout
+from slide2vec.runtime.device import use_device
 
 __all__ = ["TritonPreparer", "triton_unavailable"]
 
@@ -63,5 +64,6 @@ class TritonPreparer:
         out = torch.empty(shape, dtype=dtype, device=self.device)
         grid = (-(-crop * crop // _BLOCK), count, 3)
         corner = round((side - crop) / 2)
-        self._kernel[grid](tiles, out, side, crop, corner, *self._scale, *self._shift, packed, _BLOCK)
+        with use_device(self.device):
+            self._kernel[grid](tiles, out, side, crop, corner, *self._scale, *self._shift, packed, _BLOCK)
         return out

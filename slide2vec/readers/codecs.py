@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 
 from slide2vec.readers.tile_table import Parts, TileFormat
 
-__all__ = ["TileError", "decode_tile", "has_transform", "tile_memory", "unavailable", "why_not"]
+__all__ = [
+    "TileError",
+    "check_jpeg",
+    "decode_tile",
+    "has_transform",
+    "tile_memory",
+    "unavailable",
+    "why_not",
+]
 
 Pixels = NDArray[np.uint8]
 
@@ -131,6 +139,26 @@ def decode_tile(parts: Parts, tiles: TileFormat, shown: tuple[int, int], buffer:
         raise TileError(f"damaged {tiles.compression} tile ({str(error).strip()})") from error
 
 
+def check_jpeg(data: bytes, tiles: TileFormat, shown: tuple[int, int]) -> None:
+    """Look at a JPEG tile before a decoder gets it that notices less.
+
+    Only its brightness is decoded, reduced to an eighth a side: that finds what decoding all of it would
+    (see `tile_check`), in half the time.
+
+    Raises:
+        TileError: `decode_tile` would not decode it.
+    """
+    jpeg = _simplejpeg()
+    try:
+        height, width = jpeg.decode_jpeg_header(data, strict=True)[:2]
+        _check_size(height, width, tiles, shown)
+        jpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1, strict=True)
+    except TileError:
+        raise
+    except ValueError as error:
+        raise TileError(f"damaged {tiles.compression} tile ({str(error).strip()})") from error
+
+
 def _jpeg(data: bytes, colours: str, tiles: TileFormat, buffer: Pixels | None) -> Pixels:
     """The buffer bounds what a damaged header can ask for."""
     if buffer is None:
@@ -203,12 +231,15 @@ def _image(data: bytes, tiles: TileFormat, channels: int, shown: tuple[int, int]
 
 
 def _checked(pixels: Pixels, tiles: TileFormat, shown: tuple[int, int]) -> Pixels:
-    height, width = pixels.shape[:2]
+    _check_size(pixels.shape[0], pixels.shape[1], tiles, shown)
+    return pixels
+
+
+def _check_size(height: int, width: int, tiles: TileFormat, shown: tuple[int, int]) -> None:
     if not (shown[0] <= height <= tiles.height and shown[1] <= width <= tiles.width):
         raise TileError(
             f"damaged {tiles.compression} tile ({width}x{height} px instead of {tiles.width}x{tiles.height})"
         )
-    return pixels
 
 
 # Colours --------------------------------------------------------------------------------------

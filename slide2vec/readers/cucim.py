@@ -164,19 +164,33 @@ class CucimCudaReader(CucimReader):
     """Decodes JPEG tiles on the GPU; gives tensors.
 
     The pixels are complete when `read_region` returns. They are not always right: cuCIM does not see that the
-    components of many Aperio files are RGB (26.10), so compare a tile with another reader's.
+    components of many Aperio files are RGB, and repeats chroma samples rather than interpolating them; so
+    compare some tiles with another reader's. Each call makes an nvJPEG handle, a thread, and a CUDA stream
+    that is never given back, and reads the file from the first to the last tile that it touches; where nvJPEG
+    refuses a tile, its threads wait for one another for ever (source of 26.10; no GPU has run it yet).
+
+    cuCIM's other plugin, by nvImageCodec (ENABLE_CUSLIDE2=1), is not used: where a tile of a batch of
+    locations cannot be decoded it returns what the memory held before, and says so on stderr only; it
+    interpolates chroma only if that is nvImageCodec's default; one decoder serves all threads without a lock,
+    on the device that was current first; and the switch is one of the process, for reading on the CPU, too,
+    where it takes labels for levels.
 
     Args:
-        device: a torch.device, "cuda:…".
+        device: a torch.device, "cuda" or "cuda:0".
 
     Raises:
         ExtraMissingError: cuCIM is not installed.
-        BackendError: it does not read such a file, or not on a GPU.
+        BackendError: it does not read such a file, or not on a GPU, or not on this one.
     """
 
     _strict = False  # a second decoding on the CPU would cost what the GPU saves
 
     def __init__(self, probe: Probe, device: Any) -> None:
+        if device.index:
+            raise BackendError(
+                f"cuCIM's threads work on the first GPU of a process, not on {device}: "
+                f"CUDA_VISIBLE_DEVICES={device.index} makes it the first"
+            )
         others = {level.compression for level in probe.levels} - {"JPEG"}
         if others:
             raise BackendError(f"cuCIM decodes only JPEG on a GPU, not {', '.join(sorted(others))}")
@@ -187,7 +201,12 @@ class CucimCudaReader(CucimReader):
         torch = self._torch
         with torch.cuda.device(self._device):
             region = self._image.read_region(location, size, level, device="cuda")  # type: ignore[union-attr]
-            return torch.as_tensor(region, device=self._device).clone()  # cuCIM frees its own memory
+            ours = torch.cuda.current_stream(self._device)
+            # It has enqueued the copies that put tiles together on the default stream, and waits for none.
+            ours.wait_stream(torch.cuda.default_stream(self._device))
+            pixels = torch.as_tensor(region, device=self._device).clone()
+            ours.synchronize()  # `region` frees its memory as it goes
+            return pixels
 
     def _canvas(self, height: int, width: int) -> Any:
         return self._torch.full((height, width, 3), 255, dtype=self._torch.uint8, device=self._device)

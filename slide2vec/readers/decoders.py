@@ -2,57 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
-from copy import copy
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slide2vec.cpus import job_cpus
 from slide2vec.errors import ExtraMissingError
 from slide2vec.readers.codecs import decode_tile, tile_memory
 from slide2vec.readers.tile_table import Parts, TileFormat, TilePlace
 
-__all__ = ["HostDecoder", "NvimgcodecDecoder", "TileDecoder", "nvimgcodec_unavailable"]
+__all__ = ["HostDecoder", "NvimgcodecDecoder", "nvimgcodec_unavailable"]
 
-
-class TileDecoder(Protocol):
-    """Decodes tiles into pixels of its own kind: NumPy arrays or tensors. Used from several threads.
-
-    Attributes:
-        refused: tiles that it did not take, and had decoded on the CPU.
-    """
-
-    refused: int
-
-    def decode(
-        self, tiles: Sequence[Parts], form: TileFormat, places: Sequence[TilePlace], kept: Sequence[bool]
-    ) -> Iterator[Any]:
-        """(h, w, 3) uint8 RGB of each in turn: a whole tile, or no less than the level holds of it.
-
-        Args:
-            tiles: what is stored of them.
-            form: how they are coded.
-            places: where they lie.
-            kept: pixels that must outlive the next step; others are good only until then.
-
-        Raises:
-            TileError: the next one cannot be decoded.
-        """
-        ...
-
-    def canvas(self, height: int, width: int) -> Any:
-        """Memory for (height, width, 3) uint8 pixels of the same kind, whatever is in it."""
-        ...
+#: Memory for decoded tiles that is kept for the next ones.
+POOL_BYTES = 1 << 30
+#: Tiles that a memory holds at least, so that it serves most supertiles.
+_LEAST_SLOTS = 64
 
 
 class HostDecoder:
-    """Strict decoders on the CPU (see `codecs`); of JPEG the pixels of OpenSlide and cuCIM, bit by bit."""
-
-    refused = 0
+    """Strict decoders on the CPU (see `codecs`); of JPEG the pixels of OpenSlide and cuCIM, bit by bit. Used
+    from several threads."""
 
     def __init__(self) -> None:
         self._own = threading.local()
@@ -60,7 +35,18 @@ class HostDecoder:
     def decode(
         self, tiles: Sequence[Parts], form: TileFormat, places: Sequence[TilePlace], kept: Sequence[bool]
     ) -> Iterator[NDArray[np.uint8]]:
-        """See `TileDecoder`; what need not be kept goes to the same memory, which stays in the cache."""
+        """(h, w, 3) uint8 RGB of each in turn: a whole tile, or no less than the level holds of it.
+
+        Args:
+            tiles: what is stored of them.
+            form: how they are coded.
+            places: where they lie.
+            kept: pixels that must outlive the next step; others go to the same memory, which stays in the
+                cache.
+
+        Raises:
+            TileError: the next one cannot be decoded.
+        """
         shared = self._buffer(form)
         for parts, place, keep in zip(tiles, places, kept, strict=True):
             yield decode_tile(parts, form, (place.height, place.width), None if keep else shared)
@@ -73,10 +59,6 @@ class HostDecoder:
             found = self._own.buffer = tile_memory(*shape)
         return found
 
-    def canvas(self, height: int, width: int) -> NDArray[np.uint8]:
-        """See `TileDecoder`."""
-        return np.empty((height, width, 3), np.uint8)
-
 
 def nvimgcodec_unavailable() -> str | None:
     """Why nvImageCodec cannot be used here, None when it can."""
@@ -85,10 +67,23 @@ def nvimgcodec_unavailable() -> str | None:
     return 'nvImageCodec is not installed: pip install "slide2vec[cuda]" (Linux)'
 
 
-class NvimgcodecDecoder:
-    """nvImageCodec: batches on the GPU's hardware engines, or on the CPU; gives tensors.
+class NvimgcodecMemory:
+    """Memory for decoded tiles. See `TileMemory`.
 
-    Pixels are ordered on the CUDA stream that is current when `decode` is called.
+    Attributes:
+        pixels: (n, height, width, 3) uint8, a tensor.
+        images: nvImageCodec's, of each tile of them: made once, since that is dear (12 us each).
+    """
+
+    def __init__(self, pixels: Any, images: Sequence[Any]) -> None:
+        self.pixels, self.images = pixels, images
+
+
+class NvimgcodecDecoder:
+    """nvImageCodec: batches on the GPU's hardware engines, or on the CPU. See `JpegDecoder`.
+
+    Pixels are ordered on the CUDA stream that is current when `decode` is called, the same each time: before
+    it writes, nvImageCodec waits for what was enqueued there; what is enqueued afterwards waits for it.
 
     Args:
         device: a torch.device, "cpu" or "cuda:…".
@@ -98,61 +93,79 @@ class NvimgcodecDecoder:
         RuntimeError: it cannot be started: of the library.
     """
 
-    refused = 0
-
     def __init__(self, device: Any) -> None:
         if reason := nvimgcodec_unavailable():
             raise ExtraMissingError(reason)
         self._torch, self._library = import_module("torch"), import_module("nvidia.nvimgcodec")
         self._device, self._lock = device, threading.Lock()
-        library, options = self._library, ":fancy_upsampling=1"
+        library = self._library
+        options: dict[str, Any] = {
+            "options": ":fancy_upsampling=1",
+            "max_num_cpu_threads": decoder_threads(),
+        }
         if device.type == "cpu":
             backends = [library.Backend(library.BackendKind.CPU_ONLY)]
             cpu = library.NVIMGCODEC_DEVICE_CPU_ONLY
-            self._decoder = library.Decoder(device_id=cpu, backends=backends, options=options)
+            self._decoder = library.Decoder(device_id=cpu, backends=backends, **options)
         else:
             index = self._torch.cuda.current_device() if device.index is None else device.index
-            self._decoder = library.Decoder(device_id=index, options=options)
+            self._decoder = library.Decoder(device_id=index, **options)
+        self._params = {rgb: self._parameters(rgb=rgb) for rgb in (False, True)}
+        self._free: list[NvimgcodecMemory] = []
 
-    def for_slide(self) -> NvimgcodecDecoder:
-        """The same decoder, which counts what it refuses anew."""
-        other = copy(self)
-        other.refused = 0
-        return other
-
-    def decode(
-        self, tiles: Sequence[Parts], form: TileFormat, places: Sequence[TilePlace], kept: Sequence[bool]
-    ) -> Iterator[Any]:
-        """See `TileDecoder`; tensors on the device, all decoded at once."""
-        jpegs = [part for (part,) in tiles]
-        for jpeg, image, place in zip(jpegs, self._images(jpegs, rgb=form.rgb), places, strict=True):
-            yield self._pixels(image, jpeg, form, place)
-
-    def _images(self, jpegs: Sequence[bytes], *, rgb: bool) -> Sequence[Any]:
-        if not jpegs:
-            return []
+    def _parameters(self, *, rgb: bool) -> Any:
         library = self._library
-        streams = [library.CodeStream(jpeg) for jpeg in jpegs]
-        on_gpu = self._device.type == "cuda"
         # The GPU's parser knows no Adobe marker: asked for YCbCr, it leaves the components alone.
-        colours = library.ColorSpec.SYCC if rgb and on_gpu else library.ColorSpec.SRGB
-        params = library.DecodeParams(apply_exif_orientation=False, color_spec=colours)
-        ordered = {"cuda_stream": self._torch.cuda.current_stream(self._device).cuda_stream} if on_gpu else {}
-        with self._lock:
-            images: Sequence[Any] = self._decoder.decode(streams, params=params, **ordered)
-        return images
+        alone = rgb and self._device.type == "cuda"
+        colours = library.ColorSpec.SYCC if alone else library.ColorSpec.SRGB
+        return library.DecodeParams(apply_exif_orientation=False, color_spec=colours)
 
-    def _pixels(self, image: Any, jpeg: bytes, form: TileFormat, place: TilePlace) -> Any:
-        """A tensor; decoded on the CPU where nvImageCodec does not decode such a JPEG."""
-        if image is not None and image.buffer_kind == self._library.ImageBufferKind.STRIDED_DEVICE:
-            return self._torch.from_dlpack(image)
-        if image is not None:
-            return self._torch.from_numpy(np.array(image)).to(self._device)
+    def decode(self, jpegs: Sequence[bytes], form: TileFormat) -> tuple[NvimgcodecMemory, list[int]]:
+        """See `JpegDecoder.decode`."""
+        memory = self._memory(len(jpegs), form)
+        if not jpegs:
+            return memory, []
+        streams = list(map(self._library.CodeStream, jpegs))
+        ordered = {"cuda_stream": self._stream()} if self._device.type == "cuda" else {}
+        images, params = memory.images[: len(streams)], self._params[form.rgb]
         with self._lock:
-            self.refused += 1
-        pixels = decode_tile([jpeg], form, (place.height, place.width), None)
-        return self._torch.from_numpy(pixels).to(self._device)
+            found = self._decoder.decode(streams, images=images, params=params, **ordered)
+        return memory, [number for number, image in enumerate(found) if image is None]
 
-    def canvas(self, height: int, width: int) -> Any:
-        """See `TileDecoder`."""
-        return self._torch.empty((height, width, 3), dtype=self._torch.uint8, device=self._device)
+    def _stream(self) -> int:
+        handle: int = self._torch.cuda.current_stream(self._device).cuda_stream
+        return handle
+
+    def _memory(self, count: int, form: TileFormat) -> NvimgcodecMemory:
+        """Memory that nobody needs any more, else new."""
+        shape = form.height, form.width, 3
+        with self._lock:
+            for number, memory in enumerate(self._free):
+                if memory.pixels.shape[1:] == shape and len(memory.images) >= count:
+                    return self._free.pop(number)
+        slots = max(_LEAST_SLOTS, 1 << (count - 1).bit_length())
+        pixels = self._torch.empty((slots, *shape), dtype=self._torch.uint8, device=self._device)
+        if self._device.type == "cuda":
+            return NvimgcodecMemory(pixels, self._library.as_images(list(pixels), cuda_stream=self._stream()))
+        return NvimgcodecMemory(pixels, self._library.as_images(list(pixels.numpy())))
+
+    def release(self, memory: Any) -> None:
+        """See `JpegDecoder.release`."""
+        with self._lock:
+            self._free.insert(0, memory)
+            held = 0
+            for number, each in enumerate(self._free):
+                held += each.pixels.nbytes
+                if held > POOL_BYTES:
+                    del self._free[number:]
+                    break
+
+    def white(self, height: int, width: int) -> Any:
+        """See `JpegDecoder.white`."""
+        return self._torch.full((height, width, 3), 255, dtype=self._torch.uint8, device=self._device)
+
+
+def decoder_threads() -> int:
+    """CPU threads of nvImageCodec: those of the job, which do not wait for one another's decoding alone; one
+    less on a machine of its own, since it counts the calling thread, and says so where it is given more."""
+    return max(1, min(job_cpus(), (os.cpu_count() or 1) - 1))

@@ -12,16 +12,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from slide2vec.errors import BackendError
 from slide2vec.readers.codecs import TileError
-from slide2vec.readers.decoders import TileDecoder
-from slide2vec.readers.probe import Probe
+from slide2vec.readers.decoders import HostDecoder
 from slide2vec.readers.pyramid import PyramidReader
 from slide2vec.readers.reader import Squares
-from slide2vec.readers.tiff_tiles import TiffTiles, colour_conflict, why_no_jpeg
 from slide2vec.readers.tile_table import TileFormat, TilePlace, TileTable
 
-__all__ = ["HostTileReader", "JpegTileReader", "TileAssembler"]
+__all__ = ["HostTileReader", "TileAssembler"]
 
 #: Decoded tiles that reach into a neighbouring box and are kept for it, per open slide.
 KEPT_BYTES = 48 << 20
@@ -32,44 +29,6 @@ STEP_BYTES = 64 << 20
 _Part: TypeAlias = tuple[slice, slice]
 #: Level, tile, ratio that it was reduced by.
 _Key: TypeAlias = tuple[int, int, int]
-
-
-class JpegTileReader(PyramidReader):
-    """A SlideReader over JPEG tiles; its pixels are of the decoder's kind. Meant for decoding on a GPU.
-
-    Raises:
-        BackendError: the file has no JPEG tiles, or their colours are not clear from them alone.
-    """
-
-    backend = "raw"
-
-    def __init__(self, probe: Probe, decoder: TileDecoder) -> None:
-        if reason := why_no_jpeg(probe):
-            raise BackendError(reason)
-        super().__init__(probe, [(level.width, level.height) for level in probe.levels])
-        self._decoder = decoder
-        tiles = TiffTiles(probe, self._read_error, is_checked=True)
-        self._boxes = TileAssembler(tiles, decoder)
-        if reason := colour_conflict(probe):
-            self.close()
-            raise BackendError(reason)
-
-    @property
-    def refused(self) -> int:
-        """Tiles that its decoder did not take, see `TileDecoder`."""
-        return self._decoder.refused
-
-    def _read_box(self, level: int, x: int, y: int, width: int, height: int) -> Any:
-        return self._boxes.read(level, x, y, width, height)
-
-    def _canvas(self, height: int, width: int) -> Any:
-        canvas = self._decoder.canvas(height, width)
-        canvas[:] = 255
-        return canvas
-
-    def close(self) -> None:
-        """Release the file. May be called twice."""
-        self._boxes.close()
 
 
 class HostTileReader(PyramidReader):
@@ -119,10 +78,10 @@ class TileAssembler:
 
     Args:
         tiles: where they are read from; closed with this.
-        decoder: gives the pixels; boxes are of its kind (NumPy arrays or tensors).
+        decoder: gives the pixels.
     """
 
-    def __init__(self, tiles: TileTable, decoder: TileDecoder) -> None:
+    def __init__(self, tiles: TileTable, decoder: HostDecoder) -> None:
         self._tiles, self._decoder = tiles, decoder
         self._lock = threading.Lock()
         self._kept: OrderedDict[_Key, Future[Any]] = OrderedDict()
@@ -134,7 +93,7 @@ class TileAssembler:
         Raises:
             SlideReadError: one of its tiles cannot be decoded.
         """
-        canvas = self._decoder.canvas(height, width)
+        canvas = np.empty((height, width, 3), np.uint8)
         self.fill(canvas, level, x, y)
         return canvas
 
@@ -153,7 +112,7 @@ class TileAssembler:
         Args:
             x, y: of the box, which is `ratio` times as wide and high as the canvas.
             ratio: each pixel is the average of so many a side. A tile is reduced as it comes out of the
-                decoder, while the CPU's cache holds it. NumPy arrays only, and boxes that `reduces` takes.
+                decoder, while the CPU's cache holds it. Of boxes that `reduces` takes.
             squares: of the level, beside which pixels may be any: tiles under none of them are not decoded.
 
         Raises:

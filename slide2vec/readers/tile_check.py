@@ -97,9 +97,29 @@ class TileCheck:
         tail = self._read(offset + count - 4, 4) if count > 4 else head
         return None if self._is_known(level, head, tail) else self._decode(level, self._read(offset, count))
 
-    def wrong(self, level: int, data: bytes) -> str | None:
-        """What is wrong with a JPEG tile that has been read, None when nothing is."""
-        return None if self._is_known(level, data[:_HEADER_BYTES], data[-4:]) else self._decode(level, data)
+    def wrong(self, level: int, data: bytes, least: tuple[int, int]) -> str | None:
+        """What is wrong with a JPEG tile that has been read, None when nothing is.
+
+        Args:
+            least: (height, width) of what the level holds of it, px.
+        """
+        if self._is_known(level, data[:_HEADER_BYTES], data[-4:]):
+            return None
+        wrong = self._decode(level, data)
+        size = None if wrong else _size(data)
+        if size is not None and (size[0] < least[0] or size[1] < least[1]):
+            return f"damaged JPEG tile ({size[1]}x{size[0]} px instead of {self._levels[level].tile})"
+        return wrong
+
+    def unknown(self, level: int, jpegs: Sequence[bytes]) -> list[int]:
+        """Which of many `wrong` is to be asked about: the others begin and end as a whole tile that it found
+        good."""
+        known = tuple(self._headers[level])
+        return [
+            number
+            for number, data in enumerate(jpegs)
+            if not (data.startswith(known) and data.find(_END, -4) >= 0)
+        ]
 
     def _is_known(self, level: int, head: bytes, tail: bytes) -> bool:
         return _END in tail and any(head.startswith(header) for header in self._headers[level])
@@ -107,12 +127,13 @@ class TileCheck:
     def _decode(self, level: int, data: bytes) -> str | None:
         spec, known = self._levels[level], self._headers[level]
         tables = spec.jpeg_tables
-        wrong = _fault(tables[:-2] + data[2:] if tables and data[:2] == tables[:2] else data, spec)
+        jpeg = tables[:-2] + data[2:] if tables and data[:2] == tables[:2] else data
+        wrong = _fault(jpeg, spec)
         if self._strict:
             return wrong
         head = data[:_HEADER_BYTES]
         scan = head.find(_START_OF_SCAN)
-        if wrong is None and scan > 0 and len(known) < _MOST_HEADERS:
+        if wrong is None and scan > 0 and len(known) < _MOST_HEADERS and _size(jpeg)[::-1] == spec.tile:
             known.append(head[: scan + 2 + int.from_bytes(head[scan + 2 : scan + 4], "big")])
         return wrong
 
@@ -131,6 +152,12 @@ class TileCheck:
                 slice(max(top, 0), min(top + tile_h, height)),
                 slice(max(left, 0), min(left + tile_w, width)),
             )
+
+
+def _size(jpeg: bytes) -> tuple[int, int]:
+    """(height, width) that a good JPEG says it has, px."""
+    height, width, *_ = import_module("simplejpeg").decode_jpeg_header(jpeg)
+    return height, width
 
 
 def _fault(jpeg: bytes, level: TiffLevel) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ import torch
 
 from slide2vec.errors import ConfigError
 
-__all__ = ["batch_size_for", "devices_for", "is_numbered", "pick_device", "resolve_precision"]
+__all__ = ["batch_size_for", "devices_for", "is_numbered", "pick_device", "resolve_precision", "use_device"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,11 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device='mps': this machine has no Metal device")
     return chosen
+
+
+def use_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """What launches kernels itself, in the block, launches them on that GPU; elsewhere nothing happens."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def is_numbered(device: str | torch.device | None) -> bool:

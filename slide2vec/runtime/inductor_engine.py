@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slide2vec.errors import EngineError
 from slide2vec.runtime.base import BatchProfile, Layout
+from slide2vec.runtime.device import use_device
 
 __all__ = ["InductorEngine"]
 
@@ -45,7 +46,7 @@ class InductorEngine:
         """Pixels of `layout` -> (B, D) float32."""
         if self._compiled is None:
             raise EngineError("the engine is closed")
-        with torch.inference_mode():
+        with torch.inference_mode(), use_device(self.device):
             parts = [self._compiled(part.contiguous()) for part in torch.split(pixels, self._most)]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 

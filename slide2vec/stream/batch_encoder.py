@@ -150,7 +150,8 @@ class BatchEncoder:
         if self._ring:
             return self._ring.popleft()
         cuda = self._engine.device.type == "cuda"
-        return torch.empty((self._size if cuda else 0, self._engine.feature_dim), pin_memory=cuda)
+        with self._copy.current():  # or it opens a context on another GPU
+            return torch.empty((self._size if cuda else 0, self._engine.feature_dim), pin_memory=cuda)
 
     def release(self, in_flight: InFlightBatch) -> None:
         """Its features are collected; their memory is used again."""

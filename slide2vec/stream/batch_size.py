@@ -8,6 +8,7 @@ import torch
 
 from slide2vec.prepare import Preparer
 from slide2vec.runtime import Engine
+from slide2vec.runtime.device import use_device
 
 __all__ = ["bytes_per_tile", "fitting", "fitting_batch_size"]
 
@@ -52,6 +53,7 @@ def bytes_per_tile(engine: Engine, preparer: Preparer, wanted: int, tile_size_px
     torch.cuda.synchronize(engine.device)
     torch.cuda.reset_peak_memory_stats(engine.device)
     before = torch.cuda.memory_allocated(engine.device)
-    engine.run(preparer.prepare(tiles))
+    with use_device(engine.device):
+        engine.run(preparer.prepare(tiles))
     torch.cuda.synchronize(engine.device)
     return (torch.cuda.max_memory_allocated(engine.device) - before) / count

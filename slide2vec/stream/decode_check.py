@@ -10,16 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from slide2vec.errors import SlideReadError
-from slide2vec.prepare.pixel_difference import DECODED
+from slide2vec.prepare.pixel_difference import DECODED, most_textured, spread
 from slide2vec.stream.cuda_streams import DeviceStream
 from slide2vec.stream.tile_sources import Pixels, SlideSource, TileSource, place_singly
 
-__all__ = ["TILES_COMPARED", "SampleTiles"]
-
-#: Tiles that are looked at, spread over the slide, and those of them with the most texture that are compared:
-#: on a smooth tile the chroma of a wrong decoder is right, on a white one even that of a wrong colour space.
-_TILES_LOOKED_AT = 10
-TILES_COMPARED = 5
+__all__ = ["SampleTiles"]
 
 
 class SampleTiles:
@@ -30,12 +25,9 @@ class SampleTiles:
     """
 
     def __init__(self, source: SlideSource) -> None:
-        count = len(source.tiling)
-        looked_at = np.unique(
-            np.linspace(0, count - 1, min(count, _TILES_LOOKED_AT)).round().astype(np.int64)
-        )
+        looked_at = spread(len(source.tiling))
         looked_at, pixels = _readable(source.of_tiles(looked_at), looked_at)
-        most = np.argsort(-_texture(pixels), kind="stable")[:TILES_COMPARED]
+        most = most_textured(pixels)
         self.tiles, self.pixels = looked_at[most], pixels[most]
 
     def wrong(self, opened: Callable[[NDArray[np.int64]], TileSource], stream: DeviceStream) -> str | None:
@@ -71,9 +63,3 @@ def _readable(source: SlideSource, tiles: NDArray[np.int64]) -> tuple[NDArray[np
         except SlideReadError:
             good[list(place_singly(source, number, targets))] = False
     return tiles[good], pixels[good]
-
-
-def _texture(pixels: Pixels) -> NDArray[np.float64]:
-    """Mean step between neighbouring pixels of each tile."""
-    steps = [np.abs(np.diff(pixels.astype(np.int16), axis=axis)).mean((1, 2, 3)) for axis in (1, 2)]
-    return np.asarray(steps[0] + steps[1], np.float64)

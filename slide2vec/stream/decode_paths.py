@@ -19,22 +19,27 @@ from torch import Tensor
 
 from slide2vec.errors import BackendError, ConfigError, ExtraMissingError
 from slide2vec.prepare.dali_archive import DaliArchive
+from slide2vec.prepare.dali_tiles import DaliTiles
 from slide2vec.prepare.device_cut import cut_tiles_on_device
+from slide2vec.prepare.gather_tiles import Gather, choose_gather
 from slide2vec.readers import SlideReader
+from slide2vec.readers.compressed import CompressedJpegs
 from slide2vec.readers.cucim import CucimCudaReader, load_on
 from slide2vec.readers.decoders import NvimgcodecDecoder
+from slide2vec.readers.jpeg_tiles import JpegDecoder, JpegTileReader
 from slide2vec.readers.probe import Probe
 from slide2vec.readers.pyramid import PyramidReader
-from slide2vec.readers.tile_assembly import JpegTileReader
 from slide2vec.stream.cuda_streams import device_stream
+from slide2vec.stream.dali_source import DaliSource
 from slide2vec.stream.decode_check import SampleTiles
 from slide2vec.stream.decode_tally import DecodeTally
 from slide2vec.stream.device_sources import DecodedOnDevice, OnDevice, Uploaded
+from slide2vec.stream.gathered_tiles import GatheredTiles
 from slide2vec.stream.plan import SlidePlan
 from slide2vec.stream.tile_sources import SlideSource, TileSource
 from slide2vec.stream.transfer import HOST_TRANSFER, TileTransfer
 
-__all__ = ["AUTO", "DECODE_PATHS", "DecodePath", "DeviceTransfer", "tile_transfer"]
+__all__ = ["AUTO", "DECODE_PATHS", "DecodePath", "DeviceTransfer", "jpeg_path", "tile_transfer"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +62,27 @@ class DecodePath(NamedTuple):
 
 
 def _nvimgcodec(device: torch.device) -> DecodePath:
-    decoder = NvimgcodecDecoder(device)
-    return DecodePath(lambda probe: JpegTileReader(probe, decoder.for_slide()))
+    return jpeg_path(NvimgcodecDecoder(device), choose_gather(device))
+
+
+def jpeg_path(decoder: JpegDecoder, gather: Gather) -> DecodePath:
+    """JPEG tiles in the order of the file, and tiles that are cut straight out of them."""
+
+    def source(host: SlideSource, reader: SlideReader) -> TileSource:
+        assert isinstance(reader, JpegTileReader)
+        return GatheredTiles(host, reader, gather)
+
+    return DecodePath(lambda probe: JpegTileReader(probe, decoder), source)
+
+
+def _dali(device: torch.device) -> DecodePath:
+    decoder = DaliTiles(device)
+
+    def source(tiles: SlideSource, reader: SlideReader) -> TileSource:
+        assert isinstance(reader, CompressedJpegs)  # it is what `open` gave
+        return DaliSource(tiles, reader, decoder)
+
+    return DecodePath(CompressedJpegs, source)
 
 
 def _cucim(device: torch.device) -> DecodePath:
@@ -69,11 +93,11 @@ def _cucim(device: torch.device) -> DecodePath:
 
 #: Name -> what makes it for a device; whatever its libraries raise then is a reason to do without.
 DECODE_PATHS: Mapping[str, Callable[[torch.device], DecodePath]] = MappingProxyType(
-    {"raw + nvimgcodec": _nvimgcodec, "cucim": _cucim}
+    {"raw + nvimgcodec": _nvimgcodec, "raw + dali": _dali, "cucim": _cucim}
 )
-#: What gpu_decode="auto" tries, the fastest first. cuCIM is not among them until benchmarks/gpu.py has shown
-#: that it is as fast as the first: it is taken where backend="cucim" asks for it, and where gpu_decode=True
-#: leaves nothing else.
+#: What gpu_decode="auto" tries, the fastest first. The others are not among them until benchmarks/gpu.py has
+#: shown that they are as fast as the first: they are taken where gpu_decode=True leaves nothing else, and
+#: cuCIM where backend="cucim" asks for it.
 AUTO = ("raw + nvimgcodec",)
 
 
@@ -133,10 +157,11 @@ class DeviceTransfer:
                 return self._decoded_on_device(plan, source, otherwise)
             if isinstance(source, DaliArchive):
                 with self.stream.current():
-                    decodes = source.use_device(self.device)
-                if decodes:
+                    reason = source.use_device(self.device)
+                if reason is None:
                     on_device = OnDevice(source, self.stream)
                     return replace(plan, source=on_device, decode_path="archive, dali on the device")
+                self._tell(plan.slide.sample_id, f"its archive, by DALI: {reason}")
         return replace(plan, source=Uploaded(source, self.stream), decode_path=otherwise)
 
     def _decoded_on_device(self, plan: SlidePlan, source: SlideSource, otherwise: str) -> SlidePlan:

@@ -17,7 +17,7 @@ from slide2vec.stream.cuda_streams import DeviceStream
 from slide2vec.stream.decode_tally import DecodeTally
 from slide2vec.stream.tile_sources import TileSource
 
-__all__ = ["DecodedOnDevice", "OnDevice", "Uploaded", "is_out_of_memory"]
+__all__ = ["DecodedOnDevice", "OnDevice", "Uploaded", "is_out_of_memory", "neighbours"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,18 +91,19 @@ class Uploaded:
     def _staging(self, count: int, target: Any) -> Tensor:
         """Page-locked where the device is a GPU: PyTorch hands such memory out again after the copy."""
         cuda = self._stream.device.type == "cuda"
-        return torch.empty((count, *target.shape), dtype=torch.uint8, pin_memory=cuda)
+        with self._stream.current():  # or it opens a context on another GPU
+            return torch.empty((count, *target.shape), dtype=torch.uint8, pin_memory=cuda)
 
     def _upload(self, staged: Tensor, targets: Sequence[Any]) -> None:
         with self._stream.current():
-            for slots, target in _neighbours([torch.as_tensor(target) for target in targets]):
+            for slots, target in neighbours([torch.as_tensor(target) for target in targets]):
                 target.copy_(staged[slots], non_blocking=True)
 
     def close(self) -> None:
         self._source.close()
 
 
-def _neighbours(targets: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+def neighbours(targets: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
     """Targets that lie one behind the other in memory as one tensor each, and which they are."""
     start = 0
     for end in range(1, len(targets) + 1):

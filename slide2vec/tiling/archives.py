@@ -183,6 +183,19 @@ class TileArchive:
         """
         return self._read(self.blocks[number])
 
+    def check(self, number: int, data: Sequence[bytes]) -> None:
+        """Look at the JPEGs of a block before a decoder gets them that notices less than `place` does: only
+        their brightness is decoded, reduced to an eighth a side (see `slide2vec.readers.tile_check`).
+
+        Raises:
+            SlideReadError: one cannot be decoded.
+        """
+        for tile, jpeg in zip(self.blocks[number].tolist(), data, strict=True):
+            try:
+                self._decode_jpeg(jpeg, "GRAY", min_height=1, min_width=1, strict=True)
+            except ValueError as error:
+                raise self._error(tile, f"it is a damaged JPEG ({error})") from error
+
     def place(self, number: int, data: Sequence[bytes], targets: Sequence[NDArray[np.uint8]]) -> None:
         """Decode the JPEGs of a block into targets, (S, S, 3) uint8 RGB each.
 

@@ -13,8 +13,11 @@ from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import ConfigError, ExtraMissingError
 from slide2vec.prepare import choose_preparer, cut_tiles
 from slide2vec.prepare.device_cut import cut_tiles_on_device
+from slide2vec.prepare.gather_tiles import Gather, gather_by_kernel, gather_by_torch
 from slide2vec.prepare.pixel_difference import DECODED
 from slide2vec.prepare.torch_preparer import TorchPreparer
+from slide2vec.prepare.triton_preparer import triton_unavailable
+from slide2vec.readers.jpeg_tiles import DecodedTiles
 from slide2vec.recipes import Transform
 from slide2vec.slides import Slide
 from slide2vec.stream import SlidePlan, plan_slide
@@ -66,8 +69,27 @@ def test_cutting(read: int, device: torch.device) -> None:
     cut_tiles(pixels, offsets, read, list(expected))
     found = torch.zeros((3, 224, 224, 3), dtype=torch.uint8, device=device)
     cut_tiles_on_device(torch.from_numpy(pixels).to(device), offsets, read, list(found))
-    difference = (found.cpu().int() - torch.from_numpy(expected).int()).abs()
-    assert difference.max() <= (0 if read % 224 == 0 else 1)
+    np.testing.assert_array_equal(found.cpu().numpy(), expected)
+
+
+class Memory:
+    def __init__(self, pixels: torch.Tensor) -> None:
+        self.pixels = pixels
+
+
+@pytest.mark.parametrize("side", [64, 128, 192, 256, 73, 150])
+@pytest.mark.parametrize("gather", [gather_by_kernel, gather_by_torch])
+def test_cutting_out_of_decoded_tiles(gather: Gather, side: int, device: torch.device) -> None:
+    if gather is gather_by_kernel and (reason := triton_unavailable()):
+        pytest.skip(f"not run: {reason}")
+    rng = np.random.default_rng(0)
+    tiles = torch.from_numpy(rng.integers(0, 256, (12, 96, 80, 3)).astype(np.uint8))
+    slots, level = rng.permutation(12).reshape(3, 4), (300, 280)
+    corners = np.array([[0, 0], [-20, 31], [150, 120], [290, 270]])
+    found = [torch.zeros((4, 64, 64, 3), dtype=torch.uint8, device=where) for where in (device, CPU)]
+    gather(DecodedTiles(Memory(tiles.to(device)), slots, 0, 0, level), corners, side, list(found[0]))
+    gather_by_torch(DecodedTiles(Memory(tiles), slots, 0, 0, level), corners, side, list(found[1]))
+    assert torch.equal(found[0].cpu(), found[1])
 
 
 def planned(slide: Path) -> SlidePlan:
@@ -91,7 +113,7 @@ def on_host(plan: SlidePlan) -> torch.Tensor:
     return torch.from_numpy(tiles)
 
 
-@pytest.mark.parametrize("decode_path", ["raw + nvimgcodec", "cucim"])
+@pytest.mark.parametrize("decode_path", ["raw + nvimgcodec", "raw + dali", "cucim"])
 def test_decoding(decode_path: str, slide: Path, device: torch.device) -> None:
     plan = DeviceTransfer(device, "auto", (decode_path,)).bind(planned(slide))
     if plan.decode_path != f"{decode_path} on the device":

@@ -148,8 +148,14 @@ def test_blocks_that_nobody_asks_for_are_bounded(tmp_path: Path, monkeypatch: py
     source.close()
 
 
+def _zeroed(jpeg: bytes) -> bytes:
+    """With zeros in the second half of its entropy data."""
+    start = (jpeg.index(b"\xff\xda") + len(jpeg)) // 2
+    return jpeg[:start] + bytes(len(jpeg) - 2 - start) + jpeg[-2:]
+
+
 @pytest.mark.usefixtures("dali")
-@pytest.mark.parametrize("damage", ["cut", "bomb", "tables", "text"])
+@pytest.mark.parametrize("damage", ["cut", "bomb", "tables", "text", "inside"])
 def test_damage_names_the_tile_and_spoils_no_other(damage: str, tmp_path: Path) -> None:
     jpegs = make_jpegs()
     whole = decoded(jpegs)
@@ -162,6 +168,7 @@ def test_damage_names_the_tile_and_spoils_no_other(damage: str, tmp_path: Path) 
         "bomb": jpegs[broken][: frame + 5] + b"\xea\x60\xea\x60" + jpegs[broken][frame + 9 :],
         "tables": jpegs[broken].replace(b"\xff\xdb", b"\xff\xfe"),  # only decoding shows it
         "text": b"not a picture",
+        "inside": _zeroed(jpegs[broken]),  # DALI makes pixels of it
     }[damage]
     source = opened(tmp_path, jpegs)
     pixels = np.zeros((COUNT, SIDE, SIDE, 3), np.uint8)
@@ -174,7 +181,7 @@ def test_damage_names_the_tile_and_spoils_no_other(damage: str, tmp_path: Path) 
             SlideReadError, match=rf"^slide s: tile {broken} at level-0 px \({broken * SIDE}, 0\)"
         ):
             place(source, number, pixels)
-    assert by_dali == [True] * 5 + [False] * 5
+    assert by_dali == [True] * 5 + [damage == "inside"] * 5
     others = np.concatenate([block for number, block in enumerate(source.blocks) if number != 5])
     np.testing.assert_array_equal(pixels[others], whole[others])
     source.close()
@@ -194,6 +201,40 @@ def test_dali_that_does_not_start(
         assert not any([place(source, number, pixels) for number in range(len(source.blocks))])
     np.testing.assert_array_equal(pixels, decoded(make_jpegs()))
     assert len(caplog.records) == 1 and "no such operator" in caplog.text
+    source.close()
+
+
+@pytest.mark.usefixtures("dali")
+@pytest.mark.parametrize("wrong", [None, 0, -1])
+def test_a_device_is_used_where_several_tiles_are_right(
+    wrong: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    built, build, decode = [], dali_archive._build, DaliArchive._decoded
+
+    def noted(archive: Any, blocks: Any, *more: Any) -> Any:
+        built.append(np.concatenate(blocks))
+        return build(archive, blocks, *more)
+
+    def wrong_in_one(self: DaliArchive, pipeline: Any, count: int) -> Any:
+        pixels = decode(self, pipeline, count)
+        if wrong is not None:
+            pixels[wrong] = pixels[wrong].flip(-1)
+        return pixels
+
+    monkeypatch.setattr(dali_archive, "_build", noted)
+    monkeypatch.setattr(DaliArchive, "_decoded", wrong_in_one)
+    source = opened(tmp_path)
+    reason = source.use_device(torch.device("cpu"))
+    (compared,) = built
+    assert len(set(compared.tolist())) == 5 and np.ptp(compared) > COUNT // 2  # all over the slide
+    pixels = np.zeros((COUNT, SIDE, SIDE, 3), np.uint8)
+    if wrong is None:
+        assert reason is None and isinstance(source.fetch(0), torch.Tensor)
+    else:
+        assert reason is not None and "grey levels" in reason
+        assert not any([place(source, number, pixels) for number in range(len(source.blocks))])
+        np.testing.assert_array_equal(pixels, decoded(make_jpegs()))
     source.close()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import cv2
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision import transforms
 
 from slide2vec.errors import ConfigError, ExtraMissingError
@@ -150,19 +153,80 @@ def test_what_is_asked_for_is_given() -> None:
         choose_preparer("dolly", recipe(224, 224), CPU, "float32_nchw", 224)
 
 
-def test_auto_leaves_a_preparer_with_other_pixels(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Nearest(TorchPreparer):
-        def _interpolate(self, pixels: torch.Tensor, size: int) -> torch.Tensor:
-            return torch.nn.functional.interpolate(pixels, (size, size), mode="nearest")
+class Nearest(TorchPreparer):
+    """Resizes without an antialias."""
 
-    expected = TorchPreparer(recipe(224, 224), CPU)
-    wrong: Any = Nearest(recipe(224, 224), CPU)
+    def _interpolate(self, pixels: torch.Tensor, size: int) -> torch.Tensor:
+        return torch.nn.functional.interpolate(pixels, (size, size), mode="nearest")
+
+
+class Smooth(TorchPreparer):
+    """Without an antialias, too: smooth patterns alone would hardly tell."""
+
+    def _interpolate(self, pixels: torch.Tensor, size: int) -> torch.Tensor:
+        return torch.nn.functional.interpolate(pixels, (size, size), mode="bilinear")
+
+
+class Fails(TorchPreparer):
+    def prepare(self, tiles: torch.Tensor) -> torch.Tensor:
+        raise OSError("no C compiler")
+
+
+@pytest.mark.parametrize("layout", ["float32_nchw", "uint8_nhwc"])
+@pytest.mark.parametrize("wrong", [Nearest, Smooth])
+def test_a_preparer_with_other_pixels_is_told(wrong: Any, layout: Layout) -> None:
+    expected = TorchPreparer(recipe(224, 224), CPU, layout)
     assert choose._difference(expected, expected, 300) is None
-    assert "grey levels" in str(choose._difference(wrong, expected, 300))
+    assert "grey levels" in str(choose._difference(wrong(recipe(224, 224), CPU, layout), expected, 300))
     if dali_preparer.unavailable() is None:
-        assert choose._difference(DaliPreparer(recipe(224, 224), CPU), expected, 300) is None
+        assert choose._difference(DaliPreparer(recipe(224, 224), CPU, layout), expected, 300) is None
+
+
+def test_auto_goes_on_to_the_next(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Without a word; where none is left but PyTorch, it says why, in one warning."""
+    kinds = {"broken": Fails, "wrong": Nearest, "right": TorchPreparer}
+    monkeypatch.setattr(choose, "_made", lambda name, *how: kinds[name](*how))
+    how: Any = recipe(64, 64), CPU, "float32_nchw", 80
+    found = choose._first(["broken", "wrong", "right"], *how)
+    assert isinstance(found, TorchPreparer) and not caplog.records
+    found = choose._first(["broken", "wrong"], *how)
+    assert type(found) is TorchPreparer
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "prepared by PyTorch on cpu" in record.message
+    assert "broken: no C compiler; wrong: its pixels differ by" in record.message
+
+
+@pytest.mark.usefixtures("triton")
+def test_auto_on_a_gpu_takes_triton_where_nothing_is_resized() -> None:
+    for side, kind in ((64, TritonPreparer), (80, DaliPreparer)):
+        if kind is TritonPreparer or dali_preparer.unavailable() is None:
+            found = choose._first(choose._AUTO_ON_GPU, recipe(64, 64), CPU, "float32_nchw", side)
+            assert isinstance(found, kind)
+
+
+def test_triton_launches_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is current: launched elsewhere the kernel would be given addresses of another GPU."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    current = [torch.device("cuda:0")]
+
+    @contextlib.contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        current.append(chosen)
+        yield
+        current.pop()
+
+    launched: list[torch.device] = []
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *arguments: launched.append(current[-1])
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    preparer = TritonPreparer(recipe(64, 64), torch.device("cuda:1"))
+    preparer._kernel = Kernel()
+    with FakeTensorMode():
+        preparer.prepare(torch.zeros((2, 64, 64, 3), dtype=torch.uint8))
+    assert launched == [torch.device("cuda:1")]
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,15 @@
-"""A planner whose plans are made up."""
+"""A planner whose plans are made up, and a device's decoder that is none."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
+from slide2vec.readers.codecs import decode_tile
+from slide2vec.readers.tile_table import TileFormat
 from slide2vec.slides import Slide
 from slide2vec.stream import Planner, SlidePlan
 
@@ -18,3 +23,27 @@ class PlanBy(Planner):
 
     def plan(self, slide: Slide) -> SlidePlan:
         return self._made_up(slide)
+
+
+class Memory:
+    """See `slide2vec.readers.jpeg_tiles.TileMemory`."""
+
+    def __init__(self, pixels: torch.Tensor) -> None:
+        self.pixels = pixels
+
+
+class StandInDecoder:
+    """A device's decoder of JPEG tiles: strict, on the CPU, its slots filled with what is no tile's."""
+
+    def decode(self, jpegs: Sequence[bytes], form: TileFormat) -> tuple[Any, list[int]]:
+        pixels = torch.full((len(jpegs) + 1, form.height, form.width, 3), 99, dtype=torch.uint8)
+        for slot, jpeg in enumerate(jpegs):
+            found = decode_tile([jpeg], form, (1, 1), None)
+            pixels[slot, : found.shape[0], : found.shape[1]] = torch.from_numpy(found)
+        return Memory(pixels), []
+
+    def release(self, memory: Any) -> None:
+        memory.pixels.fill_(98)
+
+    def white(self, height: int, width: int) -> torch.Tensor:
+        return torch.full((height, width, 3), 255, dtype=torch.uint8)

@@ -3,58 +3,58 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from stream_helpers import StandInDecoder
 
 from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import ConfigError, SlideReadError
-from slide2vec.readers.decoders import HostDecoder
-from slide2vec.readers.tile_assembly import JpegTileReader
+from slide2vec.prepare.gather_tiles import gather_by_torch
 from slide2vec.slides import Slide
 from slide2vec.stream import SlidePlan, decode_paths, device_sources, plan_slide
 from slide2vec.stream.cuda_streams import HostStream
-from slide2vec.stream.decode_paths import DecodePath, DeviceTransfer
-from slide2vec.stream.device_sources import MOST_FAILED, MOST_REFUSED, Uploaded, is_out_of_memory
+from slide2vec.stream.decode_paths import DecodePath, DeviceTransfer, jpeg_path
+from slide2vec.stream.device_sources import MOST_FAILED, Uploaded, is_out_of_memory
 from slide2vec.stream.tile_sources import damaged
 
 CPU = torch.device("cpu")
 ON_DEVICE, UPLOADED = "fake on the device", "tiff, uploaded"
 
 
-class Device(HostDecoder):
-    """A device's decoder: the right pixels, as tensors.
+class Device(StandInDecoder):
+    """A device's decoder.
 
     Attributes:
         works: False: it raises `error` whenever it is to decode more than `most` tiles.
+        refuses: so many tiles of the next block, which is not their fault.
     """
 
     works, most, error = True, 0, RuntimeError("CUDA error: unspecified launch failure")
 
     def __init__(self) -> None:
-        super().__init__()
-        self.refused = 0
+        self.refuses = 0
         self.calls: list[int] = []
 
-    def decode(self, tiles: Any, *more: Any) -> Iterator[Any]:
-        self.calls.append(len(tiles))
-        if not self.works and len(tiles) > self.most:
+    def decode(self, jpegs: Any, form: Any) -> Any:
+        self.calls.append(len(jpegs))
+        if not self.works and len(jpegs) > self.most:
             raise self.error
-        return map(torch.from_numpy, super().decode(tiles, *more))
-
-    def canvas(self, height: int, width: int) -> Any:
-        return torch.empty((height, width, 3), dtype=torch.uint8)
+        memory, _ = super().decode(jpegs, form)
+        memory.pixels[: self.refuses] = 0
+        refused, self.refuses = list(range(self.refuses)), 0
+        return memory, refused
 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     """The decoder of the only decode path that there is."""
     decoder = Device()
-    path = DecodePath(lambda probe: JpegTileReader(probe, decoder))
+    path = jpeg_path(decoder, gather_by_torch)
     monkeypatch.setattr(decode_paths, "DECODE_PATHS", {"fake": lambda where: path})
     return decoder
 
@@ -119,19 +119,20 @@ def test_a_device_that_fails_once_is_asked_again(device: Device, small_blocks: P
 
 
 def test_a_decoder_that_refuses_is_given_up(
-    device: Device, small_blocks: Path, caplog: pytest.LogCaptureFixture
+    device: Device, small_blocks: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(device_sources, "MOST_REFUSED", 3)
     plan = bound(small_blocks)
     first, second, *_ = plan.source.blocks
-    device.refused = MOST_REFUSED  # so many are nothing
+    device.refuses = 3  # so many are nothing
     side = plan.tiling.geometry.requested_tile_size_px
     memory = np.zeros((len(plan.tiling), side, side, 3), np.uint8)
     with caplog.at_level(logging.WARNING, logger=device_sources.__name__):
         plan.source.place(0, plan.source.fetch(0), [memory[tile] for tile in first])
         assert not caplog.messages
-        device.refused += 1
+        device.refuses = 1
         plan.source.place(1, plan.source.fetch(1), [memory[tile] for tile in second])
-        assert f"({MOST_REFUSED + 1} had to be decoded on the CPU)" in caplog.text
+        assert "(4 had to be decoded on the CPU)" in caplog.text
     np.testing.assert_array_equal(pixels(plan), pixels(planned(small_blocks)))
     assert plan.decoded_by() == {ON_DEVICE: len(first) + len(second), UPLOADED: len(plan.tiling)}
 
