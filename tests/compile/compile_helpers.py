@@ -17,14 +17,14 @@ CPU = torch.device("cpu")
 SIDE = 64
 
 
-def tiny_recipe(*, depth: int = 2, **changes: object) -> Recipe:
-    """Blocks of 64 dimensions, tiles of 64 px, with register tokens and a gated MLP."""
+def tiny_recipe(**changes: object) -> Recipe:
+    """Two blocks of 64 dimensions, tiles of 64 px, with register tokens and a gated MLP."""
     recipe = load_recipe("virchow2")
     kwargs = {
         **recipe.encoder.kwargs,
         "img_size": SIDE,
         "patch_size": 16,
-        "depth": depth,
+        "depth": 2,
         "embed_dim": 64,
         "num_heads": 2,
         "mlp_ratio": 4,

@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stream_helpers import StandInDecoder
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slide2vec.config import PreprocessingConfig
-from slide2vec.readers.decoders import HostDecoder
-from slide2vec.readers.tile_assembly import JpegTileReader
+from slide2vec.prepare.gather_tiles import gather_by_torch
 from slide2vec.runtime.inductor_engine import InductorEngine
 from slide2vec.slides import Slide
 from slide2vec.stream import decode_paths, plan_slide
 from slide2vec.stream.batch_size import bytes_per_tile
 from slide2vec.stream.cuda_streams import HostStream
-from slide2vec.stream.decode_paths import DecodePath, DeviceTransfer
+from slide2vec.stream.decode_paths import DecodePath, DeviceTransfer, jpeg_path
 from slide2vec.stream.device_sources import Uploaded
 
 SECOND = torch.device("cuda:1")
@@ -69,24 +69,24 @@ def test_decoding(
     def note(what: str) -> None:
         where.setdefault(what, set()).add(current[-1])
 
-    class Decoder(HostDecoder):
+    class Decoder(StandInDecoder):
         full = False
 
-        def decode(self, *tiles: Any) -> Any:
+        def decode(self, jpegs: Any, form: Any) -> Any:
             note("decode")
-            if self.full and len(tiles[0]) > 4:
+            if self.full and len(jpegs) > 4:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return map(torch.from_numpy, super().decode(*tiles))
+            return super().decode(jpegs, form)
 
-        def canvas(self, height: int, width: int) -> Any:
-            note("canvas")
-            return torch.empty((height, width, 3), dtype=torch.uint8)
+    def gather(*how: Any) -> None:
+        note("gather")
+        gather_by_torch(*how)
 
     decoder = Decoder()
 
     def made(device: torch.device) -> DecodePath:
         note("create")
-        return DecodePath(lambda probe: JpegTileReader(probe, decoder))
+        return jpeg_path(decoder, gather)
 
     class Copies(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -109,7 +109,7 @@ def test_decoding(
         uploaded = Uploaded(plan.source, transfer.stream)
         uploaded.place(0, uploaded.fetch(0), block)
     assert bound.decode_path == "fake on the device" and len(bound.decoded_by()) >= 1
-    assert set(where) == {"create", "decode", "canvas", "copy_", "empty", "zeros"}
+    assert set(where) == {"create", "decode", "gather", "copy_", "empty", "zeros"}
     assert set().union(*where.values()) == {SECOND}
 
 
