@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,7 @@ def _decoded_by(name: str, args: argparse.Namespace, slide: Path, expected: torc
         while not row["tiles"] or time.perf_counter() - start < args.seconds:
             place_all(plan, args.device)
             row["tiles"] += len(plan.tiling)
+    row["decoded_by"] = dict(plan.decoded_by())  # as it happened
     plan.source.close()
     return row
 
@@ -213,9 +215,11 @@ def in_a_row(run: Callable[[], Any], tiles: int, args: argparse.Namespace) -> Ro
     return row
 
 
-def model_of(args: argparse.Namespace, preset: str) -> Model:
-    precision = "fp32" if args.device.type == "cpu" else "bf16"
-    return Model.from_preset(preset, weights="random", device=args.device, precision=precision)
+@cache
+def model_of(preset: str, device: torch.device) -> Model:
+    """Made once: random weights of a large encoder take seconds."""
+    precision = "fp32" if device.type == "cpu" else "bf16"
+    return Model.from_preset(preset, weights="random", device=device, precision=precision)
 
 
 def encode(args: argparse.Namespace, model: Model, batch_size: int) -> Row:
@@ -320,7 +324,7 @@ def data_loader(args: argparse.Namespace, model: Model, batch_size: int, slide: 
 
 def of_preset(args: argparse.Namespace, preset: str) -> Iterator[tuple[str, Row]]:
     """Engine alone, end to end and the peers' way, in turns; each against the engine of its round."""
-    model = model_of(args, preset)
+    model = model_of(preset, args.device)
     batch_size = args.batch_size or batch_size_for(model.recipe.gflops, args.device)
     tiles = len(planned(args.slides[0]).tiling)
     embed(args, model, batch_size, args.slides[0], 1)  # what is built for the first batch

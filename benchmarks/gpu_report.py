@@ -32,8 +32,15 @@ def _decoding(rows: dict[str, Row]) -> list[str]:
             lines.append(f"| {what} | not run: {_short(row['not_run'])} | | | | |")
             continue
         pixels = f"{row['mean_difference']:.3f} | {row['worst_tile']:.3f}"
-        lines.append(f"| {what} | {row['tiles_per_s']:,.0f} | {pixels} | {_busy(row)} |")
+        speed = f"{row['tiles_per_s']:,.0f}{_elsewhere(row)}"
+        lines.append(f"| {what} | {speed} | {pixels} | {_busy(row)} |")
     return lines
+
+
+def _elsewhere(row: Row) -> str:
+    """Tiles that the path left to others."""
+    others = {path: tiles for path, tiles in row["decoded_by"].items() if path != row["decode_path"]}
+    return f" ({', '.join(f'{tiles:,} tiles by {path}' for path, tiles in others.items())})" if others else ""
 
 
 def _speeds(preset: str, rows: dict[str, Row]) -> list[str]:

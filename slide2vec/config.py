@@ -308,7 +308,8 @@ class ExecutionOptions(_Config):
         persistent_workers: has no effect: readers are threads, started within a millisecond per call.
         save_tile_embeddings, save_slide_embeddings, save_latents: extra artifacts of slide-level
             and patient-level models.
-        output_dtype: of the embeddings; None = fp16 for those of tiles in fp16 runs, else fp32.
+        output_dtype: of the embeddings; None = fp16 for those of tiles where precision="fp16" is asked for
+            here and they are computed in it, else fp32.
         stage_dir: folder on a local disk to which the next slides are copied while the present ones are
             embedded, for slides on slow or remote storage; None = slides are read where they are.
         stage_gb: GB (1e9 bytes) that the copies of a process may take there; None = half of what is free when
@@ -370,9 +371,9 @@ class ExecutionOptions(_Config):
         return self
 
     def feature_dtype(self, precision: str) -> Literal["float16", "float32"]:
-        """Of the embeddings, for a run in `precision`."""
-        half = self.output_dtype == "fp16" or (self.output_dtype is None and precision == "fp16")
-        return "float16" if half else "float32"
+        """Of the embeddings, for a run in `precision`; fp16 is for runs that ask for it, not for presets."""
+        asked = self.output_dtype or ("fp16" if self.precision == precision == "fp16" else "fp32")
+        return "float16" if asked == "fp16" else "float32"
 
     @property
     def vector_dtype(self) -> Literal["float16", "float32"]:

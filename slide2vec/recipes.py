@@ -177,7 +177,7 @@ class Recipe(_Section):
         tile_size_px: side of the tiles it was trained on, in px at its spacing.
         spacing_um: µm/px it was trained on; empty = any.
         default_spacing_um: used when none is asked for; None = one has to be.
-        precision: for accelerators; a CPU uses fp32 unless told otherwise.
+        precision: for accelerators; a CPU uses fp32 unless told otherwise. precision_note: why this one.
         params_m: millions of parameters, without those that are not used.
         gflops: GFLOP per tile (2 x MAC) of a tile encoder.
         transform: of tiles of `tile_size_px` on slides, which are normalised and, where its sizes are theirs,
@@ -207,6 +207,7 @@ class Recipe(_Section):
     spacing_um: tuple[float, ...] = ()
     default_spacing_um: Annotated[float, Field(gt=0)] | None
     precision: Literal["fp16", "bf16", "fp32"]
+    precision_note: str = ""
     params_m: float
     gflops: float = 0.0
     encoder: EncoderSpec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,3 +83,20 @@ def test_updated_validates() -> None:
     assert (changed.overlap, changed.segmentation.close, changed.requested_tile_size_px) == (0.5, 2, 256)
     with pytest.raises(ConfigError):
         config.updated(requested_tile_size_px=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "computed_in", "stored_in"),
+    [
+        ({}, "bf16", "float32"),
+        ({}, "fp16", "float32"),  # the preset's own
+        ({"precision": "fp16"}, "fp16", "float16"),
+        ({"precision": "fp16"}, "fp32", "float32"),  # an engine that stepped up
+        ({"precision": "fp16", "output_dtype": "fp32"}, "fp16", "float32"),
+        ({"output_dtype": "fp16"}, "bf16", "float16"),
+    ],
+)
+def test_embeddings_are_in_fp16_where_it_is_asked_for(
+    options: dict[str, Any], computed_in: str, stored_in: str
+) -> None:
+    assert ExecutionOptions(**options).feature_dtype(computed_in) == stored_in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,20 @@ def test_what_cannot_be_compiled_says_why(tmp_path: Path) -> None:
         read_recipe(path)
     path.write_text(f'compile = false\ncompile_note = "because"\n{text}')
     assert not read_recipe(path).compile
+
+
+def test_vision_transformers_run_in_bf16_on_a_gpu_and_say_what_that_rests_on() -> None:
+    """But for one that is known to be less exact in it, and those whose code nobody has here."""
+    transformers = [
+        recipe
+        for recipe in map(load_recipe, list_models("tile"))
+        if recipe.compile and recipe.encoder.family != "scattering"
+    ]
+    assert len(transformers) == 25
+    for recipe in transformers:
+        assert recipe.precision == ("fp16" if recipe.name == "isight" else "bf16"), recipe.name
+        found = re.fullmatch(
+            r"with random weights bf16 has a least cosine of (0\.9\d+) to fp32 .*", recipe.precision_note
+        )
+        assert found is not None, recipe.precision_note
+        assert float(found[1]) >= recipe.engine.threshold("bf16")

@@ -2,17 +2,19 @@
 # What a GPU shows, in one call of six minutes: bash tools/gpu_plan.sh [--quick] [--rtx] [--dry-run]; see docs/gpu.md.
 #   --quick    three minutes: two presets, shorter figures, no engine contract, no sanitizer
 #   --rtx      TensorRT-RTX only
+#   --unpack   only unpack what tools/gpu_wheels.py packed, for a later call
 #   --dry-run  every stage on the CPU, tiny, to try this script
 # Results go to $OUT (default gpu-results/; 8 files, written as they grow). Every stage has a limit of time, and a
 # failure ends that stage only.
 set -u
 cd "$(dirname "$0")/.."
-quick='' rtx='' dry=''
+quick='' rtx='' dry='' unpack_only=''
 for option in "$@"; do
   case $option in
     --quick) quick=1 ;;
     --rtx) rtx=1 ;;
     --dry-run) dry=1 ;;
+    --unpack) unpack_only=1 ;;
     *) echo "gpu_plan.sh: unknown option $option" >&2; exit 2 ;;
   esac
 done
@@ -25,17 +27,19 @@ export CUFILE_ENV_PATH_JSON=$PWD/slide2vec/readers/cufile.json
 # What the machine lacks, packed by tools/gpu_wheels.py; an archive is unpacked once.
 unpack() {
   local mark; mark=$site/.$(basename "$(dirname "$1")")
-  [ -e "$mark" ] || { xz -dc "$1" | tar x -C "$site" && touch "$mark"; }
+  [ -e "$mark" ] || { "$python" -m tarfile -e "$1" "$site" && touch "$mark"; }
 }
 if [ -z "$dry" ]; then
-  for archive in .whl/*/site.tar.xz; do [ -e "$archive" ] && unpack "$archive" & done
+  for archive in "${WHEELS:-.whl}"/*/site.tar.xz; do [ -e "$archive" ] && unpack "$archive" & done
   wait
   export PYTHONPATH=$site:$PWD
 fi
+[ -n "$unpack_only" ] && { ls -a "$site"; exit 0; }
 
 # stage NAME SECONDS FILE COMMAND…: its output to $out/FILE, the end of it to the screen, a line to results.md.
 stage() {
   local name=$1 limit=$2 log=$out/$3 left=$((budget - SECONDS)) before ended; shift 3
+  [ -n "$dry" ] && limit=$((10 * limit))
   [ "$limit" -gt "$left" ] && limit=$left
   if [ "$limit" -lt 5 ]; then
     echo "| $name | not run: no time is left | $SECONDS | |" | tee -a "$out/results.md"
@@ -69,13 +73,15 @@ if [ -n "$quick" ]; then
 fi
 if [ -n "$dry" ]; then
   export SLIDE2VEC_GPU_TEST_DEVICE=cpu
-  device=cpu presets=scattering budget=900 probe_limit=300
+  device=cpu presets=scattering budget=3000
   figures=(--size 1024 --batch-size 2 --seconds 0.01 --trial 1) stream=(--rounds 1 --most-slides 2 --parts decode presets prepare) tests=(-k cutting)
 fi
+rtx_presets=${presets/virchow2 prost40m/prost40m virchow2}  # the small one first
 figures+=(--device $device --work-dir "$work")
 for slide in .gpu-slides/*; do [ -e "$slide" ] && slides+=("$slide"); done
 [ -n "${slides[*]:-}" ] && figures+=(--slide "${slides[@]}")
 check=("$python" tools/gpu_check.py --no-benchmarks -p no:cacheprovider --durations=5)
+"$python" -c "import pytest_timeout" 2> /dev/null && check+=(--timeout 60)
 
 printf '| stage | status | until, s | last line |\n|---|---|---|---|\n' > "$out/results.md"
 stage environment 30 environment.txt bash -c "
@@ -83,7 +89,8 @@ stage environment 30 environment.txt bash -c "
   $python -m pip list 2> /dev/null | grep -iE '^(torch|triton|timm|numpy|nvidia|cuda|onnx|tensorrt)'
   nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || echo 'no nvidia-smi'"
 if [ -n "$rtx" ]; then
-  stage "TensorRT-RTX" 200 tests.log "${check[@]}" --only tensorrt
+  stage "TensorRT-RTX" 140 probe.log "$python" -m tools.gpu_probe --rtx --out "$out/probe.json" --presets $rtx_presets "${figures[@]}"
+  stage "TensorRT-RTX, tests" 120 tests.log "${check[@]}" --only tensorrt
 else
   stage probe $probe_limit probe.log "$python" -m tools.gpu_probe --out "$out/probe.json" --presets $presets "${figures[@]}"
   stage tests 80 tests.log "${check[@]}" --only stream "${tests[@]}"

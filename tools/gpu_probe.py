@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ from torch import Tensor
 
 from benchmarks.common import generated
 from benchmarks.gpu import Row, decode, in_a_row, model_of, planned, wait
+from slide2vec.compile import BuildOptions, EngineStore, build_engine
+from slide2vec.compile.export_module import torch_engine
 from slide2vec.runtime import batch_size_for
 from slide2vec.runtime.base import Engine
+from slide2vec.runtime.loading import load_engine
 from slide2vec.runtime.torch_engine import TorchEngine
 from slide2vec.stream import SlidePlan
 from slide2vec.stream.decode_paths import DECODE_PATHS, DeviceTransfer
@@ -33,6 +37,8 @@ from slide2vec.stream.decode_paths import DECODE_PATHS, DeviceTransfer
 BUSY_THREADS = 8
 #: Blocks of a slide that are decoded to find a race.
 TURNS = 30
+#: What a plan is built for to see whether it runs on a GPU that TensorRT-RTX does not name.
+RTX_TARGETS = ("sm80", "sm89", "sm120")
 #: Compressed tiles that are decoded at once.
 AT_ONCE = (64, 512)
 
@@ -114,21 +120,27 @@ def _twice(plan: SlidePlan, number: int, transfer: DeviceTransfer) -> tuple[Tens
     return first, tiles
 
 
-def encoders(args: argparse.Namespace, preset: str) -> Row:
-    """A preset's encoder in PyTorch, in each way that it can run: speed, closeness to fp32, kernels."""
-    embedder = model_of(args, preset)._tile_embedder
+def encoders(args: argparse.Namespace, preset: str, *, compiled: bool = False) -> Row:
+    """A preset's encoder in PyTorch, in each way that it can run: speed, closeness to fp32, kernels;
+    compiled by itself, which takes half a minute."""
+    embedder = model_of(preset, args.device)._tile_embedder
     recipe, encoder, precision = embedder.recipe, embedder.encoder, embedder.precision
     size = args.batch_size or batch_size_for(recipe.gflops, args.device)
     how: Row = {"device": args.device, "feature_dim": recipe.variants[embedder.variant].dim}
     crop = recipe.transform.crop
     pixels = torch.randn(size, 3, crop, crop, device=args.device)
     few = pixels[:8]
-    exact = TorchEngine(encoder, precision="fp32", **how).run(few)
+    exact = TorchEngine(encoder, precision="fp32", cuda_graphs=False, **how).run(few)
+    typed = partial(torch_engine, encoder, recipe, precision, **how)
     ways: dict[str, Callable[[], Engine]] = {
-        "eager": lambda: TorchEngine(encoder, precision=precision, **how),
+        "as a run has it": typed,
+        "kernel by kernel": partial(typed, cuda_graphs=False),
+        "under autocast, kernel by kernel": partial(
+            TorchEngine, encoder, precision=precision, cuda_graphs=False, **how
+        ),
     }
-    if args.device.type == "cuda":
-        ways["compiled"] = lambda: TorchEngine(encoder, precision=precision, compiled=True, **how)
+    if compiled:
+        ways = {"blocks compiled": partial(typed, compiled=True)}
     row: Row = {"batch": size, "precision": precision, "GFLOP a tile": recipe.gflops}
     for name, build in ways.items():
         try:
@@ -137,7 +149,7 @@ def encoders(args: argparse.Namespace, preset: str) -> Row:
             row[name] = f"FAILED {type(error).__name__}: {error}"[:300]
         print(f"    {preset}, {name}: {row[name]}", flush=True)
     if args.device.type == "cuda":
-        row["kernels"] = _kernels(ways["eager"](), pixels)
+        row["kernels"] = _kernels(list(ways.values())[-1 if compiled else 1](), pixels)
     return row
 
 
@@ -169,6 +181,8 @@ def busy_threads(device: torch.device) -> Iterator[None]:
         while not stop.is_set():
             with torch.cuda.stream(lane):
                 pixels[3:40, 5:50] = pixels[103:140, 105:150]
+            if lane is None:
+                stop.wait(0.01)  # a trial on a CPU
 
     threads = [
         threading.Thread(target=work, daemon=True)
@@ -236,6 +250,29 @@ def back_ends(args: argparse.Namespace, slide: Path) -> Row:
     return rows
 
 
+def rtx(args: argparse.Namespace, preset: str) -> Row:
+    """A TensorRT-RTX plan that was built for other GPUs, without one: does it run on this, and how fast?"""
+    embedder = model_of(preset, args.device)._tile_embedder
+    recipe, encoder, variant = embedder.recipe, embedder.encoder, embedder.variant
+    size = args.batch_size or batch_size_for(recipe.gflops, args.device)
+    options = BuildOptions(runtime="tensorrt-rtx", precision="bf16", batch_size=size, targets=RTX_TARGETS)
+    store = EngineStore(args.work_dir / "rtx-engines")
+    start = time.perf_counter()
+    built = build_engine(encoder, recipe, variant, torch.device("cpu"), options, store=store)
+    row: Row = {"for": RTX_TARGETS, "built in, s": round(time.perf_counter() - start, 1), "batch": size}
+    try:
+        engine = load_engine(built.directory, args.device)
+        side = recipe.transform.crop
+        shape = (size, side, side, 3) if engine.layout == "uint8_nhwc" else (size, 3, side, side)
+        pixels = torch.randint(0, 256, shape, device=args.device)
+        pixels = pixels.to(torch.uint8) if engine.layout == "uint8_nhwc" else pixels / 64 - 2
+        row["finite"] = bool(engine.run(pixels).isfinite().all())
+        row["tiles/s"] = _rate(engine, pixels, args)
+    except Exception as error:  # what the library says of this GPU is the finding
+        row["does not run"] = f"{type(error).__name__}: {error}"[:600]
+    return row
+
+
 def compressed_tiles(slide: Path, limit: int) -> list[bytes]:
     """JPEG tiles of the slide's first level, each whole."""
     import tifffile
@@ -262,8 +299,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="that each figure is measured for, about")
     parser.add_argument("--trial", type=int, default=6, help="calls that tell how long one takes")
     parser.add_argument("--work-dir", type=Path, default=Path(tempfile.gettempdir()) / "slide2vec-bench")
+    parser.add_argument("--rtx", action="store_true", help="TensorRT-RTX, and nothing else")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
+    if args.rtx:
+        findings = Findings(args.out)
+        for preset in args.presets:
+            findings.keep(f"TensorRT-RTX {preset}", lambda name=preset: rtx(args, name))
+        return
     slide, findings = generated(args.work_dir, args.size), Findings(args.out)
     findings.keep("ceilings", lambda: ceilings(args))
     findings.keep(f"decoding {slide.name}", lambda: decoding(args, slide))
@@ -273,6 +316,8 @@ def main() -> None:
     findings.keep("nvImageCodec's back ends", lambda: back_ends(args, slide))
     for other in args.slide:
         findings.keep(f"decoding {other.name}", lambda name=other: decoding(args, name))
+    for preset in args.presets if args.device.type == "cuda" else ():  # a CPU's compiler takes a minute
+        findings.keep(f"encoder {preset}, compiled", lambda name=preset: encoders(args, name, compiled=True))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Writes .whl/base/site.tar.xz and .whl/dali/site.tar.xz, which tools/gpu_plan.sh unpacks where it finds them.
 The machine is taken to have PyTorch, timm and their like. Of each package stays what that Python on that GPU
-can load: GPU code of other architectures is zeroed, symbol tables and other Pythons' modules are left out.
+can load: GPU code of other architectures, symbol tables and other Pythons' modules are left out.
 Needs uv, strip, tar and xz.
 """
 
@@ -37,7 +37,7 @@ ARCHIVES = {
         "simplejpeg",
         "typing-inspection",
     ),
-    "dali": ("nvidia-dali-cuda130",),
+    "dali": ("astunparse", "gast", "makefun", "nvidia-dali-cuda130", "nvtx", "optree"),
 }
 #: Nothing of slide2vec loads them, or they would hide another package's (nvidia/__init__.py).
 LEFT_OUT = (
@@ -46,12 +46,14 @@ LEFT_OUT = (
     "nvidia/cu13/include",
     "nvidia/dali/Acknowledgements.txt",
     "nvidia/dali/test",
+    "nvidia/nvimgcodec/extensions/libnvjpeg2k_ext.*",  # of libraries that are not packed
+    "nvidia/nvimgcodec/extensions/libnvtiff_ext.*",
     "cucim/skimage",
     "**/*.a",
     "**/__pycache__",
 )
 _FATBIN_MAGIC = 0xBA55ED50
-_PTX, _CUBIN = 1, 2
+_CUBIN = 2  # a kind of entry: machine code
 
 
 def sections(binary: bytearray) -> Iterator[tuple[str, int, int]]:
@@ -64,33 +66,39 @@ def sections(binary: bytearray) -> Iterator[tuple[str, int, int]]:
         yield binary[start : binary.index(b"\0", start)].decode(), offset, length
 
 
-def zero_other_gpu_code(binary: bytearray, arch: int) -> int:
-    """Zero GPU code for other architectures (and PTX) in an ELF file; bytes zeroed.
+def keep_gpu_code(binary: bytearray, arch: int) -> int:
+    """Leave only the GPU code for one architecture in an ELF file; bytes zeroed.
 
-    The entries stay listed, with their sizes: the driver takes the one that fits exactly. The layout is that
-    of fatbinary_section.h: a header (magic, version, its own size, size of all entries), then entries, each
-    with a header (kind, version, its own size, size of its payload, …, architecture).
+    Code for the GPU lies in fat binaries, as in fatbinary_section.h: a header (magic, version, its own size,
+    size of all entries), then entries, each with a header (kind, version, its own size, size of its payload,
+    …, architecture). Of each the entries that fit exactly move to the front, and the header says that there
+    are no others. A fat binary that has none that fits stays as it is.
     """
     zeroed = 0
     for name, start, length in sections(binary):
-        if name not in (".nv_fatbin", "__nv_relfatbin"):
-            continue
         place, end = start, start + length
-        while place < end - 16:
-            magic, _, own, following = struct.unpack_from("<IHHQ", binary, place)
+        while name in (".nv_fatbin", "__nv_relfatbin") and place < end - 16:
+            magic, _, own, size = struct.unpack_from("<IHHQ", binary, place)
             if magic != _FATBIN_MAGIC:
                 place += 8
                 continue
-            place += own
-            stop = place + following
-            while place < stop:
-                kind, _, header, payload = struct.unpack_from("<HHIQ", binary, place)
-                (code_for,) = struct.unpack_from("<I", binary, place + 28)
-                if kind == _PTX or (kind == _CUBIN and code_for != arch):
-                    binary[place + header : place + header + payload] = bytes(payload)
-                    zeroed += payload
-                place += header + payload
+            first, stop = place + own, place + own + size
+            kept = b"".join(entry for for_arch, entry in _entries(binary, first, stop) if for_arch == arch)
+            if kept:
+                binary[first:stop] = kept + bytes(size - len(kept))
+                struct.pack_into("<Q", binary, place + 8, len(kept))
+                zeroed += size - len(kept)
+            place = stop
     return zeroed
+
+
+def _entries(binary: bytearray, place: int, stop: int) -> Iterator[tuple[int, bytes]]:
+    """The entries of a fat binary: the architecture of machine code, 0 for other kinds; the bytes."""
+    while place < stop:
+        kind, _, header, payload = struct.unpack_from("<HHIQ", binary, place)
+        (arch,) = struct.unpack_from("<I", binary, place + 28)
+        yield arch if kind == _CUBIN else 0, bytes(binary[place : place + header + payload])
+        place += header + payload
 
 
 def trim(folder: Path, python: str, arch: int) -> None:
@@ -107,7 +115,7 @@ def trim(folder: Path, python: str, arch: int) -> None:
             path.unlink()
             continue
         binary = bytearray(path.read_bytes())
-        if binary[:5] == b"\x7fELF\x02" and zero_other_gpu_code(binary, arch):
+        if binary[:5] == b"\x7fELF\x02" and keep_gpu_code(binary, arch):
             path.unlink()  # the file may be a link into uv's cache
             path.write_bytes(binary)
             path.chmod(0o755)

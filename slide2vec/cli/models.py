@@ -120,6 +120,8 @@ def _details(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "memory", ", ".join(f"{_memory(recipe, bits)} in {name}" for name, bits in _PRECISIONS.items())
     on_cpu = "" if recipe.encoder.arch == "prism2" else ", fp32 on a CPU"
     yield "precision", f"{recipe.precision} on a GPU{on_cpu}"
+    if recipe.precision_note:
+        yield "", recipe.precision_note
     yield from _access(recipe)
     yield "cite", recipe.citation
     if recipe.note:

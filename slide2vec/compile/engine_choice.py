@@ -134,6 +134,7 @@ def select_engine(
         if loaded is None:
             continue
         _tell_precision(engine, precision)
+        _tell_lock(engine, loaded)
         return Selected(loaded, engine.record.profile.opt)
     if choice != "auto":
         raise EngineError(_missing(choice, target, precision, problems))
@@ -187,6 +188,17 @@ def _tell_precision(engine: StoredEngine, precision: str) -> None:
         reasons = "; ".join(f"{each['precision']}: {each['reason']}" for each in record.steps_down)
         logger.warning(
             "engine %s computes in %s, not %s (%s)", engine.name, record.precision, precision, reasons
+        )
+
+
+def _tell_lock(engine: StoredEngine, loaded: Engine) -> None:
+    """What it costs on a CPU, where `run` lasts as long as the batch: reading threads stand still."""
+    speed = engine.record.speed.get("engine")
+    if loaded.holds_gil and loaded.device.type == "cpu" and speed:
+        logger.info(
+            "engine %s holds Python's lock while it encodes, %.0f ms a batch: reading threads wait meanwhile",
+            engine.name,
+            1e3 * engine.record.profile.opt / speed,
         )
 
 

@@ -94,6 +94,7 @@ def torch_engine(
     *,
     feature_dim: int,
     compiled: bool = False,
+    cuda_graphs: bool = True,
 ) -> TorchEngine:
     """The encoder in PyTorch. Below fp32 on CUDA its parameters are converted once, as they are for export;
     elsewhere, and where an encoder cannot be exported or no recipe file describes it, every product converts
@@ -102,13 +103,20 @@ def torch_engine(
     Args:
         encoder: in fp32; on CUDA it is left as it is, else it is moved to the device.
         compiled: by `torch.compile`.
+        cuda_graphs: as of TorchEngine.
     """
     made, typed = encoder, _is_typed(recipe, precision, device)
     if typed:
         policy = recipe.engine.model_copy(update={"islands": _computed_in_fp32(recipe.engine.islands)})
         made = ExportedEncoder(encoder, recipe.transform, "float32_nchw", precision, policy)
     return TorchEngine(
-        made, feature_dim=feature_dim, precision=precision, device=device, compiled=compiled, typed=typed
+        made,
+        feature_dim=feature_dim,
+        precision=precision,
+        device=device,
+        compiled=compiled,
+        typed=typed,
+        cuda_graphs=cuda_graphs,
     )
 
 

@@ -45,6 +45,7 @@ class Engine(Protocol):
         precision: "fp32", "bf16", "fp16" or "fp8".
         feature_dim: D.
         layout: of the pixels it takes.
+        holds_gil: no other thread runs Python while `run` does.
     """
 
     runtime: str
@@ -52,6 +53,7 @@ class Engine(Protocol):
     precision: str
     feature_dim: int
     layout: Layout
+    holds_gil: bool
 
     def run(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels of `layout` on `device` -> features (B, D) float32 on `device`; any B of 1 or more.

@@ -21,12 +21,16 @@ class InductorEngine:
     Args:
         package: of `torch._inductor.aoti_compile_and_package`, for the device.
         profile: the batches it was compiled for; larger ones are run in parts.
+        runners: batches that may be under way on the device: one more would be waited for, with Python's lock
+            in hand. They share the weights.
 
     Raises:
         EngineError: the package cannot be loaded.
     """
 
     runtime = "inductor"
+    #: PyTorch's binding of `run` does not release it (2.15): on a CPU for as long as a batch takes.
+    holds_gil = True
 
     def __init__(
         self,
@@ -37,10 +41,11 @@ class InductorEngine:
         feature_dim: int,
         layout: Layout,
         profile: BatchProfile,
+        runners: int = 2,
     ) -> None:
         self.device, self.precision, self.feature_dim, self.layout = device, precision, feature_dim, layout
         self._most = profile.max
-        self._compiled: Any | None = _loaded(package, device)
+        self._compiled: Any | None = _loaded(package, device, runners)
 
     def run(self, pixels: Tensor) -> Tensor:
         """Pixels of `layout` -> (B, D) float32."""
@@ -55,11 +60,13 @@ class InductorEngine:
         self._compiled = None
 
 
-def _loaded(package: Path, device: torch.device) -> Any:
+def _loaded(package: Path, device: torch.device, runners: int) -> Any:
+    from torch._inductor.package.package import load_package  # imports the compiler
+
+    index = -1 if device.type == "cpu" else device.index or 0
     try:
-        if device.type == "cpu":
-            return torch._inductor.aoti_load_package(str(package))
-        return torch._inductor.aoti_load_package(str(package), device_index=device.index or 0)
+        with use_device(device):
+            return load_package(str(package), num_runners=runners, device_index=index)
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
         raise EngineError(f"AOTInductor cannot load {package}: {reason}") from error

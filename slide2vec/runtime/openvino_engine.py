@@ -63,6 +63,7 @@ class OpenVINOEngine:
 
     runtime = "openvino"
     device = torch.device("cpu")
+    holds_gil = False
 
     def __init__(
         self, model: Path, *, precision: str, feature_dim: int, layout: Layout, threads: int | None = None

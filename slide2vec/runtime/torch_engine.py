@@ -31,6 +31,7 @@ class TorchEngine:
 
     runtime = "torch"
     layout: Layout = "float32_nchw"
+    holds_gil = False
 
     def __init__(
         self,

@@ -49,7 +49,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             raise EngineError("it is broken")
         if directory.name.startswith("foreign"):
             raise ExtraMissingError("it is not installed")
-        return SimpleNamespace(runtime=directory.name)
+        return SimpleNamespace(runtime=directory.name, holds_gil=False)
 
     monkeypatch.setattr(engine_choice, "load_engine", load)
     monkeypatch.setattr(engine_choice, "not_here", lambda *args: None)
@@ -161,3 +161,17 @@ def test_pytorch_looks_at_no_store(tmp_path: Path) -> None:
     assert select_engine("torch", ENCODER, SUBJECT, "bf16", store=store).engine.precision == "bf16"
     with pytest.raises(AssertionError, match="looked at"):
         select_engine("auto", ENCODER, SUBJECT, "bf16", store=store)
+
+
+@pytest.mark.parametrize(("holds_gil", "device"), [(True, "cpu"), (False, "cpu"), (True, "cuda")])
+def test_what_a_hold_on_pythons_lock_costs_is_told(
+    caplog: pytest.LogCaptureFixture, holds_gil: bool, device: str
+) -> None:
+    record = SimpleNamespace(speed={"engine": 40.0, "torch": 30.0}, profile=BatchProfile(1, 8, 8))
+    engine: Any = SimpleNamespace(name="tiny-inductor", record=record)
+    loaded: Any = SimpleNamespace(holds_gil=holds_gil, device=torch.device(device))
+    with caplog.at_level("INFO"):
+        engine_choice._tell_lock(engine, loaded)
+    assert ("tiny-inductor holds Python's lock while it encodes, 200 ms a batch" in caplog.text) == (
+        holds_gil and device == "cpu"
+    )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,9 @@ from slide2vec.runtime.torch_engine import TorchEngine
 #: kernels, other order of sums; in half precision at most a few of its steps.
 ALONE = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.02}
 COSINE = {"fp32": 0.9999, "bf16": 0.999, "fp16": 0.999}
+
+#: Of a thread in one run, where the engine releases Python's lock: 6 and more on an idle machine, else 2.
+TICKS = 5
 
 RECIPE = tiny_recipe()
 Opener = Callable[[], Engine]
@@ -144,6 +148,40 @@ def test_pixels_that_are_a_view(engine: Engine) -> None:
     """As the preparer's permuted and cropped ones are."""
     pixels = pixels_for(engine, 8)
     assert torch.equal(engine.run(pixels[::2]), engine.run(pixels[::2].contiguous()))
+
+
+def test_whether_python_runs_meanwhile(engine: Engine) -> None:
+    """Readers decode beside it. Nothing makes a thread give up the lock here but calls that release it, so
+    that another one ticks several times in a run only where the engine does."""
+    pixels = pixels_for(engine, 4)
+    held = engine.holds_gil
+    most = max(_ticks_in_runs(engine, pixels, runs=50 if held else 1000, enough=TICKS))
+    assert (most < TICKS) == held
+
+
+def _ticks_in_runs(engine: Engine, pixels: torch.Tensor, runs: int, enough: int) -> Iterator[int]:
+    """Ticks of a thread in each of so many runs, or until there were enough in one."""
+    ticks, over = [0], threading.Event()
+
+    def tick() -> None:
+        while not over.wait(1e-4):
+            ticks[0] += 1
+
+    thread, before = threading.Thread(target=tick), sys.getswitchinterval()
+    engine.run(pixels)
+    sys.setswitchinterval(1000)
+    thread.start()
+    try:
+        for _ in range(runs):
+            start = ticks[0]
+            engine.run(pixels)
+            yield ticks[0] - start
+            if ticks[0] - start >= enough:
+                break
+    finally:
+        over.set()
+        sys.setswitchinterval(before)
+        thread.join()
 
 
 def test_close_twice(opener: Opener) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ MOST_FILES = 8
 
 @pytest.fixture
 def work_dir(tmp_path: Path, generated_slide: Callable[..., Path]) -> Path:
-    generated_slide(tmp_path / "synthetic-1024.svs", size_px=1024, seed=0, levels=2)
+    generated_slide(tmp_path / "synthetic-1024.svs", size_px=1024, seed=0, levels=1)
     return tmp_path
 
 
@@ -41,8 +42,9 @@ def test_probe(work_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = json.loads(out.read_text())
     assert not [item for item in found.values() if "FAILED" in str(item)]
     decoded = found["decoding synthetic-1024.svs"]
+    assert all(row.get("decoded_by", {}).keys() <= {row.get("decode_path")} for row in decoded.values())
     assert decoded["uploaded"]["tiles_per_s"] > 0 and decoded["uploaded"]["worst_tile"] == 0
-    assert found["encoder scattering"]["eager"]["least cosine"] > 0.9999
+    assert found["encoder scattering"]["as a run has it"]["least cosine"] > 0.9999
 
 
 def test_an_item_that_fails_ends_only_itself(tmp_path: Path) -> None:
@@ -90,6 +92,22 @@ def test_whole_plan(work_dir: Path) -> None:
     assert len(stages) == 6 and {status for _, status in stages} == {"0"}, ended.stdout
     assert "## scattering" in results
     assert len(list((work_dir / "out").iterdir())) <= MOST_FILES
+
+
+def test_archives_are_unpacked_once(tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text("found = 1")
+    archive = tmp_path / "base" / "site.tar.xz"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:xz") as packed:
+        packed.add(tmp_path / "module.py", "package/module.py")
+    own = {"WHEELS": str(tmp_path), "TMPDIR": str(tmp_path), "OUT": str(tmp_path), "PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "tools" / "gpu_plan.sh"), "--unpack"]
+    unpacked = tmp_path / "slide2vec-gpu" / "site" / "package" / "module.py"
+    for _ in range(2):
+        subprocess.run(command, env=os.environ | own, check=True, capture_output=True)
+        assert unpacked.read_text() == "found = 1"
+        unpacked.write_text("found = 1")  # what is there already stays
+        archive.write_bytes(b"no archive")
 
 
 def test_unknown_options_are_refused() -> None:

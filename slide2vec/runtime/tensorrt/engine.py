@@ -46,6 +46,8 @@ class TensorRTEngine:
         ConfigError: fewer than one context.
     """
 
+    holds_gil = False  # it only queues work
+
     def __init__(
         self,
         plan: Path,
