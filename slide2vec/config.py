@@ -169,7 +169,9 @@ class PreprocessingConfig(_Config):
         on_bad_tile: "fail" the slide when pixels of a tile cannot be decoded, or "skip" the tile:
             it is left out of coordinates and embeddings, and recorded.
         gpu_decode: "auto" decodes on the GPU what comes out right there, and the rest on the CPU; True fails
-            slides that the GPU cannot decode; False never decodes there.
+            slides that the GPU cannot decode; False never decodes there. "shared" is "auto", and the CPU
+            decodes beside the GPU what it is too busy for: which tiles depends on timing, and with it the
+            last bits of their features.
         preparer: what brings tiles to the encoder's input; "auto" is PyTorch on the CPU; on a GPU
             "triton", which does not resize, or "dali", where they are installed.
         use_supertiles: read blocks of neighbouring tiles at once (same pixels, faster).
@@ -194,7 +196,7 @@ class PreprocessingConfig(_Config):
     on_the_fly: bool = True
     save_tiles: bool = False
     on_bad_tile: Literal["fail", "skip"] = "fail"
-    gpu_decode: bool | Literal["auto"] = "auto"
+    gpu_decode: bool | Literal["auto", "shared"] = "auto"
     preparer: Literal["auto", "torch", "dali", "triton"] = "auto"
     use_supertiles: bool = True
     num_cucim_workers: Positive = 4

@@ -228,6 +228,7 @@ def test_tissue_threshold_has_two_spellings(load: Load) -> None:
 def test_gpu_decode_is_auto_only_where_nothing_is_said(load: Load) -> None:
     for text, expected in (("", "auto"), ("{gpu_decode: false}", False), ("{gpu_decode: true}", True)):
         assert load(f"tiling: {text}").preprocessing.gpu_decode is expected or expected == "auto"
+    assert load("tiling: {gpu_decode: shared}").preprocessing.gpu_decode == "shared"
     assert load("").preprocessing.gpu_decode == "auto"
 
 

@@ -52,7 +52,7 @@ def gather_by_kernel(
     numbers[:slots] = decoded.slots.ravel()
     places = numbers[slots:].reshape(-1, 3)
     places[:, :2] = corners
-    places[:, 2] = [_address(target) for target in targets]
+    places[:, 2] = _addresses(targets)
     on_device = plan.to(device, non_blocking=True)
     ratio, rest = divmod(side, size)
     first, weights = area_taps(side, size, device) if rest else (on_device, on_device)
@@ -79,9 +79,10 @@ def _kernel() -> Any:
     return import_module("slide2vec.prepare.triton_kernel").gather
 
 
-def _address(target: Any) -> int:
-    address: int = target.data_ptr() if isinstance(target, torch.Tensor) else target.ctypes.data
-    return address
+def _addresses(targets: Sequence[Any]) -> list[int]:
+    if isinstance(targets[0], torch.Tensor):
+        return [target.data_ptr() for target in targets]
+    return [target.ctypes.data for target in targets]
 
 
 def choose_gather(device: torch.device) -> Gather:

@@ -106,7 +106,8 @@ class DeviceTransfer:
 
     Args:
         device: a GPU; the CPU in tests, where everything but cuCIM's CUDA decoder runs as well.
-        gpu_decode: "auto": where it gives the right pixels; True: or else the slide fails; False: never.
+        gpu_decode: "auto": where it gives the right pixels; "shared": so, and on the CPU what the GPU is too
+            busy for; True: or else the slide fails; False: never.
         decode_paths: names of those to try, in that order; None = as `gpu_decode` says.
 
     Raises:
@@ -116,7 +117,7 @@ class DeviceTransfer:
     def __init__(
         self,
         device: torch.device,
-        gpu_decode: bool | Literal["auto"] = "auto",
+        gpu_decode: bool | Literal["auto", "shared"] = "auto",
         decode_paths: Sequence[str] | None = None,
     ) -> None:
         self.device, self.stream, self._gpu_decode = device, device_stream(device), gpu_decode
@@ -200,6 +201,7 @@ class DeviceTransfer:
             refused=lambda: getattr(reader, "refused", 0),
             tally=tally,
             close=reader.close,
+            is_shared=self._gpu_decode == "shared",
         )
         return replace(plan, source=decoded, decode_path=decode_path, tally=tally)
 
@@ -231,7 +233,7 @@ class DeviceTransfer:
                 reasons.append(f"{name}: sees other levels {reader.level_dimensions}")
 
 
-def tile_transfer(device: torch.device, gpu_decode: bool | Literal["auto"]) -> TileTransfer:
+def tile_transfer(device: torch.device, gpu_decode: bool | Literal["auto", "shared"]) -> TileTransfer:
     """How tiles get to an engine's device.
 
     Raises:

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 #: slide is decoded on the CPU: what it refuses is decoded there tile by tile, slower than by a whole block.
 MOST_REFUSED = 8
 MOST_FAILED = 2
+#: Blocks that a device is given at once where the CPU decodes beside it: one is decoded, the next read.
+TURNS = 2
 #: What libraries say when a GPU's memory does not suffice (PyTorch, CUDA's runtime and driver, nvJPEG, C++).
 _OUT_OF_MEMORY = ("out of memory", "out_of_memory", "memoryallocation", "allocator_failure", "bad_alloc")
 
@@ -171,6 +173,8 @@ class DecodedOnDevice:
         uploaded: gives them decoded on the CPU.
         refused: how many compressed tiles the device's decoder has refused so far.
         tally: is told of every tile.
+        is_shared: a thread that finds the device busy with `TURNS` blocks has the CPU decode its own. Which
+            tiles the CPU decodes depends on the time that others take then.
         close: what else is to be closed.
     """
 
@@ -185,6 +189,7 @@ class DecodedOnDevice:
         refused: Callable[[], int],
         tally: DecodeTally,
         close: Callable[[], None],
+        is_shared: bool = False,
     ) -> None:
         self._name, self._path, self._opened, self._uploaded = name, decode_path, on_device, uploaded
         self._stream, self._refused, self._tally, self._close = stream, refused, tally, close
@@ -193,15 +198,19 @@ class DecodedOnDevice:
         self._most: int | None = None  # tiles of a block that fitted into the device's memory
         self._failed, self._given_up = 0, False
         self._lock = threading.Lock()
+        self._turns = threading.Semaphore(TURNS) if is_shared else None
 
     def fetch(self, number: int) -> Any:
         if self._given_up:
             return _Fetched(self._uploaded, self._uploaded.fetch(number))
         if self._most is not None and len(self.blocks[number]) > self._most:
             return _Fetched(None)
+        if self._turns is not None and not self._turns.acquire(blocking=False):
+            return _Fetched(self._uploaded, self._uploaded.fetch(number))
         try:
             data = self._device.fetch(number)
         except (SlideReadError, RuntimeError) as error:
+            self._end_turn()
             return self._otherwise(number, error)
         self._count_refused()
         return _Fetched(self._device, data)
@@ -215,6 +224,8 @@ class DecodedOnDevice:
                 return
             except (SlideReadError, RuntimeError) as error:
                 found = self._otherwise(number, error)
+            finally:
+                self._end_turn()
         if found.by is None:
             self._place_in_parts(self.blocks[number], targets)
             return
@@ -235,6 +246,10 @@ class DecodedOnDevice:
     def close(self) -> None:
         self._uploaded.close()
         self._close()
+
+    def _end_turn(self) -> None:
+        if self._turns is not None:
+            self._turns.release()
 
     def _otherwise(self, number: int, error: Exception) -> _Fetched:
         """A block that the device failed at, by the CPU; by nobody yet where memory did not suffice."""

@@ -16,6 +16,8 @@ from slide2vec.errors import ExtraMissingError
 from slide2vec.prepare import dali_archive, dali_tiles
 from slide2vec.prepare.dali_tiles import DaliTiles, Geometry
 from slide2vec.prepare.tile_parts import TileParts, parts_of_boxes
+from slide2vec.readers.codecs import check_jpeg, decode_tile
+from slide2vec.readers.tile_table import TileFormat
 
 Pixels = NDArray[np.uint8]
 
@@ -101,6 +103,35 @@ def test_a_batch_that_fails_spoils_no_other() -> None:
         np.testing.assert_array_equal(
             decoder.boxes(given, parts, geometry).numpy(), expected(level, corners, size, 1)
         )
+
+
+def odd_jpegs(jpeg: bytes) -> dict[str, bytes]:
+    """That are in order, though few writers make them so."""
+    codecs = pytest.importorskip("imagecodecs")
+    tables, head = jpeg.index(b"\xff\xdb"), jpeg[:2]
+    pixels = codecs.jpeg8_decode(jpeg, outcolorspace="RGB")
+    return {
+        "fill bytes before a marker": jpeg[:tables] + b"\xff\xff\xff" + jpeg[tables:],
+        "padded": jpeg + bytes(64),
+        "another picture behind it": jpeg + b"\xff\xd8\xff\x12abc",
+        "no JFIF marker": head + jpeg[tables:],
+        "a comment": head + b"\xff\xfe\x00\x08hello!" + jpeg[2:],
+        "Exif that ends too early": head + b"\xff\xe1\x00\x10Exif\0\0MM\0\x2a\0\0\0\xff" + jpeg[2:],
+        "a short Adobe marker": head + b"\xff\xee\x00\x06Adob" + jpeg[2:],
+        "progressive": cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes(),
+        "restart markers": cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_RST_INTERVAL, 1])[1].tobytes(),
+    }
+
+
+@pytest.mark.usefixtures("dali")
+def test_what_the_strict_check_takes_is_decoded_to_the_strict_decoders_pixels() -> None:
+    """DALI may end the process over a JPEG that it cannot parse: the check must refuse all of these."""
+    form = TileFormat(width=TILE, height=TILE, compression="JPEG", photometric="YCBCR")
+    decoder = DaliTiles(CPU)
+    for kind, jpeg in odd_jpegs(a_level()[0][0]).items():
+        check_jpeg(jpeg, form, (TILE, TILE))
+        found = decoder.boxes([jpeg], some_boxes([(0, 0)], (TILE, TILE)), Geometry(TILE, TILE, 1, False))
+        np.testing.assert_array_equal(found[0], decode_tile([jpeg], form, (TILE, TILE), None), kind)
 
 
 @pytest.mark.usefixtures("dali")

@@ -45,7 +45,7 @@ CASES = [
     "openvino fp32 cpu",
     "openvino bf16 cpu",
     "inductor fp32 cpu",
-    "inductor bf16 cpu",
+    pytest.param("inductor bf16 cpu", marks=pytest.mark.slow),  # a minute of the C++ compiler
     *(
         pytest.param(f"{runtime} {precision} cuda", marks=pytest.mark.gpu)
         for runtime in ("torch", "inductor", "tensorrt")
@@ -60,7 +60,7 @@ def case(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def opener(case: str, tmp_path_factory: pytest.TempPathFactory) -> Opener:
+def opener(case: str, short_rounds: None, tmp_path_factory: pytest.TempPathFactory) -> Opener:
     """Opens the engine of a case, as often as asked."""
     runtime, precision, _ = case.split()
     device = device_of(case)

@@ -19,7 +19,7 @@ from slide2vec.slides import Slide
 from slide2vec.stream import SlidePlan, decode_paths, device_sources, plan_slide
 from slide2vec.stream.cuda_streams import HostStream
 from slide2vec.stream.decode_paths import DecodePath, DeviceTransfer, jpeg_path
-from slide2vec.stream.device_sources import MOST_FAILED, Uploaded, is_out_of_memory
+from slide2vec.stream.device_sources import MOST_FAILED, TURNS, Uploaded, is_out_of_memory
 from slide2vec.stream.tile_sources import damaged
 
 CPU = torch.device("cpu")
@@ -157,6 +157,28 @@ def test_memory_that_does_not_suffice(
     warning, *more = caplog.messages  # once per slide
     assert "do not fit into the memory of cpu" in warning
     assert len(more) == (most == 0) and all("not even one tile" in given_up for given_up in more)
+
+
+def test_the_cpu_decodes_what_the_device_is_too_busy_for(device: Device, small_blocks: Path) -> None:
+    plan = DeviceTransfer(CPU, "shared", ["fake"]).bind(planned(small_blocks))
+    expected = pixels(planned(small_blocks))
+    found = np.zeros_like(expected)
+    blocks = list(enumerate(plan.source.blocks))
+
+    def place(number: int, data: Any) -> None:
+        plan.source.place(number, data, [found[tile] for tile in plan.source.blocks[number]])
+
+    waiting = [(number, plan.source.fetch(number)) for number, _ in blocks[: TURNS + 1]]
+    for number, data in waiting:
+        place(number, data)
+    by_cpu = len(blocks[TURNS][1])
+    assert plan.decoded_by()[UPLOADED] == by_cpu
+    for number, _ in blocks[TURNS + 1 :]:  # one after the other: the device is free each time
+        device.works = number != TURNS + 1  # where it fails, its turn is over, too
+        place(number, plan.source.fetch(number))
+    by_cpu += len(blocks[TURNS + 1][1])
+    np.testing.assert_array_equal(found, expected)
+    assert plan.decoded_by() == {UPLOADED: by_cpu, ON_DEVICE: len(found) - by_cpu}
 
 
 def test_what_counts_as_memory_that_does_not_suffice() -> None:
