@@ -205,4 +205,6 @@ def _change(source: str, mutant: str) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # libraries that were imported for the forks complain when they are taken down

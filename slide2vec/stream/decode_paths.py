@@ -33,7 +33,7 @@ from slide2vec.stream.cuda_streams import device_stream
 from slide2vec.stream.dali_source import DaliSource
 from slide2vec.stream.decode_check import SampleTiles
 from slide2vec.stream.decode_tally import DecodeTally
-from slide2vec.stream.device_sources import DecodedOnDevice, OnDevice, Uploaded
+from slide2vec.stream.device_sources import ArchiveOnDevice, DecodedOnDevice, Uploaded
 from slide2vec.stream.gathered_tiles import GatheredTiles
 from slide2vec.stream.plan import SlidePlan
 from slide2vec.stream.tile_sources import SlideSource, TileSource
@@ -160,8 +160,9 @@ class DeviceTransfer:
                 with self.stream.current():
                     reason = source.use_device(self.device)
                 if reason is None:
-                    on_device = OnDevice(source, self.stream)
-                    return replace(plan, source=on_device, decode_path="archive, dali on the device")
+                    tally = DecodeTally()
+                    archive = ArchiveOnDevice(source, self.stream, tally)
+                    return replace(plan, source=archive, decode_path=archive.decode_path, tally=tally)
                 self._tell(plan.slide.sample_id, f"its archive, by DALI: {reason}")
         return replace(plan, source=Uploaded(source, self.stream), decode_path=otherwise)
 

@@ -282,8 +282,16 @@ def test_archives_are_uploaded_or_decoded_on_the_device(
         adopted = DeviceTransfer(CPU, gpu_decode).bind(archive)  # type: ignore[arg-type]
         assert adopted.decode_path == decode_path
         np.testing.assert_array_equal(pixels(adopted), expected)
+        assert adopted.decoded_by() == {decode_path: len(expected)}
         np.testing.assert_array_equal(singly(adopted), expected)
         adopted.source.close()
+    archive = SlidePlan(plan.slide, tile_sources.open_archive(path, plan.tiling), plan.tiling)
+    adopted = DeviceTransfer(CPU).bind(archive)
+    assert adopted.decode_path == "archive, dali on the device"
+    archive.source._works = False  # type: ignore[attr-defined]  # as after a failure of DALI
+    np.testing.assert_array_equal(pixels(adopted), expected)
+    assert adopted.decoded_by() == {"archive, uploaded": len(expected)}
+    adopted.source.close()
 
 
 @NVIMGCODEC
