@@ -14,7 +14,6 @@ from slide2vec.errors import ConfigError, as_slide_error
 from slide2vec.progress import (
     NullReporter,
     ProgressEvent,
-    RunFinished,
     TilesEncoded,
     activate_progress_reporter,
 )
@@ -38,8 +37,8 @@ __all__ = [
 
 #: Bytes of a tile's coordinates on disk: x and y as int64, tissue fraction as float32, index as int32.
 COORDINATES_BYTES = 24
-#: Tiles that a trial leaves out of account: while they are encoded, caches and clocks settle.
-_SETTLING = 1
+#: Seconds within which what is told of tiles is of one batch (of several slides).
+_ONE_BATCH_S = 0.002
 
 
 @dataclass(frozen=True)
@@ -139,25 +138,30 @@ class _Enough(Exception):
 
 
 class _Stopwatch(NullReporter):
-    """Counts tiles after the first batch; ends the trial by raising from where it is told of them."""
+    """Counts the tiles after the first batch, while which caches and clocks settle; ends the trial by raising
+    from where it is told of them."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
         self._seconds, self._clock = seconds, clock
-        self._batches = 0
-        self.began = self.ended = 0.0
+        self.began: float | None = None
+        self.ended = 0.0
         self.tiles = 0
 
     def emit(self, event: ProgressEvent) -> None:
-        if isinstance(event, RunFinished) or not isinstance(event, TilesEncoded):
+        if not isinstance(event, TilesEncoded):
             return
-        self._batches += 1
         self.ended = self._clock()
-        if self._batches <= _SETTLING:
+        if self.began is None or (not self.tiles and self.ended - self.began < _ONE_BATCH_S):
             self.began = self.ended
             return
         self.tiles += event.count
         if self.ended - self.began >= self._seconds:
             raise _Enough
+
+    @property
+    def tiles_per_s(self) -> float | None:
+        """None before the second batch."""
+        return self.tiles / (self.ended - self.began) if self.began is not None and self.tiles else None
 
 
 def trial_speed(
@@ -178,8 +182,7 @@ def trial_speed(
     ):
         for _ in outcomes:  # a slide that fails is the run's business
             pass
-    taken = watch.ended - watch.began
-    return watch.tiles / taken if watch.tiles and taken > 0 else None
+    return watch.tiles_per_s
 
 
 def seconds_for(tiles: Mapping[str, int], speeds: Mapping[str, float], devices: Mapping[str, str]) -> float:
