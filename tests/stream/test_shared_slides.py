@@ -222,3 +222,18 @@ def test_errors_are_those_of_every_stream(planned: Planned) -> None:
     assert found == [[("a", number) for number in range(10)]] * 2
     assert planned["broken"][0].done == Counter(fetched=10, closed=1) and shared._bytes == 0
     assert not shared._slides
+
+
+def test_who_is_behind_never_waits_for_room(planned: Planned) -> None:
+    """Threads of one stream take blocks in any order: what is kept may lie beyond what the other needs next."""
+    todo = slides("a")
+    shared = SharedSlides("xy", kept_bytes=1)
+    shares = [shared.share(name, todo) for name in "xy"]
+    ahead, behind = in_threads(*(lambda share=share: share.plan(todo[0], request()) for share in shares))
+    ahead.source.fetch(5)
+    (data,) = in_threads(lambda: behind.source.fetch(4))
+    behind.source.place(4, data, [target := np.zeros(1, np.uint8)])
+    assert target[0] == 4
+    for share in shares:
+        share.leave()
+    assert planned["a"][0].done["closed"] == 1
