@@ -196,7 +196,7 @@ def test_who_leaves_holds_up_nobody(planned: Planned) -> None:
         share = shared.share("y", todo)
         with share.membership():
             source = share.plan(todo[0], request()).source
-            source.place(0, source.fetch(0), [np.zeros(1)])
+            source.place(0, source.fetch(0), [np.zeros(1, np.uint8)])
 
     found = in_threads(
         lambda: read_all(shared.share("x", todo), todo), breaks_off, shared.share("z", todo).leave
@@ -225,7 +225,7 @@ def test_errors_are_those_of_every_stream(planned: Planned) -> None:
 
 
 def test_who_is_behind_never_waits_for_room(planned: Planned) -> None:
-    """Threads of one stream take blocks in any order: what is kept may lie beyond what the other needs next."""
+    """Threads take blocks in any order: what is kept may lie beyond what the other stream needs next."""
     todo = slides("a")
     shared = SharedSlides("xy", kept_bytes=1)
     shares = [shared.share(name, todo) for name in "xy"]
