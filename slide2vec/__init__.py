@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
     from slide2vec.errors import EmbedPatientsError, EmbedSlidesError, Slide2VecError
     from slide2vec.model import Model
+    from slide2vec.models import Models
     from slide2vec.pipeline import Pipeline
     from slide2vec.recipes import list_models
     from slide2vec.slides import Slide
@@ -38,6 +39,7 @@ __all__ = [
     "ExecutionOptions",
     "HierarchicalEmbeddingArtifact",
     "Model",
+    "Models",
     "PatientEmbeddingArtifact",
     "Pipeline",
     "PreprocessingConfig",
@@ -61,6 +63,7 @@ _HOMES = {
     "ExecutionOptions": "config",
     "HierarchicalEmbeddingArtifact": "artifacts",
     "Model": "model",
+    "Models": "models",
     "PatientEmbeddingArtifact": "artifacts",
     "Pipeline": "pipeline",
     "PreprocessingConfig": "config",

@@ -158,11 +158,11 @@ class EmbedSlidesError(ExceptionGroup[Exception], Slide2VecError):
 
     Attributes:
         results: what `embed_slides` would have returned, in input order, with None in the
-            place of each failed slide.
-        failed: sample_id -> its error.
+            place of each failed slide; of several models such a list for each, by name.
+        failed: sample_id -> its error; of several models "<sample_id> with <model>".
     """
 
-    results: Sequence[Any]
+    results: Sequence[Any] | Mapping[str, Sequence[Any]]
     failed: Mapping[str, Exception]
     what = "slides"
 
@@ -173,6 +173,16 @@ class EmbedSlidesError(ExceptionGroup[Exception], Slide2VecError):
         message = (
             f"{len(failed)} of {len(results)} {cls.what} failed ({names}); the {done} embedded ones are in "
             '.results (or pass on_error="skip")'
+        )
+        group = cls(message, list(failed.values()))
+        group.results, group.failed = results, failed
+        return group
+
+    @classmethod
+    def of_several(cls, failed: Mapping[str, Exception], results: Mapping[str, Sequence[Any]]) -> Self:
+        """Of several models: `results` and the keys of `failed` ("<sample_id> with <model>") name them."""
+        message = (
+            f"{len(failed)} embeddings failed ({', '.join(failed)}); the others are in .results, by model"
         )
         group = cls(message, list(failed.values()))
         group.results, group.failed = results, failed

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     )
     from slide2vec.cohort.run import OnPersisted
     from slide2vec.cohort.sink import Sink
-    from slide2vec.scale import WorkerPools
+    from slide2vec.scale import WorkerExecutor, WorkerPools
     from slide2vec.tiling import Tiling
 
 __all__ = ["Model"]
@@ -304,18 +304,19 @@ class Model:
         Raises:
             ConfigError: there are not so many devices, or workers cannot load the model.
         """
-        workers = workers_for(
-            self,
-            self._loader,
-            self.device,
-            sink.execution,
-            self._pools,
-            chosen=is_numbered(self.origin.get("device", "cuda:0")),
-        )
+        workers = self._workers(sink.execution)
         if workers is not None:
             return workers.embed_into(sink, slides)
         active_reporter().emit(RunStarted(len(slides), self.name))
         return self.embed_here(sink, slides)
+
+    def in_workers(self, execution: ExecutionOptions) -> bool:
+        """Whether workers would embed, on several devices or machines, rather than this process."""
+        return self._workers(execution) is not None
+
+    def _workers(self, execution: ExecutionOptions) -> WorkerExecutor | None:
+        chosen = is_numbered(self.origin.get("device", "cuda:0"))
+        return workers_for(self, self._loader, self.device, execution, self._pools, chosen=chosen)
 
     def embed_here(
         self, sink: Sink, slides: Iterable[Slide] | SlideQueue

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from slide2vec.cohort import RunResult, embed_cohort, tile_cohort
+from slide2vec.cohort import EncoderRun, RunResult, embed_cohort, embed_cohort_together, tile_cohort
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ConfigError, ManifestError
 from slide2vec.files import as_path
 from slide2vec.manifests import SlidesLike, given_slides, read_manifest
+from slide2vec.model import Model
+from slide2vec.models import Models
 from slide2vec.settings import RunSettings, settings_as_yaml, versions
 from slide2vec.slides import IdFrom, Slide
 from slide2vec.tiling.previous_files import recorded_slides
 
 if TYPE_CHECKING:
     from slide2vec.cohort.run import OnPersisted
-    from slide2vec.model import Model
 
 __all__ = ["Pipeline"]
 
@@ -31,7 +32,8 @@ class Pipeline:
     the same settings is kept.
 
     Args:
-        model: from `Model.from_preset`.
+        model: from `Model.from_preset`; or several, as `Models`, a sequence or a mapping by name: slides are
+            then read once for all of them, and each writes what it would write in a run of its own.
         preprocessing: tiling and reading; None = the preset's spacing and tile size.
         execution: its output_dir is needed.
 
@@ -41,14 +43,15 @@ class Pipeline:
 
     def __init__(
         self,
-        model: Model,
+        model: Model | Models | Sequence[Model] | Mapping[str, Model],
         preprocessing: PreprocessingConfig | None = None,
         execution: ExecutionOptions | None = None,
     ) -> None:
         if execution is None or execution.output_dir is None:
             raise ConfigError("Pipeline writes files: give ExecutionOptions(output_dir=…)")
-        self.model, self.execution = model, execution
-        self.preprocessing = model.resolve_preprocessing(preprocessing)
+        several = Models([model]) if isinstance(model, Model) else Models(model)
+        self.models, self.execution = several, execution
+        self._configs = several.resolve_preprocessing(preprocessing)
 
     def run(
         self,
@@ -88,15 +91,10 @@ class Pipeline:
             self._settings, manifest_path=manifest_path, slides_dir=slides_dir, id_from=id_from
         )
         if tiling_only:
-            return tile_cohort(todo, self.preprocessing, self.execution, settings=settings)
-        return embed_cohort(
-            self.model,
-            todo,
-            self.preprocessing,
-            self.execution,
-            settings=settings,
-            on_slide_persisted=on_slide_persisted,
-        )
+            return tile_cohort(
+                todo, self._config_of_tiles(), self.execution, settings=partial(settings, self.model)
+            )
+        return self._embed(todo, self._configs, settings, on_slide_persisted)
 
     def run_with_coordinates(
         self,
@@ -120,30 +118,87 @@ class Pipeline:
         directory = as_path(coordinates_dir)
         todo: list[Slide] = recorded_slides(directory) if slides is None else given_slides(slides)
         self._check_patients(todo, f"{directory}" if slides is None else "the slides")
-        config = self.preprocessing.updated(read_coordinates_from=directory)
-        return embed_cohort(
-            self.model,
-            todo,
-            config,
+        configs = {
+            name: config.updated(read_coordinates_from=directory) for name, config in self._configs.items()
+        }
+        return self._embed(todo, configs, self._settings, on_slide_persisted)
+
+    @property
+    def model(self) -> Model:
+        """The model; the first of several."""
+        return next(iter(self.models.values()))
+
+    @property
+    def preprocessing(self) -> PreprocessingConfig:
+        """With the spacing and tile size of the model; of the first of several."""
+        return next(iter(self._configs.values()))
+
+    def _config_of_tiles(self) -> PreprocessingConfig:
+        """The configuration where slides are only tiled.
+
+        Raises:
+            ConfigError: the models have different tiles.
+        """
+        if any(config != self.preprocessing for config in self._configs.values()):
+            raise ConfigError(
+                f"tiling_only=True: {', '.join(self.models)} have tiles of different sizes or spacings: give "
+                "requested_tile_size_px and requested_spacing_um, or tile for one of them"
+            )
+        return self.preprocessing
+
+    def _embed(
+        self,
+        slides: Sequence[Slide],
+        configs: Mapping[str, PreprocessingConfig],
+        settings: Callable[[Model, PreprocessingConfig], str],
+        on_slide_persisted: OnPersisted | None,
+    ) -> RunResult:
+        if len(self.models) == 1 or self.models.take_turns(self.execution):
+            alone = {
+                name: embed_cohort(
+                    model,
+                    slides,
+                    configs[name],
+                    self.execution,
+                    settings=partial(settings, model),
+                    on_slide_persisted=on_slide_persisted,
+                )
+                for name, model in self.models.items()
+            }
+            return next(iter(alone.values())) if len(alone) == 1 else RunResult.of_several(alone)
+        runs: dict[str, EncoderRun] = {}
+        for first, *others in self.models.grouped(configs, self.execution):
+            takes_over = self.models[first].level == "tile"
+            for name in (first, *others):
+                after = first if takes_over and name != first else ""
+                run = EncoderRun(
+                    self.models[name], configs[name], partial(settings, self.models[name]), after
+                )
+                runs[name] = run
+        results = embed_cohort_together(
+            dict(sorted(runs.items(), key=lambda item: item[1].after != "")),
+            slides,
             self.execution,
-            settings=self._settings,
             on_slide_persisted=on_slide_persisted,
         )
+        return RunResult.of_several({name: results[name] for name in self.models})
 
     def _check_patients(self, slides: Sequence[Slide], where: str) -> None:
         """Raises ManifestError where slides of a patient-level model have no patient_id."""
-        if self.model.level != "patient":
+        of_patients = [name for name, model in self.models.items() if model.level == "patient"]
+        if not of_patients:
             return
         without = [slide.sample_id for slide in slides if slide.patient_id is None]
         if without:
             more = f" and {len(without) - 5} more" if len(without) > 5 else ""
             raise ManifestError(
-                f"{where}: preset {self.model.name} embeds patients, and {len(without)} slides have no "
+                f"{where}: preset {of_patients[0]} embeds patients, and {len(without)} slides have no "
                 f"patient_id ({', '.join(without[:5])}{more}): fill the column patient_id"
             )
 
     def _settings(
         self,
+        model: Model,
         config: PreprocessingConfig,
         manifest_path: str | os.PathLike[str] | None = None,
         slides_dir: str | os.PathLike[str] | None = None,
@@ -154,9 +209,9 @@ class Pipeline:
             manifest_path=None if manifest_path is None else as_path(manifest_path),
             slides_dir=None if slides_dir is None else as_path(slides_dir),
             id_from=id_from,
-            preset=self.model.name,
+            preset=model.name,
             preprocessing=config,
             execution=self.execution,
-            **self.model.origin,
+            **model.origin,
         )
         return settings_as_yaml(settings, {"versions": versions()})

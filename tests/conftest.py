@@ -1,11 +1,12 @@
 """Where the real slides are: SLIDE2VEC_TEST_SLIDES, else shared/slides beside the checkout. How many
-processes `-n auto` starts."""
+processes `-n auto` starts, and which files they begin with."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several on these CPUs; before libraries read it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else it starts processes of its own
+
+sys.path.append(str(Path(__file__).parent))  # tests import `forked`
 
 from slide2vec.cpus import job_cpus
 from slide2vec.readers.cucim import configure_cufile
@@ -21,6 +25,23 @@ from slide2vec.synthetic import write_synthetic_slide
 #: Processes that tests run in at most: each takes up to 4 GB.
 MAX_PROCESSES = 8
 
+#: Files that take longest, the longest first: what is begun last is short, and processes end together.
+LONGEST = (
+    "tests/compile/test_matrix.py",
+    "tests/scale/test_ray_pool.py",
+    "tests/runtime/test_engine_contract.py",
+    "tests/compile/test_onnx.py",
+    "tests/scale/test_local_pool.py",
+    "tests/cli/test_engines.py",
+    "tests/compile/test_build.py",
+    "tests/test_model.py",
+    "tests/cli/test_s3.py",
+    "tests/cohort/test_disk_full.py",
+    "tests/aggregate/test_patient_embedding.py",
+    "tests/test_fuzz_sample.py",
+    "tests/encoders/test_catalogue.py",
+)
+
 configure_cufile()  # some tests import cuCIM themselves
 
 
@@ -28,6 +49,11 @@ configure_cufile()  # some tests import cuCIM themselves
 def pytest_xdist_auto_num_workers() -> int:
     """The CPUs of this job, which a container or SLURM may have made fewer than the machine's."""
     return min(job_cpus(), MAX_PROCESSES)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0], len(ranks)))
 
 
 def slides_folder() -> Path:
@@ -40,6 +66,14 @@ def no_engines_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """An empty engine store: whoever runs the tests may have built engines."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLIDE2VEC_ENGINES", str(tmp_path_factory.mktemp("engines")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def short_rounds() -> Iterator[None]:
+    """Speeds of engines are measured on two or three batches, not for seconds: no test is about them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("slide2vec.compile.speed.ROUND_S", 0.01)
         yield
 
 

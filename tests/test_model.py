@@ -419,18 +419,24 @@ def test_code_of_a_repository_needs_consent(monkeypatch: pytest.MonkeyPatch) -> 
     assert recipe.weights.repo in str(refused.value) and recipe.weights.revision in str(refused.value)
 
 
+@pytest.mark.parametrize("depth", ["shallow", pytest.param("vit", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.float32), ("fp16", torch.float16)])
 def test_half_precision_stays_close(
-    slides_dir: Path, vit: Model, precision: Literal["bf16", "fp16"], dtype: torch.dtype
+    slides_dir: Path,
+    request: pytest.FixtureRequest,
+    precision: Literal["bf16", "fp16"],
+    dtype: torch.dtype,
+    depth: str,
 ) -> None:
     """bf16 keeps 8 bits of mantissa: the measured cosine of a ViT-S is above 0.9995. fp16 keeps 11,
     and its embeddings are fp16 unless asked otherwise."""
+    model: Model = request.getfixturevalue(depth)
     path = slides_dir / "CMU-1-Small-Region.svs"
     config = PreprocessingConfig(requested_spacing_um=2.0)
-    exact = vit.embed_slide(path, config).tile_embeddings
-    reduced = vit.embed_slide(path, config, ExecutionOptions(precision=precision)).tile_embeddings
+    exact = model.embed_slide(path, config).tile_embeddings
+    reduced = model.embed_slide(path, config, ExecutionOptions(precision=precision)).tile_embeddings
     assert reduced.dtype == dtype
-    assert not torch.equal(exact, reduced.float())
+    assert not torch.equal(exact.to(dtype), reduced), "computed in it, not only kept in it"
     assert cosines(exact, reduced.float()).min() > 0.9995
 
 

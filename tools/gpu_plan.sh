@@ -65,10 +65,10 @@ sanitize() {
 }
 export -f sanitize
 
-device=cuda presets="virchow2 prost40m uni" budget=345 probe_limit=120
+device=cuda presets="virchow2 prost40m uni" budget=345 probe_limit=120 tests_limit=80 stream_limit=60
 figures=(--size 12288 --seconds 0.8) stream=(--parts presets --rounds 1 --seconds 3) tests=()
 if [ -n "$quick" ]; then
-  presets="virchow2 prost40m" budget=170 probe_limit=60
+  presets="virchow2 prost40m" budget=170 probe_limit=50 tests_limit=45 stream_limit=45
   figures=(--size 12288 --seconds 0.5) stream=(--parts presets --rounds 1 --seconds 2) tests=(-k "not memory")
 fi
 if [ -n "$dry" ]; then
@@ -83,6 +83,7 @@ for slide in .gpu-slides/*; do [ -e "$slide" ] && slides+=("$slide"); done
 check=("$python" tools/gpu_check.py --no-benchmarks -p no:cacheprovider --durations=5)
 "$python" -c "import pytest_timeout" 2> /dev/null && check+=(--timeout 60)
 
+rm -f "$out"/{environment.txt,probe.json,probe.log,tests.log,bench.json,bench.md,bench.log}
 printf '| stage | status | until, s | last line |\n|---|---|---|---|\n' > "$out/results.md"
 stage environment 30 environment.txt bash -c "
   date; nvidia-smi; nproc; lscpu | head -20; free -g; $python --version; ls -a $site; ldconfig -p | grep -E 'libcuda.so|libnvjpeg'
@@ -93,9 +94,9 @@ if [ -n "$rtx" ]; then
   stage "TensorRT-RTX, tests" 120 tests.log "${check[@]}" --only tensorrt
 else
   stage probe $probe_limit probe.log "$python" -m tools.gpu_probe --out "$out/probe.json" --presets $presets "${figures[@]}"
-  stage tests 80 tests.log "${check[@]}" --only stream "${tests[@]}"
+  stage tests $tests_limit tests.log "${check[@]}" --only stream "${tests[@]}"
   for preset in $presets; do
-    shown=40 stage "stream, $preset" 60 bench.log "$python" -m benchmarks.gpu --presets "$preset" \
+    shown=40 stage "stream, $preset" $stream_limit bench.log "$python" -m benchmarks.gpu --presets "$preset" \
       --out "$out/bench" --add "${figures[@]}" "${stream[@]}"
   done
   if [ -z "$quick" ]; then

@@ -55,6 +55,8 @@ MODULES = {
     "regions": ("slide2vec/aggregate/regions.py", "tests/aggregate/test_regions.py -k regrouped"),
     "supertiles": ("slide2vec/tiling/supertiles.py", "tests/tiling/test_supertiles.py"),
     "spacing": ("slide2vec/readers/spacing.py", "tests/readers/test_spacing.py"),
+    "cut": ("slide2vec/prepare/cut.py", "tests/prepare/test_prepare.py -k cut"),
+    "tile-sources": ("slide2vec/stream/tile_sources.py", "tests/stream/test_tile_sources.py"),
 }
 #: A mutant that makes the tests hang is noticed, too: after this many times what they take without it.
 PATIENCE = 5
@@ -203,4 +205,6 @@ def _change(source: str, mutant: str) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # libraries that were imported for the forks complain when they are taken down

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from slide2vec.cohort import RunResult
     from slide2vec.cohort.results import Artifact
     from slide2vec.model import Model
+    from slide2vec.models import Models
 
 __all__ = ["EmbeddedFiles", "Report", "embed_and_write", "failures_json", "live_display"]
 
@@ -69,10 +70,11 @@ class EmbeddedFiles:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run made, for people and for scripts."""
+    """What a run made, for people and for scripts; of each encoder, where there are several."""
 
     made: list[EmbeddedFiles]
     result: RunResult
+    encoders: Mapping[str, Report] = field(default_factory=dict)
 
     @property
     def patients(self) -> list[PatientEmbeddingArtifact]:
@@ -135,7 +137,7 @@ def live_display() -> ProgressReporter:
 
 
 def embed_and_write(
-    model: Model,
+    model: Model | Models,
     slides: Sequence[Slide],
     preprocessing: PreprocessingConfig,
     execution: ExecutionOptions,
@@ -163,8 +165,14 @@ def embed_and_write(
             id_from=id_from,
             on_slide_persisted=draw if draw_map else None,
         )
-    main = result.slide_artifacts or result.hierarchical_artifacts or result.tile_artifacts
     rows = {row["feature_path"]: row for row in read_process_list(result.process_list_path)}
+    encoders = {name: _report(each, rows) for name, each in result.encoders.items()}
+    whole = _report(result, rows)
+    return whole if not encoders else replace(whole, encoders=encoders)
+
+
+def _report(result: RunResult, rows: Mapping[str, Mapping[str, str]]) -> Report:
+    main = result.slide_artifacts or result.hierarchical_artifacts or result.tile_artifacts
     return Report([_made(artifact, rows.get(str(artifact.path), {})) for artifact in main], result)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,10 @@ if TYPE_CHECKING:
     from slide2vec.cohort import RunResult
     from slide2vec.config import ExecutionOptions
     from slide2vec.model import Model
+    from slide2vec.models import Models
     from slide2vec.progress import RunSummary
 
-__all__ = ["counted", "print_outcome", "print_report"]
+__all__ = ["counted", "print_outcome", "print_report", "print_report_of_several"]
 
 #: Longer runs list their first slides only.
 MOST_ROWS = 50
@@ -43,6 +45,39 @@ def print_report(report: Report, model: Model, execution: ExecutionOptions) -> N
         console.print()
         console.print(facts(_places(report.made, model, execution)))
     print_outcome(report.result)
+
+
+def print_report_of_several(report: Report, models: Models, execution: ExecutionOptions) -> None:
+    """Print what each encoder made and where, what failed, and how fast it was."""
+    rows = []
+    for name, each in report.encoders.items():
+        model, result = models[name], each.result
+        done = len(result.patient_artifacts) if model.level == "patient" else len(each.made)
+        tiles = sum(item.num_tiles for item in each.made)
+        folder = next((path for path in _paths(each)), execution.output_dir)
+        assert folder is not None and execution.output_dir is not None
+        rows.append(
+            (
+                *(name, model.level, f"{done:,}", f"{tiles:,}", str(model.feature_dim)),
+                *(model.engine_in_words(execution), f"{_below(folder, execution.output_dir)}/"),
+            )
+        )
+    heads = ("encoder", "of", "done", "tiles", "dimension", "run by", "embeddings in")
+    console = stdout()
+    console.print(table(heads, rows, numbers=("done", "tiles", "dimension")))
+    console.print(facts([("written to", f"{execution.output_dir}/")]))
+    for name, each in report.encoders.items():
+        if each.result.failed or each.result.failed_patients or each.result.resumed:
+            console.print()
+            console.print(facts([("encoder", name)]))
+            print_outcome(replace(each.result, summary=None, remarks={}, without_tissue=(), skipped_tiles={}))
+    print_outcome(replace(report.result, failed=(), failed_patients=(), resumed=0, recomputed={}))
+
+
+def _paths(report: Report) -> Iterator[Path]:
+    """Folders of its embeddings."""
+    yield from (patient.path.parent for patient in report.patients)
+    yield from (item.embeddings_path.parent for item in report.made)
 
 
 def print_outcome(result: RunResult) -> None:

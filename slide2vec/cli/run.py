@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -31,6 +31,7 @@ from slide2vec.errors import ConfigError
 
 if TYPE_CHECKING:
     from slide2vec.model import Model
+    from slide2vec.models import Models
     from slide2vec.settings import RunSettings
     from slide2vec.slides import Slide
 
@@ -67,7 +68,13 @@ def run(
         ),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option("--preset", "-p", help="The encoder; see `slide2vec models`.")
+        str | None,
+        typer.Option(
+            "--preset",
+            "-p",
+            help="The encoder, or several (virchow2,uni2), for which slides are read once; "
+            "see `slide2vec models`.",
+        ),
     ] = None,
     output: Annotated[
         str | None,
@@ -265,14 +272,15 @@ def _file_and_overrides(given: list[str]) -> tuple[Path | None, list[str]]:
 
 def _run(settings: RunSettings, *, tiling_only: bool, trust_remote_code: bool, as_json: bool) -> None:
     from slide2vec.cli.embed_run import embed_and_write
-    from slide2vec.cli.report import print_report
+    from slide2vec.cli.report import print_report, print_report_of_several
     from slide2vec.cli.tile import print_tiled, resolved, tile_and_report
+    from slide2vec.models import Models
 
     slides = _slides(settings)  # wrong lines are found before weights are loaded
     output_dir = settings.execution.output_dir
     assert output_dir is not None
     if tiling_only:
-        config = resolved(settings.preprocessing, settings.preset)
+        config = resolved(settings.preprocessing, *settings.presets)
         result = tile_and_report(slides, replace(settings, preprocessing=config))
         print_tiled(result, output_dir, as_json=as_json)
     elif _nothing_in_shard(settings, slides, as_json=as_json):
@@ -289,18 +297,22 @@ def _run(settings: RunSettings, *, tiling_only: bool, trust_remote_code: bool, a
             slides_dir=settings.slides_dir,
             id_from=settings.id_from,
         )
-        result = report.result
-        if as_json:
-            tile_size = settings.preprocessing.requested_tile_size_px
-            print_json(
-                {
-                    "encoder": model.identity(settings.execution, tile_size),
-                    "output_dir": output_dir,
-                    **report.as_json(),
+        result, execution = report.result, settings.execution
+        tile_size = settings.preprocessing.requested_tile_size_px
+        if isinstance(model, Models):
+            if as_json:
+                encoders = {
+                    name: {"encoder": model[name].identity(execution, tile_size), **each.as_json()}
+                    for name, each in report.encoders.items()
                 }
-            )
+                print_json({"output_dir": output_dir, "encoders": encoders})
+            else:
+                print_report_of_several(report, model, execution)
+        elif as_json:
+            identity = model.identity(execution, tile_size)
+            print_json({"encoder": identity, "output_dir": output_dir, **report.as_json()})
         else:
-            print_report(report, model, settings.execution)
+            print_report(report, model, execution)
     if settings.execution.shard is not None:
         note(f"shard {settings.execution.shard}; when all are done: slide2vec merge -o {output_dir}")
     if result.failed or result.failed_patients:
@@ -317,7 +329,8 @@ def _nothing_in_shard(settings: RunSettings, slides: list[Slide], *, as_json: bo
     if shard is None:
         return False
     assert output_dir is not None
-    if not is_empty(slides, shard, patients=load_recipe(settings.preset).level == "patient"):
+    of_patients = any(load_recipe(name).level == "patient" for name in settings.presets)
+    if not is_empty(slides, shard, patients=of_patients):
         return False
     path = enter_empty(output_dir, shard, (slide.sample_id for slide in slides))
     note(f"shard {shard} is empty: {len(slides)} slides are divided among fewer shards")
@@ -340,17 +353,26 @@ def _slides(settings: RunSettings) -> list[Slide]:
     )
 
 
-def _model(settings: RunSettings, trust_remote_code: bool) -> Model:
+def _model(settings: RunSettings, trust_remote_code: bool) -> Model | Models:
     from slide2vec.model import Model
+    from slide2vec.models import Models
 
-    return Model.from_preset(
-        settings.preset,
-        weights=settings.weights,
-        seed=settings.seed,
-        device=settings.device,
-        output_variant=settings.output_variant,
-        precision=settings.execution.precision,
-        input_size_px=settings.input_size_px,
-        allow_non_recommended_settings=settings.allow_non_recommended_settings,
-        trust_remote_code=trust_remote_code,
-    )
+    options: dict[str, Any] = {
+        "weights": settings.weights,
+        "seed": settings.seed,
+        "device": settings.device,
+        "output_variant": settings.output_variant,
+        "precision": settings.execution.precision,
+        "input_size_px": settings.input_size_px,
+        "allow_non_recommended_settings": settings.allow_non_recommended_settings,
+        "trust_remote_code": trust_remote_code,
+    }
+    names = settings.presets
+    if len(names) == 1:
+        return Model.from_preset(names[0], **options)
+    if settings.weights not in (None, "random"):
+        raise ConfigError(
+            f"--weights {settings.weights} is for one preset, and {settings.preset} are {len(names)}: run "
+            "them one by one into the same directory, or load each in Python (slide2vec.Models)"
+        )
+    return Models.from_presets(names, **options)

@@ -119,7 +119,7 @@ def tile(
     )
     settings = RunSettings(
         preset=preset or "",
-        preprocessing=resolved(config, preset),
+        preprocessing=resolved(config, *([] if preset is None else [preset])),
         execution=ExecutionOptions(output_dir=output, num_preprocessing_workers=num_preprocessing_workers),
     )
     result = tile_and_report(as_slides(found), settings)
@@ -129,17 +129,23 @@ def tile(
         raise typer.Exit(1)
 
 
-def resolved(config: PreprocessingConfig, preset: str | None) -> PreprocessingConfig:
-    """The configuration with the spacing and tile size of a preset, which is not built.
+def resolved(config: PreprocessingConfig, *presets: str) -> PreprocessingConfig:
+    """The configuration with the spacing and tile size of presets, which are not built.
 
     Raises:
-        ConfigError: there is no preset and something is missing.
+        ConfigError: there is no preset and something is missing; or presets have different tiles.
     """
-    if preset is not None:
+    if presets:
         from slide2vec.recipes import load_recipe
 
-        recipe = load_recipe(preset)
-        return config.resolved(*recipe.tiles(config.requested_spacing_um, config.requested_tile_size_px))
+        asked = config.requested_spacing_um, config.requested_tile_size_px
+        first, *others = [config.resolved(*load_recipe(name).tiles(*asked)) for name in presets]
+        if any(other != first for other in others):
+            raise ConfigError(
+                f"{', '.join(presets)} have tiles of different sizes or spacings: say which (--spacing, "
+                "--tile-size), or tile for one of them"
+            )
+        return first
     if config.requested_spacing_um is None or config.requested_tile_size_px is None:
         raise ConfigError("say which tiles: --preset, or --spacing and --tile-size")
     return config.resolved(config.requested_spacing_um, config.requested_tile_size_px)

@@ -28,6 +28,7 @@ from slide2vec.recipes import Level
 from slide2vec.slides import Slide
 from slide2vec.stream import Planner, SlidePlan
 from slide2vec.stream.plan import check_archives_here
+from slide2vec.stream.shared_slides import Share
 from slide2vec.stream.slide_identity import Identities, SlideIdentity
 from slide2vec.tiling import Tiling, write_coordinates
 from slide2vec.tiling.coordinates import as_hs2p_backend, coordinate_paths
@@ -70,9 +71,11 @@ class Cohort:
         wanted: what is made of each slide; what is made of patients comes on top.
         planned: slides under way, by sample_id.
         files: what the files of slides are, looked at once.
+        share: the part in slides that other encoders read, too; None where it is alone.
     """
 
     recorder: Recorder
+    share: Share | None = None
 
     def __init__(
         self,
@@ -154,6 +157,7 @@ class Cohort:
             tilings=self.tilings,
             identities=self.files,
             planned=self._publish_plan,
+            share=self.share,
         )
 
     def _publish_plan(self, plan: SlidePlan) -> None:

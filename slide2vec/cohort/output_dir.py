@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from slide2vec.artifacts.places import ARTIFACT_FOLDERS, ENCODERS, owners, tiling_folders
+from slide2vec.artifacts.places import ARTIFACT_FOLDERS, ENCODERS, Owner, owners, tiling_folders
 from slide2vec.cohort.context import Cohort
 from slide2vec.cohort.lock import output_lock
 from slide2vec.cohort.log import RunLog
 from slide2vec.cohort.process_list import ProcessList
-from slide2vec.cohort.reconcile import reconcile
+from slide2vec.cohort.reconcile import geometry_of, reconcile
 from slide2vec.cohort.recorder import RunRecorder, first_rows
 from slide2vec.cohort.shard_lists import forget_shards, list_path, write_order
 from slide2vec.cohort.shards import my_slides
@@ -21,7 +21,7 @@ from slide2vec.files import atomic_path, entries, remove_partial
 from slide2vec.progress import activate_progress_reporter, active_reporter, live_progress
 from slide2vec.slides import Slide
 
-__all__ = ["Settings", "output_directory", "remove_all_partial"]
+__all__ = ["Settings", "output_directory", "remove_all_partial", "shared_output_directory"]
 
 _TILING_FOLDERS = ("", "tiles", "preview/mask", "preview/tiling")
 
@@ -48,43 +48,87 @@ def output_directory(
         OutputLockedError: another run writes there.
         OutputError: a file cannot be written.
     """
-    recorder, root = None, cohort.place.root
+    with (
+        shared_output_directory([(cohort, settings)], slides) as (((cohort, recorder),), log),
+        activate_progress_reporter(log),
+    ):
+        yield cohort, recorder, log
+
+
+@contextmanager
+def shared_output_directory(
+    runs: Sequence[tuple[Cohort, Settings | None]], slides: Sequence[Slide]
+) -> Iterator[tuple[list[tuple[Cohort, RunRecorder]], RunLog]]:
+    """As `output_directory`, for several encoders that run into one: each with its own folders and recorder.
+    Events do not go to the log by themselves.
+    """
+    recorders: list[RunRecorder] = []
+    root = runs[0][0].place.root
     try:
-        with (
-            live_progress(),
-            _recorder(cohort, slides, settings) as (cohort, recorder),
-            RunLog(root, active_reporter(), cohort.execution.shard) as log,
-            activate_progress_reporter(log),
-        ):
-            yield cohort, recorder, log
+        with live_progress(), _opened(runs, slides) as opened:
+            recorders = [recorder for _, recorder in opened]
+            with RunLog(root, active_reporter(), runs[0][0].execution.shard) as log:
+                yield opened, log
     except OutputError as error:
-        done = f"{recorder.complete} in {root}: " if recorder else ""
+        done = "; ".join(dict.fromkeys(recorder.complete for recorder in recorders))
+        done = f"{done} in {root}: " if done else ""
         explained = OutputError(f"{error}. {done}mend it, then run again with resume to go on from there")
         explained.errno = error.errno
         raise explained from error
 
 
 @contextmanager
-def _recorder(
-    cohort: Cohort, slides: Sequence[Slide], settings: Settings | None
-) -> Iterator[tuple[Cohort, RunRecorder]]:
-    directory, shard = cohort.place.root, cohort.execution.shard
+def _opened(
+    runs: Sequence[tuple[Cohort, Settings | None]], slides: Sequence[Slide]
+) -> Iterator[list[tuple[Cohort, RunRecorder]]]:
+    first, _ = runs[0]
+    directory, shard = first.place.root, first.execution.shard
     with output_lock(directory, shard):
         if shard is None:  # others write there while a shard does
             remove_all_partial(directory)
-        mine = _share(cohort, slides)
-        place, mine, config = reconcile(
-            directory, mine, cohort.config, cohort.kind, cohort.identities, cohort.tilings.keys()
-        )
-        cohort = cohort.with_place(place, config)
-        _keep_settings(cohort, settings)
-        rows = first_rows(directory, shard, mine, cohort.columns())
-        with ProcessList(list_path(directory, shard), rows, place.name) as table:
+        cohorts: list[tuple[Cohort, Sequence[Slide]]] = []
+        for cohort, settings in runs:
+            mine = _share(cohort, slides)
+            place, mine, config = reconcile(
+                directory,
+                mine,
+                cohort.config,
+                cohort.kind,
+                cohort.identities,
+                cohort.tilings.keys(),
+                beside=[_as_owner(other) for other, _ in cohorts],
+            )
+            cohort = cohort.with_place(place, config)
+            _keep_settings(cohort, settings)
+            cohorts.append((cohort, mine))
+        rows = first_rows(directory, shard, [(mine, cohort.columns()) for cohort, mine in cohorts])
+        with ProcessList(list_path(directory, shard), rows) as table:
             if shard is None:
                 forget_shards(directory, order=True)
-            level = cohort.level if cohort.encoder else None
-            recorder = cohort.recorder = RunRecorder(mine, table, level, cohort.kind)
-            yield cohort, recorder
+            opened = []
+            for cohort, mine in cohorts:
+                level = cohort.level if cohort.encoder else None
+                cohort.recorder = recorder = RunRecorder(mine, table, cohort.place.name, level, cohort.kind)
+                opened.append((cohort, recorder))
+            yield opened
+
+
+def _as_owner(cohort: Cohort) -> Owner:
+    """What the folder of a cohort will hold, as if it did already."""
+    coordinates = cohort.place.tiling / "tiles" / "slide.coordinates.meta.json"
+    kinds = (*cohort.wanted, *(("patient",) if cohort.kind == "patient" else ()))
+    return Owner(
+        cohort.place.root,
+        cohort.place.features,
+        {
+            kind: {
+                "encoder_name": cohort.identities[kind]["name"],
+                "coordinates_meta_path": str(coordinates),
+                "compatibility": {"encoder": cohort.identities[kind], "geometry": geometry_of(cohort.config)},
+            }
+            for kind in kinds
+        },
+    )
 
 
 def _keep_settings(cohort: Cohort, settings: Settings | None) -> None:

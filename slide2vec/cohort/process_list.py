@@ -132,15 +132,12 @@ class ProcessList:
 
     Used from several threads. Leaving its context writes what is not yet written.
 
-    Args:
-        encoder: whose rows are updated.
-
     Raises:
         OutputError: from `update` or at the end, when the file cannot be written.
     """
 
-    def __init__(self, path: Path, rows: Iterable[Mapping[str, Any]], encoder: str = "") -> None:
-        self.path, self._encoder = path, encoder
+    def __init__(self, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+        self.path = path
         self._rows = {key_of(row): _text(row) for row in rows}
         self._lock = threading.Lock()
         self._changed, self._closing = True, threading.Event()
@@ -163,18 +160,18 @@ class ProcessList:
             if error is None:  # else the first error is raised
                 raise
 
-    def update(self, sample_id: str, **values: Any) -> None:
-        """Set columns of a slide's row; None is a blank cell."""
+    def update(self, sample_id: str, encoder: str = "", /, **values: Any) -> None:
+        """Set columns of the row of a slide and an encoder; None is a blank cell."""
         if self._broken is not None:
             raise self._broken
         with self._lock:
-            self._rows[sample_id, self._encoder].update(_text(values))
+            self._rows[sample_id, encoder].update(_text(values))
             self._changed = True
 
-    def row(self, sample_id: str) -> Row:
-        """A copy of a slide's row."""
+    def row(self, sample_id: str, encoder: str = "") -> Row:
+        """A copy of the row of a slide and an encoder."""
         with self._lock:
-            return dict(self._rows[sample_id, self._encoder])
+            return dict(self._rows[sample_id, encoder])
 
     def _write_regularly(self) -> None:
         pause = _EVERY_S

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from math import isclose
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from slide2vec.artifacts.places import TILINGS, Kind, Owner, Place, features_place, owners, tiling_folders
 from slide2vec.config import PreprocessingConfig, SegmentationConfig
@@ -23,7 +23,7 @@ from slide2vec.tiling.previous_settings import (
     with_previous_options,
 )
 
-__all__ = ["reconcile"]
+__all__ = ["geometry_of", "reconcile"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ def reconcile(
     kind: Kind,
     identities: Mapping[Kind, Mapping[str, Any]],
     tiled: AbstractSet[str] = frozenset(),
+    beside: Sequence[Owner] = (),
 ) -> tuple[Place, Sequence[Slide], PreprocessingConfig]:
     """Compare what is asked for with what the output directory holds. Returns the folders, and the slides and
     the configuration with what they take over.
@@ -53,22 +54,24 @@ def reconcile(
         kind: what the run makes.
         identities: of the encoder of each kind; empty where slides are only tiled.
         tiled: sample_ids of slides whose tiles are given.
+        beside: encoders whose folders were found in this way, and that will write there in the same run.
 
     Raises:
         ConfigError: the directory holds other tiles than those that were asked for, and how they differ.
         ManifestError: a slide's own tiling options are wrong.
     """
     there = owners(root)
+    new = [owner for owner in beside if all(owner.folder != other.folder for other in there)]
     takes_over = bool(identities) and config.resume
     if config.read_coordinates_from is not None:
         tiling = root
     else:
-        tiling, config = _tiling(root, there, config, identities, takes_over=takes_over)
+        tiling, config = _tiling(root, there, new, config, identities, takes_over=takes_over)
         found = previous_tiles(tiling / "tiles", [s for s in slides if s.sample_id not in tiled], config)
-        geometry = _geometry(config)
+        geometry = geometry_of(config)
         users = [
             owner
-            for owner in there
+            for owner in (*there, *new)
             if owner.tiling == tiling and not (identities and not owner.unlike(identities, geometry))
         ]
         if takes_over:
@@ -77,9 +80,10 @@ def reconcile(
             _check_replaced(tiling, slides, config, found, users)
     if not identities:
         return Place(root, "", tiling, tiling), slides, config
-    geometry = _geometry(config)
+    geometry = geometry_of(config)
     if config.read_coordinates_from is not None:
         geometry.pop("overlap")
+    there = [*there, *new]
     features, name = features_place(root, there, kind, identities, geometry)
     same = [owner for owner in there if owner.preset == identities[kind]["name"]]
     if same and all(owner.folder != features for owner in there):
@@ -92,7 +96,8 @@ def reconcile(
     return Place(root, name, features, tiling, others), slides, config
 
 
-def _geometry(config: PreprocessingConfig) -> dict[str, Any]:
+def geometry_of(config: PreprocessingConfig) -> dict[str, Any]:
+    """What of a configuration decides where tiles are, and how large."""
     return {name: getattr(config, name) for name in _GEOMETRY}
 
 
@@ -102,17 +107,17 @@ def _geometry(config: PreprocessingConfig) -> dict[str, Any]:
 def _tiling(
     root: Path,
     there: Sequence[Owner],
+    new: Sequence[Owner],
     config: PreprocessingConfig,
     identities: Mapping[Kind, Mapping[str, Any]],
     *,
     takes_over: bool,
 ) -> tuple[Path, PreprocessingConfig]:
     """The folder of the coordinates of this geometry, and the configuration with its overlap."""
-    found = {
-        folder: each
-        for folder in tiling_folders(root)
-        if (each := any_previous(folder / "tiles", config)) is not None
-    }
+    found: dict[Path, _Tiles] = {owner.tiling: _Tiles.of(owner) for owner in new}
+    for folder in tiling_folders(root):
+        if (each := any_previous(folder / "tiles", config)) is not None:
+            found[folder] = _Tiles(each.size_px, each.spacing_um, each.overlap)
     free = takes_over and "overlap" not in config.model_fields_set
     fits = [
         folder
@@ -120,7 +125,7 @@ def _tiling(
         if _same_tiles(each, config) and (free or each.overlap == config.overlap)
     ]
     if fits:
-        own = {owner.tiling for owner in there if identities and not owner.unlike(identities, None)}
+        own = {owner.tiling for owner in (*there, *new) if identities and not owner.unlike(identities, None)}
         folder = min(fits, key=lambda folder: folder not in own)
         overlap = found[folder].overlap
         if overlap != config.overlap:
@@ -128,7 +133,7 @@ def _tiling(
         return folder, config
     if root not in found:
         return root, config
-    if not there:
+    if not there and not new:
         if takes_over:
             raise _other_tiles(root, _geometry_differences(found[root], config))
         return root, config  # tiled anew
@@ -139,13 +144,27 @@ def _tiling(
     return root / TILINGS / f"{size}px-{config.requested_spacing_um:g}um{overlap_text}", config
 
 
-def _same_tiles(earlier: PreviousTiles, config: PreprocessingConfig) -> bool:
+class _Tiles(NamedTuple):
+    """Of the tiles (or regions) in a folder: side in px, spacing in µm/px, overlap as a fraction."""
+
+    size_px: int
+    spacing_um: float
+    overlap: float
+
+    @classmethod
+    def of(cls, owner: Owner) -> _Tiles:
+        geometry = owner.geometry
+        size = geometry["requested_tile_size_px"] * (geometry["region_tile_multiple"] or 1)
+        return cls(size, geometry["requested_spacing_um"], geometry["overlap"])
+
+
+def _same_tiles(earlier: _Tiles, config: PreprocessingConfig) -> bool:
     size = config.requested_region_size_px or config.requested_tile_size_px
     assert config.requested_spacing_um is not None
     return earlier.size_px == size and isclose(earlier.spacing_um, config.requested_spacing_um, rel_tol=1e-3)
 
 
-def _geometry_differences(earlier: PreviousTiles, config: PreprocessingConfig) -> dict[str, tuple[Any, Any]]:
+def _geometry_differences(earlier: _Tiles, config: PreprocessingConfig) -> dict[str, tuple[Any, Any]]:
     size = config.requested_region_size_px or config.requested_tile_size_px
     both = {
         "tile size in px": (earlier.size_px, size),
@@ -164,7 +183,7 @@ def _check_chosen(
     if "requested_region_size_px" in given:
         given.add("region_tile_multiple")
     for owner in there:
-        names = set() if owner.unlike(identities, None) else owner.unlike(identities, _geometry(config))
+        names = set() if owner.unlike(identities, None) else owner.unlike(identities, geometry_of(config))
         if names and names.isdisjoint(given):
             differing = {name: (owner.geometry.get(name), getattr(config, name)) for name in sorted(names)}
             raise ConfigError(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from slide2vec.artifacts.places import Kind
-from slide2vec.cohort.pending_patients import Patient, by_patient
+from slide2vec.cohort.pending_patients import Patient, by_patient, patient_of
 from slide2vec.cohort.process_list import Key, ProcessList, Row, key_of, read_process_list
 from slide2vec.cohort.results import Artifact, FailedPatient, FailedSlide, RunResult
 from slide2vec.cohort.shard_lists import list_path, merged_process_list
@@ -31,11 +31,15 @@ class RunRecorder:
     Args:
         slides: of the run; results are in their order.
         table: the process list.
+        encoder: its name there; "" where slides are only tiled.
         level: of the model; None where slides are only tiled.
         kind: what the run makes.
     """
 
-    def __init__(self, slides: Sequence[Slide], table: ProcessList, level: Level | None, kind: Kind) -> None:
+    def __init__(
+        self, slides: Sequence[Slide], table: ProcessList, encoder: str, level: Level | None, kind: Kind
+    ) -> None:
+        self._encoder = encoder
         self.slides, self.kind = slides, kind
         self.resumed = 0
         self.recomputed: Counter[str] = Counter()
@@ -56,7 +60,7 @@ class RunRecorder:
 
     def note(self, sample_id: str, **columns: Any) -> None:
         """See `Recorder`."""
-        self._list.update(sample_id, **columns)
+        self._list.update(sample_id, self._encoder, **columns)
 
     def add(self, kind: Kind, name: str, artifact: Artifact) -> None:
         """See `Recorder`."""
@@ -111,6 +115,11 @@ class RunRecorder:
         for name in patient.embeddings or [slide.sample_id for slide in patient.slides]:
             self.note(name, **columns)
 
+    def has(self, slide: Slide) -> bool:
+        """Whether it is known what became of a slide: what the run makes of it is there, or it failed."""
+        made = patient_of(slide) if self.kind == "patient" else slide.sample_id
+        return slide.sample_id in {*self._failed, *self._empty} or made in self._artifacts[self.kind]
+
     # the whole run -----------------------------------------------------------------------------
 
     def result(self, summary: RunSummary | None) -> RunResult:
@@ -147,36 +156,39 @@ class RunRecorder:
 
 
 def first_rows(
-    output_dir: Path, shard: str | None, slides: Iterable[Slide], common: Mapping[str, Any]
+    output_dir: Path,
+    shard: str | None,
+    runs: Iterable[tuple[Iterable[Slide], Mapping[str, Any]]],
 ) -> Iterable[Mapping[str, Any]]:
-    """A row per slide, then those that earlier process lists have of other slides and encoders.
+    """A row per slide and encoder, then those that earlier process lists have of other slides and encoders.
 
     Args:
         shard: only of its own list, and only of other encoders.
-        common: columns that are the same for all.
+        runs: of each encoder, its slides, and the columns that are the same for all of them.
     """
-    encoder = str(common.get("encoder_name") or "")
-    previous = _previous_rows(output_dir, shard, encoder)
-    for slide in slides:
-        previous.pop((slide.sample_id, encoder), None)
-        previous.pop((slide.sample_id, ""), None)  # that it was tiled is in the new row, too
-        yield {
-            "sample_id": slide.sample_id,
-            "image_path": slide.image_path,
-            "mask_path": slide.mask_path,
-            "spacing_at_level_0": slide.spacing_at_level_0,
-            **common,
-        }
+    named = [(slides, common, str(common.get("encoder_name") or "")) for slides, common in runs]
+    previous = _previous_rows(output_dir, shard, {encoder for _, _, encoder in named})
+    for slides, common, encoder in named:
+        for slide in slides:
+            previous.pop((slide.sample_id, encoder), None)
+            previous.pop((slide.sample_id, ""), None)  # that it was tiled is in the new row, too
+            yield {
+                "sample_id": slide.sample_id,
+                "image_path": slide.image_path,
+                "mask_path": slide.mask_path,
+                "spacing_at_level_0": slide.spacing_at_level_0,
+                **common,
+            }
     yield from previous.values()
 
 
-def _previous_rows(output_dir: Path, shard: str | None, encoder: str) -> dict[Key, Row]:
+def _previous_rows(output_dir: Path, shard: str | None, encoders: Set[str]) -> dict[Key, Row]:
     try:
         if shard is None:
             return dict(merged_process_list(output_dir).rows)
         path = list_path(output_dir, shard)
         rows = read_process_list(path) if path.exists() else []
-        return {key_of(row): row for row in rows if key_of(row)[1] not in ("", encoder)}
+        return {key_of(row): row for row in rows if key_of(row)[1] not in encoders | {""}}
     except ArtifactError as error:
         logger.warning("%s; a new one is begun", error)
         return {}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -13,7 +14,7 @@ from slide2vec.artifacts import (
     SlideEmbeddingArtifact,
     TileEmbeddingArtifact,
 )
-from slide2vec.progress import RunSummary
+from slide2vec.progress import RunSummary, merged
 
 if TYPE_CHECKING:
     import pandas
@@ -61,6 +62,8 @@ class RunResult:
         resumed: slides that an earlier run had finished with the same settings.
         recomputed: what differed -> slides that an earlier run had finished otherwise.
         summary: speed and bottleneck; None when nothing was left to do.
+        encoders: of a run with several encoders, the result of each, by name; the fields above are then those
+            of all of them, one encoder after the other.
     """
 
     tile_artifacts: list[TileEmbeddingArtifact] = field(default_factory=list)
@@ -76,6 +79,40 @@ class RunResult:
     resumed: int = 0
     recomputed: Mapping[str, int] = field(default_factory=dict)
     summary: RunSummary | None = None
+    encoders: Mapping[str, RunResult] = field(default_factory=dict)
+
+    @classmethod
+    def of_several(cls, encoders: Mapping[str, RunResult]) -> RunResult:
+        """The results of several encoders of one run as one."""
+        results = list(encoders.values())
+        recomputed: Counter[str] = Counter()
+        for result in results:
+            recomputed.update(result.recomputed)
+        summaries = [result.summary for result in results if result.summary is not None]
+        summary = merged(summaries, max(each.seconds for each in summaries)) if summaries else None
+        if summary is not None:  # they are the same slides
+            summary = replace(
+                summary,
+                slides=max(each.slides for each in summaries),
+                failed=max(each.failed for each in summaries),
+                roads=max((each.roads for each in summaries), key=lambda roads: sum(roads.values())),
+            )
+        return cls(
+            tile_artifacts=[each for result in results for each in result.tile_artifacts],
+            hierarchical_artifacts=[each for result in results for each in result.hierarchical_artifacts],
+            slide_artifacts=[each for result in results for each in result.slide_artifacts],
+            patient_artifacts=[each for result in results for each in result.patient_artifacts],
+            process_list_path=results[0].process_list_path,
+            failed=tuple(each for result in results for each in result.failed),
+            failed_patients=tuple(each for result in results for each in result.failed_patients),
+            without_tissue=tuple(dict.fromkeys(name for result in results for name in result.without_tissue)),
+            skipped_tiles={name: n for result in results for name, n in result.skipped_tiles.items()},
+            remarks={name: said for result in results for name, said in result.remarks.items()},
+            resumed=sum(result.resumed for result in results),
+            recomputed=dict(recomputed),
+            summary=summary,
+            encoders=dict(encoders),
+        )
 
     def to_frame(self) -> pandas.DataFrame:
         """A row for each artifact, for each failure, and for each slide without tissue that has no artifact.
@@ -83,10 +120,14 @@ class RunResult:
         Columns: level ("tile", "region", "slide" or "patient"), sample_id (of patients: missing), patient_id
         (of patients), status ("done", "failed" or "no tissue"), num_tiles, skipped_tiles and feature_dim
         (Int64), path (of the features file), stage and error (of failures), remarks. What does not apply is
-        missing (pandas.NA or None).
+        missing (pandas.NA or None). With several encoders there is a first column more, encoder.
         """
         import pandas
 
+        if self.encoders:
+            frames = {name: result.to_frame() for name, result in self.encoders.items()}
+            whole = pandas.concat(frames, names=["encoder"]).reset_index("encoder")
+            return whole.reset_index(drop=True)
         whole = dict.fromkeys(("num_tiles", "skipped_tiles", "feature_dim"), "Int64")
         frame = pandas.DataFrame([*self._done(), *self._not_done()], columns=list(_COLUMNS), dtype=object)
         return frame.astype(whole)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 
@@ -14,8 +14,10 @@ from slide2vec.cohort.embedder import Embedder
 from slide2vec.cohort.output_dir import Settings, output_directory
 from slide2vec.cohort.patient_writer import PatientWriter
 from slide2vec.cohort.record_events import OnSlideCompleted, without_patient
+from slide2vec.cohort.recorder import RunRecorder
 from slide2vec.cohort.results import RunResult
-from slide2vec.cohort.resume import resume_run
+from slide2vec.cohort.resume import ResumePlan, resume_run
+from slide2vec.cohort.sink import Sink
 from slide2vec.cohort.slide_writer import OnPersisted
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import EmbedSlidesError, ManifestError, as_slide_error
@@ -30,10 +32,17 @@ from slide2vec.progress import (
     TilesEncoded,
 )
 from slide2vec.slides import Slide
-from slide2vec.stream import Planner
+from slide2vec.stream import Planner, SlideOutcome
 from slide2vec.tiling import Tiling
 
-__all__ = ["OnPersisted", "embed_cohort", "embed_tiles", "tile_cohort"]
+__all__ = [
+    "OnPersisted",
+    "embed_cohort",
+    "embed_tiles",
+    "embed_what_is_left",
+    "left_in_words",
+    "tile_cohort",
+]
 
 
 def embed_cohort(
@@ -63,24 +72,46 @@ def embed_cohort(
     with output_directory(cohort, slides, settings) as (cohort, recorder, log):
         slides = recorder.slides  # those of the shard, if it is one
         todo = resume_run(cohort, recorder)
-        log.write(
-            f"{len(todo.slides)} of {len(slides)} slides to embed, {len(todo.tiles)} to aggregate from their "
-            "tile embeddings on disk"
-        )
-        if todo:
-            on_slide_completed: OnSlideCompleted = without_patient
-            if cohort.kind == "patient":
-                on_slide_completed = PatientWriter(cohort, recorder, embedder, todo).on_slide_completed
-            with DiskSink(cohort, embedder, on_slide_completed, on_persisted=on_slide_persisted) as sink:
-                for slide, tiles in todo.tiles:
-                    sink.put_tiles(slide, tiles)
-                for slide, embedding in todo.embeddings:
-                    sink.put_embedding(slide, embedding)
-                if todo.slides:
-                    with closing(embedder.embed_into(sink, todo.slides)) as outcomes:
-                        for _ in outcomes:  # nothing comes back: it goes onto disk
-                            pass
+        log.write(left_in_words(todo, slides))
+        embed_what_is_left(cohort, recorder, embedder, todo, embedder.embed_into, on_slide_persisted)
         return recorder.result(log.summary)
+
+
+def left_in_words(todo: ResumePlan, slides: Sequence[Slide]) -> str:
+    """How much is left of a run, for its log."""
+    return (
+        f"{len(todo.slides)} of {len(slides)} slides to embed, {len(todo.tiles)} to aggregate from their "
+        "tile embeddings on disk"
+    )
+
+
+def embed_what_is_left(
+    cohort: Cohort,
+    recorder: RunRecorder,
+    embedder: Embedder,
+    todo: ResumePlan,
+    embed_into: Callable[[Sink, Sequence[Slide]], Generator[SlideOutcome, None, None]],
+    on_slide_persisted: OnPersisted | None,
+) -> None:
+    """Do what is left of a run.
+
+    Args:
+        embed_into: of the embedder, here or in workers.
+    """
+    if not todo:
+        return
+    on_slide_completed: OnSlideCompleted = without_patient
+    if cohort.kind == "patient":
+        on_slide_completed = PatientWriter(cohort, recorder, embedder, todo).on_slide_completed
+    with DiskSink(cohort, embedder, on_slide_completed, on_persisted=on_slide_persisted) as sink:
+        for slide, tiles in todo.tiles:
+            sink.put_tiles(slide, tiles)
+        for slide, embedding in todo.embeddings:
+            sink.put_embedding(slide, embedding)
+        if todo.slides:
+            with closing(embed_into(sink, todo.slides)) as outcomes:
+                for _ in outcomes:  # nothing comes back: it goes onto disk
+                    pass
 
 
 def embed_tiles(

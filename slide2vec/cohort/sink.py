@@ -17,9 +17,10 @@ from slide2vec.stream.slide_identity import Identities, SlideIdentity
 
 if TYPE_CHECKING:
     from slide2vec.artifacts.places import Place
+    from slide2vec.stream.shared_slides import Share
     from slide2vec.tiling import Tiling
 
-__all__ = ["MemorySink", "Sink"]
+__all__ = ["MemorySink", "Sink", "aggregated_outcome"]
 
 
 class Sink(Protocol):
@@ -63,6 +64,7 @@ class MemorySink:
         aggregate: gives a slide its slide_embedding, or raises a Slide2VecError; None = slides go back as
             they come.
         tilings: of slides whose tiles are known, by sample_id; may grow meanwhile.
+        share: the part in slides that other encoders read, too.
     """
 
     place: Place | None = None
@@ -73,9 +75,10 @@ class MemorySink:
         execution: ExecutionOptions,
         aggregate: Callable[[EmbeddedSlide], EmbeddedSlide] | None = None,
         tilings: Mapping[str, Tiling] | None = None,
+        share: Share | None = None,
     ) -> None:
         self.config, self.execution = config, execution
-        self._aggregate, self._tilings = aggregate, tilings
+        self._aggregate, self._tilings, self._share = aggregate, tilings, share
         self._files = Identities(config)
 
     def planner(self) -> Planner:
@@ -86,6 +89,7 @@ class MemorySink:
             self.execution.output_dir,
             tilings=self._tilings,
             identities=self._files,
+            share=self._share,
         )
 
     def known(self, slide: Slide) -> tuple[Tiling | None, SlideIdentity | None]:
@@ -100,14 +104,24 @@ class MemorySink:
         try:
             if files is not None and embedded is not None:
                 files.check(slide)
-            if self._aggregate is not None and embedded is not None and embedded.slide_embedding is None:
-                outcome = replace(outcome, embedded=self._aggregate(embedded))
         except Slide2VecError as error:
             outcome = SlideOutcome(slide, error=error)
-        yield outcome
+        yield outcome if self._aggregate is None else aggregated_outcome(outcome, self._aggregate)
 
     def take_report(self, event: RecordEvent | SlideCompleted) -> None:
         """See `Sink`: no worker writes files."""
 
     def tidy(self) -> None:
         """See `Sink`: nothing is written."""
+
+
+def aggregated_outcome(
+    outcome: SlideOutcome, aggregate: Callable[[EmbeddedSlide], EmbeddedSlide]
+) -> SlideOutcome:
+    """The outcome with its slide embedding, unless a worker has made it; or with why there is none."""
+    if outcome.embedded is None or outcome.embedded.slide_embedding is not None:
+        return outcome
+    try:
+        return replace(outcome, embedded=aggregate(outcome.embedded))
+    except Slide2VecError as error:
+        return SlideOutcome(outcome.slide, error=error)

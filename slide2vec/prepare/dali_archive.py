@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from slide2vec.errors import ExtraMissingError, SlideReadError
 from slide2vec.prepare.pixel_difference import DECODED, most_textured, spread
 
-__all__ = ["Archive", "DaliArchive", "unavailable"]
+__all__ = ["Archive", "DaliArchive", "fault", "unavailable"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,14 @@ def unavailable() -> str | None:
     if find_spec("nvidia") and find_spec("nvidia.dali"):
         return None
     return 'NVIDIA DALI is not installed: pip install "slide2vec[cuda]" (Linux)'
+
+
+def fault(error: Exception) -> str:
+    """What DALI says in an error, without where its pipeline was written and its own sources."""
+    text = str(error).partition("encountered:")[2] or str(error)
+    for follows in ("C++ context", "Current pipeline object"):
+        text = text.partition(follows)[0]
+    return " ".join(text.split()).rstrip(" .:")
 
 
 class DaliArchive:
@@ -113,7 +121,7 @@ class DaliArchive:
             pipeline = _build(self._archive, (looked_at[most],), self._threads, self._device)
             found = self._decoded(pipeline, len(most))
         except (RuntimeError, OSError, ImportError, ValueError) as error:
-            return str(error)
+            return fault(error)
         return DECODED.exceeded(found.cpu().numpy(), pixels[most])
 
     def _readable(self, tiles: NDArray[np.int64]) -> tuple[NDArray[np.int64], Pixels]:
@@ -190,7 +198,7 @@ class DaliArchive:
             pixels = self._decoded(self._pipeline, len(tiles))
         except (RuntimeError, OSError, ImportError, ValueError) as error:
             if not isinstance(error, SlideReadError):  # `archive` reports that one
-                logger.warning("%s is read without DALI, which failed: %s", self._archive.path, error)
+                logger.warning("%s is read without DALI, which failed: %s", self._archive.path, fault(error))
             self._works, self._pipeline = False, None
             return
         self._next += 1

@@ -20,7 +20,7 @@ from torch.utils.dlpack import from_dlpack
 
 from slide2vec.cpus import job_cpus
 from slide2vec.errors import ExtraMissingError
-from slide2vec.prepare.dali_archive import unavailable
+from slide2vec.prepare.dali_archive import fault, unavailable
 from slide2vec.prepare.tile_parts import TileParts
 
 __all__ = ["RATIOS", "DaliTiles", "Geometry"]
@@ -87,11 +87,11 @@ class DaliTiles:
         pipeline = self._pipeline(geometry, samples)
         try:
             return pipeline.run(jpegs, parts, samples)
-        except BaseException:
+        except (RuntimeError, ValueError, TypeError) as error:
             with self._lock:  # what was fed may still be in it
                 if self._pipelines.get(geometry) is pipeline:
                     del self._pipelines[geometry]
-            raise
+            raise RuntimeError(f"DALI: {fault(error)}") from error
 
     def _pipeline(self, geometry: Geometry, samples: int) -> _Pipeline:
         with self._lock:

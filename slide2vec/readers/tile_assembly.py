@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeAlias
 
@@ -22,11 +22,15 @@ __all__ = ["HostTileReader", "TileAssembler"]
 
 #: Decoded tiles that reach into a neighbouring box and are kept for it, per open slide.
 KEPT_BYTES = 48 << 20
+#: The same where it is known which tiles will be read again (`expect`).
+EXPECTED_BYTES = 256 << 20
 #: Pixels of the tiles that one step decodes, in bytes: boxes over long strips take several.
 STEP_BYTES = 64 << 20
 
 #: Rows, columns.
 _Part: TypeAlias = tuple[slice, slice]
+#: Left, top, right and bottom.
+_Box: TypeAlias = tuple[int, int, int, int]
 #: Level, tile, ratio that it was reduced by.
 _Key: TypeAlias = tuple[int, int, int]
 
@@ -51,11 +55,8 @@ class HostTileReader(PyramidReader):
     ) -> NDArray[np.uint8] | None:
         """See `BufferedReader.read_into`."""
         (x, y), (width, height) = self._corner(location_lv0, level), size
-        right, bottom = self.level_dimensions[level]
-        x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + width, right), min(y + height, bottom)
-        # no averaged cell may reach over the edge of the level, nor over two tiles
-        cells = not any(edge % ratio for edge in (x0 - x, y0 - y, x1 - x, y1 - y))
-        if x0 >= x1 or y0 >= y1 or not cells or not self._boxes.reduces(level, x0, y0, ratio):
+        x0, y0, x1, y1 = self._inside(level, x, y, width, height)
+        if not self._reduces(level, (x, y), (x0, y0, x1, y1), ratio):
             return None
         shape = height // ratio, width // ratio, 3
         canvas = memory[: shape[0] * shape[1] * 3].reshape(shape)
@@ -66,6 +67,42 @@ class HostTileReader(PyramidReader):
             within = None if squares is None else (squares[0] + (x, y), squares[1])
             self._boxes.fill(inside, level, x0, y0, ratio=ratio, squares=within)
         return canvas
+
+    def _inside(self, level: int, x: int, y: int, width: int, height: int) -> _Box:
+        right, bottom = self.level_dimensions[level]
+        return max(x, 0), max(y, 0), min(x + width, right), min(y + height, bottom)
+
+    def _reduces(self, level: int, corner: tuple[int, int], inside: _Box, ratio: int) -> bool:
+        """Whether no averaged cell reaches over the edge of the level, nor over two tiles."""
+        (x, y), (x0, y0, x1, y1) = corner, inside
+        cells = not any(edge % ratio for edge in (x0 - x, y0 - y, x1 - x, y1 - y))
+        return x0 < x1 and y0 < y1 and cells and self._boxes.reduces(level, x0, y0, ratio)
+
+    def expect(self, reads: Iterable[tuple[tuple[int, int], int, tuple[int, int], int, Squares]]) -> None:
+        """What will be read with `read_into`, in any order: tiles that are needed more than once are kept
+        until the last time, within `EXPECTED_BYTES`.
+
+        Args:
+            reads: location_lv0, level, size, ratio and squares of each.
+        """
+        uses: Counter[_Key] = Counter()
+        for location, level, (width, height), ratio, (corners, side) in reads:
+            x, y = self._corner(location, level)
+            inside = self._inside(level, x, y, width, height)
+            x0, y0, x1, y1 = inside
+            if x0 >= x1 or y0 >= y1:
+                continue
+            if self._reduces(level, (x, y), inside, ratio):
+                squares = corners + np.array((x, y)), side
+                uses.update(self._boxes.needed(level, x0, y0, x1 - x0, y1 - y0, ratio, squares))
+            else:  # read whole
+                uses.update(self._boxes.needed(level, x0, y0, x1 - x0, y1 - y0, 1, None))
+        self._boxes.expect(uses)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of tiles that are kept because they will be needed again."""
+        return self._boxes.kept_bytes
 
     def close(self) -> None:
         """Release the files. May be called twice."""
@@ -86,6 +123,8 @@ class TileAssembler:
         self._lock = threading.Lock()
         self._kept: OrderedDict[_Key, Future[Any]] = OrderedDict()
         self._working: dict[_Key, Future[Any]] = {}
+        #: How often tiles will still be asked for, where that was said and is more than once.
+        self._uses: dict[_Key, int] = {}
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> Any:
         """(height, width, 3) uint8 of a box in level px that lies inside the level.
@@ -131,6 +170,27 @@ class TileAssembler:
         for step in self._steps(level, places):
             self._fill(canvas, level, step, ratio)
 
+    def needed(
+        self, level: int, x: int, y: int, width: int, height: int, ratio: int, squares: Squares | None
+    ) -> Iterator[_Key]:
+        """The tiles that `fill` decodes for a box."""
+        places = self._tiles.tiles_in(level, x, y, width, height)
+        if squares is not None:
+            places = _under_squares(places, self._tiles.format(level), squares)
+        return ((level, place.tile, ratio) for place in places)
+
+    def expect(self, uses: Mapping[_Key, int]) -> None:
+        """How often each tile will be asked for: those that are more than once are kept until the last time,
+        as far as `EXPECTED_BYTES` allow."""
+        with self._lock:
+            self._uses = {key: count for key, count in uses.items() if count > 1}
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the tiles that are kept."""
+        with self._lock:
+            return sum(self._size(level, ratio) for level, _, ratio in self._kept) if self._uses else 0
+
     def reduces(self, level: int, x: int, y: int, ratio: int) -> bool:
         """Whether a box that begins there has no averaged cell that reaches over two tiles."""
         form = self._tiles.format(level)
@@ -145,8 +205,8 @@ class TileAssembler:
         """Tiles that other boxes need, too, are reserved: whoever needs them meanwhile waits for them."""
         wanted, mine = self._claim(level, places, ratio)
         try:
-            for place, pixels in zip(mine, self._decode(level, mine, ratio), strict=True):
-                if place.is_whole:
+            for place, pixels in zip(mine, self._decode(level, mine, ratio, wanted), strict=True):
+                if place.tile not in wanted:
                     _put(canvas, place, pixels, ratio)
                     continue
                 kept = pixels if ratio == 1 else _reduced(pixels, ratio)
@@ -169,20 +229,32 @@ class TileAssembler:
             for place in places:
                 key = level, place.tile, ratio
                 found = self._kept.get(key) or self._working.get(key)
+                again = self._used(key)
                 if found is None:
                     mine.append(place)
-                    if place.is_whole:
+                    if place.is_whole and not again:
                         continue
                     found = self._working[key] = Future()
                 wanted[place.tile] = place, found
         return wanted, mine
 
-    def _decode(self, level: int, places: Sequence[TilePlace], ratio: int) -> Iterator[Any]:
-        """Pixels of each tile in turn; those that are only averaged are valid until the next."""
+    def _used(self, key: _Key) -> bool:
+        """A tile is asked for; whether it will be again, as far as anybody said."""
+        left = self._uses.get(key, 1) - 1
+        if left > 0:
+            self._uses[key] = left
+        elif self._uses.pop(key, None) is not None:
+            self._kept.pop(key, None)
+        return left > 0
+
+    def _decode(
+        self, level: int, places: Sequence[TilePlace], ratio: int, wanted: Container[int]
+    ) -> Iterator[Any]:
+        """Pixels of each tile in turn; those that are not wanted as they are are valid until the next."""
         if not places:
             return
         form = self._tiles.format(level)
-        kept = [ratio == 1 and not place.is_whole for place in places]
+        kept = [ratio == 1 and place.tile in wanted for place in places]
         decoded = self._decoder.decode(self._tiles.read(level, places), form, places, kept)
         for place in places:
             try:
@@ -201,28 +273,32 @@ class TileAssembler:
         try:
             return future.result()
         except _FailedElsewhere:
-            pixels = next(self._decode(level, [place], ratio))
+            pixels = next(self._decode(level, [place], ratio, {place.tile}))
             return pixels if ratio == 1 else _reduced(pixels, ratio)
 
     def _publish(self, level: int, mine: Sequence[TilePlace], ratio: int) -> None:
         """Keep what a neighbouring box will need; threads that wait for what failed try it themselves."""
         with self._lock:
             for place in mine:
-                if place.is_whole:
-                    continue
                 key = level, place.tile, ratio
-                future = self._working.pop(key)
-                if future.done():
-                    self._kept[key] = future
-                else:
+                future = self._working.pop(key, None)
+                if future is None:
+                    continue
+                if not future.done():
                     future.set_exception(_FailedElsewhere())
+                elif not place.is_whole or key in self._uses:
+                    self._kept[key] = future
             self._shrink(level, ratio)
 
     def _shrink(self, level: int, ratio: int) -> None:
-        form = self._tiles.format(level)
-        tile = form.width * form.height * 3 // ratio**2
-        while len(self._kept) > max(1, KEPT_BYTES // tile):
+        most = EXPECTED_BYTES if self._uses else KEPT_BYTES
+        while len(self._kept) > max(1, most // self._size(level, ratio)):
             self._kept.popitem(last=False)
+
+    def _size(self, level: int, ratio: int) -> int:
+        """Bytes of a tile that is kept."""
+        form = self._tiles.format(level)
+        return form.width * form.height * 3 // ratio**2
 
     def close(self) -> None:
         """Release the file. May be called twice."""

@@ -63,6 +63,11 @@ class RunSettings:
     preprocessing: PreprocessingConfig
     execution: ExecutionOptions
 
+    @property
+    def presets(self) -> list[str]:
+        """The names in `preset`, which may have several, with commas between them."""
+        return preset_names(self.preset)
+
 
 #: Fields of RunSettings and their keys; those of its configuration objects are in `KEYS`.
 _RUN = {
@@ -135,14 +140,20 @@ def _check_preset(given: Values, path: Path | None) -> None:
     if preset is None:
         where = COMMAND_LINE if path is None else path
         raise ConfigError(f"{where}: model.name is missing: name a preset (`slide2vec models` lists them)")
-    try:
-        recipe = load_recipe(preset)
-    except (PresetError, OSError) as error:  # a name may be longer than files have
-        raise ConfigError(f"{given.where('model.name')}: {error}") from None
-    try:
-        recipe.variant(variant)
-    except PresetError as error:
-        raise ConfigError(f"{given.where('model.output_variant')}: {error}") from None
+    for name in preset_names(preset):
+        try:
+            recipe = load_recipe(name)
+        except (PresetError, OSError) as error:  # a name may be longer than files have
+            raise ConfigError(f"{given.where('model.name')}: {error}") from None
+        try:
+            recipe.variant(variant)
+        except PresetError as error:
+            raise ConfigError(f"{given.where('model.output_variant')}: {error}") from None
+
+
+def preset_names(text: str) -> list[str]:
+    """The names in a text that may have several, with commas between them."""
+    return [name.strip() for name in text.split(",") if name.strip()] or [text]
 
 
 def _segmentation(given: Values) -> SegmentationConfig:

@@ -9,8 +9,10 @@ waits for none of them.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +31,14 @@ logger = logging.getLogger(__name__)
 #: Batches that may be on the device at once: one is encoded while the next is prepared and the features
 #: of the last are copied.
 IN_FLIGHT = 2
+
+
+#: On the CPU one encoder computes at a time, with all its threads: side by side they would slow each other.
+_CPU = threading.Lock()
+
+
+def _turn(device: torch.device) -> AbstractContextManager[object]:
+    return _CPU if device.type == "cpu" else nullcontext()
 
 
 @dataclass(eq=False)
@@ -97,7 +107,7 @@ class BatchEncoder:
         start = 0
         while start < len(tiles):
             chunk = tiles[start : start + self._most]
-            with torch_threads(self._threads):
+            with _turn(self._engine.device), torch_threads(self._threads):
                 found = self._attempt(chunk, kept, spans)
             if found is None:
                 self._halve(len(chunk))

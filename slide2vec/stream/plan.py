@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from slide2vec.config import PreprocessingConfig
-from slide2vec.errors import ConfigError, SlideOpenError, SlideReadError
+from slide2vec.errors import ConfigError, Contradiction, SlideOpenError, SlideReadError
 from slide2vec.files import is_remote
 from slide2vec.readers import SlideReader, open_and_use, resolve_spacing
 from slide2vec.readers.cross_check import compare_with_second_decoder
@@ -28,14 +29,21 @@ from slide2vec.stream.tile_sources import (
     open_archive,
     place_singly,
 )
-from slide2vec.tiling import BadTile, Tiling, TissueMask, load_coordinates, tile_slide
+from slide2vec.tiling import BadTile, Tiling, TissueMask, TissueOnce, load_coordinates, tile_slide
 from slide2vec.tiling.archives import Block, archive_paths, find_archive, write_archive
 from slide2vec.tiling.coordinates import check_tiling, find_coordinates
 from slide2vec.tiling.previews import write_mask_preview, write_tiling_preview
 from slide2vec.tiling.previous_files import Previous, find_reusable
 from slide2vec.tiling.types import expand_regions
 
-__all__ = ["SlidePlan", "check_archives_here", "coordinates_dir", "plan_slide"]
+__all__ = [
+    "PlanRequest",
+    "SlidePlan",
+    "check_archives_here",
+    "coordinates_dir",
+    "plan_slide",
+    "plan_together",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +87,23 @@ class SlidePlan:
         return {self.decode_path or self.source.backend: len(self.tiling)} if len(self.tiling) else {}
 
 
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a stream wants planned of a slide.
+
+    Attributes:
+        config: with requested_spacing_um and requested_tile_size_px resolved.
+        output_dir: where previews and archives go, if the config asks for them.
+        given: the slide's tiles, if they are known.
+        identities: of the run; None where nobody asks later whether the slide is still the same.
+    """
+
+    config: PreprocessingConfig
+    output_dir: Path | None = None
+    given: Tiling | None = None
+    identities: Identities | None = None
+
+
 def plan_slide(
     slide: Slide,
     config: PreprocessingConfig,
@@ -90,50 +115,162 @@ def plan_slide(
     """Find a slide's tissue and tiles (or take those of coordinate files), and open what they are read from.
 
     Args:
-        config: with requested_spacing_um and requested_tile_size_px resolved.
-        output_dir: where previews and archives go, if the config asks for them.
-        given: its tiles, if they are known.
+        config, output_dir, given, identities: see `PlanRequest`.
         stager: knows where the slide's files are read; all that is recorded names the slide's own paths.
-        identities: of the run; None where nobody asks later whether the slide is still the same.
 
     Raises:
         SlideError: the slide cannot be opened, has no spacing, an unreadable mask, …
         ManifestError: its own tiling options are wrong.
         OutputError: a preview or an archive cannot be written.
     """
-    config = config.for_slide(slide.sample_id, slide.tiling)
+    (plan,) = plan_together(slide, [PlanRequest(config, output_dir, given, identities)], stager)
+    if isinstance(plan, Exception):
+        raise plan
+    return plan
+
+
+def plan_together(
+    slide: Slide, requests: Sequence[PlanRequest], stager: InPlace = IN_PLACE
+) -> list[SlidePlan | Exception]:
+    """A slide's tiles for each request, or why there are none; the slide is opened once, and its tissue found
+    once. Sources of several plans share one reader, which the last of them closes.
+
+    Args:
+        requests: whose configurations differ in tiles only, not in how slides are read.
+        stager: as for `plan_slide`.
+    """
+    found: dict[int, SlidePlan | Exception] = {}
+    opened: dict[int, _Request] = {}
+    for number, request in enumerate(requests):
+        try:
+            prepared = _prepared(slide, request)
+            if prepared.given is not None and prepared.config.read_tiles_from is not None:
+                found[number] = _archived(slide, prepared)
+            else:
+                opened[number] = prepared
+        except Exception as error:
+            found[number] = error
+    if opened:
+        try:
+            plans = _opened(slide, list(opened.values()), stager)
+        except Exception as error:
+            plans = [error] * len(opened)
+        found.update(zip(opened, plans, strict=True))
+    return [found[number] for number in range(len(requests))]
+
+
+@dataclass(frozen=True)
+class _Request(PlanRequest):
+    """A request with the slide's own options; `given` may come from coordinate files, in `kept`."""
+
+    kept: Path | None = None
+
+
+def _prepared(slide: Slide, asked: PlanRequest) -> _Request:
+    config, given, identities = (
+        asked.config.for_slide(slide.sample_id, slide.tiling),
+        asked.given,
+        asked.identities,
+    )
     kept = None if given is not None else coordinates_dir(slide, config)
     if kept is not None:
         given = load_coordinates(kept, slide.sample_id)
-    if identities is None and output_dir is not None:
+    if identities is None and asked.output_dir is not None:
         identities = Identities(config)
-    if given is not None and config.read_tiles_from is not None:
-        identity, _ = _identity(identities, slide, masked=False)
-        plan = _plan_archive(slide, config, given)
-        return replace(plan, coordinates_dir=kept, identity=identity, given=given)
+    return _Request(config, asked.output_dir, given, identities, kept)
+
+
+def _archived(slide: Slide, asked: _Request) -> SlidePlan:
+    assert asked.given is not None
+    identity, _ = _identity(asked.identities, slide, masked=False)
+    plan = _plan_archive(slide, asked.config, asked.given)
+    return replace(plan, coordinates_dir=asked.kept, identity=identity, given=asked.given)
+
+
+def _opened(slide: Slide, requests: Sequence[_Request], stager: InPlace) -> list[SlidePlan | Exception]:
     staged = stager.take(slide)
+    copy = None if staged.image_path == slide.image_path else staged.image_path
     with ExitStack() as undo:
         undo.callback(staged.close)
-        identity, unreadable = _identity(identities, slide, masked=given is None, staged=staged)
-        copy = None if staged.image_path == slide.image_path else staged.image_path
-        previous = None
-        if identity is not None and identities is not None and output_dir is not None:
-            previous = Previous(output_dir / "tiles", slide, identity.content, identities.warn_of_older)
-        reader, plan = open_and_use(
-            slide,
-            config.backend,
-            copy,
-            lambda reader: _plan(reader, slide, config, output_dir, given, staged, previous),
-        )
+        looked = [
+            _identity(asked.identities, slide, masked=asked.given is None, staged=staged)
+            for asked in requests
+        ]
+        previous = [
+            None
+            if identity is None or asked.identities is None or asked.output_dir is None
+            else Previous(asked.output_dir / "tiles", slide, identity.content, asked.identities.warn_of_older)
+            for asked, (identity, _) in zip(requests, looked, strict=True)
+        ]
+
+        def plan_all(reader: SlideReader) -> tuple[list[SlidePlan | Exception], Callable[[], None]]:
+            tissue, closing = TissueOnce(), _LastCloses(reader.close, staged.close)
+            checked: set[int] = set()  # levels
+            done = closing.user()
+            plans: list[SlidePlan | Exception] = []
+            for asked, earlier in zip(requests, previous, strict=True):
+                close = closing.user()
+                try:
+                    plan = _plan(reader, slide, asked, staged, earlier, tissue, checked, close)
+                except Contradiction:
+                    raise
+                except Exception as error:
+                    close()
+                    plans.append(error)
+                else:
+                    if not isinstance(plan.source, SlideSource):
+                        close()
+                    plans.append(plan)
+            return plans, done
+
+        reader, (plans, done) = open_and_use(slide, requests[0].config.backend, copy, plan_all)
         undo.enter_context(reader)
-        if unreadable is not None:
-            plan.source.close()
-            raise unreadable
-        if isinstance(plan.source, SlideSource):
-            undo.pop_all()
-        plan = replace(plan, identity=identity, given=given)
-        # an archive that was written may have lost tiles
-        return plan if kept is None or plan.skipped else replace(plan, coordinates_dir=kept)
+        finished = [
+            _finished(plan, asked, *identity)
+            for plan, asked, identity in zip(plans, requests, looked, strict=True)
+        ]
+        undo.pop_all()
+    done()
+    return finished
+
+
+def _finished(
+    plan: SlidePlan | Exception,
+    asked: _Request,
+    identity: SlideIdentity | None,
+    unreadable: SlideOpenError | None,
+) -> SlidePlan | Exception:
+    if isinstance(plan, Exception):
+        return plan
+    if unreadable is not None:
+        plan.source.close()
+        return unreadable
+    plan = replace(plan, identity=identity, given=asked.given)
+    # an archive that was written may have lost tiles
+    return plan if asked.kept is None or plan.skipped else replace(plan, coordinates_dir=asked.kept)
+
+
+class _LastCloses:
+    """What several sources read from; the last that is closed closes it."""
+
+    def __init__(self, *closing: Callable[[], None]) -> None:
+        self._closing, self._users, self._lock = closing, 0, threading.Lock()
+
+    def user(self) -> Callable[[], None]:
+        """One more: to be called when it is closed; more than once does no harm."""
+        with self._lock:
+            self._users += 1
+        open_ = [True]
+
+        def close() -> None:
+            with self._lock:
+                self._users -= bool(open_ and open_.pop())
+                last = not self._users
+            if last:
+                for each in self._closing:
+                    each()
+
+        return close
 
 
 def _identity(
@@ -186,15 +323,19 @@ def _plan_archive(slide: Slide, config: PreprocessingConfig, tiling: Tiling) -> 
 def _plan(
     reader: SlideReader,
     slide: Slide,
-    config: PreprocessingConfig,
-    output_dir: Path | None,
-    given: Tiling | None,
+    asked: _Request,
     staged: Staged,
     previous: Previous | None,
+    tissue: TissueOnce,
+    checked: set[int],
+    close: Callable[[], None],
 ) -> SlidePlan:
-    tiling, mask, resumed = _tiles(reader, slide, config, output_dir, given, staged, previous)
-    centres = np.stack([tiling.x, tiling.y], axis=1) + tiling.geometry.tile_size_lv0 / 2
-    compare_with_second_decoder(reader, tiling.geometry.read_level, centres)
+    config, output_dir = asked.config, asked.output_dir
+    tiling, mask, resumed = _tiles(reader, slide, asked, staged, previous, tissue)
+    if tiling.geometry.read_level not in checked:
+        centres = np.stack([tiling.x, tiling.y], axis=1) + tiling.geometry.tile_size_lv0 / 2
+        compare_with_second_decoder(reader, tiling.geometry.read_level, centres)
+        checked.add(tiling.geometry.read_level)
     mask_path, tiling_path = _previews(reader, tiling, mask, config, output_dir)
     if config.read_tiles_from is not None:
         return replace(
@@ -205,7 +346,7 @@ def _plan(
     tiling = _tiles_of(tiling, config)
     plan = SlidePlan(
         slide,
-        SlideSource(reader, tiling, grouped=config.use_supertiles, closed=staged.close),
+        SlideSource(reader, tiling, grouped=config.use_supertiles, closed=close),
         tiling,
         skips_bad_tiles=config.on_bad_tile == "skip",
         mask_preview_path=mask_path,
@@ -231,14 +372,14 @@ def _tiles_of(tiling: Tiling, config: PreprocessingConfig) -> Tiling:
 def _tiles(
     reader: SlideReader,
     slide: Slide,
-    config: PreprocessingConfig,
-    output_dir: Path | None,
-    given: Tiling | None,
+    asked: _Request,
     staged: Staged,
     previous: Previous | None,
+    tissue_once: TissueOnce,
 ) -> tuple[Tiling, TissueMask | None, bool]:
     """Tiling (of regions, with such), tissue (where it was looked for), and whether both were there from a
     previous run."""
+    config, output_dir, given = asked.config, asked.output_dir, asked.given
     if given is not None:
         check_tiling(given, slide, reader, config)
         return replace(given, image_path=slide.image_path, backend=reader.backend), None, False
@@ -247,7 +388,7 @@ def _tiles(
         if found is not None:
             return replace(found, backend=reader.backend), None, True
     mask_copy = None if staged.mask_path == slide.mask_path else staged.mask_path
-    tiling, tissue = tile_slide(reader, slide, resolve_spacing(reader, slide), config, mask_copy)
+    tiling, tissue = tile_slide(reader, slide, resolve_spacing(reader, slide), config, mask_copy, tissue_once)
     for remark in tiling.remarks:
         logger.warning("slide %s: %s", slide.sample_id, remark)
     return tiling, tissue, False

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.slides import Slide
-from slide2vec.stream.plan import SlidePlan, plan_slide
+from slide2vec.stream.plan import PlanRequest, SlidePlan, plan_slide
+from slide2vec.stream.shared_slides import Share
 from slide2vec.stream.slide_identity import Identities
 from slide2vec.stream.staging import IN_PLACE, InPlace, stager_for
 from slide2vec.tiling import Tiling
@@ -29,6 +31,7 @@ class Planner:
         tilings: of slides whose tiles are known, by sample_id; may grow meanwhile.
         identities: of the run; None where nobody asks later whether its slides are still the same.
         planned: called with each plan, in the thread that made it; what it raises is the slide's error.
+        share: the part in slides that other streams read, too.
 
     Raises:
         ConfigError: when it is entered: nothing can be written into stage_dir.
@@ -42,13 +45,14 @@ class Planner:
         *,
         tilings: Mapping[str, Tiling] | None = None,
         identities: Identities | None = None,
-        planned: Callable[[SlidePlan], None] = lambda plan: None,
+        planned: Callable[[SlidePlan], None] | None = None,
+        share: Share | None = None,
     ) -> None:
         self._config, self._execution, self._output_dir = config, execution, output_dir
         self._tilings: Mapping[str, Tiling] = {} if tilings is None else tilings
-        self._identities, self._planned = identities, planned
+        self._identities, self._planned, self._share = identities, planned, share
         self._opened = ExitStack()
-        self.stager: InPlace = IN_PLACE
+        self.stager: InPlace = IN_PLACE if share is None else share.stager
 
     def ahead(self, slides: Iterable[Slide]) -> Iterator[Slide]:
         """The slides; the staging of each begins as it is taken."""
@@ -64,21 +68,42 @@ class Planner:
         Raises:
             SlideError, ManifestError, OutputError: as `plan_slide`, and as `planned`.
         """
-        given = self._tilings.get(slide.sample_id)
-        plan = plan_slide(slide, self._config, self._output_dir, given, self.stager, self._identities)
+        if self._share is None:
+            given = self._tilings.get(slide.sample_id)
+            return self._announced(
+                plan_slide(slide, self._config, self._output_dir, given, self.stager, self._identities)
+            )
+        plan = self._share.plan(slide, self._request)
+        if self._identities is not None and plan.identity is not None:
+            self._identities.take_over(slide.sample_id, plan.identity)
+        with self._share.announcing(plan) as is_announced:  # its coordinates are there since
+            if is_announced and plan.coordinates_dir is None and self._output_dir is not None:
+                plan = replace(plan, coordinates_dir=self._output_dir / "tiles")
+            return self._announced(plan)
+
+    def _announced(self, plan: SlidePlan) -> SlidePlan:
         try:
-            self._planned(plan)
+            if self._planned is not None:
+                self._planned(plan)
         except BaseException:
             plan.source.close()
             raise
         return plan
 
+    def _request(self, slide: Slide) -> PlanRequest:
+        given = self._tilings.get(slide.sample_id)
+        return PlanRequest(self._config, self._output_dir, given, self._identities)
+
     def stop(self) -> None:
         """Stage nothing more; whoever waits gets `Stopped`. From any thread."""
-        self.stager.stop()
+        if self._share is None:
+            self.stager.stop()
+        else:
+            self._share.leave()
 
     def __enter__(self) -> Self:
-        self.stager = self._opened.enter_context(stager_for(self._execution))
+        if self._share is None:
+            self.stager = self._opened.enter_context(stager_for(self._execution))
         return self
 
     def __exit__(self, *_: object) -> None:

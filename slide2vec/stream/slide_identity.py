@@ -95,6 +95,10 @@ class Identities:
             return FileIdentity.of(path, how)
         return FileIdentity.of(path, how, copy=copy, stamps=staged.stamps[path])
 
+    def take_over(self, sample_id: str, identity: SlideIdentity) -> None:
+        """The identity of a slide, taken by another stream of the run."""
+        self._known[sample_id] = identity
+
     def known(self, sample_id: str) -> SlideIdentity | None:
         """The identity of a slide that was taken already; reads nothing."""
         return self._known.get(sample_id)

@@ -17,7 +17,7 @@ from slide2vec.cpus import job_cpus
 from slide2vec.errors import NotFiniteError, SlideReadError
 from slide2vec.prepare import cut_tiles, dali_archive
 from slide2vec.readers import SlideReader
-from slide2vec.readers.reader import BufferedReader
+from slide2vec.readers.reader import BufferedReader, Squares
 from slide2vec.runtime import Engine
 from slide2vec.tiling import BadTile, Tiling
 from slide2vec.tiling.archives import TileArchive
@@ -139,7 +139,11 @@ def not_finite(tiling: Tiling, wrong: Mapping[int, bool], engine: Engine) -> Not
 
 
 class SlideSource:
-    """Supertiles of a slide. See `TileSource`; closing it closes the reader, and calls `closed`."""
+    """Supertiles of a slide. See `TileSource`.
+
+    Args:
+        closed: called when it is closed, to close the reader; None = close the reader, which is its own.
+    """
 
     def __init__(
         self,
@@ -147,16 +151,16 @@ class SlideSource:
         tiling: Tiling,
         *,
         grouped: bool = True,
-        closed: Callable[[], None] = lambda: None,
+        closed: Callable[[], None] | None = None,
     ) -> None:
         level = tiling.geometry.read_level
         self.reader, self.tiling = reader, tiling
         self._cut: Callable[..., None] = cut_tiles
-        self._closed = closed
+        self._closed = closed or reader.close
         ratio, rest = divmod(tiling.geometry.read_tile_size_px, tiling.geometry.requested_tile_size_px)
         self._ratio = 1 if rest else ratio
         self._free: list[Pixels] = []
-        self._others: tuple[SlideReader, ...] = ()
+        self._others: tuple[SlideReader, ...] = ()  # that it closes itself
         self._supertiles = plan_supertiles(
             tiling.x,
             tiling.y,
@@ -171,7 +175,7 @@ class SlideSource:
     def with_reader(self, reader: SlideReader, cut: Callable[..., None]) -> SlideSource:
         """The same tiles by another reader, cut by what takes its pixels; it closes both readers."""
         other = copy(self)
-        other.reader, other._cut, other._others = reader, cut, (self.reader, *self._others)
+        other.reader, other._cut, other._others = reader, cut, (reader, *self._others)
         return other
 
     def of_tiles(self, tiles: NDArray[np.int64]) -> SlideSource:
@@ -207,6 +211,13 @@ class SlideSource:
             self._free.append(memory)
         return self.reader.read_region(*where), 1, None
 
+    def reads(self) -> Iterator[tuple[tuple[int, int], int, tuple[int, int], int, Squares]]:
+        """What `fetch` reads, see `HostTileReader.expect`."""
+        level, side = self.tiling.geometry.read_level, self.tiling.geometry.read_tile_size_px
+        for each in self._supertiles:
+            ratio = 1 if (each.offsets % self._ratio).any() else self._ratio
+            yield each.location_lv0, level, each.size, ratio, (each.offsets, side)
+
     def _memory(self, size: int) -> Pixels:
         """Memory that `place` is done with, else new: to touch a page for the first time is dear."""
         try:
@@ -216,12 +227,20 @@ class SlideSource:
         return found if found.size >= size else np.empty(size, np.uint8)
 
     def place(self, number: int, data: Any, targets: Sequence[Pixels]) -> None:
-        """Cut the tiles out of a supertile."""
-        pixels, ratio, memory = data
+        """Cut the tiles out of a supertile, whose memory is used again."""
+        self.cut(number, data, targets)
+        self.recycle(data)
+
+    def cut(self, number: int, data: Any, targets: Sequence[Pixels]) -> None:
+        """As `place`; the supertile stays as it is."""
+        pixels, ratio, _ = data
         size = self.tiling.geometry.read_tile_size_px
         self._cut(pixels, self._supertiles[number].offsets // ratio, size // ratio, targets)
-        if memory is not None:
-            self._free.append(memory)
+
+    def recycle(self, data: Any) -> None:
+        """Nobody needs what `fetch` gave any more."""
+        if data[2] is not None:
+            self._free.append(data[2])
 
     def read_tile(self, tile: int, target: Pixels) -> None:
         """Read a tile by itself."""
@@ -233,7 +252,7 @@ class SlideSource:
 
     def close(self) -> None:
         """Close the slide."""
-        for reader in (self.reader, *self._others):
+        for reader in self._others:
             reader.close()
         self._free.clear()
         self._closed()

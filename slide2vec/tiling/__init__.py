@@ -10,13 +10,14 @@ from slide2vec.tiling.types import BadTile, Segmentation, Tiling, TissueMask, Ti
 if TYPE_CHECKING:
     from slide2vec.tiling.coordinates import load_coordinates, read_coordinates, write_coordinates
     from slide2vec.tiling.previews import write_mask_preview, write_tiling_preview
-    from slide2vec.tiling.tile import tile_slide
+    from slide2vec.tiling.tile import TissueOnce, tile_slide
 
 __all__ = [
     "BadTile",
     "Segmentation",
     "Tiling",
     "TissueMask",
+    "TissueOnce",
     "TissuePiece",
     "load_coordinates",
     "read_coordinates",
@@ -28,6 +29,7 @@ __all__ = [
 
 #: Loaded on first use: OpenCV is slow to import, and loading coordinates does without it.
 _HOMES = {
+    "TissueOnce": "tile",
     "load_coordinates": "coordinates",
     "read_coordinates": "coordinates",
     "tile_slide": "tile",

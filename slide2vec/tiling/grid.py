@@ -61,7 +61,7 @@ def _piece_tiles(
         spans.append(_span(line, scale, window, int(low[axis]), image.shape[1 - axis]))
         windows.append(window)
     fractions = _fractions(integral, spans[0], spans[1], windows[0] * windows[1])
-    # Python's float would otherwise be compared in double precision: 0.7 > float32(0.7).
+    # Fractions have single precision; in double precision 0.7 is more than float32(0.7).
     columns, rows = np.nonzero(fractions >= np.float32(threshold))
     return lines[0][columns], lines[1][rows], fractions[columns, rows]
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
-from slide2vec.config import PreprocessingConfig
+import numpy as np
+from numpy.typing import NDArray
+
+from slide2vec.config import PreprocessingConfig, SegmentationConfig
 from slide2vec.errors import ConfigError, SpacingError
 from slide2vec.geometry import TileGeometry, region_geometry, tile_geometry
 from slide2vec.readers import SlideReader
@@ -15,10 +20,27 @@ from slide2vec.tiling.grid import tissue_tiles
 from slide2vec.tiling.quality import good_tiles
 from slide2vec.tiling.remarks import TilingFacts, remarks
 from slide2vec.tiling.segment import segment_tissue
-from slide2vec.tiling.types import Tiling, TissueMask
+from slide2vec.tiling.types import Segmentation, Tiling, TissueMask
 from slide2vec.tiling.user_masks import read_mask
 
-__all__ = ["find_tissue", "tile_slide"]
+__all__ = ["TissueOnce", "find_tissue", "tile_slide"]
+
+#: A mask, how it came about, and an overview of the pixels with its step, where there is one.
+_RawTissue: TypeAlias = tuple[NDArray[np.uint8], Segmentation, NDArray[np.uint8] | None, int]
+
+
+class TissueOnce:
+    """Keeps the tissue mask of one slide, for tilings that differ in their tiles only."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, _RawTissue] = {}
+
+    def mask(self, settings: SegmentationConfig, find: Callable[[], _RawTissue]) -> _RawTissue:
+        """The mask found with these settings; found now, if it is the first time."""
+        key = settings.model_dump_json()
+        if key not in self._found:
+            self._found[key] = find()
+        return self._found[key]
 
 
 def tile_slide(
@@ -27,6 +49,7 @@ def tile_slide(
     base_spacing_um: float,
     config: PreprocessingConfig,
     mask_copy: Path | None = None,
+    once: TissueOnce | None = None,
 ) -> tuple[Tiling, TissueMask]:
     """The tiles (or regions) of a slide that hold tissue, and the tissue. A slide without tissue has none.
 
@@ -36,6 +59,7 @@ def tile_slide(
             tiling is one of regions: grid, tissue fraction and pixel filters are theirs, as in HS2P with
             tiles of that size.
         mask_copy: of the slide's mask raster, to be read in its place.
+        once: the slide's tissue, where it is tiled more than once.
 
     Raises:
         SpacingError: finer tiles are asked for than the slide has pixels.
@@ -47,7 +71,7 @@ def tile_slide(
     if filtering.ref_tile_size is None:  # of the tile with regions, too: as large pieces of tissue count
         filtering = filtering.updated(ref_tile_size=config.requested_tile_size_px)
     config = config.updated(filtering=filtering)
-    tissue = find_tissue(reader, slide, geometry, config, mask_copy)
+    tissue = find_tissue(reader, slide, geometry, config, mask_copy, once)
     x, y, fractions = tissue_tiles(tissue, geometry, reader.dimensions, config.tissue_threshold)
     good = good_tiles(reader, x, y, geometry, filtering)
     found = TilingFacts(
@@ -86,15 +110,18 @@ def find_tissue(
     geometry: TileGeometry,
     config: PreprocessingConfig,
     mask_copy: Path | None = None,
+    once: TissueOnce | None = None,
 ) -> TissueMask:
     """The tissue of a slide: from its mask raster if it has one, else from its pixels."""
-    base, overview, step = geometry.base_spacing_um, None, 1
-    if slide.mask_path is not None:
-        mask, segmentation = read_mask(reader, slide, base, config.segmentation, mask_copy)
-    else:
-        segmented = segment_tissue(reader, slide.sample_id, base, config.segmentation)
-        mask, segmentation = segmented.mask, segmented.segmentation
-        overview, step = segmented.overview, segmented.step
+    base = geometry.base_spacing_um
+
+    def find() -> _RawTissue:
+        if slide.mask_path is not None:
+            return *read_mask(reader, slide, base, config.segmentation, mask_copy), None, 1
+        found = segment_tissue(reader, slide.sample_id, base, config.segmentation)
+        return found.mask, found.segmentation, found.overview, found.step
+
+    mask, segmentation, overview, step = (once or TissueOnce()).mask(config.segmentation, find)
     height, width = mask.shape
     scale = (reader.dimensions[0] / width, reader.dimensions[1] / height)
     reference = config.filtering.ref_tile_size or geometry.requested_tile_size_px

@@ -1,4 +1,4 @@
-"""Models whose tile encoder is quick; what is above it is real, with random weights."""
+"""Models whose tile encoder is quick; what is above it is real, with few blocks and random weights."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from slide2vec import Model
 sys.path.insert(0, str(Path(__file__).parent))
 
 from aggregate_helpers import QuickEncoder
+from shallow import few_blocks
 
 
 def with_quick_tiles(model: Model) -> Model:
@@ -32,11 +33,9 @@ def tile_model() -> Model:
 
 @pytest.fixture(scope="session")
 def patient_model() -> Model:
-    return with_quick_tiles(
-        Model.from_preset(
-            "moozy", weights="random", device="cpu", seed=3, allow_non_recommended_settings=True
-        )
-    )
+    options = {"weights": "random", "seed": 3, "allow_non_recommended_settings": True}
+    with few_blocks():
+        return with_quick_tiles(Model.from_preset("moozy", device="cpu", **options))
 
 
 @pytest.fixture(scope="session")

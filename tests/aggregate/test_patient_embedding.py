@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from aggregate_helpers import QuickEncoder
+from shallow import DEPTHS
 from torch import Tensor, nn
 
 from slide2vec import (
@@ -38,6 +40,8 @@ PREPROCESSING = PreprocessingConfig(requested_tile_size_px=64, requested_spacing
 #: Fused and plain attention of the encoders in fp32, on values of about 1.
 ROUNDING = 1e-4
 
+Depth = Callable[[], AbstractContextManager[None]]
+
 
 def test_a_slide_has_the_embedding_of_its_tiles(slide_model: Model, slides: list[Path]) -> None:
     found = slide_model.embed_slide(slides[0], PREPROCESSING)
@@ -61,6 +65,7 @@ def test_the_preset_brings_tile_encoder_spacing_and_tile_size(patient_model: Mod
     assert (config.requested_spacing_um, config.requested_tile_size_px) == (0.5, 224)
 
 
+@pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize(
     ("preset", "tiles", "size_px", "dim", "latents"),
     [
@@ -75,6 +80,7 @@ def test_every_slide_preset(
     size_px: int,
     dim: int,
     latents: tuple[int, int] | None,
+    depth: Depth,
     slides: list[Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -84,7 +90,8 @@ def test_every_slide_preset(
         return QuickEncoder(variant.dim)
 
     monkeypatch.setattr("slide2vec.encoders.preset_chain.build_encoder", quick)
-    model = Model.from_preset(preset, weights="random", device="cpu")
+    with depth():
+        model = Model.from_preset(preset, weights="random", device="cpu")
     assert model.upstream is not None and model.upstream.name == tiles
     execution = ExecutionOptions(save_latents=True, batch_size=1)
     found = model.embed_slide(slides[2], PreprocessingConfig(filtering={"a_t": 0}), execution)
@@ -308,9 +315,13 @@ def test_weights_of_each_part_are_its_own(patient_model: Model, tmp_path: Path) 
 # as the document has it ---------------------------------------------------------------------------
 
 
-def test_the_documents_examples(real_slide: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_the_documents_examples(depth: Depth, real_slide: Callable[[str], Path]) -> None:
     """As written, with random weights, at 2 µm/px so that the slides have few tiles."""
-    model = Model.from_preset("moozy", weights="random", device="cpu", allow_non_recommended_settings=True)
+    with depth():
+        model = Model.from_preset(
+            "moozy", weights="random", device="cpu", allow_non_recommended_settings=True
+        )
     few = PreprocessingConfig(requested_spacing_um=2.0, tissue_threshold=0.5, filtering={"a_t": 0})
     slide_1a, slide_1b = real_slide("CMU-1-Small-Region.svs"), real_slide("aperio-jpeg-pyramid.svs")
     result = model.embed_patient([slide_1a, slide_1b], patient_id="patient_1", preprocessing=few)

@@ -146,15 +146,16 @@ def a_tiling(geometry: TileGeometry, x: list[int], y: list[int]) -> Tiling:
 
 
 def test_tiles_are_regrouped_region_by_region_and_row_by_row() -> None:
-    """Two regions of 2 x 2 tiles of 10 px: every number in its place."""
+    """Two regions of 3 x 3 tiles of 10 px: every number in its place."""
     tile = tile_geometry(
         requested_tile_size_px=10, requested_spacing_um=0.5, base_spacing_um=0.5, downsamples=[1.0]
     )
-    tiling = expand_regions(a_tiling(region_geometry(tile, 2), [0, 20], [5, 45]), 2)
-    assert tiling.x.tolist() == [0, 10, 0, 10, 20, 30, 20, 30]
-    assert tiling.y.tolist() == [5, 5, 15, 15, 45, 45, 55, 55]
-    assert tiling.tissue_fractions.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
-    features = torch.arange(24.0).reshape(8, 3)
+    tiling = expand_regions(a_tiling(region_geometry(tile, 3), [0, 30], [5, 65]), 3)
+    columns, rows = [0, 10, 20] * 3, [0, 0, 0, 10, 10, 10, 20, 20, 20]
+    x, y = [columns, [30 + x for x in columns]], [[5 + y for y in rows], [65 + y for y in rows]]
+    assert tiling.x.reshape(2, 9).tolist() == x and tiling.y.reshape(2, 9).tolist() == y
+    assert tiling.tissue_fractions.tolist() == [0] * 9 + [1] * 9
+    features = torch.arange(72.0).reshape(18, 4)
     flat = EmbeddedSlide(
         sample_id="s",
         tile_embeddings=features,
@@ -164,16 +165,15 @@ def test_tiles_are_regrouped_region_by_region_and_row_by_row() -> None:
         tile_size_lv0=10,
         image_path=Path("s.svs"),
         mask_path=None,
-        num_tiles=8,
+        num_tiles=18,
     )
     outcome = SlideOutcome(slide=as_slide("s.svs"), embedded=flat, tiling=tiling)
     made = regrouped(outcome).embedded
     assert made is not None and made.tile_x is not None and made.tile_y is not None
-    assert made.tile_embeddings.shape == (2, 4, 3)
-    assert torch.equal(made.tile_embeddings[1, 2], features[6])
-    assert made.x.tolist() == [0, 20] and made.y.tolist() == [5, 45]
-    assert made.tile_x.tolist() == [[0, 10, 0, 10], [20, 30, 20, 30]]
-    assert made.tile_y.tolist() == [[5, 5, 15, 15], [45, 45, 55, 55]]
+    assert made.tile_embeddings.shape == (2, 9, 4)
+    assert torch.equal(made.tile_embeddings[1, 2], features[11])
+    assert made.x.tolist() == [0, 30] and made.y.tolist() == [5, 65]
+    assert made.tile_x.tolist() == x and made.tile_y.tolist() == y
     for other in (
         replace(outcome, tiling=replace(tiling, regions=None)),
         replace(outcome, embedded=None),

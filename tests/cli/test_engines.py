@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import CONTEXT
 
 from slide2vec.artifacts import load_embeddings
 from slide2vec.compile import EngineStore
 from slide2vec.runtime.openvino_engine import capabilities
+
+pytestmark = pytest.mark.usefixtures("short_rounds")
 
 #: A vision transformer of timm's own tests: a second to compile.
 PRESET = "timm:test_vit"
@@ -22,7 +25,7 @@ BUILD = ("build-engine", "--preset", PRESET, "--weights", "random")
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(short_rounds: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with one engine, built from the command line."""
     from typer.testing import CliRunner
 
@@ -173,8 +176,11 @@ def test_all_goes_on_after_failures(run, tmp_path: Path, monkeypatch: pytest.Mon
     assert "uni:" in done.stderr and [e.record.preset for e in EngineStore(tmp_path / "store")] == [PRESET]
 
 
-def test_bench(built: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("start", ["forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_bench(built: Path, run, monkeypatch: pytest.MonkeyPatch, start: str) -> None:
     monkeypatch.setenv("COLUMNS", "160")
+    if start == "forkserver":  # else as for users: every contender imports PyTorch
+        monkeypatch.setattr("slide2vec.compile.bench.get_context", lambda method: CONTEXT)
     options = ["--preset", PRESET, "--weights", "random", "--engines", built, "--rounds", "1"]
     options += ["--runtime", "openvino", "--batch-size", "2", "--precision", "fp32", "--precision", "bf16"]
     done = run("bench", *options, "--json")

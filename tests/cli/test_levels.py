@@ -1,14 +1,15 @@
-"""Regions and patients on the command line, for real."""
+"""Regions and patients on the command line, for real, but for the blocks that encoders have."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from shallow import few_blocks
 from typer.testing import Result
 
 from slide2vec.artifacts import find_hierarchical_artifact
@@ -17,6 +18,12 @@ Run = Callable[..., Result]
 
 #: One tile of 224 px per slide: the tile encoder is slow on a CPU.
 ONE_TILE = ("tiling.filter_params.a_t=0", "--spacing", "2", "--allow-non-recommended-settings")
+
+
+@pytest.fixture(autouse=True)
+def shallow() -> Iterator[None]:
+    with few_blocks():
+        yield
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import fork_workers
 from moto.server import ThreadedMotoServer
 from typer.testing import Result
 
@@ -130,8 +131,11 @@ def test_run_and_resume(manifest: str, slides: list[Path], tmp_path: Path, run: 
     )
 
 
-def test_workers_publish_themselves(slides: list[Path], tmp_path: Path) -> None:
+def test_workers_publish_themselves(
+    slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two processes into one bucket: the same as one into a folder."""
+    fork_workers(monkeypatch)
     model = Model.from_preset("scattering", device="cpu")
     config = PreprocessingConfig(requested_tile_size_px=TILE_PX, tissue_threshold=THRESHOLD, resume=True)
     here = Pipeline(model, config, ExecutionOptions(output_dir=tmp_path)).run(slides)

@@ -29,11 +29,12 @@ CONFIG = PreprocessingConfig(requested_spacing_um=0.5, requested_tile_size_px=96
 ENCODER = {"name": "tiny", "precision": "fp16", "weights": "w"}
 IDENTITIES: dict[Kind, dict[str, Any]] = {
     "tile": ENCODER,
+    "hierarchical": ENCODER,
     "slide": {"name": "deep", "precision": "fp16", "below": ENCODER},
     "patient": {"name": "wide", "precision": "fp16", "below": ENCODER},
 }
 #: Of tiles as the model computes, of slides and patients fp32.
-DTYPES = {"tile": "float16", "slide": "float32", "patient": "float32"}
+DTYPES = {"tile": "float16", "hierarchical": "float16", "slide": "float32", "patient": "float32"}
 
 
 @pytest.fixture
@@ -75,6 +76,7 @@ def wrote(folder: Path, kind: Kind, made: dict[str, Any], features: Any = None, 
     sidecar = {
         **{"schema_version": SCHEMA_VERSION, "artifact_type": f"{kind}_embeddings", "format": "pt"},
         **{"patient_id" if kind == "patient" else "sample_id": "a", "feature_dim": 8, "num_tiles": 1},
+        **{"num_regions": 1, "tiles_per_region": 1},
         **{"num_slides": 1, "file_size_bytes": path.stat().st_size, "feature_dtype": DTYPES[kind]},
         **{"encoder_name": IDENTITIES[kind]["name"], "compatibility": made},
         **changes,
@@ -197,6 +199,12 @@ def test_tiles_that_another_encoder_is_made_from_serve(slide: Slide, tmp_path: P
     assert nothing.find(["tile"], slide) == {"tile": None}
     wrote(out, "tile", {**made_of(slide), "tiles_from": "archive"})
     assert nothing.find(["tile"], slide) == {"tile": "tiles_from"}
+
+
+def test_embeddings_by_region_serve_too(slide: Slide, tmp_path: Path) -> None:
+    path = wrote(tmp_path / "other", "hierarchical", made_of(slide, "hierarchical"))
+    ours = completed(tmp_path / "out", "hierarchical", "slide", others=(tmp_path / "other",))
+    assert outcome(ours.find(["hierarchical"], slide)["hierarchical"]) == path
 
 
 @pytest.mark.parametrize("name", ["a", "z"])

@@ -1,13 +1,19 @@
-"""A small vision transformer as a preset, whose blocks matter."""
+"""A small vision transformer as a preset, whose blocks matter, and its engines."""
 
 from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from slide2vec.compile import BuildOptions, EngineStore, StoredEngine, build_engine
 from slide2vec.encoders import build_encoder
 from slide2vec.recipes import EncoderSpec, Recipe, Transform, Variant, load_recipe
 
+CPU = torch.device("cpu")
 SIDE = 64
 
 
@@ -53,3 +59,21 @@ def smooth_pixels(count: int, side: int = SIDE, seed: int = 0) -> torch.Tensor:
     large = nn.functional.interpolate(coarse, size=(side, side), mode="bicubic")
     mixed = (0.8 * large + 0.2 * fine).clamp(0, 1) * 255
     return mixed.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def build(
+    recipe: Recipe, encoder: nn.Module, store: EngineStore, options: BuildOptions, **more: Any
+) -> StoredEngine:
+    """For this machine, of the tiny recipe's variant."""
+    return build_engine(encoder, recipe, "both", CPU, options, store=store, **more)
+
+
+def copied(built: StoredEngine, folder: Path) -> EngineStore:
+    """A store of one engine, to be spoilt."""
+    shutil.copytree(built.directory, folder / "store" / built.name)
+    return EngineStore(folder / "store")
+
+
+def only(store: EngineStore) -> StoredEngine:
+    (engine,) = store
+    return engine

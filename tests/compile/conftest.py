@@ -15,6 +15,11 @@ from compile_helpers import tiny_encoder, tiny_recipe
 from slide2vec.recipes import Recipe
 
 
+@pytest.fixture(autouse=True, scope="session")
+def in_short_rounds(short_rounds: None) -> None:
+    """No test of this folder is about how fast an engine is."""
+
+
 @pytest.fixture(scope="session")
 def recipe() -> Recipe:
     return tiny_recipe()

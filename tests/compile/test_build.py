@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 import sys
 import time
@@ -13,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from compile_helpers import tiny_encoder, tiny_recipe
+from compile_helpers import CPU, build, copied, only, smooth_pixels, tiny_encoder, tiny_recipe
+from forked import CONTEXT
 from torch import nn
 
 from slide2vec.compile import (
@@ -35,7 +35,6 @@ from slide2vec.recipes import EnginePolicy, Recipe
 from slide2vec.runtime.openvino_engine import capabilities
 from slide2vec.runtime.record import RECORD_NAME, SCHEMA, key_of, read_record
 
-CPU = torch.device("cpu")
 #: Such small encoders are no measure.
 FAST = {"engine": 200.0, "torch": 100.0}
 FP32 = BuildOptions(runtime="openvino", precision="fp32")
@@ -45,30 +44,18 @@ def subject_of(recipe: Recipe, encoder: nn.Module) -> EngineTarget:
     return EngineTarget(recipe, "both", CPU, lambda: weights_digest(encoder))
 
 
-def build(
-    recipe: Recipe, encoder: nn.Module, store: EngineStore, options: BuildOptions = FP32, **more: Any
-) -> StoredEngine:
-    return build_engine(encoder, recipe, "both", CPU, options, store=store, **more)
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> StoredEngine:
     recipe = tiny_recipe()
-    return build(recipe, tiny_encoder(recipe), EngineStore(tmp_path_factory.mktemp("built")))
+    return build(recipe, tiny_encoder(recipe), EngineStore(tmp_path_factory.mktemp("built")), FP32)
 
 
 @pytest.fixture
 def store(built: StoredEngine, tmp_path: Path) -> EngineStore:
     """A store of one engine that was fast, to be spoilt."""
-    shutil.copytree(built.directory, tmp_path / "store" / built.name)
-    store = EngineStore(tmp_path / "store")
+    store = copied(built, tmp_path)
     changed_record(store, speed=FAST)
     return store
-
-
-def only(store: EngineStore) -> StoredEngine:
-    (engine,) = store
-    return engine
 
 
 def changed_record(store: EngineStore, **changes: Any) -> None:
@@ -119,7 +106,7 @@ def test_what_is_there_is_not_built_again(
     store: EngineStore, recipe: Recipe, encoder: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build_module, "_Build", None)
-    assert build(recipe, encoder, store) == only(store)
+    assert build(recipe, encoder, store, FP32) == only(store)
 
 
 def test_force_replaces(store: EngineStore, recipe: Recipe, encoder: nn.Module) -> None:
@@ -142,7 +129,7 @@ def test_bad_parity_is_not_published(recipe: Recipe, encoder: nn.Module, tmp_pat
         with pytest.raises(
             EngineError, match=r"could be built \(fp32: its least cosine .* is 0\.\d+, below 0.9999"
         ):
-            build(strict, encoder, EngineStore(tmp_path))
+            build(strict, encoder, EngineStore(tmp_path), FP32)
     assert list(EngineStore(tmp_path)) == []
     assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
 
@@ -158,7 +145,7 @@ def test_values_that_are_not_finite_are_not_published(
             return encoder(pixels) / 0.0
 
     with pytest.raises(EngineError, match="not finite"):
-        build(recipe, Overflowing().eval(), EngineStore(tmp_path))
+        build(recipe, Overflowing().eval(), EngineStore(tmp_path), FP32)
 
 
 @pytest.mark.skipif("BF16" not in capabilities(), reason="this CPU does not compute in bf16")
@@ -185,7 +172,7 @@ def test_way_down_is_taken_and_recorded(
 def test_what_cannot_be_compiled_says_why(recipe: Recipe, encoder: nn.Module, tmp_path: Path) -> None:
     refused = recipe.model_copy(update={"compile": False, "compile_note": "it is code of others"})
     with pytest.raises(EngineError, match="tiny cannot be compiled: it is code of others"):
-        build(refused, encoder, EngineStore(tmp_path))
+        build(refused, encoder, EngineStore(tmp_path), FP32)
 
 
 @pytest.mark.parametrize(
@@ -297,23 +284,32 @@ def test_verify_finds_another_engine(store: EngineStore) -> None:
         verify_engine(only(store), CPU)
 
 
-def _build_in_process(root: Path, started: Any) -> None:
+def _build_in_process(root: Path, started: Any, progress: Any) -> None:
     recipe = tiny_recipe()
     torch.set_num_threads(1)
-    started.wait()
-    build(recipe, tiny_encoder(recipe), EngineStore(root))
+    with pytest.MonkeyPatch.context() as patch:  # a slide takes seconds to draw
+        patch.setattr(build_module, "tissue_pixels", lambda recipe, count: smooth_pixels(count))
+        patch.setattr("slide2vec.compile.speed.ROUND_S", 0.01)
+        started.wait()
+        build(
+            recipe, tiny_encoder(recipe), EngineStore(root), FP32, progress=lambda *step: progress.put(step)
+        )
 
 
 def test_two_builders_at_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    started = context.Event()
-    builders = [context.Process(target=_build_in_process, args=(tmp_path, started)) for _ in range(2)]
+    started, progress = CONTEXT.Barrier(2), CONTEXT.SimpleQueue()
+    builders = [
+        CONTEXT.Process(target=_build_in_process, args=(tmp_path, started, progress)) for _ in range(2)
+    ]
     for each in builders:
         each.start()
-    started.set()
     for each in builders:
         each.join(120)
     assert [each.exitcode for each in builders] == [0, 0]
+    steps = []
+    while not progress.empty():
+        steps.append(progress.get()[0])
+    assert steps.count("exporting to ONNX") == 1, "one builds, the other waits and finds it"
     engine = only(EngineStore(tmp_path))
     assert engine.damage() is None
     assert list(tmp_path.glob("*.partial")) == [] and list(tmp_path.glob(".*.partial")) == []
@@ -324,7 +320,7 @@ def test_what_a_killed_build_left_is_removed(store: EngineStore, recipe: Recipe,
     left.mkdir()
     (left / "encoder.xml").write_text("half")
     assert len(list(store)) == 1
-    build(recipe, encoder, store)
+    build(recipe, encoder, store, FP32)
     assert not left.exists()
 
 

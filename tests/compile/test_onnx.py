@@ -27,6 +27,10 @@ ABSOLUTE_DEFAULT = 5e-5
 FP16_COSINE = 0.9999
 
 COMPILABLE = [name for name in list_models("tile") if load_recipe(name).compile]
+#: One of every architecture; the others differ from them by numbers, and are slow.
+ARCHITECTURES = {
+    *("conch", "dinov2-vitb14", "genbio-pathfm", "hibou-b", "isight", "lunit", "musk", "scattering"),
+}
 
 
 def shallow(name: str) -> tuple[Recipe, nn.Module]:
@@ -49,7 +53,10 @@ def run(path: Path, pixels: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(session.run(["features"], {"pixels": pixels.numpy()})[0])
 
 
-@pytest.mark.parametrize("name", COMPILABLE)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ARCHITECTURES else pytest.param(name, marks=pytest.mark.slow) for name in COMPILABLE],
+)
 def test_every_preset_exports(name: str, tmp_path: Path) -> None:
     recipe, encoder = shallow(name)
     side = recipe.transform.crop
@@ -120,6 +127,7 @@ def test_what_cannot_be_exported_is_one_error(recipe: Recipe, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize("name", ["virchow2", "midnight"])
 def test_full_depth(name: str, tmp_path: Path) -> None:
     """Above 2 GB, where the weights have to be in a file of their own."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from compile_helpers import tiny_encoder, tiny_recipe
+from compile_helpers import CPU, build, copied, only, tiny_encoder, tiny_recipe
 from rtx_compiler import WHY_NOT
 from torch import Tensor, nn
 
@@ -26,7 +25,6 @@ from slide2vec.compile import (
     EngineStore,
     EngineTarget,
     StoredEngine,
-    build_engine,
     find_engine,
     select_engine,
 )
@@ -45,32 +43,19 @@ from slide2vec.runtime.torch_engine import TorchEngine
 
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+GPU = torch.device("cuda")
 BF16 = BuildOptions(runtime="tensorrt-rtx", precision="bf16", targets=("sm120", "sm89"), keep_onnx=True)
-
-
-def build(
-    recipe: Recipe, encoder: nn.Module, store: EngineStore, options: BuildOptions = BF16, **more: Any
-) -> StoredEngine:
-    return build_engine(encoder, recipe, "both", CPU, options, store=store, **more)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> StoredEngine:
     recipe = tiny_recipe()
-    return build(recipe, tiny_encoder(recipe), EngineStore(tmp_path_factory.mktemp("built")))
+    return build(recipe, tiny_encoder(recipe), EngineStore(tmp_path_factory.mktemp("built")), BF16)
 
 
 @pytest.fixture
 def store(built: StoredEngine, tmp_path: Path) -> EngineStore:
-    """A store of that engine, to be spoilt."""
-    shutil.copytree(built.directory, tmp_path / "store" / built.name)
-    return EngineStore(tmp_path / "store")
-
-
-def only(store: EngineStore) -> StoredEngine:
-    (engine,) = store
-    return engine
+    return copied(built, tmp_path)
 
 
 # building, for real ---------------------------------------------------------------------------
@@ -126,7 +111,7 @@ def test_what_is_there_is_not_built_again(
     store: EngineStore, recipe: Recipe, encoder: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build_module, "_Build", None)
-    assert build(recipe, encoder, store) == only(store)
+    assert build(recipe, encoder, store, BF16) == only(store)
     assert build(recipe, encoder, store, replace(BF16, targets=("sm89", "sm120"))) == only(store)
     with pytest.raises(TypeError):  # it is built
         build(recipe, encoder, store, replace(BF16, targets=("sm89",)))

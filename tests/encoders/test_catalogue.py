@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from slide2vec.encoders import build_encoder
 from slide2vec.encoders.slide import SlideFeatures
-from slide2vec.recipes import Recipe, list_models, load_recipe
+from slide2vec.recipes import list_models, load_recipe
 
 #: Of the published parameter counts, which are rounded.
 PARAMETERS = 1e-3
@@ -27,7 +28,9 @@ ABOVE = [*list_models("slide"), *list_models("patient")]
 BUILT = [name for name in NAMES if load_recipe(name).encoder.family != "remote"]
 
 
-def on_meta(recipe: Recipe, variant: str) -> torch.nn.Module:
+@cache
+def on_meta(name: str, variant: str) -> torch.nn.Module:
+    recipe = load_recipe(name)
     with torch.device("meta"):
         return build_encoder(recipe, recipe.variants[variant], "random")
 
@@ -52,7 +55,7 @@ def test_says_what_is_needed(name: str) -> None:
 @pytest.mark.parametrize("name", BUILT)
 def test_published_parameter_count(name: str) -> None:
     recipe = load_recipe(name)
-    encoder = on_meta(recipe, recipe.default_variant)
+    encoder = on_meta(name, recipe.default_variant)
     count = sum(parameter.numel() for parameter in encoder.parameters())
     assert count / 1e6 == pytest.approx(recipe.params_m, rel=PARAMETERS)
 
@@ -61,7 +64,7 @@ def test_published_parameter_count(name: str) -> None:
 def test_dimension_of_every_output(name: str) -> None:
     recipe = load_recipe(name)
     for variant, output in recipe.variants.items():
-        encoder = on_meta(recipe, variant)
+        encoder = on_meta(name, variant)
         pixels = torch.empty(2, 3, recipe.transform.crop, recipe.transform.crop, device="meta")
         with torch.no_grad():
             assert encoder(pixels).shape == (2, output.dim), variant
@@ -70,7 +73,7 @@ def test_dimension_of_every_output(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in BUILT if load_recipe(name).encoder.family == "timm"])
 def test_gflops_are_those_of_one_tile(name: str) -> None:
     recipe = load_recipe(name)
-    encoder = on_meta(recipe, recipe.default_variant)
+    encoder = on_meta(name, recipe.default_variant)
     pixels = torch.empty(1, 3, recipe.transform.crop, recipe.transform.crop, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         encoder(pixels)
@@ -80,7 +83,7 @@ def test_gflops_are_those_of_one_tile(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in BUILT if load_recipe(name).encoder.family == "timm"])
 def test_prefix_tokens_are_those_of_the_backbone(name: str) -> None:
     recipe = load_recipe(name)
-    encoder = on_meta(recipe, recipe.default_variant)
+    encoder = on_meta(name, recipe.default_variant)
     assert encoder.trunk.num_prefix_tokens == recipe.encoder.prefix_tokens  # type: ignore[union-attr]
 
 
@@ -105,6 +108,7 @@ def test_check_without_the_hub(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A line per preset that says why, and no failure."""
+    monkeypatch.setattr(tool, "tissue_tiles", tool.random_tiles)  # whose slide takes seconds to draw
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert tool.main(["lunit", "uni", "phikon", "scattering", "titan", "moozy"]) == 0

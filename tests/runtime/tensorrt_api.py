@@ -260,7 +260,7 @@ def problems(api: API, folder: Path, files: tuple[Path, ...], rtx: bool = False)
         home.parent.mkdir(parents=True, exist_ok=True)
         home.write_text(text)
     given = dict.fromkeys((*homes, *ours, *COMPANIONS, *files))
-    command = [sys.executable, "-m", "mypy", *OPTIONS, f"--cache-dir={folder / 'cache'}"]
+    command = [sys.executable, "-m", "mypy", *OPTIONS, f"--cache-dir={folder.parent / 'mypy'}"]
     done = subprocess.run(
         [*command, *map(str, given)],
         env={**os.environ, "MYPYPATH": str(folder / "stubs")},

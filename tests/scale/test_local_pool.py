@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from forked import fork_workers
 from scale_helpers import (
     SIZES,
     Deadly,
@@ -41,6 +45,18 @@ from slide2vec.progress import (
 #: Small tiles, so that slides have many.
 PREPROCESSING = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5)
 TWO = ("cpu", "cpu")
+#: Tests whose workers are started as users' are; those of the others are forked.
+STARTED = (
+    "test_the_others_go_on_where_no_worker_can_take_the_place_of_a_lost_one",
+    "test_slides_are_the_same_in_the_order_of_the_input",
+    "test_a_model_that_workers_cannot_load_is_told",
+)
+
+
+@pytest.fixture(autouse=True)
+def forked_workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.originalname not in STARTED:
+        fork_workers(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -304,10 +320,6 @@ def test_a_model_made_otherwise_is_told(model: Deadly, slides: list[Path]) -> No
 
 
 def test_workers_end_with_the_process_that_started_them(slides: list[Path]) -> None:
-    import subprocess
-    import sys
-    import time
-
     code = (
         "import os, signal, sys\n"
         "from slide2vec import Model, ExecutionOptions, PreprocessingConfig\n"

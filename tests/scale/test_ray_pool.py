@@ -200,6 +200,7 @@ def test_a_lost_node_costs_nothing(
     same_on_disk(found, expected)
 
 
+@pytest.mark.slow
 def test_a_node_that_comes_late_gets_work(
     kept: Deadly, clusters: Clusters, slides: list[Path], alone: list[EmbeddedSlide]
 ) -> None:
@@ -220,6 +221,7 @@ def test_a_node_that_comes_late_gets_work(
     assert len(list(slides[0].parent.glob("*.here"))) == 2
 
 
+@pytest.mark.slow
 def test_patients_are_the_same(kept: Deadly, clusters: Clusters, slides: list[Path], tmp_path: Path) -> None:
     end_workers(kept)
     model = Small.from_preset("moozy", weights="random", device="cpu", allow_non_recommended_settings=True)
@@ -241,6 +243,7 @@ def test_patients_are_the_same(kept: Deadly, clusters: Clusters, slides: list[Pa
             assert torch.equal(load_embeddings(found.path), load_embeddings(wanted.path))
 
 
+@pytest.mark.slow
 def test_the_command_line(
     kept: Deadly, clusters: Clusters, slides: list[Path], expected: RunResult, tmp_path: Path
 ) -> None:
@@ -260,7 +263,11 @@ def test_the_command_line(
 
 
 @pytest.mark.parametrize(
-    ("kind", "error"), [(Unloadable, "no such weights here"), (Unshared, "is not that of the run")]
+    ("kind", "error"),
+    [
+        (Unloadable, "no such weights here"),
+        pytest.param(Unshared, "is not that of the run", marks=pytest.mark.slow),
+    ],
 )
 def test_workers_that_cannot_work_end_the_run(
     kept: Deadly,
@@ -277,6 +284,7 @@ def test_workers_that_cannot_work_end_the_run(
     assert not list(tmp_path.glob("tile_embeddings/*")) and not list(tmp_path.glob("tiles/*"))
 
 
+@pytest.mark.slow
 def test_another_cluster_goes_on_where_one_was_left(
     kept: Deadly, clusters: Clusters, slides: list[Path], bad: Path, expected: RunResult, tmp_path: Path
 ) -> None:
@@ -300,6 +308,7 @@ def test_another_cluster_goes_on_where_one_was_left(
     assert not any(isinstance(event, TilesEncoded) for event in recorder.events)
 
 
+@pytest.mark.slow
 def test_a_worker_has_a_gpu_of_its_own_and_its_share_of_the_cpus(
     kept: Deadly, clusters: Clusters, slides: list[Path], alone: list[EmbeddedSlide], left_by_workers: Path
 ) -> None:

@@ -375,6 +375,19 @@ def test_room_is_made_until_the_last_suspect_is_given_or_done() -> None:
     assert not scheduler.should_flush(worker)
 
 
+def test_nobody_makes_room_where_more_than_half_are_apart_already() -> None:
+    scheduler = with_suspects(workers=8, suspects=20)
+    apart = [worker for worker in scheduler.workers if scheduler.should_flush(worker)]
+    assert len(apart) == 4
+    for worker in apart:
+        for task in scheduler.assigned(worker):
+            scheduler.done(task)
+        assert scheduler.next_task(worker)
+    for other in [worker for worker in scheduler.workers if worker not in apart][:2]:
+        assert scheduler.lost(other) == []
+    assert [worker for worker in scheduler.workers if scheduler.should_flush(worker)] == apart
+
+
 @pytest.mark.parametrize(("workers", "room", "after"), [(6, 3, 3), (5, 3, 2), (3, 2, 1)])
 def test_a_worker_with_a_suspect_counts_among_those_apart(workers: int, room: int, after: int) -> None:
     """Another loss makes room on no more than half of those who are left."""

@@ -412,15 +412,16 @@ def test_bottleneck(plan: float, read: float, prepare: float, encode: float, exp
     assert find_bottleneck(stations, 1.0) == expected
 
 
-def test_script_that_dies_over_an_open_iterator_ends(tmp_path: Path) -> None:
+def test_script_that_dies_over_an_open_iterator_ends(
+    tmp_path: Path, generated_slide: Callable[..., Path]
+) -> None:
     """The stream is then suspended with its dispatcher waiting for room; the process must end."""
+    path = generated_slide(tmp_path / "slide.svs", size_px=2048, seed=1, levels=1)
     script = f"""
 from slide2vec import Model, PreprocessingConfig
-from slide2vec.synthetic import write_synthetic_slide
 
-path = write_synthetic_slide({str(tmp_path / "slide.svs")!r}, size_px=2048, seed=1)
 model = Model.from_preset("scattering", device="cpu", allow_non_recommended_settings=True)
-slides = [{{"sample_id": str(number), "image_path": path}} for number in range(30)]
+slides = [{{"sample_id": str(number), "image_path": {str(path)!r}}} for number in range(30)]
 config = PreprocessingConfig(requested_tile_size_px=112, requested_spacing_um=0.25)
 outcomes = model.iter_slides(slides, config)
 assert next(outcomes).embedded.num_tiles > 100

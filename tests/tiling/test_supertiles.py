@@ -7,7 +7,16 @@ import pytest
 from numpy.typing import NDArray
 
 from slide2vec.geometry import TileGeometry, floor_to_level, tile_geometry
-from slide2vec.tiling.supertiles import MAX_SIDE_PX, MAX_SIDE_TILES, plan_supertiles
+from slide2vec.tiling.supertiles import (
+    MAX_SIDE_PX,
+    MAX_SIDE_TILES,
+    READ_OVERHEAD_PX,
+    _Cost,
+    _Group,
+    _group,
+    _split,
+    plan_supertiles,
+)
 
 
 def geometry(
@@ -79,6 +88,113 @@ def test_whole_tissue_is_read_in_large_blocks() -> None:
     assert max(len(s.tiles) for s in supertiles) == 49
 
 
+def flat(tile: int, overlap: float = 0.0) -> TileGeometry:
+    """Tiles of as many px at level 0, read as they are."""
+    return tile_geometry(
+        requested_tile_size_px=tile,
+        requested_spacing_um=0.25,
+        base_spacing_um=0.25,
+        downsamples=[1.0],
+        overlap=overlap,
+    )
+
+
+@pytest.mark.parametrize(
+    ("tile", "overlap", "count", "blocks"),
+    [
+        (448, 0.0, 20, [7, 7, 6]),  # 3136 px of at most 3200
+        (448, 0.5, 30, [13, 13, 4]),  # 12 steps of 224 and a tile: 3136
+        (200, 0.0, 33, [16, 16, 1]),  # 16 tiles are 3200
+        (128, 0.0, 40, [16, 16, 8]),  # no more than 16, though 25 would fit
+        (1600, 0.0, 5, [2, 2, 1]),
+        (1601, 0.0, 3, [1, 1, 1]),
+        (3200, 0.0, 2, [1, 1]),
+        (5000, 0.0, 2, [1, 1]),
+    ],
+)
+def test_a_block_has_as_many_whole_steps_as_fit(
+    tile: int, overlap: float, count: int, blocks: list[int]
+) -> None:
+    geo = flat(tile, overlap)
+    along = np.arange(count) * geo.read_step_px + 37
+    for x, y in ((along, along * 0 - 5), (along * 0 - 5, along)):
+        assert [len(s.tiles) for s in plan_supertiles(x, y, geo, 1.0)] == blocks
+
+
+def test_blocks_go_from_top_to_bottom_in_each_column_of_blocks() -> None:
+    x, y = grid(4, 6, 1600, (-100, 37))
+    supertiles = plan_supertiles(x, y, flat(1600), 1.0)
+    corners = [(x, y) for x in (-100, 3100) for y in (37, 3237, 6437)]
+    assert [s.location_lv0 for s in supertiles] == corners
+    assert {s.size for s in supertiles} == {(3200, 3200)}
+    assert supertiles[0].tiles.tolist() == [0, 1, 6, 7]
+    assert supertiles[0].offsets.tolist() == [[0, 0], [0, 1600], [1600, 0], [1600, 1600]]
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "top", "bottom", "decoded"),
+    [
+        (0, 0, 0, 0, 16 * 32),
+        (1, 1, 0, 0, 32 * 32),  # a tile that lies across two of the file's
+        (0, 16, 0, 0, 32 * 32),
+        (31, 32, 0, 0, 32 * 32),
+        (0, 0, 16, 16, 16 * 32),
+        (0, 0, 16, 17, 16 * 64),
+        (-16, 0, -32, 16, 32 * 64),
+    ],
+)
+def test_a_read_costs_the_whole_tiles_of_the_file_that_it_touches(
+    left: int, right: int, top: int, bottom: int, decoded: int
+) -> None:
+    """Of tiles of 16 px in a file with tiles of 16 x 32 px."""
+    assert _Cost(16, (16, 32)).of(_Group([0], left, right, top, bottom)) == decoded + READ_OVERHEAD_PX
+
+
+def without(x: NDArray[np.int64], y: NDArray[np.int64], *left_out: int) -> tuple[NDArray[np.int64], ...]:
+    return np.delete(x, left_out), np.delete(y, left_out)
+
+
+def test_a_block_with_hardly_a_gap_is_read_whole() -> None:
+    """49 tiles of 50, though reading it in parts would decode a tile less; not 48."""
+    x, y = grid(10, 5, 200)
+    of_file = {"file_tile": (200, 200)}
+    for corner in (0, 4, 45, 49):
+        assert len(plan_supertiles(*without(x, y, corner), flat(200), 1.0, **of_file)) == 1  # type: ignore[arg-type]
+    parts = plan_supertiles(*without(x, y, 0, 1), flat(200), 1.0, **of_file)  # type: ignore[arg-type]
+    assert len(parts) > 1
+    decoded = sum(width * height for width, height in (part.size for part in parts))
+    assert decoded + len(parts) * READ_OVERHEAD_PX < 50 * 200 * 200 + READ_OVERHEAD_PX
+
+
+def test_a_group_is_cut_at_the_middle_of_its_longer_side() -> None:
+    """Tiles of 10 px at 0 to 1001, the middle of which is 501: one there belongs to the second half."""
+    for middle, halves in ((500, [[0, 1], [2]]), (501, [[0], [1, 2]])):
+        at = [0, middle, 1001]
+        for columns, rows in ((at, [0, 300, 0]), ([0, 300, 0], at)):
+            group = _group([0, 1, 2], columns, rows)
+            free = _Cost(10, (1, 1))
+            assert [part.tiles for part in _split(group, columns, rows, free)] == [[0], [1], [2]]
+            whole = [part.tiles for part in _split(group, columns, rows, OneCut())]
+            assert whole == halves
+
+
+class OneCut(_Cost):
+    """A group of three is dear, one of two cheap, so that a group is cut once."""
+
+    def __init__(self) -> None:
+        super().__init__(10, (1, 1))
+
+    def of(self, group: _Group) -> float:
+        return {1: 2.0, 2: 3.0, 3: 9.0}[len(group.tiles)]
+
+
+def test_without_a_files_tiles_they_are_taken_as_256_px() -> None:
+    x, y, geo, _ = CASES["ragged"]
+    plans = [plan_supertiles(x, y, geo, 1.0, file_tile=tile) for tile in (None, (256, 256), (250, 256))]  # type: ignore[arg-type]
+    ours, same, other = ([each.tiles.tolist() for each in plan] for plan in plans)
+    assert ours == same != other
+
+
 def test_far_tiles_are_not_read_together() -> None:
     corners = np.array([0, 0, 7, 7]) * 448, np.array([0, 7, 0, 7]) * 448
     supertiles = plan_supertiles(*corners, geometry(), 1.0)
@@ -89,11 +205,8 @@ def test_far_tiles_are_not_read_together() -> None:
 def test_tiles_are_read_apart_where_that_saves_more_than_a_read_costs(gap: int, reads: int) -> None:
     """Two tiles of 64 px; a gap of 64 x 64 px decodes as much as a read costs."""
     x, y = np.array([0, 64 + gap]), np.array([0, 0])
-    flat = tile_geometry(
-        requested_tile_size_px=64, requested_spacing_um=0.25, base_spacing_um=0.25, downsamples=[1.0]
-    )
     for first, second in ((x, y), (y, x)):
-        assert len(plan_supertiles(first, second, flat, 1.0, file_tile=(16, 16))) == reads
+        assert len(plan_supertiles(first, second, flat(64), 1.0, file_tile=(16, 16))) == reads
 
 
 def test_reads_less_than_tile_by_tile_where_tissue_is_ragged() -> None:

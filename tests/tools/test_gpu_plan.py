@@ -68,6 +68,29 @@ def test_benchmark(work_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| end to end |" in out.with_suffix(".md").read_text()
 
 
+def test_what_is_aimed_at_stands_beside_what_was_measured() -> None:
+    def row(speed: float, **more: float) -> gpu.Row:
+        return {"tiles_per_s": speed, "host_cpu_share": 0.5, "gpu_utilisation": 0.9, **more}
+
+    ends = row(1350, share_of_encoder=0.9, running_tiles_per_s=1440, running_share_of_encoder=0.96)
+    parts = {"encode": row(1500), "end to end": ends, "OpenSlide DataLoader": row(450)}
+    decoded = row(9000, mean_difference=0.1, worst_tile=0.4)
+    decoded |= {"decode_path": "a", "decoded_by": {"a": 90, "tiff, uploaded": 10}}
+    found = {
+        "date": "",
+        "gpu": "",
+        "cpus": 2,
+        "packages": {},
+        "parts": {"virchow2": parts, "decode": {"a": decoded}},
+    }
+    lines = gpu.report(found).splitlines()
+    expected = (
+        "| 1,350 | 1,440 | ≥ 1,400 | 0.90, once running 0.96 (goal ≥ 0.95) | 3.0 (goal ≥ 3) | 90% | 50% |"
+    )
+    assert f"| end to end {expected}" in lines
+    assert "| a | 9,000 (10 tiles by tiff, uploaded) | 0.100 | 0.400 | 90% | 50% |" in lines
+
+
 def test_a_part_that_fails_is_reported() -> None:
     def rows() -> Any:
         yield "one", {"tiles": 2, "seconds": 1.0}

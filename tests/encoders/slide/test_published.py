@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from published import PUBLISHED, SLIDE_PRESETS, in_dim, random_state, shapes_of, small
+from shallow import shallow
 from slide_helpers import a_bag, built, embed, loaded, write_checkpoint
 
 from slide2vec.encoders import build_encoder
@@ -71,13 +72,13 @@ def test_parameter_count(preset: str) -> None:
 def test_dimensions_of_the_outputs() -> None:
     shapes = {"titan": (768,), "prism": (1280,), "gigapath-slide": (768,), "moozy-slide": (768,)}
     for preset, shape in shapes.items():
-        recipe = load_recipe(preset)
+        recipe = shallow(load_recipe(preset))
         found = embed(built(recipe, "random"), a_bag(recipe, 3))
         assert found.embedding.shape == shape == (recipe.variant(None)[1].dim,)
         assert (found.latents is not None) == recipe.has_latents
         if found.latents is not None:
             assert found.latents.shape == (512, 1280)
-    assert built(load_recipe("moozy"), "random")(torch.randn(2, 768)).shape == (768,)
+    assert built(shallow(load_recipe("moozy")), "random")(torch.randn(2, 768)).shape == (768,)
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)

@@ -1,0 +1,180 @@
+"""Several encoders over the same slides: read once for all of them, against a run for each; see README.md."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, SPACING_UM, THREADS, NullEngine, Row, child, generated, machine
+
+#: Sides of the tiles in px, by what is measured.
+FEEDING = {
+    "feeding, 3 encoders of equal tiles": (224, 224, 224),
+    "feeding, tiles of 224, 256 and 448 px": (224, 256, 448),
+}
+#: Presets with random weights.
+ENCODERS = ("prost40m", "lunit", "phikon")
+
+
+class Untransformed:
+    def prepare(self, tiles: Any) -> Any:
+        return tiles
+
+
+def feed(slide: Path, sizes: Sequence[int], repeat: int) -> Row:
+    """What feeds encoders that cost nothing, all of them from one reading."""
+    from slide2vec import ExecutionOptions, PreprocessingConfig
+    from slide2vec.cohort.side_by_side import run_side_by_side
+    from slide2vec.progress import NullReporter
+    from slide2vec.progress.together import TogetherReporter
+    from slide2vec.slides import Slide
+    from slide2vec.stream import Planner, Stream
+    from slide2vec.stream.shared_slides import Share
+
+    slides = [Slide(sample_id=str(i), image_path=slide) for i in range(repeat)]
+
+    def run(size: int, share: Share | None) -> int:
+        config = PreprocessingConfig(requested_spacing_um=SPACING_UM, requested_tile_size_px=size)
+        stream = Stream(
+            NullEngine(),
+            Untransformed(),
+            batch_size=32,
+            tile_size_px=size,
+            readers=THREADS,
+            planners=THREADS,
+            ahead=4,
+            reporter=NullReporter(),
+        )
+        planner = Planner(config, ExecutionOptions(), share=share)
+        return sum(o.embedded.num_tiles for o in stream.run(slides, planner))  # type: ignore[union-attr]
+
+    run(sizes[0], None)  # imports, page cache
+    started = time.perf_counter()
+    if len(sizes) == 1:
+        tiles = run(sizes[0], None)
+    else:
+        names = {f"{number}": size for number, size in enumerate(sizes)}
+        tasks = {name: lambda share, size=size: run(size, share) for name, size in names.items()}
+        reporter = TogetherReporter(NullReporter(), {name: [] for name in names})
+        found = run_side_by_side(tasks, dict.fromkeys(names, slides), ExecutionOptions(), reporter)
+        tiles = 0
+        for each in found.values():
+            if isinstance(each, Exception):
+                raise each
+            tiles += each
+    return {"tiles": tiles, "seconds": time.perf_counter() - started}
+
+
+def embed(slide: Path, presets: Sequence[str], repeat: int) -> Row:
+    """Whole embedding with real encoders, loaded before the clock starts."""
+    import torch
+
+    from slide2vec import ExecutionOptions, Models, PreprocessingConfig
+
+    torch.set_num_threads(THREADS)
+    models = Models.from_presets(presets, weights="random", device="cpu", allow_non_recommended_settings=True)
+    slides = [{"sample_id": str(i), "image_path": slide} for i in range(repeat)]
+    config = PreprocessingConfig(requested_spacing_um=SPACING_UM, requested_tile_size_px=224)
+    for model in models.values():
+        model.identity(ExecutionOptions())
+    started = time.perf_counter()
+    if len(models) == 1:
+        (model,) = models.values()
+        found = model.embed_slides(slides, config)
+    else:
+        found = [each for results in models.embed_slides(slides, config).values() for each in results]
+    return {"tiles": sum(each.num_tiles for each in found), "seconds": time.perf_counter() - started}
+
+
+def measured(kind: str, slide: Path, parts: Sequence[str], repeat: int, rounds: int) -> Row:
+    """Seconds of all together, and of one after the other, round by round."""
+
+    def run(*which: str) -> float:
+        command = (sys.executable, "-m", "benchmarks.several", "--part", kind, "--slide", str(slide))
+        row = child(*command, "--repeat", str(repeat), "--with", ",".join(which))
+        return float(row["seconds"])
+
+    together, alone = [], []
+    for _ in range(rounds):
+        together.append(run(*parts))
+        alone.append([run(part) for part in parts])
+        print(f"  together {together[-1]:.1f} s, alone {alone[-1]}", flush=True)
+    ratios = [sum(each) / whole for each, whole in zip(alone, together, strict=True)]
+    return {
+        "of": list(parts),
+        "together_s": together,
+        "alone_s": alone,
+        "alone_over_together": {"median": statistics.median(ratios), "runs": ratios},
+    }
+
+
+def report(found: Row) -> str:
+    lines = [
+        f"# Several encoders in one run, {found['date']}",
+        "",
+        f"{found['machine']['cpu']}, {found['machine']['cpus']} CPUs. Seconds are medians of "
+        f"{found['rounds']} rounds; the ratio is the sum of the separate runs over the run together.",
+        "",
+        "| what | together | one after the other | ratio (least to most) |",
+        "|---|---|---|---|",
+    ]
+    for name, row in found["parts"].items():
+        alone = [statistics.median(column) for column in zip(*row["alone_s"], strict=True)]
+        ratio = row["alone_over_together"]
+        lines.append(
+            f"| {name} | {statistics.median(row['together_s']):.1f} s | "
+            f"{' + '.join(f'{seconds:.1f}' for seconds in alone)} s | "
+            f"**{ratio['median']:.2f}** ({min(ratio['runs']):.2f} to {max(ratio['runs']):.2f}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work-dir", type=Path, default=Path("/tmp/slide2vec-bench"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=("feed", "embed"))
+    parser.add_argument("--part", choices=("feed", "embed"), help=argparse.SUPPRESS)
+    parser.add_argument("--slide", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--repeat", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--with", dest="parts", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        parts = args.parts.split(",")
+        if args.part == "feed":
+            row = feed(args.slide, [int(part) for part in parts], args.repeat)
+        else:
+            row = embed(args.slide, parts, args.repeat)
+        print(json.dumps(row))
+        return
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    found: Row = {
+        "date": f"{datetime.date.today()}",
+        "machine": machine(),
+        "rounds": args.rounds,
+        "parts": {},
+    }
+    if args.only != "embed":
+        slide = generated(args.work_dir, 16000)
+        for name, sizes in FEEDING.items():
+            print(name, flush=True)
+            found["parts"][name] = measured("feed", slide, [str(size) for size in sizes], 6, args.rounds)
+    if args.only != "feed":
+        slide, name = generated(args.work_dir, 4096), f"embedding, {', '.join(ENCODERS)}"
+        print(name, flush=True)
+        found["parts"][name] = measured("embed", slide, ENCODERS, 1, args.rounds)
+    out = RESULTS / f"several-{found['date']}"
+    out.with_suffix(".json").write_text(json.dumps(found, indent=1))
+    out.with_suffix(".md").write_text(report(found))
+    print(report(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Run several encoders over the same slides side by side, each in a thread of its own."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from slide2vec.cohort.context import Cohort
+from slide2vec.cohort.embedder import Embedder
+from slide2vec.cohort.output_dir import Settings, shared_output_directory
+from slide2vec.cohort.recorder import RunRecorder
+from slide2vec.cohort.results import Artifact, RunResult
+from slide2vec.cohort.resume import ResumePlan, resume_run
+from slide2vec.cohort.run import embed_what_is_left, left_in_words
+from slide2vec.cohort.slide_writer import OnPersisted
+from slide2vec.config import ExecutionOptions, PreprocessingConfig
+from slide2vec.errors import OutputError
+from slide2vec.progress import RunSummary, activate_progress_reporter
+from slide2vec.progress.together import TogetherReporter
+from slide2vec.slides import Slide
+from slide2vec.stream.shared_slides import Share, SharedSlides
+from slide2vec.stream.staging import stager_for
+
+__all__ = ["EncoderRun", "embed_cohort_together", "run_side_by_side"]
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class EncoderRun:
+    """What one of several encoders is to do with the slides of a cohort.
+
+    Attributes:
+        config: with requested_spacing_um and requested_tile_size_px resolved.
+        settings: as for `embed_cohort`.
+        after: the encoder whose embeddings of tiles it takes over, and after which it runs; "" = it embeds
+            tiles itself.
+    """
+
+    embedder: Embedder
+    config: PreprocessingConfig
+    settings: Settings | None = None
+    after: str = ""
+
+
+def embed_cohort_together(
+    runs: Mapping[str, EncoderRun],
+    slides: Sequence[Slide],
+    execution: ExecutionOptions,
+    *,
+    on_slide_persisted: OnPersisted | None = None,
+) -> dict[str, RunResult]:
+    """As `embed_cohort`, with several encoders in this process: slides are read once for all of them. Each
+    writes what it would write alone, one run after the other, into the same directory.
+
+    An encoder that breaks off fails the slides that it has not finished; the others go on.
+
+    Args:
+        runs: by name, those that come after another behind it.
+
+    Raises:
+        ConfigError, OutputLockedError, OutputError: as `embed_cohort`.
+    """
+    if on_slide_persisted is not None:
+        on_slide_persisted = _one_at_a_time(on_slide_persisted)
+    cohorts = [(Cohort(run.config, execution, run.embedder), run.settings) for run in runs.values()]
+    with shared_output_directory(cohorts, slides) as (opened, log):
+        whole = dict(zip(runs, opened, strict=True))
+        summaries: dict[str, RunSummary] = {}
+        for names in _turns(runs):
+            todo = {}
+            for name in names:
+                cohort, recorder = whole[name]
+                todo[name] = resume_run(cohort, recorder)
+                log.write(f"{name}: {left_in_words(todo[name], recorder.slides)}")
+            reporter = TogetherReporter(
+                log,
+                {name: [slide.sample_id for slide in left.slides] for name, left in todo.items()},
+                log.write,
+            )
+            if any(todo.values()):
+                reporter.start(names)
+            tasks = {
+                name: partial(_embed_shared, *whole[name], runs[name].embedder, left, on_slide_persisted)
+                for name, left in todo.items()
+                if left
+            }
+            planned = {name: todo[name].slides for name in tasks}
+            for name, ended in run_side_by_side(tasks, planned, execution, reporter).items():
+                if isinstance(ended, OutputError):
+                    raise ended
+                if isinstance(ended, Exception):
+                    _break_off(whole[name][0], whole[name][1], todo[name], ended)
+            summaries |= reporter.summaries
+        return {name: recorder.result(summaries.get(name)) for name, (_, recorder) in whole.items()}
+
+
+def _turns(runs: Mapping[str, EncoderRun]) -> Iterator[list[str]]:
+    """Names that run side by side; first those that come after none."""
+    done: set[str] = {""}
+    left = list(runs)
+    while left:
+        now = [name for name in left if runs[name].after in done]
+        yield now
+        done |= set(now)
+        left = [name for name in left if name not in now]
+
+
+def _one_at_a_time(call: OnPersisted) -> OnPersisted:
+    lock = threading.Lock()
+
+    def locked(artifact: Artifact) -> None:
+        with lock:
+            call(artifact)
+
+    return locked
+
+
+def _embed_shared(
+    cohort: Cohort,
+    recorder: RunRecorder,
+    embedder: Embedder,
+    todo: ResumePlan,
+    on_slide_persisted: OnPersisted | None,
+    share: Share,
+) -> None:
+    cohort.share = share
+    embed_what_is_left(cohort, recorder, embedder, todo, embedder.embed_here, on_slide_persisted)
+
+
+def _break_off(cohort: Cohort, recorder: RunRecorder, todo: ResumePlan, error: Exception) -> None:
+    """Enter the failure of an encoder for the slides that it has not finished."""
+    for slide in todo.in_progress():
+        if not recorder.has(slide):
+            cohort.fail(slide, error, "embedding")
+
+
+def run_side_by_side(
+    tasks: Mapping[str, Callable[[Share], Result]],
+    slides: Mapping[str, Sequence[Slide]],
+    execution: ExecutionOptions,
+    reporter: TogetherReporter,
+) -> dict[str, Result | Exception]:
+    """Do what each encoder has to do, sharing what is read; what it gave, or its error: that of one encoder
+    does not stop the others.
+
+    Args:
+        tasks: of each encoder, called with its part in the slides.
+        slides: that each encoder will plan.
+        execution: says where slides are staged, if they are.
+        reporter: is told of all of them.
+
+    Raises:
+        ConfigError: nothing can be written into stage_dir.
+    """
+    started = time.perf_counter()
+    with stager_for(execution) as stager:
+        shared = SharedSlides(tasks, stager)
+
+        def run(name: str, task: Callable[[Share], Result]) -> Result:
+            share = shared.share(name, slides[name])
+            with share.membership(), activate_progress_reporter(reporter.of(name)):
+                return task(share)
+
+        with ThreadPoolExecutor(max(1, len(tasks)), thread_name_prefix="encoder") as pool:
+            running: dict[str, Future[Result]] = {
+                name: pool.submit(contextvars.copy_context().run, run, name, task)
+                for name, task in tasks.items()
+            }
+            try:
+                wait(running.values())
+            except BaseException:  # an interrupt: no thread would notice it
+                reporter.cancel()
+                stager.stop()
+                raise
+    found: dict[str, Result | Exception] = {}
+    for name, future in running.items():
+        found[name] = _result(future)
+    for name, result in found.items():
+        if isinstance(result, Exception):
+            reporter.broken(name, result)
+    reporter.finish(time.perf_counter() - started)
+    return found
+
+
+def _result(future: Future[Any]) -> Any:
+    """What it gave, or its error; raises what is none of one encoder."""
+    error = future.exception()
+    if error is None:
+        return future.result()
+    if isinstance(error, Exception):
+        return error
+    raise error

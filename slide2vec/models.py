@@ -1,0 +1,230 @@
+"""Models: several presets that embed the same slides, which are read once for all of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
+
+from slide2vec.aggregate.gather import check_on_error, embed_in_order
+from slide2vec.cohort.side_by_side import run_side_by_side
+from slide2vec.cohort.sink import MemorySink, aggregated_outcome
+from slide2vec.config import ExecutionOptions, PreprocessingConfig
+from slide2vec.embedded import EmbeddedSlide
+from slide2vec.errors import ConfigError, EmbedSlidesError
+from slide2vec.manifests import SlidesLike, given_slides
+from slide2vec.model import Model
+from slide2vec.progress import active_reporter, live_progress
+from slide2vec.progress.together import TogetherReporter
+from slide2vec.slides import SlideLike, as_slide
+from slide2vec.stream import SlideOutcome
+
+if TYPE_CHECKING:
+    from slide2vec.slides import Slide
+    from slide2vec.stream.shared_slides import Share
+
+__all__ = ["Models"]
+
+logger = logging.getLogger(__name__)
+
+
+class Models(Mapping[str, Model]):
+    """Several models over the same slides, by name. Build it with `Models.from_presets`, or from models.
+
+    Encoders of equal tiles (spacing, size, overlap) share what is read and decoded; others share the opened
+    slide and its tissue. Embeddings are those of separate calls, bit by bit.
+
+    Args:
+        models: by name; of a sequence, the names are those of the presets.
+
+    Raises:
+        ConfigError: there is none, or two have one name.
+    """
+
+    def __init__(self, models: Mapping[str, Model] | Sequence[Model]) -> None:
+        named = models if isinstance(models, Mapping) else _by_preset(models)
+        if not named:
+            raise ConfigError("no model was given")
+        self._models = dict(named)
+
+    @classmethod
+    def from_presets(cls, names: Iterable[str], **options: Any) -> Self:
+        """Build several presets.
+
+        Args:
+            names: of the presets.
+            options: for each of them, as `Model.from_preset`.
+
+        Raises:
+            ConfigError: one is named twice; others as `Model.from_preset`.
+        """
+        return cls([Model.from_preset(name, **options) for name in names])
+
+    def __getitem__(self, name: str) -> Model:
+        return self._models[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._models)
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def embed_slide(
+        self,
+        slide: SlideLike,
+        preprocessing: PreprocessingConfig | None = None,
+        execution: ExecutionOptions | None = None,
+        *,
+        spacing_at_level_0: float | None = None,
+    ) -> dict[str, EmbeddedSlide]:
+        """Embed one slide with each model; see `Model.embed_slide`.
+
+        Raises:
+            SlideError: the slide cannot be embedded with one of them, and why.
+        """
+        given = as_slide(slide, spacing_at_level_0)
+        found = {}
+        for name, outcomes in self._outcomes([given], preprocessing, execution).items():
+            if isinstance(outcomes, Exception):
+                raise outcomes
+            if (error := outcomes[0].error) is not None:
+                raise error
+            assert outcomes[0].embedded is not None
+            found[name] = outcomes[0].embedded
+        return found
+
+    def embed_slides(
+        self,
+        slides: SlidesLike,
+        preprocessing: PreprocessingConfig | None = None,
+        execution: ExecutionOptions | None = None,
+        *,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> dict[str, list[EmbeddedSlide]]:
+        """Embed several slides with each model; for each the slides in input order, as `Model.embed_slides`.
+
+        Args:
+            preprocessing: for all of them, with what it leaves open filled in by each preset.
+            on_error: "raise" an EmbedSlidesError at the end, which carries the results of all models, by
+                name, with None in the place of each failed slide; or "skip" what failed (it is logged).
+
+        Raises:
+            EmbedSlidesError: some slides failed with some models, or a model itself broke off.
+            ManifestError: a slide is not well given, or two have one sample_id.
+        """
+        check_on_error(on_error)
+        asked = given_slides(slides)
+        results: dict[str, list[EmbeddedSlide]] = {}
+        partly: dict[str, Sequence[EmbeddedSlide | None]] = {}
+        failed: dict[str, Exception] = {}
+        for name, outcomes in self._outcomes(asked, preprocessing, execution).items():
+            if isinstance(outcomes, Exception):
+                failed |= {f"{slide.sample_id} with {name}": outcomes for slide in asked}
+                partly[name] = [None] * len(asked)
+                continue
+            try:
+                partly[name] = results[name] = embed_in_order(asked, outcomes, on_error)
+            except EmbedSlidesError as error:
+                failed |= {f"{slide} with {name}": why for slide, why in error.failed.items()}
+                partly[name] = cast("Sequence[EmbeddedSlide | None]", error.results)
+        if failed and (on_error == "raise" or len(results) < len(self)):
+            raise EmbedSlidesError.of_several(failed, partly)
+        return results
+
+    def resolve_preprocessing(
+        self, config: PreprocessingConfig | None = None
+    ) -> dict[str, PreprocessingConfig]:
+        """Of each model, by name; see `Model.resolve_preprocessing`."""
+        return {name: model.resolve_preprocessing(config) for name, model in self.items()}
+
+    def grouped(
+        self, configs: Mapping[str, PreprocessingConfig], execution: ExecutionOptions
+    ) -> list[list[str]]:
+        """Names of models that have the same tiles and tile encoder; of each group those of tiles first.
+
+        Args:
+            configs: of each model, resolved.
+        """
+        groups: dict[str, list[str]] = {}
+        for name, model in self.items():
+            groups.setdefault(_tiles_key(model, configs[name], execution), []).append(name)
+        return [sorted(names, key=lambda name: self[name].level != "tile") for names in groups.values()]
+
+    def take_turns(self, execution: ExecutionOptions) -> bool:
+        """Whether the models embed one after the other, each reading the slides for itself: where workers do,
+        on several devices or machines. Says so in the log."""
+        if len(self) == 1 or not any(model.in_workers(execution) for model in self.values()):
+            return False
+        logger.warning(
+            "%s embed on several devices: they take turns, and each reads the slides. On one device each "
+            '(num_gpus=1; Model.from_preset(…, device="cuda:1")) the slides are read once for all',
+            ", ".join(self),
+        )
+        return True
+
+    def _outcomes(
+        self,
+        slides: Sequence[Slide],
+        preprocessing: PreprocessingConfig | None,
+        execution: ExecutionOptions | None,
+    ) -> dict[str, list[SlideOutcome] | Exception]:
+        execution = execution or ExecutionOptions()
+        if self.take_turns(execution):
+            return {
+                name: list(model.iter_slides(slides, preprocessing, execution))
+                for name, model in self.items()
+            }
+        configs = self.resolve_preprocessing(preprocessing)
+        groups = self.grouped(configs, execution)
+        tasks = {
+            names[0]: partial(self._embed, names, slides, configs[names[0]], execution) for names in groups
+        }
+        with live_progress():
+            reporter = TogetherReporter(
+                active_reporter(), {name: [slide.sample_id for slide in slides] for name in tasks}
+            )
+            reporter.start(list(self))
+            done = run_side_by_side(tasks, dict.fromkeys(tasks, slides), execution, reporter)
+        found: dict[str, list[SlideOutcome] | Exception] = {}
+        for names in groups:
+            made = done[names[0]]
+            found |= dict.fromkeys(names, made) if isinstance(made, Exception) else made
+        return {name: found[name] for name in self}
+
+    def _embed(
+        self,
+        names: Sequence[str],
+        slides: Sequence[Slide],
+        config: PreprocessingConfig,
+        execution: ExecutionOptions,
+        share: Share,
+    ) -> dict[str, list[SlideOutcome]]:
+        """The outcomes of models that have one tile encoder."""
+        found: dict[str, list[SlideOutcome]] = {name: [] for name in names}
+        sink = MemorySink(config, execution, share=share)
+        with closing(self[names[0]].embed_here(sink, slides)) as outcomes:
+            for outcome in outcomes:
+                for name in names:
+                    aggregate = partial(self[name].aggregated, latents=execution.save_latents)
+                    found[name].append(aggregated_outcome(outcome, aggregate))
+        return found
+
+
+def _by_preset(models: Sequence[Model]) -> dict[str, Model]:
+    names = [model.name for model in models]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(
+            f"{', '.join(sorted(twice))} was given twice: give models by names of your own, as a mapping"
+        )
+    return dict(zip(names, models, strict=True))
+
+
+def _tiles_key(model: Model, config: PreprocessingConfig, execution: ExecutionOptions) -> str:
+    """Equal for models whose tiles and tile encoder are the same."""
+    while model.upstream is not None:
+        model = model.upstream
+    identity: Mapping[str, Any] = model.identity(execution, config.requested_tile_size_px)
+    return json.dumps([identity, config.model_dump(mode="json")], sort_keys=True, default=str)

@@ -1,0 +1,453 @@
+"""Slides that several streams read together: each is planned once, each block of tiles decoded once.
+
+Every stream goes on as if it were alone, with batches of its own. The first that wants a slide plans it for
+all, the first that wants a block decodes it for all whose tiles are the same, and blocks stay in memory until
+the last has cut its tiles out of them. Whoever is ahead waits when much is kept for the others; who is behind
+never does, so that waiting always ends.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+from slide2vec.errors import SlideReadError
+from slide2vec.readers.tile_assembly import EXPECTED_BYTES, HostTileReader
+from slide2vec.slides import Slide
+from slide2vec.stream.batches import Stopped
+from slide2vec.stream.plan import PlanRequest, SlidePlan, plan_together
+from slide2vec.stream.staging import IN_PLACE, InPlace, Staged
+from slide2vec.stream.tile_sources import SlideSource, TileSource
+
+__all__ = ["Share", "SharedSlides"]
+
+#: Bytes of decoded blocks that are kept for streams that are behind.
+KEPT_BYTES = 512 << 20
+#: Slides that are planned and open for streams that are behind.
+KEPT_SLIDES = 16
+
+#: What a stream is called among those that share.
+_Member: TypeAlias = str
+#: Streams of equal keys have the same tiles, and write them to the same place.
+_Key: TypeAlias = Hashable
+
+
+class SharedSlides:
+    """What streams share that run side by side over the same slides, or some of them.
+
+    Args:
+        members: names of the streams. The first slide is planned when each has asked for one, or has left.
+        stager: brings slides to where they are read.
+        kept_bytes: of decoded blocks that wait for streams that are behind.
+    """
+
+    def __init__(
+        self, members: Collection[_Member], stager: InPlace = IN_PLACE, kept_bytes: int = KEPT_BYTES
+    ) -> None:
+        self.stager = _StagedOnce(stager)
+        self._changed = threading.Condition()
+        self._to_begin = set(members)
+        self._kept_bytes = kept_bytes
+        #: Of each stream that has begun: how it plans, and the slides that it has yet to plan.
+        self._planning: dict[_Member, tuple[Callable[[Slide], PlanRequest], set[str]]] = {}
+        self._slides: dict[str, _SharedSlide] = {}
+        #: Blocks, and planned slides, that are there and not yet taken, by the stream that will.
+        self._blocks_kept: Counter[_Member] = Counter()
+        self._plans_kept: Counter[_Member] = Counter()
+        self._bytes = 0
+
+    def share(self, member: _Member, slides: Sequence[Slide]) -> Share:
+        """The part of the stream that will plan these slides."""
+        return Share(self, member, [slide.sample_id for slide in slides])
+
+    # joining and leaving ------------------------------------------------------------------------
+
+    def _begin(
+        self, member: _Member, request: Callable[[Slide], PlanRequest], slides: Collection[str]
+    ) -> None:
+        with self._changed:
+            if member in self._to_begin:
+                self._planning[member] = request, set(slides)
+                self._to_begin.discard(member)
+                self._changed.notify_all()
+            self._wait(member, lambda: not self._to_begin)
+
+    def _leave(self, member: _Member) -> None:
+        """Nothing more is kept for it; if it waits for something, it gets `Stopped`."""
+        closing: list[TileSource] = []
+        with self._changed:
+            self._to_begin.discard(member)
+            self._planning.pop(member, None)
+            for shared in list(self._slides.values()):
+                closing += self._forget(shared, member)
+            self._changed.notify_all()
+        for source in closing:
+            source.close()
+
+    def _wait(self, member: _Member, ready: Callable[[], bool]) -> None:
+        """Under the lock.
+
+        Raises:
+            Stopped: the stream has left.
+        """
+        self._changed.wait_for(lambda: ready() or member not in self._planning)
+        if member not in self._planning:
+            raise Stopped
+
+    # planning -----------------------------------------------------------------------------------
+
+    def _plan(self, member: _Member, slide: Slide) -> SlidePlan:
+        name = slide.sample_id
+        with self._changed:
+            self._wait(member, lambda: name in self._slides or not self._is_ahead(member))
+            shared = self._slides.get(name)
+            mine = shared is None
+            if shared is None:
+                takers = {each for each, (_, todo) in self._planning.items() if name in todo}
+                shared = self._slides[name] = _SharedSlide(takers | {member})
+        if mine:
+            self._plan_for_all(shared, slide)
+        with self._changed:
+            self._wait(member, lambda: shared.is_planned)
+            self._take_plan(shared, member)
+            found = shared.plans[member]
+        if isinstance(found, Exception):
+            self._closed(name, member)
+            raise found
+        return replace(found.plan, source=_ShareOfBlocks(self, name, member, found))
+
+    def _take_plan(self, shared: _SharedSlide, member: _Member) -> None:
+        if member in shared.awaited:
+            shared.awaited.discard(member)
+            self._plans_kept[member] -= 1
+            self._changed.notify_all()
+
+    def _is_ahead(self, member: _Member) -> bool:
+        """Whether much is kept for others, and nothing for it."""
+        return len(self._slides) >= KEPT_SLIDES and not self._plans_kept[member]
+
+    def _plan_for_all(self, shared: _SharedSlide, slide: Slide) -> None:
+        with self._changed:
+            asking = {
+                each: self._planning[each][0] for each in sorted(shared.members & self._planning.keys())
+            }
+        requests: dict[_Key, PlanRequest] = {}
+        keys: dict[_Member, _Key] = {}
+        plans: dict[_Key, _Blocks | Exception] = {}
+        try:
+            for each, request in asking.items():
+                asked = request(slide)
+                keys[each] = asked.config.model_dump_json(), asked.output_dir, id(asked.given)
+                requests.setdefault(keys[each], asked)
+            made = plan_together(slide, list(requests.values()), self.stager)
+            for key, plan in zip(requests, made, strict=True):
+                plans[key] = plan if isinstance(plan, Exception) else _Blocks(plan)
+            _share_decoded([each for each in plans.values() if isinstance(each, _Blocks)])
+        except BaseException as error:
+            failed = error if isinstance(error, Exception) else Stopped()
+            plans = dict.fromkeys(keys.values(), failed)
+            raise
+        finally:
+            self._planned(shared, keys, plans)
+
+    def _planned(
+        self, shared: _SharedSlide, keys: dict[_Member, _Key], plans: dict[_Key, _Blocks | Exception]
+    ) -> None:
+        unwanted = []
+        with self._changed:
+            for member, key in keys.items():
+                found = plans.get(key, Stopped())
+                shared.plans[member] = found
+                if member in shared.members and isinstance(found, _Blocks):
+                    found.members.add(member)
+            shared.awaited, shared.is_planned = set(shared.members), True
+            self._plans_kept.update(shared.awaited)
+            unwanted = [each for each in plans.values() if isinstance(each, _Blocks) and not each.members]
+            self._changed.notify_all()
+        for blocks in unwanted:
+            blocks.plan.source.close()
+
+    # blocks -------------------------------------------------------------------------------------
+
+    def _fetch(self, member: _Member, blocks: _Blocks, number: int) -> tuple[bool, Any]:
+        """Whether it is kept for others, too, and the block."""
+        with self._changed:
+            while True:
+                block = blocks.there.get(number)
+                if block is not None and block.is_there:
+                    return True, self._taken(member, blocks, number)
+                if block is None:
+                    if blocks.leads():
+                        pass
+                    elif blocks.members <= {member}:
+                        alone = True
+                        break
+                    elif self._bytes < self._kept_bytes or self._blocks_kept[member]:
+                        block = blocks.there[number] = _Block()
+                        alone = False
+                        break
+                self._changed.wait()
+                if member not in self._planning or member not in blocks.members:
+                    raise Stopped
+        try:
+            if alone:
+                return False, blocks.plan.source.fetch(number)
+            return True, self._fetch_for_all(member, blocks, number)
+        finally:
+            if blocks.beside:
+                with self._changed:
+                    blocks.fetched += 1
+                    self._changed.notify_all()
+
+    def _taken(self, member: _Member, blocks: _Blocks, number: int) -> Any:
+        block = blocks.there[number]
+        if block.error is not None:
+            self._drop(member, blocks, number, block)
+            self._changed.notify_all()
+            raise block.error
+        if member in block.awaited:
+            block.awaited.discard(member)
+            self._blocks_kept[member] -= 1
+            self._changed.notify_all()
+        return block.data
+
+    def _fetch_for_all(self, member: _Member, blocks: _Blocks, number: int) -> Any:
+        block = blocks.there[number]
+        try:
+            block.data = blocks.plan.source.fetch(number)
+        except SlideReadError as error:
+            block.error = error
+        except BaseException:
+            with self._changed:  # whoever waits for it tries by itself
+                del blocks.there[number]
+                self._changed.notify_all()
+            raise
+        with self._changed:
+            block.is_there, block.size = True, _size(block.data)
+            block.using, block.awaited = blocks.members | {member}, blocks.members | {member}
+            self._bytes += block.size
+            for each in block.awaited:
+                self._blocks_kept[each] += 1
+            self._changed.notify_all()
+            return self._taken(member, blocks, number)
+
+    def _used(self, member: _Member, blocks: _Blocks, number: int) -> None:
+        """A stream has cut its tiles out of a block."""
+        with self._changed:
+            if (block := blocks.there.get(number)) is not None:
+                self._drop(member, blocks, number, block)
+                self._changed.notify_all()
+
+    def _drop(self, member: _Member, blocks: _Blocks, number: int, block: _Block) -> None:
+        if not block.is_there or member not in block.using:
+            return
+        block.using.discard(member)
+        if member in block.awaited:
+            block.awaited.discard(member)
+            self._blocks_kept[member] -= 1
+        if not block.using:
+            del blocks.there[number]
+            self._bytes -= block.size
+            if block.error is None and isinstance(blocks.plan.source, SlideSource):
+                blocks.plan.source.recycle(block.data)
+
+    def _closed(self, name: str, member: _Member) -> None:
+        """A stream is done with a slide."""
+        with self._changed:
+            shared = self._slides.get(name)
+            closing = [] if shared is None else self._forget(shared, member)
+            self._changed.notify_all()
+        for source in closing:
+            source.close()
+
+    def _forget(self, shared: _SharedSlide, member: _Member) -> list[TileSource]:
+        """Under the lock; the sources that nobody needs any more."""
+        if member not in shared.members:
+            return []
+        shared.members.discard(member)
+        self._take_plan(shared, member)
+        found = shared.plans.get(member)
+        closing = []
+        if isinstance(found, _Blocks):
+            found.members.discard(member)
+            for number, block in list(found.there.items()):
+                self._drop(member, found, number, block)
+            if not found.members:
+                closing.append(found.plan.source)
+        if not shared.members and shared.is_planned:
+            self._slides = {name: each for name, each in self._slides.items() if each is not shared}
+        return closing
+
+
+class Share:
+    """The part of one stream in `SharedSlides`. Used from several threads."""
+
+    def __init__(self, shared: SharedSlides, member: _Member, slides: Collection[str]) -> None:
+        self._shared, self.member, self._slides = shared, member, slides
+
+    @property
+    def stager(self) -> InPlace:
+        """Where slides are read, whichever stream takes them first."""
+        return self._shared.stager
+
+    def plan(self, slide: Slide, request: Callable[[Slide], PlanRequest]) -> SlidePlan:
+        """See `plan_slide`. The first slide waits until all other streams have begun, too, or left.
+
+        Args:
+            request: what the stream wants planned of a slide.
+
+        Raises:
+            Stopped: the stream has left.
+        """
+        self._shared._begin(self.member, request, self._slides)
+        return self._shared._plan(self.member, slide)
+
+    @contextmanager
+    def announcing(self, plan: SlidePlan) -> Iterator[bool]:
+        """Whether another stream with these tiles has announced them: one after the other does."""
+        assert isinstance(plan.source, _ShareOfBlocks)
+        with plan.source.common.announcing:
+            yield plan.source.common.is_announced
+            plan.source.common.is_announced = True
+
+    def leave(self) -> None:
+        """Nothing is kept for this stream any more, and nothing is waited for. May be called twice."""
+        self._shared._leave(self.member)
+
+    @contextmanager
+    def membership(self) -> Iterator[None]:
+        """Leaves at the end of the block, however it ends."""
+        try:
+            yield
+        finally:
+            self.leave()
+
+
+@dataclass(eq=False)
+class _Block:
+    """A block of tiles in memory: for streams that have yet to take it, and those that are using it."""
+
+    data: Any = None
+    error: SlideReadError | None = None
+    is_there: bool = False
+    size: int = 0
+    awaited: set[_Member] = field(default_factory=set)
+    using: set[_Member] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class _Blocks:
+    """A plan for streams whose tiles are the same."""
+
+    plan: SlidePlan
+    members: set[_Member] = field(default_factory=set)
+    there: dict[int, _Block] = field(default_factory=dict)
+    #: Plans of other tiles that need the same compressed tiles; and how many blocks of this one were fetched.
+    beside: tuple[_Blocks, ...] = ()
+    fetched: int = 0
+    announcing: threading.Lock = field(default_factory=threading.Lock)
+    is_announced: bool = False
+
+    def leads(self) -> bool:
+        """Whether much is kept for plans that are behind."""
+        source = self.plan.source
+        if (
+            not self.beside
+            or not isinstance(source, SlideSource)
+            or not isinstance(source.reader, HostTileReader)
+        ):
+            return False
+        behind = min((each.progress for each in self.beside if each.members), default=1.0)
+        return self.progress > behind and source.reader.kept_bytes > EXPECTED_BYTES // 2
+
+    @property
+    def progress(self) -> float:
+        """The share of its blocks that were fetched."""
+        return self.fetched / max(1, len(self.plan.source.blocks))
+
+
+def _share_decoded(plans: Sequence[_Blocks]) -> None:
+    """Have compressed tiles that several plans of one reader need decoded once."""
+    by_reader: dict[int, list[tuple[_Blocks, SlideSource, HostTileReader]]] = {}
+    for each in plans:
+        source = each.plan.source
+        if isinstance(source, SlideSource) and isinstance(source.reader, HostTileReader):
+            by_reader.setdefault(id(source.reader), []).append((each, source, source.reader))
+    for sharing in by_reader.values():
+        if len(sharing) > 1:
+            sharing[0][2].expect(read for _, source, _ in sharing for read in source.reads())
+            for each, _, _ in sharing:
+                each.beside = tuple(other for other, _, _ in sharing if other is not each)
+
+
+@dataclass(eq=False)
+class _SharedSlide:
+    """A slide, for the streams that have not closed it."""
+
+    members: set[_Member]
+    awaited: set[_Member] = field(default_factory=set)
+    plans: dict[_Member, _Blocks | Exception] = field(default_factory=dict)
+    is_planned: bool = False
+
+
+class _ShareOfBlocks:
+    """A plan's source, for one of its streams. See `TileSource`."""
+
+    def __init__(self, shared: SharedSlides, name: str, member: _Member, blocks: _Blocks) -> None:
+        self._shared, self._name, self._member, self.common = shared, name, member, blocks
+        self._source = blocks.plan.source
+        self.backend, self.blocks = self._source.backend, self._source.blocks
+
+    def fetch(self, number: int) -> Any:
+        return self._shared._fetch(self._member, self.common, number)
+
+    def place(self, number: int, data: Any, targets: Sequence[Any]) -> None:
+        is_kept, block = data
+        try:
+            if is_kept and isinstance(self._source, SlideSource):
+                self._source.cut(number, block, targets)
+            else:
+                self._source.place(number, block, targets)
+        finally:
+            if is_kept:
+                self._shared._used(self._member, self.common, number)
+
+    def read_tile(self, tile: int, target: Any) -> None:
+        self._source.read_tile(tile, target)
+
+    def close(self) -> None:
+        self._shared._closed(self._name, self._member)
+
+
+def _size(data: Any) -> int:
+    pixels = data[0] if isinstance(data, tuple) and data else data
+    return int(getattr(pixels, "nbytes", 0))
+
+
+class _StagedOnce(InPlace):
+    """A stager for several streams: the copy of a slide begins when the first of them takes the slide."""
+
+    def __init__(self, stager: InPlace) -> None:
+        self._stager, self._begun, self._lock = stager, set[str](), threading.Lock()
+        self.threads = stager.threads
+
+    @property
+    def busy_s(self) -> float:  # type: ignore[override]
+        return self._stager.busy_s
+
+    def ahead(self, slides: Iterable[Slide]) -> Iterator[Slide]:
+        for slide in slides:
+            with self._lock:
+                is_first = slide.sample_id not in self._begun
+                self._begun.add(slide.sample_id)
+            yield from self._stager.ahead([slide]) if is_first else [slide]
+
+    def wait(self, slide: Slide) -> None:
+        self._stager.wait(slide)
+
+    def take(self, slide: Slide) -> Staged:
+        return self._stager.take(slide)

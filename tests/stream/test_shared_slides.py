@@ -1,0 +1,224 @@
+"""Streams that share slides: what is done once, who waits for whom, and that nobody waits for ever."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slide2vec.config import PreprocessingConfig
+from slide2vec.errors import SlideOpenError, SlideReadError
+from slide2vec.slides import Slide
+from slide2vec.stream import shared_slides
+from slide2vec.stream.batches import Stopped
+from slide2vec.stream.plan import PlanRequest, SlidePlan
+from slide2vec.stream.shared_slides import Share, SharedSlides
+
+BLOCK_BYTES = 1000
+
+
+@dataclass
+class Source:
+    """Ten blocks of a tile each; counts what is done with it."""
+
+    name: str
+    done: Counter[str] = field(default_factory=Counter)
+    backend: str = "fake"
+    broken: bool = False
+    blocks: list[Any] = field(default_factory=lambda: [np.array([n]) for n in range(10)])
+
+    def fetch(self, number: int) -> Any:
+        self.done["fetched"] += 1
+        if self.broken:
+            raise SlideReadError(f"slide {self.name}: a tile is damaged")
+        return np.full(BLOCK_BYTES, number, np.uint8)
+
+    def place(self, number: int, data: Any, targets: Sequence[Any]) -> None:
+        for target in targets:
+            target[:] = data[0]
+
+    def read_tile(self, tile: int, target: Any) -> None:
+        target[:] = tile
+
+    def close(self) -> None:
+        self.done["closed"] += 1
+
+
+class Planned(dict[str, list[Source]]):
+    """Sources by slide, one per plan that was made."""
+
+    def plan(self, slide: Slide, requests: Sequence[PlanRequest], stager: object) -> list[Any]:
+        if slide.sample_id == "unreadable":
+            return [SlideOpenError("slide unreadable: no")] * len(requests)
+        sources = [Source(slide.sample_id, broken=slide.sample_id == "broken") for _ in requests]
+        self.setdefault(slide.sample_id, []).extend(sources)
+        return [SlidePlan(slide, source, None) for source in sources]  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> Planned:
+    made = Planned()
+    monkeypatch.setattr(shared_slides, "plan_together", made.plan)
+    return made
+
+
+def slides(*names: str) -> list[Slide]:
+    return [Slide(sample_id=name, image_path=Path(f"{name}.svs")) for name in names]
+
+
+def request(size: int = 224) -> Callable[[Slide], PlanRequest]:
+    config = PreprocessingConfig(requested_tile_size_px=size, requested_spacing_um=0.5)
+    return lambda slide: PlanRequest(config)
+
+
+def read_all(
+    share: Share, todo: Sequence[Slide], size: int = 224, pause: float = 0.0
+) -> list[tuple[str, int]]:
+    """What a stream does; returns the slide and the content of every block."""
+    found = []
+    with share.membership():
+        for slide in todo:
+            try:
+                plan = share.plan(slide, request(size))
+            except SlideOpenError:
+                continue
+            for number in range(len(plan.source.blocks)):
+                try:
+                    data = plan.source.fetch(number)
+                except SlideReadError:
+                    continue
+                target = np.zeros(1, np.uint8)
+                plan.source.place(number, data, [target])
+                found.append((slide.sample_id, int(target[0])))
+                time.sleep(pause)
+            plan.source.close()
+    return found
+
+
+def in_threads(*streams: Callable[[], Any]) -> list[Any]:
+    with ThreadPoolExecutor(len(streams)) as pool:
+        return [future.result(timeout=20) for future in [pool.submit(stream) for stream in streams]]
+
+
+def test_each_block_is_read_once_for_streams_of_the_same_tiles(planned: Planned) -> None:
+    todo = slides("a", "b", "c")
+    shared = SharedSlides("xyz")
+    found = in_threads(*(lambda name=name: read_all(shared.share(name, todo), todo) for name in "xyz"))
+    expected = [(name, number) for name in "abc" for number in range(10)]
+    assert found == [expected] * 3
+    assert {name: [source.done for source in made] for name, made in planned.items()} == {
+        name: [Counter(fetched=10, closed=1)] for name in "abc"
+    }
+    assert shared._bytes == 0 and not shared._slides and not +shared._blocks_kept and not +shared._plans_kept
+
+
+def test_streams_of_other_tiles_have_plans_of_their_own(planned: Planned) -> None:
+    todo = slides("a")
+    shared = SharedSlides("xy")
+    in_threads(
+        lambda: read_all(shared.share("x", todo), todo, 224),
+        lambda: read_all(shared.share("y", todo), todo, 512),
+    )
+    assert [source.done for source in planned["a"]] == [Counter(fetched=10, closed=1)] * 2
+
+
+def test_streams_may_have_other_slides(planned: Planned) -> None:
+    """As after a resume: what one of them has is read for it alone."""
+    both, first, second = slides("both"), slides("first"), slides("second")
+    shared = SharedSlides("xy")
+    found = in_threads(
+        lambda: read_all(shared.share("x", first + both), first + both),
+        lambda: read_all(shared.share("y", both + second), both + second),
+    )
+    assert [len(each) for each in found] == [20, 20]
+    assert {name: made[0].done["fetched"] for name, made in planned.items()} == dict.fromkeys(planned, 10)
+
+
+def test_memory_is_bounded_by_the_slowest(planned: Planned) -> None:
+    todo, most = slides("a", "b"), [0]
+    shared = SharedSlides("xy", kept_bytes=3 * BLOCK_BYTES)
+    placing = Source.place
+
+    def watched(self: Source, *args: Any) -> None:
+        most[0] = max(most[0], shared._bytes)
+        placing(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Source, "place", watched)
+        in_threads(
+            lambda: read_all(shared.share("x", todo), todo),
+            lambda: read_all(shared.share("y", todo), todo, pause=0.002),
+        )
+    assert BLOCK_BYTES <= most[0] <= 4 * BLOCK_BYTES
+    assert planned["a"][0].done["fetched"] == 10
+
+
+def test_no_slide_is_planned_far_ahead_of_the_slowest(
+    planned: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_slides, "KEPT_SLIDES", 2)
+    todo = slides(*(f"s{n}" for n in range(8)))
+    shared = SharedSlides("xy")
+    ahead = shared.share("x", todo)
+
+    def plan_only() -> None:
+        with ahead.membership():
+            for slide in todo:
+                ahead.plan(slide, request()).source.close()
+
+    begun = threading.Thread(target=plan_only)
+    begun.start()
+    behind = shared.share("y", todo)
+    for number, slide in enumerate(todo):
+        plan = behind.plan(slide, request())
+        time.sleep(0.01)
+        assert len(planned) <= number + 3
+        plan.source.close()
+    behind.leave()
+    begun.join(timeout=20)
+    assert not begun.is_alive() and len(planned) == 8
+
+
+def test_who_leaves_holds_up_nobody(planned: Planned) -> None:
+    """An encoder that breaks off, in the middle of a slide or before its first one."""
+    todo = slides("a", "b")
+    shared = SharedSlides("xyz", kept_bytes=BLOCK_BYTES)
+
+    def breaks_off() -> None:
+        share = shared.share("y", todo)
+        with share.membership():
+            source = share.plan(todo[0], request()).source
+            source.place(0, source.fetch(0), [np.zeros(1)])
+
+    found = in_threads(
+        lambda: read_all(shared.share("x", todo), todo), breaks_off, shared.share("z", todo).leave
+    )
+    assert len(found[0]) == 20 and shared._bytes == 0
+    assert [made[0].done for made in planned.values()] == [Counter(fetched=10, closed=1)] * 2
+
+
+def test_who_has_left_is_told_so(planned: Planned) -> None:
+    todo = slides("a")
+    shared = SharedSlides("xy")
+    share = shared.share("x", todo)
+    waiting = threading.Timer(0.05, share.leave)
+    waiting.start()
+    with pytest.raises(Stopped):
+        share.plan(todo[0], request())  # y has not begun
+
+
+def test_errors_are_those_of_every_stream(planned: Planned) -> None:
+    todo = slides("unreadable", "broken", "a")
+    shared = SharedSlides("xy")
+    found = in_threads(*(lambda name=name: read_all(shared.share(name, todo), todo) for name in "xy"))
+    assert found == [[("a", number) for number in range(10)]] * 2
+    assert planned["broken"][0].done == Counter(fetched=10, closed=1) and shared._bytes == 0
+    assert not shared._slides

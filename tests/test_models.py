@@ -1,0 +1,200 @@
+"""Several models over the same slides: the embeddings of separate calls, bit by bit, from one reading."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from slide2vec import EmbedSlidesError, ExecutionOptions, Model, Models, Pipeline, PreprocessingConfig
+from slide2vec.cohort.process_list import read_process_list
+from slide2vec.errors import ConfigError
+from slide2vec.readers import decoders
+from slide2vec.tiling import tile
+
+CONFIG = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5, resume=True)
+EXECUTION = ExecutionOptions(batch_size=5)
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory, generated_slide: Callable[..., Path]) -> list[Path]:
+    folder = tmp_path_factory.mktemp("slides")
+    return [generated_slide(folder / f"{n}.svs", size_px=1024, seed=n, levels=1) for n in range(3)]
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    def resnet(seed: int) -> Model:
+        return Model.from_preset(
+            "timm:resnet10t",
+            weights="random",
+            seed=seed,
+            device="cpu",
+            allow_non_recommended_settings=True,
+        )
+
+    return Models({"first": resnet(0), "second": resnet(1), "third": resnet(2)})
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """How many compressed tiles are decoded, and how often tissue is looked for."""
+    counts: Counter[str] = Counter()
+
+    def counted(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    counted(decoders, "decode_tile")
+    counted(tile, "segment_tissue")
+    yield counts
+
+
+def with_sizes(models: Models, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int]) -> dict[str, Any]:
+    """Give models tiles of different sizes, as presets do."""
+    configs = {name: CONFIG.updated(requested_tile_size_px=sizes[name]) for name in models}
+    for name, model in models.items():
+        own = partial(model.resolve_preprocessing, configs[name])
+        monkeypatch.setattr(model, "resolve_preprocessing", lambda config=None, own=own: own())
+    return configs
+
+
+def test_one_reading_gives_the_embeddings_of_separate_calls(
+    models: Models, slides: list[Path], counts: Counter[str]
+) -> None:
+    alone = {}
+    for name, model in models.items():
+        counts.clear()
+        alone[name] = model.embed_slides(slides, CONFIG, EXECUTION)
+        once = dict(counts)
+    counts.clear()
+    together = models.embed_slides(slides, CONFIG, EXECUTION)
+    assert dict(counts) == once and once["segment_tissue"] == 3
+    assert list(together) == ["first", "second", "third"]
+    for name, embedded in together.items():
+        for ours, theirs in zip(embedded, alone[name], strict=True):
+            assert ours.num_tiles > 10 and torch.equal(ours.tile_embeddings, theirs.tile_embeddings)
+            assert (ours.x == theirs.x).all() and (ours.y == theirs.y).all()
+
+
+def test_tiles_of_other_sizes_share_what_is_decoded(
+    models: Models, slides: list[Path], counts: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = with_sizes(models, monkeypatch, {"first": 64, "second": 96, "third": 160})
+    alone, decoded = {}, []
+    for name, model in models.items():
+        counts.clear()
+        alone[name] = model.embed_slides(slides, configs[name], EXECUTION)
+        decoded.append(counts["decode_tile"])
+    counts.clear()
+    together = models.embed_slides(slides, None, EXECUTION)
+    assert counts["decode_tile"] == max(decoded) == min(decoded) > 100
+    assert counts["segment_tissue"] == 3
+    for name, embedded in together.items():
+        for ours, theirs in zip(embedded, alone[name], strict=True):
+            assert torch.equal(ours.tile_embeddings, theirs.tile_embeddings)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes().replace(str(folder).encode(), b"")
+        for path in folder.rglob("*")
+        if path.is_file() and path.parent.name != "logs"
+    }
+
+
+@pytest.mark.parametrize("sizes", [(64, 64, 64), (64, 96, 64)])
+def test_folders_are_those_of_separate_runs(
+    models: Models,
+    slides: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: tuple[int, int, int],
+) -> None:
+    with_sizes(models, monkeypatch, dict(zip(models, sizes, strict=True)))
+    one, many = (EXECUTION.updated(output_dir=tmp_path / name) for name in ("one", "many"))
+    for model in models.values():
+        Pipeline(model, None, one).run(slides)
+    made = []
+    result = Pipeline(models, None, many).run(slides, on_slide_persisted=made.append)
+    assert len(made) == len(result.tile_artifacts) == 9 and not result.failed
+    ours, theirs = files_of(tmp_path / "many"), files_of(tmp_path / "one")
+    tables = [pd.read_csv(tmp_path / name / "process_list.csv") for name in ("many", "one")]
+    assert ours.pop("process_list.csv") and theirs.pop("process_list.csv")
+    assert ours == theirs
+    keys = ["sample_id", "encoder_name"]
+    ordered = [table.sort_values(keys)[[*keys, "num_tiles", "feature_status"]] for table in tables]
+    assert ordered[0].to_numpy().tolist() == ordered[1].to_numpy().tolist() and len(tables[0]) == 9
+    assert list(result.encoders) == list(models) and len(result.encoders["second"].tile_artifacts) == 3
+    assert result.to_frame()["encoder"].tolist() == [name for name in models for _ in range(3)]
+
+
+def test_resume_adds_what_is_missing_and_segments_nothing(
+    models: Models, slides: list[Path], tmp_path: Path, counts: Counter[str]
+) -> None:
+    execution = EXECUTION.updated(output_dir=tmp_path)
+    Pipeline(Models({"first": models["first"]}), CONFIG, execution).run(slides)
+    counts.clear()
+    result = Pipeline(models, CONFIG, execution).run(slides)
+    assert not counts["segment_tissue"]
+    assert result.resumed == 3 and result.encoders["first"].summary is None
+    assert Pipeline(models, CONFIG, execution).run(slides).resumed == 9
+    rows = read_process_list(tmp_path / "process_list.csv")
+    assert len(rows) == 9 and {row["feature_status"] for row in rows} == {"success"}
+
+
+def test_an_encoder_that_breaks_off_fails_alone(
+    models: Models, slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execution = EXECUTION.updated(num_workers=1)  # tiles come in order
+    engine = models["second"]._tile_embedder.select(execution, 64).engine
+    run, calls = engine.run, []
+
+    def broken(pixels: torch.Tensor) -> torch.Tensor:
+        calls.append(len(pixels))
+        if sum(calls) > 70:
+            raise RuntimeError("the device is gone")
+        return run(pixels)
+
+    monkeypatch.setattr(engine, "run", broken)
+    result = Pipeline(models, CONFIG, execution.updated(output_dir=tmp_path)).run(slides)
+    assert [len(each.tile_artifacts) for each in result.encoders.values()] == [3, 1, 3]
+    failed = result.encoders["second"].failed
+    assert [each.sample_id for each in failed] == ["1", "2"] and "device is gone" in str(failed[0].error)
+    assert (
+        sum(row["feature_status"] == "error" for row in read_process_list(tmp_path / "process_list.csv")) == 2
+    )
+    calls.clear()
+    with pytest.raises(EmbedSlidesError, match="1 with second") as caught:
+        models.embed_slides(slides, CONFIG, execution)
+    assert [len(results) for results in caught.value.results.values()] == [3, 3, 3]
+
+
+def test_a_bad_slide_fails_with_every_encoder_and_stops_none(
+    models: Models, slides: list[Path], tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.svs"
+    bad.write_bytes(slides[0].read_bytes()[:5000])
+    result = Pipeline(models, CONFIG, EXECUTION.updated(output_dir=tmp_path / "out")).run(
+        [slides[0], bad, slides[1]]
+    )
+    assert [each.sample_id for each in result.failed] == ["bad"] * 3
+    assert len(result.tile_artifacts) == 6
+
+
+def test_two_models_of_one_name_need_names_of_their_own(models: Models) -> None:
+    with pytest.raises(ConfigError, match="timm:resnet10t was given twice"):
+        Models([models["first"], models["second"]])
+    with pytest.raises(ConfigError, match="no model"):
+        Models([])
