@@ -118,6 +118,7 @@ def test_oblong_pixels_are_refused_with_the_scales_that_make_them_square(
         (0.5, 0.5, 0.5, ""),
         (0.5, 0.5 + 5e-7, 0.5 + 5e-7, ""),
         (0.5, 0.51, 0.51, "0.51 µm/px as given (the file says 0.5)"),
+        (0.5, 1.0, 1.0, "1 µm/px as given (the file says 0.5)"),
         (0.51, 0.5, 0.5, "0.5 µm/px as given (the file says 0.51)"),
         (None, 0.5, 0.5, "0.5 µm/px as given (tags)"),
     ],
