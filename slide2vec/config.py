@@ -173,8 +173,8 @@ class PreprocessingConfig(_Config):
             slides that the GPU cannot decode; False never decodes there. "shared" is "auto", and the CPU
             decodes beside the GPU what it is too busy for: which tiles depends on timing, and with it the
             last bits of their features.
-        preparer: what brings tiles to the encoder's input; "auto" is PyTorch on the CPU and DALI, where it
-            is installed, on a GPU. "triton" does not resize.
+        preparer: what brings tiles to the encoder's input; "auto" is PyTorch on the CPU; on a GPU
+            "triton", which does not resize, or "dali", where they are installed.
         use_supertiles: read blocks of neighbouring tiles at once (same pixels, faster).
         num_cucim_workers: has no effect: a reading thread reads one block at a time, and the job's CPUs are
             not shared out twice.

@@ -49,6 +49,7 @@ ROOMS = {
     "scale": 8,
     "tile_embedder": 8,
     "model": 9,
+    "estimate": 10,
     "models": 10,
     "pipeline": 11,
     "cli": 12,

@@ -74,7 +74,7 @@ fi
 if [ -n "$dry" ]; then
   export SLIDE2VEC_GPU_TEST_DEVICE=cpu
   device=cpu presets=scattering budget=3000
-  figures=(--size 1024 --batch-size 2 --seconds 0.01 --trial 1) stream=(--rounds 1 --most-slides 2 --parts decode presets prepare) tests=(-k cutting)
+  figures=(--size 1024 --batch-size 2 --seconds 0.01 --trial 1) stream=(--rounds 1 --most-slides 2 --parts decode presets prepare) tests=(-k "cutting and not kernel")
 fi
 rtx_presets=${presets/virchow2 prost40m/prost40m virchow2}  # the small one first
 figures+=(--device $device --work-dir "$work")

@@ -38,7 +38,10 @@ ARCHIVES = {
         "typing-inspection",
     ),
     "dali": ("astunparse", "gast", "makefun", "nvidia-dali-cuda130", "nvtx", "optree"),
+    "rtx": ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs"),
 }
+#: Packed unless others are named: what tools/gpu_plan.sh needs without --rtx.
+USUAL = ("base", "dali")
 #: Nothing of slide2vec loads them, or they would hide another package's (nvidia/__init__.py).
 LEFT_OUT = (
     "nvidia/__init__.py",
@@ -150,9 +153,9 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=Path(".whl"))
     parser.add_argument("--python", default="3.12", help="of the GPU machine")
     parser.add_argument("--arch", type=int, default=90, help="of the GPU: 80 (A100), 90 (H100), 100 (B200)")
-    parser.add_argument("--only", choices=ARCHIVES, help="one archive")
+    parser.add_argument("--only", choices=ARCHIVES, nargs="+", default=USUAL, help="some archives")
     args = parser.parse_args()
-    for name in [args.only] if args.only else ARCHIVES:
+    for name in args.only:
         archive = pack(name, args.to, args.python, args.arch)
         print(f"{archive}: {archive.stat().st_size / 2**20:.1f} MiB", flush=True)
 

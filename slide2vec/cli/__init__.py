@@ -1,4 +1,4 @@
-"""The command line: `slide2vec run`, `embed`, `tile`, `merge`, `status`, `export`, `info`, `models`,
+"""The command line: `slide2vec run`, `plan`, `embed`, `tile`, `merge`, `status`, `export`, `info`, `models`,
 `build-engine`, `engines`, `bench`, `doctor`, `demo`.
 
 Subcommands import what they need when they run, so that `--help` answers at once.
@@ -22,6 +22,7 @@ from slide2vec.cli.export import export
 from slide2vec.cli.info import info
 from slide2vec.cli.merge import merge
 from slide2vec.cli.models import models
+from slide2vec.cli.plan import plan
 from slide2vec.cli.run import CONFIG_SUFFIXES, run
 from slide2vec.cli.status import status
 from slide2vec.cli.tile import tile
@@ -68,6 +69,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(run)
+app.command()(plan)
 app.command()(embed)
 app.command()(tile)
 app.command()(merge)

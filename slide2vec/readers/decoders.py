@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,8 @@ from slide2vec.readers.codecs import decode_tile, tile_memory
 from slide2vec.readers.tile_table import Parts, TileFormat, TilePlace
 
 __all__ = ["HostDecoder", "NvimgcodecDecoder", "nvimgcodec_unavailable"]
+
+logger = logging.getLogger(__name__)
 
 #: Memory for decoded tiles that is kept for the next ones.
 POOL_BYTES = 1 << 30
@@ -112,6 +115,8 @@ class NvimgcodecDecoder:
             self._decoder = library.Decoder(device_id=index, **options)
         self._params = {rgb: self._parameters(rgb=rgb) for rgb in (False, True)}
         self._free: list[NvimgcodecMemory] = []
+        #: Whether it decodes into memory that it is given: 0.9 does on a CPU, against what it says of itself.
+        self._writes_there: bool | None = None
 
     def _parameters(self, *, rgb: bool) -> Any:
         library = self._library
@@ -126,11 +131,42 @@ class NvimgcodecDecoder:
         if not jpegs:
             return memory, []
         streams = list(map(self._library.CodeStream, jpegs))
-        ordered = {"cuda_stream": self._stream()} if self._device.type == "cuda" else {}
-        images, params = memory.images[: len(streams)], self._params[form.rgb]
         with self._lock:
-            found = self._decoder.decode(streams, images=images, params=params, **ordered)
+            found = self._into(memory, streams, self._params[form.rgb])
         return memory, [number for number, image in enumerate(found) if image is None]
+
+    def _into(self, memory: NvimgcodecMemory, streams: Sequence[Any], params: Any) -> Sequence[Any]:
+        """Its images; None for those that it does not decode."""
+        more = {"params": params}
+        if self._device.type == "cuda":
+            more["cuda_stream"] = self._stream()
+        if self._writes_there is not False:
+            try:
+                images = memory.images[: len(streams)]
+                found: Sequence[Any] = self._decoder.decode(streams, images=images, **more)
+            except (TypeError, ValueError) as error:
+                self._writes_there = self._told(error)
+            else:
+                if self._writes_there is None and any(found):
+                    self._writes_there = _is_in(memory.pixels, found) or self._told("it wrote elsewhere")
+                if self._writes_there is not False:
+                    return found
+        found = self._decoder.decode(streams, **more)
+        for slot, image in enumerate(found):
+            if image is not None:
+                on_device = image.buffer_kind == self._library.ImageBufferKind.STRIDED_DEVICE
+                pixels = self._torch.from_dlpack(image) if on_device else np.asarray(image)
+                height, width = pixels.shape[:2]
+                memory.pixels[slot, :height, :width].copy_(self._torch.as_tensor(pixels))
+        return found
+
+    def _told(self, why: object) -> bool:
+        logger.warning(
+            "nvImageCodec does not decode into memory of %s that it is given, which costs time (%s)",
+            self._device,
+            why,
+        )
+        return False
 
     def _stream(self) -> int:
         handle: int = self._torch.cuda.current_stream(self._device).cuda_stream
@@ -163,6 +199,15 @@ class NvimgcodecDecoder:
     def white(self, height: int, width: int) -> Any:
         """See `JpegDecoder.white`."""
         return self._torch.full((height, width, 3), 255, dtype=self._torch.uint8, device=self._device)
+
+
+def _is_in(pixels: Any, images: Sequence[Any]) -> bool:
+    """Whether the first of them that is there lies where it should."""
+    slot = next(slot for slot, image in enumerate(images) if image is not None)
+    kind = "__cuda_array_interface__" if pixels.device.type == "cuda" else "__array_interface__"
+    address: int = getattr(images[slot], kind)["data"][0]
+    expected: int = pixels[slot].data_ptr()
+    return address == expected
 
 
 def decoder_threads() -> int:

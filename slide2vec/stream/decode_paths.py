@@ -29,11 +29,12 @@ from slide2vec.readers.decoders import NvimgcodecDecoder
 from slide2vec.readers.jpeg_tiles import JpegDecoder, JpegTileReader
 from slide2vec.readers.probe import Probe
 from slide2vec.readers.pyramid import PyramidReader
+from slide2vec.slides import Slide
 from slide2vec.stream.cuda_streams import device_stream
 from slide2vec.stream.dali_source import DaliSource
 from slide2vec.stream.decode_check import SampleTiles
 from slide2vec.stream.decode_tally import DecodeTally
-from slide2vec.stream.device_sources import DecodedOnDevice, OnDevice, Uploaded
+from slide2vec.stream.device_sources import ArchiveOnDevice, DecodedOnDevice, Uploaded
 from slide2vec.stream.gathered_tiles import GatheredTiles
 from slide2vec.stream.plan import SlidePlan
 from slide2vec.stream.tile_sources import SlideSource, TileSource
@@ -160,9 +161,10 @@ class DeviceTransfer:
                 with self.stream.current():
                     reason = source.use_device(self.device)
                 if reason is None:
-                    on_device = OnDevice(source, self.stream)
-                    return replace(plan, source=on_device, decode_path="archive, dali on the device")
-                self._tell(plan.slide.sample_id, f"its archive, by DALI: {reason}")
+                    tally = DecodeTally()
+                    archive = ArchiveOnDevice(source, self.stream, tally)
+                    return replace(plan, source=archive, decode_path=archive.decode_path, tally=tally)
+                self._tell(plan.slide, f"its archive, by DALI: {reason}")
         return replace(plan, source=Uploaded(source, self.stream), decode_path=otherwise)
 
     def _decoded_on_device(self, plan: SlidePlan, source: SlideSource, otherwise: str) -> SlidePlan:
@@ -184,7 +186,7 @@ class DeviceTransfer:
                 f"slide {plan.slide.sample_id}: gpu_decode=True, but the GPU cannot decode it ({why}); "
                 "gpu_decode='auto' has the CPU decode such slides"
             )
-        self._tell(plan.slide.sample_id, why)
+        self._tell(plan.slide, why)
         return replace(plan, source=Uploaded(source, self.stream), decode_path=otherwise)
 
     def _taken(
@@ -204,12 +206,14 @@ class DeviceTransfer:
         )
         return replace(plan, source=decoded, decode_path=decode_path, tally=tally)
 
-    def _tell(self, name: str, why: str) -> None:
+    def _tell(self, slide: Slide, why: str) -> None:
         """A warning for the first slide that the GPU does not decode for a reason, a line for the others."""
-        kind = re.sub(r"[0-9.]+", "#", why)
+        kind = re.sub(r"[0-9.]+", "#", why.replace(str(slide.image_path), "").replace(slide.sample_id, ""))
         level = logging.INFO if kind in self._told else logging.WARNING
         self._told.add(kind)
-        logger.log(level, "slide %s: decoded on the CPU, as others of its kind will be (%s)", name, why)
+        logger.log(
+            level, "slide %s: decoded on the CPU, as others of its kind will be (%s)", slide.sample_id, why
+        )
 
     def _opened(
         self, names: Sequence[str], host: SlideReader, reasons: list[str]

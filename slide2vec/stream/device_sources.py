@@ -17,7 +17,7 @@ from slide2vec.stream.cuda_streams import DeviceStream
 from slide2vec.stream.decode_tally import DecodeTally
 from slide2vec.stream.tile_sources import TileSource
 
-__all__ = ["DecodedOnDevice", "OnDevice", "Uploaded", "is_out_of_memory", "neighbours"]
+__all__ = ["ArchiveOnDevice", "DecodedOnDevice", "OnDevice", "Uploaded", "is_out_of_memory", "neighbours"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,29 @@ class OnDevice:
 
     def close(self) -> None:
         self._source.close()
+
+
+class ArchiveOnDevice(OnDevice):
+    """A tile archive that DALI decodes on a device, and the CPU where DALI was given up. See `TileSource`.
+
+    Args:
+        tally: is told of every tile.
+    """
+
+    decode_path = "archive, dali on the device"
+
+    def __init__(self, source: TileSource, stream: DeviceStream, tally: DecodeTally) -> None:
+        super().__init__(source, stream)
+        self._tally = tally
+
+    def place(self, number: int, data: Any, targets: Sequence[Any]) -> None:
+        super().place(number, data, targets)
+        by_dali = isinstance(data, Tensor)
+        self._tally.add(self.decode_path if by_dali else "archive, uploaded", len(targets))
+
+    def read_tile(self, tile: int, target: Any) -> None:
+        super().read_tile(tile, target)
+        self._tally.add("archive, uploaded", 1)
 
 
 class Uploaded:

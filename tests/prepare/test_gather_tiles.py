@@ -149,7 +149,7 @@ def test_the_kernel_is_taken_where_it_works(
 
 GATHER = {
     **{name: "i32" for name in ("slots", "columns", "left", "top", "right", "bottom")},
-    **{"pixels": "*u8", "plan": "*i64", "tile_width": "i32", "tile_height": "i32"},
+    **{"pixels": "*u8", "plan": "*i64"},
 }
 #: taps, whole: 1:1, halved, as 0.25 -> 1 µm/px, fractional.
 GATHERS = [(1, True), (2, True), (4, True), (3, False)]
@@ -174,6 +174,7 @@ def test_kernels_compile_for_every_gpu(
     for taps, whole in GATHERS[variants]:
         tables = {"first": "*i64", "weights": "*i64"} if whole else {"first": "*i32", "weights": "*fp32"}
         constants = {"size": 224, "taps": taps, "whole": whole, "block": 1024}
+        constants |= {"tile_width": 240, "tile_height": 256}
         sources.append((kernels.gather, {**GATHER, **tables}, constants))
     for packed, out in ((True, "*u8"), (False, "*fp32"))[variants]:
         constants = {"packed": packed, "block": 1024}

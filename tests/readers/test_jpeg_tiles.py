@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from slide2vec.errors import BackendError, ExtraMissingError, SlideReadError
 from slide2vec.readers import decoders, open_slide
@@ -97,6 +99,41 @@ def test_memory_that_is_kept_is_bounded(
         assert [memory is each.memory for memory, each in zip(decoder._free, found[:0:-1], strict=True)]
 
 
+class Elsewhere:
+    """nvImageCodec's decoder, were it to write only into memory of its own.
+
+    Args:
+        error: that it raises where it is given memory.
+    """
+
+    def __init__(self, decoder: Any, error: Exception | None) -> None:
+        self._decoder, self._error = decoder, error
+
+    def decode(self, streams: Any, *, images: Any = None, **options: Any) -> Any:
+        if images is not None and self._error is not None:
+            raise self._error
+        return self._decoder.decode(streams, **options)
+
+
+@NVIMGCODEC
+@pytest.mark.parametrize(
+    "error",
+    [None, ValueError("only internally managed buffers"), TypeError("images")],
+)
+def test_a_decoder_that_writes_elsewhere(
+    error: Exception | None, jpeg_pyramid: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    decoder, good = NvimgcodecDecoder(CPU), NvimgcodecDecoder(CPU)
+    decoder._decoder = Elsewhere(decoder._decoder, error)
+    with opened(jpeg_pyramid, decoder) as reader, opened(jpeg_pyramid, good) as expected:
+        for _ in range(2):
+            found = reader.read_region((0, 0), 0, (400, 300))
+            assert torch.equal(found, expected.read_region((0, 0), 0, (400, 300)))
+    (warning,) = caplog.messages
+    assert "nvImageCodec does not decode into memory of cpu that it is given" in warning
+    assert str(error or "it wrote elsewhere") in warning
+
+
 def zeros(tiles: list[bytes]) -> None:
     tiles[DAMAGED] = bytes(len(tiles[DAMAGED]))
 
@@ -120,8 +157,15 @@ def too_large(tiles: list[bytes]) -> None:
     tiles[DAMAGED] = tiles[DAMAGED][: start + 6] + b"\x80" + tiles[DAMAGED][start + 7 :]
 
 
+def narrow(tiles: list[bytes]) -> None:
+    """What the level's edge holds is no less than it has, anywhere else it is."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (400 % TILE, TILE), (200, 150, 160)).save(buffer, "JPEG")
+    tiles[ACROSS - 1] = tiles[DAMAGED] = buffer.getvalue()
+
+
 @NVIMGCODEC
-@pytest.mark.parametrize("damage", [zeros, cut_short, other_size, no_beginning, too_large])
+@pytest.mark.parametrize("damage", [zeros, cut_short, other_size, no_beginning, too_large, narrow])
 def test_a_damaged_tile_is_an_error_and_spoils_no_other(
     damage: Callable[[list[bytes]], None], decoder: NvimgcodecDecoder, tmp_path: Path, tiffs: Any
 ) -> None:

@@ -16,11 +16,11 @@ from compile_helpers import SIDE, smooth_pixels, tiny_encoder, tiny_recipe
 
 from slide2vec.compile import BuildOptions, EngineStore, build_engine
 from slide2vec.compile.builders import unavailable
+from slide2vec.compile.export_module import torch_engine
 from slide2vec.compile.parity import for_layout
 from slide2vec.errors import EngineError
 from slide2vec.runtime.base import Engine
 from slide2vec.runtime.loading import load_engine
-from slide2vec.runtime.torch_engine import TorchEngine
 
 #: Largest difference of a tile's features alone and in a batch, relative to their spread: other
 #: kernels, other order of sums; in half precision at most a few of its steps.
@@ -48,7 +48,7 @@ CASES = [
     pytest.param("inductor bf16 cpu", marks=pytest.mark.slow),  # a minute of the C++ compiler
     *(
         pytest.param(f"{runtime} {precision} cuda", marks=pytest.mark.gpu)
-        for runtime in ("torch", "inductor", "tensorrt")
+        for runtime in ("torch", "compiled", "inductor", "tensorrt")
         for precision in ("fp32", "bf16", "fp16")
     ),
 ]
@@ -68,9 +68,8 @@ def opener(case: str, short_rounds: None, tmp_path_factory: pytest.TempPathFacto
         pytest.skip("no CUDA device")
     encoder = tiny_encoder(RECIPE)
     if runtime in ("torch", "compiled"):
-        return lambda: TorchEngine(
-            encoder, feature_dim=128, precision=precision, device=device, compiled=runtime == "compiled"
-        )
+        compiled = runtime == "compiled"
+        return lambda: torch_engine(encoder, RECIPE, precision, device, feature_dim=128, compiled=compiled)
     if reason := unavailable(runtime, precision, device):
         pytest.skip(reason)
     options = BuildOptions(runtime=runtime, precision=precision, batch_size=4)

@@ -149,6 +149,34 @@ def test_a_decode_path_with_wrong_pixels_is_left(
         DeviceTransfer(CPU, True, ["bad"]).bind(planned(reference_slide))
 
 
+def test_a_reason_is_a_warning_once(
+    reference_slide: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whatever the slides are called and wherever they lie: the next ones are lines of the log."""
+
+    def refuse(probe: Any) -> Any:
+        raise BackendError(f"slide {probe.name}: {probe.path} cannot be opened")
+
+    monkeypatch.setattr(decode_paths, "DECODE_PATHS", {"bad": lambda device: DecodePath(refuse)})
+    transfer = DeviceTransfer(CPU, "auto", ["bad"])
+    config = PreprocessingConfig(requested_spacing_um=2.0, requested_tile_size_px=56, tissue_threshold=0.1)
+    with caplog.at_level(logging.INFO, logger=decode_paths.__name__):
+        for name in ("first", "second"):
+            path = tmp_path / name / "slide.svs"
+            path.parent.mkdir()
+            path.symlink_to(reference_slide)
+            plan = transfer.bind(plan_slide(Slide(sample_id=name, image_path=path), config))
+            plan.source.close()
+    found = [
+        (record.levelname, f"slide {name}: " in record.message)
+        for name, record in zip(("first", "second"), caplog.records, strict=True)
+    ]
+    assert found == [("WARNING", True), ("INFO", True)]
+
+
 def test_the_second_decode_path_is_tried(reference_slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_paths(monkeypatch, bad=Wrong, good=StandInDecoder)
     plan = DeviceTransfer(CPU, "auto", ["bad", "good"]).bind(planned(reference_slide))
@@ -282,8 +310,16 @@ def test_archives_are_uploaded_or_decoded_on_the_device(
         adopted = DeviceTransfer(CPU, gpu_decode).bind(archive)  # type: ignore[arg-type]
         assert adopted.decode_path == decode_path
         np.testing.assert_array_equal(pixels(adopted), expected)
+        assert adopted.decoded_by() == {decode_path: len(expected)}
         np.testing.assert_array_equal(singly(adopted), expected)
         adopted.source.close()
+    archive = SlidePlan(plan.slide, tile_sources.open_archive(path, plan.tiling), plan.tiling)
+    adopted = DeviceTransfer(CPU).bind(archive)
+    assert adopted.decode_path == "archive, dali on the device"
+    archive.source._works = False  # type: ignore[attr-defined]  # as after a failure of DALI
+    np.testing.assert_array_equal(pixels(adopted), expected)
+    assert adopted.decoded_by() == {"archive, uploaded": len(expected)}
+    adopted.source.close()
 
 
 @NVIMGCODEC

@@ -196,7 +196,7 @@ def test_who_leaves_holds_up_nobody(planned: Planned) -> None:
         share = shared.share("y", todo)
         with share.membership():
             source = share.plan(todo[0], request()).source
-            source.place(0, source.fetch(0), [np.zeros(1)])
+            source.place(0, source.fetch(0), [np.zeros(1, np.uint8)])
 
     found = in_threads(
         lambda: read_all(shared.share("x", todo), todo), breaks_off, shared.share("z", todo).leave
@@ -222,3 +222,18 @@ def test_errors_are_those_of_every_stream(planned: Planned) -> None:
     assert found == [[("a", number) for number in range(10)]] * 2
     assert planned["broken"][0].done == Counter(fetched=10, closed=1) and shared._bytes == 0
     assert not shared._slides
+
+
+def test_who_is_behind_never_waits_for_room(planned: Planned) -> None:
+    """Threads take blocks in any order: what is kept may lie beyond what the other stream needs next."""
+    todo = slides("a")
+    shared = SharedSlides("xy", kept_bytes=1)
+    shares = [shared.share(name, todo) for name in "xy"]
+    ahead, behind = in_threads(*(lambda share=share: share.plan(todo[0], request()) for share in shares))
+    ahead.source.fetch(5)
+    (data,) = in_threads(lambda: behind.source.fetch(4))
+    behind.source.place(4, data, [target := np.zeros(1, np.uint8)])
+    assert target[0] == 4
+    for share in shares:
+        share.leave()
+    assert planned["a"][0].done["closed"] == 1

@@ -111,7 +111,8 @@ def test_whole_plan(work_dir: Path) -> None:
     ended = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     results = (work_dir / "out" / "results.md").read_text()
-    stages = re.findall(r"^\| ([^|]+) \| ([^|]+) \| \d+ \|", results, re.MULTILINE)
+    table = results.split("\n\n")[0]
+    stages = re.findall(r"^\| ([^|]+) \| ([^|]+) \| \d+ \|", table, re.MULTILINE)
     assert len(stages) == 6 and {status for _, status in stages} == {"0"}, ended.stdout
     assert "## scattering" in results
     assert len(list((work_dir / "out").iterdir())) <= MOST_FILES

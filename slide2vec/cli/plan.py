@@ -1,0 +1,366 @@
+"""`slide2vec plan`: what a run will take, before it begins."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from slide2vec.cli.console import (
+    Backend,
+    Debug,
+    EngineName,
+    IdSource,
+    Json,
+    MinPiece,
+    Overlap,
+    Precision,
+    SegmentationDownsample,
+    SegmentationMethod,
+    SlidesDir,
+    Sthresh,
+    TissueThreshold,
+    facts,
+    given,
+    note,
+    print_json,
+    stdout,
+    table,
+    tissue_options,
+)
+from slide2vec.cli.embed import TrustRemoteCode
+from slide2vec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from slide2vec.config import ExecutionOptions, PreprocessingConfig
+    from slide2vec.estimate import SlideEstimate
+    from slide2vec.models import Models
+    from slide2vec.recipes import Recipe
+    from slide2vec.slides import Slide
+
+__all__ = ["plan"]
+
+#: Seconds that the encoder is tried for, where its speed is not given.
+TRIAL_S = 10.0
+
+
+def plan(
+    slides: Annotated[
+        list[str],
+        typer.Argument(
+            help="Slides, directories of slides, glob patterns, or CSV manifests.", show_default=False
+        ),
+    ],
+    preset: Annotated[
+        str,
+        typer.Option("--preset", "-p", help="The encoder, or several: virchow2,uni2.", show_default=False),
+    ],
+    recursive: Annotated[
+        bool, typer.Option("--recursive", "-r", help="Look into subdirectories of directories.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="CSV to write, a line per slide.", show_default=False),
+    ] = None,
+    price: Annotated[
+        str | None, typer.Option(help="Of an hour of the machine: 2.5/h.", show_default=False)
+    ] = None,
+    speed: Annotated[
+        list[float] | None,
+        typer.Option(help="Tiles/s of each encoder here, if they are known.", show_default=False),
+    ] = None,
+    trial: Annotated[
+        bool, typer.Option("--trial/--no-trial", help=f"Try each encoder for {TRIAL_S:g} s.")
+    ] = True,
+    weights: Annotated[
+        str | None, typer.Option(help='For the trial: weights, or "random"; by default from Hugging Face.')
+    ] = None,
+    spacing: Annotated[float | None, typer.Option(help="µm/px of the tiles [the preset's].")] = None,
+    tile_size: Annotated[int | None, typer.Option(help="Side of the tiles in px [the preset's].")] = None,
+    overlap: Overlap = None,
+    tissue_threshold: TissueThreshold = None,
+    segmentation_method: SegmentationMethod = None,
+    segmentation_downsample: SegmentationDownsample = None,
+    sthresh: Sthresh = None,
+    min_piece: MinPiece = None,
+    slides_dir: SlidesDir = None,
+    id_from: IdSource = "name",
+    spacing_at_level_0: Annotated[
+        float | None,
+        typer.Option("--spacing-at-level-0", help="µm/px of the slides, where the files are wrong."),
+    ] = None,
+    backend: Annotated[Backend, typer.Option(help="What reads the slides.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu; by default the best.")] = None,
+    precision: Annotated[Precision | None, typer.Option(help="Of the encoder.", show_default=False)] = None,
+    engine: Annotated[EngineName, typer.Option(help="What runs the encoder.")] = "auto",
+    batch_size: Annotated[int | None, typer.Option(help="Tiles per forward pass [by device].")] = None,
+    allow_non_recommended_settings: Annotated[
+        bool, typer.Option("--allow-non-recommended-settings", help="Other spacings and tile sizes.")
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Count the tiles of slides, and say what embedding them takes: bytes, hours, energy, money.
+
+    Tissue is found as in a run, on a coarse level; no tile is read and nothing is embedded but for the trial.
+    The exit status is 1 when a slide cannot be planned.
+    """
+    from slide2vec.cli.inputs import find_slides
+    from slide2vec.config import ExecutionOptions, PreprocessingConfig
+    from slide2vec.cpus import job_cpus
+    from slide2vec.estimate import count_tiles
+    from slide2vec.recipes import load_recipe
+    from slide2vec.settings import preset_names
+
+    names = preset_names(preset)
+    recipes = {name: load_recipe(name) for name in names}
+    if speed and len(speed) != len(names):
+        raise ConfigError(f"--speed was given {len(speed)} times, and there are {len(names)} encoders")
+    per_hour = _price(price)
+    asked = PreprocessingConfig(
+        backend=backend,
+        **given(
+            requested_spacing_um=spacing,
+            requested_tile_size_px=tile_size,
+            overlap=overlap,
+            tissue_threshold=tissue_threshold,
+        ),
+        **tissue_options(segmentation_method, segmentation_downsample, sthresh, min_piece),
+    )
+    execution = ExecutionOptions(engine=engine, precision=precision, batch_size=batch_size)
+    found = find_slides(
+        slides,
+        recursive=recursive,
+        spacing_at_level_0=spacing_at_level_0,
+        slides_dir=slides_dir,
+        id_from=id_from,
+    )
+    outputs = {name: _output(recipe, asked, execution) for name, recipe in recipes.items()}
+    note(f"finding the tissue of {len(found):,} slides …")
+    estimates = list(count_tiles(found, outputs, job_cpus()))
+    tiles = {name: sum(each.tiles.get(name, 0) for each in estimates) for name in names}
+    if output is not None:
+        _write_csv(output, estimates, names)
+    speeds, devices = dict(zip(names, speed or (), strict=False)), dict.fromkeys(names, "this machine")
+    if not speeds and trial:
+        models = _models(
+            names,
+            weights=weights,
+            device=device,
+            precision=precision,
+            allow_non_recommended_settings=allow_non_recommended_settings,
+            trust_remote_code=trust_remote_code,
+        )
+        devices = {name: str(model.device) for name, model in models.items()}
+        speeds = _tried(
+            models, [each.slide for each in estimates if any(each.tiles.values())], asked, execution
+        )
+    rows = list(_machines(tiles, speeds, devices, _gflops(recipes), per_hour))
+    failed = [each for each in estimates if each.errors]
+    if as_json:
+        print_json(_as_json(estimates, tiles, speeds, rows))
+    else:
+        _print(estimates, tiles, speeds, rows, output)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _price(text: str | None) -> float | None:
+    """Of "2.5/h", 2.5."""
+    if text is None:
+        return None
+    try:
+        number = float(text.strip().removesuffix("/h"))
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise ConfigError(f"--price {text} is no price of an hour, such as 2.5/h")
+    return number
+
+
+def _tile_recipe(recipe: Recipe) -> Recipe:
+    from slide2vec.encoders.preset_chain import tile_recipe
+
+    return tile_recipe(recipe)
+
+
+def _output(recipe: Recipe, asked: PreprocessingConfig, execution: ExecutionOptions) -> Any:
+    from slide2vec.estimate import Output
+
+    below = _tile_recipe(recipe)
+    config = asked.resolved(*recipe.tiles(asked.requested_spacing_um, asked.requested_tile_size_px))
+    dim = below.variants[below.default_variant].dim
+    return Output(config, dim, 4, keeps_tiles=recipe.level == "tile")
+
+
+def _gflops(recipes: Mapping[str, Recipe]) -> dict[str, float]:
+    return {name: _tile_recipe(recipe).gflops for name, recipe in recipes.items()}
+
+
+def _models(names: Sequence[str], **options: Any) -> Models:
+    from slide2vec.models import Models
+
+    note(f"loading {', '.join(names)} …")
+    return Models.from_presets(names, **options)
+
+
+def _tried(
+    models: Models, slides: Sequence[Slide], asked: PreprocessingConfig, execution: ExecutionOptions
+) -> dict[str, float]:
+    """Tiles/s of each encoder, as far as there are tiles enough to tell."""
+    from slide2vec.estimate import trial_speed
+
+    speeds = {}
+    for name, model in models.items():
+        note(f"trying {name} for {TRIAL_S:g} s …")
+        speed = trial_speed(model, slides, asked, execution, TRIAL_S)
+        if speed is None:
+            note(f"the slides have too few tiles to tell the speed of {name}")
+        else:
+            speeds[name] = speed
+    return speeds
+
+
+def _machines(
+    tiles: Mapping[str, int],
+    speeds: Mapping[str, float],
+    devices: Mapping[str, str],
+    gflops: Mapping[str, float],
+    per_hour: float | None,
+) -> Iterator[dict[str, Any]]:
+    """Hours, energy and price on this machine and on known GPUs."""
+    from slide2vec.estimate import HARDWARE, on_hardware, seconds_for
+
+    def row(machine: str, seconds: float, watts: float | None, source: str) -> dict[str, Any]:
+        hours = seconds / 3600
+        return {
+            "machine": machine,
+            "hours": hours,
+            "tiles_per_s": sum(tiles.values()) / seconds if seconds else None,
+            "kwh": None if watts is None else hours * watts / 1000,
+            "price": None if per_hour is None else hours * per_hour,
+            "source": source,
+        }
+
+    if tiles.keys() <= speeds.keys():
+        yield row("this machine", seconds_for(tiles, speeds, devices), None, "tried now, or as given")
+    if all(gflops.values()):
+        for gpu in HARDWARE:
+            yield row(gpu.name, on_hardware(gpu, tiles, gflops), gpu.watts, gpu.source)
+
+
+def _write_csv(path: Path, estimates: Sequence[SlideEstimate], names: Sequence[str]) -> None:
+    from slide2vec.files import atomic_path
+
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        lines = csv.writer(file)
+        lines.writerow(
+            [
+                "sample_id",
+                "image_path",
+                *(f"tiles_{name}" for name in names),
+                "read_bytes",
+                "written_bytes",
+                "error",
+            ]
+        )
+        for each in estimates:
+            errors = "; ".join(dict.fromkeys(str(error) for error in each.errors.values()))
+            counts = [each.tiles.get(name, "") for name in names]
+            sizes = each.read_bytes, each.written_bytes
+            lines.writerow([each.slide.sample_id, each.slide.image_path, *counts, *sizes, errors])
+
+
+def _as_json(
+    estimates: Sequence[SlideEstimate],
+    tiles: Mapping[str, int],
+    speeds: Mapping[str, float],
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    return {
+        "slides": [
+            {
+                "sample_id": each.slide.sample_id,
+                "image_path": each.slide.image_path,
+                "tiles": dict(each.tiles),
+                "read_bytes": each.read_bytes,
+                "written_bytes": each.written_bytes,
+                "errors": {name: str(error) for name, error in each.errors.items()},
+            }
+            for each in estimates
+        ],
+        "tiles": dict(tiles),
+        "tiles_per_s": dict(speeds),
+        "machines": list(rows),
+    }
+
+
+def _print(
+    estimates: Sequence[SlideEstimate],
+    tiles: Mapping[str, int],
+    speeds: Mapping[str, float],
+    rows: Sequence[Mapping[str, Any]],
+    output: Path | None,
+) -> None:
+    from rich.text import Text
+
+    console = stdout()
+    failed = [each for each in estimates if each.errors]
+    heads = ("encoder", "slides", "tiles", "a slide", "tiles/s here")
+    cells = []
+    for name, count in tiles.items():
+        planned = sum(name in each.tiles for each in estimates)
+        here = f"{speeds[name]:,.1f}" if name in speeds else ""
+        cells.append((name, f"{planned:,}", f"{count:,}", f"{count / max(1, planned):,.0f}", here))
+    console.print(table(heads, cells, numbers=heads[1:]))
+    console.print(
+        facts(
+            [
+                ("to read", f"about {_size(sum(each.read_bytes for each in estimates))}"),
+                ("to write", f"about {_size(sum(each.written_bytes for each in estimates))}"),
+                *([] if output is None else [("per slide", str(output))]),
+            ]
+        )
+    )
+    console.print()
+    columns = ("on", "hours", "tiles/s", "kWh", "price", "by")
+    machines = [
+        (
+            row["machine"],
+            _hours(row["hours"]),
+            "" if row["tiles_per_s"] is None else f"{row['tiles_per_s']:,.0f}",
+            "not measured" if row["kwh"] is None else f"{row['kwh']:,.2f}",
+            "" if row["price"] is None else f"{row['price']:,.2f}",
+            row["source"],
+        )
+        for row in rows
+    ]
+    console.print(table(columns, machines, numbers=columns[1:-1]))
+    if len(rows) > 1:
+        console.print(
+            Text("GPUs: one of them, encoding alone; where reading is slower it takes longer.", "dim")
+        )
+    if failed:
+        console.print()
+        console.print(Text(f"{len(failed):,} of {len(estimates):,} slides cannot be planned", "bold red"))
+        rest = [(each.slide.sample_id, str(next(iter(each.errors.values())))) for each in failed[:50]]
+        console.print(table(("slide", "error"), rest))
+
+
+def _hours(hours: float) -> str:
+    if hours >= 10:
+        return f"{hours:,.0f}"
+    return f"{hours:.2f}" if hours >= 0.1 else f"{hours:.4f}"
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:,.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} TB"

@@ -1,0 +1,242 @@
+"""What a run will take before it begins: tiles and bytes of each slide, time here and on known hardware."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from slide2vec.config import ExecutionOptions, PreprocessingConfig
+from slide2vec.errors import ConfigError, as_slide_error
+from slide2vec.progress import (
+    NullReporter,
+    ProgressEvent,
+    TilesEncoded,
+    activate_progress_reporter,
+)
+from slide2vec.readers.slide_files import bytes_of
+from slide2vec.slides import Slide
+from slide2vec.stream.plan import PlanRequest, SlidePlan, plan_together
+
+if TYPE_CHECKING:
+    from slide2vec.model import Model
+
+__all__ = [
+    "HARDWARE",
+    "Hardware",
+    "Output",
+    "SlideEstimate",
+    "count_tiles",
+    "on_hardware",
+    "seconds_for",
+    "trial_speed",
+]
+
+#: Bytes of a tile's coordinates on disk: x and y as int64, tissue fraction as float32, index as int32.
+COORDINATES_BYTES = 24
+#: Seconds within which what is told of tiles is of one batch (of several slides).
+_ONE_BATCH_S = 0.002
+
+
+@dataclass(frozen=True)
+class Output:
+    """What an encoder takes and gives.
+
+    Attributes:
+        config: with requested_spacing_um and requested_tile_size_px resolved.
+        dim: D of an embedding of a tile.
+        value_bytes: 4 for fp32, 2 for fp16.
+        keeps_tiles: embeddings of tiles are written.
+    """
+
+    config: PreprocessingConfig
+    dim: int
+    value_bytes: int = 4
+    keeps_tiles: bool = True
+
+
+@dataclass(frozen=True)
+class SlideEstimate:
+    """A slide of a run that has not begun.
+
+    Attributes:
+        tiles: of each encoder, as the run will find them.
+        read_bytes: about what is read of its file: its share by area of the levels that are read.
+        written_bytes: embeddings and coordinates, about.
+        errors: of encoders for which it cannot be planned.
+    """
+
+    slide: Slide
+    tiles: Mapping[str, int]
+    read_bytes: int
+    written_bytes: int
+    errors: Mapping[str, Exception]
+
+
+def count_tiles(
+    slides: Sequence[Slide], outputs: Mapping[str, Output], threads: int
+) -> Iterator[SlideEstimate]:
+    """The tiles of each slide, in order. Tissue is found as in a run, on a coarse level, and no tile is read,
+    but for the pixel filters, which look at tiles in a coarse spacing.
+
+    Args:
+        outputs: by name of the encoder.
+        threads: slides at once.
+    """
+    with ThreadPoolExecutor(threads, thread_name_prefix="plan") as pool:
+        yield from pool.map(lambda slide: _estimate(slide, outputs), slides)
+
+
+def _estimate(slide: Slide, outputs: Mapping[str, Output]) -> SlideEstimate:
+    configs = {name: output.config for name, output in outputs.items()}
+    different = list({config.model_dump_json(): config for config in configs.values()}.values())
+    made: list[SlidePlan | Exception]
+    try:
+        made = plan_together(slide, [PlanRequest(config) for config in different])
+    except Exception as error:
+        made = [error] * len(different)
+    plans = {config.model_dump_json(): plan for config, plan in zip(different, made, strict=True)}
+    tiles: dict[str, int] = {}
+    errors: dict[str, Exception] = {}
+    written = 0
+    for name, output in outputs.items():
+        plan = plans[configs[name].model_dump_json()]
+        if isinstance(plan, Exception):
+            errors[name] = as_slide_error(plan, slide.sample_id, "finding its tiles")
+            continue
+        tiles[name] = len(plan.tiling)
+        kept = output.dim * output.value_bytes if output.keeps_tiles else 0
+        written += len(plan.tiling) * kept
+    good = [plan for plan in made if isinstance(plan, SlidePlan)]
+    for plan in good:
+        plan.source.close()
+        written += len(plan.tiling) * COORDINATES_BYTES
+    return SlideEstimate(slide, tiles, _read_bytes(slide, good), written, errors)
+
+
+def _read_bytes(slide: Slide, plans: Sequence[SlidePlan]) -> int:
+    """Of each level once, as far as tiles lie on it: the largest share that one of the plans has."""
+    size = bytes_of(slide.image_path) if plans else 0
+    shares: dict[int, float] = {}
+    for plan in plans:
+        tiling, geometry = plan.tiling, plan.tiling.geometry
+        width, height = tiling.dimensions
+        areas = [width * height / downsample**2 for downsample in tiling.downsamples]
+        read = min(len(tiling) * geometry.read_tile_size_px**2, areas[geometry.read_level])
+        shares[geometry.read_level] = max(shares.get(geometry.read_level, 0.0), read / sum(areas))
+    return round(size * min(1.0, sum(shares.values())))
+
+
+# time here -----------------------------------------------------------------------------------------
+
+
+class _Enough(Exception):
+    """The trial has run for long enough."""
+
+
+class _Stopwatch(NullReporter):
+    """Counts the tiles after the first batch, while which caches and clocks settle; ends the trial by raising
+    from where it is told of them."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._seconds, self._clock = seconds, clock
+        self.began: float | None = None
+        self.ended = 0.0
+        self.tiles = 0
+
+    def emit(self, event: ProgressEvent) -> None:
+        if not isinstance(event, TilesEncoded):
+            return
+        self.ended = self._clock()
+        if self.began is None or (not self.tiles and self.ended - self.began < _ONE_BATCH_S):
+            self.began = self.ended
+            return
+        self.tiles += event.count
+        if self.ended - self.began >= self._seconds:
+            raise _Enough
+
+    @property
+    def tiles_per_s(self) -> float | None:
+        """None before the second batch."""
+        return self.tiles / (self.ended - self.began) if self.began is not None and self.tiles else None
+
+
+def trial_speed(
+    model: Model,
+    slides: Sequence[Slide],
+    preprocessing: PreprocessingConfig,
+    execution: ExecutionOptions,
+    seconds: float,
+) -> float | None:
+    """Tiles/s of a model on this machine, from embedding the first slides for some seconds; None where they
+    have too few tiles (two batches) to tell."""
+    watch = _Stopwatch(seconds)
+    alone = execution.updated(output_dir=None)  # nothing is left behind
+    with (
+        activate_progress_reporter(watch),
+        suppress(_Enough),
+        closing(model.iter_slides(slides, preprocessing, alone)) as outcomes,
+    ):
+        for _ in outcomes:  # a slide that fails is the run's business
+            pass
+    return watch.tiles_per_s
+
+
+def seconds_for(tiles: Mapping[str, int], speeds: Mapping[str, float], devices: Mapping[str, str]) -> float:
+    """Seconds of encoders that embed together: those of one device take turns, devices work side by side.
+
+    Args:
+        tiles: to be encoded, by encoder.
+        speeds: tiles/s, by encoder.
+        devices: of each encoder.
+
+    Raises:
+        ConfigError: a speed is not above 0.
+    """
+    busy: dict[str, float] = {}
+    for name, count in tiles.items():
+        if speeds[name] <= 0:
+            raise ConfigError(f"the speed of {name} must be above 0 tiles/s, and is {speeds[name]:g}")
+        busy[devices[name]] = busy.get(devices[name], 0.0) + count / speeds[name]
+    return max(busy.values(), default=0.0)
+
+
+# known hardware ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A GPU, by what others have measured on it.
+
+    Attributes:
+        tflops: that its encoders reach, TFLOP/s: measured images/s times GFLOP of that encoder.
+        watts: its board power, by NVIDIA's data sheet.
+        source: of the figure.
+    """
+
+    name: str
+    tflops: float
+    watts: float
+    source: str
+
+
+#: GFLOP (2 x MAC) of timm's vit_huge_patch14_224, whose speed is published for many GPUs.
+VIT_HUGE_GFLOP = 334.6
+_TIMM = "timm's published inference benchmark, ViT-H/14 at 224 px, compiled: {} images/s"
+HARDWARE = (
+    Hardware("RTX 4090", 398 * VIT_HUGE_GFLOP / 1000, 450, _TIMM.format(398)),
+    Hardware("RTX 5090", 505 * VIT_HUGE_GFLOP / 1000, 575, _TIMM.format(505)),
+    Hardware("RTX PRO 6000", 598 * VIT_HUGE_GFLOP / 1000, 600, _TIMM.format(598)),
+)
+
+
+def on_hardware(hardware: Hardware, tiles: Mapping[str, int], gflops: Mapping[str, float]) -> float:
+    """Seconds of encoding on a GPU at the speed that it reaches; reading may take longer.
+
+    Args:
+        tiles, gflops: of each encoder, GFLOP per tile.
+    """
+    return sum(count * gflops[name] for name, count in tiles.items()) / (1000 * hardware.tflops)

@@ -1,0 +1,57 @@
+"""`slide2vec plan`, for real."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+ONE = ("--spacing", "2", "--tile-size", "64", "--allow-non-recommended-settings", "--device", "cpu")
+
+
+def test_a_stated_speed_gives_hours_and_price(run, small_slide: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.csv"
+    options = ("-p", "scattering,prost40m", "--speed", "2", "--speed", "0.5", "--price", "3/h", "-o", path)
+    result = run("plan", small_slide, *ONE, *options, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    tiles = found["tiles"]["scattering"]
+    assert tiles == found["tiles"]["prost40m"] > 5
+    here = found["machines"][0]
+    assert here["machine"] == "this machine" and here["kwh"] is None
+    assert here["hours"] * 3600 == pytest.approx(tiles / 2 + tiles / 0.5)
+    assert here["price"] == pytest.approx(3 * here["hours"])
+    with path.open(newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert line["tiles_scattering"] == line["tiles_prost40m"] == str(tiles) and not line["error"]
+    embedded = run("embed", small_slide, "-p", "scattering", *ONE, "-o", tmp_path / "out", "--json")
+    assert json.loads(embedded.stdout)["slides"][0]["num_tiles"] == tiles
+
+
+def test_without_weights_it_says_what_known_gpus_take(run, small_slide: Path) -> None:
+    result = run("plan", small_slide, "-p", "virchow2", "--no-trial")
+    assert result.exit_code == 0, result.output
+    assert "RTX 4090" in result.stdout and "this machine" not in result.stdout
+    assert "timm's published inference benchmark" in " ".join(result.stdout.split())
+
+
+def test_bad_slides_are_listed(run, small_slide: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.svs").write_bytes(b"no slide")
+    result = run("plan", small_slide, tmp_path / "bad.svs", "-p", "virchow2", "--no-trial")
+    assert result.exit_code == 1 and "1 of 2 slides cannot be planned" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--price", "cheap"), "--price cheap is no price of an hour"),
+        (("--price", "-1/h"), "no price of an hour"),
+        (("--speed", "1", "--speed", "2"), "--speed was given 2 times, and there are 1 encoders"),
+        (("--speed", "0"), "the speed of virchow2 must be above 0"),
+    ],
+)
+def test_wrong_options_are_told(run, small_slide: Path, options: tuple[str, ...], message: str) -> None:
+    result = run("plan", small_slide, "-p", "virchow2", *options)
+    assert result.exit_code == 1 and message in " ".join(result.output.split())
