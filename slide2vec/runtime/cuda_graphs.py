@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 #: PyTorch allows one capture at a time in a process.
 _CAPTURING = threading.Lock()
+#: Captures that may fail before none is tried any more: what waits for the whole device in another thread (a
+#: decoder that starts) spoils the one that is under way.
+MOST_FAILED = 3
 
 
 class _Captured(NamedTuple):
@@ -45,7 +48,7 @@ class CudaGraphs:
         self._lock = threading.Lock()
         self._last: torch.Size | None = None
         self._done: Any | None = None
-        self._fails = False
+        self._failed = 0
 
     def __call__(self, batch: Tensor) -> Tensor:
         """Queue a batch on the caller's stream; the host does not wait. What it gives is the caller's."""
@@ -66,7 +69,7 @@ class CudaGraphs:
     def _for(self, batch: Tensor) -> _Captured | None:
         """The graph that takes a batch: of its size, else of the next larger one."""
         again, self._last = self._last == batch.shape, batch.shape
-        if again and batch.shape not in self._captured and not self._fails:
+        if again and batch.shape not in self._captured and self._failed < MOST_FAILED:
             self._capture(batch)
         fitting = [size for size in self._captured if size[0] >= len(batch) and size[1:] == batch.shape[1:]]
         return self._captured[min(fitting)] if fitting else None
@@ -82,20 +85,26 @@ class CudaGraphs:
         return features
 
     def _capture(self, batch: Tensor) -> None:
-        """Keep a graph for the batch's size; where that fails, say so, and run without graphs from now on."""
-        try:
-            with _CAPTURING:
+        """Keep a graph for the batch's size; where that has failed too often, say so, and run without."""
+        # PyTorch (2.11) leaves a capture that fails with the graph's stream current.
+        with _CAPTURING, torch.cuda.stream(torch.cuda.current_stream(self._device)):
+            try:
                 self._captured[batch.shape] = self._graph_of(batch)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one, too
-            self._fails = True
-            reason = str(error).strip().partition("\n")[0]
-            logger.warning("no CUDA graph of %d tiles on %s: %s", len(batch), self._device, reason)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one, too
+                self._failed += 1
+                level = logging.INFO if self._failed < MOST_FAILED else logging.WARNING
+                reason = str(error).strip().partition("\n")[0]
+                logger.log(level, "no CUDA graph of %d tiles on %s: %s", len(batch), self._device, reason)
 
     def _graph_of(self, batch: Tensor) -> _Captured:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            given = batch.contiguous().clone()
-            self._function(given)  # what libraries set up at their first call cannot be captured
+        callers = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(callers)
+        try:
+            with torch.cuda.stream(self._stream):
+                given = batch.contiguous().clone()
+                self._function(given)  # what libraries set up at their first call cannot be captured
+        finally:
+            callers.wait_stream(self._stream)  # which reads the caller's batch
         graph = torch.cuda.CUDAGraph()
         pool = next((each.graph.pool() for each in self._captured.values()), None)
         # Other threads (readers, decoders) may allocate memory meanwhile. Entering waits for the device.

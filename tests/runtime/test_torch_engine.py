@@ -20,7 +20,7 @@ from compile_helpers import tiny_encoder, tiny_recipe
 
 from slide2vec.compile.export_module import torch_engine
 from slide2vec.runtime import torch_engine as module
-from slide2vec.runtime.cuda_graphs import CudaGraphs
+from slide2vec.runtime.cuda_graphs import MOST_FAILED, CudaGraphs
 from slide2vec.runtime.torch_engine import TorchEngine
 
 GPU = torch.device("cuda:1")
@@ -120,11 +120,35 @@ def test_what_cannot_be_captured_runs_without_and_says_so_once(
 ) -> None:
     encoder = Asks()
     graphs = CudaGraphs(encoder, GPU)
-    for size in (4, 4, 4, 2, 2):
+    for size in (4, 4, 4, 2, 2, 2, 2):
         assert torch.equal(graphs(batch(size, size)), encoder(batch(size, size)))
     (said,) = (record for record in caplog.records if record.levelno >= logging.WARNING)
-    assert "no CUDA graph of 4 tiles on cuda:1: operation not permitted" in said.message
-    assert kinds(journal, "replay") == []
+    assert "no CUDA graph of 2 tiles on cuda:1: operation not permitted" in said.message
+    assert kinds(journal, "capture", "replay") == MOST_FAILED * ["capture"]
+
+
+@torch.inference_mode()
+def test_a_capture_that_is_spoilt_leaves_the_callers_stream_current_and_is_tried_again(
+    journal: list[tuple[Any, ...]], encoder: nn.Module
+) -> None:
+    """As by another thread that waits for the device."""
+    streams: list[str] = []
+
+    def spoilt_once(pixels: Tensor) -> Tensor:
+        streams.append(torch.cuda.current_stream().name)  # type: ignore[attr-defined]
+        if kinds(journal, "capture") == ["capture"] and len(streams) == 3:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        return encoder(pixels)
+
+    graphs = CudaGraphs(spoilt_once, GPU)
+    for _ in range(3):
+        torch.testing.assert_close(graphs(batch(4)), encoder(batch(4)))
+    callers, own = "stream of the caller", "stream cuda:1"
+    # kernel by kernel; warming up, capturing, and kernel by kernel again; warming up and capturing
+    assert streams == [callers, own, own, callers, own, own]
+    assert kinds(journal, "capture", "replay") == ["capture", "capture", "replay"]
+    warmed_up = journal.index(("wait", own))
+    assert journal.index(("capture", own, None)) > warmed_up, "the caller's stream waits for who reads its batch"
 
 
 @pytest.fixture
