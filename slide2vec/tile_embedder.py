@@ -46,15 +46,10 @@ _Key: TypeAlias = tuple[object, ...]
 
 @dataclass
 class _Workspace:
-    """What a stream works with besides its engine. For one stream at a time, one after the other.
-
-    Attributes:
-        bytes_per_tile: that preparing and encoding take on a GPU; None = not measured yet.
-    """
+    """What a stream works with besides its engine. For one stream at a time, one after the other."""
 
     transfer: TileTransfer
     preparer: Preparer
-    bytes_per_tile: float | None = None
 
 
 class TileEmbedder:
@@ -83,6 +78,8 @@ class TileEmbedder:
         #: The recipe for tiles of other sizes than its own, by size.
         self._recipes: dict[int, Recipe] = {}
         self._engines: dict[tuple[str, str, bool, int], Selected] = {}
+        #: Bytes that preparing and encoding a tile take on a GPU, by engine.
+        self._bytes_per_tile: dict[int, float] = {}
         #: Workspaces that no stream has in use.
         self._idle: dict[_Key, list[_Workspace]] = {}
 
@@ -199,6 +196,6 @@ class TileEmbedder:
         """Tiles per forward pass: as many as wanted, or as fit into what is free now."""
         if self.device.type != "cuda":
             return wanted
-        if workspace.bytes_per_tile is None:
-            workspace.bytes_per_tile = bytes_per_tile(engine, workspace.preparer, wanted, tile_size)
-        return fitting_batch_size(self.device, wanted, workspace.bytes_per_tile)
+        if id(engine) not in self._bytes_per_tile:
+            self._bytes_per_tile[id(engine)] = bytes_per_tile(engine, workspace.preparer, wanted, tile_size)
+        return fitting_batch_size(self.device, wanted, self._bytes_per_tile[id(engine)])

@@ -95,12 +95,13 @@ def test_memory_of_a_gpu_is_tried_once_and_looked_at_for_each_call(
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 3_000)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 1_000)
     tiles = model._tile_embedder
-    workspace: Any = tile_embedder._Workspace(None, None)  # type: ignore[arg-type]
-    assert tiles._fitting(workspace, None, 64, 224) == 64 and not tried  # type: ignore[arg-type]
+    engine: Any = object()
+    first, second = (tile_embedder._Workspace(None, None) for _ in range(2))  # type: ignore[arg-type]
+    assert tiles._fitting(first, engine, 64, 224) == 64 and not tried
     tiles.device = torch.device("cuda")
     # 0.6 of the 10,000 bytes that are free, or that PyTorch holds and does not use, are 60 tiles
-    assert [tiles._fitting(workspace, None, 64, 224) for _ in range(2)] == [32, 64]  # type: ignore[arg-type]
-    assert tried == [224]
+    assert [tiles._fitting(workspace, engine, 64, 224) for workspace in (first, second)] == [32, 64]
+    assert tried == [224], "once for an engine: its CUDA graphs would take next to nothing"
 
 
 @pytest.fixture

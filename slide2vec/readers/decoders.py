@@ -101,6 +101,7 @@ class NvimgcodecDecoder:
             raise ExtraMissingError(reason)
         self._torch, self._library = import_module("torch"), import_module("nvidia.nvimgcodec")
         self._device, self._lock = device, threading.Lock()
+        self._decoding = threading.Lock()  # one for memory beside it: who gives that back waits for no batch
         library = self._library
         options: dict[str, Any] = {
             "options": ":fancy_upsampling=1",
@@ -131,7 +132,7 @@ class NvimgcodecDecoder:
         if not jpegs:
             return memory, []
         streams = list(map(self._library.CodeStream, jpegs))
-        with self._lock:
+        with self._decoding:
             found = self._into(memory, streams, self._params[form.rgb])
         return memory, [number for number, image in enumerate(found) if image is None]
 

@@ -18,7 +18,8 @@ PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for; by default CUDA, else MPS, else the CPU.
+    """The device asked for; by default CUDA, else MPS, else the CPU. "cuda" is the GPU that is current in
+    this thread, by its number: in other threads another one may be.
 
     Raises:
         ConfigError: not a device, or one that this machine does not have.
@@ -36,6 +37,8 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
             f"device={device!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices; see "
             "`slide2vec doctor`"
         )
+    if chosen.type == "cuda" and chosen.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device='mps': this machine has no Metal device")
     return chosen

@@ -45,15 +45,16 @@ def fitting_batch_size(device: torch.device, wanted: int, taken: float) -> int:
 def bytes_per_tile(engine: Engine, preparer: Preparer, wanted: int, tile_size_px: int) -> float:
     """Bytes that preparing and encoding a tile take on a GPU, beyond what was there, by a trial batch.
 
-    An engine that allocates outside PyTorch takes its memory when it is loaded, so that it is not free any
-    more.
+    To be called once for an engine, before it has CUDA graphs, whose memory stays theirs. One that allocates
+    outside PyTorch takes its memory when it is loaded, so that it is not free any more.
+
+    The host does not wait: PyTorch counts as it hands memory out, and who waits for the whole device spoils
+    the CUDA graph that another thread captures on it.
     """
     count = min(TRIAL, wanted)
     tiles = torch.zeros((count, tile_size_px, tile_size_px, 3), dtype=torch.uint8, device=engine.device)
-    torch.cuda.synchronize(engine.device)
     torch.cuda.reset_peak_memory_stats(engine.device)
     before = torch.cuda.memory_allocated(engine.device)
     with use_device(engine.device):
         engine.run(preparer.prepare(tiles))
-    torch.cuda.synchronize(engine.device)
     return (torch.cuda.max_memory_allocated(engine.device) - before) / count

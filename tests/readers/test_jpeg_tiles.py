@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -97,6 +99,24 @@ def test_memory_that_is_kept_is_bounded(
         for each in found:
             reader.release(each)
         assert [memory is each.memory for memory, each in zip(decoder._free, found[:0:-1], strict=True)]
+
+
+@NVIMGCODEC
+def test_who_gives_memory_back_waits_for_no_batch(decoder: NvimgcodecDecoder, jpeg_pyramid: Path) -> None:
+    """Which other threads decode meanwhile."""
+    busy, mine = NvimgcodecDecoder(CPU), SimpleNamespace(decode=decoder._decoder.decode)
+    with opened(jpeg_pyramid, busy) as reader:
+        corners, side = np.array([[0, 0]]), (200, 200)
+        before = reader.decode(0, corners, side)
+
+        def decode(*args: Any, **options: Any) -> Any:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(reader.release, before).result(timeout=10)
+            return mine.decode(*args, **options)
+
+        busy._decoder = SimpleNamespace(decode=decode)
+        assert reader.decode(0, corners, side).memory is not before.memory
+        assert busy._free == [before.memory]
 
 
 class Elsewhere:

@@ -148,7 +148,7 @@ def test_a_capture_that_is_spoilt_leaves_the_callers_stream_current_and_is_tried
     assert streams == [callers, own, own, callers, own, own]
     assert kinds(journal, "capture", "replay") == ["capture", "capture", "replay"]
     warmed_up = journal.index(("wait", own))
-    assert journal.index(("capture", own, None)) > warmed_up, "the caller's stream waits for who reads its batch"
+    assert journal.index(("capture", own, None)) > warmed_up, "who reads the batch is waited for"
 
 
 @pytest.fixture

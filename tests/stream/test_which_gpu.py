@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slide2vec.config import PreprocessingConfig
 from slide2vec.prepare.gather_tiles import gather_by_torch
+from slide2vec.runtime.device import pick_device
 from slide2vec.runtime.inductor_engine import InductorEngine
 from slide2vec.slides import Slide
 from slide2vec.stream import decode_paths, plan_slide
@@ -115,8 +116,8 @@ def test_decoding(
 
 def test_measuring_what_fits(current: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    for name in ("synchronize", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("spoils captures in other threads"))
     for name in ("memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda device: 0)
 
@@ -135,3 +136,10 @@ def test_a_compiled_package(current: list[torch.device]) -> None:
     engine._compiled = lambda pixels: found.append(current[-1]) or pixels
     engine.run(torch.from_numpy(np.zeros((6, 3), np.float32)))
     assert found == [SECOND, SECOND]
+
+
+def test_a_gpu_without_a_number_is_the_one_that_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading threads, where another one may be current, are to use the same."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: SECOND.index)
+    assert pick_device("cuda") == SECOND and pick_device("cuda:0").index == 0
