@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +16,8 @@ from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig, ti
 from slide2vec.compile.store import EngineStore
 from slide2vec.runtime.base import BatchProfile
 from slide2vec.runtime.record import RECORD_NAME, EngineRecord, key_of
+from slide2vec.stream import stream
+from slide2vec.stream.transfer import HostTransfer
 
 CONFIG = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=1.0)
 
@@ -66,6 +70,33 @@ def test_calls_at_once_share_nothing(model: Model, slides: list[Path], made: Cou
     assert [len(list(call)) for call in calls] == [1, 1]
     model.embed_slide(slides[0], CONFIG)
     assert made["choose_preparer"] == 2
+
+
+def test_a_call_leaves_no_memory_to_be_collected(
+    model: Model, slides: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU nobody would look for circles before its memory is full."""
+    kept: list[weakref.ref[Any]] = []
+
+    def allocate(self: Any, shape: tuple[int, ...]) -> torch.Tensor:
+        tiles = torch.zeros(shape, dtype=torch.uint8)
+        kept.append(weakref.ref(tiles))
+        return tiles
+
+    class Encoder(stream.BatchEncoder):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            kept.append(weakref.ref(self))
+
+    monkeypatch.setattr(HostTransfer, "allocate", allocate)
+    monkeypatch.setattr(stream, "BatchEncoder", Encoder)
+    gc.collect()
+    gc.disable()
+    try:
+        assert model.embed_slide(slides[0], CONFIG, ExecutionOptions(batch_size=3)).num_tiles > 6
+        assert len(kept) > 1 and not any(each() is not None for each in kept)
+    finally:
+        gc.enable()
 
 
 def test_what_broke_is_not_used_again(model: Model, slides: list[Path], made: Counter[str]) -> None:

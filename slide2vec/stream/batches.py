@@ -162,6 +162,7 @@ class Batches(Generic[Owner]):
         """The batch's pixels have been read, once the event comes; its memory is used again."""
         with self._room:
             self._free.append((batch.pixels, read))
+            del batch.pixels  # its pieces, which hold it, would keep them until Python looks for circles
             self._unreleased -= 1
             self._room.notify_all()
 
@@ -175,6 +176,11 @@ class Batches(Generic[Owner]):
             ready = last.is_ready
         if ready:
             self._ready(last)
+
+    def close(self) -> None:
+        """Let go of the memory of batches that were released and have been read."""
+        with self._room:
+            self._free.clear()
 
     def stop(self) -> None:
         """Make every `reserve` that waits raise `Stopped`."""

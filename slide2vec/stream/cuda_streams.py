@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
@@ -96,12 +98,21 @@ class HostStream:
         return values.cpu()
 
 
+#: CUDA streams that nobody uses any more, by device, the one that was given back first. PyTorch keeps memory
+#: for each stream that it was once allocated on, and gives the same 32 streams out again and again.
+_IDLE: defaultdict[torch.device, deque[Any]] = defaultdict(deque)
+
+
 class CudaStream:
     """A CUDA stream. See `DeviceStream`."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.device, idle = device, _IDLE[device]
+        try:
+            self._stream = idle.popleft()
+        except IndexError:
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        weakref.finalize(self, idle.append, self._stream)
         self._stream.wait_stream(torch.cuda.current_stream(device))  # weights may be on their way
 
     @contextlib.contextmanager

@@ -10,6 +10,7 @@ import contextlib
 import queue
 import threading
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
@@ -87,12 +88,13 @@ class Stream:
         self._engine, self._dtype, self._transfer = engine, dtype, transfer
         self._readers, self._planners, self._reporter = readers, planners, reporter
         self._inbox: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        itself = weakref.ref(self)  # held by nothing that it holds, it goes, and its memory, when it is done
         self._batches: Batches[SlideJob] = Batches(
             batch_size,
             tile_size_px,
             ahead=max(ahead, 2 * readers * TILES_PER_READ // batch_size),
             ready=self._inbox.put,
-            abandoned=lambda: not self._consumer.is_alive(),
+            abandoned=lambda: (stream := itself()) is None or not stream._consumer.is_alive(),
             allocate=transfer.allocate,
         )
         self._consumer = threading.current_thread()
@@ -123,6 +125,7 @@ class Stream:
         finally:
             read_ahead.stop()
             self._drain()
+            self._batches.close()
         seconds = time.perf_counter() - started
         self._reporter.emit(RunFinished(self._summary(planner.stager, embedded, failed, seconds)))
 

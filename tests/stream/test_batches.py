@@ -83,9 +83,10 @@ def test_events_are_kept_with_the_pixels_that_they_are_of() -> None:
     batches.fill(first)
     batches.fill(second, written)  # type: ignore[arg-type]
     assert ready[0].written == [written] and ready[0].free is None
+    pixels = ready[0].pixels
     batches.release(ready[0], read)  # type: ignore[arg-type]
     (piece,) = batches.reserve("b", np.arange(1))
-    assert piece.batch.free is read and piece.batch.pixels is ready[0].pixels and not piece.batch.written
+    assert piece.batch.free is read and piece.batch.pixels is pixels and not piece.batch.written
 
 
 def test_a_stream_that_nobody_takes_from_turns_its_threads_away(monkeypatch: pytest.MonkeyPatch) -> None:

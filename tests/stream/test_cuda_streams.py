@@ -4,12 +4,14 @@ order."""
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from slide2vec.stream import cuda_streams
 from slide2vec.stream.cuda_streams import CudaStream, HostStream, device_stream
 
 
@@ -47,6 +49,7 @@ def current(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         yield
         streams.pop()
 
+    monkeypatch.setattr(cuda_streams, "_IDLE", defaultdict(deque))
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "stream", stream)
@@ -70,6 +73,22 @@ def test_a_cuda_lane(current: list[Any]) -> None:
     assert stream.calls[1:] == ["record", event] and not event.waited  # the device waits, not the host
     tested.wait([HostStream(torch.device("cpu")).record()])
     assert stream.calls[1:] == ["record", event]
+
+
+@pytest.mark.usefixtures("current")
+def test_streams_are_used_again_in_their_order() -> None:
+    """PyTorch keeps memory for each; those of a call are those of the one before."""
+    first: list[Any] = [CudaStream(torch.device("cuda", 0)) for _ in range(3)]
+    theirs = [each._stream for each in first]
+    assert len(set(theirs)) == 3
+    del first[0], first[0], first[0]
+    for stream in theirs:
+        stream.calls.clear()
+    other: Any = CudaStream(torch.device("cuda", 1))
+    again: list[Any] = [CudaStream(torch.device("cuda", 0)) for _ in range(4)]
+    assert [each._stream for each in again[:3]] == theirs
+    assert again[3]._stream not in theirs and other._stream not in theirs
+    assert all(stream.calls == [("wait for", "default")] for stream in theirs)
 
 
 def test_features_are_copied_into_the_ring_on_the_lane(
