@@ -181,6 +181,20 @@ def test_an_encoder_that_breaks_off_fails_alone(
     assert [len(results) for results in caught.value.results.values()] == [3, 3, 3]
 
 
+def test_what_the_callback_raises_ends_the_run_and_is_raised(
+    models: Models, slides: list[Path], tmp_path: Path
+) -> None:
+    def refuse(artifact: Any) -> None:
+        raise LookupError("no room in the database")
+
+    with pytest.raises(LookupError, match="no room"):
+        Pipeline(models, CONFIG, EXECUTION.updated(output_dir=tmp_path)).run(
+            slides, on_slide_persisted=refuse
+        )
+    rows = read_process_list(tmp_path / "process_list.csv")
+    assert not [row for row in rows if row["feature_status"] == "error"]
+
+
 def test_a_bad_slide_fails_with_every_encoder_and_stops_none(
     models: Models, slides: list[Path], tmp_path: Path
 ) -> None:

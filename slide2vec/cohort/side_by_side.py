@@ -6,7 +6,7 @@ import contextvars
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -63,6 +63,7 @@ def embed_cohort_together(
 
     Args:
         runs: by name, those that come after another behind it.
+        on_slide_persisted: as for `embed_cohort`, one call at a time. What it raises ends the run.
 
     Raises:
         ConfigError, OutputLockedError, OutputError: as `embed_cohort`.
@@ -112,12 +113,19 @@ def _turns(runs: Mapping[str, EncoderRun]) -> Iterator[list[str]]:
         left = [name for name in left if name not in now]
 
 
+class _CallbackFailed(BaseException):
+    """What the caller's own function has raised, as the cause: no failure of an encoder."""
+
+
 def _one_at_a_time(call: OnPersisted) -> OnPersisted:
     lock = threading.Lock()
 
     def locked(artifact: Artifact) -> None:
         with lock:
-            call(artifact)
+            try:
+                call(artifact)
+            except Exception as error:
+                raise _CallbackFailed from error
 
     return locked
 
@@ -174,14 +182,16 @@ def run_side_by_side(
                 for name, task in tasks.items()
             }
             try:
-                wait(running.values())
-            except BaseException:  # an interrupt: no thread would notice it
+                left = set(running.values())
+                while left:
+                    done, left = wait(left, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        _result(future)
+            except BaseException:  # an interrupt, say: no thread would notice it
                 reporter.cancel()
                 stager.stop()
                 raise
-    found: dict[str, Result | Exception] = {}
-    for name, future in running.items():
-        found[name] = _result(future)
+    found: dict[str, Result | Exception] = {name: _result(future) for name, future in running.items()}
     for name, result in found.items():
         if isinstance(result, Exception):
             reporter.broken(name, result)
@@ -196,4 +206,4 @@ def _result(future: Future[Any]) -> Any:
         return future.result()
     if isinstance(error, Exception):
         return error
-    raise error
+    raise error.__cause__ if isinstance(error, _CallbackFailed) and error.__cause__ else error
