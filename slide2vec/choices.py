@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple, TypeAlias
 
 __all__ = [
+    "OUTPUT_FORMATS",
     "RUNTIMES",
     "Backend",
     "CompiledRuntime",
+    "EmbeddingFormat",
     "EngineChoice",
     "Executor",
     "OptionalPackage",
@@ -77,6 +79,25 @@ class CompiledRuntime(NamedTuple):
         """The command that installs it; none for PyTorch's own."""
         return self.library.install if self.library else ""
 
+
+class EmbeddingFormat(NamedTuple):
+    """A format of embedding files; its name is their suffix.
+
+    Attributes:
+        home: the module that writes and reads them, a `slide2vec.artifacts.formats.FormatModule`.
+        has_coords: whether they hold the tiles' coordinates, too.
+    """
+
+    home: str
+    has_coords: bool
+
+
+OUTPUT_FORMATS: Mapping[str, EmbeddingFormat] = {
+    "pt": EmbeddingFormat("slide2vec.artifacts.pt_format", has_coords=False),
+    "npz": EmbeddingFormat("slide2vec.artifacts.npz_format", has_coords=False),
+    "safetensors": EmbeddingFormat("slide2vec.artifacts.safetensors_format", has_coords=True),
+    "h5": EmbeddingFormat("slide2vec.artifacts.h5_format", has_coords=True),
+}
 
 _TENSORRT = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 _RTX = ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings")

@@ -12,6 +12,7 @@ from typing import get_args
 import pytest
 
 from slide2vec import choices
+from slide2vec.artifacts.formats import FormatModule
 from slide2vec.compile.builders import BuilderModule
 from slide2vec.runtime.loading import RuntimeModule
 
@@ -50,16 +51,22 @@ def test_names_are_said_once() -> None:
 
 def test_every_name_has_a_row() -> None:
     assert NAMES["Runtime"] == set(choices.RUNTIMES)
+    assert NAMES["OutputFormat"] == set(choices.OUTPUT_FORMATS)
 
 
-@pytest.mark.parametrize("runtime", choices.RUNTIMES)
-def test_modules_of_runtimes_have_what_is_asked_of_them(runtime: str) -> None:
-    row = choices.RUNTIMES[runtime]
-    for module, names in ((row.home, RuntimeModule), (row.builder, BuilderModule)):
-        found = import_module(module)
-        for name in vars(names):
-            if not name.startswith("_"):
-                assert list(signature(getattr(found, name)).parameters) == parameters(names, name), name
+@pytest.mark.parametrize(
+    ("module", "protocol"),
+    [
+        *((row.home, RuntimeModule) for row in choices.RUNTIMES.values()),
+        *((row.builder, BuilderModule) for row in choices.RUNTIMES.values()),
+        *((row.home, FormatModule) for row in choices.OUTPUT_FORMATS.values()),
+    ],
+)
+def test_modules_have_what_is_asked_of_them(module: str, protocol: type) -> None:
+    found = import_module(module)
+    for name in vars(protocol):
+        if not name.startswith("_"):
+            assert list(signature(getattr(found, name)).parameters) == parameters(protocol, name), name
 
 
 def parameters(protocol: type, name: str) -> list[str]:
