@@ -21,28 +21,29 @@ from pydantic import (
     model_validator,
 )
 
+from slide2vec.choices import (
+    Backend,
+    EngineChoice,
+    Executor,
+    OutputFormat,
+    Precision,
+    PreparerChoice,
+    SegmentationMethod,
+)
 from slide2vec.cpus import Budget
 from slide2vec.errors import ConfigError, ManifestError, nearest_names
 from slide2vec.files import as_path, is_remote
 
 __all__ = [
-    "Backend",
-    "EngineChoice",
     "ExecutionOptions",
     "FilterConfig",
     "Location",
-    "OutputFormat",
-    "Precision",
     "PreprocessingConfig",
     "PreviewConfig",
     "SegmentationConfig",
     "shard_numbers",
 ]
 
-Backend = Literal["auto", "tiff", "dicom", "cucim", "openslide", "vips", "asap"]
-Precision = Literal["fp16", "bf16", "fp32", "fp8"]
-EngineChoice = Literal["auto", "torch", "tensorrt", "tensorrt-rtx", "openvino", "inductor"]
-OutputFormat = Literal["pt", "npz", "safetensors", "h5"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 GrayLevel = Annotated[int, Field(ge=0, le=255)]
@@ -101,7 +102,7 @@ def _in_words(name: str, error: Any) -> str:
 class SegmentationConfig(_Config):
     """How tissue is distinguished from background; see `slide2vec.tiling` for the methods."""
 
-    method: Literal["hsv", "otsu", "threshold"] = "hsv"
+    method: SegmentationMethod = "hsv"
     downsample: Annotated[float, Field(gt=0)] = 64
     sthresh: GrayLevel = 8
     sthresh_up: GrayLevel = 255
@@ -197,7 +198,7 @@ class PreprocessingConfig(_Config):
     save_tiles: bool = False
     on_bad_tile: Literal["fail", "skip"] = "fail"
     gpu_decode: bool | Literal["auto", "shared"] = "auto"
-    preparer: Literal["auto", "torch", "dali", "triton"] = "auto"
+    preparer: PreparerChoice = "auto"
     use_supertiles: bool = True
     num_cucim_workers: Positive = 4
     resume: bool = False
@@ -329,7 +330,7 @@ class ExecutionOptions(_Config):
     num_preprocessing_workers: Positive | None = None
     num_gpus: Annotated[int, Field(ge=0)] | None = None
     devices: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    executor: Literal["local", "ray"] = "local"
+    executor: Executor = "local"
     ray_address: str | None = None
     precision: Precision | None = None
     engine: EngineChoice = "auto"

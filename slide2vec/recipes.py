@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from slide2vec.choices import Precision
 from slide2vec.errors import ConfigError, PresetError, nearest_names
 from slide2vec.files import hub_or_cache
 
@@ -140,7 +141,7 @@ class EnginePolicy(_Section):
     islands: tuple[Literal["norm", "patch_embed", "attention"], ...] = ("norm", "patch_embed")
     layout: Literal["float32_nchw", "uint8_nhwc"] = "uint8_nhwc"
     advised: bool = True
-    min_cosine: dict[Literal["fp32", "fp16", "bf16", "fp8"], Annotated[float, Field(gt=0, lt=1)]] = {}
+    min_cosine: dict[Precision, Annotated[float, Field(gt=0, lt=1)]] = {}
 
     def threshold(self, precision: str) -> float:
         """The least cosine of engines of a precision."""

@@ -15,7 +15,7 @@ from slide2vec.artifacts.reading import load_embeddings
 from slide2vec.artifacts.records import FORMATS, SCHEMA_VERSION, SIDECAR, read_metadata
 from slide2vec.artifacts.vectors import write_patient_embedding, write_slide_embedding
 from slide2vec.artifacts.writing import write_hierarchical_embeddings, write_tile_embeddings
-from slide2vec.config import OutputFormat
+from slide2vec.choices import OutputFormat
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import ArtifactError, ConfigError, OutputError, Slide2VecError
 from slide2vec.files import as_path, entries, is_remote

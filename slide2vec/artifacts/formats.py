@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from slide2vec.config import OutputFormat
+from slide2vec.choices import OutputFormat
 from slide2vec.errors import ArtifactError
 from slide2vec.tiling import Tiling
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from slide2vec.config import OutputFormat
+from slide2vec.choices import OutputFormat
 from slide2vec.errors import ArtifactError
 from slide2vec.files import as_os_errors, as_path, entries
 

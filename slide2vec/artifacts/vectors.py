@@ -14,7 +14,7 @@ from slide2vec.artifacts.writing import (
     remove_others,
     write_artifact,
 )
-from slide2vec.config import OutputFormat
+from slide2vec.choices import OutputFormat
 from slide2vec.errors import ArtifactError
 from slide2vec.files import as_path
 

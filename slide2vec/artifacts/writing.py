@@ -20,7 +20,7 @@ from slide2vec.artifacts.records import (
     HierarchicalEmbeddingArtifact,
     TileEmbeddingArtifact,
 )
-from slide2vec.config import OutputFormat
+from slide2vec.choices import OutputFormat
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import ArtifactError, ConfigError
 from slide2vec.files import as_path, atomic_path, is_remote, remove

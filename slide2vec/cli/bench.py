@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from slide2vec.cli.build_engine import EnginesDir, Runtime, building
-from slide2vec.cli.console import Debug, Json, Precision, note, print_json, stdout, table
+from slide2vec.choices import Precision, Runtime
+from slide2vec.cli.build_engine import EnginesDir, building
+from slide2vec.cli.console import Debug, Json, note, print_json, stdout, table
 from slide2vec.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:

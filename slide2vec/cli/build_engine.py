@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from slide2vec.cli.console import Debug, Json, Precision, note, print_error, print_json, stdout, table
+from slide2vec.choices import Precision, Runtime
+from slide2vec.cli.console import Debug, Json, note, print_error, print_json, stdout, table
 from slide2vec.cli.embed import TrustRemoteCode
 from slide2vec.errors import ConfigError, Slide2VecError
 
@@ -18,9 +19,8 @@ if TYPE_CHECKING:
     from slide2vec.compile.builders import Progress
     from slide2vec.model import Model
 
-__all__ = ["EnginesDir", "Runtime", "build_engine", "building", "engine_row"]
+__all__ = ["EnginesDir", "build_engine", "building", "engine_row"]
 
-Runtime = Literal["tensorrt", "tensorrt-rtx", "openvino", "inductor"]
 EnginesDir = Annotated[
     Path | None,
     typer.Option(

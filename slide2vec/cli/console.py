@@ -12,25 +12,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from slide2vec.choices import EngineChoice, SegmentationMethod
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 __all__ = [
-    "Backend",
     "Debug",
     "Devices",
     "Engine",
-    "EngineName",
-    "Format",
     "IdSource",
     "Json",
+    "Method",
     "MinPiece",
     "NumGpus",
     "Overlap",
-    "Precision",
     "SegmentationDownsample",
-    "SegmentationMethod",
     "SlidesDir",
     "Sthresh",
     "TissueThreshold",
@@ -93,13 +91,8 @@ def debugging() -> bool:
     return any(isinstance(h, _StderrHandler) and h.level == logging.DEBUG for h in _logger.handlers)
 
 
-#: As in slide2vec.config, which is not imported for the sake of start-up time.
-Backend = Literal["auto", "tiff", "dicom", "cucim", "vips", "openslide", "asap"]
-Format = Literal["pt", "npz", "safetensors", "h5"]
-Precision = Literal["fp32", "bf16", "fp16", "fp8"]
-EngineName = Literal["auto", "torch", "tensorrt", "tensorrt-rtx", "openvino", "inductor"]
 Engine = Annotated[
-    EngineName, typer.Option(help="What runs the encoder: auto takes a compiled one where there is one.")
+    EngineChoice, typer.Option(help="What runs the encoder: auto takes a compiled one where there is one.")
 ]
 NumGpus = Annotated[int | None, typer.Option(min=0, help="GPUs to use [all, unless --device names one].")]
 Devices = Annotated[
@@ -116,8 +109,8 @@ IdSource = Annotated[
         "--id-from", help='Where no ids are given: the file\'s name, or its path with "__" for "/".'
     ),
 ]
-SegmentationMethod = Annotated[
-    Literal["hsv", "otsu", "threshold"] | None,
+Method = Annotated[
+    SegmentationMethod | None,
     typer.Option(help="How tissue is distinguished from glass [hsv].", show_default=False),
 ]
 SegmentationDownsample = Annotated[

@@ -7,20 +7,18 @@ from typing import Annotated, Literal
 
 import typer
 
+from slide2vec.choices import Backend, OutputFormat, Precision
 from slide2vec.cli.console import (
-    Backend,
     Debug,
     Devices,
     Engine,
-    Format,
     IdSource,
     Json,
+    Method,
     MinPiece,
     NumGpus,
     Overlap,
-    Precision,
     SegmentationDownsample,
-    SegmentationMethod,
     SlidesDir,
     Sthresh,
     TissueThreshold,
@@ -71,7 +69,7 @@ def embed(
     ] = None,
     overlap: Overlap = None,
     tissue_threshold: TissueThreshold = None,
-    segmentation_method: SegmentationMethod = None,
+    segmentation_method: Method = None,
     segmentation_downsample: SegmentationDownsample = None,
     sthresh: Sthresh = None,
     min_piece: MinPiece = None,
@@ -96,7 +94,7 @@ def embed(
         Path | None, typer.Option(help="Local folder to copy the next slides to, off slow storage.")
     ] = None,
     stage_gb: Annotated[float | None, typer.Option(help="GB it may take [half of what is free].")] = None,
-    file_format: Annotated[Format, typer.Option("--format", help="Of the embeddings.")] = "pt",
+    file_format: Annotated[OutputFormat, typer.Option("--format", help="Of the embeddings.")] = "pt",
     resume: Annotated[
         bool,
         typer.Option("--resume/--no-resume", help="Keep what an earlier run finished, if settings agree."),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from slide2vec.choices import OutputFormat
 from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
 from slide2vec.files import as_path
 
@@ -24,7 +25,7 @@ def export(
         str, typer.Option("--output", "-o", help="Directory (or URL) for the files; another one.")
     ],
     file_format: Annotated[
-        Literal["h5", "safetensors", "npz", "pt"],
+        OutputFormat,
         typer.Option("--format", help="h5 is what CLAM and TRIDENT read."),
     ] = "h5",
     dtype: Annotated[

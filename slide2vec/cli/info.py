@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slide2vec.choices import Backend
 from slide2vec.cli.console import (
-    Backend,
     Debug,
     Json,
+    Method,
     MinPiece,
     SegmentationDownsample,
-    SegmentationMethod,
     Sthresh,
     facts,
     print_json,
@@ -48,7 +48,7 @@ def info(
     tissue_threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Least tissue in a tile, 0 to 1.")
     ] = 0.01,
-    segmentation_method: SegmentationMethod = None,
+    segmentation_method: Method = None,
     segmentation_downsample: SegmentationDownsample = None,
     sthresh: Sthresh = None,
     min_piece: MinPiece = None,

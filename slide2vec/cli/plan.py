@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slide2vec.choices import Backend, EngineChoice, Precision
 from slide2vec.cli.console import (
-    Backend,
     Debug,
-    EngineName,
     IdSource,
     Json,
+    Method,
     MinPiece,
     Overlap,
-    Precision,
     SegmentationDownsample,
-    SegmentationMethod,
     SlidesDir,
     Sthresh,
     TissueThreshold,
@@ -82,7 +80,7 @@ def plan(
     tile_size: Annotated[int | None, typer.Option(help="Side of the tiles in px [the preset's].")] = None,
     overlap: Overlap = None,
     tissue_threshold: TissueThreshold = None,
-    segmentation_method: SegmentationMethod = None,
+    segmentation_method: Method = None,
     segmentation_downsample: SegmentationDownsample = None,
     sthresh: Sthresh = None,
     min_piece: MinPiece = None,
@@ -95,7 +93,7 @@ def plan(
     backend: Annotated[Backend, typer.Option(help="What reads the slides.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu; by default the best.")] = None,
     precision: Annotated[Precision | None, typer.Option(help="Of the encoder.", show_default=False)] = None,
-    engine: Annotated[EngineName, typer.Option(help="What runs the encoder.")] = "auto",
+    engine: Annotated[EngineChoice, typer.Option(help="What runs the encoder.")] = "auto",
     batch_size: Annotated[int | None, typer.Option(help="Tiles per forward pass [by device].")] = None,
     allow_non_recommended_settings: Annotated[
         bool, typer.Option("--allow-non-recommended-settings", help="Other spacings and tile sizes.")

@@ -8,18 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from slide2vec.choices import Backend, EngineChoice, Executor, OutputFormat, Precision
 from slide2vec.cli.console import (
-    Backend,
     Debug,
     Devices,
-    EngineName,
-    Format,
     Json,
+    Method,
     MinPiece,
     NumGpus,
-    Precision,
     SegmentationDownsample,
-    SegmentationMethod,
     SlidesDir,
     Sthresh,
     device_names,
@@ -92,7 +89,7 @@ def run(
     ] = None,
     overlap: Annotated[float | None, typer.Option(help="Of neighbouring tiles, 0 to 1.")] = None,
     tissue_threshold: Annotated[float | None, typer.Option(help="Least tissue in a tile, 0 to 1.")] = None,
-    segmentation_method: SegmentationMethod = None,
+    segmentation_method: Method = None,
     segmentation_downsample: SegmentationDownsample = None,
     sthresh: Sthresh = None,
     min_piece: MinPiece = None,
@@ -102,12 +99,12 @@ def run(
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu; by default the best.")] = None,
     precision: Annotated[Precision | None, typer.Option(help="Of the encoder.", show_default=False)] = None,
     engine: Annotated[
-        EngineName | None, typer.Option(help="What runs the encoder [auto].", show_default=False)
+        EngineChoice | None, typer.Option(help="What runs the encoder [auto].", show_default=False)
     ] = None,
     num_gpus: NumGpus = None,
     devices: Devices = None,
     executor: Annotated[
-        Literal["local", "ray"] | None,
+        Executor | None,
         typer.Option(help="This machine's devices, or those of a Ray cluster [local].", show_default=False),
     ] = None,
     address: Annotated[
@@ -124,7 +121,7 @@ def run(
     ] = None,
     stage_gb: Annotated[float | None, typer.Option(help="GB it may take [half of what is free].")] = None,
     file_format: Annotated[
-        Format | None, typer.Option("--format", help="Of the embeddings [pt].", show_default=False)
+        OutputFormat | None, typer.Option("--format", help="Of the embeddings [pt].", show_default=False)
     ] = None,
     output_dtype: Annotated[
         Literal["fp32", "fp16"] | None, typer.Option(help="Of the embeddings.", show_default=False)

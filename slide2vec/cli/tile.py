@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from slide2vec.choices import Backend
 from slide2vec.cli.console import (
-    Backend,
     Debug,
     IdSource,
     Json,
+    Method,
     MinPiece,
     Overlap,
     SegmentationDownsample,
-    SegmentationMethod,
     SlidesDir,
     Sthresh,
     TissueThreshold,
@@ -59,7 +59,7 @@ def tile(
     ] = None,
     overlap: Overlap = None,
     tissue_threshold: TissueThreshold = None,
-    segmentation_method: SegmentationMethod = None,
+    segmentation_method: Method = None,
     segmentation_downsample: SegmentationDownsample = None,
     sthresh: Sthresh = None,
     min_piece: MinPiece = None,

@@ -5,12 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
-from slide2vec import __version__, config
-from slide2vec.cli.console import Backend
+from slide2vec import __version__
 
 HEAVY = ("torch", "numpy", "pandas", "cv2", "huggingface_hub", "timm", "openslide", "cucim", "tifffile")
 
@@ -34,10 +32,6 @@ def test_listing_models_does_not_load_torch() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "virchow2" in ran.stdout and ran.stderr.strip() == "False"
-
-
-def test_backends_are_those_of_the_configuration() -> None:
-    assert set(get_args(Backend)) == set(get_args(config.Backend))
 
 
 def test_python_dash_m() -> None:
