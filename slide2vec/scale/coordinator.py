@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 #: Slides that a worker may have ahead of the one that it reads, to plan them meanwhile.
 DEPTH = 4
-#: Workers that may be lost one after the other, per worker, while no slide gets through. Those that cannot take
-#: the place of a lost one do not count while others work: of them it is the pool that gives up.
+#: Workers that may be lost one after the other, per worker, while no slide gets through. Those that cannot
+#: take the place of a lost one do not count while others work: of them it is the pool that gives up.
 MAX_CONSECUTIVE_LOSSES = 2
 
 
