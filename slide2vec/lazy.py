@@ -50,7 +50,7 @@ def _compiler_when_called() -> Iterator[None]:
     import torch
     from torch._compile import _disable_dynamo
 
-    at_once = torch.compiler.disable
+    at_once: Any = torch.compiler.disable
 
     def disable(fn: Any = None, recursive: bool = True, **more: Any) -> Any:
         later = isinstance(fn, FunctionType) and not more and _COMPILER not in sys.modules

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,9 +95,9 @@ def test_who_needs_the_compiler_meanwhile_has_it(compiler: str, imported: str) -
 def test_decorators_of_the_compiler_wait_for_the_call(compiler: str) -> None:
     disable = torch.compiler.disable
     with lazy._compiler_when_called():
-        later = torch.compiler.disable
+        later: Any = torch.compiler.disable
 
-        @torch.compiler.disable
+        @later
         def twice(number: int) -> int:
             """Doubles."""
             return 2 * number
