@@ -11,11 +11,13 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from shallow import few_blocks
 
 from slide2vec import EmbedSlidesError, ExecutionOptions, Model, Models, Pipeline, PreprocessingConfig
 from slide2vec.cohort.process_list import read_process_list
 from slide2vec.errors import ConfigError
 from slide2vec.readers import decoders
+from slide2vec.stream import shared_slides
 from slide2vec.tiling import tile
 
 CONFIG = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5, resume=True)
@@ -193,6 +195,39 @@ def test_what_the_callback_raises_ends_the_run_and_is_raised(
         )
     rows = read_process_list(tmp_path / "process_list.csv")
     assert not [row for row in rows if row["feature_status"] == "error"]
+
+
+def test_patients_in_another_order_than_the_manifest_have_a_turn_of_their_own(
+    models: Models,
+    slides: list[Path],
+    tmp_path: Path,
+    counts: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Streams that take slides in other orders would wait for each other, or keep everything."""
+    with few_blocks():
+        patients = Model.from_preset(
+            "moozy", weights="random", device="cpu", allow_non_recommended_settings=True
+        )
+    several = Models({"patients": patients, "first": models["first"]})
+
+    def run(name: str, *of: str) -> Any:
+        counts.clear()
+        caplog.clear()
+        given = [
+            {"sample_id": path.stem, "image_path": path, "patient_id": patient}
+            for path, patient in zip(slides, of, strict=True)
+        ]
+        return Pipeline(several, CONFIG, EXECUTION.updated(output_dir=tmp_path / name)).run(given)
+
+    monkeypatch.setattr(shared_slides, "KEPT_SLIDES", 1)
+    assert not run("sorted", "p", "p", "q").failed
+    once = counts["decode_tile"]
+    assert "different orders" not in caplog.text
+    result = run("unsorted", "p", "q", "p")
+    assert counts["decode_tile"] > once and "patients and first take slides in different" in caplog.text
+    assert len(result.patient_artifacts) == 2 and len(result.tile_artifacts) == 3
 
 
 def test_a_bad_slide_fails_with_every_encoder_and_stops_none(

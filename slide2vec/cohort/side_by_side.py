@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from slide2vec.cohort.embedder import Embedder
 from slide2vec.cohort.output_dir import Settings, shared_output_directory
 from slide2vec.cohort.recorder import RunRecorder
 from slide2vec.cohort.results import Artifact, RunResult
-from slide2vec.cohort.resume import ResumePlan, resume_run
+from slide2vec.cohort.resume import ResumePlan, plan_everything, resume_run
 from slide2vec.cohort.run import embed_what_is_left, left_in_words
 from slide2vec.cohort.slide_writer import OnPersisted
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
@@ -28,6 +29,8 @@ from slide2vec.stream.shared_slides import Share, SharedSlides
 from slide2vec.stream.staging import stager_for
 
 __all__ = ["EncoderRun", "embed_cohort_together", "run_side_by_side"]
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -74,7 +77,7 @@ def embed_cohort_together(
     with shared_output_directory(cohorts, slides) as (opened, log):
         whole = dict(zip(runs, opened, strict=True))
         summaries: dict[str, RunSummary] = {}
-        for names in _turns(runs):
+        for names in _turns(runs, whole):
             todo = {}
             for name in names:
                 cohort, recorder = whole[name]
@@ -102,12 +105,26 @@ def embed_cohort_together(
         return {name: recorder.result(summaries.get(name)) for name, (_, recorder) in whole.items()}
 
 
-def _turns(runs: Mapping[str, EncoderRun]) -> Iterator[list[str]]:
-    """Names that run side by side; first those that come after none."""
+def _turns(
+    runs: Mapping[str, EncoderRun], whole: Mapping[str, tuple[Cohort, RunRecorder]]
+) -> Iterator[list[str]]:
+    """Names that run side by side; first those that come after none. Encoders of patients, which take slides
+    patient by patient, have a turn of their own if that is another order."""
+    orders = {
+        name: tuple(slide.sample_id for slide in plan_everything(recorder.slides, cohort.kind).slides)
+        for name, (cohort, recorder) in whole.items()
+    }
     done: set[str] = {""}
     left = list(runs)
     while left:
-        now = [name for name in left if runs[name].after in done]
+        ready = [name for name in left if runs[name].after in done]
+        now = [name for name in ready if orders[name] == orders[ready[0]]]
+        if apart := [name for name in ready if name not in now]:
+            logger.warning(
+                "%s and %s take slides in different orders, so that each reads them: a manifest in which the "
+                "slides of each patient follow one another has them read once",
+                *(", ".join(now), ", ".join(apart)),
+            )
         yield now
         done |= set(now)
         left = [name for name in left if name not in now]
@@ -160,7 +177,7 @@ def run_side_by_side(
 
     Args:
         tasks: of each encoder, called with its part in the slides.
-        slides: that each encoder will plan.
+        slides: that each encoder will plan, in one order that they have in common.
         execution: says where slides are staged, if they are.
         reporter: is told of all of them.
 
