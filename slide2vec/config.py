@@ -334,6 +334,7 @@ class ExecutionOptions(_Config):
     ray_address: str | None = None
     precision: Precision | None = None
     engine: EngineChoice = "auto"
+    build_engine: Literal["auto", "never"] = "auto"
     torch_compile: bool = False
     prefetch_factor: Positive = 4
     persistent_workers: bool = True
