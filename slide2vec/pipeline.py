@@ -153,6 +153,8 @@ class Pipeline:
         settings: Callable[[Model, PreprocessingConfig], str],
         on_slide_persisted: OnPersisted | None,
     ) -> RunResult:
+        for name, model in self.models.items():
+            model.decide_engine(slides, configs[name], self.execution)
         if len(self.models) == 1 or self.models.take_turns(self.execution):
             alone = {
                 name: embed_cohort(
