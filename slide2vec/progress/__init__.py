@@ -17,7 +17,7 @@ from slide2vec.progress.events import (
     in_turn,
     merged,
 )
-from slide2vec.progress.metered import Metering, metered
+from slide2vec.progress.metering import Metering, metered
 from slide2vec.progress.reporters import (
     NullReporter,
     ProgressReporter,

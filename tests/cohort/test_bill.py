@@ -26,7 +26,7 @@ class Meter:
 
 @pytest.fixture(autouse=True)
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slide2vec.progress.metered.EnergyMeter", Meter)
+    monkeypatch.setattr("slide2vec.progress.metering.EnergyMeter", Meter)
 
 
 def run(model: Model, slides: Sequence[Any], output_dir: Path, **options: Any) -> RunResult:
