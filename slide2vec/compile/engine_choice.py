@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from slide2vec.choices import RUNTIMES
 from slide2vec.compile.builders import default_runtime
 from slide2vec.compile.engine_key import EngineTarget, differences
 from slide2vec.compile.export_module import torch_engine
@@ -15,7 +16,7 @@ from slide2vec.compile.proof import is_to_be_proven, proof_on, prove, proven
 from slide2vec.compile.store import EngineStore, StoredEngine
 from slide2vec.errors import ConfigError, EngineError, ExtraMissingError
 from slide2vec.runtime.base import Engine
-from slide2vec.runtime.loading import COMPILED, load_engine, not_here, runtimes_for
+from slide2vec.runtime.loading import load_engine, not_here, runtimes_for
 from slide2vec.runtime.torch_engine import DTYPES
 
 __all__ = ["MatchingEngines", "Selected", "find_engine", "select_engine"]
@@ -108,9 +109,8 @@ def select_engine(
     runtimes = runtimes_for(target.device)
     if choice != "auto":
         runtimes = tuple(name for name in runtimes if name == choice)
-        known = {name for names in COMPILED.values() for name in names}
-        if choice not in known:
-            raise ConfigError(f"engine={choice!r} is not auto, torch, {', '.join(sorted(known))}")
+        if choice not in RUNTIMES:
+            raise ConfigError(f"engine={choice!r} is not auto, torch, {', '.join(RUNTIMES)}")
         if not runtimes:
             raise EngineError(f"engine={choice!r} does not run on {target.device}")
     try:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from slide2vec.choices import RUNTIMES
 from slide2vec.compile.export_module import GRAPH
 from slide2vec.recipes import Recipe
 from slide2vec.runtime.base import BatchProfile, Layout
@@ -19,14 +20,6 @@ from slide2vec.runtime.tensorrt.targets import target_of
 from slide2vec.version import __version__
 
 __all__ = ["EngineTarget", "differences", "identity", "library_versions", "target_here", "targets_of"]
-
-#: Distributions of a runtime, the first that is installed counts.
-DISTRIBUTIONS = {
-    "openvino": ("openvino",),
-    "inductor": ("torch",),
-    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings"),
-    "tensorrt-rtx": ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings"),
-}
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,7 @@ def identity(
         "opset": opset,
         "graph": GRAPH,
         "runtime": runtime,
-        "runtime_version": _version(DISTRIBUTIONS[runtime]),
+        "runtime_version": _version(RUNTIMES[runtime].versions),
         "device": _targeted(targets) if targets else _device(target.device, runtime),
     }
     if recipe.positions != "antialiased" and recipe.encoder.kwargs.get("img_size") != transform.crop:
@@ -127,7 +120,7 @@ def _targeted(targets: tuple[str, ...]) -> dict[str, Any]:
 
 def library_versions(runtime: str) -> dict[str, str]:
     """Of what an engine is built with."""
-    names = {"torch": ("torch",), "timm": ("timm",), "onnx": ("onnx",), runtime: DISTRIBUTIONS[runtime]}
+    names = {"torch": ("torch",), "timm": ("timm",), "onnx": ("onnx",), runtime: RUNTIMES[runtime].versions}
     found = {name: _version(candidates) for name, candidates in names.items()}
     return {"slide2vec": __version__} | {name: each for name, each in found.items() if each}
 
