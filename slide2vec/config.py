@@ -362,7 +362,7 @@ class ExecutionOptions(_Config):
 
     @model_validator(mode="after")
     def _fits_the_executor(self) -> Self:
-        if self.executor == "local" and self.ray_address is not None:
+        if self.executor != "ray" and self.ray_address is not None:
             raise ConfigError(
                 f'ray_address={self.ray_address} is for executor="ray"; say so, or leave it out'
             )
