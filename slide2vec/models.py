@@ -178,6 +178,8 @@ class Models(Mapping[str, Model]):
                 for name, model in self.items()
             }
         configs = self.resolve_preprocessing(preprocessing)
+        for name, model in self.items():
+            model.decide_engine(slides, configs[name], execution)
         groups = self.grouped(configs, execution)
         tasks = {
             names[0]: partial(self._embed, names, slides, configs[names[0]], execution) for names in groups

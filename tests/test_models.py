@@ -11,11 +11,14 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from shallow import few_blocks
 
 from slide2vec import EmbedSlidesError, ExecutionOptions, Model, Models, Pipeline, PreprocessingConfig
+from slide2vec.artifacts import load_embeddings
 from slide2vec.cohort.process_list import read_process_list
 from slide2vec.errors import ConfigError
 from slide2vec.readers import decoders
+from slide2vec.stream import Stream
 from slide2vec.tiling import tile
 
 CONFIG = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5, resume=True)
@@ -178,7 +181,8 @@ def test_an_encoder_that_breaks_off_fails_alone(
     calls.clear()
     with pytest.raises(EmbedSlidesError, match="1 with second") as caught:
         models.embed_slides(slides, CONFIG, execution)
-    assert [len(results) for results in caught.value.results.values()] == [3, 3, 3]
+    found = caught.value.results
+    assert isinstance(found, dict) and [len(results) for results in found.values()] == [3, 3, 3]
 
 
 def test_a_bad_slide_fails_with_every_encoder_and_stops_none(
@@ -198,3 +202,29 @@ def test_two_models_of_one_name_need_names_of_their_own(models: Models) -> None:
         Models([models["first"], models["second"]])
     with pytest.raises(ConfigError, match="no model"):
         Models([])
+
+
+def test_encoders_of_one_tile_encoder_take_its_features_over(
+    slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They write into one folder, so that they come one after the other, though nothing is resumed."""
+    with few_blocks():
+        models = Models.from_presets(["moozy", "moozy-slide"], weights="random", device="cpu")
+    given = [
+        {"sample_id": path.stem, "image_path": path, "patient_id": name}
+        for path, name in zip(slides, "aba", strict=True)
+    ]
+    execution = ExecutionOptions(batch_size=3, output_dir=tmp_path / "many", save_tile_embeddings=True)
+    streams, run = [], Stream.run
+
+    def counted(self: Stream, *args: Any) -> Any:
+        streams.append(self)
+        return run(self, *args)
+
+    monkeypatch.setattr(Stream, "run", counted)
+    config = PreprocessingConfig(filtering={"a_t": 0})  # type: ignore[arg-type]
+    result = Pipeline(models, config, execution).run(given)
+    assert len(streams) == 1 and not result.failed
+    assert [len(result.encoders["moozy"].patient_artifacts), len(result.slide_artifacts)] == [2, 3]
+    for artifact in result.encoders["moozy-slide"].tile_artifacts:
+        assert artifact.metadata["num_tiles"] == len(load_embeddings(artifact.path)) > 1

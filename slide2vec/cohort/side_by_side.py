@@ -7,10 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+from slide2vec.artifacts import TileEmbeddingArtifact
 from slide2vec.cohort.context import Cohort
 from slide2vec.cohort.embedder import Embedder
 from slide2vec.cohort.output_dir import Settings, shared_output_directory
@@ -39,8 +40,8 @@ class EncoderRun:
     Attributes:
         config: with requested_spacing_um and requested_tile_size_px resolved.
         settings: as for `embed_cohort`.
-        after: the encoder whose embeddings of tiles it takes over, and after which it runs; "" = it embeds
-            tiles itself.
+        after: the encoder after which it runs, since they have one tile encoder and so one folder: its
+            embeddings of tiles are taken over, where it keeps them. "" = it waits for none.
     """
 
     embedder: Embedder
@@ -77,7 +78,8 @@ def embed_cohort_together(
             todo = {}
             for name in names:
                 cohort, recorder = whole[name]
-                todo[name] = resume_run(cohort, recorder)
+                before = whole[runs[name].after][1] if runs[name].after else None
+                todo[name] = _left(cohort, recorder, before)
                 log.write(f"{name}: {left_in_words(todo[name], recorder.slides)}")
             reporter = TogetherReporter(
                 log,
@@ -110,6 +112,20 @@ def _turns(runs: Mapping[str, EncoderRun]) -> Iterator[list[str]]:
         yield now
         done |= set(now)
         left = [name for name in left if name not in now]
+
+
+def _left(cohort: Cohort, recorder: RunRecorder, before: RunRecorder | None) -> ResumePlan:
+    """What is left to do; a run that resumes nothing takes over what the one before it has just embedded."""
+    left = resume_run(cohort, recorder)
+    if before is None or cohort.config.resume or cohort.level == "tile":
+        return left
+    tiles = before.made("tile")
+    taken = [(slide, tiles[slide.sample_id]) for slide in left.slides if slide.sample_id in tiles]
+    return replace(
+        left,
+        slides=[slide for slide in left.slides if slide.sample_id not in tiles],
+        tiles=[(slide, each) for slide, each in taken if isinstance(each, TileEmbeddingArtifact)],
+    )
 
 
 def _one_at_a_time(call: OnPersisted) -> OnPersisted:

@@ -150,6 +150,7 @@ KEYS: dict[str, Key] = {
     ),
     "speed.precision": _of(ExecutionOptions, "precision"),
     "speed.engine": _of(ExecutionOptions, "engine"),
+    "speed.build_engine": _of(ExecutionOptions, "build_engine"),
     "speed.torch_compile": _of(ExecutionOptions, "torch_compile"),
     "speed.output_dtype": _of(ExecutionOptions, "output_dtype"),
     "speed.num_dataloader_workers": _of(ExecutionOptions, "num_workers"),
