@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from slide2vec.artifacts import TileEmbeddingArtifact
+from slide2vec.cohort.bill import write_bill
 from slide2vec.cohort.context import Cohort
 from slide2vec.cohort.embedder import Embedder
 from slide2vec.cohort.output_dir import Settings, shared_output_directory
@@ -59,14 +60,15 @@ def embed_cohort_together(
     execution: ExecutionOptions,
     *,
     on_slide_persisted: OnPersisted | None = None,
-) -> dict[str, RunResult]:
+) -> RunResult:
     """As `embed_cohort`, with several encoders in this process: slides are read once for all of them. Each
     writes what it would write alone, one run after the other, into the same directory.
 
-    An encoder that breaks off fails the slides that it has not finished; the others go on.
+    An encoder that breaks off fails the slides that it has not finished; the others go on. The result of each
+    is in `encoders`, in the order of `runs`.
 
     Args:
-        runs: by name, those that come after another behind it.
+        runs: by name.
         on_slide_persisted: as for `embed_cohort`, one call at a time. What it raises ends the run.
 
     Raises:
@@ -74,9 +76,12 @@ def embed_cohort_together(
     """
     if on_slide_persisted is not None:
         on_slide_persisted = _one_at_a_time(on_slide_persisted)
-    cohorts = [(Cohort(run.config, execution, run.embedder), run.settings) for run in runs.values()]
+    opened_as = sorted(runs, key=lambda name: runs[name].after != "")
+    cohorts = [
+        (Cohort(runs[name].config, execution, runs[name].embedder), runs[name].settings) for name in opened_as
+    ]
     with shared_output_directory(cohorts, slides) as (opened, log):
-        whole = dict(zip(runs, opened, strict=True))
+        whole = dict(zip(opened_as, opened, strict=True))
         summaries: dict[str, RunSummary] = {}
         for names in _turns(runs, whole):
             todo = {}
@@ -104,7 +109,9 @@ def embed_cohort_together(
                 if isinstance(ended, Exception):
                     _break_off(whole[name][0], whole[name][1], todo[name], ended)
             summaries |= reporter.summaries
-        return {name: recorder.result(summaries.get(name)) for name, (_, recorder) in whole.items()}
+        write_bill(log, {whole[name][0].place.name: summary for name, summary in summaries.items()})
+        results = {name: whole[name][1].result(summaries.get(name)) for name in runs}
+        return RunResult.of_several(results, log.summary)
 
 
 def _turns(
