@@ -1,13 +1,21 @@
-"""Names of a package that are imported from its modules when they are first used."""
+"""What is imported when it is first used: names of a package; PyTorch's compiler, which timm would load."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from threading import Lock
+from types import FunctionType, ModuleType
 from typing import Any
 
-__all__ = ["lazy_attributes"]
+__all__ = ["import_timm", "lazy_attributes"]
+
+_COMPILER = "torch._dynamo"
+#: The one of its modules that torchvision imports a name from.
+_ITS_UTILS = f"{_COMPILER}.utils"
+_importing = Lock()
 
 
 def lazy_attributes(
@@ -21,3 +29,59 @@ def lazy_attributes(
         return getattr(importlib.import_module(f"{package}.{homes[name]}"), name)
 
     return get, lambda: sorted(sys.modules[package].__all__)
+
+
+def import_timm() -> Any:
+    """timm, imported without PyTorch's compiler (1.3 s): timm and torchvision import that for decorators and
+    for a question that they ask when they run.
+
+    They stay whole: what they would have taken from the compiler loads it when it is called.
+    """
+    with _importing:
+        if {"timm", _COMPILER}.isdisjoint(sys.modules):
+            with _compiler_when_called():
+                importlib.import_module("timm")
+    return importlib.import_module("timm")
+
+
+@contextmanager
+def _compiler_when_called() -> Iterator[None]:
+    """In the block `torch.compiler.disable` and what the compiler has in `utils` load it when called."""
+    import torch
+    from torch._compile import _disable_dynamo
+
+    at_once: Any = torch.compiler.disable
+
+    def disable(fn: Any = None, recursive: bool = True, **more: Any) -> Any:
+        later = isinstance(fn, FunctionType) and not more and _COMPILER not in sys.modules
+        return _disable_dynamo(fn, recursive) if later else at_once(fn, recursive, **more)
+
+    utils: Any = _utils_when_called()
+    torch.compiler.disable, sys.modules[_ITS_UTILS] = disable, utils
+    try:
+        yield
+    finally:
+        torch.compiler.disable = at_once
+        if sys.modules.get(_ITS_UTILS) is utils:
+            del sys.modules[_ITS_UTILS]
+
+
+def _utils_when_called() -> ModuleType:
+    """Stands for the compiler's `utils`: whatever is asked of it but one function loads the real one."""
+    utils = ModuleType(_ITS_UTILS)
+
+    def real(name: str) -> Any:
+        if sys.modules.get(_ITS_UTILS) is utils:
+            del sys.modules[_ITS_UTILS]
+        return getattr(importlib.import_module(_ITS_UTILS), name)
+
+    def get(name: str) -> Any:
+        if name.startswith("__"):  # asked by the import itself
+            raise AttributeError(f"module {_ITS_UTILS!r} has no attribute {name!r}")
+        return real(name)
+
+    def is_compile_supported(device_type: Any) -> Any:
+        return real("is_compile_supported")(device_type)
+
+    vars(utils).update(__getattr__=get, is_compile_supported=is_compile_supported)
+    return utils

@@ -18,9 +18,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from slide2vec.choices import Precision
+from slide2vec.choices import Precision, SlideFamily, TileFamily
 from slide2vec.errors import ConfigError, PresetError, nearest_names
 from slide2vec.files import hub_or_cache
+from slide2vec.lazy import import_timm
 
 __all__ = [
     "Recipe",
@@ -44,8 +45,6 @@ SAME_SPACING = 0.05 + 1e-9
 MIN_COSINE = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.999, "fp8": 0.99}
 Level = Literal["tile", "slide", "patient"]
 Pool = Literal["none", "cls", "cls_patch_mean", "token_mean", "base", "diagnostic"]
-TileFamily = Literal["timm", "scattering", "coca", "clip_linear", "musk", "channelwise", "remote"]
-SlideFamily = Literal["titan", "prism", "longnet", "moozy_slide", "moozy_case"]
 
 
 class _Section(BaseModel):
@@ -446,14 +445,13 @@ def _generic_recipe(name: str) -> Recipe:
 
 def _tried(arch: str) -> dict[str, Any]:
     """Build a model of timm on the meta device and run it on one tile: what it is and what comes out."""
-    import timm
     import torch
-    from timm.data.config import resolve_model_data_config
     from torch.utils.flop_counter import FlopCounterMode
 
+    timm = import_timm()
     with torch.device("meta"):
         model = timm.create_model(arch, pretrained=False, num_classes=0).eval().requires_grad_(False)
-        data = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+        data = timm.data.resolve_model_data_config(model)
         with FlopCounterMode(display=False) as flops:
             features = model(torch.empty(1, *data["input_size"]))
     if features.ndim != 2:
@@ -469,8 +467,7 @@ def _tried(arch: str) -> dict[str, Any]:
 
 def _why_not(arch: str, error: Exception) -> str:
     """Why timm has no such model, with the nearest names."""
-    import timm
-
+    timm = import_timm()
     if timm.is_model(arch.partition(".")[0]):
         return str(error)
     if arch.startswith("hf-hub:"):

@@ -1,31 +1,34 @@
-"""A features file in each of the four formats; the same bytes for the same content."""
+"""What goes into a features file, and which module (`*_format.py`) writes and reads each format."""
 
 from __future__ import annotations
 
 import io
-import json
 import math
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slide2vec.choices import OutputFormat
+from slide2vec.choices import OUTPUT_FORMATS, OutputFormat
 from slide2vec.errors import ArtifactError
 from slide2vec.tiling import Tiling
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FeatureFile", "coords_attributes", "write_feature_file"]
-
-#: torch dtype -> what a safetensors header calls it.
-_SAFETENSORS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+__all__ = [
+    "FeatureFile",
+    "FormatModule",
+    "as_array",
+    "coords_attributes",
+    "format_module",
+    "write_feature_file",
+]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,6 +49,34 @@ class FeatureFile:
     metadata: Mapping[str, str] = field(default_factory=dict)
     values_attributes: Mapping[str, str] = field(default_factory=dict)
     coords_attributes: Mapping[str, str | int | float] = field(default_factory=dict)
+
+
+class FormatModule(Protocol):
+    """What the module of a format has (`EmbeddingFormat.home`)."""
+
+    def write(self, file: BinaryIO, content: FeatureFile) -> None:
+        """Write it all; the same bytes for the same content.
+
+        Raises:
+            ArtifactError: the format has no such dtype.
+        """
+        ...
+
+    def read(self, path: Path, names: tuple[str, ...], most: int | None) -> Any:
+        """The first array that there is of these names, a tensor or NumPy's; None where there is none.
+
+        Args:
+            most: numbers that it may have.
+
+        Raises:
+            ArtifactError: it is not to be trusted; others as the parser likes.
+        """
+        ...
+
+
+def format_module(name: str) -> FormatModule:
+    """The module that writes and reads a format."""
+    return cast(FormatModule, import_module(OUTPUT_FORMATS[name].home))
 
 
 def coords_attributes(tiling: Tiling) -> dict[str, str | int | float]:
@@ -93,7 +124,7 @@ def write_feature_file(path: Path, content: FeatureFile, file_format: OutputForm
         OSError: the file cannot be written; whatever the format's library makes of that.
     """
     with _recording(path) as file:
-        _WRITERS[file_format](file, content)
+        format_module(file_format).write(file, content)
 
 
 @contextmanager
@@ -151,66 +182,12 @@ class _RecordingFile(io.RawIOBase):
     writable = seekable = readable
 
 
-def _write_pt(file: BinaryIO, content: FeatureFile) -> None:
-    import torch
+def as_array(content: FeatureFile) -> NDArray[Any]:
+    """The values for NumPy.
 
-    values = content.values
-    if values.untyped_storage().nbytes() != values.nbytes:
-        values = values.clone()  # a view would store the whole tensor behind it
-    torch.save(values, file)
-
-
-def _write_npz(file: BinaryIO, content: FeatureFile) -> None:
-    arrays = {content.name: _as_array(content)}
-    if content.coords is not None and content.values.ndim == 2:
-        arrays["tile_index"] = np.arange(len(content.coords), dtype=np.int64)
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, array in arrays.items():
-            # A ZipInfo has a constant date; force_zip64, because the size is not known beforehand.
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
-
-
-def _write_safetensors(file: BinaryIO, content: FeatureFile) -> None:
-    """As the format is defined. The library orders the metadata by chance and copies the arrays."""
-    import torch
-
-    arrays: list[tuple[str, str, NDArray[Any]]] = []
-    if content.coords is not None:
-        arrays.append(("coords", "I64", content.coords))  # first: the wider type keeps all aligned
-    dtype = str(content.values.dtype).removeprefix("torch.")
-    # As bytes, because NumPy has no bfloat16.
-    flat = content.values.reshape(-1).view(torch.uint8).numpy()
-    arrays.append((content.name, _SAFETENSORS[dtype], flat))
-    header: dict[str, Any] = {"__metadata__": dict(content.metadata)}
-    start = 0
-    for name, code, array in arrays:
-        shape = content.values.shape if name == content.name else array.shape
-        header[name] = {
-            "dtype": code,
-            "shape": list(shape),
-            "data_offsets": [start, start + array.nbytes],
-        }
-        start += array.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for _, _, array in arrays:
-        file.write(np.ascontiguousarray(array).data)
-
-
-def _write_h5(file: BinaryIO, content: FeatureFile) -> None:
-    import h5py
-
-    with h5py.File(file, "w") as target:
-        values = target.create_dataset(content.name, data=_as_array(content), track_times=False)
-        values.attrs.update(content.values_attributes)
-        if content.coords is not None:
-            coords = target.create_dataset("coords", data=content.coords, track_times=False)
-            coords.attrs.update(content.coords_attributes)
-
-
-def _as_array(content: FeatureFile) -> NDArray[Any]:
+    Raises:
+        ArtifactError: it has no such dtype.
+    """
     try:
         return content.values.numpy()
     except TypeError:
@@ -218,11 +195,3 @@ def _as_array(content: FeatureFile) -> NDArray[Any]:
             f"{content.values.dtype} cannot be stored as npz or h5: convert it to float32 or float16, or "
             "write pt or safetensors"
         ) from None
-
-
-_WRITERS: dict[OutputFormat, Callable[[BinaryIO, FeatureFile], None]] = {
-    "pt": _write_pt,
-    "npz": _write_npz,
-    "safetensors": _write_safetensors,
-    "h5": _write_h5,
-}

@@ -12,11 +12,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from slide2vec.choices import BACKENDS, EXECUTORS, PREPARERS, RUNTIMES, OptionalPackage
 from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
 from slide2vec.cli.doctor_runtimes import missing_command, runtimes
 from slide2vec.version import __version__
@@ -24,40 +24,19 @@ from slide2vec.version import __version__
 __all__ = ["doctor"]
 
 
-@dataclass(frozen=True)
-class _Part:
-    """An optional package: what it is for, under which names it is distributed, and its extra."""
-
-    name: str
-    purpose: str
-    distributions: tuple[str, ...]
-    extra: str
-
-
-_PARTS = (
-    _Part("cuCIM", "fast slide reading", ("cucim-cu13", "cucim-cu12", "cucim"), "cucim"),
-    _Part("libvips", "reads more TIFF files", ("pyvips",), "vips"),
-    _Part(
-        "nvImageCodec", "decoding on the GPU", ("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12"), "cuda"
+_PACKAGES = (
+    *(row.package for row in (*BACKENDS.values(), *PREPARERS.values()) if row.package),
+    OptionalPackage(
+        "nvImageCodec", "decoding on the GPU", "cuda", ("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12")
     ),
-    _Part("DALI", "preparing tiles on the GPU", ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "cuda"),
-    _Part(
-        "TensorRT", "compiled encoders, NVIDIA", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt"
-    ),
-    _Part(
-        "TensorRT-RTX",
-        "compiled encoders, NVIDIA",
-        ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings"),
-        "tensorrt-rtx",
-    ),
-    _Part("PyCUDA", "TensorRT without PyTorch", ("pycuda",), "deploy"),
-    _Part("OpenVINO", "compiled encoders, CPU", ("openvino",), "openvino"),
-    _Part("ONNX", "exporting encoders", ("onnx",), "openvino"),
-    _Part("ONNX Script", "exporting encoders", ("onnxscript",), "openvino"),
-    _Part("ONNX Runtime", "fp8, NVIDIA", ("onnxruntime",), "tensorrt"),
-    _Part("ml_dtypes", "fp8, NVIDIA", ("ml-dtypes",), "tensorrt"),
-    _Part("Transformers", "some presets", ("transformers",), "models"),
-    _Part("Ray", "many machines", ("ray",), "ray"),
+    *(row.package for row in RUNTIMES.values() if row.package),
+    OptionalPackage("PyCUDA", "TensorRT without PyTorch", "deploy", ("pycuda",)),
+    OptionalPackage("ONNX", "exporting encoders", "openvino", ("onnx",)),
+    OptionalPackage("ONNX Script", "exporting encoders", "openvino", ("onnxscript",)),
+    OptionalPackage("ONNX Runtime", "fp8, NVIDIA", "tensorrt", ("onnxruntime",)),
+    OptionalPackage("ml_dtypes", "fp8, NVIDIA", "tensorrt", ("ml-dtypes",)),
+    OptionalPackage("Transformers", "some presets", "models", ("transformers",)),
+    *(row.package for row in EXECUTORS.values() if row.package),
 )
 
 #: Built from source when installed, with a CUDA toolkit: left out of the one command for all that is missing.
@@ -208,9 +187,9 @@ def _parts() -> list[dict[str, str | None]]:
             "purpose": part.purpose,
             "version": _version(part.distributions),
             "extra": part.extra,
-            "install": f'pip install "slide2vec[{part.extra}]"',
+            "install": part.install,
         }
-        for part in _PARTS
+        for part in _PACKAGES
     ]
 
 

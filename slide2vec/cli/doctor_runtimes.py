@@ -8,9 +8,10 @@ from __future__ import annotations
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
+from slide2vec.choices import RUNTIMES, CompiledRuntime
 from slide2vec.runtime.tensorrt.targets import TARGETS, target_of
 
 __all__ = ["missing_command", "runtimes"]
@@ -18,11 +19,8 @@ __all__ = ["missing_command", "runtimes"]
 #: Gives the version of the first installed of some distributions.
 Installed = Callable[[Sequence[str]], str | None]
 
-PACKAGES = {
-    "tensorrt-rtx": ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings"),
-    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
-    "openvino": ("openvino",),
-}
+#: Whether it builds, whether it runs, and what to say of it.
+_Able: TypeAlias = tuple[bool, bool, str]
 #: What TensorRT needs beside its package.
 NEEDS = (
     "its libraries come from NVIDIA's own index (pypi.nvidia.com, 4 GB); CUDA 13 and driver R590 or newer, "
@@ -43,13 +41,19 @@ def _as_row(name: str, builds: bool, runs: bool, note: str) -> dict[str, Any]:
     return {"runtime": name, "builds": builds, "runs": runs, "note": note}
 
 
-def _facts(
-    gpus: Sequence[dict[str, Any]], installed: Installed
-) -> Iterator[tuple[str, tuple[bool, bool, str]]]:
-    yield "tensorrt-rtx", _rtx(gpus, installed)
-    yield "tensorrt", _tensorrt(gpus, installed)
-    yield "openvino", _openvino(installed)
-    yield "inductor", _inductor(installed)
+def _facts(gpus: Sequence[dict[str, Any]], installed: Installed) -> Iterator[tuple[str, _Able]]:
+    for name, runtime in RUNTIMES.items():
+        if runtime.package is not None and installed(runtime.package.distributions) is None:
+            yield name, (False, False, runtime.install + _beside(name))
+        else:
+            yield name, _ABLE.get(name, _able)(runtime, gpus, installed)
+
+
+def _beside(runtime: str) -> str:
+    """What to say of a library that is missing, beside the command that installs it."""
+    if runtime == "tensorrt":
+        return f"; {NEEDS}"
+    return "; there is none for this system" if runtime == "tensorrt-rtx" and not _has_rtx_wheels() else ""
 
 
 def _exports(installed: Installed) -> str:
@@ -61,10 +65,15 @@ def _targets(gpus: Sequence[dict[str, Any]]) -> list[str]:
     return [target_of(*map(int, gpu["compute_capability"].split("."))) for gpu in gpus]
 
 
-def _rtx(gpus: Sequence[dict[str, Any]], installed: Installed) -> tuple[bool, bool, str]:
-    if installed(PACKAGES["tensorrt-rtx"]) is None:
-        where = "" if _has_rtx_wheels() else "; there is none for this system"
-        return False, False, f'pip install "slide2vec[tensorrt-rtx]"{where}'
+def _able(runtime: CompiledRuntime, gpus: Sequence[dict[str, Any]], installed: Installed) -> _Able:
+    """Of a runtime whose library is there: whether it builds, whether it runs, and what to say of it."""
+    if not gpus and "cpu" not in runtime.devices:
+        return False, False, "there is no NVIDIA GPU, on which it builds and runs"
+    problem = _exports(installed)
+    return not problem, True, problem or ("" if gpus and "cuda" in runtime.devices else "for the CPU")
+
+
+def _rtx(runtime: CompiledRuntime, gpus: Sequence[dict[str, Any]], installed: Installed) -> _Able:
     known = [target for target in _targets(gpus) if target in TARGETS]
     problem = _exports(installed)
     if known:
@@ -73,32 +82,22 @@ def _rtx(gpus: Sequence[dict[str, Any]], installed: Installed) -> tuple[bool, bo
     return not problem, False, problem or f"builds for {', '.join(TARGETS)}; {here}"
 
 
-def _has_rtx_wheels() -> bool:
-    return sys.platform == "linux" and platform.machine() == "x86_64"
-
-
-def _tensorrt(gpus: Sequence[dict[str, Any]], installed: Installed) -> tuple[bool, bool, str]:
-    there = installed(PACKAGES["tensorrt"]) is not None
-    if not there:
-        return False, False, f'pip install "slide2vec[tensorrt]"; {NEEDS}'
-    if not gpus:
-        return False, False, "there is no NVIDIA GPU, on which it builds and runs"
-    problem = _exports(installed)
-    return not problem, True, problem
-
-
-def _openvino(installed: Installed) -> tuple[bool, bool, str]:
-    if installed(PACKAGES["openvino"]) is None:
-        return False, False, 'pip install "slide2vec[openvino]"'
-    problem = _exports(installed)
-    return not problem, True, problem or "for the CPU"
-
-
-def _inductor(installed: Installed) -> tuple[bool, bool, str]:
+def _inductor(runtime: CompiledRuntime, gpus: Sequence[dict[str, Any]], installed: Installed) -> _Able:
     there = installed(["torch"]) is not None
     compiler = shutil.which("g++") or shutil.which("clang++")
     note = "" if compiler else "a C++ compiler is missing (g++ or clang++)"
     return there and compiler is not None, there, note
+
+
+#: Runtimes of which more is to be said than whether their library is there.
+_ABLE: Mapping[str, Callable[[CompiledRuntime, Sequence[dict[str, Any]], Installed], _Able]] = {
+    "tensorrt-rtx": _rtx,
+    "inductor": _inductor,
+}
+
+
+def _has_rtx_wheels() -> bool:
+    return sys.platform == "linux" and platform.machine() == "x86_64"
 
 
 def missing_command(gpus: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> str:
@@ -111,4 +110,4 @@ def missing_command(gpus: Sequence[dict[str, Any]], found: Sequence[dict[str, An
         wanted = ["tensorrt"] if targets else ["openvino"]
     if builds & set(wanted):
         return "slide2vec build-engine --preset NAME"
-    return f'pip install "slide2vec[{wanted[0]}]"'
+    return RUNTIMES[wanted[0]].install

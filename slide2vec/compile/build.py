@@ -15,18 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slide2vec.choices import RUNTIMES
 from slide2vec.compile.builders import (
-    BUILDERS,
     BuildJob,
     Built,
     Progress,
+    builder_of,
     default_runtime,
-    not_for_targets,
     unavailable,
 )
 from slide2vec.compile.comparison_tiles import tissue_pixels
 from slide2vec.compile.engine_key import EngineTarget, identity, library_versions, target_here
 from slide2vec.compile.parity import Parity, batch_sizes, compare, reference_features, write_reference
+from slide2vec.compile.plan_builder import not_for_targets
 from slide2vec.compile.proof import is_to_be_proven, state, write_proof
 from slide2vec.compile.speed import beside_torch
 from slide2vec.compile.store import EngineStore, StoredEngine, engine_name
@@ -67,6 +68,7 @@ class BuildOptions:
         slide: whose tissue it is compared on (and calibrated with); None = a generated slide.
         keep_onnx: keep the ONNX file beside it.
         force: build it although it is there.
+        steps_down: take the next higher precision where one is not close enough; else that is an error.
         workspace_bytes, optimization_level, hardware_compatibility: TensorRT's.
         targets: compute capabilities that TensorRT-RTX builds for ("sm89", …), with or without a GPU here; by
             default the GPU's own, and without one all that it knows and the precision allows.
@@ -80,6 +82,7 @@ class BuildOptions:
     slide: Path | None = None
     keep_onnx: bool = False
     force: bool = False
+    steps_down: bool = True
     workspace_bytes: int | None = None
     optimization_level: int = 3
     hardware_compatibility: str = "none"
@@ -162,8 +165,8 @@ class _Plan:
     @classmethod
     def of(cls, recipe: Recipe, device: torch.device, options: BuildOptions) -> _Plan:
         chosen = options.runtime or ("tensorrt-rtx" if options.targets else None)
-        if chosen is not None and chosen not in BUILDERS:
-            raise ConfigError(f"runtime={chosen!r} is not one of {', '.join(BUILDERS)}")
+        if chosen is not None and chosen not in RUNTIMES:
+            raise ConfigError(f"runtime={chosen!r} is not one of {', '.join(RUNTIMES)}")
         on_gpu = device.type == "cuda" or chosen == "tensorrt-rtx"
         precision = options.precision or (recipe.precision if on_gpu else "fp32")
         runtime = chosen or default_runtime(precision, device)
@@ -301,7 +304,8 @@ class _Build:
         return found
 
     def _precisions(self) -> Iterator[str]:
-        for precision in STEPS_DOWN.get(self.plan.precision, (self.plan.precision,)):
+        asked = self.plan.precision
+        for precision in STEPS_DOWN.get(asked, (asked,)) if self.options.steps_down else (asked,):
             targets, runtime = self.plan.targets, self.plan.runtime
             if any(unsuited(target, precision) for target in targets):
                 continue
@@ -316,7 +320,7 @@ class _Build:
         Raises:
             EngineError: it cannot be built, or is not close enough.
         """
-        built = BUILDERS[self.plan.runtime](self._job(precision, pixels))
+        built = builder_of(self.plan.runtime).build(self._job(precision, pixels))
         record = self._record(precision, built, failed)
         if not self.plan.runs_here:
             return replace(record, build_seconds=self._seconds())
@@ -343,6 +347,7 @@ class _Build:
             recipe=self.recipe,
             folder=self.folder,
             device=self.target.device,
+            runtime=self.plan.runtime,
             precision=precision,
             layout=self.plan.layout,
             profile=self.plan.profile,

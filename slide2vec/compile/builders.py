@@ -1,37 +1,30 @@
-"""From an exported encoder to a file that a runtime loads: one builder per runtime."""
+"""From an exported encoder to a file that a runtime loads: what its builder gets and gives, and which can."""
 
 from __future__ import annotations
 
-import copy
-import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-from slide2vec.compile.compiler_messages import first_line, silenced
-from slide2vec.compile.export_module import ExportedEncoder, at_one_size
-from slide2vec.compile.onnx import batch_dimension, example_pixels, export_onnx
-from slide2vec.compile.onnx import unavailable as no_onnx
+from slide2vec.choices import RUNTIMES
+from slide2vec.compile.export_module import ExportedEncoder
+from slide2vec.compile.onnx import export_onnx
 from slide2vec.errors import EngineError
 from slide2vec.recipes import Recipe
 from slide2vec.runtime.base import BatchProfile, Layout
 from slide2vec.runtime.loading import runtimes_for
 
-__all__ = ["BUILDERS", "BuildJob", "Built", "Progress", "default_runtime", "unavailable"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["BuildJob", "BuilderModule", "Built", "Progress", "builder_of", "default_runtime", "unavailable"]
 
 #: Called with what is being done, and how far it is: step, of steps (0 = not known).
 Progress: TypeAlias = Callable[[str, int, int], None]
 
 ONNX_NAME = "encoder.onnx"
-#: Of the distance to 1 that parity allows, what fp8 may take: fp16 and the compiler need the rest.
-FP8_MARGIN = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +46,7 @@ class BuildJob:
     recipe: Recipe
     folder: Path
     device: torch.device
+    runtime: str
     precision: str
     layout: Layout
     profile: BatchProfile
@@ -97,12 +91,33 @@ class Built:
     left_out: tuple[str, ...] = ()
 
 
+class BuilderModule(Protocol):
+    """What the module that builds engines of a runtime has (`CompiledRuntime.builder`)."""
+
+    def unavailable(self, runtime: str, precision: str, device: torch.device) -> str | None:
+        """Why it cannot build here in a precision, None when it can."""
+        ...
+
+    def build(self, job: BuildJob) -> Built:
+        """Write the engine's file into the folder of the job.
+
+        Raises:
+            EngineError: it cannot be built.
+        """
+        ...
+
+
+def builder_of(runtime: str) -> BuilderModule:
+    """The module that builds engines of a runtime."""
+    return cast(BuilderModule, import_module(RUNTIMES[runtime].builder))
+
+
 def unavailable(runtime: str, precision: str, device: torch.device) -> str | None:
     """Why engines of a runtime cannot be built here in a precision, None when they can."""
     if runtime not in runtimes_for(device):
         known = ", ".join(runtimes_for(device)) or "none"
         return f"{runtime} has no engines for {device.type}; those that have: {known}"
-    return _REASONS[runtime](precision, device)
+    return builder_of(runtime).unavailable(runtime, precision, device)
 
 
 def default_runtime(precision: str, device: torch.device) -> str:
@@ -122,140 +137,3 @@ def default_runtime(precision: str, device: torch.device) -> str:
         f"no engine in {precision} can be built for {device.type} here"
         + (f" ({'; '.join(reasons)})" if reasons else "")
     )
-
-
-def _openvino(job: BuildJob) -> Built:
-    """OpenVINO's own model, in fp32: it computes in the precision that it is loaded for."""
-    import openvino
-
-    onnx, opset = job.to_onnx("fp32")
-    job.progress("compiling for OpenVINO", 0, 0)
-    try:
-        model = openvino.Core().read_model(str(onnx))
-        openvino.save_model(model, str(job.folder / "encoder.xml"), compress_to_fp16=False)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise EngineError(f"OpenVINO cannot compile preset {job.recipe.name}: {reason}") from error
-    del model  # it maps the ONNX file
-    job.drop_onnx(onnx)
-    return Built("encoder.xml", opset)
-
-
-def _no_openvino(precision: str, device: torch.device) -> str | None:
-    from slide2vec.runtime.openvino_engine import unavailable
-
-    return no_onnx() or unavailable(precision)
-
-
-def _inductor(job: BuildJob) -> Built:
-    """A package of compiled code and weights."""
-    job.progress("compiling with AOTInductor", 0, 0)
-    module = job.exported(job.precision)
-    if job.device.type != "cpu":
-        module = copy.deepcopy(module).to(job.device)
-    pixels = example_pixels(module, job.recipe.transform.crop).to(job.device)
-    shapes = batch_dimension(job.profile.max) if job.profile.max > 1 else None
-    try:
-        with silenced(), torch.no_grad(), at_one_size():
-            program = torch.export.export(
-                module, (pixels[: job.profile.max],), dynamic_shapes=shapes, strict=False
-            )
-            torch._inductor.aoti_compile_and_package(program, package_path=str(job.folder / "encoder.pt2"))
-    except Exception as error:  # the compiler's own errors have no common base
-        raise EngineError(
-            f"AOTInductor cannot compile preset {job.recipe.name}: {first_line(error)}"
-        ) from error
-    return Built("encoder.pt2")
-
-
-def _no_inductor(precision: str, device: torch.device) -> str | None:
-    if precision not in ("fp32", "bf16", "fp16"):
-        return f"AOTInductor does not compute in {precision}"
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        return "AOTInductor needs a C++ compiler (g++ or clang++)"
-    return None
-
-
-def _tensorrt(job: BuildJob) -> Built:
-    """A plan for this GPU."""
-    with torch.cuda.device(job.device):
-        return _plan(job, "tensorrt")
-
-
-def _tensorrt_rtx(job: BuildJob) -> Built:
-    """A plan for the compute capabilities of the job."""
-    return _plan(job, "tensorrt-rtx")
-
-
-def _plan(job: BuildJob, runtime: str) -> Built:
-    """A plan of one of NVIDIA's two compilers."""
-    from slide2vec.compile.fp8 import quantise_fp8
-    from slide2vec.compile.parity import for_layout
-    from slide2vec.compile.tensorrt import build_plan
-
-    transform = job.recipe.transform
-    # In fp32 NVIDIA has no kernel for the Attention operator of newer opsets (TensorRT-RTX 1.7, in words).
-    attends_in_fp32 = job.precision == "fp32" or "attention" in job.recipe.engine.islands
-    best = 20 if attends_in_fp32 else None
-    onnx, opset = job.to_onnx("fp16" if job.precision == "fp8" else job.precision, best)
-    left_out: tuple[str, ...] = ()
-    if job.precision == "fp8":
-        job.progress("calibrating fp8", 0, 0)
-        pixels = for_layout(job.calibration, (transform.mean, transform.std), job.layout).numpy()
-        quantised = job.folder / f"{ONNX_NAME}.fp8"
-        threshold = job.recipe.engine.threshold("fp8")
-        kept = 1 - FP8_MARGIN * (1 - threshold)
-        left_out = quantise_fp8(onnx, quantised, pixels, min_cosine=kept)
-        if left_out:
-            logger.warning("fp8 of %s: left in fp16: %s", job.recipe.name, ", ".join(left_out))
-        onnx = quantised
-    build_plan(
-        onnx,
-        job.folder / "encoder.plan",
-        profile=job.profile,
-        precision=job.precision,
-        workspace_bytes=job.workspace_bytes,
-        optimization_level=job.optimization_level,
-        timing_cache=job.timing_cache,
-        on_progress=job.progress,
-        hardware_compatibility=job.hardware_compatibility,
-        runtime=runtime,
-        targets=job.targets,
-    )
-    job.drop_onnx(job.folder / ONNX_NAME)
-    return Built("encoder.plan", opset, left_out)
-
-
-def _no_tensorrt(precision: str, device: torch.device) -> str | None:
-    from slide2vec.compile.tensorrt import unavailable
-
-    return no_onnx() or unavailable("tensorrt", precision, device)
-
-
-def _no_tensorrt_rtx(precision: str, device: torch.device) -> str | None:
-    from slide2vec.compile.tensorrt import unavailable
-
-    return no_onnx() or unavailable("tensorrt-rtx", precision, device)
-
-
-def not_for_targets(precision: str, targets: tuple[str, ...]) -> str | None:
-    """Why TensorRT-RTX cannot build for compute capabilities on this machine, with or without a GPU."""
-    from slide2vec.runtime.tensorrt.available import not_loading
-    from slide2vec.runtime.tensorrt.targets import check_targets
-
-    check_targets(targets, precision)
-    return no_onnx() or not_loading("tensorrt-rtx")
-
-
-BUILDERS: dict[str, Callable[[BuildJob], Built]] = {
-    "openvino": _openvino,
-    "inductor": _inductor,
-    "tensorrt": _tensorrt,
-    "tensorrt-rtx": _tensorrt_rtx,
-}
-_REASONS: dict[str, Callable[[str, torch.device], str | None]] = {
-    "openvino": _no_openvino,
-    "inductor": _no_inductor,
-    "tensorrt": _no_tensorrt,
-    "tensorrt-rtx": _no_tensorrt_rtx,
-}

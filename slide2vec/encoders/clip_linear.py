@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import cast
 
-import timm
 from torch import Tensor, nn
 
+from slide2vec.lazy import import_timm
 from slide2vec.recipes import EncoderSpec, Variant
 
 __all__ = ["ClipLinearEncoder"]
+
+timm = import_timm()
 
 
 class ClipLinearEncoder(nn.Module):

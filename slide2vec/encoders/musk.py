@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import cast
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slide2vec.lazy import import_timm
 from slide2vec.recipes import EncoderSpec, Variant
 
 __all__ = ["MuskEncoder", "quadrants"]
+
+timm = import_timm()
 
 
 class MuskEncoder(nn.Module):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import timm
-import timm.layers.mlp
 import torch
 from torch import Tensor, nn
 
 from slide2vec.encoders.weights import WeightsChoice, load_weights
 from slide2vec.errors import GatedWeightsError, PresetError, WeightsError
+from slide2vec.lazy import import_timm
 from slide2vec.recipes import EncoderSpec, Recipe, Variant
 
 __all__ = ["TimmEncoder", "generic_encoder"]
+
+timm = import_timm()
 
 #: Classes that a recipe may name in its kwargs.
 LAYERS: dict[str, Any] = {"SwiGLUPacked": timm.layers.mlp.SwiGLUPacked, "SiLU": nn.SiLU, "GELU": nn.GELU}

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slide2vec.errors import ArtifactError
 from slide2vec.files.atomic import READING_ARRAYS
 from slide2vec.files.plain import plain_stat
 
-__all__ = ["SMALL_BYTES", "check_bytes", "check_sums", "read_npz"]
+__all__ = ["SMALL_BYTES", "check_bytes", "check_most", "check_sums", "native", "read_npz"]
 
 #: A compressed array may be this many times as large as its file. Embeddings compress to half, with many
 #: zeros to a tenth, coordinates to a twentieth; deflate could reach 1,032.
@@ -91,3 +92,14 @@ def _check(name: str, file: Any, info: zipfile.ZipInfo, file_bytes: int, most: i
         raise ValueError(f"announces more data of shape {shape} than it has")
     if most is not None and math.prod(shape) > most:
         raise ValueError(f"announces {name} of shape {shape}, more than the {most:,} numbers of its record")
+
+
+def check_most(shape: tuple[int, ...], most: int | None) -> None:
+    """Raises ArtifactError for more numbers than there may be."""
+    if most is not None and math.prod(shape) > most:
+        raise ArtifactError(f"announces shape {shape}, more than the {most:,} numbers of its sidecar")
+
+
+def native(array: NDArray[Any]) -> NDArray[Any]:
+    """In the byte order of this machine, contiguous; PyTorch takes no other."""
+    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")).reshape(array.shape)

@@ -16,8 +16,7 @@ logger = logging.getLogger(__name__)
 
 #: PyTorch allows one capture at a time in a process.
 _CAPTURING = threading.Lock()
-#: Captures that may fail before none is tried any more: what waits for the whole device in another thread (a
-#: decoder that starts) spoils the one that is under way.
+#: Captures that may fail: what waits for the device in another thread, as it starts a decoder, spoils one.
 MOST_FAILED = 3
 
 

@@ -18,8 +18,7 @@ PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for; by default CUDA, else MPS, else the CPU. "cuda" is the GPU that is current in
-    this thread, by its number: in other threads another one may be.
+    """The device asked for; by default CUDA, else MPS, else the CPU. "cuda": the current GPU, by number.
 
     Raises:
         ConfigError: not a device, or one that this machine does not have.

@@ -11,8 +11,19 @@ from torch import Tensor
 from slide2vec.errors import EngineError
 from slide2vec.runtime.base import BatchProfile, Layout
 from slide2vec.runtime.device import use_device
+from slide2vec.runtime.record import EngineRecord
 
-__all__ = ["InductorEngine"]
+__all__ = ["InductorEngine", "load", "unavailable"]
+
+
+def unavailable(runtime: str, precision: str, device: torch.device | None) -> str | None:
+    """None: PyTorch brings it."""
+    return None
+
+
+def load(record: EngineRecord, file: Path, device: torch.device) -> InductorEngine:
+    """The engine of a record, see `InductorEngine`."""
+    return InductorEngine(file, device=device, profile=record.profile, **record.engine_arguments)
 
 
 class InductorEngine:

@@ -11,20 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slide2vec.choices import RUNTIMES
 from slide2vec.cpus import Budget
 from slide2vec.errors import EngineError, ExtraMissingError
 from slide2vec.runtime.base import Layout
+from slide2vec.runtime.record import EngineRecord
 
-__all__ = ["OpenVINOEngine", "capabilities", "unavailable"]
+__all__ = ["OpenVINOEngine", "capabilities", "load", "unavailable"]
 
 #: OpenVINO's names of the precisions that it computes in; the weights of the file stay fp32.
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
 
-def unavailable(precision: str = "fp32") -> str | None:
+def unavailable(
+    runtime: str = "openvino", precision: str = "fp32", device: torch.device | None = None
+) -> str | None:
     """Why OpenVINO cannot be used here in a precision, None when it can."""
     if find_spec("openvino") is None:
-        return 'OpenVINO is not installed: pip install "slide2vec[openvino]"'
+        return f"OpenVINO is not installed: {RUNTIMES['openvino'].install}"
     if precision not in HINTS:
         return f"OpenVINO does not compute in {precision}"
     try:
@@ -49,6 +53,11 @@ def _core() -> Any:
     return openvino.Core()
 
 
+def load(record: EngineRecord, file: Path, device: torch.device) -> OpenVINOEngine:
+    """The engine of a record, see `OpenVINOEngine`."""
+    return OpenVINOEngine(file, **record.engine_arguments)
+
+
 class OpenVINOEngine:
     """See `slide2vec.runtime.base.Engine`.
 
@@ -70,7 +79,7 @@ class OpenVINOEngine:
     ) -> None:
         if find_spec("openvino") is None:
             raise ExtraMissingError(unavailable() or "")
-        if reason := unavailable(precision):
+        if reason := unavailable(precision=precision):
             raise EngineError(reason)
         self.precision, self.feature_dim, self.layout = precision, feature_dim, layout
         threads = threads or Budget.of("cpu").encoder_threads

@@ -89,6 +89,11 @@ class EngineRecord:
     schema_version: int = SCHEMA
 
     @property
+    def engine_arguments(self) -> dict[str, Any]:
+        """Arguments that every runtime's engine takes."""
+        return {"precision": self.precision, "feature_dim": self.feature_dim, "layout": self.layout}
+
+    @property
     def is_slower(self) -> bool:
         """Whether PyTorch was faster when the engine was built, beyond what is noise."""
         speed = self.speed

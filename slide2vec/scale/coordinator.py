@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 #: Slides that a worker may have ahead of the one that it reads, to plan them meanwhile.
 DEPTH = 4
-#: Workers that may be lost one after the other, per worker, while no slide gets through.
+#: Workers that may be lost one after the other, per worker, while no slide gets through. Those that cannot
+#: take the place of a lost one do not count while others work: of them it is the pool that gives up.
 MAX_CONSECUTIVE_LOSSES = 2
 
 
@@ -65,9 +66,10 @@ class Coordinator:
         self._drained: set[str] = set()
         self._planned: set[str] = set()
         self._working: set[str] = set()
-        self._begun: set[str] = set()
         self._logged: set[str] = set()
         self._broken: dict[str, Exception] = {}
+        self._most = pool.size
+        self._cannot_begin: Exception | None = None
         self._without_success = 0
         self.lost = 0
         self.summaries: list[RunSummary] = []
@@ -82,7 +84,9 @@ class Coordinator:
             self._begin(worker)
         while not self._scheduler.finished:
             if not self._pool.size:
-                raise Slide2VecError("no worker is left: none could be started in the place of those lost")
+                raise self._cannot_begin or Slide2VecError(
+                    "no worker is left: none could be started in the place of those lost"
+                )
             for worker, report in self._pool.receive():
                 yield from self._take(worker, report)
         for worker in self._working:
@@ -113,7 +117,7 @@ class Coordinator:
             case Ready():
                 self._begin(worker)
             case JobStarted():
-                self._begun.add(worker)
+                self._cannot_begin = None
                 self._scheduler.join(worker)
                 self._assign_next(worker)
             case Broken(error):
@@ -161,19 +165,22 @@ class Coordinator:
 
     def _lose(self, worker: str, reason: str) -> Iterator[TaskFailed]:
         self.lost += 1
-        self._without_success += 1
         self._working.discard(worker)
+        self._most = max(self._most, self._pool.size)
+        has_worked = worker in self._scheduler.workers
         broken = self._broken.pop(worker, None)
         reason = f"{type(broken).__name__}: {broken}" if broken else reason
         logger.warning("worker %s is lost: %s", worker, reason)
-        if self._without_success > MAX_CONSECUTIVE_LOSSES * max(1, self._pool.size):
+        if not has_worked:
+            self._cannot_begin = broken or self._cannot_begin
+        self._without_success += has_worked or not self._scheduler.workers
+        if self._without_success > MAX_CONSECUTIVE_LOSSES * max(1, self._most):
             raise broken or Slide2VecError(
                 f"{self._without_success} workers were lost one after the other, and no slide got through: "
                 f"{reason}"
             )
-        if worker not in self._scheduler.workers:
+        if not has_worked:
             return
-        self._begun.discard(worker)
         for name in self._scheduler.lost(worker):
             yield TaskFailed(name, reason)
         for other in self._scheduler.workers:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slide2vec.cohort.record_events import RecordEvent, SlideCompleted
 from slide2vec.cohort.shards import slide_sizes
@@ -16,6 +16,7 @@ from slide2vec.errors import as_slide_error
 from slide2vec.progress import (
     RunFinished,
     RunStarted,
+    RunSummary,
     SlideFailed,
     SlideFinished,
     SlidePlanned,
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from slide2vec.cohort.sink import Sink
 
 __all__ = ["WorkerExecutor"]
+
+#: How tiles were read by workers that did not live to tell, in `RunSummary.roads`.
+LOST = "workers that were lost"
 
 
 class WorkerExecutor:
@@ -134,6 +138,11 @@ class WorkerExecutor:
             stage_gb=_stage_share(sink.execution, workers),
         )
         identity = self._model.identity(own, sink.config.requested_tile_size_px)
+        tiles: Mapping[str, Any] = identity
+        while "below" in tiles:
+            tiles = tiles["below"]
+        if tiles.get("runtime") == "torch":  # whatever engines they would find: a run does not mix
+            own = own.updated(engine="torch")
         return Job(sink.config, own, aggregate, identity, place)
 
     def _run(
@@ -147,20 +156,26 @@ class WorkerExecutor:
         started, reporter = time.perf_counter(), active_reporter()
         reporter.emit(RunStarted(slides, self._model.name))
         coordinator = Coordinator(pool, job, tasks, _sizes(tasks, job.config))
+        ended: dict[str, SlideFinished | SlideFailed] = {}
         for report in coordinator.run():
             match report:
-                case ProgressMessage(SlidePlanned() | SlideFinished() | SlideFailed()) if whole is not None:
+                case ProgressMessage(SlideFinished(name) | SlideFailed(name) as event):
+                    if whole is None and name not in ended:
+                        reporter.emit(event)
+                    ended.setdefault(name, event)
+                case ProgressMessage(SlidePlanned()) if whole is not None:
                     pass
                 case ProgressMessage(event):
                     reporter.emit(event)
                 case TaskFailed(name=name, error=error):
+                    ended[name] = SlideFailed(name, error)
                     if whole is None:
-                        reporter.emit(SlideFailed(name, error))
+                        reporter.emit(ended[name])
                     yield report
                 case _:
                     yield report
         self.lost += coordinator.lost
-        summary = merged(coordinator.summaries, time.perf_counter() - started)
+        summary = _counted(merged(coordinator.summaries, time.perf_counter() - started), ended.values())
         if whole is not None:
             summary = replace(summary, slides=1 - bool(summary.failed), failed=int(bool(summary.failed)))
         reporter.emit(RunFinished(summary))
@@ -175,6 +190,16 @@ class WorkerExecutor:
             pool.close()
             raise
         self._kept.append(pool)
+
+
+def _counted(summary: RunSummary, ended: Collection[SlideFinished | SlideFailed]) -> RunSummary:
+    """The summary of workers' streams, with the slides that they reported: a lost one leaves no summary."""
+    finished = [event for event in ended if isinstance(event, SlideFinished)]
+    tiles = sum(event.tiles for event in finished)
+    roads, unknown = dict(summary.roads), tiles - sum(summary.roads.values())
+    if unknown > 0:
+        roads[LOST] = unknown
+    return replace(summary, slides=len(finished), failed=len(ended) - len(finished), tiles=tiles, roads=roads)
 
 
 def _stage_share(execution: ExecutionOptions, workers: int) -> float | None:

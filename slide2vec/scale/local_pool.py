@@ -17,17 +17,19 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slide2vec.cpus import VARIABLE
-from slide2vec.scale.messages import Command, JobFinished, Load, Lost, Ready, Report, StartJob
+from slide2vec.cpus import VARIABLE, job_cpus, share
+from slide2vec.scale.messages import Command, JobFinished, JobStarted, Load, Lost, Ready, Report, StartJob
 from slide2vec.scale.shared_tensors import load_features, spool_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LocalPool"]
+    from slide2vec.config import ExecutionOptions
+
+__all__ = ["LocalPool", "start_local"]
 
 WAIT_S = 1.0
-#: Processes that may end before they are ready, one after the other; then their device is given up.
+#: Processes that may end before they begin a job, one after the other; then their device is given up.
 ATTEMPTS = 3
 #: Seconds that a process has to end by itself.
 ENDING_S = 5.0
@@ -41,7 +43,7 @@ class _Process:
     connection: Connection[Any, Any]
     process: subprocess.Popen[bytes]
     attempt: int
-    loaded: bool = False
+    begun: bool = False
     ready: bool = False
 
 
@@ -108,7 +110,7 @@ class LocalPool:
                 report = pickle.loads(process.connection.recv_bytes())
             except (EOFError, OSError):
                 report = Lost(self._on_exit(process))
-            process.loaded = process.loaded or isinstance(report, Ready)
+            process.begun = process.begun or isinstance(report, JobStarted)
             process.ready = process.ready or isinstance(report, Ready | JobFinished)
             reports.append((process.name, report))
         return reports
@@ -118,7 +120,7 @@ class LocalPool:
         del self._processes[process.name]
         process.connection.close()
         reason = _ending(process.process)
-        attempt = 1 if process.loaded else process.attempt + 1
+        attempt = 1 if process.begun else process.attempt + 1
         if attempt <= ATTEMPTS:
             self._start(process.device, process.cpus, attempt)
         return reason
@@ -164,3 +166,8 @@ def _end(processes: Mapping[str, _Process], folder: Path) -> None:
     for each in processes.values():
         _ending(each.process)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_local(loader: Callable[..., Any], devices: Sequence[str], execution: ExecutionOptions) -> LocalPool:
+    """A process for each device, which share the CPUs of the job."""
+    return LocalPool(devices, loader, share(job_cpus(), len(devices)))

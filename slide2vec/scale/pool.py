@@ -34,7 +34,7 @@ class WorkerPool(Protocol):
         """What workers have reported since; waits for something, a second at most.
 
         `Lost` is the last report of a worker. Another takes its place, unless too many were lost
-        before they were ready.
+        before they began a job.
         """
         ...
 

@@ -16,21 +16,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slide2vec.cpus import VARIABLE
-from slide2vec.scale.messages import Broken, Command, JobFinished, Load, Lost, Ready, Report, StartJob
+from slide2vec.scale.messages import (
+    Broken,
+    Command,
+    JobFinished,
+    JobStarted,
+    Load,
+    Lost,
+    Ready,
+    Report,
+    StartJob,
+)
 from slide2vec.scale.ray_cluster import Connection, Placement, WorkerResources
 from slide2vec.scale.ray_worker import RayWorker
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["RayPool"]
+    from slide2vec.config import ExecutionOptions
+
+__all__ = ["RayPool", "start_ray"]
 
 logger = logging.getLogger(__name__)
 
 WAIT_S = 1.0
 #: Seconds between looks at which nodes there are.
 LOOK_S = 3.0
-#: Seconds, at most, after which a worker is asked for again where some ended before they were ready.
+#: Seconds, at most, after which a worker is asked for again where some ended before they began a job.
 RETRY_S = 300.0
 #: Seconds without any worker after which it is said that the run waits for the cluster.
 PATIENCE_S = 30.0
@@ -47,7 +59,7 @@ class _Actor:
     handle: Any
     sent: int = 0
     heard: bool = False
-    loaded: bool = False
+    begun: bool = False
     ready: bool = False
 
 
@@ -146,8 +158,8 @@ class RayPool:
         except self._ray.exceptions.RayError as error:
             return [(actor, self._on_exit(actor, error))]
         actor.heard, self._heard_at = True, time.monotonic()
-        if any(isinstance(report, Ready) for report in reports):
-            actor.loaded, self._failures[actor.resources] = True, 0
+        if any(isinstance(report, JobStarted) for report in reports):
+            actor.begun, self._failures[actor.resources] = True, 0
         actor.ready = actor.ready or any(isinstance(report, Ready | JobFinished) for report in reports)
         if any(isinstance(report, Broken) for report in reports):
             self._ray.kill(actor.handle)
@@ -157,7 +169,7 @@ class RayPool:
     def _on_exit(self, actor: _Actor, error: Exception) -> Lost:
         """Another is asked for at the next look at what there is; later and later where none gets ready."""
         del self._actors[actor.name]
-        if not actor.loaded:
+        if not actor.begun:
             self._failures[actor.resources] += 1
             pause = min(RETRY_S, LOOK_S * 2 ** self._failures[actor.resources])
             self._retry_at[actor.resources] = time.monotonic() + pause
@@ -213,3 +225,9 @@ def _end(connection: Connection, actors: Mapping[str, _Actor]) -> None:
             with suppress(connection.ray.exceptions.RayError):
                 connection.ray.kill(actor.handle)
     connection.close()
+
+
+def start_ray(loader: Callable[..., Any], devices: Sequence[str], execution: ExecutionOptions) -> RayPool:
+    """Workers on the nodes of a Ray cluster: for each of its GPUs, or as the options say."""
+    workers = None if execution.devices is None else len(execution.devices)
+    return RayPool(loader, address=execution.ray_address, workers=workers, num_gpus=execution.num_gpus)

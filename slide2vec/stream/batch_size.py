@@ -45,11 +45,8 @@ def fitting_batch_size(device: torch.device, wanted: int, taken: float) -> int:
 def bytes_per_tile(engine: Engine, preparer: Preparer, wanted: int, tile_size_px: int) -> float:
     """Bytes that preparing and encoding a tile take on a GPU, beyond what was there, by a trial batch.
 
-    To be called once for an engine, before it has CUDA graphs, whose memory stays theirs. One that allocates
-    outside PyTorch takes its memory when it is loaded, so that it is not free any more.
-
-    The host does not wait: PyTorch counts as it hands memory out, and who waits for the whole device spoils
-    the CUDA graph that another thread captures on it.
+    Once for an engine, before it has CUDA graphs; one that allocates outside PyTorch has done so when loaded.
+    The host does not wait: that would spoil the CUDA graph that another thread captures.
     """
     count = min(TRIAL, wanted)
     tiles = torch.zeros((count, tile_size_px, tile_size_px, 3), dtype=torch.uint8, device=engine.device)

@@ -179,8 +179,7 @@ class Batches(Generic[Owner]):
 
     def close(self) -> None:
         """Let go of the memory of batches that were released and have been read."""
-        with self._room:
-            self._free.clear()
+        self._free.clear()
 
     def stop(self) -> None:
         """Make every `reserve` that waits raise `Stopped`."""

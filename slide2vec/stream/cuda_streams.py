@@ -98,8 +98,7 @@ class HostStream:
         return values.cpu()
 
 
-#: CUDA streams that nobody uses any more, by device, the one that was given back first. PyTorch keeps memory
-#: for each stream that it was once allocated on, and gives the same 32 streams out again and again.
+#: Streams to be used again: PyTorch keeps memory for each that it has allocated on, and has only 32.
 _IDLE: defaultdict[torch.device, deque[Any]] = defaultdict(deque)
 
 

@@ -37,14 +37,14 @@ def test_text_fits(run) -> None:
 
 def test_extras_exist() -> None:
     """The advice must work: every extra named is one that this package has."""
-    assert {part.extra for part in MODULE._PARTS} == EXTRAS
+    assert {part.extra for part in MODULE._PACKAGES} == EXTRAS
     assert set(metadata.metadata("slide2vec").get_all("Provides-Extra") or ()) >= EXTRAS
 
 
 def test_parts_are_packages_of_their_extras() -> None:
     """And installing the extra brings the part."""
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    for part in MODULE._PARTS:
+    for part in MODULE._PACKAGES:
         asked = project["optional-dependencies"][part.extra]
         assert any(name.startswith(part.distributions) for name in asked), part.name
 

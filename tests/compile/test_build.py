@@ -23,10 +23,11 @@ from slide2vec.compile import (
     StoredEngine,
     build_engine,
     find_engine,
+    openvino_builder,
     select_engine,
 )
 from slide2vec.compile import build as build_module
-from slide2vec.compile.builders import BUILDERS, BuildJob, Built
+from slide2vec.compile.builders import BuildJob, Built
 from slide2vec.compile.comparison_tiles import tissue_pixels
 from slide2vec.compile.parity import verify_engine
 from slide2vec.encoders.weights import weights_digest
@@ -125,7 +126,7 @@ def test_bad_parity_is_not_published(recipe: Recipe, encoder: nn.Module, tmp_pat
         return _OPENVINO(job)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(BUILDERS, "openvino", spoilt)
+        patch.setattr(openvino_builder, "build", spoilt)
         with pytest.raises(
             EngineError, match=r"could be built \(fp32: its least cosine .* is 0\.\d+, below 0.9999"
         ):
@@ -134,7 +135,7 @@ def test_bad_parity_is_not_published(recipe: Recipe, encoder: nn.Module, tmp_pat
     assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
 
 
-_OPENVINO = BUILDERS["openvino"]
+_OPENVINO = openvino_builder.build
 
 
 def test_values_that_are_not_finite_are_not_published(
@@ -185,7 +186,7 @@ def test_what_cannot_be_compiled_says_why(recipe: Recipe, encoder: nn.Module, tm
         ),
         (BuildOptions(runtime="openvino", precision="fp8"), EngineError, "OpenVINO does not compute in fp8"),
         (BuildOptions(precision="fp8"), EngineError, "no engine in fp8 can be built for cpu here"),
-        (BuildOptions(runtime="onnx"), ConfigError, "not one of openvino, inductor, tensorrt"),
+        (BuildOptions(runtime="onnx"), ConfigError, "not one of tensorrt, tensorrt-rtx, openvino"),
     ],
 )
 def test_what_is_not_possible_here(

@@ -26,6 +26,8 @@ from slide2vec.compile import (
     EngineTarget,
     StoredEngine,
     find_engine,
+    inductor_builder,
+    plan_builder,
     select_engine,
 )
 from slide2vec.compile import build as build_module
@@ -219,7 +221,7 @@ def test_way_down_of_what_the_library_cannot_build(
         tried.append(job.precision)
         raise EngineError("out of luck")
 
-    monkeypatch.setitem(build_module.BUILDERS, "tensorrt-rtx", failing)
+    monkeypatch.setattr(plan_builder, "build", failing)
     for options, expected in (
         (BuildOptions(runtime="tensorrt-rtx", precision="fp8"), ["fp8", "fp16", "bf16", "fp32"]),
         (BuildOptions(precision="fp16", targets=("sm75",)), ["fp16"]),
@@ -417,9 +419,13 @@ def test_store_that_cannot_be_written_to(
 
 def test_which_is_built_and_which_is_used(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorRT-RTX is built by default where it knows the GPU; an engine of TensorRT is used where one is."""
-    reasons = {"tensorrt": None, "inductor": None}
-    for name, reason in reasons.items():
-        monkeypatch.setitem(select_reasons(), name, lambda precision, device, said=reason: said)
+    no_plans, no_tensorrt = plan_builder.unavailable, list[str | None]([None])
+
+    def unavailable(runtime: str, precision: str, device: torch.device) -> str | None:
+        return no_plans(runtime, precision, device) if runtime == "tensorrt-rtx" else no_tensorrt[-1]
+
+    monkeypatch.setattr(plan_builder, "unavailable", unavailable)
+    monkeypatch.setattr(inductor_builder, "unavailable", lambda *args: None)
     assert runtimes_for(GPU) == ("tensorrt", "tensorrt-rtx", "inductor")
     for capability, precision, expected in (
         ((8, 9), "bf16", "tensorrt-rtx"),
@@ -433,12 +439,6 @@ def test_which_is_built_and_which_is_used(gpu: SimpleNamespace, monkeypatch: pyt
     ):
         gpu.capability = capability
         assert default_runtime(precision, GPU) == expected
-    monkeypatch.setitem(select_reasons(), "tensorrt", lambda precision, device: "it is not installed")
+    no_tensorrt.append("it is not installed")
     gpu.capability = (9, 0)
     assert default_runtime("bf16", GPU) == "inductor"
-
-
-def select_reasons() -> dict[str, Any]:
-    from slide2vec.compile import builders
-
-    return builders._REASONS

@@ -20,7 +20,7 @@ from compile_helpers import smooth_pixels, tiny_encoder, tiny_recipe
 from fake_tensorrt import ParserError
 
 import slide2vec.compile.tensorrt as compiling
-from slide2vec.compile.builders import BUILDERS, BuildJob
+from slide2vec.compile.builders import BuildJob, builder_of
 from slide2vec.compile.tensorrt import build_plan
 from slide2vec.errors import ConfigError, EngineError, ExtraMissingError
 from slide2vec.runtime.base import BatchProfile
@@ -248,6 +248,7 @@ def test_the_builder_of_build_engine(
         recipe=recipe,
         folder=tmp_path,
         device=torch.device("cuda"),
+        runtime="tensorrt",
         precision=precision,
         layout="uint8_nhwc",
         profile=PROFILE,
@@ -255,7 +256,7 @@ def test_the_builder_of_build_engine(
         calibration=smooth_pixels(4),
         progress=lambda what, step, of: told.append(what),
     )
-    built = BUILDERS["tensorrt"](job)
+    built = builder_of("tensorrt").build(job)
     assert [path.name for path in tmp_path.iterdir()] == [built.file]
     assert current == [torch.device("cuda")]
     assert ("calibrating fp8" in told) == (precision == "fp8")

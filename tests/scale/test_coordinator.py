@@ -34,6 +34,8 @@ JOB = Job(PreprocessingConfig(), ExecutionOptions(), aggregate=True, identity={}
 class Scripted:
     """A pool whose workers report in turn, one at each `receive`; notes the commands that they get."""
 
+    replaced: Sequence[str] = ()  # workers whose place another takes
+
     def __init__(self, size: int, *lines: tuple[str, Report]) -> None:
         self.size, self.ready = size, ("w",)
         self.lines = list(lines)
@@ -44,7 +46,7 @@ class Scripted:
 
     def receive(self) -> Sequence[tuple[str, Report]]:
         name, report = self.lines.pop(0)
-        self.size -= isinstance(report, Lost)
+        self.size -= isinstance(report, Lost) and name not in self.replaced
         return [(name, report)]
 
     def load_features(self, features: Any) -> Any:
@@ -101,3 +103,51 @@ def test_what_a_later_worker_cannot_do_is_only_its_loss() -> None:
     )
     coordinator = coordinated(pool, "a")
     assert list(coordinator.run()) == [] and coordinator.lost == 1
+
+
+def killed(replaced: Sequence[str], *lines: tuple[str, Report]) -> Coordinator:
+    """Of two workers, "v" is killed, and those that are to take its place cannot load; "w" has a slide."""
+    pool = Scripted(
+        2,
+        ("w", JobStarted()),
+        ("w", ProgressMessage(SlidePlanned("a", 40, "cucim"))),
+        ("v", Ready()),
+        ("v", JobStarted()),
+        ("v", Lost("killed")),
+        *lines,
+    )
+    pool.replaced = ("v", *replaced)
+    return coordinated(pool, "a")
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_who_cannot_take_the_place_of_a_lost_worker_ends_no_other(tells: bool) -> None:
+    failed_loads: list[tuple[str, Report]] = []
+    for name in ("v2", "v3", "v4", "v5", "v6", "v7"):
+        if tells:
+            failed_loads.append((name, Broken(ValueError("out of memory"))))
+        failed_loads.append((name, Lost("killed")))
+    names = ("v2", "v3", "v4", "v5", "v6")
+    coordinator = killed(names, *failed_loads, ("w", Done("a")), ("w", JobFinished(())))
+    (planned,) = coordinator.run()
+    assert isinstance(planned, ProgressMessage) and coordinator.lost == 7
+
+
+def test_without_any_worker_the_run_ends_with_the_error_of_the_load() -> None:
+    lines = [("v2", Broken(ValueError("out of memory"))), ("v2", Lost("status 0")), ("w", Lost("killed"))]
+    with pytest.raises(ValueError, match="out of memory"):
+        list(killed((), *lines).run())
+
+
+def test_a_slow_load_is_waited_for_while_another_is_killed() -> None:
+    lines = [(f"v{n}", Lost("killed")) for n in range(3)]
+    pool = Scripted(2, *lines, ("w", JobStarted()), ("w", Done("a")), ("w", JobFinished(())))
+    pool.replaced = ("v0", "v1")
+    assert list(coordinated(pool, "a").run()) == []
+
+
+def test_workers_that_are_lost_at_every_load_end_the_run() -> None:
+    pool = Scripted(2, *((f"v{n}", Lost("killed")) for n in range(9)))
+    pool.ready, pool.replaced = (), tuple(f"v{n}" for n in range(9))
+    with pytest.raises(Slide2VecError, match="no slide got through"):
+        list(coordinated(pool, "a").run())

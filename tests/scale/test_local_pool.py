@@ -113,11 +113,36 @@ def test_a_killed_worker_costs_nothing(model: Deadly, slides: list[Path], alone:
         if isinstance(event, TilesEncoded) and victims:
             os.kill(victims.pop(), signal.SIGKILL)
 
-    with activate_progress_reporter(Recorder(kill)):
+    recorder = Recorder(kill)
+    with activate_progress_reporter(recorder):
         found = model.embed_slides(slides, PREPROCESSING, ExecutionOptions(devices=TWO))
     for one, other in zip(found, alone, strict=True):
         same(one, other)
+    summary, tiles = recorder.events[-1].summary, sum(each.num_tiles for each in alone)
+    assert (summary.slides, summary.failed, summary.tiles) == (6, 0, tiles)
+    assert sum(summary.roads.values()) == tiles
     assert not victims and len(processes(model)) == 2 and processes(model) != before
+
+
+def test_what_a_lost_worker_had_finished_counts(model: Deadly, slides: list[Path]) -> None:
+    model.embed_slides(slides[:2], PREPROCESSING, ExecutionOptions(devices=TWO))
+    first = list(processes(model).values())
+    done: list[str] = []
+
+    def kill(event: Any) -> None:
+        if isinstance(event, SlideFinished):
+            done.append(event.sample_id)
+            if len(done) == 4:  # both have finished one, or one has finished three
+                for pid in first:
+                    os.kill(pid, signal.SIGKILL)
+
+    recorder = Recorder(kill)
+    with activate_progress_reporter(recorder):
+        found = model.embed_slides(slides, PREPROCESSING, ExecutionOptions(devices=TWO))
+    summary, tiles = recorder.events[-1].summary, sum(each.num_tiles for each in found)
+    assert (summary.slides, summary.failed, summary.tiles) == (6, 0, tiles)
+    assert summary.roads["workers that were lost"] > 0 and sum(summary.roads.values()) == tiles
+    assert len(done) == len(set(done)) == 6, "each is told once"
 
 
 def test_a_slide_that_kills_its_workers_fails_alone(

@@ -15,10 +15,15 @@ from slide2vec.lazy import lazy_attributes
 if TYPE_CHECKING:
     from slide2vec.runtime.tensorrt.available import unavailable
     from slide2vec.runtime.tensorrt.deploy import DeployedEngine
-    from slide2vec.runtime.tensorrt.engine import TensorRTEngine
+    from slide2vec.runtime.tensorrt.engine import TensorRTEngine, load
 
-__all__ = ["DeployedEngine", "TensorRTEngine", "unavailable"]
+__all__ = ["DeployedEngine", "TensorRTEngine", "load", "unavailable"]
 
-_HOMES = {"DeployedEngine": "deploy", "TensorRTEngine": "engine", "unavailable": "available"}
+_HOMES = {
+    "DeployedEngine": "deploy",
+    "TensorRTEngine": "engine",
+    "load": "engine",
+    "unavailable": "available",
+}
 
 __getattr__, __dir__ = lazy_attributes(__name__, _HOMES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from slide2vec.choices import RUNTIMES
 from slide2vec.errors import EngineError, ExtraMissingError
 from slide2vec.runtime.tensorrt.library import MODULES, TITLES, Library
 from slide2vec.runtime.tensorrt.targets import target_of, unsuited
@@ -17,8 +18,8 @@ __all__ = ["is_installed", "load_tensorrt", "not_loading", "require", "unavailab
 #: The first release whose parser knows ONNX's Attention operator (TensorRT), or that was tried.
 OLDEST = {"tensorrt": (10, 14), "tensorrt-rtx": (1, 7)}
 INSTALL = {
-    "tensorrt": 'pip install "slide2vec[tensorrt]" (Linux)',
-    "tensorrt-rtx": 'pip install "slide2vec[tensorrt-rtx]" (Linux on x86-64)',
+    "tensorrt": f"{RUNTIMES['tensorrt'].install} (Linux)",
+    "tensorrt-rtx": f"{RUNTIMES['tensorrt-rtx'].install} (Linux on x86-64)",
 }
 
 

@@ -12,16 +12,32 @@ from torch import Tensor
 
 from slide2vec.errors import ConfigError, EngineError
 from slide2vec.runtime.base import BatchProfile, Layout
+from slide2vec.runtime.record import EngineRecord, per_gpu
 from slide2vec.runtime.tensorrt.available import require
 
 if TYPE_CHECKING:
     from slide2vec.runtime.tensorrt.contexts import ContextPool
 
-__all__ = ["TensorRTEngine"]
+__all__ = ["TensorRTEngine", "load"]
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32_nchw": "float32", "uint8_nhwc": "uint8"}
+
+
+def load(record: EngineRecord, file: Path, device: torch.device) -> TensorRTEngine:
+    """The engine of a record, see `TensorRTEngine`; kernels of TensorRT-RTX are kept beside it."""
+    kernels = None
+    if record.runtime == "tensorrt-rtx":
+        kernels = file.with_name(per_gpu("kernels", torch.cuda.get_device_name(device), "cache"))
+    return TensorRTEngine(
+        file,
+        device=device,
+        profile=record.profile,
+        runtime=record.runtime,
+        kernels=kernels,
+        **record.engine_arguments,
+    )
 
 
 class TensorRTEngine:
