@@ -28,9 +28,9 @@ from slide2vec.encoders.preset_chain import PartsWeights, load_parts, tile_recip
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError, ModelLevelError
 from slide2vec.manifests import SlidesLike, given_slides
-from slide2vec.progress import RunStarted, active_reporter, live_progress
+from slide2vec.progress import RunStarted, active_reporter, live_progress, metered
 from slide2vec.recipes import Recipe, load_recipe
-from slide2vec.runtime import is_numbered, pick_device, resolve_precision
+from slide2vec.runtime import devices_for, is_numbered, pick_device, resolve_precision
 from slide2vec.scale import workers_for
 from slide2vec.slides import Slide, SlideLike, as_slide
 from slide2vec.stream import SlideOutcome, SlideQueue
@@ -300,7 +300,11 @@ class Model:
         todo = given_slides(slides)
         self.decide_engine(todo, config, execution)
         sink = MemorySink(config, execution, partial(self.aggregated, latents=execution.save_latents))
-        with live_progress(), closing(self.embed_into(sink, todo)) as outcomes:
+        with (
+            live_progress(),
+            metered(partial(self.devices_here, execution)),
+            closing(self.embed_into(sink, todo)) as outcomes,
+        ):
             yield from outcomes
 
     def embed_into(self, sink: Sink, slides: Sequence[Slide]) -> Generator[SlideOutcome, None, None]:
@@ -319,6 +323,13 @@ class Model:
     def in_workers(self, execution: ExecutionOptions) -> bool:
         """Whether workers would embed, on several devices or machines, rather than this process."""
         return self._workers(execution) is not None
+
+    def devices_here(self, execution: ExecutionOptions) -> tuple[str, ...]:
+        """Devices of this machine that a run uses, "cuda:1" or "cpu"; none where a cluster does it."""
+        if execution.executor == "ray":
+            return ()
+        chosen = is_numbered(self.origin.get("device", "cuda:0"))
+        return devices_for(self.device, chosen=chosen, num_gpus=execution.num_gpus, devices=execution.devices)
 
     def decide_engine(
         self, slides: Sequence[Slide], config: PreprocessingConfig, execution: ExecutionOptions

@@ -173,13 +173,12 @@ class Pipeline:
             for name, after in zip(names, ("", *names), strict=False):
                 model = self.models[name]
                 runs[name] = EncoderRun(model, configs[name], partial(settings, model), after)
-        results = embed_cohort_together(
-            dict(sorted(runs.items(), key=lambda item: item[1].after != "")),
+        return embed_cohort_together(
+            {name: runs[name] for name in self.models},
             slides,
             self.execution,
             on_slide_persisted=on_slide_persisted,
         )
-        return RunResult.of_several({name: results[name] for name in self.models})
 
     def _check_patients(self, slides: Sequence[Slide], where: str) -> None:
         """Raises ManifestError where slides of a patient-level model have no patient_id."""
