@@ -306,6 +306,9 @@ class ExecutionOptions(_Config):
         precision: None = the preset's (fp32 on a CPU). "fp8" needs an engine.
         engine: what runs the encoder. "auto": an engine that `slide2vec build-engine` made for it, this
             precision and this machine, else PyTorch; "torch"; or a runtime whose engine has to be there.
+        build_engine: with engine="auto": "auto" builds an engine before the first slide where the run then
+            ends sooner, the build included, and one device of this process does all of it; "never" leaves
+            that to `slide2vec build-engine`.
         torch_compile: use PyTorch's just-in-time compiler, where PyTorch runs it.
         prefetch_factor: batches that may be ready before the encoder needs them, at least.
         persistent_workers: has no effect: readers are threads, started within a millisecond per call.
@@ -334,6 +337,7 @@ class ExecutionOptions(_Config):
     ray_address: str | None = None
     precision: Precision | None = None
     engine: EngineChoice = "auto"
+    build_engine: Literal["auto", "never"] = "auto"
     torch_compile: bool = False
     prefetch_factor: Positive = 4
     persistent_workers: bool = True
@@ -362,7 +366,7 @@ class ExecutionOptions(_Config):
 
     @model_validator(mode="after")
     def _fits_the_executor(self) -> Self:
-        if self.executor == "local" and self.ray_address is not None:
+        if self.executor != "ray" and self.ray_address is not None:
             raise ConfigError(
                 f'ray_address={self.ray_address} is for executor="ray"; say so, or leave it out'
             )

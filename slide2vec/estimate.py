@@ -174,7 +174,7 @@ def trial_speed(
     """Tiles/s of a model on this machine, from embedding the first slides for some seconds; None where they
     have too few tiles (two batches) to tell."""
     watch = _Stopwatch(seconds)
-    alone = execution.updated(output_dir=None)  # nothing is left behind
+    alone = execution.updated(output_dir=None, build_engine="never")  # nothing is left behind
     with (
         activate_progress_reporter(watch),
         suppress(_Enough),

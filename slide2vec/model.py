@@ -28,9 +28,9 @@ from slide2vec.encoders.preset_chain import PartsWeights, load_parts, tile_recip
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError, ModelLevelError
 from slide2vec.manifests import SlidesLike, given_slides
-from slide2vec.progress import RunStarted, active_reporter, live_progress
+from slide2vec.progress import RunStarted, active_reporter, live_progress, metered
 from slide2vec.recipes import Recipe, load_recipe
-from slide2vec.runtime import is_numbered, pick_device, resolve_precision
+from slide2vec.runtime import devices_for, is_numbered, pick_device, resolve_precision
 from slide2vec.scale import workers_for
 from slide2vec.slides import Slide, SlideLike, as_slide
 from slide2vec.stream import SlideOutcome, SlideQueue
@@ -76,6 +76,7 @@ class Model:
         origin: Mapping[str, Any] | None = None,
         upstream: Model | None = None,
         loader: Callable[..., Model] | None = None,
+        precision_asked: bool = True,
     ) -> None:
         self.recipe, self.variant, self.device, self.precision = recipe, variant, device, precision
         self._encoder, self._weights = encoder, weights
@@ -84,6 +85,8 @@ class Model:
         self.upstream = upstream
         #: Builds it anew in another process, as `loader(device=…)`; and workers that have.
         self._loader = loader
+        #: Whether the precision is what somebody asked for, rather than what there is by default.
+        self._precision_asked = precision_asked
         self._pools: WorkerPools = {}
         #: What `from_preset` was given besides the name, resolved; kept with a run's settings.
         self.origin: Mapping[str, Any] = origin or {}
@@ -159,6 +162,7 @@ class Model:
                 upstream=model,
                 loader=partial(cls.from_preset, part.recipe.name, **part.options),
                 origin={**part.origin, "device": where},
+                precision_asked=precision is not None,
             )
         assert model is not None
         return model
@@ -293,8 +297,14 @@ class Model:
         if not config.on_the_fly or config.save_tiles:
             _require_output_dir(execution, "on_the_fly=False" if not config.on_the_fly else "save_tiles=True")
         check_archives_here(config, execution.output_dir)
+        todo = given_slides(slides)
+        self.decide_engine(todo, config, execution)
         sink = MemorySink(config, execution, partial(self.aggregated, latents=execution.save_latents))
-        with live_progress(), closing(self.embed_into(sink, given_slides(slides))) as outcomes:
+        with (
+            live_progress(),
+            metered(partial(self.devices_here, execution)),
+            closing(self.embed_into(sink, todo)) as outcomes,
+        ):
             yield from outcomes
 
     def embed_into(self, sink: Sink, slides: Sequence[Slide]) -> Generator[SlideOutcome, None, None]:
@@ -313,6 +323,30 @@ class Model:
     def in_workers(self, execution: ExecutionOptions) -> bool:
         """Whether workers would embed, on several devices or machines, rather than this process."""
         return self._workers(execution) is not None
+
+    def devices_here(self, execution: ExecutionOptions) -> tuple[str, ...]:
+        """Devices of this machine that a run uses, "cuda:1" or "cpu"; none where a cluster does it."""
+        if execution.executor == "ray":
+            return ()
+        chosen = is_numbered(self.origin.get("device", "cuda:0"))
+        return devices_for(self.device, chosen=chosen, num_gpus=execution.num_gpus, devices=execution.devices)
+
+    def decide_engine(
+        self, slides: Sequence[Slide], config: PreprocessingConfig, execution: ExecutionOptions
+    ) -> None:
+        """Build an engine for these slides where that pays (`ExecutionOptions.build_engine`). Called before
+        anything asks for the identity of a run.
+
+        Args:
+            config: of `resolve_preprocessing`.
+        """
+        self._tile_embedder.decide(
+            slides,
+            config,
+            execution,
+            alone=execution.shard is None and not self.in_workers(execution),
+            precision_asked=self._precision_asked or execution.precision is not None,
+        )
 
     def _workers(self, execution: ExecutionOptions) -> WorkerExecutor | None:
         chosen = is_numbered(self.origin.get("device", "cuda:0"))
@@ -396,6 +430,7 @@ class Model:
         """
         todo, config = given_slides(slides), self.resolve_preprocessing(preprocessing)
         execution = _require_output_dir(execution, "embed_tiles")
+        self.decide_engine(todo, config, execution)
         made = embed_tiles(self._tile_model, todo, config, execution, tiling_results, on_slide_persisted)
         return cast("list[TileEmbeddingArtifact]", made)
 

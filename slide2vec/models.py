@@ -17,7 +17,7 @@ from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import ConfigError, EmbedSlidesError
 from slide2vec.manifests import SlidesLike, given_slides
 from slide2vec.model import Model
-from slide2vec.progress import active_reporter, live_progress
+from slide2vec.progress import active_reporter, live_progress, metered
 from slide2vec.progress.together import TogetherReporter
 from slide2vec.slides import SlideLike, as_slide
 from slide2vec.stream import SlideOutcome
@@ -165,6 +165,11 @@ class Models(Mapping[str, Model]):
         )
         return True
 
+    def devices_here(self, execution: ExecutionOptions) -> tuple[str, ...]:
+        """See `Model.devices_here`."""
+        found = (device for model in self.values() for device in model.devices_here(execution))
+        return tuple(dict.fromkeys(found))
+
     def _outcomes(
         self,
         slides: Sequence[Slide],
@@ -178,11 +183,13 @@ class Models(Mapping[str, Model]):
                 for name, model in self.items()
             }
         configs = self.resolve_preprocessing(preprocessing)
+        for name, model in self.items():
+            model.decide_engine(slides, configs[name], execution)
         groups = self.grouped(configs, execution)
         tasks = {
             names[0]: partial(self._embed, names, slides, configs[names[0]], execution) for names in groups
         }
-        with live_progress():
+        with live_progress(), metered(partial(self.devices_here, execution)):
             reporter = TogetherReporter(
                 active_reporter(), {name: [slide.sample_id for slide in slides] for name in tasks}
             )

@@ -153,6 +153,8 @@ class Pipeline:
         settings: Callable[[Model, PreprocessingConfig], str],
         on_slide_persisted: OnPersisted | None,
     ) -> RunResult:
+        for name, model in self.models.items():
+            model.decide_engine(slides, configs[name], self.execution)
         if len(self.models) == 1 or self.models.take_turns(self.execution):
             alone = {
                 name: embed_cohort(
@@ -167,21 +169,16 @@ class Pipeline:
             }
             return next(iter(alone.values())) if len(alone) == 1 else RunResult.of_several(alone)
         runs: dict[str, EncoderRun] = {}
-        for first, *others in self.models.grouped(configs, self.execution):
-            takes_over = self.models[first].level == "tile"
-            for name in (first, *others):
-                after = first if takes_over and name != first else ""
-                run = EncoderRun(
-                    self.models[name], configs[name], partial(settings, self.models[name]), after
-                )
-                runs[name] = run
-        results = embed_cohort_together(
-            dict(sorted(runs.items(), key=lambda item: item[1].after != "")),
+        for names in self.models.grouped(configs, self.execution):
+            for name, after in zip(names, ("", *names), strict=False):
+                model = self.models[name]
+                runs[name] = EncoderRun(model, configs[name], partial(settings, model), after)
+        return embed_cohort_together(
+            {name: runs[name] for name in self.models},
             slides,
             self.execution,
             on_slide_persisted=on_slide_persisted,
         )
-        return RunResult.of_several({name: results[name] for name in self.models})
 
     def _check_patients(self, slides: Sequence[Slide], where: str) -> None:
         """Raises ManifestError where slides of a patient-level model have no patient_id."""

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from slide2vec.choices import Precision
+from slide2vec.choices import Precision, SlideFamily, TileFamily
 from slide2vec.errors import ConfigError, PresetError, nearest_names
 from slide2vec.files import hub_or_cache
 from slide2vec.lazy import import_timm
@@ -45,8 +45,6 @@ SAME_SPACING = 0.05 + 1e-9
 MIN_COSINE = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.999, "fp8": 0.99}
 Level = Literal["tile", "slide", "patient"]
 Pool = Literal["none", "cls", "cls_patch_mean", "token_mean", "base", "diagnostic"]
-TileFamily = Literal["timm", "scattering", "coca", "clip_linear", "musk", "channelwise", "remote"]
-SlideFamily = Literal["titan", "prism", "longnet", "moozy_slide", "moozy_case"]
 
 
 class _Section(BaseModel):

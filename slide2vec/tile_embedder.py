@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from slide2vec.aggregate import regrouped
-from slide2vec.compile import EngineTarget, select_engine
+from slide2vec.compile import EngineTarget, build_where_it_pays, goes_on_in_torch, offer_bf16, select_engine
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.encoders.input_size import for_input
 from slide2vec.encoders.weights import weights_digest
@@ -42,6 +43,8 @@ __all__ = ["TileEmbedder"]
 
 #: What decides a workspace: GPU decoding, preparer, tile size, and the engine's runtime, precision, layout.
 _Key: TypeAlias = tuple[object, ...]
+#: What decides an engine: the choice, precision, torch_compile, side of the encoder's input.
+_Asked: TypeAlias = tuple[str, str, bool, int]
 
 
 @dataclass
@@ -82,7 +85,9 @@ class TileEmbedder:
         self.device, self.precision, self._resizes = device, precision, resizes
         #: The recipe for tiles of other sizes than its own, by size.
         self._recipes: dict[int, Recipe] = {}
-        self._engines: dict[tuple[str, str, bool, int], Selected] = {}
+        self._engines: dict[_Asked, Selected] = {}
+        #: Output directories whose embeddings PyTorch has begun to make, and in which precision.
+        self._goes_on_in_torch: set[tuple[Path | None, str]] = set()
         #: Workspaces that no stream has in use.
         self._idle: dict[_Key, list[_Workspace]] = {}
 
@@ -105,6 +110,42 @@ class TileEmbedder:
             self._recipes[tile_size_px] = for_input(self.recipe, self.encoder, tile_size_px, asked)
         return self._recipes[tile_size_px]
 
+    def decide(
+        self,
+        slides: Sequence[Slide],
+        config: PreprocessingConfig,
+        execution: ExecutionOptions,
+        *,
+        alone: bool,
+        precision_asked: bool,
+    ) -> None:
+        """Before anything asks what runs the encoder for a call: have a run that began in PyTorch go on so,
+        and build an engine where that pays. What runs the encoder since an earlier call goes on doing that.
+
+        Args:
+            config: with requested_spacing_um and requested_tile_size_px resolved.
+            alone: this process embeds all of the run.
+            precision_asked: nobody is to be offered another one.
+        """
+        target, precision, asked = self._asked(execution, config.requested_tile_size_px)
+        if not precision_asked:
+            offer_bf16(target, precision)
+        if execution.engine != "auto" or asked in self._engines:
+            return
+        name, output_dir = self.recipe.name, execution.output_dir
+        if config.resume and output_dir is not None and goes_on_in_torch(output_dir, name, precision):
+            self._goes_on_in_torch.add((output_dir, precision))
+        elif alone and execution.build_engine == "auto" and not execution.torch_compile:
+            build_where_it_pays(
+                self.encoder,
+                target,
+                precision,
+                slides,
+                config,
+                output_dir=output_dir,
+                batch_size=execution.batch_size,
+            )
+
     def select(self, execution: ExecutionOptions, tile_size_px: int | None = None) -> Selected:
         """What runs the encoder: looked for once, and loaded or compiled once.
 
@@ -114,13 +155,12 @@ class TileEmbedder:
         Raises:
             EngineError, ConfigError: the engine asked for cannot be had.
         """
-        recipe, precision = self.recipe_for(tile_size_px), self._precision(execution)
-        asked = execution.engine, precision, execution.torch_compile, recipe.transform.crop
+        target, precision, asked = self._asked(execution, tile_size_px)
         if asked not in self._engines:
             self._engines[asked] = select_engine(
-                execution.engine,
+                asked[0],
                 self.encoder,
-                EngineTarget(recipe, self.variant, self.device, lambda: self.weights_digest),
+                target,
                 precision,
                 compiled=execution.torch_compile,
             )
@@ -137,6 +177,16 @@ class TileEmbedder:
             "input_size_px": recipe.transform.crop,
             "transform": recipe.transform.model_dump(mode="json"),
         }
+
+    def _asked(
+        self, execution: ExecutionOptions, tile_size_px: int | None
+    ) -> tuple[EngineTarget, str, _Asked]:
+        """What is to be run, in which precision, and the key under which what runs it is kept."""
+        recipe, precision = self.recipe_for(tile_size_px), self._precision(execution)
+        target = EngineTarget(recipe, self.variant, self.device, lambda: self.weights_digest)
+        goes_on = (execution.output_dir, precision) in self._goes_on_in_torch
+        choice = "torch" if execution.engine == "auto" and goes_on else execution.engine
+        return target, precision, (choice, precision, execution.torch_compile, recipe.transform.crop)
 
     def _precision(self, execution: ExecutionOptions) -> str:
         if execution.precision is None:

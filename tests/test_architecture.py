@@ -25,6 +25,7 @@ ROOMS = {
     "lazy": 0,
     "version": 0,
     "cpus": 1,
+    "energy": 1,
     "geometry": 1,
     "files": 1,
     "config": 2,

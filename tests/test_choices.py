@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -49,9 +49,39 @@ def test_names_are_said_once() -> None:
     assert {path.name: found for path in files if (found := copies(path.read_text()))} == {}
 
 
-def test_every_name_has_a_row() -> None:
-    assert NAMES["Runtime"] == set(choices.RUNTIMES)
-    assert NAMES["OutputFormat"] == set(choices.OUTPUT_FORMATS)
+@pytest.mark.parametrize(
+    ("kind", "table", "others"),
+    [
+        ("Backend", choices.BACKENDS, {"auto"}),
+        ("OutputFormat", choices.OUTPUT_FORMATS, set()),
+        ("SegmentationMethod", choices.SEGMENTATION_METHODS, set()),
+        ("PreparerChoice", choices.PREPARERS, {"auto"}),
+        ("Executor", choices.EXECUTORS, set()),
+        ("Runtime", choices.RUNTIMES, set()),
+        ("TileFamily", choices.TILE_ENCODERS, {"remote"}),
+        ("SlideFamily", choices.SLIDE_ENCODERS, set()),
+    ],
+)
+def test_every_name_has_a_row(kind: str, table: Mapping[str, object], others: set[str]) -> None:
+    assert NAMES[kind] == {*table, *others}
+
+
+HOMES = {
+    f"{home.module}:{home.name}": home
+    for table in (getattr(choices, name) for name in choices.__all__ if name.isupper())
+    for home in table.values()
+    if isinstance(home, choices.Home)
+}
+
+
+@pytest.mark.parametrize("place", HOMES)
+def test_homes_are_there(place: str) -> None:
+    home = HOMES[place]
+    tree = ast.parse((PACKAGE.parent / f"{home.module.replace('.', '/')}.py").read_text())  # may need a GPU
+    assigned = [name for node in tree.body if isinstance(node, ast.Assign) for name in node.targets]
+    named = {name.id for name in assigned if isinstance(name, ast.Name)}
+    defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    assert home.name in named | defined
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,11 +12,14 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from shallow import few_blocks
 
 from slide2vec import EmbedSlidesError, ExecutionOptions, Model, Models, Pipeline, PreprocessingConfig
+from slide2vec.artifacts import load_embeddings
 from slide2vec.cohort.process_list import read_process_list
 from slide2vec.errors import ConfigError
 from slide2vec.readers import decoders
+from slide2vec.stream import Stream, shared_slides
 from slide2vec.tiling import tile
 
 CONFIG = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5, resume=True)
@@ -110,7 +114,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes().replace(str(folder).encode(), b"")
         for path in folder.rglob("*")
-        if path.is_file() and path.parent.name != "logs"
+        if path.is_file() and path.parent.name != "logs" and path.name != "bill.json"
     }
 
 
@@ -136,6 +140,16 @@ def test_folders_are_those_of_separate_runs(
     keys = ["sample_id", "encoder_name"]
     ordered = [table.sort_values(keys)[[*keys, "num_tiles", "feature_status"]] for table in tables]
     assert ordered[0].to_numpy().tolist() == ordered[1].to_numpy().tolist() and len(tables[0]) == 9
+    (bill,) = json.loads((tmp_path / "many/bill.json").read_text())["runs"]
+    each = next(iter(result.encoders.values())).tile_artifacts
+    tiles = [artifact.num_tiles for artifact in result.tile_artifacts]
+    assert (bill["slides"], bill["tiles"]) == (3, sum(tiles))
+    assert [part["slides"] for part in bill["encoders"].values()] == [3, 3, 3]
+    assert set(bill["encoders"]) == set(tables[0]["encoder_name"])
+    assert bill["encoders"]["timm:resnet10t"]["tiles"] == sum(artifact.num_tiles for artifact in each)
+    assert sorted(part["tiles"] for part in bill["of_slides"]) == sorted(sum(tiles[n::3]) for n in range(3))
+    assert result.summary is not None and result.summary.seconds == bill["seconds"]
+    assert len(json.loads((tmp_path / "one/bill.json").read_text())["runs"]) == 3
     assert list(result.encoders) == list(models) and len(result.encoders["second"].tile_artifacts) == 3
     assert result.to_frame()["encoder"].tolist() == [name for name in models for _ in range(3)]
 
@@ -178,7 +192,52 @@ def test_an_encoder_that_breaks_off_fails_alone(
     calls.clear()
     with pytest.raises(EmbedSlidesError, match="1 with second") as caught:
         models.embed_slides(slides, CONFIG, execution)
-    assert [len(results) for results in caught.value.results.values()] == [3, 3, 3]
+    found = caught.value.results
+    assert isinstance(found, dict) and [len(results) for results in found.values()] == [3, 3, 3]
+
+
+def test_what_the_callback_raises_ends_the_run_and_is_raised(
+    models: Models, slides: list[Path], tmp_path: Path
+) -> None:
+    def refuse(artifact: Any) -> None:
+        raise LookupError("no room in the database")
+
+    with pytest.raises(LookupError, match="no room"):
+        Pipeline(models, CONFIG, EXECUTION.updated(output_dir=tmp_path)).run(
+            slides, on_slide_persisted=refuse
+        )
+    rows = read_process_list(tmp_path / "process_list.csv")
+    assert not [row for row in rows if row["feature_status"] == "error"]
+
+
+def test_patients_in_another_order_than_the_manifest_have_a_turn_of_their_own(
+    models: Models,
+    slides: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Streams that take slides in other orders would wait for each other, or keep everything."""
+    with few_blocks():
+        patients = Model.from_preset(
+            "moozy", weights="random", device="cpu", allow_non_recommended_settings=True
+        )
+    several = Models({"patients": patients, "first": models["first"]})
+
+    def run(name: str, *of: str) -> Any:
+        caplog.clear()
+        given = [
+            {"sample_id": path.stem, "image_path": path, "patient_id": patient}
+            for path, patient in zip(slides, of, strict=True)
+        ]
+        return Pipeline(several, CONFIG, EXECUTION.updated(output_dir=tmp_path / name)).run(given)
+
+    monkeypatch.setattr(shared_slides, "KEPT_SLIDES", 1)
+    assert not run("sorted", "p", "p", "q").failed
+    assert "different orders" not in caplog.text
+    result = run("unsorted", "p", "q", "p")
+    assert "patients and first take slides in different" in caplog.text
+    assert len(result.patient_artifacts) == 2 and len(result.tile_artifacts) == 3
 
 
 def test_a_bad_slide_fails_with_every_encoder_and_stops_none(
@@ -198,3 +257,29 @@ def test_two_models_of_one_name_need_names_of_their_own(models: Models) -> None:
         Models([models["first"], models["second"]])
     with pytest.raises(ConfigError, match="no model"):
         Models([])
+
+
+def test_encoders_of_one_tile_encoder_take_its_features_over(
+    slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They write into one folder, so that they come one after the other, though nothing is resumed."""
+    with few_blocks():
+        models = Models.from_presets(["moozy", "moozy-slide"], weights="random", device="cpu")
+    given = [
+        {"sample_id": path.stem, "image_path": path, "patient_id": name}
+        for path, name in zip(slides, "aba", strict=True)
+    ]
+    execution = ExecutionOptions(batch_size=3, output_dir=tmp_path / "many", save_tile_embeddings=True)
+    streams, run = [], Stream.run
+
+    def counted(self: Stream, *args: Any) -> Any:
+        streams.append(self)
+        return run(self, *args)
+
+    monkeypatch.setattr(Stream, "run", counted)
+    config = PreprocessingConfig(filtering={"a_t": 0})  # type: ignore[arg-type]
+    result = Pipeline(models, config, execution).run(given)
+    assert len(streams) == 1 and not result.failed
+    assert [len(result.encoders["moozy"].patient_artifacts), len(result.slide_artifacts)] == [2, 3]
+    for artifact in result.encoders["moozy-slide"].tile_artifacts:
+        assert artifact.metadata["num_tiles"] == len(load_embeddings(artifact.path)) > 1

@@ -7,6 +7,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -25,6 +26,7 @@ from slide2vec.progress import (
     TilesEncoded,
     activate_progress_reporter,
     active_reporter,
+    in_turn,
     live_progress,
 )
 from slide2vec.progress.lines import LineReporter
@@ -94,15 +96,41 @@ def state_of(events: list[ProgressEvent], slides: int, clock: Clock, step_s: flo
 
 
 def test_summary_says_how_much_how_fast_and_what_held_it_back() -> None:
-    expected = "1,234 tiles of 3 slides (1 failed) in 12.3 s, 100 tiles/s; bottleneck: encode (busy 97%)"
-    assert str(SUMMARY) == expected
+    whole = "1,234 tiles of 3 slides (1 failed) in 12.3 s, 100 tiles/s, 4.1 s a slide; "
+    assert str(SUMMARY) == f"{whole}energy not measured; bottleneck: encode (busy 97%)"
+    measured = replace(SUMMARY, watt_hours=3.0, measured_by="NVML (1 GPU), CPU not measured")
+    energy = "3 Wh by NVML (1 GPU), CPU not measured: 1 Wh a slide, 2.43 Wh per 1,000 tiles"
+    assert str(measured) == f"{whole}{energy}; bottleneck: encode (busy 97%)"
 
 
 def test_summary_of_one_slow_slide_and_of_nothing() -> None:
     one = RunSummary(slides=1, failed=0, tiles=1, seconds=2.0, stations=STATIONS, bottleneck="read")
-    assert str(one) == "1 tile of 1 slide in 2.0 s, 0.5 tiles/s; bottleneck: read (busy 100%)"
+    assert (
+        str(one)
+        == "1 tile of 1 slide in 2.0 s, 0.5 tiles/s; energy not measured; bottleneck: read (busy 100%)"
+    )
     nothing = RunSummary(slides=0, failed=0, tiles=0, seconds=0.0, stations=(), bottleneck="encode")
-    assert str(nothing) == "0 tiles of 0 slides in 0.0 s, 0.0 tiles/s; bottleneck: encode"
+    assert (
+        str(nothing) == "0 tiles of 0 slides in 0.0 s, 0.0 tiles/s; energy not measured; bottleneck: encode"
+    )
+
+
+def test_the_bill_is_of_the_whole_of_a_slide_and_of_1000_tiles() -> None:
+    bill = replace(SUMMARY, tiles=500, seconds=30.0, watt_hours=6.0, measured_by="RAPL (dram)").bill()
+    assert (bill["slides"], bill["seconds"], bill["watt_hours"]) == (3, 30.0, 6.0)
+    assert bill["per_slide"] == {"seconds": 10.0, "watt_hours": 2.0}
+    assert bill["per_1000_tiles"] == {"seconds": 60.0, "watt_hours": 12.0}
+    unmeasured = replace(SUMMARY, slides=0, tiles=0).bill()
+    assert unmeasured["per_slide"] == unmeasured["per_1000_tiles"] == {"seconds": None, "watt_hours": None}
+    assert unmeasured["watt_hours"] is None and unmeasured["measured_by"] == "not measured"
+
+
+def test_runs_in_turn_add_up() -> None:
+    one = replace(SUMMARY, seconds=10.0, watt_hours=1.0, measured_by="RAPL (dram)")
+    both = in_turn([one, replace(one, slides=2, seconds=5.0, watt_hours=0.5)])
+    assert (both.slides, both.tiles, both.seconds, both.watt_hours) == (3, 2 * SUMMARY.tiles, 15.0, 1.5)
+    assert both.measured_by == "RAPL (dram)"
+    assert in_turn([one, SUMMARY]).watt_hours is None, "a part of it was not measured"
 
 
 # state and drawing ----------------------------------------------------------------------------

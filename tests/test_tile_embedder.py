@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig, tile_embedder
+from slide2vec import ExecutionOptions, Model, Models, Pipeline, PreprocessingConfig, tile_embedder
+from slide2vec.compile import select_engine
 from slide2vec.compile.store import EngineStore
 from slide2vec.runtime.base import BatchProfile
 from slide2vec.runtime.record import RECORD_NAME, EngineRecord, key_of
@@ -146,3 +147,105 @@ def test_the_encoder_is_as_it_was_in_the_next_call(model: Model, slides: list[Pa
     model.encoder.train()
     model.embed_slide(slides[0], CONFIG)
     assert not model.encoder.training and first.num_tiles
+
+
+# building before the first slide -------------------------------------------------------------------
+
+
+@pytest.fixture
+def considered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The slides of each call for which a build was considered."""
+    found: list[int] = []
+
+    def consider(encoder: Any, target: Any, precision: str, slides: Any, config: Any, **more: Any) -> None:
+        found.append(len(slides))
+
+    monkeypatch.setattr(tile_embedder, "build_where_it_pays", consider)
+    return found
+
+
+def test_a_build_is_considered_before_the_first_slide(
+    model: Model, slides: list[Path], tmp_path: Path, considered: list[int]
+) -> None:
+    model.embed_slides(slides, CONFIG)
+    assert considered == [2]
+    model.embed_slides(slides, CONFIG)  # PyTorch runs the encoder of this model from now on
+    Pipeline(model, CONFIG, ExecutionOptions(output_dir=tmp_path)).run(slides)
+    assert considered == [2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"build_engine": "never"},
+        {"engine": "torch"},
+        {"torch_compile": True},
+        {"shard": "1/2"},  # other processes run other shards, which would not wait for an engine
+    ],
+)
+def test_a_build_is_not_considered(
+    model: Model,
+    slides: list[Path],
+    tmp_path: Path,
+    considered: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, *args, **more: None)
+    Pipeline(model, CONFIG, ExecutionOptions(output_dir=tmp_path, **options)).run(slides)
+    assert considered == []
+
+
+def test_a_build_is_considered_for_every_run_and_model(
+    slides: list[Path], tmp_path: Path, considered: list[int]
+) -> None:
+    made = {
+        name: Model.from_preset("scattering", device="cpu", allow_non_recommended_settings=True)
+        for name in ("a", "b", "c")
+    }
+    Pipeline(made["a"], CONFIG, ExecutionOptions(output_dir=tmp_path / "a")).run(slides)
+    assert considered == [2]
+    made["b"].embed_tiles(
+        slides[:1], preprocessing=CONFIG, execution=ExecutionOptions(output_dir=tmp_path / "b")
+    )
+    assert considered == [2, 1]
+    Models({"b": made["b"], "c": made["c"]}).embed_slides(slides, CONFIG)
+    assert considered == [2, 1, 2]
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_that_began_in_pytorch_goes_on_there(
+    slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    chosen = []
+
+    def select(choice: str, *args: Any, **more: Any) -> Any:
+        chosen.append(choice)
+        return select_engine(choice, *args, **more)
+
+    monkeypatch.setattr(tile_embedder, "select_engine", select)
+    options = {"output_dir": tmp_path / "out"}
+    for _ in range(2):  # as two processes
+        model = Model.from_preset("scattering", device="cpu", allow_non_recommended_settings=True)
+        config = CONFIG.updated(resume=resume)
+        result = Pipeline(model, config, ExecutionOptions(**options)).run(slides)
+    assert result.resumed == (2 if resume else 0)
+    assert chosen == ["auto", "torch" if resume else "auto"]
+    bf16 = ExecutionOptions(**options, precision="bf16")
+    Pipeline(model, CONFIG.updated(resume=resume), bf16).run(slides)
+    assert chosen[2:] == ["auto"]
+
+
+def test_bf16_is_offered_where_nobody_asked_for_a_precision(
+    model: Model, slides: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered = []
+    monkeypatch.setattr(tile_embedder, "offer_bf16", lambda target, precision: offered.append(precision))
+    model.embed_slide(slides[0], CONFIG, ExecutionOptions(precision="fp32"))
+    asked = Model.from_preset(
+        "scattering", device="cpu", precision="fp32", allow_non_recommended_settings=True
+    )
+    asked.embed_slide(slides[0], CONFIG)
+    assert offered == []
+    model.embed_slide(slides[0], CONFIG)
+    assert offered == ["fp32"]

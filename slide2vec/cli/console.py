@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = [
+    "BuildEngine",
     "Debug",
     "Devices",
     "Engine",
@@ -91,6 +92,13 @@ def debugging() -> bool:
     return any(isinstance(h, _StderrHandler) and h.level == logging.DEBUG for h in _logger.handlers)
 
 
+BuildEngine = Annotated[
+    bool | None,
+    typer.Option(
+        "--build-engine/--no-build-engine",
+        help="Compile the encoder first where the run then ends sooner [build].",
+    ),
+]
 Engine = Annotated[
     EngineChoice, typer.Option(help="What runs the encoder: auto takes a compiled one where there is one.")
 ]

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from slide2vec.choices import RUNTIMES, OptionalPackage
+from slide2vec.choices import BACKENDS, EXECUTORS, PREPARERS, RUNTIMES, OptionalPackage
 from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
 from slide2vec.cli.doctor_runtimes import missing_command, runtimes
 from slide2vec.version import __version__
@@ -25,22 +25,18 @@ __all__ = ["doctor"]
 
 
 _PACKAGES = (
-    OptionalPackage("cuCIM", "fast slide reading", "cucim", ("cucim-cu13", "cucim-cu12", "cucim")),
-    OptionalPackage("libvips", "reads more TIFF files", "vips", ("pyvips",)),
+    *(row.package for row in (*BACKENDS.values(), *PREPARERS.values()) if row.package),
     OptionalPackage(
         "nvImageCodec", "decoding on the GPU", "cuda", ("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12")
     ),
-    OptionalPackage(
-        "DALI", "preparing tiles on the GPU", "cuda", ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
-    ),
-    *(runtime.library for runtime in RUNTIMES.values() if runtime.library),
+    *(row.package for row in RUNTIMES.values() if row.package),
     OptionalPackage("PyCUDA", "TensorRT without PyTorch", "deploy", ("pycuda",)),
     OptionalPackage("ONNX", "exporting encoders", "openvino", ("onnx",)),
     OptionalPackage("ONNX Script", "exporting encoders", "openvino", ("onnxscript",)),
     OptionalPackage("ONNX Runtime", "fp8, NVIDIA", "tensorrt", ("onnxruntime",)),
     OptionalPackage("ml_dtypes", "fp8, NVIDIA", "tensorrt", ("ml-dtypes",)),
     OptionalPackage("Transformers", "some presets", "models", ("transformers",)),
-    OptionalPackage("Ray", "many machines", "ray", ("ray",)),
+    *(row.package for row in EXECUTORS.values() if row.package),
 )
 
 #: Built from source when installed, with a CUDA toolkit: left out of the one command for all that is missing.

@@ -43,7 +43,7 @@ def _as_row(name: str, builds: bool, runs: bool, note: str) -> dict[str, Any]:
 
 def _facts(gpus: Sequence[dict[str, Any]], installed: Installed) -> Iterator[tuple[str, _Able]]:
     for name, runtime in RUNTIMES.items():
-        if runtime.library is not None and installed(runtime.library.distributions) is None:
+        if runtime.package is not None and installed(runtime.package.distributions) is None:
             yield name, (False, False, runtime.install + _beside(name))
         else:
             yield name, _ABLE.get(name, _able)(runtime, gpus, installed)

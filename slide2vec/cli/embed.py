@@ -9,6 +9,7 @@ import typer
 
 from slide2vec.choices import Backend, OutputFormat, Precision
 from slide2vec.cli.console import (
+    BuildEngine,
     Debug,
     Devices,
     Engine,
@@ -86,6 +87,7 @@ def embed(
         typer.Option(help="By default the preset's on a GPU, fp32 on a CPU.", show_default=False),
     ] = None,
     engine: Engine = "auto",
+    build_engine: BuildEngine = None,
     num_gpus: NumGpus = None,
     devices: Devices = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Tiles per forward pass [by device].")] = None,
@@ -167,6 +169,7 @@ def embed(
         save_tile_embeddings=save_tile_embeddings,
         save_latents=save_latents,
         engine=engine,
+        build_engine="never" if build_engine is False else "auto",
     )
     output_dir = execution.output_dir
     if output_dir is not None and not is_remote(output_dir):  # found out before weights are loaded

@@ -110,7 +110,7 @@ def _summary_json(summary: RunSummary) -> dict[str, Any]:
         {**asdict(station), "utilisation": station.utilisation(summary.seconds)}
         for station in summary.stations
     ]
-    return {**asdict(summary), "tiles_per_second": summary.tiles_per_second, "stations": stations}
+    return {**asdict(summary), **summary.bill(), "stations": stations}
 
 
 def failures_json(result: RunResult) -> list[dict[str, Any]]:

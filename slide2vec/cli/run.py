@@ -10,6 +10,7 @@ import typer
 
 from slide2vec.choices import Backend, EngineChoice, Executor, OutputFormat, Precision
 from slide2vec.cli.console import (
+    BuildEngine,
     Debug,
     Devices,
     Json,
@@ -101,6 +102,7 @@ def run(
     engine: Annotated[
         EngineChoice | None, typer.Option(help="What runs the encoder [auto].", show_default=False)
     ] = None,
+    build_engine: BuildEngine = None,
     num_gpus: NumGpus = None,
     devices: Devices = None,
     executor: Annotated[
@@ -227,6 +229,7 @@ def run(
         "model.device": "cpu" if run_on_cpu else device,
         "speed.precision": precision or ("fp32" if run_on_cpu else None),
         "speed.engine": engine,
+        "speed.build_engine": None if build_engine is None else "auto" if build_engine else "never",
         "speed.num_gpus": num_gpus,
         "speed.devices": device_names(devices),
         "speed.executor": executor,

@@ -41,6 +41,10 @@ class Encoder(Protocol):
         self, execution: ExecutionOptions | None = None, tile_size_px: int | None = None
     ) -> dict[str, Any]: ...
 
+    def devices_here(self, execution: ExecutionOptions) -> tuple[str, ...]:
+        """Devices of this machine that a run uses; none where it runs on others."""
+        ...
+
 
 class Embedder(Encoder, Protocol):
     """A model, as far as a cohort needs it."""

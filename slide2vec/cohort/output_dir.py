@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from slide2vec.artifacts.places import ARTIFACT_FOLDERS, ENCODERS, Owner, owners, tiling_folders
@@ -67,7 +68,8 @@ def shared_output_directory(
     try:
         with live_progress(), _opened(runs, slides) as opened:
             recorders = [recorder for _, recorder in opened]
-            with RunLog(root, active_reporter(), runs[0][0].execution.shard) as log:
+            shard = runs[0][0].execution.shard
+            with RunLog(root, active_reporter(), shard, partial(_devices, runs)) as log:
                 yield opened, log
     except OutputError as error:
         done = "; ".join(dict.fromkeys(recorder.complete for recorder in recorders))
@@ -75,6 +77,14 @@ def shared_output_directory(
         explained = OutputError(f"{error}. {done}mend it, then run again with resume to go on from there")
         explained.errno = error.errno
         raise explained from error
+
+
+def _devices(runs: Sequence[tuple[Cohort, Settings | None]]) -> tuple[str, ...]:
+    """Of this machine, that a run uses."""
+    found: list[str] = []
+    for cohort, _ in runs:
+        found += ("cpu",) if cohort.encoder is None else cohort.encoder.devices_here(cohort.execution)
+    return tuple(dict.fromkeys(found))
 
 
 @contextmanager

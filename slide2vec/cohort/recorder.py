@@ -120,6 +120,10 @@ class RunRecorder:
         made = patient_of(slide) if self.kind == "patient" else slide.sample_id
         return slide.sample_id in {*self._failed, *self._empty} or made in self._artifacts[self.kind]
 
+    def made(self, kind: Kind) -> Mapping[str, Artifact]:
+        """The artifacts of a kind that are there, by sample_id or patient_id."""
+        return self._artifacts[kind]
+
     # the whole run -----------------------------------------------------------------------------
 
     def result(self, summary: RunSummary | None) -> RunResult:

@@ -14,7 +14,7 @@ from slide2vec.artifacts import (
     SlideEmbeddingArtifact,
     TileEmbeddingArtifact,
 )
-from slide2vec.progress import RunSummary, merged
+from slide2vec.progress import RunSummary, in_turn
 
 if TYPE_CHECKING:
     import pandas
@@ -82,20 +82,27 @@ class RunResult:
     encoders: Mapping[str, RunResult] = field(default_factory=dict)
 
     @classmethod
-    def of_several(cls, encoders: Mapping[str, RunResult]) -> RunResult:
-        """The results of several encoders of one run as one."""
+    def of_several(cls, encoders: Mapping[str, RunResult], whole: RunSummary | None = None) -> RunResult:
+        """The results of several encoders of one run as one.
+
+        Args:
+            whole: the summary of their common run, for its time and energy; None: each ran alone.
+        """
         results = list(encoders.values())
         recomputed: Counter[str] = Counter()
         for result in results:
             recomputed.update(result.recomputed)
         summaries = [result.summary for result in results if result.summary is not None]
-        summary = merged(summaries, max(each.seconds for each in summaries)) if summaries else None
+        summary = in_turn(summaries) if summaries else None
         if summary is not None:  # they are the same slides
+            roads = max((each.roads for each in summaries), key=lambda roads: sum(roads.values()))
+            billed = whole or summary
             summary = replace(
                 summary,
-                slides=max(each.slides for each in summaries),
-                failed=max(each.failed for each in summaries),
-                roads=max((each.roads for each in summaries), key=lambda roads: sum(roads.values())),
+                roads=roads,
+                seconds=billed.seconds,
+                watt_hours=billed.watt_hours,
+                measured_by=billed.measured_by,
             )
         return cls(
             tile_artifacts=[each for result in results for each in result.tile_artifacts],

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 
 from slide2vec.artifacts import HierarchicalEmbeddingArtifact, TileEmbeddingArtifact
+from slide2vec.cohort.bill import write_bill
 from slide2vec.cohort.context import Cohort
 from slide2vec.cohort.disk_sink import DiskSink
 from slide2vec.cohort.embedder import Embedder
@@ -74,6 +75,7 @@ def embed_cohort(
         todo = resume_run(cohort, recorder)
         log.write(left_in_words(todo, slides))
         embed_what_is_left(cohort, recorder, embedder, todo, embedder.embed_into, on_slide_persisted)
+        write_bill(log, {cohort.place.name: log.summary})
         return recorder.result(log.summary)
 
 

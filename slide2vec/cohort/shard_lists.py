@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from slide2vec.cohort.bill import collect_bills
 from slide2vec.cohort.lock import SHARD_LOCKS, output_lock, shard_stem
 from slide2vec.cohort.process_list import (
     PROCESS_LIST,
@@ -160,15 +161,16 @@ def _order(output_dir: Path) -> list[str]:
 
 
 def forget_shards(output_dir: Path, *, order: bool) -> None:
-    """Remove the lists and locks of shards, once the common list has their rows. Only for who holds the
-    whole directory.
+    """Remove the lists and locks of shards, once the common list has their rows, and their bills, which go
+    into the common one. Only for who holds the whole directory.
 
     Args:
         order: remove what tells which slides are missing, too.
 
     Raises:
-        OutputError: one cannot be removed.
+        OutputError: one cannot be removed, or the common bill not written.
     """
+    collect_bills(output_dir)
     locks = [path for path in entries(output_dir) if fnmatch(path.name, SHARD_LOCKS)]
     gone = [path for _, path in _lists(output_dir)] + locks
     for path in [*gone, output_dir / _ORDER] if order else gone:

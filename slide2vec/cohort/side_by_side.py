@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextvars
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+from slide2vec.artifacts import TileEmbeddingArtifact
+from slide2vec.cohort.bill import write_bill
 from slide2vec.cohort.context import Cohort
 from slide2vec.cohort.embedder import Embedder
 from slide2vec.cohort.output_dir import Settings, shared_output_directory
 from slide2vec.cohort.recorder import RunRecorder
 from slide2vec.cohort.results import Artifact, RunResult
-from slide2vec.cohort.resume import ResumePlan, resume_run
+from slide2vec.cohort.resume import ResumePlan, plan_everything, resume_run
 from slide2vec.cohort.run import embed_what_is_left, left_in_words
 from slide2vec.cohort.slide_writer import OnPersisted
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
@@ -29,6 +32,8 @@ from slide2vec.stream.staging import stager_for
 
 __all__ = ["EncoderRun", "embed_cohort_together", "run_side_by_side"]
 
+logger = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
 
 
@@ -39,8 +44,8 @@ class EncoderRun:
     Attributes:
         config: with requested_spacing_um and requested_tile_size_px resolved.
         settings: as for `embed_cohort`.
-        after: the encoder whose embeddings of tiles it takes over, and after which it runs; "" = it embeds
-            tiles itself.
+        after: the encoder after which it runs, since they have one tile encoder and so one folder: its
+            embeddings of tiles are taken over, where it keeps them. "" = it waits for none.
     """
 
     embedder: Embedder
@@ -55,29 +60,35 @@ def embed_cohort_together(
     execution: ExecutionOptions,
     *,
     on_slide_persisted: OnPersisted | None = None,
-) -> dict[str, RunResult]:
+) -> RunResult:
     """As `embed_cohort`, with several encoders in this process: slides are read once for all of them. Each
     writes what it would write alone, one run after the other, into the same directory.
 
-    An encoder that breaks off fails the slides that it has not finished; the others go on.
+    An encoder that breaks off fails the slides that it has not finished; the others go on. The result of each
+    is in `encoders`, in the order of `runs`.
 
     Args:
-        runs: by name, those that come after another behind it.
+        runs: by name.
+        on_slide_persisted: as for `embed_cohort`, one call at a time. What it raises ends the run.
 
     Raises:
         ConfigError, OutputLockedError, OutputError: as `embed_cohort`.
     """
     if on_slide_persisted is not None:
         on_slide_persisted = _one_at_a_time(on_slide_persisted)
-    cohorts = [(Cohort(run.config, execution, run.embedder), run.settings) for run in runs.values()]
+    opened_as = sorted(runs, key=lambda name: runs[name].after != "")
+    cohorts = [
+        (Cohort(runs[name].config, execution, runs[name].embedder), runs[name].settings) for name in opened_as
+    ]
     with shared_output_directory(cohorts, slides) as (opened, log):
-        whole = dict(zip(runs, opened, strict=True))
+        whole = dict(zip(opened_as, opened, strict=True))
         summaries: dict[str, RunSummary] = {}
-        for names in _turns(runs):
+        for names in _turns(runs, whole):
             todo = {}
             for name in names:
                 cohort, recorder = whole[name]
-                todo[name] = resume_run(cohort, recorder)
+                before = whole[runs[name].after][1] if runs[name].after else None
+                todo[name] = _left(cohort, recorder, before)
                 log.write(f"{name}: {left_in_words(todo[name], recorder.slides)}")
             reporter = TogetherReporter(
                 log,
@@ -98,18 +109,52 @@ def embed_cohort_together(
                 if isinstance(ended, Exception):
                     _break_off(whole[name][0], whole[name][1], todo[name], ended)
             summaries |= reporter.summaries
-        return {name: recorder.result(summaries.get(name)) for name, (_, recorder) in whole.items()}
+        write_bill(log, {whole[name][0].place.name: summary for name, summary in summaries.items()})
+        results = {name: whole[name][1].result(summaries.get(name)) for name in runs}
+        return RunResult.of_several(results, log.summary)
 
 
-def _turns(runs: Mapping[str, EncoderRun]) -> Iterator[list[str]]:
-    """Names that run side by side; first those that come after none."""
+def _turns(
+    runs: Mapping[str, EncoderRun], whole: Mapping[str, tuple[Cohort, RunRecorder]]
+) -> Iterator[list[str]]:
+    """Names that run side by side; first those that come after none. Encoders of patients, which take slides
+    patient by patient, have a turn of their own if that is another order."""
+    orders = {
+        name: tuple(slide.sample_id for slide in plan_everything(recorder.slides, cohort.kind).slides)
+        for name, (cohort, recorder) in whole.items()
+    }
     done: set[str] = {""}
     left = list(runs)
     while left:
-        now = [name for name in left if runs[name].after in done]
+        ready = [name for name in left if runs[name].after in done]
+        now = [name for name in ready if orders[name] == orders[ready[0]]]
+        if apart := [name for name in ready if name not in now]:
+            logger.warning(
+                "%s and %s take slides in different orders, so that each reads them: a manifest in which the "
+                "slides of each patient follow one another has them read once",
+                *(", ".join(now), ", ".join(apart)),
+            )
         yield now
         done |= set(now)
         left = [name for name in left if name not in now]
+
+
+class _CallbackFailed(BaseException):
+    """What the caller's own function has raised, as the cause: no failure of an encoder."""
+
+
+def _left(cohort: Cohort, recorder: RunRecorder, before: RunRecorder | None) -> ResumePlan:
+    """What is left to do; a run that resumes nothing takes over what the one before it has just embedded."""
+    left = resume_run(cohort, recorder)
+    if before is None or cohort.config.resume or cohort.level == "tile":
+        return left
+    tiles = before.made("tile")
+    taken = [(slide, tiles[slide.sample_id]) for slide in left.slides if slide.sample_id in tiles]
+    return replace(
+        left,
+        slides=[slide for slide in left.slides if slide.sample_id not in tiles],
+        tiles=[(slide, each) for slide, each in taken if isinstance(each, TileEmbeddingArtifact)],
+    )
 
 
 def _one_at_a_time(call: OnPersisted) -> OnPersisted:
@@ -117,7 +162,10 @@ def _one_at_a_time(call: OnPersisted) -> OnPersisted:
 
     def locked(artifact: Artifact) -> None:
         with lock:
-            call(artifact)
+            try:
+                call(artifact)
+            except Exception as error:
+                raise _CallbackFailed from error
 
     return locked
 
@@ -152,7 +200,7 @@ def run_side_by_side(
 
     Args:
         tasks: of each encoder, called with its part in the slides.
-        slides: that each encoder will plan.
+        slides: that each encoder will plan, in one order that they have in common.
         execution: says where slides are staged, if they are.
         reporter: is told of all of them.
 
@@ -174,14 +222,16 @@ def run_side_by_side(
                 for name, task in tasks.items()
             }
             try:
-                wait(running.values())
-            except BaseException:  # an interrupt: no thread would notice it
+                left = set(running.values())
+                while left:
+                    done, left = wait(left, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        _result(future)
+            except BaseException:  # an interrupt, say: no thread would notice it
                 reporter.cancel()
                 stager.stop()
                 raise
-    found: dict[str, Result | Exception] = {}
-    for name, future in running.items():
-        found[name] = _result(future)
+    found: dict[str, Result | Exception] = {name: _result(future) for name, future in running.items()}
     for name, result in found.items():
         if isinstance(result, Exception):
             reporter.broken(name, result)
@@ -196,4 +246,4 @@ def _result(future: Future[Any]) -> Any:
         return future.result()
     if isinstance(error, Exception):
         return error
-    raise error
+    raise error.__cause__ if isinstance(error, _CallbackFailed) and error.__cause__ else error

@@ -68,6 +68,7 @@ class BuildOptions:
         slide: whose tissue it is compared on (and calibrated with); None = a generated slide.
         keep_onnx: keep the ONNX file beside it.
         force: build it although it is there.
+        steps_down: take the next higher precision where one is not close enough; else that is an error.
         workspace_bytes, optimization_level, hardware_compatibility: TensorRT's.
         targets: compute capabilities that TensorRT-RTX builds for ("sm89", …), with or without a GPU here; by
             default the GPU's own, and without one all that it knows and the precision allows.
@@ -81,6 +82,7 @@ class BuildOptions:
     slide: Path | None = None
     keep_onnx: bool = False
     force: bool = False
+    steps_down: bool = True
     workspace_bytes: int | None = None
     optimization_level: int = 3
     hardware_compatibility: str = "none"
@@ -302,7 +304,8 @@ class _Build:
         return found
 
     def _precisions(self) -> Iterator[str]:
-        for precision in STEPS_DOWN.get(self.plan.precision, (self.plan.precision,)):
+        asked = self.plan.precision
+        for precision in STEPS_DOWN.get(asked, (asked,)) if self.options.steps_down else (asked,):
             targets, runtime = self.plan.targets, self.plan.runtime
             if any(unsuited(target, precision) for target in targets):
                 continue

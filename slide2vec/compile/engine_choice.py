@@ -11,6 +11,7 @@ from slide2vec.choices import RUNTIMES
 from slide2vec.compile.builders import default_runtime
 from slide2vec.compile.engine_key import EngineTarget, differences
 from slide2vec.compile.export_module import torch_engine
+from slide2vec.compile.gain import expected_gain
 from slide2vec.compile.parity import check_files
 from slide2vec.compile.proof import is_to_be_proven, proof_on, prove, proven
 from slide2vec.compile.store import EngineStore, StoredEngine
@@ -19,9 +20,11 @@ from slide2vec.runtime.base import Engine
 from slide2vec.runtime.loading import load_engine, not_here, runtimes_for
 from slide2vec.runtime.torch_engine import DTYPES
 
-__all__ = ["MatchingEngines", "Selected", "find_engine", "select_engine"]
+__all__ = ["ADVICE", "MatchingEngines", "Selected", "find_engine", "select_engine"]
 
-logger = logging.getLogger(__name__)
+#: Name of the logger of what users may want to know about faster ways; the command line shows all of it.
+ADVICE = __name__
+logger = logging.getLogger(ADVICE)
 
 _suggested: set[tuple[str, str]] = set()
 
@@ -140,7 +143,7 @@ def select_engine(
         raise EngineError(_missing(choice, target, precision, problems))
     for name, problem in problems.items():
         logger.warning("engine %s is not used: %s", name, problem)
-    _suggest(target, precision)
+    _suggest(store, target, precision)
     return _torch(encoder, target, precision, compiled)
 
 
@@ -210,8 +213,8 @@ def _missing(runtime: str, target: EngineTarget, precision: str, problems: dict[
     )
 
 
-def _suggest(target: EngineTarget, precision: str) -> None:
-    """Say, once per preset and precision, what could be done instead."""
+def _suggest(store: EngineStore, target: EngineTarget, precision: str) -> None:
+    """Say, once per preset and precision, what could be done instead, and what it would bring."""
     name = target.recipe.name
     suggested_before = (name, precision) in _suggested
     if suggested_before or not runtimes_for(target.device) or not target.recipe.engine.advised:
@@ -225,11 +228,13 @@ def _suggest(target: EngineTarget, precision: str) -> None:
     except EngineError as error:
         logger.info("%s runs in PyTorch: %s", name, error)
         return
+    gain = expected_gain(store, target, precision, runtime)
     logger.info(
-        "%s runs in PyTorch; %s compiles it for this machine with %s",
+        "%s runs in PyTorch; %s compiles it for this machine with %s%s",
         name,
         _command(target, precision),
         runtime,
+        f", which is about {gain.times:.1f} times as fast" if gain else "",
     )
 
 

@@ -19,7 +19,16 @@ from slide2vec.runtime.record import SCHEMA, EngineRecord
 from slide2vec.runtime.tensorrt.targets import target_of
 from slide2vec.version import __version__
 
-__all__ = ["EngineTarget", "differences", "identity", "library_versions", "target_here", "targets_of"]
+__all__ = [
+    "EngineTarget",
+    "cpu_instructions",
+    "device_here",
+    "differences",
+    "identity",
+    "library_versions",
+    "target_here",
+    "targets_of",
+]
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ def identity(
         "graph": GRAPH,
         "runtime": runtime,
         "runtime_version": _version(RUNTIMES[runtime].versions),
-        "device": _targeted(targets) if targets else _device(target.device, runtime),
+        "device": _targeted(targets) if targets else device_here(target.device, runtime),
     }
     if recipe.positions != "antialiased" and recipe.encoder.kwargs.get("img_size") != transform.crop:
         found["positions"] = recipe.positions  # how the graph's own were resampled; once always timm's way
@@ -134,8 +143,8 @@ def _version(distributions: tuple[str, ...]) -> str:
     return ""
 
 
-def _device(device: torch.device, runtime: str) -> dict[str, Any]:
-    """The hardware as far as an engine depends on it."""
+def device_here(device: torch.device, runtime: str) -> dict[str, Any]:
+    """The hardware as far as an engine depends on it, JSON-ready."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         name = torch.cuda.get_device_name(device)
@@ -144,10 +153,10 @@ def _device(device: torch.device, runtime: str) -> dict[str, Any]:
         from slide2vec.runtime.openvino_engine import capabilities
 
         return {"type": "cpu", "machine": platform.machine(), "computes_in": capabilities()}
-    return {"type": "cpu", "machine": platform.machine(), "instructions": _instructions()}
+    return {"type": "cpu", "machine": platform.machine(), "instructions": cpu_instructions()}
 
 
-def _instructions() -> list[str]:
+def cpu_instructions() -> list[str]:
     """Of this CPU: code is compiled for just these."""
     if not hasattr(torch.cpu, "get_capabilities"):  # older PyTorch knows the vector width only
         return [torch.backends.cpu.get_cpu_capability()]

@@ -2,67 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from slide2vec.choices import TILE_ENCODERS
 from slide2vec.encoders.weights import WeightsChoice, load_weights, seeded
 from slide2vec.errors import ModelLevelError
-from slide2vec.recipes import EncoderSpec, Recipe, Variant
+from slide2vec.recipes import Recipe, Variant
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["build_encoder"]
-
-Builder = Callable[[EncoderSpec, Variant], "nn.Module"]
-
-
-def _timm(spec: EncoderSpec, variant: Variant) -> nn.Module:
-    from slide2vec.encoders.timm import TimmEncoder
-
-    return TimmEncoder(spec, variant)
-
-
-def _scattering(spec: EncoderSpec, variant: Variant) -> nn.Module:
-    from slide2vec.encoders.scattering import ScatteringEncoder
-
-    return ScatteringEncoder(**spec.kwargs)
-
-
-def _coca(spec: EncoderSpec, variant: Variant) -> nn.Module:
-    from slide2vec.encoders.coca import CocaEncoder
-
-    return CocaEncoder(spec, variant)
-
-
-def _clip_linear(spec: EncoderSpec, variant: Variant) -> nn.Module:
-    from slide2vec.encoders.clip_linear import ClipLinearEncoder
-
-    return ClipLinearEncoder(spec, variant)
-
-
-def _musk(spec: EncoderSpec, variant: Variant) -> nn.Module:
-    from slide2vec.encoders.musk import MuskEncoder
-
-    return MuskEncoder(spec, variant)
-
-
-def _channelwise(spec: EncoderSpec, variant: Variant) -> nn.Module:
-    from slide2vec.encoders.channelwise import ChannelwiseEncoder
-
-    return ChannelwiseEncoder(spec, variant)
-
-
-#: family -> builder; each imports its libraries only when it is used. Family "remote" is not here: its
-#: architecture comes with its weights.
-_BUILDERS: dict[str, Builder] = {
-    "timm": _timm,
-    "scattering": _scattering,
-    "coca": _coca,
-    "clip_linear": _clip_linear,
-    "musk": _musk,
-    "channelwise": _channelwise,
-}
 
 
 def build_encoder(
@@ -94,7 +44,7 @@ def build_encoder(
 
         encoder = build_remote(recipe, variant, weights, trust_remote_code)
         return encoder.eval().requires_grad_(False)
-    build = _BUILDERS[recipe.encoder.family]
+    build = TILE_ENCODERS[recipe.encoder.family].imported()
     if recipe.weights is None:
         encoder = build(recipe.encoder, variant)
     elif weights == "random":

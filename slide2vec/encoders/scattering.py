@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from slide2vec.errors import ConfigError
+from slide2vec.recipes import EncoderSpec, Variant
 
-__all__ = ["ScatteringEncoder", "morlet_bank", "stain_unmixing"]
+__all__ = ["ScatteringEncoder", "morlet_bank", "scattering_encoder", "stain_unmixing"]
 
 #: Optical density of haematoxylin and eosin in red, green and blue light (Ruifrok and Johnston 2001).
 STAIN_VECTORS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11))
@@ -193,3 +194,8 @@ def _averages_by_angle(orientations: int) -> NDArray[np.float64]:
 
 def _log(values: Tensor) -> Tensor:
     return torch.log(values + _FLOOR)
+
+
+def scattering_encoder(spec: EncoderSpec, variant: Variant) -> ScatteringEncoder:
+    """The encoder of a recipe; it has one output."""
+    return ScatteringEncoder(**spec.kwargs)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from importlib import import_module
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
+from slide2vec.choices import PREPARERS
 from slide2vec.errors import ConfigError, nearest_names
 from slide2vec.prepare.pixel_difference import PixelLimits
 from slide2vec.prepare.torch_preparer import TorchPreparer
@@ -19,7 +18,7 @@ from slide2vec.runtime.base import Layout
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PREPARERS", "Preparer", "choose_preparer"]
+__all__ = ["Preparer", "choose_preparer"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +31,6 @@ class Preparer(Protocol):
         ...
 
 
-#: name -> (its module, its class).
-PREPARERS: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "torch": ("slide2vec.prepare.torch_preparer", "TorchPreparer"),
-        "dali": ("slide2vec.prepare.dali_preparer", "DaliPreparer"),
-        "triton": ("slide2vec.prepare.triton_preparer", "TritonPreparer"),
-    }
-)
 #: What "auto" tries on a GPU before PyTorch: what moves the fewest bytes first (Triton's kernel, which does
 #: not resize, reads and writes every pixel once), until benchmarks/gpu.py has timed them there. On the CPU it
 #: takes PyTorch, which does in a second of CPU time twice as many tiles as DALI without a resize, and 5.4
@@ -72,8 +63,7 @@ def choose_preparer(
 
 
 def _made(name: str, transform: Transform, device: torch.device, layout: Layout) -> Preparer:
-    module, kind = PREPARERS[name]
-    return cast(Preparer, getattr(import_module(module), kind)(transform, device, layout))
+    return cast(Preparer, PREPARERS[name].imported()(transform, device, layout))
 
 
 def _first(

@@ -14,8 +14,10 @@ from slide2vec.progress.events import (
     SlidePlanned,
     StationTime,
     TilesEncoded,
+    in_turn,
     merged,
 )
+from slide2vec.progress.metering import Metering, metered
 from slide2vec.progress.reporters import (
     NullReporter,
     ProgressReporter,
@@ -25,6 +27,7 @@ from slide2vec.progress.reporters import (
 )
 
 __all__ = [
+    "Metering",
     "NullReporter",
     "ProgressEvent",
     "ProgressReporter",
@@ -38,6 +41,8 @@ __all__ = [
     "TilesEncoded",
     "activate_progress_reporter",
     "active_reporter",
+    "in_turn",
     "live_progress",
     "merged",
+    "metered",
 ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 __all__ = [
     "ProgressEvent",
@@ -17,6 +17,7 @@ __all__ = [
     "SlidePlanned",
     "StationTime",
     "TilesEncoded",
+    "in_turn",
     "merged",
 ]
 
@@ -53,6 +54,8 @@ class RunSummary:
         stations: in stream order.
         bottleneck: name of the station that was busiest.
         roads: how tiles were read (a reader's name, "raw + nvimgcodec on the device", …) -> how many.
+        watt_hours: that the run's GPUs and this machine's processors took; None: not measured.
+        measured_by: by what, and what of them was not measured; "" where nothing was.
     """
 
     slides: int
@@ -62,6 +65,8 @@ class RunSummary:
     stations: tuple[StationTime, ...]
     bottleneck: str
     roads: Mapping[str, int] = field(default_factory=dict)
+    watt_hours: float | None = None
+    measured_by: str = ""
 
     @property
     def tiles_per_second(self) -> float:
@@ -74,8 +79,38 @@ class RunSummary:
         failed = f" ({self.failed:,} failed)" if self.failed else ""
         done = f"{self.tiles:,} tile{'' if self.tiles == 1 else 's'} of {slides}{failed}"
         rate = self.tiles_per_second
-        speed = f"{self.seconds:.1f} s, {rate:,.{0 if rate >= 10 else 1}f} tiles/s"
-        return f"{done} in {speed}; bottleneck: {self.bottleneck}{self._bottleneck_share()}{self._read_by()}"
+        speed = f"{self.seconds:.1f} s, {rate:,.{0 if rate >= 10 else 1}f} tiles/s{self._seconds_each()}"
+        slowest = f"bottleneck: {self.bottleneck}{self._bottleneck_share()}"
+        return f"{done} in {speed}; {self._energy()}; {slowest}{self._read_by()}"
+
+    def bill(self) -> dict[str, Any]:
+        """Time and energy, JSON-ready: of all, per embedded slide and per 1,000 tiles (None without any)."""
+        return {
+            "slides": self.slides,
+            "failed": self.failed,
+            "tiles": self.tiles,
+            "seconds": self.seconds,
+            "tiles_per_second": self.tiles_per_second,
+            "watt_hours": self.watt_hours,
+            "measured_by": self.measured_by or "not measured",
+            "per_slide": self._per(self.slides),
+            "per_1000_tiles": self._per(self.tiles / 1000),
+        }
+
+    def _per(self, count: float) -> dict[str, float | None]:
+        whole = {"seconds": self.seconds, "watt_hours": self.watt_hours}
+        return {name: value / count if count and value is not None else None for name, value in whole.items()}
+
+    def _seconds_each(self) -> str:
+        return f", {self.seconds / self.slides:.1f} s a slide" if self.slides > 1 else ""
+
+    def _energy(self) -> str:
+        """Watt-hours, and what they are of."""
+        if self.watt_hours is None:
+            return "energy not measured"
+        each = {"a slide": self.slides if self.slides > 1 else 0, "per 1,000 tiles": self.tiles / 1000}
+        rates = ", ".join(f"{self.watt_hours / n:.3g} Wh {what}" for what, n in each.items() if n)
+        return f"{self.watt_hours:.3g} Wh by {self.measured_by}{': ' if rates else ''}{rates}"
 
     def _read_by(self) -> str:
         roads = ", ".join(
@@ -115,6 +150,19 @@ def merged(summaries: Iterable[RunSummary], seconds: float) -> RunSummary:
         stations=tuple(stations.values()),
         bottleneck=slowest.bottleneck if slowest else "",
         roads=dict(roads),  # a Counter does not survive dataclasses.asdict
+    )
+
+
+def in_turn(summaries: Iterable[RunSummary]) -> RunSummary:
+    """One summary of several runs over the same slides, one after the other."""
+    summaries = list(summaries)
+    watt_hours = [each.watt_hours for each in summaries if each.watt_hours is not None]
+    return replace(
+        merged(summaries, sum(each.seconds for each in summaries)),
+        slides=max((each.slides for each in summaries), default=0),
+        failed=max((each.failed for each in summaries), default=0),
+        watt_hours=sum(watt_hours) if watt_hours and len(watt_hours) == len(summaries) else None,
+        measured_by=", ".join(dict.fromkeys(each.measured_by for each in summaries if each.measured_by)),
     )
 
 

@@ -122,19 +122,26 @@ class JpegTileReader(PyramidReader):
         self, level: int, corners: NDArray[np.int64], side: tuple[int, int]
     ) -> tuple[NDArray[np.bool_], int, int]:
         """(rows, columns), which tiles lie under the boxes, and the column and the row of the first."""
-        form = self._tiles.format(level)
-        tile = form.width, form.height
-        first = np.maximum(corners, 0) // tile
-        last = (np.minimum(corners + side, self.level_dimensions[level]) - 1) // tile
-        seen = ((first <= last) & (corners < self.level_dimensions[level])).all(axis=1)
-        if not seen.any():
+        form, size = self._tiles.format(level), self.level_dimensions[level]
+        begin, end = np.maximum(corners, 0), np.minimum(corners + side, size)
+        seen = (begin < end).all(axis=1)
+        if not seen.all():
+            begin, end = begin[seen], end[seen]
+        if not len(begin):
             return np.zeros((1, 1), bool), 0, 0
-        first, last = first[seen], last[seen]
-        (left, top), (right, bottom) = first.min(axis=0).tolist(), last.max(axis=0).tolist()
-        under = np.zeros((bottom - top + 1, right - left + 1), bool)
-        begin, end = (first - (left, top)).tolist(), (last - (left - 1, top - 1)).tolist()
-        for (x0, y0), (x1, y1) in zip(begin, end, strict=True):
-            under[y0:y1, x0:x1] = True
+        tile = form.width, form.height
+        first, last = begin // tile, (end - 1) // tile
+        origin = first.min(axis=0)
+        columns, rows = (last.max(axis=0) - origin + 1).tolist()
+        left, top = origin.tolist()
+        most = (last - first).max(axis=0).tolist()
+        # of each box all its columns and rows, the last of them again where it has fewer than another
+        xs, ys = (
+            np.minimum(first[:, axis, None] + np.arange(most[axis] + 1), last[:, axis, None]) - origin[axis]
+            for axis in (0, 1)
+        )
+        under = np.zeros((rows, columns), bool)
+        under[ys[:, :, None], xs[:, None, :]] = True
         return under, left, top
 
     def _decoded(self, level: int, numbers: NDArray[np.int64], form: TileFormat) -> TileMemory:

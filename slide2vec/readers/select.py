@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar, cast
 
+from slide2vec.choices import BACKENDS
 from slide2vec.errors import (
     BackendError,
     ConfigError,
@@ -31,18 +32,7 @@ logger = logging.getLogger(__name__)
 
 Used = TypeVar("Used")
 
-#: back end -> (its module, its reader class), in the order "auto" tries them.
-_READERS: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "tiff": ("slide2vec.readers.tiff", "TiffReader"),
-        "dicom": ("slide2vec.readers.dicom", "DicomReader"),
-        "cucim": ("slide2vec.readers.cucim", "CucimReader"),
-        "vips": ("slide2vec.readers.vips", "VipsReader"),
-        "openslide": ("slide2vec.readers.openslide", "OpenslideReader"),
-        "asap": ("slide2vec.readers.asap", "AsapReader"),
-    }
-)
-AUTO_ORDER = tuple(_READERS)
+AUTO_ORDER = tuple(BACKENDS)
 #: By kind of file, back ends whose reason is reported where none reads it, the first that is installed; else
 #: OpenSlide's.
 _ANSWERING_FOR = {"tiff": ("tiff", "vips"), "dicom": ("dicom",)}
@@ -57,7 +47,7 @@ _MEANINGS = {
 
 def backends() -> dict[str, str | None]:
     """Every back end in the order of "auto": None when available, else why not and what to install."""
-    return {name: import_module(module).unavailable() for name, (module, _) in _READERS.items()}
+    return {name: import_module(home.module).unavailable() for name, home in BACKENDS.items()}
 
 
 def open_slide(
@@ -78,8 +68,8 @@ def open_slide(
         BackendError: the back end asked for does not read this file ("auto" may).
         ExtraMissingError: the back end asked for is not installed.
     """
-    if backend != "auto" and backend not in _READERS:
-        raise ConfigError(f"unknown backend {backend!r}. {nearest_names(backend, ('auto', *_READERS))}")
+    if backend != "auto" and backend not in BACKENDS:
+        raise ConfigError(f"unknown backend {backend!r}. {nearest_names(backend, ('auto', *BACKENDS))}")
     found = probe(slide, copy)
     reader = _open_first(found, passed_over) if backend == "auto" else _open_named(backend, found)
     if slide.spacing_at_level_0 is None:
@@ -131,8 +121,7 @@ def _unusable(backend: str, name: str, path: Path, error: BackendError) -> Backe
 
 
 def _open(backend: str, found: Probe) -> SlideReader:
-    module, reader = _READERS[backend]
-    return cast(SlideReader, getattr(import_module(module), reader)(found))
+    return cast(SlideReader, BACKENDS[backend].imported()(found))
 
 
 def _open_first(found: Probe, passed_over: Mapping[str, Exception]) -> SlideReader:

@@ -35,8 +35,6 @@ _GAP = 16 << 10
 _SPAN = 8 << 20
 #: An Adobe marker (T.872, 6.5.3) with transform 0: the components are RGB.
 RGB_MARKER = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
-#: Begins a JPEG.
-_SOI = b"\xff\xd8"
 #: Where the markers of a JPEG are.
 _HEAD = 2048
 _ADOBE, _JFIF = b"\xff\xee\x00\x0eAdobe", b"JFIF\x00"
@@ -221,8 +219,8 @@ class TiffTiles:
         assert check is not None
         if self._file is None:
             raise SlideReadError(f"slide {self._name} was closed")
-        head = _SOI + self._markers[level] + (spec.jpeg_tables or b"")[2:-2]
-        jpegs = _read_spliced(self._file, spec.offsets[numbers], spec.counts[numbers], head, self._memory)
+        tables = self._markers[level] + (spec.jpeg_tables or b"")[2:-2]
+        jpegs = _read_spliced(self._file, spec.offsets[numbers], spec.counts[numbers], tables, self._memory)
         for index in check.unknown(level, jpegs):
             place = self.place(level, int(numbers[index]))
             if wrong := check.wrong(level, jpegs[index], (place.height, place.width)):
@@ -287,42 +285,51 @@ def _conflict(level: TiffLevel, head: bytes) -> str | None:
 
 
 def _read_spliced(
-    file: int, offsets: NDArray[np.int64], counts: NDArray[np.int64], head: bytes, memory: _Memory
+    file: int, offsets: NDArray[np.int64], counts: NDArray[np.int64], tables: bytes, memory: _Memory
 ) -> list[bytes]:
-    """JPEGs in the order of the file, with as few requests as possible, `head` in the place of their first
-    marker; those that begin with another one as they are."""
+    """JPEGs in the order of the file, with as few requests as possible, and with tables behind their first
+    marker."""
     if not len(offsets):
         return []
     ends = offsets + counts
     request = (offsets - offsets[0]) // _SPAN
     apart = (offsets[1:] - ends[:-1] > _GAP) | (request[1:] != request[:-1])
     first = np.concatenate([[0], np.flatnonzero(apart) + 1])
-    sizes = np.maximum.reduceat(ends, first) - offsets[first]
-    at = np.concatenate([[0], np.cumsum(sizes)])
-    data = memory.of(int(at[-1]))
-    view = data.data
-    for low, high, offset in zip(at[:-1].tolist(), at[1:].tolist(), offsets[first].tolist(), strict=True):
-        got = os.preadv(file, [view[low:high]], offset)
-        data[low + got : high] = 0  # of a file that was cut short
-    moved = np.repeat(at[:-1] - offsets[first], np.diff([*first, len(offsets)]))
-    starts, ends = offsets + moved, ends + moved
-    if (data[starts] == _SOI[0]).all() and (data[starts + 1] == _SOI[1]).all():
-        # plain numbers and one copy of each: this runs for every tile
-        spans = zip((starts + len(_SOI)).tolist(), ends.tolist(), strict=True)
-        return [b"".join((head, view[start:end])) for start, end in spans]
-    return [bytes(view[start:end]) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+    cuts = [*first.tolist(), len(offsets)]
+    own = np.repeat(offsets[first], np.diff(cuts))
+    sizes = (np.maximum.reduceat(ends, first) - offsets[first]).tolist()
+    # Plain numbers, and one copy of each while what was read is in the cache: this runs for every tile.
+    starts, stops = (offsets - own).tolist(), (ends - own).tolist()
+    jpegs: list[bytes] = []
+    for low, high, base, size in zip(cuts[:-1], cuts[1:], offsets[first].tolist(), sizes, strict=True):
+        view = _read_whole(file, base, size, memory)
+        spans = zip(starts[low:high], stops[low:high], strict=True)
+        if tables:
+            jpegs += [b"".join((view[at : at + 2], tables, view[at + 2 : end])) for at, end in spans]
+        else:
+            jpegs += [bytes(view[at:end]) for at, end in spans]
+    return jpegs
+
+
+def _read_whole(file: int, offset: int, size: int, memory: _Memory) -> memoryview:
+    """A part of an open file; zeros beyond its end."""
+    view = memory.of(size)
+    got = os.preadv(file, [view], offset)
+    if got < size:
+        view[got:] = bytes(size - got)
+    return view
 
 
 class _Memory(threading.local):
     """Memory of each thread that reads: to touch a page for the first time is dear."""
 
     def __init__(self) -> None:
-        self._data = np.empty(0, np.uint8)
+        self._data = memoryview(b"")
 
-    def of(self, size: int) -> NDArray[np.uint8]:
+    def of(self, size: int) -> memoryview:
         """So many bytes, whatever is in them."""
         if len(self._data) < size:
-            self._data = np.empty(size, np.uint8)
+            self._data = np.empty(size, np.uint8).data
         return self._data[:size]
 
 

@@ -118,7 +118,7 @@ class TileCheck:
         return [
             number
             for number, data in enumerate(jpegs)
-            if not (data.startswith(known) and data.find(_END, -4) >= 0)
+            if not (data.startswith(known) and (data[-2:] == _END or _END in data[-4:]))
         ]
 
     def _is_known(self, level: int, head: bytes, tail: bytes) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from slide2vec.cpus import job_cpus, share
+from slide2vec.choices import EXECUTORS
 from slide2vec.errors import ConfigError
 from slide2vec.runtime import devices_for
 
@@ -46,15 +46,15 @@ def workers_for(
             the cluster is not there.
         ExtraMissingError: executor="ray", and Ray is not installed.
     """
-    ray = execution.executor == "ray"
-    if ray:  # whose devices are not of this machine
+    local = execution.executor == "local"
+    if not local:  # whose devices are not of this machine
         devices = tuple(execution.devices or ())
     else:
         devices = devices_for(device, chosen=chosen, num_gpus=execution.num_gpus, devices=execution.devices)
-    if not ray and len(devices) == 1:
+    if local and len(devices) == 1:
         return None
     if loader is None:
-        alone = 'executor="local"' if ray else "num_gpus=0"
+        alone = "num_gpus=0" if local else 'executor="local"'
         raise ConfigError(
             "workers need a model of Model.from_preset, which each of them loads anew; for one that "
             f"was made otherwise say {alone}"
@@ -68,15 +68,4 @@ def workers_for(
 def _starter(
     loader: Callable[..., Any], devices: Sequence[str], execution: ExecutionOptions
 ) -> Callable[[], WorkerPool]:
-    if execution.executor == "ray":
-        return partial(_ray_pool, loader, execution)
-    from slide2vec.scale.local_pool import LocalPool
-
-    return partial(LocalPool, devices, loader, share(job_cpus(), len(devices)))
-
-
-def _ray_pool(loader: Callable[..., Any], execution: ExecutionOptions) -> WorkerPool:
-    from slide2vec.scale.ray_pool import RayPool
-
-    workers = None if execution.devices is None else len(execution.devices)
-    return RayPool(loader, address=execution.ray_address, workers=workers, num_gpus=execution.num_gpus)
+    return partial(EXECUTORS[execution.executor].imported(), loader, devices, execution)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slide2vec.cohort.record_events import RecordEvent, SlideCompleted
 from slide2vec.cohort.shards import slide_sizes
@@ -138,6 +138,11 @@ class WorkerExecutor:
             stage_gb=_stage_share(sink.execution, workers),
         )
         identity = self._model.identity(own, sink.config.requested_tile_size_px)
+        tiles: Mapping[str, Any] = identity
+        while "below" in tiles:
+            tiles = tiles["below"]
+        if tiles.get("runtime") == "torch":  # whatever engines they would find: a run does not mix
+            own = own.updated(engine="torch")
         return Job(sink.config, own, aggregate, identity, place)
 
     def _run(

@@ -17,14 +17,16 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slide2vec.cpus import VARIABLE
+from slide2vec.cpus import VARIABLE, job_cpus, share
 from slide2vec.scale.messages import Command, JobFinished, JobStarted, Load, Lost, Ready, Report, StartJob
 from slide2vec.scale.shared_tensors import load_features, spool_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LocalPool"]
+    from slide2vec.config import ExecutionOptions
+
+__all__ = ["LocalPool", "start_local"]
 
 WAIT_S = 1.0
 #: Processes that may end before they begin a job, one after the other; then their device is given up.
@@ -164,3 +166,8 @@ def _end(processes: Mapping[str, _Process], folder: Path) -> None:
     for each in processes.values():
         _ending(each.process)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_local(loader: Callable[..., Any], devices: Sequence[str], execution: ExecutionOptions) -> LocalPool:
+    """A process for each device, which share the CPUs of the job."""
+    return LocalPool(devices, loader, share(job_cpus(), len(devices)))

@@ -33,7 +33,9 @@ from slide2vec.scale.ray_worker import RayWorker
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["RayPool"]
+    from slide2vec.config import ExecutionOptions
+
+__all__ = ["RayPool", "start_ray"]
 
 logger = logging.getLogger(__name__)
 
@@ -223,3 +225,9 @@ def _end(connection: Connection, actors: Mapping[str, _Actor]) -> None:
             with suppress(connection.ray.exceptions.RayError):
                 connection.ray.kill(actor.handle)
     connection.close()
+
+
+def start_ray(loader: Callable[..., Any], devices: Sequence[str], execution: ExecutionOptions) -> RayPool:
+    """Workers on the nodes of a Ray cluster: for each of its GPUs, or as the options say."""
+    workers = None if execution.devices is None else len(execution.devices)
+    return RayPool(loader, address=execution.ray_address, workers=workers, num_gpus=execution.num_gpus)

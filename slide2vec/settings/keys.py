@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
+from slide2vec.choices import SEGMENTATION_METHODS
 from slide2vec.config import (
     ExecutionOptions,
     FilterConfig,
@@ -149,6 +150,7 @@ KEYS: dict[str, Key] = {
     ),
     "speed.precision": _of(ExecutionOptions, "precision"),
     "speed.engine": _of(ExecutionOptions, "engine"),
+    "speed.build_engine": _of(ExecutionOptions, "build_engine"),
     "speed.torch_compile": _of(ExecutionOptions, "torch_compile"),
     "speed.output_dtype": _of(ExecutionOptions, "output_dtype"),
     "speed.num_dataloader_workers": _of(ExecutionOptions, "num_workers"),
@@ -198,7 +200,10 @@ _ONE_CLASS = (
     "masks tell tissue (1) from background (0) only, sampling by annotation is not supported; make a "
     "manifest whose mask_path is a mask of the annotated tissue"
 )
-_NO_SAM2 = "SAM2 segmentation is not supported; use tiling.seg_params.method hsv, otsu or threshold"
+_NO_SAM2 = (
+    "SAM2 segmentation is not supported; use another tiling.seg_params.method: "
+    f"{', '.join(SEGMENTATION_METHODS)}"
+)
 FIXED: Mapping[str, tuple[Any, str]] = {
     "tiling.masks.pixel_mapping.background": (0, _ONE_CLASS),
     "tiling.masks.pixel_mapping.tissue": (1, _ONE_CLASS),

@@ -27,22 +27,21 @@ class GatheredTiles:
     """
 
     def __init__(self, source: SlideSource, reader: JpegTileReader, gather: Gather) -> None:
-        self._source, self._reader, self._gather = source, reader, gather
+        self._reader, self._gather = reader, gather
         geometry = source.tiling.geometry
         self._level, self._side = geometry.read_level, geometry.read_tile_size_px
         self.backend, self.blocks = source.backend, source.blocks
-
-    def _corners(self, tiles: NDArray[np.int64]) -> _Corners:
-        """(n, 2) of the tiles, px of the level."""
-        tiling, downsample = self._source.tiling, self._source.reader.downsamples[self._level]
-        return np.stack([floor_to_level(at[tiles], downsample) for at in (tiling.x, tiling.y)], axis=1)
+        tiling, downsample = source.tiling, source.reader.downsamples[self._level]
+        self._corners: _Corners = np.stack(
+            [floor_to_level(at, downsample) for at in (tiling.x, tiling.y)], axis=1
+        )
 
     def fetch(self, number: int) -> tuple[_Corners, DecodedTiles]:
         """The decoded tiles of a block, and where its tiles begin."""
         return self._fetch(self.blocks[number])
 
     def _fetch(self, tiles: NDArray[np.int64]) -> tuple[_Corners, DecodedTiles]:
-        corners = self._corners(tiles)
+        corners = self._corners[tiles]
         return corners, self._reader.decode(self._level, corners, (self._side, self._side))
 
     def place(self, number: int, data: tuple[_Corners, DecodedTiles], targets: Sequence[Any]) -> None:

@@ -119,6 +119,8 @@ class PlanAhead:
     ) -> None:
         """Close what was planned and not taken."""
         self.stop()
+        if kind is not None:  # it may be waiting for what comes of slides that nobody reads any more
+            self._planner.stop()
         self._thread.join()
         while not self._waiting.empty():
             match self._waiting.get():

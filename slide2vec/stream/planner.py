@@ -56,7 +56,7 @@ class Planner:
 
     def ahead(self, slides: Iterable[Slide]) -> Iterator[Slide]:
         """The slides; the staging of each begins as it is taken."""
-        return self.stager.ahead(slides)
+        return self.stager.ahead(slides) if self._share is None else self._share.ahead(slides, self._request)
 
     def wait(self, slide: Slide) -> None:
         """Wait until its files are there to be read."""

@@ -3,7 +3,7 @@
 Every stream goes on as if it were alone, with batches of its own. The first that wants a slide plans it for
 all, the first that wants a block decodes it for all whose tiles are the same, and blocks stay in memory until
 the last has cut its tiles out of them. Whoever is ahead waits when much is kept for the others; who is behind
-never does, so that waiting always ends.
+never does, and slides are taken up in an order that is that of every stream, so that waiting always ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from slide2vec.readers.tile_assembly import EXPECTED_BYTES, HostTileReader
 from slide2vec.slides import Slide
 from slide2vec.stream.batches import Stopped
 from slide2vec.stream.plan import PlanRequest, SlidePlan, plan_together
-from slide2vec.stream.staging import IN_PLACE, InPlace, Staged
+from slide2vec.stream.staging import IN_PLACE, InPlace
 from slide2vec.stream.tile_sources import SlideSource, TileSource
 
 __all__ = ["Share", "SharedSlides"]
@@ -40,7 +40,8 @@ class SharedSlides:
     """What streams share that run side by side over the same slides, or some of them.
 
     Args:
-        members: names of the streams. The first slide is planned when each has asked for one, or has left.
+        members: names of the streams, whose slides are in an order that fits those of the others. The first
+            slide is planned when each has asked for one, or has left.
         stager: brings slides to where they are read.
         kept_bytes: of decoded blocks that wait for streams that are behind.
     """
@@ -48,12 +49,12 @@ class SharedSlides:
     def __init__(
         self, members: Collection[_Member], stager: InPlace = IN_PLACE, kept_bytes: int = KEPT_BYTES
     ) -> None:
-        self.stager = _StagedOnce(stager)
+        self.stager = stager
         self._changed = threading.Condition()
         self._to_begin = set(members)
         self._kept_bytes = kept_bytes
-        #: Of each stream that has begun: how it plans, and the slides that it has yet to plan.
-        self._planning: dict[_Member, tuple[Callable[[Slide], PlanRequest], set[str]]] = {}
+        #: Of each stream that has begun: how it plans, and the slides, in order, that nobody has taken up.
+        self._planning: dict[_Member, tuple[Callable[[Slide], PlanRequest], dict[str, None]]] = {}
         self._slides: dict[str, _SharedSlide] = {}
         #: Blocks, and planned slides, that are there and not yet taken, by the stream that will.
         self._blocks_kept: Counter[_Member] = Counter()
@@ -71,7 +72,7 @@ class SharedSlides:
     ) -> None:
         with self._changed:
             if member in self._to_begin:
-                self._planning[member] = request, set(slides)
+                self._planning[member] = request, dict.fromkeys(slides)
                 self._to_begin.discard(member)
                 self._changed.notify_all()
             self._wait(member, lambda: not self._to_begin)
@@ -100,15 +101,37 @@ class SharedSlides:
 
     # planning -----------------------------------------------------------------------------------
 
-    def _plan(self, member: _Member, slide: Slide) -> SlidePlan:
+    def _take_up(self, member: _Member, slide: Slide) -> _SharedSlide:
+        """The slide, entered for all streams that will plan it, once there is room, and after all slides that
+        come before it in any of these. So nobody waits for one while others hold on to later ones, nor for
+        the copy of one while those of later ones take all the room.
+
+        Raises:
+            Stopped: the stream has left.
+        """
         name = slide.sample_id
         with self._changed:
-            self._wait(member, lambda: name in self._slides or not self._is_ahead(member))
-            shared = self._slides.get(name)
-            mine = shared is None
-            if shared is None:
+            self._wait(
+                member, lambda: name in self._slides or (self._is_next(name) and not self._is_ahead(member))
+            )
+            if name not in self._slides:
                 takers = {each for each, (_, todo) in self._planning.items() if name in todo}
-                shared = self._slides[name] = _SharedSlide(takers | {member})
+                self._slides[name] = _SharedSlide(takers | {member})
+                for _, todo in self._planning.values():
+                    todo.pop(name, None)
+                for _ in self.stager.ahead([slide]):  # its copy begins
+                    pass
+                self._changed.notify_all()
+            return self._slides[name]
+
+    def _is_next(self, name: str) -> bool:
+        """Whether every slide that comes before it in a stream has been taken up."""
+        return all(next(iter(todo)) == name for _, todo in self._planning.values() if name in todo)
+
+    def _plan(self, member: _Member, slide: Slide) -> SlidePlan:
+        name, shared = slide.sample_id, self._take_up(member, slide)
+        with self._changed:
+            mine, shared.is_begun = not shared.is_begun, True
         if mine:
             self._plan_for_all(shared, slide)
         with self._changed:
@@ -167,6 +190,7 @@ class SharedSlides:
             shared.awaited, shared.is_planned = set(shared.members), True
             self._plans_kept.update(shared.awaited)
             unwanted = [each for each in plans.values() if isinstance(each, _Blocks) and not each.members]
+            self._drop_unused(shared)
             self._changed.notify_all()
         for blocks in unwanted:
             blocks.plan.source.close()
@@ -181,12 +205,12 @@ class SharedSlides:
                 if block is not None and block.is_there:
                     return True, self._taken(member, blocks, number)
                 if block is None:
-                    if blocks.leads():
+                    if blocks.leads() and not (self._is_full and self._blocks_kept[member]):
                         pass
                     elif blocks.members <= {member}:
                         alone = True
                         break
-                    elif self._bytes < self._kept_bytes or self._blocks_kept[member]:
+                    elif not self._is_full or self._blocks_kept[member]:
                         block = blocks.there[number] = _Block()
                         alone = False
                         break
@@ -202,6 +226,11 @@ class SharedSlides:
                 with self._changed:
                     blocks.fetched += 1
                     self._changed.notify_all()
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether much is kept: only streams that something is kept for may read on."""
+        return self._bytes >= self._kept_bytes
 
     def _taken(self, member: _Member, blocks: _Blocks, number: int) -> Any:
         block = blocks.there[number]
@@ -278,9 +307,13 @@ class SharedSlides:
                 self._drop(member, found, number, block)
             if not found.members:
                 closing.append(found.plan.source)
-        if not shared.members and shared.is_planned:
-            self._slides = {name: each for name, each in self._slides.items() if each is not shared}
+        self._drop_unused(shared)
         return closing
+
+    def _drop_unused(self, shared: _SharedSlide) -> None:
+        """Forget a slide that nobody needs any more (nor plans at this moment)."""
+        if not shared.members and (shared.is_planned or not shared.is_begun):
+            self._slides = {name: each for name, each in self._slides.items() if each is not shared}
 
 
 class Share:
@@ -294,11 +327,24 @@ class Share:
         """Where slides are read, whichever stream takes them first."""
         return self._shared.stager
 
-    def plan(self, slide: Slide, request: Callable[[Slide], PlanRequest]) -> SlidePlan:
-        """See `plan_slide`. The first slide waits until all other streams have begun, too, or left.
+    def ahead(self, slides: Iterable[Slide], request: Callable[[Slide], PlanRequest]) -> Iterator[Slide]:
+        """The slides, each as soon as it may be planned; where slides are staged, its copy has begun.
+
+        The first waits until all other streams have begun, too, or left.
 
         Args:
             request: what the stream wants planned of a slide.
+
+        Raises:
+            Stopped: the stream has left.
+        """
+        for slide in slides:
+            self._shared._begin(self.member, request, self._slides)
+            self._shared._take_up(self.member, slide)
+            yield slide
+
+    def plan(self, slide: Slide, request: Callable[[Slide], PlanRequest]) -> SlidePlan:
+        """See `plan_slide`; waits as `ahead` does.
 
         Raises:
             Stopped: the stream has left.
@@ -391,6 +437,7 @@ class _SharedSlide:
     members: set[_Member]
     awaited: set[_Member] = field(default_factory=set)
     plans: dict[_Member, _Blocks | Exception] = field(default_factory=dict)
+    is_begun: bool = False
     is_planned: bool = False
 
 
@@ -426,28 +473,3 @@ class _ShareOfBlocks:
 def _size(data: Any) -> int:
     pixels = data[0] if isinstance(data, tuple) and data else data
     return int(getattr(pixels, "nbytes", 0))
-
-
-class _StagedOnce(InPlace):
-    """A stager for several streams: the copy of a slide begins when the first of them takes the slide."""
-
-    def __init__(self, stager: InPlace) -> None:
-        self._stager, self._begun, self._lock = stager, set[str](), threading.Lock()
-        self.threads = stager.threads
-
-    @property
-    def busy_s(self) -> float:  # type: ignore[override]
-        return self._stager.busy_s
-
-    def ahead(self, slides: Iterable[Slide]) -> Iterator[Slide]:
-        for slide in slides:
-            with self._lock:
-                is_first = slide.sample_id not in self._begun
-                self._begun.add(slide.sample_id)
-            yield from self._stager.ahead([slide]) if is_first else [slide]
-
-    def wait(self, slide: Slide) -> None:
-        self._stager.wait(slide)
-
-    def take(self, slide: Slide) -> Staged:
-        return self._stager.take(slide)

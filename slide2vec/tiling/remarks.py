@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from slide2vec.config import FilterConfig
 from slide2vec.geometry import TileGeometry
-from slide2vec.tiling.segment import TISSUE_HSV
+from slide2vec.tiling.tissue_methods import TISSUE_HSV
 from slide2vec.tiling.types import PRECOMPUTED, TissueMask
 
 __all__ = ["TilingFacts", "remarks"]

@@ -1,34 +1,29 @@
 """Where tissue is: a mask from the pixels of a coarse level.
 
-Methods (values of SegmentationConfig.method):
-    hsv: hue, saturation and value within the range of stained tissue.
-    otsu: saturation, smoothed by a median, above Otsu's threshold.
-    threshold: saturation, smoothed by a median, above `sthresh`.
-Each is followed by a morphological closing of `close` px.
+By one of the methods of `tissue_methods.py`, followed by a morphological closing of `close` px.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, sqrt
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from slide2vec.config import SegmentationConfig
 from slide2vec.geometry import nearest_downsample_level
 from slide2vec.readers import SlideReader
 from slide2vec.readers.reader import planning_downsamples
 from slide2vec.tiling.levels import read_blocks, reduced_size
+from slide2vec.tiling.tissue_methods import Plane, method_of
 from slide2vec.tiling.types import Segmentation
 
-__all__ = ["MAX_MASK_PX", "TISSUE_HSV", "Segmented", "segment_tissue"]
+__all__ = ["MAX_MASK_PX", "Segmented", "segment_tissue"]
 
 logger = logging.getLogger(__name__)
-
-Plane = NDArray[np.uint8]
 
 #: The largest level that is segmented as it is; a larger one (a slide without pyramid) is first
 #: averaged down to about the downsample asked for. HS2P segments every level as it is.
@@ -36,9 +31,6 @@ MAX_MASK_PX = 64_000_000
 
 #: Of a level's pixels, about as many are kept to look at afterwards.
 _OVERVIEW_PX = 1_000_000
-
-#: Lowest and highest hue, saturation and value (OpenCV: 0 to 180, 255, 255) that HS2P takes for tissue.
-TISSUE_HSV = (90, 8, 103), (180, 255, 255)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +57,7 @@ def segment_tissue(
     Raises:
         SlideReadError: pixels cannot be decoded.
     """
+    method = method_of(config.method)
     level = nearest_downsample_level(config.downsample, planning_downsamples(reader))
     factor = _reduction(reader, level, config.downsample)
     if factor > 1:
@@ -73,7 +66,7 @@ def segment_tissue(
             *(sample_id, level, config.downsample, *reader.level_dimensions[level], factor),
         )
     downsample = reader.downsamples[level] * factor
-    plane, overview, step = _hsv_plane(reader, level, factor, in_range=config.method == "hsv")
+    plane, overview, step = _plane(reader, level, factor, method.plane)
     segmentation = Segmentation(
         method=config.method,
         requested_downsample=config.downsample,
@@ -85,7 +78,7 @@ def segment_tissue(
         mthresh=config.mthresh,
         close=config.close,
     )
-    return Segmented(_close(_classify(plane, config), config.close), segmentation, overview, step)
+    return Segmented(_close(method.mask(plane, config), config.close), segmentation, overview, step)
 
 
 def _reduction(reader: SlideReader, level: int, downsample: float) -> int:
@@ -96,20 +89,10 @@ def _reduction(reader: SlideReader, level: int, downsample: float) -> int:
     return max(round(downsample / reader.downsamples[level]), ceil(sqrt(width * height / MAX_MASK_PX)))
 
 
-def _classify(plane: Plane, config: SegmentationConfig) -> Plane:
-    """The tissue in what `_hsv_plane` gives."""
-    if config.method == "hsv":
-        return np.minimum(plane, np.uint8(config.sthresh_up))
-    saturation = cv2.medianBlur(plane, config.mthresh)
-    if config.method == "otsu":
-        _, mask = cv2.threshold(saturation, 0, config.sthresh_up, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
-    else:
-        _, mask = cv2.threshold(saturation, config.sthresh, config.sthresh_up, cv2.THRESH_BINARY)
-    return np.asarray(mask, np.uint8)
-
-
-def _hsv_plane(reader: SlideReader, level: int, factor: int, *, in_range: bool) -> tuple[Plane, Plane, int]:
-    """255 where the colour is a tissue's, or the saturation; block by block to keep memory low.
+def _plane(
+    reader: SlideReader, level: int, factor: int, kept: Callable[[Plane], Plane]
+) -> tuple[Plane, Plane, int]:
+    """What a method keeps of each block's HSV; block by block to keep memory low.
 
     With it, RGB of every n-th pixel, and n.
     """
@@ -118,8 +101,8 @@ def _hsv_plane(reader: SlideReader, level: int, factor: int, *, in_range: bool) 
     step = max(1, ceil(sqrt(width * height / _OVERVIEW_PX)))
     overview = np.empty((ceil(height / step), ceil(width / step), 3), np.uint8)
     for rows, columns, pixels in read_blocks(reader, level, factor):
-        hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)
-        plane[rows, columns] = cv2.inRange(hsv, *map(np.array, TISSUE_HSV)) if in_range else hsv[:, :, 1]
+        hsv = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV), np.uint8)
+        plane[rows, columns] = kept(hsv)
         sampled = pixels[-rows.start % step :: step, -columns.start % step :: step]
         top, left = ceil(rows.start / step), ceil(columns.start / step)
         overview[top : top + sampled.shape[0], left : left + sampled.shape[1]] = sampled

@@ -82,6 +82,8 @@ def test_json_is_all_there_is_on_stdout(run, small_slide: Path, broken: Path, tm
     assert failed["sample_id"] == "broken[i]" and failed["error_type"] == "SlideOpenError"
     summary = found["summary"]
     assert summary["tiles"] == slide["num_tiles"] and summary["failed"] == 1
+    assert summary["per_slide"]["seconds"] == summary["seconds"]
+    assert {"watt_hours", "measured_by", "per_1000_tiles", "tiles_per_second"} <= summary.keys()
     assert summary["bottleneck"] in [station["name"] for station in summary["stations"]]
 
 

@@ -105,7 +105,8 @@ def test_run_and_resume(manifest: str, slides: list[Path], tmp_path: Path, run: 
         assert artifact.num_tiles > 0 and torch.equal(there, load_embeddings(artifact.path))
 
     folders = {path.name for path in output_dir.iterdir()}
-    assert folders == {"config.yaml", "logs", "preview", "process_list.csv", "tile_embeddings", "tiles"}
+    made_files = {"bill.json", "config.yaml", "process_list.csv"}
+    assert folders == {"logs", "preview", "tile_embeddings", "tiles"} | made_files
     assert len(list((output_dir / "preview/mask").iterdir())) == 2
     assert (
         (output_dir / "config.yaml").read_text().startswith(f"csv: {manifest}\noutput_dir: s3://bucket/run")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-#: Not compared: the lock, logs, and the process list, which is compared by row.
-APART = {".slide2vec.lock", "process_list.csv", "logs"}
+#: Not compared: the lock, logs and bills, and the process list, which is compared by row.
+APART = {".slide2vec.lock", "process_list.csv", "logs", "bill.json"}
 
 
 def files(folder: Path) -> dict[str, bytes]:

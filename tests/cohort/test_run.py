@@ -66,6 +66,9 @@ class Embedder:
     ) -> dict[str, Any]:
         return {"name": "made up", "level": "tile", "input_size_px": 8, "precision": "fp32"}
 
+    def devices_here(self, execution: ExecutionOptions) -> tuple[str, ...]:
+        return ("cpu",)
+
     def embed_into(self, sink: Any, slides: Sequence[Slide]) -> Generator[SlideOutcome, None, None]:
         active_reporter().emit(RunStarted(len(slides), self.name))
         return self.embed_here(sink, slides)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import numpy as np
 import pytest
 import tifffile
 
+from slide2vec.choices import BACKENDS
 from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import BackendError, Contradiction, SlideReadError
-from slide2vec.readers import backends, cross_check, open_slide, select
+from slide2vec.readers import backends, cross_check, open_slide
 from slide2vec.readers.cross_check import compare_with_second_decoder
 from slide2vec.slides import as_slide
 from slide2vec.stream import plan_slide
@@ -130,8 +130,7 @@ def test_auto_passes_on_and_plans_again(
     slide = as_slide(jpeg_pyramid)
     with open_slide(slide) as reader:
         first = reader.backend
-    module, name = select._READERS[first]
-    kind = getattr(import_module(module), name)
+    kind = BACKENDS[first].imported()
     read = kind._read_box
     monkeypatch.setattr(kind, "_read_box", lambda self, *args: lying(lambda *a: read(self, *a))(*args))
     plan = plan_slide(slide, config)

@@ -23,10 +23,10 @@ CPU, SIDE = torch.device("cpu"), 224
 #: measured on 35 tiles (halved) and 117 (1:1), both cut out of 130 JPEG tiles. Before one kernel cut tiles
 #: out of decoded JPEG tiles, nvImageCodec's path took 109 and 21.5, and 33.5 and 7.7.
 BUDGET = {
-    ("kernel", 2): (21, 1.7),
-    ("kernel", 1): (7, 1.4),
-    ("raw + nvimgcodec", 2): (24, 5),
-    ("raw + nvimgcodec", 1): (8.5, 4),
+    ("kernel", 2): (15.6, 1.7),
+    ("kernel", 1): (5.3, 1.4),
+    ("raw + nvimgcodec", 2): (18, 5),
+    ("raw + nvimgcodec", 1): (6.8, 4),
     ("uploaded", 2): (103, 10),
     ("uploaded", 1): (40, 10),
     ("raw + dali", 2): (151, 10),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from slide2vec.stream import shared_slides
 from slide2vec.stream.batches import Stopped
 from slide2vec.stream.plan import PlanRequest, SlidePlan
 from slide2vec.stream.shared_slides import Share, SharedSlides
+from slide2vec.stream.staging import InPlace
 
 BLOCK_BYTES = 1000
 
@@ -237,3 +238,74 @@ def test_who_is_behind_never_waits_for_room(planned: Planned) -> None:
     for share in shares:
         share.leave()
     assert planned["a"][0].done["closed"] == 1
+
+
+def test_slides_are_taken_up_in_order_whichever_thread_comes_first(
+    planned: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planning threads start in any order: later slides must not fill the room that an earlier one needs."""
+    monkeypatch.setattr(shared_slides, "KEPT_SLIDES", 1)
+    first, second = slides("a", "b")
+    shared = SharedSlides("xy")
+    shares = [shared.share(name, [first, second]) for name in "xy"]
+    with ThreadPoolExecutor(4) as pool:
+        try:
+            later = [pool.submit(share.plan, second, request()) for share in shares]
+            time.sleep(0.05)
+            for done in [pool.submit(share.plan, first, request()) for share in shares]:
+                done.result(timeout=20).source.close()
+            for done in later:
+                done.result(timeout=20).source.close()
+        finally:
+            for share in shares:
+                share.leave()
+    assert list(planned) == ["a", "b"] and not shared._slides
+
+
+def test_copies_begin_in_an_order_that_is_that_of_every_stream(planned: Planned) -> None:
+    """Else those of later slides may take the room of one that another stream waits for."""
+
+    begun = []
+
+    class Stager(InPlace):
+        def ahead(self, slides: Iterable[Slide]) -> Iterator[Slide]:
+            for slide in slides:
+                begun.append(slide.sample_id)
+                yield slide
+
+    todo = slides("a", "b", "c", "d")
+    shared = SharedSlides("xy", Stager())
+
+    def stream(name: str, theirs: Sequence[Slide], pause: float) -> None:
+        share = shared.share(name, theirs)
+        with share.membership():
+            for slide in share.ahead(theirs, request()):
+                time.sleep(pause)
+                share.plan(slide, request()).source.close()
+
+    in_threads(lambda: stream("x", todo[2:], 0.0), lambda: stream("y", todo, 0.01))
+    assert begun == ["a", "b", "c", "d"]
+    assert [len(made) for made in planned.values()] == [1] * 4
+
+
+def test_who_is_behind_within_its_group_does_not_wait_for_other_tiles(
+    planned: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept for it may be what those of the other tiles have no room for."""
+    todo = slides("a")
+    shared = SharedSlides("wxyz", kept_bytes=1)
+    shares = {name: shared.share(name, todo) for name in "wxyz"}
+    plans = in_threads(
+        *(
+            lambda name=name, size=size: shares[name].plan(todo[0], request(size))
+            for name, size in zip("wxyz", (224, 224, 512, 512), strict=True)
+        )
+    )
+    plans[0].source.fetch(1)
+    monkeypatch.setattr(shared_slides._Blocks, "leads", lambda blocks: blocks is plans[0].source.common)
+    waiting = threading.Timer(20, shares["x"].leave)
+    waiting.start()
+    assert plans[1].source.fetch(0)[0]
+    waiting.cancel()
+    for share in shares.values():
+        share.leave()

@@ -3,9 +3,9 @@ one embedding."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from slide2vec.choices import SLIDE_ENCODERS
 from slide2vec.encoders.slide.bag import SlideFeatures, TileBag
 from slide2vec.encoders.weights import WeightsChoice, load_weights, seeded
 from slide2vec.errors import ModelLevelError
@@ -15,48 +15,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["SlideFeatures", "TileBag", "build_patient_encoder", "build_slide_encoder"]
-
-Builder = Callable[..., "nn.Module"]
-
-
-def _titan(**kwargs: Any) -> nn.Module:
-    from slide2vec.encoders.slide.titan import TitanEncoder
-
-    return TitanEncoder(**kwargs)
-
-
-def _prism(**kwargs: Any) -> nn.Module:
-    from slide2vec.encoders.slide.prism import PrismEncoder
-
-    return PrismEncoder(**kwargs)
-
-
-def _longnet(**kwargs: Any) -> nn.Module:
-    from slide2vec.encoders.slide.longnet import LongNetEncoder
-
-    return LongNetEncoder(**kwargs)
-
-
-def _moozy_slide(**kwargs: Any) -> nn.Module:
-    from slide2vec.encoders.slide.moozy import MoozySlideEncoder
-
-    return MoozySlideEncoder(**kwargs)
-
-
-def _moozy_case(**kwargs: Any) -> nn.Module:
-    from slide2vec.encoders.slide.moozy import MoozyCaseTransformer
-
-    return MoozyCaseTransformer(**kwargs)
-
-
-#: family -> builder; each imports its module only when it is used. Family "remote" is not here.
-_BUILDERS: dict[str, Builder] = {
-    "titan": _titan,
-    "prism": _prism,
-    "longnet": _longnet,
-    "moozy_slide": _moozy_slide,
-    "moozy_case": _moozy_case,
-}
 
 
 def build_slide_encoder(
@@ -119,7 +77,8 @@ def _require(recipe: Recipe, level: str) -> None:
 
 def _built(recipe: Recipe, weights: WeightsChoice, seed: int) -> nn.Module:
     def build() -> nn.Module:
-        return _BUILDERS[recipe.encoder.family](**recipe.encoder.kwargs)
+        made: nn.Module = SLIDE_ENCODERS[recipe.encoder.family].imported()(**recipe.encoder.kwargs)
+        return made
 
     if weights == "random":
         with seeded(seed):

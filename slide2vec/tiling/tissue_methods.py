@@ -1,0 +1,71 @@
+"""Methods of telling tissue from glass (values of SegmentationConfig.method).
+
+hsv: hue, saturation and value within the range of stained tissue.
+otsu: saturation, smoothed by a median, above Otsu's threshold.
+threshold: saturation, smoothed by a median, above `sthresh`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias, cast
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from slide2vec.choices import SEGMENTATION_METHODS
+from slide2vec.config import SegmentationConfig
+
+__all__ = ["HSV", "OTSU", "THRESHOLD", "TISSUE_HSV", "Plane", "TissueMethod", "method_of"]
+
+Plane: TypeAlias = NDArray[np.uint8]
+
+#: Lowest and highest hue, saturation and value (OpenCV: 0 to 180, 255, 255) that HS2P takes for tissue.
+TISSUE_HSV = (90, 8, 103), (180, 255, 255)
+
+
+class TissueMethod(NamedTuple):
+    """How a level becomes a mask.
+
+    Attributes:
+        plane: (h, w, 3) uint8, HSV of a block as OpenCV has it -> (h, w) uint8, what is kept of it.
+        mask: (H, W) uint8, the planes of all blocks -> (H, W) uint8, above 0 where there is tissue.
+    """
+
+    plane: Callable[[Plane], Plane]
+    mask: Callable[[Plane, SegmentationConfig], Plane]
+
+
+def method_of(name: str) -> TissueMethod:
+    """A method by its name."""
+    return cast(TissueMethod, SEGMENTATION_METHODS[name].imported())
+
+
+def _in_range(hsv: Plane) -> Plane:
+    return np.asarray(cv2.inRange(hsv, *map(np.array, TISSUE_HSV)), np.uint8)
+
+
+def _saturation(hsv: Plane) -> Plane:
+    return hsv[:, :, 1]
+
+
+def _as_it_is(plane: Plane, config: SegmentationConfig) -> Plane:
+    return np.minimum(plane, np.uint8(config.sthresh_up))
+
+
+def _above_otsu(plane: Plane, config: SegmentationConfig) -> Plane:
+    smooth = cv2.medianBlur(plane, config.mthresh)
+    _, mask = cv2.threshold(smooth, 0, config.sthresh_up, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+    return np.asarray(mask, np.uint8)
+
+
+def _above_sthresh(plane: Plane, config: SegmentationConfig) -> Plane:
+    smooth = cv2.medianBlur(plane, config.mthresh)
+    _, mask = cv2.threshold(smooth, config.sthresh, config.sthresh_up, cv2.THRESH_BINARY)
+    return np.asarray(mask, np.uint8)
+
+
+HSV = TissueMethod(_in_range, _as_it_is)
+OTSU = TissueMethod(_saturation, _above_otsu)
+THRESHOLD = TissueMethod(_saturation, _above_sthresh)
