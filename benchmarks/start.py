@@ -45,7 +45,8 @@ def embed(slide: str, preset: str, engine: str, precision: str, folder: str) -> 
 
     model = Model.from_preset(preset, weights="random", precision=precision)
     execution = ExecutionOptions(output_dir=Path(folder), engine=engine)
-    with activate_progress_reporter(FirstTile()) as first:
+    first = FirstTile()
+    with activate_progress_reporter(first):
         Pipeline(model=model, execution=execution).run(slides=[slide])
     return {**first.found, "runs_on": model.engine_in_words(execution)}
 

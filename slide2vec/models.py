@@ -224,7 +224,8 @@ def _by_preset(models: Sequence[Model]) -> dict[str, Model]:
     names = [model.name for model in models]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(
-            f"{', '.join(sorted(twice))} was given twice: give models by names of your own, as a mapping"
+            f"{', '.join(sorted(twice))} was given twice: name it once, or give models as a mapping, "
+            "by names of your own"
         )
     return dict(zip(names, models, strict=True))
 

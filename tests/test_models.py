@@ -23,7 +23,8 @@ from slide2vec.stream import Stream, shared_slides
 from slide2vec.tiling import tile
 
 CONFIG = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5, resume=True)
-EXECUTION = ExecutionOptions(batch_size=5)
+#: No look at the slides before they are read: these tests count what is read.
+EXECUTION = ExecutionOptions(batch_size=5, build_engine="never")
 
 
 @pytest.fixture(scope="module")

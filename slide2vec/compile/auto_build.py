@@ -23,6 +23,7 @@ from slide2vec.compile.speed import seconds_per_batch
 from slide2vec.compile.store import EngineStore
 from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import EngineError
+from slide2vec.readers import open_slide
 from slide2vec.readers.slide_files import bytes_of
 from slide2vec.runtime import batch_size_for
 from slide2vec.runtime.loading import runtimes_for
@@ -44,7 +45,7 @@ advice = logging.getLogger(ADVICE)
 
 #: A run that takes less at a speed that every CPU reaches (a ViT-S/14 of 12 GFLOP makes 190 GFLOP/s on two,
 #: benchmarks/results/engines-2026-11-25.md) is not worth a look at its slides: no build takes less.
-LEAST_S, SLOWEST_GFLOPS_PER_S = 15.0, 50.0
+LEAST_S, SLOWEST_GFLOPS_PER_S = 24.0, 50.0
 #: Bytes that a pixel of tissue takes in a file at least: a quarter of what scanners write.
 LEAST_BYTES_PER_PX = 0.02
 #: Slides whose tiles are counted to know about how many all have.
@@ -75,7 +76,7 @@ def build_where_it_pays(
     recipe = target.recipe
     if not (recipe.compile and recipe.engine.advised and precision in DTYPES and runtimes_for(target.device)):
         return
-    if _is_short(most_tiles(slides, config), recipe.gflops):
+    if any(_is_short(most(slides, config), recipe.gflops) for most in (most_tiles, most_tiles_by_area)):
         return
     try:
         store = EngineStore()
@@ -138,12 +139,34 @@ def most_tiles(slides: Sequence[Slide], config: PreprocessingConfig) -> float:
         return float("inf")
 
 
+def most_tiles_by_area(slides: Sequence[Slide], config: PreprocessingConfig) -> float:
+    """As many tiles as slides have if a few of them, spread evenly, are tissue all over; nothing is decoded.
+    Infinite where tiles come from archives."""
+    assert config.requested_tile_size_px is not None and config.requested_spacing_um is not None
+    if config.read_tiles_from is not None:
+        return float("inf")
+    step_um = config.requested_tile_size_px * (1 - config.overlap) * config.requested_spacing_um
+    counts = []
+    for slide in _some(slides):
+        try:
+            with open_slide(slide, config.backend) as reader:
+                spacing_um = slide.spacing_at_level_0 or reader.spacing_um or 0.0  # without one it will fail
+                width, height = reader.level_dimensions[0]
+        except Exception:  # the run says what is wrong with it
+            continue
+        counts.append(width * height * (spacing_um / step_um) ** 2)
+    return fmean(counts) * len(slides) if counts else 0.0
+
+
+def _some(slides: Sequence[Slide]) -> Sequence[Slide]:
+    return slides[:: max(1, len(slides) // SAMPLED)][:SAMPLED]
+
+
 def expected_tiles(slides: Sequence[Slide], config: PreprocessingConfig) -> float:
     """About how many tiles slides have: as many each as a few of them, spread evenly, on average. Slides that
     cannot be planned do not count; 0 where none of the few can."""
-    every = max(1, len(slides) // SAMPLED)
     counts = []
-    for slide in slides[::every][:SAMPLED]:
+    for slide in _some(slides):
         try:
             (plan,) = plan_together(slide, [PlanRequest(config)])
         except Exception:  # the run says what is wrong with it

@@ -19,6 +19,7 @@ from slide2vec.compile.auto_build import (
     build_where_it_pays,
     expected_tiles,
     most_tiles,
+    most_tiles_by_area,
     offer_bf16,
     runtimes_in,
 )
@@ -69,7 +70,8 @@ def run(monkeypatch: pytest.MonkeyPatch, slides: list[Slide], tmp_path: Path) ->
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(auto_build, "build_engine", build)
-            patch.setattr(auto_build, "expected_tiles", lambda slides, config: tiles)
+            for counted in ("expected_tiles", "most_tiles_by_area"):
+                patch.setattr(auto_build, counted, lambda slides, config: tiles)
             patch.setattr(auto_build, "_torch_speed", lambda *args: speed)
             target = EngineTarget(recipe, "default", CPU, lambda: "w")
             build_where_it_pays(nn.Identity(), target, precision, slides, CONFIG, **more)
@@ -193,6 +195,9 @@ def test_expected_tiles_of_a_few(slides: list[Slide], reference_slide: Path) -> 
     plan.source.close()
     tiles = len(plan.tiling)
     assert tiles > 5 and expected_tiles([good], CONFIG) == tiles < most_tiles([good], CONFIG)
+    area = 2220 * 2967 * 0.499**2 / (224 * 0.5) ** 2  # its pixels and spacing, as OpenSlide gives them
+    assert most_tiles_by_area([broken, good], CONFIG) == pytest.approx(2 * area, rel=1e-6)
+    assert tiles < area and most_tiles_by_area([broken], CONFIG) == 0.0
     assert expected_tiles([good] * 100, CONFIG) == 100 * tiles
     assert expected_tiles([broken, good], CONFIG) == 2 * tiles  # the run says that it is broken
     assert expected_tiles([broken], CONFIG) == expected_tiles([], CONFIG) == 0.0
@@ -205,7 +210,8 @@ def test_expected_tiles_of_a_few(slides: list[Slide], reference_slide: Path) -> 
 def test_what_was_built_is_used(tmp_path: Path, slides: list[Slide], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLIDE2VEC_ENGINES", str(tmp_path / "engines"))
     monkeypatch.setattr(auto_build, "LEAST_S", 0.0)
-    monkeypatch.setattr(auto_build, "expected_tiles", lambda slides, config: 1e9)
+    for counted in ("expected_tiles", "most_tiles_by_area"):
+        monkeypatch.setattr(auto_build, counted, lambda slides, config: 1e9)
     recipe = tiny_recipe()
     encoder = tiny_encoder(recipe)
     target = EngineTarget(recipe, "both", CPU, lambda: weights_digest(encoder))
