@@ -126,7 +126,9 @@ def blank(count: int) -> list[Pixels]:
     return [np.zeros((10, 10, 3), np.uint8) for _ in range(count)]
 
 
-@pytest.mark.parametrize("reader", [PlainReader(), Buffered(), Buffered(refuses=True)], ids=repr)
+@pytest.mark.parametrize(
+    "reader", [PlainReader(), Buffered(), Buffered(refuses=True)], ids=["plain", "buffered", "refuses"]
+)
 @pytest.mark.parametrize("name", TILINGS)
 @pytest.mark.parametrize("grouped", [True, False])
 def test_tiles_are_those_of_the_slide(reader: PlainReader, name: str, grouped: bool) -> None:
