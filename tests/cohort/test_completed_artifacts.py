@@ -33,7 +33,7 @@ IDENTITIES: dict[Kind, dict[str, Any]] = {
     "slide": {"name": "deep", "precision": "fp16", "below": ENCODER},
     "patient": {"name": "wide", "precision": "fp16", "below": ENCODER},
 }
-#: Of tiles as the model computes, of slides and patients fp32.
+#: Of tiles as the run asks the model to compute, of slides and patients fp32.
 DTYPES = {"tile": "float16", "hierarchical": "float16", "slide": "float32", "patient": "float32"}
 
 
@@ -56,7 +56,7 @@ def completed(
 ) -> CompletedArtifacts:
     identities = {kind: IDENTITIES[kind] for kind in kinds or ("tile",)}
     place = Place(folder, "tiny", folder, folder, others)
-    options = ExecutionOptions(output_dir=folder, **execution)
+    options = ExecutionOptions(output_dir=folder, **{"precision": "fp16", **execution})
     files = files or Identities(config)
     return CompletedArtifacts(config, options, identities, tilings or {}, files, place, latents=latents)
 

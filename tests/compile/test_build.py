@@ -495,7 +495,7 @@ def test_choices_that_make_no_sense(tmp_path: Path, recipe: Recipe, encoder: nn.
     target, store = subject_of(recipe, encoder), EngineStore(tmp_path)
     with pytest.raises(EngineError, match="'tensorrt' does not run on cpu"):
         select_engine("tensorrt", encoder, target, "fp32", store=store)
-    with pytest.raises(ConfigError, match="is not auto, torch, inductor, openvino, tensorrt, tensorrt-rtx"):
+    with pytest.raises(ConfigError, match="is not auto, torch, tensorrt, tensorrt-rtx, openvino, inductor"):
         select_engine("onnx", encoder, target, "fp32", store=store)
     with pytest.raises(EngineError, match="PyTorch does not run tiny in fp8"):
         select_engine("auto", encoder, target, "fp8", store=store)

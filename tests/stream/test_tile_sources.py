@@ -193,7 +193,12 @@ def test_memory_is_used_again_where_it_is_large_enough() -> None:
 def test_another_reader_and_other_tiles_are_closed_with_the_slide() -> None:
     closed: list[str] = []
     own, other = PlainReader(), PlainReader()
-    source = SlideSource(own, EVEN, closed=lambda: closed.append("closed"))  # type: ignore[arg-type]
+
+    def close() -> None:
+        own.close()
+        closed.append("closed")
+
+    source = SlideSource(own, EVEN, closed=close)  # type: ignore[arg-type]
     cuts: list[int] = []
     twin = source.with_reader(other, lambda pixels, offsets, side, targets: cuts.append(side))  # type: ignore[arg-type]
     twin.place(0, twin.fetch(0), blank(len(twin.blocks[0])))
