@@ -21,6 +21,7 @@ from slide2vec.scale.messages import (
     Ready,
     Report,
     StartJob,
+    Taken,
     Task,
 )
 from slide2vec.scale.pool import WorkerPool
@@ -66,6 +67,8 @@ class Coordinator:
         self._drained: set[str] = set()
         self._planned: set[str] = set()
         self._working: set[str] = set()
+        #: Tasks that were sent to a worker and have not come to it, as far as it has said.
+        self._untaken: dict[str, set[str]] = {}
         self._logged: set[str] = set()
         self._broken: dict[str, Exception] = {}
         self._most = pool.size
@@ -107,7 +110,7 @@ class Coordinator:
                 self._working.discard(worker)
             case Lost():
                 self._working.discard(worker)
-            case Ready() | JobStarted() | Broken():
+            case Ready() | JobStarted() | Taken() | Broken():
                 pass
             case _:
                 yield from self._pass_on(report)
@@ -120,6 +123,8 @@ class Coordinator:
                 self._cannot_begin = None
                 self._scheduler.join(worker)
                 self._assign_next(worker)
+            case Taken(name):
+                self._untaken[worker].discard(name)
             case Broken(error):
                 self._broken[worker] = error
                 if isinstance(error, OutputError) or not self._scheduler.workers:
@@ -158,6 +163,7 @@ class Coordinator:
             return
         while (name := self._scheduler.next_task(worker)) is not None:
             self._drained.discard(worker)
+            self._untaken.setdefault(worker, set()).add(name)
             self._pool.send(worker, self._tasks[name])
         if worker not in self._drained and self._scheduler.should_flush(worker):
             self._drained.add(worker)
@@ -181,7 +187,8 @@ class Coordinator:
             )
         if not has_worked:
             return
-        for name in self._scheduler.lost(worker):
+        untaken = self._untaken.pop(worker, set()) if self._pool.keeps_last_words else ()
+        for name in self._scheduler.lost(worker, untaken):
             yield TaskFailed(name, reason)
         for other in self._scheduler.workers:
             self._assign_next(other)

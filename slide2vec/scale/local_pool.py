@@ -56,6 +56,8 @@ class LocalPool:
         cpus: that each may use, in the order of the devices.
     """
 
+    keeps_last_words = True  # its socket holds them
+
     def __init__(self, devices: Sequence[str], loader: Callable[..., Any], cpus: Sequence[int]) -> None:
         self._loader, self._folder = loader, spool_folder()
         self._processes: dict[str, _Process] = {}

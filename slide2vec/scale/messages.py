@@ -36,6 +36,7 @@ __all__ = [
     "Ready",
     "Report",
     "StartJob",
+    "Taken",
     "Task",
     "portable",
 ]
@@ -117,6 +118,13 @@ class JobStarted:
 
 
 @dataclass(frozen=True)
+class Taken:
+    """A task has come to the worker: if that dies from now on, the task may be why."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class ProgressMessage:
     """Something for the progress reporter."""
 
@@ -169,7 +177,7 @@ class Lost:
 
 
 Report: TypeAlias = (
-    "Ready | JobStarted | ProgressMessage | RecordEvent | SlideCompleted | Embedded "
+    "Ready | JobStarted | Taken | ProgressMessage | RecordEvent | SlideCompleted | Embedded "
     "| Done | JobFinished | Logged | Broken | Lost"
 )
 

@@ -14,7 +14,13 @@ __all__ = ["WorkerPool"]
 
 
 class WorkerPool(Protocol):
-    """Workers that have loaded one model, or are about to. Used from one thread."""
+    """Workers that have loaded one model, or are about to. Used from one thread.
+
+    Attributes:
+        keeps_last_words: what a worker reported before it died arrives for certain.
+    """
+
+    keeps_last_words: bool
 
     @property
     def size(self) -> int:

@@ -75,6 +75,8 @@ class RayPool:
         ExtraMissingError, ConfigError: see `Connection` and `Placement`.
     """
 
+    keeps_last_words = False  # they wait in the actor until they are fetched, and are lost with it
+
     def __init__(
         self,
         loader: Callable[..., Any],

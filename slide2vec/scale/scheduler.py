@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from statistics import fmean
 
 __all__ = ["Scheduler"]
@@ -125,22 +125,27 @@ class Scheduler:
             return
         self._work.drop(task)
 
-    def lost(self, worker: str) -> list[str]:
+    def lost(self, worker: str, untaken: Collection[str] = ()) -> list[str]:
         """The worker is gone.
 
+        Args:
+            untaken: tasks that were assigned to it and never came to it: they cannot be why.
+
         Returns:
-            Its tasks that have died with two workers now, and fail. The others come back as suspects.
+            Its tasks that have died with two workers now, and fail. The others come back, as suspects where
+            they had come to it.
         """
         tasks = self.assigned(worker)
         for task in tasks:
             self._release(task)
         del self._assigned[worker]
-        failed = [task for task in tasks if task in self._suspected]
+        failed = [task for task in tasks if task in self._suspected and task not in untaken]
         for task in failed:
             self._work.drop(task)
-        back = [task for task in tasks if task not in self._suspected]
-        self._suspects += back
-        self._suspected.update(back)
+        self._suspected.update(task for task in tasks if task not in untaken)
+        back = [task for task in tasks if task not in failed]
+        self._suspects += [task for task in back if task in self._suspected]
+        self._queue.extendleft(task for task in reversed(back) if task not in self._suspected)
         self._make_room()
         return failed
 

@@ -28,6 +28,7 @@ from slide2vec.scale.messages import (
     Ready,
     Report,
     StartJob,
+    Taken,
     Task,
     portable,
 )
@@ -112,6 +113,7 @@ class _Session:
         while not self._finishing:
             match self._receive():
                 case Task(slide, tiling, identity):
+                    self._send_report(Taken(slide.sample_id))
                     if tiling is not None:
                         self._tilings[slide.sample_id] = tiling
                     if identity is not None:

@@ -10,7 +10,7 @@ import pytest
 from slide2vec import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import Slide2VecError
 from slide2vec.progress import SlidePlanned, TilesEncoded
-from slide2vec.scale.coordinator import Coordinator
+from slide2vec.scale.coordinator import Coordinator, TaskFailed
 from slide2vec.scale.messages import (
     Broken,
     Done,
@@ -24,6 +24,7 @@ from slide2vec.scale.messages import (
     Ready,
     Report,
     StartJob,
+    Taken,
     Task,
 )
 from slide2vec.slides import Slide
@@ -34,6 +35,7 @@ JOB = Job(PreprocessingConfig(), ExecutionOptions(), aggregate=True, identity={}
 class Scripted:
     """A pool whose workers report in turn, one at each `receive`; notes the commands that they get."""
 
+    keeps_last_words = True
     replaced: Sequence[str] = ()  # workers whose place another takes
 
     def __init__(self, size: int, *lines: tuple[str, Report]) -> None:
@@ -103,6 +105,21 @@ def test_what_a_later_worker_cannot_do_is_only_its_loss() -> None:
     )
     coordinator = coordinated(pool, "a")
     assert list(coordinator.run()) == [] and coordinator.lost == 1
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_two_workers_that_die_at_one_moment_do_not_condemn_a_slide(taken: bool) -> None:
+    """The second was dead before the slide of the first came to it."""
+    pool = Scripted(
+        2,
+        *(("w", JobStarted()), ("w", Taken("a")), ("v", Ready()), ("v", JobStarted()), ("w", Lost("killed"))),
+        *([("v", Taken("a"))] if taken else []),
+        *(("v", Lost("killed")), ("u", Ready()), ("u", JobStarted()), ("u", Taken("a")), ("u", Done("a"))),
+        ("u", JobFinished(())),
+    )
+    pool.replaced = ("w", "v")
+    failed = [report for report in coordinated(pool, "a").run() if isinstance(report, TaskFailed)]
+    assert bool(failed) == taken
 
 
 def killed(replaced: Sequence[str], *lines: tuple[str, Report]) -> Coordinator:

@@ -132,8 +132,9 @@ def test_what_a_lost_worker_had_finished_counts(model: Deadly, slides: list[Path
     def kill(event: Any) -> None:
         if isinstance(event, SlideFinished):
             done.append(event.sample_id)
-            if len(done) == 4:  # two of them by each
-                os.kill(first[0], signal.SIGKILL)
+            if len(done) == 4:  # both have finished one, or one has finished three
+                for pid in first:
+                    os.kill(pid, signal.SIGKILL)
 
     recorder = Recorder(kill)
     with activate_progress_reporter(recorder):

@@ -302,6 +302,15 @@ def test_suspects_go_first_and_others_go_on() -> None:
     assert scheduler.lost("e") == ["s1"]
 
 
+def test_a_task_that_never_came_to_a_worker_is_not_blamed_for_its_death() -> None:
+    scheduler = Scheduler({"a": 2.0, "b": 1.0}, depth=1)
+    for worker, untaken, failed in (("u", ["a"], []), ("v", [], []), ("w", ["a"], []), ("x", [], ["a"])):
+        scheduler.join(worker)
+        assert scheduler.next_task(worker) == "a" and scheduler.waiting == ("b",)
+        assert scheduler.lost(worker, untaken) == failed
+        assert scheduler.waiting == (("b",) if failed else ("a", "b"))
+
+
 def test_last_word_of_a_lost_worker() -> None:
     scheduler = Scheduler({"a": 1.0}, depth=1)
     scheduler.join("w")
