@@ -9,7 +9,7 @@ never does, and slides are taken up in an order that is that of every stream, so
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -53,8 +53,9 @@ class SharedSlides:
         self._changed = threading.Condition()
         self._to_begin = set(members)
         self._kept_bytes = kept_bytes
-        #: Of each stream that has begun: how it plans, and the slides, in order, that nobody has taken up.
-        self._planning: dict[_Member, tuple[Callable[[Slide], PlanRequest], dict[str, None]]] = {}
+        #: Of each stream that has begun: how it plans, and the slides, in order, that nobody has taken up
+        #: (a plain dict would pass over all that were, to find the first).
+        self._planning: dict[_Member, tuple[Callable[[Slide], PlanRequest], OrderedDict[str, None]]] = {}
         self._slides: dict[str, _SharedSlide] = {}
         #: Blocks, and planned slides, that are there and not yet taken, by the stream that will.
         self._blocks_kept: Counter[_Member] = Counter()
@@ -72,7 +73,7 @@ class SharedSlides:
     ) -> None:
         with self._changed:
             if member in self._to_begin:
-                self._planning[member] = request, dict.fromkeys(slides)
+                self._planning[member] = request, OrderedDict.fromkeys(slides)
                 self._to_begin.discard(member)
                 self._changed.notify_all()
             self._wait(member, lambda: not self._to_begin)
