@@ -53,8 +53,7 @@ class SharedSlides:
         self._changed = threading.Condition()
         self._to_begin = set(members)
         self._kept_bytes = kept_bytes
-        #: Of each stream that has begun: how it plans, and the slides, in order, that nobody has taken up
-        #: (a plain dict would pass over all that were, to find the first).
+        #: Of each begun stream: how it plans, and the slides that nobody has taken up (first found at once).
         self._planning: dict[_Member, tuple[Callable[[Slide], PlanRequest], OrderedDict[str, None]]] = {}
         self._slides: dict[str, _SharedSlide] = {}
         #: Blocks, and planned slides, that are there and not yet taken, by the stream that will.
