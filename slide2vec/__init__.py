@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         TileFeatures,
     )
     from slide2vec.cohort import RunResult
-    from slide2vec.config import ExecutionOptions, PreprocessingConfig
+    from slide2vec.config import ExecutionOptions, MaskSamplingConfig, PreprocessingConfig
     from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
     from slide2vec.errors import EmbedPatientsError, EmbedSlidesError, Slide2VecError
     from slide2vec.model import Model
@@ -38,6 +38,7 @@ __all__ = [
     "EmbeddedSlide",
     "ExecutionOptions",
     "HierarchicalEmbeddingArtifact",
+    "MaskSamplingConfig",
     "Model",
     "Models",
     "PatientEmbeddingArtifact",
@@ -62,6 +63,7 @@ _HOMES = {
     "EmbeddedSlide": "embedded",
     "ExecutionOptions": "config",
     "HierarchicalEmbeddingArtifact": "artifacts",
+    "MaskSamplingConfig": "config",
     "Model": "model",
     "Models": "models",
     "PatientEmbeddingArtifact": "artifacts",
