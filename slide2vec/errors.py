@@ -31,6 +31,7 @@ __all__ = [
     "SlideReadError",
     "SpacingError",
     "TilingError",
+    "UnsupportedError",
     "WeightsError",
     "WorkerLostError",
     "as_slide_error",
@@ -56,6 +57,10 @@ class PresetError(Slide2VecError, ValueError):
 
 class ModelLevelError(Slide2VecError, ValueError):
     """A method was called on a model of another level (a patient method on a tile model, say)."""
+
+
+class UnsupportedError(Slide2VecError, NotImplementedError):
+    """An encoder has no such output (attention maps, text); the message says why."""
 
 
 class WeightsError(Slide2VecError, RuntimeError):
