@@ -307,7 +307,7 @@ def _rows(attention: Any, kept: _Kept, rows: int) -> Tensor:
     query, key = _queries_and_keys(attention, kept.tokens)
     query, key = _turned(attention, query, kept.rotation), _turned(attention, key, kept.rotation)
     scale = query.shape[-1] ** -0.5
-    scores = (query[:, :, :rows].float() * scale) @ key.float().transpose(2, 3)
+    scores: Tensor = (query[:, :, :rows].float() * scale) @ key.float().transpose(2, 3)
     return scores.softmax(dim=-1)
 
 
@@ -338,4 +338,4 @@ def _turned(attention: Any, values: Tensor, rotation: Any) -> Tensor:
     prefix = attention.num_prefix_tokens
     turn = import_timm().layers.apply_rot_embed_cat
     patches = turn(values[:, :, prefix:], rotation, half=getattr(attention, "rotate_half", False))
-    return cast("Tensor", torch.cat([values[:, :, :prefix], patches], dim=2).to(values.dtype))
+    return torch.cat([values[:, :, :prefix], patches], dim=2).to(values.dtype)

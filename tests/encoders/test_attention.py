@@ -296,32 +296,48 @@ class Turning(nn.Module):
         for each in (query, key):
             crossed = torch.cat([-each[..., 4:], each[..., :4]], dim=-1)
             turned.append(each * cosine + crossed * sine)
-        return F.scaled_dot_product_attention(*turned, value).transpose(1, 2).flatten(2)
+        mixed = F.scaled_dot_product_attention(turned[0], turned[1], value)
+        return mixed.transpose(1, 2).flatten(2)
+
+
+class Patches(nn.Conv2d):
+    patch_size = (8, 8)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Turning()
 
 
 class Published(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.patch_embed = nn.Conv2d(3, 16, 8, stride=8)
-        self.patch_embed.patch_size = (8, 8)
+        self.patch_embed = Patches(3, 16, 8, stride=8)
         self.prefix = nn.Parameter(torch.randn(1, 9, 16))
-        self.blocks = nn.ModuleList([nn.ModuleDict({"attn": Turning()}) for _ in range(DEPTH)])
+        self.blocks = nn.Sequential(*(Block() for _ in range(DEPTH)))
         self.angles = nn.Parameter(torch.randn(9 + 16, 8))
-        for block in self.blocks:
-            block.attn = block["attn"]
 
     def forward(self, pixel_values: Tensor) -> SimpleNamespace:
         tokens = self.patch_embed(pixel_values).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.prefix.expand(len(tokens), -1, -1), tokens], dim=1)
         for block in self.blocks:
-            tokens = tokens + block["attn"](tokens, rope=(self.angles.sin(), self.angles.cos()))
+            tokens = tokens + block.attn(tokens, rope=(self.angles.sin(), self.angles.cos()))
         return SimpleNamespace(last_hidden_state=tokens)
 
 
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Published()
+
+    def forward(self, pixel_values: Tensor) -> SimpleNamespace:
+        found: SimpleNamespace = self.model(pixel_values)
+        return found
+
+
 def test_code_of_repositories() -> None:
-    network = nn.Module()
-    network.model = Published()
-    network.forward = network.model.forward  # type: ignore[method-assign]
+    network = Wrapped()
     encoder = RemoteEncoder(network, 9, Variant(dim=16, pool="cls")).eval().requires_grad_(False)
     pixels = PIXELS[:, :, :32, :32]
     with Attended() as attended:
