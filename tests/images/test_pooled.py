@@ -36,7 +36,8 @@ def published(model: Model) -> Any:
 
 def expected(model: Model, image: Image.Image) -> torch.Tensor:
     with torch.inference_mode():
-        return model.encoder(published(model)(image.convert("RGB"))[None])[0]
+        features: torch.Tensor = model.encoder(published(model)(image.convert("RGB"))[None])
+    return features[0]
 
 
 def assert_close(found: torch.Tensor, reference: torch.Tensor) -> None:
