@@ -11,11 +11,13 @@ __all__ = [
     "BackendError",
     "ConfigError",
     "Contradiction",
+    "EmbedImagesError",
     "EmbedPatientsError",
     "EmbedSlidesError",
     "EngineError",
     "ExtraMissingError",
     "GatedWeightsError",
+    "ImageError",
     "ManifestError",
     "MaskError",
     "ModelLevelError",
@@ -111,6 +113,10 @@ class TilingError(SlideError, ValueError):
     """A coordinate file cannot be read or does not belong to the slide and settings at hand."""
 
 
+class ImageError(Slide2VecError, RuntimeError):
+    """A ready image cannot be read, decoded or embedded; the message names it."""
+
+
 class NotFiniteError(SlideError, ArithmeticError):
     """Embeddings hold NaN or infinities; the message names the first tile, the precision and the remedy."""
 
@@ -197,6 +203,12 @@ class EmbedSlidesError(ExceptionGroup[Exception], Slide2VecError):
         group = type(self)(self.message, list(excs))
         group.results, group.failed = self.results, self.failed
         return group
+
+
+class EmbedImagesError(EmbedSlidesError):
+    """Some images of a call failed; `results` has the files of the others, None in the place of each."""
+
+    what = "images"
 
 
 class EmbedPatientsError(EmbedSlidesError):
