@@ -23,6 +23,7 @@ ROOMS = {
     "choices": 0,
     "errors": 0,
     "lazy": 0,
+    "plugins": 0,
     "version": 0,
     "cpus": 1,
     "energy": 1,
