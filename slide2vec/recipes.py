@@ -27,6 +27,7 @@ from slide2vec.plugins import EncoderProviderDiagnostic, Registry
 
 __all__ = [
     "REGISTERED",
+    "ImageGeometry",
     "Recipe",
     "Registered",
     "TileEncoderRef",
