@@ -271,7 +271,7 @@ def _check_class(name: str, encoder: type, level: str) -> None:
     base = _BASES[level]
     if not issubclass(encoder, base) or (level == "slide" and issubclass(encoder, PatientEncoder)):
         raise _refusal(name, f"level={level!r}, and {place_of(encoder)} is no {base.__name__}")
-    missing = sorted(encoder.__abstractmethods__) if inspect.isabstract(encoder) else []
+    missing = sorted(getattr(encoder, "__abstractmethods__", ()))
     unsaid = TileEncoder.get_normalization_transform
     if issubclass(encoder, TileEncoder) and encoder.get_normalization_transform is unsaid:
         missing.append("get_normalization_transform")
