@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from slide2vec.choices import TILE_ENCODERS
-from slide2vec.encoders.base import (
-    Encoder,
+from slide2vec.encoders.base_classes import BaseEncoder as Encoder
+from slide2vec.encoders.base_classes import (
     PatientEncoder,
     SlideEncoder,
     TileEncoder,

@@ -11,7 +11,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from slide2vec.encoders.base import Encoder, PatientEncoder, SlideEncoder, TileEncoder
+from slide2vec.encoders.base_classes import BaseEncoder, PatientEncoder, SlideEncoder, TileEncoder
 from slide2vec.encoders.code import code_of
 from slide2vec.encoders.photometrics import geometry_of, statistics_of
 from slide2vec.encoders.registration import place_of
@@ -44,7 +44,7 @@ class Brought(nn.Module):
 
     where: Tensor
 
-    def __init__(self, own: Encoder | nn.Module, recipe: Recipe, variant: str) -> None:
+    def __init__(self, own: BaseEncoder | nn.Module, recipe: Recipe, variant: str) -> None:
         super().__init__()
         self.own, self.code = (
             own,
@@ -59,7 +59,7 @@ class Brought(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Have the encoder know where it is, besides moving its parts."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if isinstance(self.own, Encoder) and not isinstance(self.own, nn.Module):
+        if isinstance(self.own, BaseEncoder) and not isinstance(self.own, nn.Module):
             self.own.to(self.where.device)
         return self
 
@@ -143,7 +143,7 @@ def brought_encoder(recipe: Recipe, variant: Variant, weights: object) -> Brough
     return made.cpu().eval().requires_grad_(False)
 
 
-def _constructed(found: Registered, variant: str, more: Mapping[str, Any]) -> Encoder:
+def _constructed(found: Registered, variant: str, more: Mapping[str, Any]) -> BaseEncoder:
     """An instance of the class, which has `allow_non_recommended_settings` where it can be told."""
     taken = inspect.signature(found.encoder).parameters
     given = {"output_variant": variant, **more}
@@ -155,7 +155,7 @@ def _constructed(found: Registered, variant: str, more: Mapping[str, Any]) -> En
             f"encoder {found.recipe.name}: the constructor of {place_of(found.encoder)} has no argument "
             f"{strange[0]}"
         )
-    return cast("Encoder", found.encoder(**given))
+    return cast("BaseEncoder", found.encoder(**given))
 
 
 def as_built(recipe: Recipe, variant: str, encoder: nn.Module) -> Recipe:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 
-from slide2vec.encoders.base import Encoder, PatientEncoder, SlideEncoder, TileEncoder
+from slide2vec.encoders.base_classes import BaseEncoder, PatientEncoder, SlideEncoder, TileEncoder
 from slide2vec.errors import PresetError
 from slide2vec.recipes import (
     REGISTERED,
@@ -26,7 +26,7 @@ from slide2vec.recipes import (
 
 __all__ = ["place_of", "register_encoder", "unbuilt_recipe"]
 
-Class = TypeVar("Class", bound=type[Encoder])
+Class = TypeVar("Class", bound=type[BaseEncoder])
 Level = Literal["tile", "slide", "patient"]
 
 #: What a name may hold: it is part of the names of folders and engines.
@@ -195,7 +195,7 @@ class _Declared:
             return f"a {self.level} encoder has to say tile_encoder and tile_encoder_output_variant"
         return None
 
-    def recipes(self, encoder: type[Encoder]) -> list[Recipe]:
+    def recipes(self, encoder: type[BaseEncoder]) -> list[Recipe]:
         """Of the class; two of a patient encoder, which makes the embeddings of slides, too."""
         made = self._recipe(encoder)
         if self.level == "tile":
@@ -214,7 +214,7 @@ class _Declared:
             made.model_copy(update={**above, "slide_encoder": below}),
         ]
 
-    def _recipe(self, encoder: type[Encoder]) -> Recipe:
+    def _recipe(self, encoder: type[BaseEncoder]) -> Recipe:
         kwargs = {"revision": self.revision} if self.revision else {}
         if self.patch_size is not None:  # inputs are multiples of it
             sides = self.patch_size if isinstance(self.patch_size, tuple) else (self.patch_size,)

@@ -12,10 +12,17 @@ from torch import Tensor, nn
 from slide2vec.errors import PresetError
 from slide2vec.lazy import import_timm
 
-__all__ = ["Encoder", "PatientEncoder", "SlideEncoder", "TileEncoder", "TimmTileEncoder", "TorchTileEncoder"]
+__all__ = [
+    "BaseEncoder",
+    "PatientEncoder",
+    "SlideEncoder",
+    "TileEncoder",
+    "TimmTileEncoder",
+    "TorchTileEncoder",
+]
 
 
-class Encoder(ABC):
+class BaseEncoder(ABC):
     """What all of them have. Modules of PyTorch that are attributes of it are moved to devices, converted and
     digested by slide2vec; a module in an attribute of an attribute is not seen.
 
@@ -43,7 +50,7 @@ class Encoder(ABC):
         """Move it to a device."""
 
 
-class TileEncoder(Encoder):
+class TileEncoder(BaseEncoder):
     """Embeds tiles."""
 
     @abstractmethod
@@ -79,7 +86,7 @@ class TileEncoder(Encoder):
         raise NotImplementedError(f"{type(self).__name__} has no patch_size")
 
 
-class SlideEncoder(Encoder):
+class SlideEncoder(BaseEncoder):
     """Embeds a slide from the embeddings of its tiles."""
 
     @abstractmethod
