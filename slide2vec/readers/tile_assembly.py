@@ -33,6 +33,7 @@ _Part: TypeAlias = tuple[slice, slice]
 _Box: TypeAlias = tuple[int, int, int, int]
 #: Level, tile, ratio that it was reduced by.
 _Key: TypeAlias = tuple[int, int, int]
+_Reserved: TypeAlias = tuple[TilePlace, Future[Any]]
 
 
 class HostTileReader(PyramidReader):
@@ -220,12 +221,10 @@ class TileAssembler:
 
     def _claim(
         self, level: int, places: Sequence[TilePlace], ratio: int
-    ) -> tuple[
-        dict[int, tuple[TilePlace, Future[Any]]], list[TilePlace], list[tuple[TilePlace, Future[Any]]]
-    ]:
+    ) -> tuple[dict[int, _Reserved], list[TilePlace], list[_Reserved]]:
         """The pixels (as futures) of tiles that are shared; the tiles that are neither decoded nor being
         decoded, and those of them that are reserved for others, too."""
-        wanted: dict[int, tuple[TilePlace, Future[Any]]] = {}
+        wanted: dict[int, _Reserved] = {}
         mine, reserved = [], []
         with self._lock:
             for place in places:
@@ -279,7 +278,7 @@ class TileAssembler:
             pixels = next(self._decode(level, [place], ratio, {place.tile}))
             return pixels if ratio == 1 else _reduced(pixels, ratio)
 
-    def _publish(self, level: int, reserved: Sequence[tuple[TilePlace, Future[Any]]], ratio: int) -> None:
+    def _publish(self, level: int, reserved: Sequence[_Reserved], ratio: int) -> None:
         """Keep what a neighbouring box will need; threads that wait for what failed try it themselves."""
         with self._lock:
             for place, future in reserved:

@@ -101,9 +101,7 @@ def test_who_waits_for_another_threads_failure_decodes_by_itself(tmp_path: Path,
             assert waiting.result(10).shape == (10, 10, 3)
 
 
-def test_a_tile_that_one_box_holds_whole_does_not_end_anothers_reservation(
-    tmp_path: Path, tiffs: Any
-) -> None:
+def test_who_holds_a_tile_whole_leaves_anothers_reservation(tmp_path: Path, tiffs: Any) -> None:
     """The box that holds it whole reserves nothing, and must not publish what another thread reserved."""
     path = tiffs.write_jpeg(tmp_path / "slide.tif", [tiffs.picture()])
     whole_reads, part_reads, whole_done = threading.Event(), threading.Event(), threading.Event()
