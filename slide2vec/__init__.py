@@ -14,6 +14,8 @@ from slide2vec.version import __version__
 
 if TYPE_CHECKING:
     from slide2vec.artifacts import (
+        DenseImageArtifact,
+        DenseRegionArtifact,
         HierarchicalEmbeddingArtifact,
         ImageEmbeddingArtifact,
         PatientEmbeddingArtifact,
@@ -25,7 +27,15 @@ if TYPE_CHECKING:
     from slide2vec.config import ExecutionOptions, PreprocessingConfig
     from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
     from slide2vec.errors import EmbedImagesError, EmbedPatientsError, EmbedSlidesError, Slide2VecError
-    from slide2vec.images import ImageSpec
+    from slide2vec.images import (
+        MISSING_FIELD,
+        DenseEncodeGeometry,
+        DenseEncodeKit,
+        DenseImageOptions,
+        DenseOptions,
+        ImageSpec,
+        SlideRegions,
+    )
     from slide2vec.model import Model
     from slide2vec.models import Models
     from slide2vec.pipeline import Pipeline
@@ -34,6 +44,13 @@ if TYPE_CHECKING:
     from slide2vec.stream import SlideOutcome
 
 __all__ = [
+    "MISSING_FIELD",
+    "DenseEncodeGeometry",
+    "DenseEncodeKit",
+    "DenseImageArtifact",
+    "DenseImageOptions",
+    "DenseOptions",
+    "DenseRegionArtifact",
     "EmbedImagesError",
     "EmbedPatientsError",
     "EmbedSlidesError",
@@ -53,6 +70,7 @@ __all__ = [
     "Slide2VecError",
     "SlideEmbeddingArtifact",
     "SlideOutcome",
+    "SlideRegions",
     "TileEmbeddingArtifact",
     "TileFeatures",
     "__version__",
@@ -61,6 +79,14 @@ __all__ = [
 
 #: Loaded on first use, so that `import slide2vec` costs nothing.
 _HOMES = {
+    "DenseEncodeGeometry": "images",
+    "DenseEncodeKit": "images",
+    "DenseImageArtifact": "artifacts",
+    "DenseImageOptions": "images",
+    "DenseOptions": "images",
+    "DenseRegionArtifact": "artifacts",
+    "MISSING_FIELD": "images",
+    "SlideRegions": "images",
     "EmbedImagesError": "errors",
     "EmbedPatientsError": "errors",
     "EmbedSlidesError": "errors",
