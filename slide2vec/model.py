@@ -560,8 +560,9 @@ class Model:
         execution: ExecutionOptions | None = None,
         encoded_pixels: bool = True,
     ) -> dict[str, tuple[Any, Any]]:
-        """Where the `compatibility` of a sidecar of tiles, slides or (preprocessing=None) ready images differs
-        from what would be made now: {field: (recorded, current)}, `MISSING_FIELD` for one that is not recorded.
+        """Where the `compatibility` of a sidecar of tiles, slides or (preprocessing=None) ready images
+        differs from what would be made now: {field: (recorded, current)}, `MISSING_FIELD` for one that is
+        not recorded.
         What is of a single slide (its file, its spacing) is left out; the transform, too, where nothing was
         encoded (encoded_pixels=False)."""
         return pooled_identity_differences(self, recorded, preprocessing, execution, encoded_pixels)

@@ -1,10 +1,11 @@
-"""What slide2vec 7.1.4 writes for ready images and regions, for benchmarks/images_714.py, which runs this in an
-environment that has it (and none of ours):
+"""What slide2vec 7.1.4 writes for ready images and regions, for benchmarks/images_714.py, which runs this in
+an environment that has it (and none of ours):
 
     python tools/slide2vec_images.py JOB.json
 
-JOB names a preset, a network (timm's architecture and arguments, or a configuration of transformers), a file of its
-weights, and calls. With "make": true the weights are made here, at random, and saved. Nothing is downloaded.
+JOB names a preset, a network (architecture and arguments of timm, or a configuration of transformers), a file
+of its weights, and calls. With "make": true the weights are made here, at random. Nothing is loaded from the
+hub.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Ready images (patches that somebody has cut out): an embedding, or a grid of patch tokens, of each; such grids of
-regions of slides, too.
+"""Ready images (patches that somebody has cut out): an embedding, or a grid of patch tokens, of each; such
+grids of regions of slides, too.
 
-`specs` and `dense_options` are what users give, `pixels` opens and fits an image, `reuse` decides what an earlier
-call has done. `pooled` embeds; `dense_encoder` makes grids, over the windows of `windows`, for `dense_regions` and
-`dense_images`.
+`specs` and `dense_options` are what users give, `pixels` opens and fits an image, `reuse` decides what an
+earlier call has done. `pooled` embeds; `dense_encoder` makes grids, over the windows of `windows`, for
+`dense_regions` and `dense_images`.
 """
 
 from __future__ import annotations
