@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
 
 from slide2vec.config import PreprocessingConfig, SegmentationConfig
 from slide2vec.errors import ConfigError, SpacingError
@@ -19,23 +15,20 @@ from slide2vec.tiling.contours import find_pieces, smallest_area
 from slide2vec.tiling.grid import tissue_tiles
 from slide2vec.tiling.quality import good_tiles
 from slide2vec.tiling.remarks import TilingFacts, remarks
-from slide2vec.tiling.segment import segment_tissue
-from slide2vec.tiling.types import Segmentation, Tiling, TissueMask
+from slide2vec.tiling.segment import Segmented, segment_tissue
+from slide2vec.tiling.types import Tiling, TissueMask
 from slide2vec.tiling.user_masks import read_mask
 
 __all__ = ["TissueOnce", "find_tissue", "tile_slide"]
-
-#: A mask, how it came about, and an overview of the pixels with its step, where there is one.
-_RawTissue: TypeAlias = tuple[NDArray[np.uint8], Segmentation, NDArray[np.uint8] | None, int]
 
 
 class TissueOnce:
     """Keeps the tissue mask of one slide, for tilings that differ in their tiles only."""
 
     def __init__(self) -> None:
-        self._found: dict[str, _RawTissue] = {}
+        self._found: dict[str, Segmented] = {}
 
-    def mask(self, settings: SegmentationConfig, find: Callable[[], _RawTissue]) -> _RawTissue:
+    def mask(self, settings: SegmentationConfig, find: Callable[[], Segmented]) -> Segmented:
         """The mask found with these settings; found now, if it is the first time."""
         key = settings.model_dump_json()
         if key not in self._found:
@@ -115,27 +108,28 @@ def find_tissue(
     """The tissue of a slide: from its mask raster if it has one, else from its pixels."""
     base = geometry.base_spacing_um
 
-    def find() -> _RawTissue:
+    def find() -> Segmented:
         if slide.mask_path is not None:
-            return *read_mask(reader, slide, base, config.segmentation, mask_copy), None, 1
-        found = segment_tissue(reader, slide.sample_id, base, config.segmentation)
-        return found.mask, found.segmentation, found.overview, found.step
+            return Segmented(*read_mask(reader, slide, base, config.segmentation, mask_copy))
+        return segment_tissue(reader, slide.sample_id, base, config.segmentation)
 
-    mask, segmentation, overview, step = (once or TissueOnce()).mask(config.segmentation, find)
-    height, width = mask.shape
+    found = (once or TissueOnce()).mask(config.segmentation, find)
+    height, width = found.mask.shape
     scale = (reader.dimensions[0] / width, reader.dimensions[1] / height)
     reference = config.filtering.ref_tile_size or geometry.requested_tile_size_px
     least = smallest_area(config.filtering.a_t, reference, geometry, scale)
-    pieces, left_out = find_pieces(mask, least)
+    pieces, left_out = find_pieces(found.mask, least)
     return TissueMask(
-        mask=mask,
+        mask=found.mask,
         pieces=pieces,
         scale=scale,
-        segmentation=segmentation,
+        segmentation=found.segmentation,
         smallest_area=least,
         left_out=left_out,
-        overview=overview,
-        overview_step=step,
+        overview=found.overview,
+        overview_step=found.step,
+        labels=found.labels,
+        names=found.names,
     )
 
 
