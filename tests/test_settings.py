@@ -280,7 +280,7 @@ def test_what_has_no_effect_is_said(load: Load, override: str, caplog: pytest.Lo
         ("tiling.masks.pixel_mapping.tissue=true", "sampling by annotation is not supported"),
         ("tiling.masks.min_coverage.tumor=0.5", "sampling by annotation is not supported"),
         ("tiling.masks.min_coverage.background=0.5", "sampling by annotation is not supported"),
-        ("tiling.seg_params.method=sam2", "'hsv', 'otsu' or 'threshold', got 'sam2'"),
+        ("tiling.seg_params.method=sam2", "'hsv', 'otsu', 'threshold' or 'auto', got 'sam2'"),
         ("tiling.seg_params.sam2_checkpoint_path=a.pt", "SAM2 segmentation is not supported"),
     ],
 )

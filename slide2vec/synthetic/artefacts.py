@@ -92,7 +92,9 @@ def _ring(rng: np.random.Generator, stroke: Plane, tip: int) -> None:
     t = np.linspace(0, rng.uniform(5.2, 6.6), 80) + rng.uniform(0, 7)
     radius = rng.uniform(0.12, 0.3) * stroke.shape[0] * (1 + 0.06 * np.cos(2 * t) + 0.04 * np.sin(3 * t + 1))
     points = np.stack([np.cos(t) * radius * rng.uniform(1, 1.5), np.sin(t) * radius], 1)
-    cv2.polylines(stroke, [np.int32(points + _point(rng, stroke.shape))], False, 255, tip, cv2.LINE_AA)
+    cv2.polylines(
+        stroke, [(points + _point(rng, stroke.shape)).astype(np.int32)], False, 255, tip, cv2.LINE_AA
+    )
 
 
 def _line(rng: np.random.Generator, stroke: Plane, tip: int) -> None:
@@ -100,7 +102,7 @@ def _line(rng: np.random.Generator, stroke: Plane, tip: int) -> None:
     middle = (start + end) / 2 + rng.normal(0, 120, 2)
     t = np.linspace(0, 1, 40)[:, None]
     points = (1 - t) ** 2 * start + 2 * t * (1 - t) * middle + t**2 * end
-    cv2.polylines(stroke, [np.int32(points)], False, 255, tip, cv2.LINE_AA)
+    cv2.polylines(stroke, [points.astype(np.int32)], False, 255, tip, cv2.LINE_AA)
 
 
 def _dot(rng: np.random.Generator, stroke: Plane, tip: int) -> None:
@@ -183,8 +185,8 @@ def scatter_dust(rng: np.random.Generator, scene: Scene) -> None:
         heading = rng.uniform(0, 7) + np.cumsum(rng.normal(0, 0.25, int(rng.integers(8, 30))))
         points = at + np.cumsum(np.stack([np.cos(heading), np.sin(heading)], 1) * 14, 0)
         shade = float(rng.uniform(0.03, 0.2))
-        cv2.polylines(dirt, [np.int32(points)], False, shade, int(rng.integers(2, 5)), cv2.LINE_AA)
-    scene.density += cv2.GaussianBlur(dirt, (0, 0), 1.5)[..., None] * np.float32([1.0, 0.98, 1.02])
+        cv2.polylines(dirt, [points.astype(np.int32)], False, shade, int(rng.integers(2, 5)), cv2.LINE_AA)
+    scene.density += cv2.GaussianBlur(dirt, (0, 0), 1.5)[..., None] * np.array([1.0, 0.98, 1.02], np.float32)
 
 
 def blur(rng: np.random.Generator, scene: Scene, picture: Plane) -> Plane:

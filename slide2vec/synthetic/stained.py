@@ -22,32 +22,19 @@ __all__ = ["STAINS", "absorbance", "cytology", "pieces", "smooth_noise"]
 Plane: TypeAlias = NDArray[Any]  # (h, w) float32
 
 _HAEMATOXYLIN, _EOSIN, _BLOOD = (0.65, 0.70, 0.29), (0.06, 0.77, 0.36), (0.10, 0.80, 0.62)
-_DAB, _SCHIFF = (0.27, 0.57, 0.78), (0.175, 0.972, 0.155)
+_DAB, _UNSPECIFIC, _SCHIFF = (0.27, 0.57, 0.78), (0.07, 0.09, 0.11), (0.175, 0.972, 0.155)
 _METHYL_BLUE, _PONCEAU = (0.80, 0.59, 0.10), (0.10, 0.74, 0.67)
 
-#: Optical density for red, green and blue light of what absorbs: nuclei; cytoplasm and fibres, where the
-#: marker is not and where it is; nuclei where it is; red cells. Factors: how strongly the stain is used.
-STAINS: dict[str, NDArray[Any]] = {
-    name: np.asarray([np.multiply(*pair) for pair in rows], np.float32)
-    for name, rows in {
-        "he": [(_HAEMATOXYLIN, 1), (_EOSIN, 1), (_EOSIN, 1), (_HAEMATOXYLIN, 0), (_BLOOD, 1)],
-        "dab": [
-            (_HAEMATOXYLIN, 0.55),
-            ((0.07, 0.09, 0.11), 1),
-            (_DAB, 0.8),
-            (_DAB, 0.9),
-            ((0.2, 0.4, 0.5), 1),
-        ],
-        "pas": [(_HAEMATOXYLIN, 0.7), (_SCHIFF, 0.3), (_SCHIFF, 0.9), (_SCHIFF, 0), ((0.1, 0.4, 0.4), 1)],
-        "trichrome": [
-            ((0.6, 0.6, 0.5), 0.9),
-            (_PONCEAU, 0.7),
-            (_METHYL_BLUE, 0.8),
-            (_PONCEAU, 0),
-            (_PONCEAU, 1),
-        ],
-    }.items()
+#: How strongly what absorbs takes which stain: nuclei; cytoplasm and fibres, where the marker is not and
+#: where it is; nuclei where it is; red cells.
+_USED: dict[str, list[tuple[tuple[float, float, float], float]]] = {
+    "he": [(_HAEMATOXYLIN, 1), (_EOSIN, 1), (_EOSIN, 1), (_HAEMATOXYLIN, 0), (_BLOOD, 1)],
+    "dab": [(_HAEMATOXYLIN, 0.55), (_UNSPECIFIC, 1), (_DAB, 0.8), (_DAB, 0.9), ((0.2, 0.4, 0.5), 1)],
+    "pas": [(_HAEMATOXYLIN, 0.7), (_SCHIFF, 0.3), (_SCHIFF, 0.9), (_SCHIFF, 0), ((0.1, 0.4, 0.4), 1)],
+    "trichrome": [((0.6, 0.6, 0.5), 0.9), (_PONCEAU, 0.7), (_METHYL_BLUE, 0.8), (_PONCEAU, 0), (_PONCEAU, 1)],
 }
+#: Optical density for red, green and blue light of the same five, (5, 3) float32.
+STAINS = {name: np.array([np.multiply(*pair) for pair in used], np.float32) for name, used in _USED.items()}
 _REACH_PX = 24.0  # how far the outline frays, px of 4 µm
 
 
@@ -85,7 +72,7 @@ def _blob(rng: np.random.Generator, solid: Plane) -> None:
     a, b = rng.uniform(0.1, 0.27) * width, rng.uniform(0.1, 0.3) * height
     points = np.stack([a * radius * np.cos(t), b * radius * np.sin(t)], 1) @ _turn(rng.uniform(0, 7))
     centre = np.array([rng.uniform(0.2, 0.8) * width, rng.uniform(0.2, 0.8) * height])
-    cv2.fillPoly(solid, [np.int32(points + centre)], 1)
+    cv2.fillPoly(solid, [(points + centre).astype(np.int32)], 1)
 
 
 def _core(rng: np.random.Generator, solid: Plane) -> None:
@@ -98,9 +85,8 @@ def _core(rng: np.random.Generator, solid: Plane) -> None:
     breaks = rng.random(count) < 0.06
     for first, second, broken in zip(at[:-1], at[1:], breaks, strict=False):
         if not broken:
-            cv2.line(
-                solid, *(tuple(map(int, p)) for p in (first, second)), 1, int(caliber * rng.uniform(0.75, 1))
-            )
+            ends = [(int(x), int(y)) for x, y in (first, second)]
+            cv2.line(solid, ends[0], ends[1], 1, int(caliber * rng.uniform(0.75, 1)))
 
 
 def _tear(rng: np.random.Generator, solid: Plane) -> None:
@@ -157,9 +143,9 @@ def _concentrations(rng: np.random.Generator, shape: tuple[int, int]) -> NDArray
         x, y = columns + 20 * smooth_noise(rng, shape, 90), rows + 20 * smooth_noise(rng, shape, 90)
         turned = _turn(rng.uniform(0, 7))
         share = cv2.exp(4 * smooth_noise(rng, shape, 220) + 0.8 * _tiled(detail_noise(), shape))
-        share *= 0.3 if TISSUES[kind] in {"blood", "fat"} else 1.0
-        place = ((turned[i, 0] * x + turned[i, 1] * y + 3e3).astype(np.float32) % 128 for i in range(2))
-        texture = cv2.remap(tissue_textures(4.0)[kind], *place, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+        share = share * (0.3 if TISSUES[kind] in {"blood", "fat"} else 1.0)
+        u, v = ((turned[i, 0] * x + turned[i, 1] * y + 3e3).astype(np.float32) % 128 for i in range(2))
+        texture = cv2.remap(tissue_textures(4.0)[kind], u, v, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
         total += share
         mixed += texture * share[..., None]
     return np.asarray(mixed / total[..., None] / CONCENTRATION_SCALE, np.float32)
@@ -173,8 +159,7 @@ def cytology(rng: np.random.Generator, shape: tuple[int, int]) -> tuple[Plane, N
     """
     density, cover = np.zeros((*shape, 3), np.float32), np.zeros(shape, np.float32)
     crowd = smooth_noise(rng, shape, 200) + 0.6 * smooth_noise(rng, shape, 50)
-    crowd = crowd > np.quantile(crowd, rng.uniform(0.5, 0.75))
-    rows, columns = np.nonzero(crowd)
+    rows, columns = np.nonzero(crowd > np.quantile(crowd, rng.uniform(0.5, 0.75)))
     for index in rng.integers(len(rows), size=int(len(rows) / rng.uniform(110, 260))):
         centre = columns[index] + rng.normal(0, 6), rows[index] + rng.normal(0, 6)
         _squamous(rng, density, cover, centre)

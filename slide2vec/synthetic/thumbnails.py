@@ -166,11 +166,11 @@ def _fluorescent(rng: np.random.Generator, scene: Scene) -> NDArray[Any]:
 def _scanned(rng: np.random.Generator, picture: NDArray[Any]) -> NDArray[np.uint8]:
     """Averaged to 8 µm/px, with a sensor's noise, through JPEG."""
     size = picture.shape[1] // _FINER, picture.shape[0] // _FINER
-    small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
-    small += rng.normal(0, _SENSOR_NOISE, small.shape) * (small > 0)
-    pixels = np.clip(small, 0, 255).astype(np.uint8)
+    small = np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA))
+    noisy = small + rng.normal(0, _SENSOR_NOISE, small.shape) * (small > 0)
+    pixels = np.clip(noisy, 0, 255).astype(np.uint8)
     _, data = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
-    return np.asarray(cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB), np.uint8)
+    return np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR), np.uint8)[..., ::-1].copy()
 
 
 def _truth(scene: Scene) -> tuple[NDArray[np.bool_], NDArray[np.bool_], dict[str, NDArray[np.bool_]]]:
@@ -195,9 +195,9 @@ def _outlined(tissue: NDArray[np.bool_]) -> NDArray[np.bool_]:
     padded = np.pad(tissue.astype(np.uint8), side)
     closed = cv2.morphologyEx(padded, cv2.MORPH_CLOSE, disc)[side:-side, side:-side]
     _, labels, stats, _ = cv2.connectedComponentsWithStats(1 - closed, connectivity=4)
-    small = stats[:, cv2.CC_STAT_AREA] * THUMBNAIL_SPACING_UM**2 < HOLE_UM2
+    small = np.asarray(stats)[:, cv2.CC_STAT_AREA] * THUMBNAIL_SPACING_UM**2 < HOLE_UM2
     small[0] = False
-    return (closed > 0) | small[labels]
+    return np.asarray((closed > 0) | small[labels])
 
 
 def _reduced(plane: NDArray[Any]) -> NDArray[Any]:

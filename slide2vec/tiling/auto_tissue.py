@@ -109,7 +109,7 @@ def _absorbing(density: tuple[Plane, ...], without: Plane, spacing_um: float) ->
     colour = np.sqrt(sum((plane - mean) ** 2 for plane in smooth))
     stained = (colour > STAINED) & (colour > STAINED_SHARE * most)
     dirt = _near_thin(~stained & (most > DIRTY), spacing_um)
-    rough = _rough(sum(density) / 3, spacing_um) & ~dirt
+    rough = _rough(np.asarray(sum(density)) / 3, spacing_um) & ~dirt
     wide = max(3, round(ROUGH_UM / spacing_um) | 1)
     filled = cv2.blur(((rough | stained) & ~without).astype(np.float32), (wide, wide)) > MOSTLY
     found: Plane = (stained | (rough & filled)) & ~without

@@ -45,7 +45,9 @@ def find_ink(density: tuple[Plane, Plane, Plane], spacing_um: float) -> NDArray[
     candidates = _colours(coarse)
     if not any(found.any() for found in candidates):
         return np.zeros((height, width), bool)
-    rough = cv2.resize(_roughness(sum(density) / 3, spacing_um), size, interpolation=cv2.INTER_AREA)
+    rough = cv2.resize(
+        _roughness(np.asarray(sum(density)) / 3, spacing_um), size, interpolation=cv2.INTER_AREA
+    )
     spacing = spacing_um * factor
     marks = np.zeros(coarse.shape[:2], bool)
     for found in candidates:
@@ -79,7 +81,8 @@ def _marks_of(density: Plane, rough: Plane, candidates: Plane, spacing_um: float
     if not seeds.any():
         return seeds
     ink = np.quantile(density[seeds], 0.25, axis=0)  # of one stroke, where several cross
-    across = morphed((density > ACROSS * ink).all(-1), cv2.MORPH_OPEN, WIDTH_UM / spacing_um)
+    as_dense = np.asarray(density > ACROSS * ink).all(axis=-1)
+    across = morphed(np.asarray(as_dense), cv2.MORPH_OPEN, WIDTH_UM / spacing_um)
     _, labels = cv2.connectedComponents((across | seeds).astype(np.uint8), connectivity=8)
     grown: Plane = np.isin(labels, np.unique(labels[seeds]))
     return grown
@@ -90,4 +93,5 @@ def _roughness(density: Plane, spacing_um: float) -> Plane:
     sigma = max(0.8, 16 / spacing_um)
     mean, squares = (cv2.GaussianBlur(plane, (0, 0), sigma) for plane in (density, density * density))
     noise = NOISE / 240 / np.log(10) * cv2.exp(np.log(10) * np.minimum(mean, 3))
-    return np.sqrt(np.maximum(squares - mean * mean - noise * noise, 0)) / np.maximum(mean, 0.02)
+    rough: Plane = np.sqrt(np.maximum(squares - mean * mean - noise * noise, 0)) / np.maximum(mean, 0.02)
+    return rough
