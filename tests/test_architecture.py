@@ -30,6 +30,7 @@ ROOMS = {
     "energy": 1,
     "geometry": 1,
     "files": 1,
+    "labels": 1,
     "config": 2,
     "slides": 2,
     "progress": 2,

@@ -1,4 +1,4 @@
-"""The command that adds an extra to this installation, however it came to be; a wheel outside the checkout."""
+"""The command that adds an extra to this installation, and a wheel outside the checkout."""
 
 from __future__ import annotations
 
