@@ -3,8 +3,8 @@
     PEER/bin/python benchmarks/attention_parity.py write FOLDER   (an environment that has slide2vec 7.1.4)
     python -m benchmarks.attention_parity compare FOLDER
 
-The encoders have the published width and two blocks; weights are random, and large: attention is uneven. The first
-command imports nothing of ours, the second nothing of the peer's.
+The encoders have the published width and two blocks; weights are random, and large: attention is uneven. The
+first command imports nothing of ours, the second nothing of the peer's.
 """
 
 from __future__ import annotations
