@@ -135,7 +135,7 @@ def test_command_line(slide: Path, tmp_path: Path, few_prost40m: None) -> None:
         assert file["x"].tolist() == [300, 10] and file["channels"][5] == "block 0, class, head 5"
     names = [Path(path).name for path in said["pictures"]]
     assert names == ["drawn.300_200.attention.png", "drawn.10_600.attention.png"]
-    assert cv2.imread(said["pictures"][0]).shape == (224, 224, 3)
+    assert np.shape(cv2.imread(said["pictures"][0])) == (224, 224, 3)
     wrong = CliRunner().invoke(app, ["attention", *common, "--at", "300;200"])
     assert wrong.exit_code == 1 and "X,Y in level-0 px" in wrong.stderr
 

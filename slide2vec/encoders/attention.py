@@ -110,6 +110,9 @@ def encode_tiles_attention(
         UnsupportedError: a NotImplementedError: the encoder has no class token, or no such attention.
         ConfigError: a ValueError: there is no such block, or the tiles have another shape.
     """
+    theirs = getattr(getattr(encoder, "own", None), "encode_tiles_attention", None)
+    if theirs is not None and not mean_heads:  # of a class that a user registered
+        return cast("Tensor", theirs(batch, blocks=tuple(blocks), include_registers=include_registers))
     tower = _tower(encoder)
     grid = _grid(tower, batch)
     with _keeping(tower, blocks) as kept:
@@ -195,6 +198,8 @@ def why_no_attention(encoder: nn.Module) -> str | None:
 
 
 def _tower(encoder: nn.Module) -> _Tower:
+    own = getattr(encoder, "own", None)  # that a user brought
+    encoder = encoder if own is None else getattr(own, "_model", own)
     if isinstance(encoder, channelwise.ChannelwiseEncoder):
         registers = encoder.storage_tokens.shape[1]
         attentions = [block.get_submodule("attn") for block in encoder.blocks]
