@@ -20,11 +20,14 @@ from slide2vec.aggregate import (
     patient_embedding,
     with_slide_embedding,
 )
+from slide2vec.attention_maps import attention_of_batch, attention_of_slide
 from slide2vec.cohort import embed_tiles
 from slide2vec.cohort.sink import MemorySink
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
-from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
-from slide2vec.encoders.preset_chain import PartsWeights, load_parts, tile_recipe
+from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide, SlideAttention
+from slide2vec.encoders.given_module import register_module
+from slide2vec.encoders.preset_chain import PartsWeights, load_parts, loader_of, tile_recipe
+from slide2vec.encoders.registered import code_identity, refuse_overlap
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError, ModelLevelError
 from slide2vec.images import (
@@ -176,12 +179,35 @@ class Model:
                 precision=resolved,
                 weights=part.weights,
                 upstream=model,
-                loader=partial(cls.from_preset, part.recipe.name, **part.options),
+                loader=loader_of(part, cls.from_preset),
                 origin={**part.origin, "device": where},
                 precision_asked=precision is not None,
             )
         assert model is not None
         return model
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        name: str,
+        *,
+        device: str | torch.device | None = None,
+        precision: str | None = None,
+        **described: Any,
+    ) -> Self:
+        """Build a model of a module of PyTorch, which is a preset of that name from then on.
+
+        Args:
+            module: (B, 3, H, W) float -> (B, D) float, with its weights.
+            device, precision: as of `from_preset`.
+            described: tile_size_px, mean and std or transform, spacing_um, and the other arguments of
+                `slide2vec.encoders.register_module`.
+
+        Raises:
+            PresetError: a ValueError: the module or what is said of it does not fit; see there.
+        """
+        return cls.from_preset(register_module(module, name, **described), device=device, precision=precision)
 
     @property
     def name(self) -> str:
@@ -233,7 +259,7 @@ class Model:
             "output_variant": self.variant,
             "weights": self._weights_digest,
             "weights_source": self._weights,
-        }
+        } | code_identity(self._encoder)
         if self.upstream is not None:
             return {**own, "below": self.upstream.identity(execution, tile_size_px)}
         return own | self._tile_embedder.identity(execution, tile_size_px)
@@ -416,6 +442,7 @@ class Model:
                 f"(region_tile_multiple, requested_region_size_px) are for tile-level presets, such as "
                 f"{self._tile_model.name}"
             )
+        refuse_overlap(self._encoder, config.overlap)
         spacing, tile_size = self.recipe.tiles(config.requested_spacing_um, config.requested_tile_size_px)
         allowed = bool(self.origin.get("allow_non_recommended_settings"))
         self.recipe.check_recommended(spacing, tile_size, allowed=allowed)
@@ -576,6 +603,57 @@ class Model:
     ) -> dict[str, tuple[Any, Any]]:
         """As `pooled_identity_differences`, of sidecars of dense features. Raises what making them would."""
         return dense_identity_differences(self, recorded, dense, execution)
+
+    def attention_maps(
+        self,
+        slide: SlideLike,
+        preprocessing: PreprocessingConfig | None = None,
+        execution: ExecutionOptions | None = None,
+        *,
+        at: Sequence[tuple[int, int]] | None = None,
+        blocks: Sequence[int] = (-1,),
+        include_registers: bool = False,
+        mean_heads: bool = True,
+    ) -> SlideAttention:
+        """Attention maps of a slide's tiles, with their embeddings from the same pass; on the model's device.
+
+        Args:
+            slide, preprocessing, execution: as for `embed_slide`; larger tiles, where the backbone takes
+                them, are asked for as `requested_tile_size_px`.
+            at: (x, y) of the tiles wanted, level-0 px of their top-left corners; None = all that hold
+                tissue. A map of 16 x 16 patches takes 1 KB of memory per tile and channel.
+            blocks, include_registers, mean_heads: see `encode_tiles_attention`.
+
+        Raises:
+            UnsupportedError, ConfigError: as of `encode_tiles_attention`.
+            SlideError: the slide cannot be embedded, or a place is not on it.
+        """
+        config, asked = self._tile_model.resolve_preprocessing(preprocessing), as_slide(slide)
+        return attention_of_slide(
+            self._tile_embedder,
+            asked,
+            config,
+            execution or ExecutionOptions(),
+            at,
+            blocks=blocks,
+            include_registers=include_registers,
+            mean_heads=mean_heads,
+        )
+
+    def encode_tiles_attention(
+        self,
+        batch: torch.Tensor,
+        *,
+        blocks: Sequence[int] = (-1,),
+        include_registers: bool = False,
+        mean_heads: bool = False,
+    ) -> torch.Tensor:
+        """Attention of the class token to the patches of normalised tiles: (B, 3, H, W) -> (B, K, h, w).
+
+        See `slide2vec.encoders.attention.encode_tiles_attention`, also for the errors.
+        """
+        asked = {"blocks": blocks, "include_registers": include_registers, "mean_heads": mean_heads}
+        return attention_of_batch(self._tile_embedder, batch, **asked)
 
     def embed_patient(
         self,
