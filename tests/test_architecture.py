@@ -20,7 +20,7 @@ PACKAGE = ROOT / "slide2vec"
 
 #: Room -> number; a room imports only from rooms with a smaller number.
 ROOMS = {
-    "choices": 0,
+    "choices": 1,
     "errors": 0,
     "lazy": 0,
     "plugins": 0,

@@ -14,6 +14,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PlainValidator, field_validator, model_validator
 
 from slide2vec.choices import (
+    BACKENDS,
+    OUTPUT_FORMATS,
+    SEGMENTATION_METHODS,
     Backend,
     EngineChoice,
     Executor,
@@ -62,7 +65,7 @@ def _writable(given: object) -> Path:
 class SegmentationConfig(FrozenConfig):
     """How tissue is distinguished from background; see `slide2vec.tiling` for the methods."""
 
-    method: SegmentationMethod = "hsv"
+    method: Annotated[SegmentationMethod, PlainValidator(SEGMENTATION_METHODS.checked)] = "hsv"
     downsample: Annotated[float, Field(gt=0)] = 64
     sthresh: GrayLevel = 8
     sthresh_up: GrayLevel = 255
@@ -146,7 +149,7 @@ class PreprocessingConfig(FrozenConfig):
         segmentation, filtering, preview: mappings merged over the defaults of their classes.
     """
 
-    backend: Backend = "auto"
+    backend: Annotated[Backend, PlainValidator(BACKENDS.checked)] = "auto"
     requested_spacing_um: Annotated[float, Field(gt=0)] | None = None
     requested_tile_size_px: Positive | None = None
     requested_region_size_px: Positive | None = None
@@ -330,7 +333,7 @@ class ExecutionOptions(FrozenConfig):
     """
 
     output_dir: Annotated[Path, PlainValidator(_writable)] | None = None
-    output_format: OutputFormat = "pt"
+    output_format: Annotated[OutputFormat, PlainValidator(OUTPUT_FORMATS.checked)] = "pt"
     batch_size: Positive | None = None
     num_workers: Positive | None = None
     num_preprocessing_workers: Positive | None = None

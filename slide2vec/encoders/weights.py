@@ -103,8 +103,8 @@ def find_weights(recipe: Recipe, weights: WeightsChoice) -> Path:
         folder = Path(recipe.file).parent
         found = next(filter(Path.is_file, (folder / name for name in recipe.weights.files)), None)
         if found is None and not recipe.weights.repo:
-            names = ", ".join(recipe.weights.files)
-            raise WeightsError(f"there is none of {names} beside {recipe.file}, which names no repository")
+            wanted = ", ".join(recipe.weights.files)
+            raise WeightsError(f"there is none of {wanted} beside {recipe.file}, which names no repository")
         weights = found
     if weights is None:
         return _from_hub(recipe.name, recipe.weights)
