@@ -1,9 +1,9 @@
 """What users choose by name, and which module of ours each name stands for.
 
 The configuration, the command line, `slide2vec doctor` and the rooms that make them read these tables.
-Nothing is imported here; modules are when they are first used. A name is a word of its `Literal` and a row
-of its table. Readers, segmentation methods and formats of installed packages are rows, too (`Choices`), without
-a word: type checkers know ours only.
+No module of a table is imported here; they are when they are first used. A name is a word of its `Literal`
+and a row of its table. Readers, segmentation methods and formats of installed packages are rows, too
+(`Choices`), without a word: type checkers know ours only.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 from slide2vec.errors import ConfigError, ExtraMissingError, nearest_names
+from slide2vec.installation import add_extra
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -76,7 +77,7 @@ class OptionalPackage(NamedTuple):
     @property
     def install(self) -> str:
         """The command that installs it."""
-        return f'pip install "slide2vec[{self.extra}]"'
+        return add_extra(self.extra)
 
 
 class Home(NamedTuple):

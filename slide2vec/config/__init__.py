@@ -290,7 +290,7 @@ class ExecutionOptions(FrozenConfig):
 
     Attributes:
         output_dir: where artifacts and previews go; None = nothing is written. May be a URL that fsspec
-            opens (s3://bucket/folder, gs://…; `slide2vec[cloud]`): every file is then written locally and
+            opens (s3://bucket/folder, gs://…; by the extra [cloud]): every file is then written locally and
             published by one upload. Credentials and endpoint are the store's own affair
             (AWS_PROFILE, AWS_ENDPOINT_URL, …); a `upath.UPath` brings others.
         output_format: of embedding files.
