@@ -159,7 +159,8 @@ class Choices(Mapping[str, Row], Generic[Row]):
         known = (*self._others, *self)
         near = nearest_names(str(name), known)
         hint = f". {near}" if near.startswith("Did") else ""
-        raise ConfigError(f"it is one of {', '.join(known)}, got {name!r}{hint}")
+        *most, last = map(repr, known)
+        raise ConfigError(f"input should be {', '.join(most)} or {last}, got {name!r}{hint}")
 
 
 def _home(entry: EntryPoint) -> Home:

@@ -129,6 +129,8 @@ def _unusable(backend: str, name: str, path: Path, error: BackendError) -> Backe
 
 def _open(backend: str, found: Probe) -> SlideReader:
     home = BACKENDS[backend]
+    if found.refused and not home.brought_by:
+        raise BackendError(f"it {found.refused}")
     if not home.brought_by:
         return cast(SlideReader, home.imported()(found))
     kind = home.imported()
@@ -158,6 +160,8 @@ def _open_first(found: Probe, passed_over: Mapping[str, Exception]) -> SlideRead
                 "slide %s: read with %s%s", found.name, backend, f" ({_all(passed)})" if passed else ""
             )
             return reader
+    if found.refused:
+        raise SlideOpenError(f"slide {found.name}: {found.origin} {found.refused}")
     logger.info("slide %s: no back end reads it (%s)", found.name, _all(passed))
     raise SlideOpenError(f"slide {found.name}: no back end reads {found.origin}: {_why(found, passed)}")
 
