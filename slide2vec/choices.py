@@ -48,7 +48,7 @@ __all__ = [
 Precision: TypeAlias = Literal["fp16", "bf16", "fp32", "fp8"]
 Backend: TypeAlias = Literal["auto", "tiff", "dicom", "cucim", "vips", "openslide", "asap"]
 OutputFormat: TypeAlias = Literal["pt", "npz", "safetensors", "h5"]
-SegmentationMethod: TypeAlias = Literal["hsv", "otsu", "threshold"]
+SegmentationMethod: TypeAlias = Literal["hsv", "otsu", "threshold", "auto"]
 PreparerChoice: TypeAlias = Literal["auto", "torch", "dali", "triton"]
 Executor: TypeAlias = Literal["local", "ray"]
 Runtime: TypeAlias = Literal["tensorrt", "tensorrt-rtx", "openvino", "inductor"]
@@ -189,12 +189,13 @@ BACKENDS = Choices(
     "auto",
 )
 
-#: Each a `TissueMethod`.
+#: Each a `TissueMethod` or a `Segmenter`.
 SEGMENTATION_METHODS = Choices(
     {
         "hsv": Home("slide2vec.tiling.tissue_methods", "HSV"),
         "otsu": Home("slide2vec.tiling.tissue_methods", "OTSU"),
         "threshold": Home("slide2vec.tiling.tissue_methods", "THRESHOLD"),
+        "auto": Home("slide2vec.tiling.auto_tissue", "AUTO"),
     },
     "slide2vec.segmenters",
     _home,

@@ -32,7 +32,7 @@ assert backends()["ppm"] is None
 slide, out = sys.argv[1:]
 def run(*more):
     sys.argv = ["slide2vec", "embed", slide, "-o", out, "--preset", "example-colours", "--format", "npy", *more]
-    sys.argv += ["--segmentation-method", "hsv", "--spacing-at-level-0", "0.5", "--device", "cpu"]
+    sys.argv += ["--segmentation-method", "darker", "--spacing-at-level-0", "0.5", "--device", "cpu"]
     try:
         main()
     except SystemExit as ended:

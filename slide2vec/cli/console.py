@@ -146,7 +146,7 @@ FORMAT = _by_name(OUTPUT_FORMATS)
 Method = Annotated[
     SegmentationMethod | None,
     typer.Option(
-        help="How tissue is distinguished from glass [hsv].",
+        help="How tissue is distinguished from glass; auto finds any stain, and leaves pen out [hsv].",
         show_default=False,
         **_by_name(SEGMENTATION_METHODS),
     ),
