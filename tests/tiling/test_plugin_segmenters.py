@@ -49,10 +49,9 @@ def tiled(slide: Path) -> Any:
 def test_only_what_it_names_tissue_makes_tiles(half: Half, reference_slide: Path) -> None:
     tiling = tiled(reference_slide)
     width, height = tiling.dimensions
-    assert (
-        len(tiling) == (width // 2 // 224) * (height // 224) or (tiling.x + 224 * 0.9 <= width / 2 + 8).all()
-    )
-    assert tiling.x.max() + 224 > width / 2 - 224 and tiling.segmentation.method == "half"
+    # nine tenths of a tile lie on tissue, whose edge is that of a pixel of the thumbnail (8 px here)
+    assert tiling.x.max() + 0.9 * 224 <= width / 2 + 8 < tiling.x.max() + 2 * 224
+    assert tiling.y.max() + 224 > height - 224 and tiling.segmentation.method == "half"
     (rows, columns, _), spacing = half.seen
     assert spacing == pytest.approx(4.0, rel=0.02)
     assert (columns, rows) == pytest.approx((width / 8.016, height / 8.016), abs=1)
