@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
 from slide2vec.choices import OutputFormat
-from slide2vec.cli.console import Debug, Json, facts, print_error, print_json, stdout, table
+from slide2vec.cli.console import (
+    EXPORT_FORMAT,
+    Debug,
+    Json,
+    facts,
+    print_error,
+    print_json,
+    stdout,
+    table,
+)
 from slide2vec.files import as_path
 
 if TYPE_CHECKING:
@@ -25,9 +34,11 @@ def export(
         str, typer.Option("--output", "-o", help="Directory (or URL) for the files; another one.")
     ],
     file_format: Annotated[
-        OutputFormat | Literal["geojson"],
+        str,
         typer.Option(
-            "--format", help="h5 is what CLAM and TRIDENT read; geojson: tissue and tiles, for QuPath."
+            "--format",
+            help="h5 is what CLAM and TRIDENT read; geojson: tissue and tiles, for QuPath.",
+            **EXPORT_FORMAT,
         ),
     ] = "h5",
     dtype: Annotated[
@@ -53,7 +64,7 @@ def export(
         return
     from slide2vec.artifacts.export import export_run
 
-    done, failed = export_run(run_dir, output_dir, file_format, dtype, encoder=encoder)
+    done, failed = export_run(run_dir, output_dir, cast("OutputFormat", file_format), dtype, encoder=encoder)
     if as_json:
         print_json(
             {
