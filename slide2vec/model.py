@@ -20,13 +20,17 @@ from slide2vec.aggregate import (
     patient_embedding,
     with_slide_embedding,
 )
+from slide2vec.attention_maps import attention_of_batch, attention_of_slide
 from slide2vec.cohort import embed_tiles
 from slide2vec.cohort.sink import MemorySink
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
-from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
-from slide2vec.encoders.preset_chain import PartsWeights, load_parts, tile_recipe
+from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide, SlideAttention
+from slide2vec.encoders.given_module import register_module
+from slide2vec.encoders.preset_chain import PartsWeights, load_parts, loader_of, tile_recipe
+from slide2vec.encoders.registered import code_identity, refuse_overlap
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError, ModelLevelError
+from slide2vec.images import ImageLike, embed_images
 from slide2vec.manifests import SlidesLike, given_slides
 from slide2vec.progress import RunStarted, active_reporter, live_progress, metered
 from slide2vec.recipes import Recipe, load_recipe
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from slide2vec.artifacts import (
+        ImageEmbeddingArtifact,
         PatientEmbeddingArtifact,
         SlideEmbeddingArtifact,
         TileEmbeddingArtifact,
@@ -160,12 +165,35 @@ class Model:
                 precision=resolved,
                 weights=part.weights,
                 upstream=model,
-                loader=partial(cls.from_preset, part.recipe.name, **part.options),
+                loader=loader_of(part, cls.from_preset),
                 origin={**part.origin, "device": where},
                 precision_asked=precision is not None,
             )
         assert model is not None
         return model
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        name: str,
+        *,
+        device: str | torch.device | None = None,
+        precision: str | None = None,
+        **described: Any,
+    ) -> Self:
+        """Build a model of a module of PyTorch, which is a preset of that name from then on.
+
+        Args:
+            module: (B, 3, H, W) float -> (B, D) float, with its weights.
+            device, precision: as of `from_preset`.
+            described: tile_size_px, mean and std or transform, spacing_um, and the other arguments of
+                `slide2vec.encoders.register_module`.
+
+        Raises:
+            PresetError: a ValueError: the module or what is said of it does not fit; see there.
+        """
+        return cls.from_preset(register_module(module, name, **described), device=device, precision=precision)
 
     @property
     def name(self) -> str:
@@ -193,6 +221,11 @@ class Model:
         return self.recipe.has_latents or (self.upstream is not None and self.upstream.has_latents)
 
     @property
+    def tile_encoding(self) -> TileEmbedder:
+        """What encodes tiles, and ready images."""
+        return self._tile_embedder
+
+    @property
     def _tile_model(self) -> Model:
         """The model of tiles at its bottom: itself, for tile-level presets."""
         return self if self.upstream is None else self.upstream._tile_model
@@ -212,7 +245,7 @@ class Model:
             "output_variant": self.variant,
             "weights": self._weights_digest,
             "weights_source": self._weights,
-        }
+        } | code_identity(self._encoder)
         if self.upstream is not None:
             return {**own, "below": self.upstream.identity(execution, tile_size_px)}
         return own | self._tile_embedder.identity(execution, tile_size_px)
@@ -395,6 +428,7 @@ class Model:
                 f"(region_tile_multiple, requested_region_size_px) are for tile-level presets, such as "
                 f"{self._tile_model.name}"
             )
+        refuse_overlap(self._encoder, config.overlap)
         spacing, tile_size = self.recipe.tiles(config.requested_spacing_um, config.requested_tile_size_px)
         allowed = bool(self.origin.get("allow_non_recommended_settings"))
         self.recipe.check_recommended(spacing, tile_size, allowed=allowed)
@@ -467,6 +501,81 @@ class Model:
         """
         execution = _require_output_dir(execution, "aggregate_tiles")
         return aggregate_stored(self, tile_artifacts, execution, aggregator, patient_id_map)
+
+    def embed_images(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        execution: ExecutionOptions | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> list[ImageEmbeddingArtifact]:
+        """Embed ready images onto disk, each with the transform that the encoder was published with, to
+        `image_embeddings/<sample_id>`; in input order. What an earlier call did in the same way stays.
+
+        Args:
+            images: `ImageSpec`s, paths, or mappings with the fields of ImageSpec; on disk or in memory.
+            execution: its output_dir is where files go.
+            on_error: "raise" an EmbedImagesError when all others are there, or "skip" failed images.
+
+        Raises:
+            EmbedImagesError: some images cannot be read, or have no finite embedding.
+            ConfigError: a ValueError: an earlier embedding of a sample_id was made in another way, or of
+                another image (see `ExecutionOptions.on_image_mismatch`).
+            ManifestError: a ValueError: ids are not unique, or there is a spacing, which means nothing here.
+            ModelLevelError: a ValueError: the preset is not tile-level.
+        """
+        return embed_images(self, images, execution, on_error)
+
+    def attention_maps(
+        self,
+        slide: SlideLike,
+        preprocessing: PreprocessingConfig | None = None,
+        execution: ExecutionOptions | None = None,
+        *,
+        at: Sequence[tuple[int, int]] | None = None,
+        blocks: Sequence[int] = (-1,),
+        include_registers: bool = False,
+        mean_heads: bool = True,
+    ) -> SlideAttention:
+        """Attention maps of a slide's tiles, with their embeddings from the same pass; on the model's device.
+
+        Args:
+            slide, preprocessing, execution: as for `embed_slide`; larger tiles, where the backbone takes
+                them, are asked for as `requested_tile_size_px`.
+            at: (x, y) of the tiles wanted, level-0 px of their top-left corners; None = all that hold
+                tissue. A map of 16 x 16 patches takes 1 KB of memory per tile and channel.
+            blocks, include_registers, mean_heads: see `encode_tiles_attention`.
+
+        Raises:
+            UnsupportedError, ConfigError: as of `encode_tiles_attention`.
+            SlideError: the slide cannot be embedded, or a place is not on it.
+        """
+        config, asked = self._tile_model.resolve_preprocessing(preprocessing), as_slide(slide)
+        return attention_of_slide(
+            self._tile_embedder,
+            asked,
+            config,
+            execution or ExecutionOptions(),
+            at,
+            blocks=blocks,
+            include_registers=include_registers,
+            mean_heads=mean_heads,
+        )
+
+    def encode_tiles_attention(
+        self,
+        batch: torch.Tensor,
+        *,
+        blocks: Sequence[int] = (-1,),
+        include_registers: bool = False,
+        mean_heads: bool = False,
+    ) -> torch.Tensor:
+        """Attention of the class token to the patches of normalised tiles: (B, 3, H, W) -> (B, K, h, w).
+
+        See `slide2vec.encoders.attention.encode_tiles_attention`, also for the errors.
+        """
+        asked = {"blocks": blocks, "include_registers": include_registers, "mean_heads": mean_heads}
+        return attention_of_batch(self._tile_embedder, batch, **asked)
 
     def embed_patient(
         self,

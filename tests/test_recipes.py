@@ -161,8 +161,7 @@ def test_the_page_of_encoders_has_all_of_them() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (('repo = "waticlems/Prost40M"', 'url = "https://example.org"'), "revision, or a url"),
-        (('revision = "main"', 'revision = ""'), "revision, or a url"),
+        (("gated = false", 'gated = false\nurl = "https://example.org"'), "not both"),
         (("gated = false", 'gated = false\nsha256 = { "x.bin" = "%s" }' % ("0" * 64)), "not one of files"),
         (("gated = false", 'gated = false\nsha256 = { "model.safetensors" = "abc" }'), "sha256"),
     ],

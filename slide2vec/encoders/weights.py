@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from slide2vec.encoders.checkpoint_keys import PUBLISHED
 from slide2vec.encoders.checkpoints import convert
@@ -53,6 +54,22 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+class _Undrawn(TorchFunctionMode):
+    """In the block initial values are neither drawn nor scaled where tensors have no memory: that would load
+    PyTorch's compiler (1.3 s)."""
+
+    _LEFT_OUT = frozenset({"normal_", "uniform_", "kaiming_uniform_", "erfinv_", "clamp_", "mul", "neg"})
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        values = dict(kwargs or {})
+        tensors = [value for value in (*args, *values.values()) if isinstance(value, Tensor)]
+        if getattr(func, "__name__", "") in self._LEFT_OUT and [each.is_meta for each in tensors] == [True]:
+            return tensors[0]
+        return func(*args, **values)
+
+
 def load_weights(build: Callable[[], nn.Module], recipe: Recipe, weights: WeightsChoice) -> nn.Module:
     """Build an encoder without initialising it and give it the recipe's weights, strictly.
 
@@ -64,7 +81,7 @@ def load_weights(build: Callable[[], nn.Module], recipe: Recipe, weights: Weight
     (check_download if weights is None else check_own_file)(path, recipe)
     assert recipe.weights is not None
     name, spec = recipe.weights.convert, recipe.encoder
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         encoder = build()
     module: nn.Module = getattr(encoder, "trunk", encoder)
     state = fitting(
@@ -93,10 +110,18 @@ def _compute_tables(encoder: nn.Module, build: Callable[[], nn.Module]) -> None:
 def find_weights(recipe: Recipe, weights: WeightsChoice) -> Path:
     """The weights file: downloaded (or found in the hub's cache) for None, else the local one.
 
-    Weights in several files are stood for by their index; the others are beside it.
+    Weights in several files are stood for by their index; the others are beside it. Those of a user's recipe
+    are looked for beside its file first, and only there where it names no repository.
     """
     if recipe.weights is None:
         raise WeightsError(f"preset {recipe.name} has no weights to load")
+    if weights is None and recipe.file:
+        folder = Path(recipe.file).parent
+        found = next(filter(Path.is_file, (folder / name for name in recipe.weights.files)), None)
+        if found is None and not recipe.weights.repo:
+            wanted = ", ".join(recipe.weights.files)
+            raise WeightsError(f"there is none of {wanted} beside {recipe.file}, which names no repository")
+        weights = found
     if weights is None and recipe.weights.url:
         raise WeightsError(
             f"the weights of preset {recipe.name} are not on the Hugging Face hub: get "

@@ -76,6 +76,10 @@ def _require(recipe: Recipe, level: str) -> None:
 
 
 def _built(recipe: Recipe, variant: Variant, weights: WeightsChoice, seed: int) -> nn.Module:
+    if recipe.encoder.family == "registered":
+        from slide2vec.encoders.registered import brought_encoder
+
+        return brought_encoder(recipe, variant, weights)
     which = {"pool": variant.pool} if len(recipe.variants) > 1 else {}
 
     def build() -> nn.Module:

@@ -75,7 +75,7 @@ class MadeleineEncoder(nn.Module):
         """The tiles of a slide -> embedding (dim,); raises what `FeatherEncoder` raises."""
         features = checked_features(bag, self.in_dim, self.projector.weight)
         tiles = in_chunks(self.wsi_embedders["pre_attn"], features)
-        by_head = tiles.unflatten(1, (-1, self.heads))  # the heads take turns along a tile's embedding
+        by_head = tiles.reshape(len(tiles), -1, self.heads)  # the heads take turns along a tile's embedding
         attentions = cast("nn.ModuleList", self.wsi_embedders["attn"])
         pooled = [
             _weighed(each, in_chunks(attention, each))
