@@ -14,6 +14,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PlainValidator, field_validator, model_validator
 
 from slide2vec.choices import (
+    BACKENDS,
+    OUTPUT_FORMATS,
+    SEGMENTATION_METHODS,
     Backend,
     EngineChoice,
     Executor,
@@ -59,10 +62,25 @@ def _writable(given: object) -> Path:
     return path
 
 
-class SegmentationConfig(FrozenConfig):
-    """How tissue is distinguished from background; see `slide2vec.tiling` for the methods."""
+#: Methods that the other fields of SegmentationConfig are for.
+_WITH_OPTIONS = ("hsv", "otsu", "threshold")
 
-    method: SegmentationMethod = "hsv"
+
+class SegmentationConfig(FrozenConfig):
+    """How tissue is distinguished from background.
+
+    Attributes:
+        method: "hsv", "otsu" and "threshold" are HS2P's: colours in the range of stained tissue; saturation
+            above Otsu's threshold; above `sthresh`. "auto" compares with the light through the slide's own
+            glass, at 8 µm/px: any stain, pale tissue, tinted glass, fluorescence, without pen; it takes no
+            other option.
+        downsample: of the level on which tissue is looked for, about.
+        sthresh, sthresh_up: saturation from and to which "threshold" takes tissue, 0 to 255.
+        mthresh: side of the median kernel of "otsu" and "threshold", px, odd.
+        close: side of the kernel that closes gaps, px.
+    """
+
+    method: Annotated[SegmentationMethod, PlainValidator(SEGMENTATION_METHODS.checked)] = "hsv"
     downsample: Annotated[float, Field(gt=0)] = 64
     sthresh: GrayLevel = 8
     sthresh_up: GrayLevel = 255
@@ -75,6 +93,18 @@ class SegmentationConfig(FrozenConfig):
         if value % 2 == 0:
             raise ConfigError(f"the median kernel must be odd, got {value}; try {value + 1}")
         return value
+
+    @model_validator(mode="after")
+    def _segmenters_decide_themselves(self) -> Self:
+        others = [name for name in type(self).model_fields if name != "method"]
+        changed = [name for name in others if getattr(self, name) != type(self).model_fields[name].default]
+        if self.method not in _WITH_OPTIONS and changed:
+            name = changed[0]
+            raise ConfigError(
+                f"{name}={getattr(self, name)} is for another method than {self.method}, which decides by "
+                "itself: leave it out, or choose hsv, otsu or threshold"
+            )
+        return self
 
 
 class FilterConfig(FrozenConfig):
@@ -146,7 +176,7 @@ class PreprocessingConfig(FrozenConfig):
         segmentation, filtering, preview: mappings merged over the defaults of their classes.
     """
 
-    backend: Backend = "auto"
+    backend: Annotated[Backend, PlainValidator(BACKENDS.checked)] = "auto"
     requested_spacing_um: Annotated[float, Field(gt=0)] | None = None
     requested_tile_size_px: Positive | None = None
     requested_region_size_px: Positive | None = None
@@ -330,7 +360,7 @@ class ExecutionOptions(FrozenConfig):
     """
 
     output_dir: Annotated[Path, PlainValidator(_writable)] | None = None
-    output_format: OutputFormat = "pt"
+    output_format: Annotated[OutputFormat, PlainValidator(OUTPUT_FORMATS.checked)] = "pt"
     batch_size: Positive | None = None
     num_workers: Positive | None = None
     num_preprocessing_workers: Positive | None = None
