@@ -54,9 +54,11 @@ Executor: TypeAlias = Literal["local", "ray"]
 Runtime: TypeAlias = Literal["tensorrt", "tensorrt-rtx", "openvino", "inductor"]
 EngineChoice: TypeAlias = Literal["auto", "torch", Runtime]
 TileFamily: TypeAlias = Literal[
-    "timm", "scattering", "coca", "clip_linear", "musk", "channelwise", "remote", "registered"
+    "timm", "headed", "scattering", "coca", "clip_linear", "musk", "channelwise", "remote", "registered"
 ]
-SlideFamily: TypeAlias = Literal["titan", "prism", "longnet", "moozy_slide", "moozy_case"]
+SlideFamily: TypeAlias = Literal[
+    "titan", "prism", "longnet", "feather", "madeleine", "chief", "moozy_slide", "moozy_case"
+]
 
 
 class OptionalPackage(NamedTuple):
@@ -220,6 +222,7 @@ EXECUTORS: Mapping[str, Home] = {
 #: of "registered" is a user's.
 TILE_ENCODERS: Mapping[str, Home] = {
     "timm": Home("slide2vec.encoders.timm", "TimmEncoder"),
+    "headed": Home("slide2vec.encoders.headed", "HeadedEncoder"),
     "scattering": Home("slide2vec.encoders.scattering", "scattering_encoder"),
     "coca": Home("slide2vec.encoders.coca", "CocaEncoder"),
     "clip_linear": Home("slide2vec.encoders.clip_linear", "ClipLinearEncoder"),
@@ -231,6 +234,9 @@ SLIDE_ENCODERS: Mapping[str, Home] = {
     "titan": Home("slide2vec.encoders.slide.titan", "TitanEncoder"),
     "prism": Home("slide2vec.encoders.slide.prism", "PrismEncoder"),
     "longnet": Home("slide2vec.encoders.slide.longnet", "LongNetEncoder"),
+    "feather": Home("slide2vec.encoders.slide.abmil", "FeatherEncoder"),
+    "madeleine": Home("slide2vec.encoders.slide.abmil", "MadeleineEncoder"),
+    "chief": Home("slide2vec.encoders.slide.abmil", "ChiefEncoder"),
     "moozy_slide": Home("slide2vec.encoders.slide.moozy", "MoozySlideEncoder"),
     "moozy_case": Home("slide2vec.encoders.slide.moozy", "MoozyCaseTransformer"),
 }
