@@ -144,6 +144,10 @@ def embed_texts(
     if isinstance(texts, str):
         raise ConfigError(f"texts={texts!r}: give a list of texts, [{texts!r}]")
     tokenise = tokenise or ClipTokeniser(clip_vocabulary())
+    if tokenise.end != encoder.end:
+        raise ConfigError(
+            f"the vocabulary has {tokenise.end + 1} tokens, and the encoder was trained on {encoder.end + 1}"
+        )
     device = encoder.text_projection.device
     with torch.inference_mode():
         return cast("Tensor", encoder(tokenise(texts, encoder.context).to(device))).float().cpu()

@@ -53,7 +53,7 @@ class ClipTokeniser:
     def __init__(self, path: Path, merges: int = MERGES) -> None:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             lines = file.read().split("\n")[1 : merges + 1]
-        pairs = [tuple(line.split()) for line in lines]
+        pairs = [tuple(line.split()) for line in lines if line.strip()]
         singles = list(_bytes_as_text().values())
         pieces = [*singles, *(each + _END for each in singles), *("".join(pair) for pair in pairs)]
         self._numbers = {piece: number for number, piece in enumerate(pieces)}

@@ -175,6 +175,13 @@ def test_what_is_no_text_side_is_said(tmp_path: Path) -> None:
     torch.save({"visual.x": torch.zeros(2)}, tmp_path / "w.pt")
     with pytest.raises(WeightsError, match="no text side of preset phikon: .* is missing"):
         load_text_encoder(recipe, "shared", tmp_path / "w.pt")
+    whole = gzip.compress("\n".join(["#", *MERGES, "x y", ""]).encode())
+    (tmp_path / "m.txt.gz").write_bytes(whole)
+    encoder = load_text_encoder(recipe, "shared", "random")
+    with pytest.raises(
+        ConfigError, match="the vocabulary has 526 tokens, and the encoder was trained on 525"
+    ):
+        embed_texts(encoder, ["tumor"], ClipTokeniser(tmp_path / "m.txt.gz"))
     with pytest.raises(ConfigError, match=r"give a list of texts, \['tumor'\]"):
         embed_texts(SimpleNamespace(), "tumor")  # type: ignore[arg-type]
 

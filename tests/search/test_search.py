@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections.abc import Callable
@@ -19,7 +20,9 @@ from typer.testing import CliRunner
 
 from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig
 from slide2vec.cli import app
+from slide2vec.encoders.clip_text import ClipTextEncoder
 from slide2vec.errors import ArtifactError, ConfigError
+from slide2vec.recipes import TextSpec, load_recipe
 from slide2vec.search import draw_sheet, searched_run
 from slide2vec.search import index as index_module
 from slide2vec.search.index import TileIndex
@@ -137,7 +140,7 @@ def made(generated_slide: Callable[..., Path], tmp_path_factory: pytest.TempPath
     model = Model.from_preset("scattering", device="cpu", allow_non_recommended_settings=True)
     config = PreprocessingConfig(requested_spacing_um=0.25, requested_tile_size_px=224, filtering={"a_t": 1})
     Pipeline(model, config, ExecutionOptions(output_dir=folder / "out")).run(slides=slides)
-    return SimpleNamespace(out=folder / "out", slides=slides)
+    return SimpleNamespace(out=folder / "out", slides=slides, model=model)
 
 
 def test_by_a_tile_of_a_run(made: SimpleNamespace) -> None:
@@ -214,6 +217,47 @@ def test_command_line(made: SimpleNamespace, tmp_path: Path) -> None:
         app, ["search", str(made.out), "--tile", place, "-n", "2", "--sheet", str(tmp_path / "a.jpg")]
     )
     assert text.exit_code == 0 and "cosine" in text.stdout and (tmp_path / "a.jpg").exists()
+    for both in ([], ["--tile", place, "--text", "tumor"]):
+        failed = CliRunner().invoke(app, ["search", str(made.out), *both])
+        assert failed.exit_code == 1 and "either --tile SLIDE:X,Y or --text" in failed.stderr
     for wrong in ("s0", "s0:1", ":1,2", "s0:a,b"):
         failed = CliRunner().invoke(app, ["search", str(made.out), "--tile", wrong])
         assert failed.exit_code == 1 and "SLIDE:X,Y" in failed.stderr
+
+
+def test_by_a_text(made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a small text side for an encoder that has none."""
+    common = ["search", str(made.out), "--text", "Tumor, 3 mm", "--sheet", str(tmp_path / "a.png"), "--json"]
+    failed = CliRunner().invoke(app, common)
+    assert failed.exit_code == 1 and "preset scattering has no text side" in failed.stderr
+    with gzip.open(tmp_path / "merges.txt.gz", "wt") as file:
+        file.write("#version: 0.2\nt u\ntu m\n")
+    small = TextSpec(
+        variant="default", kwargs={"width": 16, "heads": 2, "layers": 1, "context": 20, "vocabulary": 516}
+    )
+    recipe = load_recipe("scattering").model_copy(update={"text": small})
+    assert recipe.default_variant == "default"
+    monkeypatch.setattr("slide2vec.recipes.load_recipe", lambda name: recipe)
+    monkeypatch.setattr("slide2vec.encoders.clip_text.clip_vocabulary", lambda: tmp_path / "merges.txt.gz")
+    done = CliRunner().invoke(app, [*common, "--weights", "random", "-n", "3"])
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert said["query"] == "Tumor, 3 mm" and len(said["tiles"]) == 3
+    made.model.recipe = recipe
+    made.model.origin = {"weights": "random", "seed": 0}
+    (query,) = made.model.embed_text(["Tumor, 3 mm"])
+    expected = searched_run(made.out).nearest(query, 3)
+    assert [(tile["sample_id"], tile["row"]) for tile in said["tiles"]] == [
+        (tile.sample_id, tile.row) for tile in expected
+    ]
+
+
+@pytest.mark.parametrize("name", ["plip", "quiltnet-b32", "quiltnet-b16"])
+def test_presets_with_a_text_side(name: str) -> None:
+    """Sizes are those of CLIP's text side: 63,428,096 parameters with the projection (OpenAI's ViT-B/32)."""
+    recipe = load_recipe(name)
+    assert recipe.text is not None and recipe.text.variant == recipe.default_variant
+    with torch.device("meta"):
+        encoder = ClipTextEncoder(**recipe.text.kwargs, dim=recipe.variants["default"].dim)
+    assert sum(each.numel() for each in encoder.parameters()) == 63_428_096
+    assert recipe.text.kwargs.get("quick_gelu", False) == (name == "plip")
