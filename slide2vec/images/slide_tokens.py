@@ -1,6 +1,6 @@
 """Patch tokens of every tile of slides whose tiles are embedded: one file of all grids per slide.
 
-    patch_tokens/<sample_id>.npy    (N, d, rows, columns) float16, tiles as in tile_embeddings/
+    patch_tokens/[<class>/]<sample_id>.npy    (N, d, rows, columns) float16, tiles as in tile_embeddings/
 
 Grids are written as they are made, so that memory does not grow with the number of tiles.
 """
@@ -91,12 +91,12 @@ def save_patch_tokens(
                 "and embeddings of slides have no tiles of their own"
             )
         try:
-            made[artifact.sample_id] = _of_slide(model, artifact, execution, output_dir)
+            made[artifact.name] = _of_slide(model, artifact, execution, output_dir)
         except Exception as error:  # of libraries, on a damaged slide
             if isinstance(error, ConfigError | OSError | NotImplementedError):
                 raise
-            made[artifact.sample_id] = as_slide_error(error, artifact.sample_id, "making patch tokens")
-            logger.warning("%s", made[artifact.sample_id])
+            made[artifact.name] = as_slide_error(error, artifact.sample_id, "making patch tokens")
+            logger.warning("%s", made[artifact.name])
         reporter.emit(SlideFinished(artifact.sample_id, artifact.num_tiles))
     failed = {name: each for name, each in made.items() if isinstance(each, Exception)}
     if failed and on_error == "raise":
@@ -119,7 +119,7 @@ def _of_slide(
         )
     dense, half = DenseImageOptions(target_size=side), execution.updated(output_dtype="fp16")
     identity = {"tiles": sidecar.get("compatibility"), **dense_identity(model, dense, half)}
-    path = output_dir / PATCH_TOKENS / f"{artifact.sample_id}.npy"
+    path = output_dir / PATCH_TOKENS / f"{artifact.name}.npy"
     if (done := _done(path, artifact, identity)) is not None:
         return done
     active_reporter().emit(SlidePlanned(artifact.sample_id, len(tiling), tiling.backend))
