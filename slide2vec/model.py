@@ -24,6 +24,7 @@ from slide2vec.cohort import embed_tiles
 from slide2vec.cohort.sink import MemorySink
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
+from slide2vec.encoders.late import AnyEncoder, as_module, handed_over
 from slide2vec.encoders.preset_chain import PartsWeights, load_parts, tile_recipe
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError, ModelLevelError
@@ -68,7 +69,7 @@ class Model:
         self,
         recipe: Recipe,
         variant: str,
-        encoder: nn.Module,
+        encoder: AnyEncoder,
         *,
         device: torch.device,
         precision: str,
@@ -155,7 +156,7 @@ class Model:
             model = cls(
                 part.recipe,
                 part.variant,
-                part.encoder if model is None else part.encoder.to(chosen),
+                part.encoder if model is None else as_module(part.encoder).to(chosen),
                 device=chosen,
                 precision=resolved,
                 weights=part.weights,
@@ -185,7 +186,7 @@ class Model:
     @property
     def encoder(self) -> nn.Module:
         """The module: normalised pixels (B, 3, H, W) float32 -> features (B, D)."""
-        return self._encoder
+        return handed_over(self._encoder)
 
     @property
     def has_latents(self) -> bool:
@@ -228,7 +229,11 @@ class Model:
         """What the weights are, wherever they came from."""
         if self.recipe.weights is None or self._weights.startswith("random:"):
             return self._weights
-        return self._tile_embedder.weights_digest if self.upstream is None else weights_digest(self._encoder)
+        return self._tile_embedder.weights_digest if self.upstream is None else weights_digest(self.encoder)
+
+    def confirm_weights(self) -> None:
+        """Wait until the weights of tiles are certainly what `identity` says; raises WeightsError else."""
+        self._tile_embedder.confirm_weights()
 
     def embed_slide(
         self,
@@ -368,7 +373,7 @@ class Model:
             return embedded
         if self.level == "patient":
             return self.upstream.aggregated(embedded, latents=latents)
-        return with_slide_embedding(embedded, self._encoder, self.device, preset=self.name, latents=latents)
+        return with_slide_embedding(embedded, self.encoder, self.device, preset=self.name, latents=latents)
 
     def patient_embedding(self, slides: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(D,) float32 of a patient from their slide embeddings (D,), by sample_id.
@@ -378,7 +383,7 @@ class Model:
             PatientError: the patient encoder failed.
         """
         self._require_patient_level("patient_embedding")
-        return patient_embedding(slides, self._encoder, self.device, preset=self.name)
+        return patient_embedding(slides, self.encoder, self.device, preset=self.name)
 
     def resolve_preprocessing(self, config: PreprocessingConfig | None = None) -> PreprocessingConfig:
         """The configuration with the preset's spacing and tile size filled in.
