@@ -37,7 +37,7 @@ class EnergyMeter:
     """Measures from when it is made until `stop`, all that happens on this machine's processors and on the
     GPUs named: other processes there count, too.
 
-    GPUs need the package nvidia-ml-py (extra cuda); processors need counters that may be read (by root only on most
+    GPUs need nvidia-ml-py (extra cuda); processors need counters that may be read (by root only on most
     machines). What cannot be measured is told in the log, and in no other way.
 
     Args:
