@@ -1,8 +1,8 @@
 """What users choose by name, and which module of ours each name stands for.
 
 The configuration, the command line, `slide2vec doctor` and the rooms that make them read these tables.
-Nothing is imported here; modules are when they are first used. A name is a word of its `Literal` and a row of
-its table.
+No module of a table is imported here; they are when they are first used. A name is a word of its `Literal`
+and a row of its table.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, Literal, NamedTuple, TypeAlias
+
+from slide2vec.installation import add_extra
 
 __all__ = [
     "BACKENDS",
@@ -39,12 +41,14 @@ __all__ = [
 Precision: TypeAlias = Literal["fp16", "bf16", "fp32", "fp8"]
 Backend: TypeAlias = Literal["auto", "tiff", "dicom", "cucim", "vips", "openslide", "asap"]
 OutputFormat: TypeAlias = Literal["pt", "npz", "safetensors", "h5"]
-SegmentationMethod: TypeAlias = Literal["hsv", "otsu", "threshold"]
+SegmentationMethod: TypeAlias = Literal["hsv", "otsu", "threshold", "auto"]
 PreparerChoice: TypeAlias = Literal["auto", "torch", "dali", "triton"]
 Executor: TypeAlias = Literal["local", "ray"]
 Runtime: TypeAlias = Literal["tensorrt", "tensorrt-rtx", "openvino", "inductor"]
 EngineChoice: TypeAlias = Literal["auto", "torch", Runtime]
-TileFamily: TypeAlias = Literal["timm", "scattering", "coca", "clip_linear", "musk", "channelwise", "remote"]
+TileFamily: TypeAlias = Literal[
+    "timm", "scattering", "coca", "clip_linear", "musk", "channelwise", "remote", "registered"
+]
 SlideFamily: TypeAlias = Literal["titan", "prism", "longnet", "moozy_slide", "moozy_case"]
 
 
@@ -66,7 +70,7 @@ class OptionalPackage(NamedTuple):
     @property
     def install(self) -> str:
         """The command that installs it."""
-        return f'pip install "slide2vec[{self.extra}]"'
+        return add_extra(self.extra)
 
 
 class Home(NamedTuple):
@@ -104,11 +108,12 @@ BACKENDS: Mapping[str, Home] = {
     "asap": Home("slide2vec.readers.asap", "AsapReader"),
 }
 
-#: Each a `TissueMethod`.
+#: Each a `TissueMethod` or a `Segmenter`.
 SEGMENTATION_METHODS: Mapping[str, Home] = {
     "hsv": Home("slide2vec.tiling.tissue_methods", "HSV"),
     "otsu": Home("slide2vec.tiling.tissue_methods", "OTSU"),
     "threshold": Home("slide2vec.tiling.tissue_methods", "THRESHOLD"),
+    "auto": Home("slide2vec.tiling.auto_tissue", "AUTO"),
 }
 
 #: Each makes a `slide2vec.prepare.choose.Preparer` of a transform, a device and a layout.
@@ -126,7 +131,8 @@ EXECUTORS: Mapping[str, Home] = {
     ),
 }
 
-#: Modules of PyTorch, made of an EncoderSpec and a Variant; that of "remote" comes with its weights.
+#: Modules of PyTorch, made of an EncoderSpec and a Variant; that of "remote" comes with its weights, and that
+#: of "registered" is a user's.
 TILE_ENCODERS: Mapping[str, Home] = {
     "timm": Home("slide2vec.encoders.timm", "TimmEncoder"),
     "scattering": Home("slide2vec.encoders.scattering", "scattering_encoder"),

@@ -20,14 +20,29 @@ from slide2vec.aggregate import (
     patient_embedding,
     with_slide_embedding,
 )
+from slide2vec.attention_maps import attention_of_batch, attention_of_slide
 from slide2vec.cohort import embed_tiles
 from slide2vec.cohort.sink import MemorySink
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
-from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
+from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide, SlideAttention
+from slide2vec.encoders.given_module import register_module
 from slide2vec.encoders.late import AnyEncoder, as_module, handed_over
-from slide2vec.encoders.preset_chain import PartsWeights, load_parts, tile_recipe
+from slide2vec.encoders.preset_chain import PartsWeights, load_parts, loader_of, tile_recipe
+from slide2vec.encoders.registered import code_identity, refuse_overlap
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError, ModelLevelError
+from slide2vec.images import (
+    DenseImageOptions,
+    DenseOptions,
+    ImageLike,
+    SlideRegions,
+    dense_identity_differences,
+    embed_images,
+    embed_images_dense,
+    embed_regions_dense,
+    pooled_identity_differences,
+    prepare_dense_encoder,
+)
 from slide2vec.manifests import SlidesLike, given_slides
 from slide2vec.progress import RunStarted, active_reporter, live_progress, metered
 from slide2vec.recipes import Recipe, load_recipe
@@ -42,6 +57,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from slide2vec.artifacts import (
+        DenseImageArtifact,
+        DenseRegionArtifact,
+        ImageEmbeddingArtifact,
         PatientEmbeddingArtifact,
         SlideEmbeddingArtifact,
         TileEmbeddingArtifact,
@@ -50,6 +68,7 @@ if TYPE_CHECKING:
     from slide2vec.cohort.run import OnPersisted
     from slide2vec.cohort.sink import Sink
     from slide2vec.compile.gain import Gain
+    from slide2vec.images import DenseEncodeKit
     from slide2vec.scale import WorkerExecutor, WorkerPools
     from slide2vec.tiling import Tiling
 
@@ -162,12 +181,35 @@ class Model:
                 precision=resolved,
                 weights=part.weights,
                 upstream=model,
-                loader=partial(cls.from_preset, part.recipe.name, **part.options),
+                loader=loader_of(part, cls.from_preset),
                 origin={**part.origin, "device": where},
                 precision_asked=precision is not None,
             )
         assert model is not None
         return model
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        name: str,
+        *,
+        device: str | torch.device | None = None,
+        precision: str | None = None,
+        **described: Any,
+    ) -> Self:
+        """Build a model of a module of PyTorch, which is a preset of that name from then on.
+
+        Args:
+            module: (B, 3, H, W) float -> (B, D) float, with its weights.
+            device, precision: as of `from_preset`.
+            described: tile_size_px, mean and std or transform, spacing_um, and the other arguments of
+                `slide2vec.encoders.register_module`.
+
+        Raises:
+            PresetError: a ValueError: the module or what is said of it does not fit; see there.
+        """
+        return cls.from_preset(register_module(module, name, **described), device=device, precision=precision)
 
     @property
     def name(self) -> str:
@@ -195,6 +237,11 @@ class Model:
         return self.recipe.has_latents or (self.upstream is not None and self.upstream.has_latents)
 
     @property
+    def tile_encoding(self) -> TileEmbedder:
+        """What encodes tiles, and ready images."""
+        return self._tile_embedder
+
+    @property
     def _tile_model(self) -> Model:
         """The model of tiles at its bottom: itself, for tile-level presets."""
         return self if self.upstream is None else self.upstream._tile_model
@@ -214,7 +261,7 @@ class Model:
             "output_variant": self.variant,
             "weights": self._weights_digest,
             "weights_source": self._weights,
-        }
+        } | code_identity(self._encoder)
         if self.upstream is not None:
             return {**own, "below": self.upstream.identity(execution, tile_size_px)}
         return own | self._tile_embedder.identity(execution, tile_size_px)
@@ -405,6 +452,7 @@ class Model:
                 f"(region_tile_multiple, requested_region_size_px) are for tile-level presets, such as "
                 f"{self._tile_model.name}"
             )
+        refuse_overlap(self._encoder, config.overlap)
         spacing, tile_size = self.recipe.tiles(config.requested_spacing_um, config.requested_tile_size_px)
         allowed = bool(self.origin.get("allow_non_recommended_settings"))
         self.recipe.check_recommended(spacing, tile_size, allowed=allowed)
@@ -477,6 +525,145 @@ class Model:
         """
         execution = _require_output_dir(execution, "aggregate_tiles")
         return aggregate_stored(self, tile_artifacts, execution, aggregator, patient_id_map)
+
+    def embed_images(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        execution: ExecutionOptions | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> list[ImageEmbeddingArtifact]:
+        """Embed ready images onto disk, each with the transform that the encoder was published with, to
+        `image_embeddings/<sample_id>`; in input order. What an earlier call did in the same way stays.
+
+        Args:
+            images: `ImageSpec`s, paths, or mappings with the fields of ImageSpec; on disk or in memory.
+            execution: its output_dir is where files go.
+            on_error: "raise" an EmbedImagesError when all others are there, or "skip" failed images.
+
+        Raises:
+            EmbedImagesError: some images cannot be read, or have no finite embedding.
+            ConfigError: a ValueError: an earlier embedding of a sample_id was made in another way, or of
+                another image (see `ExecutionOptions.on_image_mismatch`).
+            ManifestError: a ValueError: ids are not unique, or there is a spacing, which means nothing here.
+            ModelLevelError: a ValueError: the preset is not tile-level.
+        """
+        return embed_images(self, images, execution, on_error)
+
+    def embed_regions_dense(
+        self,
+        regions: Iterable[SlideRegions],
+        *,
+        dense: DenseOptions,
+        execution: ExecutionOptions | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> list[DenseRegionArtifact]:
+        """Write a grid of patch tokens (d, rows, columns) of each region of slides, to
+        `dense_embeddings/[<class>/]<sample_id>/<x>_<y>.pt`; in input order. What an earlier call did in the
+        same way stays.
+
+        Raises:
+            EmbedImagesError: some regions cannot be read; the others are there. See `embed_images`.
+            ConfigError: a ValueError: the encoder does not take such regions or windows.
+            UnsupportedError: a NotImplementedError: it has no such tokens.
+            ManifestError, ModelLevelError: ValueErrors, as for `embed_images`.
+        """
+        return embed_regions_dense(self, regions, dense, execution, on_error)
+
+    def embed_images_dense(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        dense: DenseImageOptions,
+        execution: ExecutionOptions | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> list[DenseImageArtifact]:
+        """As `embed_regions_dense`, of whole ready images, to `dense_image_embeddings/<sample_id>.pt`. They
+        are normalised, never cropped or enlarged; PNG, JPEG and pixels in memory need a spacing."""
+        return embed_images_dense(self, images, dense, execution, on_error)
+
+    def prepare_dense_encoder(
+        self, *, dense: DenseOptions | DenseImageOptions, execution: ExecutionOptions | None = None
+    ) -> DenseEncodeKit:
+        """Dense features of pictures in memory, batch by batch; nothing is written. What `dense` says of
+        reading (spacing, tolerance, backend) is ignored; errors are as for `embed_regions_dense`."""
+        return prepare_dense_encoder(self, dense, execution)
+
+    def pooled_identity_differences(
+        self,
+        recorded: Mapping[str, Any],
+        *,
+        preprocessing: PreprocessingConfig | None,
+        execution: ExecutionOptions | None = None,
+        encoded_pixels: bool = True,
+    ) -> dict[str, tuple[Any, Any]]:
+        """Where the `compatibility` of a sidecar of tiles, slides or (preprocessing=None) ready images
+        differs from what would be made now: {field: (recorded, current)}, `MISSING_FIELD` for one that is
+        not recorded.
+        What is of a single slide (its file, its spacing) is left out; the transform, too, where nothing was
+        encoded (encoded_pixels=False)."""
+        return pooled_identity_differences(self, recorded, preprocessing, execution, encoded_pixels)
+
+    def dense_identity_differences(
+        self,
+        recorded: Mapping[str, Any],
+        *,
+        dense: DenseOptions | DenseImageOptions,
+        execution: ExecutionOptions | None = None,
+    ) -> dict[str, tuple[Any, Any]]:
+        """As `pooled_identity_differences`, of sidecars of dense features. Raises what making them would."""
+        return dense_identity_differences(self, recorded, dense, execution)
+
+    def attention_maps(
+        self,
+        slide: SlideLike,
+        preprocessing: PreprocessingConfig | None = None,
+        execution: ExecutionOptions | None = None,
+        *,
+        at: Sequence[tuple[int, int]] | None = None,
+        blocks: Sequence[int] = (-1,),
+        include_registers: bool = False,
+        mean_heads: bool = True,
+    ) -> SlideAttention:
+        """Attention maps of a slide's tiles, with their embeddings from the same pass; on the model's device.
+
+        Args:
+            slide, preprocessing, execution: as for `embed_slide`; larger tiles, where the backbone takes
+                them, are asked for as `requested_tile_size_px`.
+            at: (x, y) of the tiles wanted, level-0 px of their top-left corners; None = all that hold
+                tissue. A map of 16 x 16 patches takes 1 KB of memory per tile and channel.
+            blocks, include_registers, mean_heads: see `encode_tiles_attention`.
+
+        Raises:
+            UnsupportedError, ConfigError: as of `encode_tiles_attention`.
+            SlideError: the slide cannot be embedded, or a place is not on it.
+        """
+        config, asked = self._tile_model.resolve_preprocessing(preprocessing), as_slide(slide)
+        return attention_of_slide(
+            self._tile_embedder,
+            asked,
+            config,
+            execution or ExecutionOptions(),
+            at,
+            blocks=blocks,
+            include_registers=include_registers,
+            mean_heads=mean_heads,
+        )
+
+    def encode_tiles_attention(
+        self,
+        batch: torch.Tensor,
+        *,
+        blocks: Sequence[int] = (-1,),
+        include_registers: bool = False,
+        mean_heads: bool = False,
+    ) -> torch.Tensor:
+        """Attention of the class token to the patches of normalised tiles: (B, 3, H, W) -> (B, K, h, w).
+
+        See `slide2vec.encoders.attention.encode_tiles_attention`, also for the errors.
+        """
+        asked = {"blocks": blocks, "include_registers": include_registers, "mean_heads": mean_heads}
+        return attention_of_batch(self._tile_embedder, batch, **asked)
 
     def embed_patient(
         self,

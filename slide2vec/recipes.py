@@ -4,6 +4,7 @@ A recipe says what the encoder is and where its weights are, how tiles are prepa
 outputs it offers, and what its licence asks. `docs` of every key: the classes below. Any other model of
 timm has a recipe too, made from what timm says of it: "timm:<architecture>", "hf-hub:<owner>/<repo>".
 A preset of a slide encoder names the tile preset that feeds it, one of a patient encoder the slide preset.
+Users' recipes are files of theirs, named by their path or found in the folders of SLIDE2VEC_RECIPES.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
+import os
 import tomllib
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,13 +25,19 @@ from slide2vec.choices import Precision, SlideFamily, TileFamily
 from slide2vec.errors import ConfigError, PresetError, nearest_names
 from slide2vec.files import hub_or_cache
 from slide2vec.lazy import import_timm
+from slide2vec.plugins import EncoderProviderDiagnostic, Registry
 
 __all__ = [
+    "REGISTERED",
+    "ImageGeometry",
     "Recipe",
+    "Registered",
     "TileEncoderRef",
     "Transform",
     "Variant",
     "WeightsSource",
+    "is_built_in",
+    "list_encoder_provider_diagnostics",
     "list_models",
     "load_recipe",
     "read_recipe",
@@ -37,6 +46,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
+#: Folders with recipes of users, separated as in PATH.
+SEARCH_PATH = "SLIDE2VEC_RECIPES"
+SUFFIX = ".toml"
 #: What begins the name of a model without a recipe file.
 GENERIC = ("timm:", "hf-hub:")
 #: Relative difference within which two spacings are one: 5 %, and what decimals lack in binary.
@@ -107,12 +119,14 @@ class Transform(_Section):
 
 class ImageGeometry(_Section):
     """How the authors bring a ready image to the encoder's input, where that is not as its tiles are: see
-    `Transform`. `square` resizes both sides, whatever the image's aspect."""
+    `Transform`. `square` resizes both sides, whatever the image's aspect. `tensor`: PyTorch resizes, not
+    Pillow, which differ by a grey level here and there."""
 
     resize: Annotated[int, Field(gt=0)]
     crop: Annotated[int, Field(gt=0)]
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     square: bool = False
+    tensor: bool = False
 
 
 class Variant(_Section):
@@ -168,6 +182,7 @@ class Recipe(_Section):
 
     Attributes:
         name: of the preset, the stem of its file.
+        file: where that is, of a file that is not slide2vec's own.
         schema_version: of the file.
         title, summary: for people.
         level: what it embeds.
@@ -196,6 +211,7 @@ class Recipe(_Section):
     """
 
     name: str
+    file: str = ""
     schema_version: int
     title: str
     summary: str
@@ -234,8 +250,9 @@ class Recipe(_Section):
             raise ValueError(
                 f"default_variant {self.default_variant!r} is not one of {sorted(self.variants)}"
             )
-        if self.spacing_um and self.default_spacing_um not in self.spacing_um:
-            raise ValueError(f"default_spacing_um {self.default_spacing_um} is not in spacing_um")
+        default = self.default_spacing_um
+        if self.spacing_um and default is not None and default not in self.spacing_um:
+            raise ValueError(f"default_spacing_um {default} is not in spacing_um")
         if not self.compile and not self.compile_note:
             raise ValueError("compile = false needs compile_note: why it cannot be compiled")
         for name, made in (("transform", self.transform), ("images", self.images)):
@@ -250,6 +267,11 @@ class Recipe(_Section):
         if self.level != "patient" and self.slide_encoder:
             raise ValueError(f"slide_encoder is for patient presets, not for level {self.level!r}")
         return self
+
+    @property
+    def reference(self) -> str:
+        """By what `load_recipe` finds it, wherever it is called."""
+        return self.file or self.name
 
     @property
     def generic(self) -> bool:
@@ -327,7 +349,8 @@ def read_recipe(path: Path) -> Recipe:
     try:
         with path.open("rb") as file:
             content = tomllib.load(file)
-        return Recipe(name=path.stem, **_with_transform(content, path))
+        where = {} if path.parent == _recipe_dir() else {"file": str(path.absolute())}
+        return Recipe(name=path.stem, **where, **_with_transform(content, path))
     except (OSError, tomllib.TOMLDecodeError, TypeError) as error:
         raise PresetError(f"recipe {path}: {error}") from error
     except ValidationError as error:
@@ -348,12 +371,27 @@ def _with_transform(content: dict[str, Any], path: Path) -> dict[str, Any]:
     if "transform" in content:
         raise PresetError(f"recipe {path}: transform is that of {preset}, and not to be given again")
     made = {name: value for name, value in content.items() if name != "fed_with"}
-    feeder = read_recipe(path.with_name(f"{preset}.toml"))
+    feeder = _feeder(preset, path)
+    if isinstance(named, dict):
+        made[key] = {**named, "preset": feeder.reference}
+    else:
+        made[key] = feeder.reference
     if feeder.level != below:
         raise PresetError(f"recipe {path}: {key} names {preset}, which is a {feeder.level} preset")
     if isinstance(named, dict):
         feeder.variant(named.get("variant"))
     return {**made, "transform": content.get("fed_with", feeder.transform)}
+
+
+def _feeder(preset: str, path: Path) -> Recipe:
+    """The preset that feeds the one of a recipe file: a file beside it where it is one's own, or any."""
+    beside = path.parent / (preset if preset.endswith(SUFFIX) else f"{preset}{SUFFIX}")
+    if beside.is_file():
+        return read_recipe(beside)
+    try:
+        return load_recipe(preset)
+    except PresetError as error:
+        raise PresetError(f"recipe {path}: {error}") from None
 
 
 def _in_words(error: ValidationError) -> str:
@@ -366,29 +404,112 @@ def _all_recipes() -> dict[str, Recipe]:
     return {path.stem: read_recipe(path) for path in paths}
 
 
-def load_recipe(name: str) -> Recipe:
-    """The recipe of a preset, or of any model as "timm:<architecture>" or "hf-hub:<owner>/<repo>".
+class Registered(NamedTuple):
+    """An encoder that `register_encoder` has made a preset.
+
+    Attributes:
+        recipe: what is known before it is built.
+        encoder: its class, or a `functools.partial` of one and the module that it is made with.
+        for_other_sizes: arguments of its constructor for tiles of another size than its own.
+    """
+
+    recipe: Recipe
+    encoder: Any
+    for_other_sizes: dict[str, Any]
+
+
+REGISTERED: Registry[Registered] = Registry("slide2vec.encoders")
+
+
+def is_built_in(name: str) -> bool:
+    """Whether slide2vec itself has a preset of that name."""
+    return Path(name).name == name and (_recipe_dir() / f"{name}.toml").is_file()
+
+
+def load_recipe(name: str | os.PathLike[str]) -> Recipe:
+    """The recipe of a preset or registered encoder; of a recipe file by its path, which ends in ".toml"; or
+    of any model as "timm:<architecture>" or "hf-hub:<owner>/<repo>".
 
     Raises:
-        PresetError: no such preset or model; the message gives the nearest names.
+        PresetError: no such preset, file or model; the message gives the nearest names.
     """
+    name = os.fspath(name)
     if name.startswith(GENERIC):
         return _generic_recipe(name)
-    path = _recipe_dir() / f"{name}.toml"
-    if Path(name).name != name or not path.is_file():
-        raise PresetError(f"there is no preset {name!r}. {nearest_names(name, list_models())}")
-    return read_recipe(path)
+    if name.endswith(SUFFIX):
+        return read_recipe(Path(name).expanduser())
+    theirs = [path for path in _users_recipes() if path.stem == name]
+    if is_built_in(name):
+        theirs.insert(0, _recipe_dir() / f"{name}{SUFFIX}")
+    if len(theirs) > 1:
+        raise PresetError(
+            f"{name!r} may mean {' or '.join(map(str, theirs))}: rename one, or give the path of its file"
+        )
+    if theirs:
+        return read_recipe(theirs[0])
+    found = REGISTERED.get(name)
+    if found is None:
+        users = [path.stem for path in _users_recipes()]
+        hint = nearest_names(name, [*_all_recipes(), *REGISTERED, *users])
+        raise PresetError(f"there is no preset {name!r}. {' '.join((hint, *_left_out()))}")
+    return _fed(found.recipe)
+
+
+def _users_recipes() -> list[Path]:
+    """Files in the folders of SLIDE2VEC_RECIPES."""
+    folders = [Path(each).expanduser() for each in os.environ.get(SEARCH_PATH, "").split(os.pathsep) if each]
+    return [path for folder in folders for path in sorted(folder.glob(f"*{SUFFIX}"))]
+
+
+def _fed(recipe: Recipe) -> Recipe:
+    """A registered recipe; above the tile level with the tiles of the preset that feeds it."""
+    if recipe.level == "tile":
+        return recipe
+    below = recipe.tile_encoder.preset if recipe.tile_encoder else recipe.slide_encoder
+    feeder = load_recipe(below or "")
+    if feeder.level != ("tile" if recipe.tile_encoder else "slide"):
+        raise PresetError(f"preset {recipe.name} takes what {below} embeds, which is {feeder.level}-level")
+    if recipe.tile_encoder:
+        feeder.variant(recipe.tile_encoder.variant)
+    return recipe.model_copy(
+        update={"transform": feeder.transform, "tile_size_px": feeder.tile_size_px, "images": feeder.images}
+    )
+
+
+def list_encoder_provider_diagnostics() -> tuple[EncoderProviderDiagnostic, ...]:
+    """Installed packages whose encoders were left out, and why: of the entry points `slide2vec.encoders`,
+    which are called when encoders are first looked up."""
+    return REGISTERED.diagnostics()
+
+
+def _left_out() -> list[str]:
+    """A sentence on the packages whose encoders could not be registered; none where there are none."""
+    failed = "; ".join(f"{each.provider_key} ({each.concise()})" for each in REGISTERED.diagnostics())
+    return [f"Encoders of these packages were left out: {failed}."] if failed else []
 
 
 def list_models(level: Level | None = None) -> list[str]:
-    """Names of the presets, sorted; of one level ("tile", "slide", "patient") when given.
+    """Names of the presets and registered encoders, sorted; of one level ("tile", "slide", "patient") when
+    given. Warns of installed packages whose encoders could not be registered.
 
     Raises:
         PresetError: no such level.
     """
     if level not in (None, "tile", "slide", "patient"):
         raise PresetError(f"there is no level {level!r}. Allowed: tile, slide, patient.")
-    return [name for name, recipe in _all_recipes().items() if level in (None, recipe.level)]
+    problems = _left_out()
+    known = {
+        **_all_recipes(),
+        **{name: found.recipe for name in REGISTERED if (found := REGISTERED.get(name))},
+    }
+    for path in _users_recipes():
+        try:
+            known[path.stem] = load_recipe(path.stem)
+        except PresetError as error:
+            problems.append(f"Left out: {error}")
+    for problem in problems:
+        warnings.warn(problem, RuntimeWarning, stacklevel=2)
+    return sorted(name for name, recipe in known.items() if level in (None, recipe.level))
 
 
 @functools.cache

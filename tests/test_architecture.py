@@ -20,14 +20,17 @@ PACKAGE = ROOT / "slide2vec"
 
 #: Room -> number; a room imports only from rooms with a smaller number.
 ROOMS = {
-    "choices": 0,
     "errors": 0,
+    "installation": 0,
     "lazy": 0,
+    "plugins": 0,
     "version": 0,
+    "choices": 1,
     "cpus": 1,
     "energy": 1,
     "geometry": 1,
     "files": 1,
+    "labels": 1,
     "config": 2,
     "slides": 2,
     "progress": 2,
@@ -48,12 +51,14 @@ ROOMS = {
     "cohort": 7,
     "compile": 7,
     "scale": 8,
+    "images": 8,
     "tile_embedder": 8,
-    "model": 9,
-    "estimate": 10,
-    "models": 10,
-    "pipeline": 11,
-    "cli": 12,
+    "attention_maps": 9,
+    "model": 10,
+    "estimate": 11,
+    "models": 11,
+    "pipeline": 12,
+    "cli": 13,
 }
 #: Files at the top that may import from anywhere; so may the package itself.
 ENTRANCES = {"__main__"}
@@ -174,8 +179,8 @@ DISTRIBUTIONS = {
     "tensorrt": "tensorrt",
     "tensorrt_rtx_bindings": "tensorrt-rtx-cu13-bindings",
 }
-#: Imported where something else has brought it: PyTorch, or the notebook that we run in.
-BROUGHT = {"IPython", "triton"}
+#: Imported where something else has brought it: PyTorch, timm, or the notebook that we run in.
+BROUGHT = {"IPython", "torchvision", "triton"}
 
 
 def libraries_in(package: Path) -> set[str]:

@@ -9,10 +9,12 @@ files.
 
 from __future__ import annotations
 
+from slide2vec.artifacts.dense_files import DenseImageArtifact, DenseRegionArtifact
 from slide2vec.artifacts.reading import load_coords, load_embeddings
 from slide2vec.artifacts.records import (
     SCHEMA_VERSION,
     HierarchicalEmbeddingArtifact,
+    ImageEmbeddingArtifact,
     PatientEmbeddingArtifact,
     SlideEmbeddingArtifact,
     TileEmbeddingArtifact,
@@ -35,7 +37,10 @@ from slide2vec.artifacts.writing import write_hierarchical_embeddings, write_jso
 
 __all__ = [
     "SCHEMA_VERSION",
+    "DenseImageArtifact",
+    "DenseRegionArtifact",
     "HierarchicalEmbeddingArtifact",
+    "ImageEmbeddingArtifact",
     "PatientEmbeddingArtifact",
     "SlideEmbeddingArtifact",
     "StoredTiles",

@@ -1,5 +1,5 @@
-"""The command line: `slide2vec run`, `plan`, `embed`, `tile`, `merge`, `status`, `export`, `info`, `models`,
-`build-engine`, `engines`, `bench`, `doctor`, `demo`.
+"""The command line: `slide2vec run`, `plan`, `embed`, `attention`, `tile`, `images`, `merge`, `status`,
+`export`, `info`, `models`, `build-engine`, `engines`, `bench`, `doctor`, `demo`.
 
 Subcommands import what they need when they run, so that `--help` answers at once.
 """
@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from slide2vec.cli.attention import attention
 from slide2vec.cli.bench import bench
 from slide2vec.cli.build_engine import build_engine
 from slide2vec.cli.console import debugging, log_to_stderr, print_error
@@ -19,6 +20,7 @@ from slide2vec.cli.doctor import doctor
 from slide2vec.cli.embed import embed
 from slide2vec.cli.engines import engines
 from slide2vec.cli.export import export
+from slide2vec.cli.images import images
 from slide2vec.cli.info import info
 from slide2vec.cli.merge import merge
 from slide2vec.cli.models import models
@@ -27,7 +29,7 @@ from slide2vec.cli.run import CONFIG_SUFFIXES, run
 from slide2vec.cli.status import status
 from slide2vec.cli.tile import tile
 from slide2vec.errors import Slide2VecError
-from slide2vec.version import __version__
+from slide2vec.version import PROJECT, __version__
 
 __all__ = ["app", "main"]
 
@@ -71,7 +73,9 @@ app = typer.Typer(
 app.command()(run)
 app.command()(plan)
 app.command()(embed)
+app.command()(attention)
 app.command()(tile)
+app.command()(images)
 app.command()(merge)
 app.command()(status)
 app.command()(export)
@@ -86,7 +90,7 @@ app.command()(demo)
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"slide2vec {__version__}")
+        typer.echo(f"slide2vec {__version__} ({PROJECT})")
         raise typer.Exit
 
 

@@ -165,7 +165,8 @@ def late_encoder(
     Raises:
         WeightsError, GatedWeightsError: as `build`; that files cannot be had is found out now.
     """
-    if weights == "random" or recipe.weights is None or recipe.generic or recipe.encoder.family == "remote":
+    brings_code = recipe.generic or recipe.encoder.family in ("remote", "registered")
+    if weights == "random" or recipe.weights is None or brings_code:
         return build(weights)
     path = find_weights(recipe, weights)
     with suppress(OSError):
