@@ -27,6 +27,7 @@ from slide2vec.cohort.sink import MemorySink
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide, SlideAttention
 from slide2vec.encoders.given_module import register_module
+from slide2vec.encoders.late import AnyEncoder, as_module, handed_over
 from slide2vec.encoders.preset_chain import PartsWeights, load_parts, loader_of, tile_recipe
 from slide2vec.encoders.registered import code_identity, refuse_overlap
 from slide2vec.encoders.weights import weights_digest
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     )
     from slide2vec.cohort.run import OnPersisted
     from slide2vec.cohort.sink import Sink
+    from slide2vec.compile.gain import Gain
     from slide2vec.images import DenseEncodeKit, PatchTokensArtifact
     from slide2vec.scale import WorkerExecutor, WorkerPools
     from slide2vec.tiling import Tiling
@@ -89,7 +91,7 @@ class Model:
         self,
         recipe: Recipe,
         variant: str,
-        encoder: nn.Module,
+        encoder: AnyEncoder,
         *,
         device: torch.device,
         precision: str,
@@ -176,7 +178,7 @@ class Model:
             model = cls(
                 part.recipe,
                 part.variant,
-                part.encoder if model is None else part.encoder.to(chosen),
+                part.encoder if model is None else as_module(part.encoder).to(chosen),
                 device=chosen,
                 precision=resolved,
                 weights=part.weights,
@@ -229,7 +231,7 @@ class Model:
     @property
     def encoder(self) -> nn.Module:
         """The module: normalised pixels (B, 3, H, W) float32 -> features (B, D)."""
-        return self._encoder
+        return handed_over(self._encoder)
 
     @property
     def has_latents(self) -> bool:
@@ -277,7 +279,11 @@ class Model:
         """What the weights are, wherever they came from."""
         if self.recipe.weights is None or self._weights.startswith("random:"):
             return self._weights
-        return self._tile_embedder.weights_digest if self.upstream is None else weights_digest(self._encoder)
+        return self._tile_embedder.weights_digest if self.upstream is None else weights_digest(self.encoder)
+
+    def confirm_weights(self) -> None:
+        """Wait until the weights of tiles are certainly what `identity` says; raises WeightsError else."""
+        self._tile_embedder.confirm_weights()
 
     @overload
     def embed_slide(
@@ -423,6 +429,10 @@ class Model:
             precision_asked=self._precision_asked or execution.precision is not None,
         )
 
+    def gain_of_build(self, config: PreprocessingConfig, execution: ExecutionOptions) -> Gain | None:
+        """What an engine would bring that `decide_engine` builds where it pays; None where it builds none."""
+        return self._tile_embedder.gain_of_build(execution, config.requested_tile_size_px)
+
     def _workers(self, execution: ExecutionOptions) -> WorkerExecutor | None:
         chosen = is_numbered(self.origin.get("device", "cuda:0"))
         return workers_for(self, self._loader, self.device, execution, self._pools, chosen=chosen)
@@ -443,7 +453,7 @@ class Model:
             return embedded
         if self.level == "patient":
             return self.upstream.aggregated(embedded, latents=latents)
-        return with_slide_embedding(embedded, self._encoder, self.device, preset=self.name, latents=latents)
+        return with_slide_embedding(embedded, self.encoder, self.device, preset=self.name, latents=latents)
 
     def patient_embedding(self, slides: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(D,) float32 of a patient from their slide embeddings (D,), by sample_id.
@@ -453,7 +463,7 @@ class Model:
             PatientError: the patient encoder failed.
         """
         self._require_patient_level("patient_embedding")
-        return patient_embedding(slides, self._encoder, self.device, preset=self.name)
+        return patient_embedding(slides, self.encoder, self.device, preset=self.name)
 
     def resolve_preprocessing(self, config: PreprocessingConfig | None = None) -> PreprocessingConfig:
         """The configuration with the preset's spacing and tile size filled in.
