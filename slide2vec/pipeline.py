@@ -11,7 +11,7 @@ from slide2vec.cohort import EncoderRun, RunResult, embed_cohort, embed_cohort_t
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ConfigError, ManifestError
 from slide2vec.files import as_path
-from slide2vec.manifests import SlidesLike, given_slides, read_manifest
+from slide2vec.manifests import SlidesLike, by_class, given_slides, read_manifest
 from slide2vec.model import Model
 from slide2vec.models import Models
 from slide2vec.settings import RunSettings, settings_as_yaml, versions
@@ -87,6 +87,7 @@ class Pipeline:
             assert slides is not None
             todo = given_slides(slides, slides_dir=slides_dir, id_from=id_from)
         self._check_patients(todo, "the slides" if manifest_path is None else f"manifest {manifest_path}")
+        todo = by_class(todo, self.preprocessing.masks)
         settings = partial(
             self._settings, manifest_path=manifest_path, slides_dir=slides_dir, id_from=id_from
         )

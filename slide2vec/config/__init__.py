@@ -267,6 +267,8 @@ class PreprocessingConfig(FrozenConfig):
         if not options and not own:
             return self
         made: dict[str, dict[str, Any]] = {"segmentation": {}, "filtering": {}}
+        color = self.masks.color_of(sample_id)
+        drawn = {} if color is None else {"tissue_contour_color": color}
         own |= {name: value for name, value in options.items() if name == "tissue_threshold"}
         for name, value in options.items():
             section, _, field = name.partition("_")
@@ -281,6 +283,7 @@ class PreprocessingConfig(FrozenConfig):
             return self.updated(
                 segmentation=self.segmentation.updated(**made["segmentation"]),
                 filtering=self.filtering.updated(**made["filtering"]),
+                preview=self.preview.updated(**drawn),
                 **own,
             )
         except ConfigError as error:
