@@ -173,7 +173,7 @@ def test_what_is_no_text_side_is_said(tmp_path: Path) -> None:
     with pytest.raises(NotImplementedError, match="in the space of its output 'shared', not of 'other'"):
         load_text_encoder(recipe, "other", "random")
     torch.save({"visual.x": torch.zeros(2)}, tmp_path / "w.pt")
-    with pytest.raises(WeightsError, match="no text side of preset phikon: .* is missing"):
+    with pytest.raises(WeightsError, match=r"no text side of preset phikon: .* is missing"):
         load_text_encoder(recipe, "shared", tmp_path / "w.pt")
     whole = gzip.compress("\n".join(["#", *MERGES, "x y", ""]).encode())
     (tmp_path / "m.txt.gz").write_bytes(whole)
