@@ -43,6 +43,7 @@ from slide2vec.images import (
     embed_regions_dense,
     pooled_identity_differences,
     prepare_dense_encoder,
+    save_patch_tokens,
 )
 from slide2vec.manifests import SlidesLike, by_class, classes_of, given_slides
 from slide2vec.progress import RunStarted, active_reporter, live_progress, metered
@@ -69,7 +70,7 @@ if TYPE_CHECKING:
     from slide2vec.cohort.run import OnPersisted
     from slide2vec.cohort.sink import Sink
     from slide2vec.compile.gain import Gain
-    from slide2vec.images import DenseEncodeKit
+    from slide2vec.images import DenseEncodeKit, PatchTokensArtifact
     from slide2vec.scale import WorkerExecutor, WorkerPools
     from slide2vec.tiling import Tiling
 
@@ -522,7 +523,26 @@ class Model:
         execution = _require_output_dir(execution, "embed_tiles")
         self.decide_engine(todo, config, execution)
         made = embed_tiles(self._tile_model, todo, config, execution, tiling_results, on_slide_persisted)
+        if execution.save_patch_tokens:
+            save_patch_tokens(self._tile_model, made, execution)
         return cast("list[TileEmbeddingArtifact]", made)
+
+    def save_patch_tokens(
+        self,
+        tile_artifacts: Iterable[TileEmbeddingArtifact],
+        *,
+        execution: ExecutionOptions | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> list[PatchTokensArtifact]:
+        """Write the patch tokens of every tile of slides that `embed_tiles` or a Pipeline has embedded:
+        `patch_tokens/<sample_id>.npy`, (N, d, rows, columns) float16, in the order of their tiles. The slides
+        are read, and the tiles encoded, once more; memory does not grow with their number.
+
+        Raises:
+            EmbedSlidesError: some slides failed, or (`on_error="skip"`) are left out.
+            ConfigError, UnsupportedError: the encoder has no patch tokens of such tiles.
+        """
+        return save_patch_tokens(self._tile_model, tile_artifacts, execution, on_error)
 
     def aggregate_tiles(
         self,
