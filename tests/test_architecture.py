@@ -46,6 +46,7 @@ ROOMS = {
     "tiling": 4,
     "prepare": 4,
     "artifacts": 5,
+    "search": 6,
     "stream": 6,
     "aggregate": 7,
     "cohort": 7,
@@ -176,6 +177,7 @@ def test_import_stays_light(statement: str, absent: tuple[str, ...]) -> None:
 #: Imported name -> distribution, where it cannot be asked for: those that need not be installed here.
 DISTRIBUTIONS = {
     "pycuda": "pycuda",
+    "pynvml": "nvidia-ml-py",
     "tensorrt": "tensorrt",
     "tensorrt_rtx_bindings": "tensorrt-rtx-cu13-bindings",
 }
