@@ -26,6 +26,7 @@ from slide2vec.cohort import embed_tiles
 from slide2vec.cohort.sink import MemorySink
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide, SlideAttention
+from slide2vec.encoders.clip_text import ClipTextEncoder, embed_texts, load_text_encoder
 from slide2vec.encoders.given_module import register_module
 from slide2vec.encoders.late import AnyEncoder, as_module, handed_over
 from slide2vec.encoders.preset_chain import PartsWeights, load_parts, loader_of, tile_recipe
@@ -43,6 +44,7 @@ from slide2vec.images import (
     embed_regions_dense,
     pooled_identity_differences,
     prepare_dense_encoder,
+    save_patch_tokens,
 )
 from slide2vec.manifests import SlidesLike, by_class, classes_of, given_slides
 from slide2vec.progress import RunStarted, active_reporter, live_progress, metered
@@ -69,7 +71,7 @@ if TYPE_CHECKING:
     from slide2vec.cohort.run import OnPersisted
     from slide2vec.cohort.sink import Sink
     from slide2vec.compile.gain import Gain
-    from slide2vec.images import DenseEncodeKit
+    from slide2vec.images import DenseEncodeKit, PatchTokensArtifact
     from slide2vec.scale import WorkerExecutor, WorkerPools
     from slide2vec.tiling import Tiling
 
@@ -522,7 +524,26 @@ class Model:
         execution = _require_output_dir(execution, "embed_tiles")
         self.decide_engine(todo, config, execution)
         made = embed_tiles(self._tile_model, todo, config, execution, tiling_results, on_slide_persisted)
+        if execution.save_patch_tokens:
+            save_patch_tokens(self._tile_model, made, execution)
         return cast("list[TileEmbeddingArtifact]", made)
+
+    def save_patch_tokens(
+        self,
+        tile_artifacts: Iterable[TileEmbeddingArtifact],
+        *,
+        execution: ExecutionOptions | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> list[PatchTokensArtifact]:
+        """Write the patch tokens of every tile of slides that `embed_tiles` or a Pipeline has embedded:
+        `patch_tokens/<sample_id>.npy`, (N, d, rows, columns) float16, in the order of their tiles. The slides
+        are read, and the tiles encoded, once more; memory does not grow with their number.
+
+        Raises:
+            EmbedSlidesError: some slides failed, or (`on_error="skip"`) are left out.
+            ConfigError, UnsupportedError: the encoder has no patch tokens of such tiles.
+        """
+        return save_patch_tokens(self._tile_model, tile_artifacts, execution, on_error)
 
     def aggregate_tiles(
         self,
@@ -696,6 +717,25 @@ class Model:
         """
         asked = {"blocks": blocks, "include_registers": include_registers, "mean_heads": mean_heads}
         return attention_of_batch(self._tile_embedder, batch, **asked)
+
+    def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
+        """Embed texts into the space of the tile embeddings, for presets with a text side.
+
+        Returns:
+            (N, D) float32, on the CPU, in the order of the texts; to be compared by their cosine.
+
+        Raises:
+            UnsupportedError: a NotImplementedError: the preset has no text side, or its space is that of
+                another output variant; says which.
+            WeightsError: the weights have no text side. ConfigError: a text is empty or too long.
+            ExtraMissingError: the vocabulary, which open-clip-torch has, is not installed.
+        """
+        return embed_texts(self._text_encoder, texts)
+
+    @cached_property
+    def _text_encoder(self) -> ClipTextEncoder:
+        weights, seed = self.origin.get("weights"), self.origin.get("seed", 0)
+        return load_text_encoder(self.recipe, self.variant, weights, seed).to(self.device)
 
     def embed_patient(
         self,
