@@ -66,9 +66,11 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     yield counts
 
 
-def with_sizes(models: Models, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int]) -> dict[str, Any]:
+def with_sizes(
+    models: Models, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int], **options: Any
+) -> dict[str, Any]:
     """Give models tiles of different sizes, as presets do."""
-    configs = {name: CONFIG.updated(requested_tile_size_px=sizes[name]) for name in models}
+    configs = {name: CONFIG.updated(requested_tile_size_px=sizes[name], **options) for name in models}
     for name, model in models.items():
         own = partial(model.resolve_preprocessing, configs[name])
         monkeypatch.setattr(model, "resolve_preprocessing", lambda config=None, own=own: own())
@@ -167,6 +169,42 @@ def test_resume_adds_what_is_missing_and_segments_nothing(
     assert Pipeline(models, CONFIG, execution).run(slides).resumed == 9
     rows = read_process_list(tmp_path / "process_list.csv")
     assert len(rows) == 9 and {row["feature_status"] for row in rows} == {"success"}
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_regions_of_one_size_made_of_tiles_of_two_have_coordinates_of_their_own(
+    models: Models, slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    """How small a piece of tissue may be is told in tiles, so that they may be other regions."""
+    sizes = {"first": 128, "second": 64, "third": 64}
+    with_sizes(models, monkeypatch, sizes, requested_region_size_px=256, resume=resume)
+    two = {name: models[name] for name in ("first", "second")}
+    for name, model in two.items():
+        Pipeline(model, None, EXECUTION.updated(output_dir=tmp_path / name)).run(slides[:2])
+    out = EXECUTION.updated(output_dir=tmp_path / "both")
+    result = Pipeline(two, None, out).run(slides[:2])
+    folder = result.encoders["second"].hierarchical_artifacts[0].path.parents[1].relative_to(tmp_path / "both")
+    of_first, of_second, both = (files_of(tmp_path / name) for name in ("first", "second", "both"))
+    tiling = "tilings/256px-0.5um-regions4"
+    for name in ("0", "1"):
+        for file in (f"tiles/{name}.coordinates.meta.json", f"tiles/{name}.coordinates.npz"):
+            assert both[file] == of_first[file]
+            assert both[f"{tiling}/{file}"] == of_second[file]
+        features = f"hierarchical_embeddings/{name}.pt"
+        assert both[features] == of_first[features]
+        assert both[f"{folder}/{features}"] == of_second[features]
+        sidecars = [
+            json.loads(content)["compatibility"]
+            for content in (
+                of_second[f"hierarchical_embeddings/{name}.meta.json"],
+                both[f"{folder}/hierarchical_embeddings/{name}.meta.json"],
+            )
+        ]
+        assert sidecars[0] == sidecars[1]
+    if resume:
+        assert Pipeline(two, None, out).run(slides[:2]).resumed == 4
+        for model in two.values():
+            assert Pipeline(model, None, out).run(slides[:2]).resumed == 2
 
 
 def test_an_encoder_that_breaks_off_fails_alone(

@@ -134,7 +134,13 @@ def _as_owner(cohort: Cohort) -> Owner:
             kind: {
                 "encoder_name": cohort.identities[kind]["name"],
                 "coordinates_meta_path": str(coordinates),
-                "compatibility": {"encoder": cohort.identities[kind], "geometry": geometry_of(cohort.config)},
+                "compatibility": {
+                    "encoder": cohort.identities[kind],
+                    "geometry": {
+                        **geometry_of(cohort.config),
+                        "filtering": cohort.config.filtering.model_dump(),
+                    },
+                },
             }
             for kind in kinds
         },
