@@ -15,6 +15,7 @@ from slide2vec.version import __version__
 if TYPE_CHECKING:
     from slide2vec.artifacts import (
         HierarchicalEmbeddingArtifact,
+        ImageEmbeddingArtifact,
         PatientEmbeddingArtifact,
         SlideEmbeddingArtifact,
         TileEmbeddingArtifact,
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from slide2vec.cohort import RunResult
     from slide2vec.config import ExecutionOptions, PreprocessingConfig
     from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
-    from slide2vec.errors import EmbedPatientsError, EmbedSlidesError, Slide2VecError
+    from slide2vec.errors import EmbedImagesError, EmbedPatientsError, EmbedSlidesError, Slide2VecError
+    from slide2vec.images import ImageSpec
     from slide2vec.model import Model
     from slide2vec.models import Models
     from slide2vec.pipeline import Pipeline
@@ -32,12 +34,15 @@ if TYPE_CHECKING:
     from slide2vec.stream import SlideOutcome
 
 __all__ = [
+    "EmbedImagesError",
     "EmbedPatientsError",
     "EmbedSlidesError",
     "EmbeddedPatient",
     "EmbeddedSlide",
     "ExecutionOptions",
     "HierarchicalEmbeddingArtifact",
+    "ImageEmbeddingArtifact",
+    "ImageSpec",
     "Model",
     "Models",
     "PatientEmbeddingArtifact",
@@ -56,12 +61,15 @@ __all__ = [
 
 #: Loaded on first use, so that `import slide2vec` costs nothing.
 _HOMES = {
+    "EmbedImagesError": "errors",
     "EmbedPatientsError": "errors",
     "EmbedSlidesError": "errors",
     "EmbeddedPatient": "embedded",
     "EmbeddedSlide": "embedded",
     "ExecutionOptions": "config",
     "HierarchicalEmbeddingArtifact": "artifacts",
+    "ImageEmbeddingArtifact": "artifacts",
+    "ImageSpec": "images",
     "Model": "model",
     "Models": "models",
     "PatientEmbeddingArtifact": "artifacts",

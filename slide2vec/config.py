@@ -320,6 +320,8 @@ class ExecutionOptions(_Config):
             embedded, for slides on slow or remote storage; None = slides are read where they are.
         stage_gb: GB (1e9 bytes) that the copies of a process may take there; None = half of what is free when
             it begins. A larger slide is read where it is.
+        on_image_mismatch: of `Model.embed_images`, where an earlier embedding of a sample_id is of another
+            image: "raise", or "reencode" to replace it.
         on_bad_slide: "fail" the patient one of whose slides cannot be embedded, or "skip" the slide and
             embed the patient from the others.
         shard: "i/n", i from 1 to n: a Pipeline embeds the i-th of n parts of its slides, balanced by the
@@ -345,6 +347,7 @@ class ExecutionOptions(_Config):
     save_slide_embeddings: bool = False
     save_latents: bool = False
     output_dtype: Literal["fp16", "fp32"] | None = None
+    on_image_mismatch: Literal["raise", "reencode"] = "raise"
     on_bad_slide: Literal["fail", "skip"] = "fail"
     stage_dir: Path | None = None
     stage_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None

@@ -11,11 +11,13 @@ __all__ = [
     "BackendError",
     "ConfigError",
     "Contradiction",
+    "EmbedImagesError",
     "EmbedPatientsError",
     "EmbedSlidesError",
     "EngineError",
     "ExtraMissingError",
     "GatedWeightsError",
+    "ImageError",
     "ManifestError",
     "MaskError",
     "ModelLevelError",
@@ -31,6 +33,7 @@ __all__ = [
     "SlideReadError",
     "SpacingError",
     "TilingError",
+    "UnsupportedError",
     "WeightsError",
     "WorkerLostError",
     "as_slide_error",
@@ -56,6 +59,10 @@ class PresetError(Slide2VecError, ValueError):
 
 class ModelLevelError(Slide2VecError, ValueError):
     """A method was called on a model of another level (a patient method on a tile model, say)."""
+
+
+class UnsupportedError(Slide2VecError, NotImplementedError):
+    """An encoder has no such output (attention maps, text); the message says why."""
 
 
 class WeightsError(Slide2VecError, RuntimeError):
@@ -104,6 +111,10 @@ class MaskError(SlideError, ValueError):
 
 class TilingError(SlideError, ValueError):
     """A coordinate file cannot be read or does not belong to the slide and settings at hand."""
+
+
+class ImageError(Slide2VecError, RuntimeError):
+    """A ready image cannot be read, decoded or embedded; the message names it."""
 
 
 class NotFiniteError(SlideError, ArithmeticError):
@@ -192,6 +203,12 @@ class EmbedSlidesError(ExceptionGroup[Exception], Slide2VecError):
         group = type(self)(self.message, list(excs))
         group.results, group.failed = self.results, self.failed
         return group
+
+
+class EmbedImagesError(EmbedSlidesError):
+    """Some images of a call failed; `results` has the files of the others, None in the place of each."""
+
+    what = "images"
 
 
 class EmbedPatientsError(EmbedSlidesError):

@@ -27,6 +27,7 @@ from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
 from slide2vec.encoders.preset_chain import PartsWeights, load_parts, tile_recipe
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError, ModelLevelError
+from slide2vec.images import ImageLike, embed_images
 from slide2vec.manifests import SlidesLike, given_slides
 from slide2vec.progress import RunStarted, active_reporter, live_progress, metered
 from slide2vec.recipes import Recipe, load_recipe
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from slide2vec.artifacts import (
+        ImageEmbeddingArtifact,
         PatientEmbeddingArtifact,
         SlideEmbeddingArtifact,
         TileEmbeddingArtifact,
@@ -191,6 +193,11 @@ class Model:
     def has_latents(self) -> bool:
         """Whether its slide encoder has latents beside its embedding."""
         return self.recipe.has_latents or (self.upstream is not None and self.upstream.has_latents)
+
+    @property
+    def tile_encoding(self) -> TileEmbedder:
+        """What encodes tiles, and ready images."""
+        return self._tile_embedder
 
     @property
     def _tile_model(self) -> Model:
@@ -467,6 +474,30 @@ class Model:
         """
         execution = _require_output_dir(execution, "aggregate_tiles")
         return aggregate_stored(self, tile_artifacts, execution, aggregator, patient_id_map)
+
+    def embed_images(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        execution: ExecutionOptions | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> list[ImageEmbeddingArtifact]:
+        """Embed ready images onto disk, each with the transform that the encoder was published with, to
+        `image_embeddings/<sample_id>`; in input order. What an earlier call did in the same way stays.
+
+        Args:
+            images: `ImageSpec`s, paths, or mappings with the fields of ImageSpec; on disk or in memory.
+            execution: its output_dir is where files go.
+            on_error: "raise" an EmbedImagesError when all others are there, or "skip" failed images.
+
+        Raises:
+            EmbedImagesError: some images cannot be read, or have no finite embedding.
+            ConfigError: a ValueError: an earlier embedding of a sample_id was made in another way, or of
+                another image (see `ExecutionOptions.on_image_mismatch`).
+            ManifestError: a ValueError: ids are not unique, or there is a spacing, which means nothing here.
+            ModelLevelError: a ValueError: the preset is not tile-level.
+        """
+        return embed_images(self, images, execution, on_error)
 
     def embed_patient(
         self,

@@ -24,6 +24,7 @@ from slide2vec.files import hub_or_cache
 from slide2vec.lazy import import_timm
 
 __all__ = [
+    "ImageGeometry",
     "Recipe",
     "TileEncoderRef",
     "Transform",

@@ -30,6 +30,8 @@ from slide2vec.stream import (
     fitting_batch_size,
     tile_transfer,
 )
+from slide2vec.stream.batch_encoder import BatchEncoder
+from slide2vec.stream.station_timers import StationTimers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -211,7 +213,7 @@ class TileEmbedder:
                 stream = Stream(
                     engine,
                     workspace.preparer,
-                    batch_size=size or self._fitting(workspace, engine, wanted, tile_size),
+                    batch_size=size or self._fitting(workspace.preparer, engine, wanted, tile_size),
                     tile_size_px=tile_size,
                     dtype=getattr(torch, execution.feature_dtype(engine.precision)),
                     readers=budget.reading_threads,
@@ -225,6 +227,22 @@ class TileEmbedder:
                     for outcome in outcomes:
                         yield from sink.put(regrouped(outcome))
                         del outcome  # the memory of the last slide, while the next one is waited for
+
+    def encoding(self, execution: ExecutionOptions, side_px: int) -> tuple[Engine, BatchEncoder]:
+        """An engine, and what normalises batches of ready pictures, (n, side_px, side_px, 3) uint8, and puts
+        them through it.
+
+        Raises:
+            EngineError, ConfigError: it cannot be had, or the backbone does not take that size.
+        """
+        selected, recipe = self.select(execution, side_px), self.recipe_for(side_px)
+        sizes = {"resize": side_px, "crop": side_px}
+        transform, engine = recipe.transform.model_copy(update=sizes), selected.engine
+        preparer = choose_preparer("auto", transform, self.device, engine.layout, side_px)
+        wanted = batch_size_for(recipe.gflops, self.device)
+        size = execution.batch_size or selected.batch_size or self._fitting(preparer, engine, wanted, side_px)
+        threads = execution.budget(self.device.type, recipe.gflops).encoder_threads
+        return engine, BatchEncoder(engine, preparer, StationTimers(), batch_size=size, threads=threads)
 
     @contextmanager
     def _workspace(self, config: PreprocessingConfig, engine: Engine, tile_size: int) -> Iterator[_Workspace]:
@@ -242,10 +260,10 @@ class TileEmbedder:
         yield found
         idle.append(found)
 
-    def _fitting(self, workspace: _Workspace, engine: Engine, wanted: int, tile_size: int) -> int:
+    def _fitting(self, preparer: Preparer, engine: Engine, wanted: int, tile_size: int) -> int:
         """Tiles per forward pass: as many as wanted, or as fit into what is free now."""
         if self.device.type != "cuda":
             return wanted
         if id(engine) not in self._bytes_per_tile:
-            self._bytes_per_tile[id(engine)] = bytes_per_tile(engine, workspace.preparer, wanted, tile_size)
+            self._bytes_per_tile[id(engine)] = bytes_per_tile(engine, preparer, wanted, tile_size)
         return fitting_batch_size(self.device, wanted, self._bytes_per_tile[id(engine)])

@@ -48,6 +48,7 @@ ROOMS = {
     "cohort": 7,
     "compile": 7,
     "scale": 8,
+    "images": 8,
     "tile_embedder": 8,
     "model": 9,
     "estimate": 10,

@@ -13,6 +13,7 @@ from slide2vec.artifacts.reading import load_coords, load_embeddings
 from slide2vec.artifacts.records import (
     SCHEMA_VERSION,
     HierarchicalEmbeddingArtifact,
+    ImageEmbeddingArtifact,
     PatientEmbeddingArtifact,
     SlideEmbeddingArtifact,
     TileEmbeddingArtifact,
@@ -36,6 +37,7 @@ from slide2vec.artifacts.writing import write_hierarchical_embeddings, write_jso
 __all__ = [
     "SCHEMA_VERSION",
     "HierarchicalEmbeddingArtifact",
+    "ImageEmbeddingArtifact",
     "PatientEmbeddingArtifact",
     "SlideEmbeddingArtifact",
     "StoredTiles",

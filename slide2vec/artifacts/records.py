@@ -18,6 +18,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "SIDECAR",
     "HierarchicalEmbeddingArtifact",
+    "ImageEmbeddingArtifact",
     "PatientEmbeddingArtifact",
     "SlideEmbeddingArtifact",
     "TileEmbeddingArtifact",
@@ -73,6 +74,13 @@ class SlideEmbeddingArtifact(_Artifact):
 
     sample_id: str
     latent_path: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEmbeddingArtifact(_Artifact):
+    """The embedding of one ready image, (feature_dim,)."""
+
+    sample_id: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,5 @@
-"""The command line: `slide2vec run`, `plan`, `embed`, `tile`, `merge`, `status`, `export`, `info`, `models`,
-`build-engine`, `engines`, `bench`, `doctor`, `demo`.
+"""The command line: `slide2vec run`, `plan`, `embed`, `tile`, `images`, `merge`, `status`, `export`, `info`,
+`models`, `build-engine`, `engines`, `bench`, `doctor`, `demo`.
 
 Subcommands import what they need when they run, so that `--help` answers at once.
 """
@@ -19,6 +19,7 @@ from slide2vec.cli.doctor import doctor
 from slide2vec.cli.embed import embed
 from slide2vec.cli.engines import engines
 from slide2vec.cli.export import export
+from slide2vec.cli.images import images
 from slide2vec.cli.info import info
 from slide2vec.cli.merge import merge
 from slide2vec.cli.models import models
@@ -72,6 +73,7 @@ app.command()(run)
 app.command()(plan)
 app.command()(embed)
 app.command()(tile)
+app.command()(images)
 app.command()(merge)
 app.command()(status)
 app.command()(export)

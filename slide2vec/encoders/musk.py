@@ -27,6 +27,8 @@ class MuskEncoder(nn.Module):
     def __init__(self, spec: EncoderSpec, variant: Variant) -> None:
         super().__init__()
         self.two_scales = variant.pool == "none"
+        #: Images that go through the trunk for each tile, the first of them the tile as it is.
+        self.passes_per_tile = 5 if self.two_scales else 1
         self.vit: nn.Module = timm.create_model(spec.arch, pretrained=False, **spec.kwargs)
 
     def forward(self, pixels: Tensor) -> Tensor:

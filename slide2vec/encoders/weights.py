@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from slide2vec.encoders.checkpoint_keys import PUBLISHED
 from slide2vec.encoders.checkpoints import convert
@@ -53,6 +54,22 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+class _Undrawn(TorchFunctionMode):
+    """In the block initial values are neither drawn nor scaled where tensors have no memory: that would load
+    PyTorch's compiler (1.3 s)."""
+
+    _LEFT_OUT = frozenset({"normal_", "uniform_", "kaiming_uniform_", "erfinv_", "clamp_", "mul", "neg"})
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        values = dict(kwargs or {})
+        tensors = [value for value in (*args, *values.values()) if isinstance(value, Tensor)]
+        if getattr(func, "__name__", "") in self._LEFT_OUT and [each.is_meta for each in tensors] == [True]:
+            return tensors[0]
+        return func(*args, **values)
+
+
 def load_weights(build: Callable[[], nn.Module], recipe: Recipe, weights: WeightsChoice) -> nn.Module:
     """Build an encoder without initialising it and give it the recipe's weights, strictly.
 
@@ -64,7 +81,7 @@ def load_weights(build: Callable[[], nn.Module], recipe: Recipe, weights: Weight
     assert recipe.weights is not None
     state = convert(recipe.weights.convert, _state(path, recipe), recipe.encoder)
     published = state.pop(PUBLISHED, None)
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         encoder = build()
     module: nn.Module = getattr(encoder, "trunk", encoder)
     _load_strictly(module, state, recipe, path)

@@ -1,0 +1,320 @@
+"""An embedding of each ready image: decoded and fitted in threads while the encoder runs, written in others.
+
+threads: rgb ── fitted ──▶ batches ── BatchEncoder ──▶ features ──▶ threads: file, sidecar
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from slide2vec.artifacts import ImageEmbeddingArtifact
+from slide2vec.artifacts.finite import remedy
+from slide2vec.artifacts.image_files import write_image_embedding
+from slide2vec.cohort.lock import output_lock
+from slide2vec.config import ExecutionOptions
+from slide2vec.errors import (
+    ConfigError,
+    EmbedImagesError,
+    ImageError,
+    ManifestError,
+    ModelLevelError,
+)
+from slide2vec.images.pixels import Pixels, fitted, image_geometry, rgb, transform_record
+from slide2vec.images.reuse import find_done
+from slide2vec.images.specs import ImageLike, ImageSpec, as_images
+from slide2vec.progress import (
+    RunStarted,
+    SlideFinished,
+    SlidePlanned,
+    TilesEncoded,
+    active_reporter,
+    live_progress,
+)
+from slide2vec.recipes import ImageGeometry, Level, Recipe
+from slide2vec.stream.batch_encoder import IN_FLIGHT, InFlightBatch
+
+if TYPE_CHECKING:
+    from slide2vec.runtime import Engine
+    from slide2vec.stream.batch_encoder import BatchEncoder
+
+__all__ = ["BatchSource", "ImageModel", "embed_images", "embedded_images", "image_identity"]
+
+logger = logging.getLogger(__name__)
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+#: Threads that write: each waits for the disk twice per image.
+_WRITERS = 8
+#: Name under which the images of a call are counted in its progress.
+_ALL = "images"
+
+
+class BatchSource(Protocol):
+    """What encodes batches of pictures: a `TileEmbedder`."""
+
+    def encoding(self, execution: ExecutionOptions, side_px: int) -> tuple[Engine, BatchEncoder]:
+        """An engine, and what puts batches of (n, side_px, side_px, 3) uint8 through it."""
+        ...
+
+
+class ImageModel(Protocol):
+    """A model, as far as ready images need it."""
+
+    recipe: Recipe
+    variant: str
+    device: torch.device
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def level(self) -> Level: ...
+
+    @property
+    def tile_encoding(self) -> BatchSource: ...
+
+    def identity(
+        self, execution: ExecutionOptions | None = None, tile_size_px: int | None = None
+    ) -> dict[str, Any]: ...
+
+
+def image_identity(model: ImageModel, execution: ExecutionOptions) -> dict[str, Any]:
+    """What decides the embedding of a ready image, besides the image; JSON-ready."""
+    geometry = image_geometry(model.recipe)
+    made = model.identity(execution, geometry.crop)
+    return {
+        "encoder_name": model.name,
+        "output_variant": model.variant,
+        "weights": made["weights"],
+        "precision": made["precision"],
+        "runtime": made["runtime"],
+        "feature_dtype": _feature_dtype(execution, made["precision"]),
+        "transform": transform_record(model.recipe, geometry),
+    }
+
+
+def _feature_dtype(execution: ExecutionOptions, precision: str) -> str:
+    """As slide2vec 7.1.4 records it."""
+    return "fp16" if execution.feature_dtype(precision) == "float16" else "fp32"
+
+
+def embed_images(
+    model: ImageModel,
+    images: Iterable[ImageLike],
+    execution: ExecutionOptions | None,
+    on_error: Literal["raise", "skip"] = "raise",
+) -> list[ImageEmbeddingArtifact]:
+    """See `Model.embed_images`."""
+    asked, execution, output_dir = _checked(model, images, execution)
+    with output_lock(output_dir), live_progress():
+        identity = image_identity(model, execution)
+        reused = find_done(asked, output_dir, identity, execution)
+        if reused.done:
+            logger.info("%d of %d images are embedded already", len(reused.done), len(asked))
+        made: dict[str, ImageEmbeddingArtifact | Exception] = dict(reused.done)
+        if reused.left:
+            made |= _embed(model, reused.left, execution, output_dir, identity)
+    return _in_order(asked, made, on_error)
+
+
+def _checked(
+    model: ImageModel, images: Iterable[ImageLike], execution: ExecutionOptions | None
+) -> tuple[list[ImageSpec], ExecutionOptions, Path]:
+    if model.level != "tile":
+        raise ModelLevelError(
+            f"embed_images needs a tile-level preset; {model.name} is {model.level}-level: take its tile "
+            "encoder"
+        )
+    asked = as_images(images, "embed_images")
+    if spaced := [image.sample_id for image in asked if image.spacing_at_level_0 is not None]:
+        raise ManifestError(
+            f"embed_images: image {spaced[0]} has spacing_at_level_0, which decides nothing here: leave it "
+            "out, or use embed_images_dense"
+        )
+    if execution is None or execution.output_dir is None:
+        raise ConfigError("embed_images writes files: give ExecutionOptions(output_dir=…)")
+    return asked, execution, execution.output_dir
+
+
+def _in_order(
+    asked: Sequence[ImageSpec],
+    made: Mapping[str, ImageEmbeddingArtifact | Exception],
+    on_error: Literal["raise", "skip"],
+) -> list[ImageEmbeddingArtifact]:
+    """The files of the images in input order.
+
+    Raises:
+        EmbedImagesError: some failed, and that is to be raised.
+    """
+    failed = {name: each for name, each in made.items() if isinstance(each, Exception)}
+    results = [None if isinstance(each := made[i.sample_id], Exception) else each for i in asked]
+    for error in failed.values():
+        logger.warning("%s", error)
+    if failed and on_error == "raise":
+        raise EmbedImagesError.of(failed, results)
+    return [each for each in results if each is not None]
+
+
+def _embed(
+    model: ImageModel,
+    images: Sequence[ImageSpec],
+    execution: ExecutionOptions,
+    output_dir: Path,
+    identity: Mapping[str, Any],
+) -> dict[str, ImageEmbeddingArtifact | Exception]:
+    """Embed and write images; what each came to, by sample_id.
+
+    Raises:
+        OutputError: files cannot be written.
+    """
+    reporter, made = active_reporter(), dict[str, ImageEmbeddingArtifact | Exception]()
+    reporter.emit(RunStarted(1, model.name))
+    reporter.emit(SlidePlanned(_ALL, len(images), "pillow"))
+    side = image_geometry(model.recipe).crop
+    with (
+        stopping(ThreadPoolExecutor(_WRITERS, "slide2vec-write")) as writers,
+        closing(embedded_images(model, images, execution)) as embedded,
+    ):
+
+        def write(item: tuple[ImageSpec, torch.Tensor | Exception]) -> ImageEmbeddingArtifact | Exception:
+            image, values = item
+            if isinstance(values, Exception):
+                return values
+            metadata = _metadata(model, image, execution, identity, side)
+            return write_image_embedding(output_dir, values, metadata)
+
+        for (image, _), future in ahead(writers, write, embedded, 4 * _WRITERS):
+            made[image.sample_id] = future.result()
+            reporter.emit(TilesEncoded(1, _ALL))
+    reporter.emit(SlideFinished(_ALL, len(images)))
+    return made
+
+
+def _metadata(
+    model: ImageModel, image: ImageSpec, execution: ExecutionOptions, identity: Mapping[str, Any], side: int
+) -> dict[str, Any]:
+    """The keys of slide2vec 7.1.4; `feature_dim` comes with the features."""
+    return {
+        "artifact_type": "image_embeddings",
+        "sample_id": image.sample_id,
+        "image_path": image.source,
+        "format": execution.output_format,
+        "encoder_name": model.name,
+        "encoder_level": model.level,
+        "encoder_input_regime": "given",
+        "encoder_input_size_px": side,
+        "feature_dtype": identity["feature_dtype"],
+        "compatibility": dict(identity),
+    }
+
+
+def embedded_images(
+    model: ImageModel, images: Iterable[ImageSpec], execution: ExecutionOptions
+) -> Generator[tuple[ImageSpec, torch.Tensor | Exception], None, None]:
+    """Images in their order, each with its embedding (D,) float16 or float32, or with why it has none."""
+    geometry = image_geometry(model.recipe)
+    engine, encoder = model.tile_encoding.encoding(execution, geometry.crop)
+    dtype = getattr(torch, execution.feature_dtype(engine.precision))
+    readers = execution.budget(model.device.type).reading_threads
+    flight: deque[tuple[list[tuple[ImageSpec, Pixels | Exception]], InFlightBatch | None]] = deque()
+    with stopping(ThreadPoolExecutor(readers, "slide2vec-decode")) as pool:
+        room = readers + execution.prefetch_factor * encoder.most
+        decoded = (
+            (image, future.result())
+            for image, future in ahead(pool, partial(_pixels, geometry), images, room)
+        )
+        while batch := _batch(decoded, encoder.most):
+            tiles = [pixels for _, pixels in batch if not isinstance(pixels, Exception)]
+            flight.append((batch, encoder.submit(torch.from_numpy(np.stack(tiles)), ()) if tiles else None))
+            if len(flight) >= IN_FLIGHT:
+                yield from _collected(*flight.popleft(), encoder, engine, dtype)
+        while flight:
+            yield from _collected(*flight.popleft(), encoder, engine, dtype)
+
+
+def _pixels(geometry: ImageGeometry, image: ImageSpec) -> Pixels | Exception:
+    try:
+        return fitted(rgb(image), geometry)
+    except ImageError as error:
+        return error
+
+
+def _batch(
+    decoded: Iterator[tuple[ImageSpec, Pixels | Exception]], size: int
+) -> list[tuple[ImageSpec, Pixels | Exception]]:
+    """The next images, of which `size` have pixels; fewer at the end."""
+    batch, good = list[tuple[ImageSpec, Pixels | Exception]](), 0
+    for image, pixels in decoded:
+        batch.append((image, pixels))
+        good += not isinstance(pixels, Exception)
+        if good == size:
+            break
+    return batch
+
+
+def _collected(
+    batch: Sequence[tuple[ImageSpec, Pixels | Exception]],
+    in_flight: InFlightBatch | None,
+    encoder: BatchEncoder,
+    engine: Engine,
+    dtype: torch.dtype,
+) -> Iterator[tuple[ImageSpec, torch.Tensor | Exception]]:
+    rows: Iterator[torch.Tensor] = iter(())
+    if in_flight is not None:
+        in_flight.done.synchronize()
+        # Copied: the memory of the batch is used again, and a row would be stored with all of it.
+        rows = iter(in_flight.features.to(dtype, copy=True))
+        encoder.release(in_flight)
+    for image, pixels in batch:
+        if isinstance(pixels, Exception):
+            yield image, pixels
+            continue
+        values = next(rows).clone()
+        yield image, values if bool(values.isfinite().all()) else not_finite(image.sample_id, dtype, engine)
+
+
+def not_finite(sample_id: str, dtype: torch.dtype, engine: Engine) -> ImageError:
+    """The features of an image are no numbers."""
+    name = str(dtype).removeprefix("torch.")
+    wider = 'output_dtype="fp32" (--output-dtype fp32), or ' if dtype == torch.float16 else ""
+    return ImageError(
+        f"image {sample_id}: its features, as {name}, hold NaN or infinities: "
+        f"{wider}{remedy(engine.precision, engine.runtime)}"
+    )
+
+
+def ahead(
+    pool: ThreadPoolExecutor, function: Callable[[_In], _Out], items: Iterable[_In], room: int
+) -> Iterator[tuple[_In, Future[_Out]]]:
+    """Items in their order, each with the future of its result; at most `room` are under way or waiting."""
+    items = iter(items)
+    waiting = deque((item, pool.submit(function, item)) for item in islice(items, room))
+    try:
+        while waiting:
+            item, future = waiting.popleft()
+            future.exception()  # waits
+            yield item, future
+            waiting.extend((item, pool.submit(function, item)) for item in islice(items, 1))
+    finally:
+        for _, future in waiting:
+            future.cancel()
+
+
+@contextmanager
+def stopping(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
+    """A pool that leaves what it has not begun, where the block ends early."""
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
