@@ -47,6 +47,12 @@ def models() -> Models:
     return Models({"first": resnet(0), "second": resnet(1), "third": resnet(2)})
 
 
+@pytest.fixture(scope="module")
+def patients() -> Model:
+    with few_blocks():
+        return Model.from_preset("moozy", weights="random", device="cpu", allow_non_recommended_settings=True)
+
+
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """How many compressed tiles are decoded, and how often tissue is looked for."""
@@ -235,6 +241,33 @@ def test_an_encoder_that_breaks_off_fails_alone(
     assert isinstance(found, dict) and [len(results) for results in found.values()] == [3, 3, 3]
 
 
+def test_patients_of_an_encoder_that_breaks_off_fail_with_it(
+    models: Models, patients: Model, slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = patients._tile_embedder.select(EXECUTION, 64).engine
+    run, calls = engine.run, []
+
+    def broken(pixels: torch.Tensor) -> torch.Tensor:
+        calls.append(len(pixels))
+        if sum(calls) > 70:  # a slide has 64
+            raise RuntimeError("the device is gone")
+        return run(pixels)
+
+    monkeypatch.setattr(engine, "run", broken)
+    given = [
+        {"sample_id": path.stem, "image_path": path, "patient_id": patient}
+        for path, patient in zip(slides, "pqr", strict=True)
+    ]
+    execution = EXECUTION.updated(num_workers=1, output_dir=tmp_path)
+    result = Pipeline(Models({"patients": patients, "first": models["first"]}), CONFIG, execution).run(given)
+    found = result.encoders["patients"]
+    assert [each.patient_id for each in found.patient_artifacts] == ["p"]
+    assert [each.sample_id for each in found.failed] == ["1", "2"]
+    assert [each.patient_id for each in result.failed_patients] == ["q", "r"]
+    assert "patient q: moozy broke off: the device is gone" in str(result.failed_patients[0].error)
+    assert len(result.encoders["first"].tile_artifacts) == 3
+
+
 def test_what_the_callback_raises_ends_the_run_and_is_raised(
     models: Models, slides: list[Path], tmp_path: Path
 ) -> None:
@@ -255,12 +288,9 @@ def test_patients_in_another_order_than_the_manifest_have_a_turn_of_their_own(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    patients: Model,
 ) -> None:
     """Streams that take slides in other orders would wait for each other, or keep everything."""
-    with few_blocks():
-        patients = Model.from_preset(
-            "moozy", weights="random", device="cpu", allow_non_recommended_settings=True
-        )
     several = Models({"patients": patients, "first": models["first"]})
 
     def run(name: str, *of: str) -> Any:

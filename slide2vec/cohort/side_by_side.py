@@ -17,13 +17,14 @@ from slide2vec.cohort.bill import write_bill
 from slide2vec.cohort.context import Cohort
 from slide2vec.cohort.embedder import Embedder
 from slide2vec.cohort.output_dir import Settings, shared_output_directory
+from slide2vec.cohort.pending_patients import Patient, by_patient
 from slide2vec.cohort.recorder import RunRecorder
 from slide2vec.cohort.results import Artifact, RunResult
 from slide2vec.cohort.resume import ResumePlan, plan_everything, resume_run
 from slide2vec.cohort.run import embed_what_is_left, left_in_words
 from slide2vec.cohort.slide_writer import OnPersisted
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
-from slide2vec.errors import OutputError
+from slide2vec.errors import OutputError, PatientError
 from slide2vec.progress import RunSummary, activate_progress_reporter
 from slide2vec.progress.together import TogetherReporter
 from slide2vec.slides import Slide
@@ -183,10 +184,15 @@ def _embed_shared(
 
 
 def _break_off(cohort: Cohort, recorder: RunRecorder, todo: ResumePlan, error: Exception) -> None:
-    """Enter the failure of an encoder for the slides that it has not finished."""
-    for slide in todo.in_progress():
-        if not recorder.has(slide):
-            cohort.fail(slide, error, "embedding")
+    """Enter the failure of an encoder for the slides, and patients, that it has not finished."""
+    unfinished = [slide for slide in todo.in_progress() if not recorder.has(slide)]
+    for slide in unfinished:
+        cohort.fail(slide, error, "embedding")
+    if cohort.kind == "patient":
+        for name, theirs in by_patient(unfinished).items():
+            broken = PatientError(f"patient {name}: {cohort.place.name} broke off: {error}")
+            broken.__cause__ = error
+            recorder.fail_patient(Patient(name, theirs, failed={s.sample_id: error for s in theirs}), broken)
 
 
 def run_side_by_side(
