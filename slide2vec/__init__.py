@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from slide2vec.cohort import RunResult
     from slide2vec.config import ExecutionOptions, PreprocessingConfig
     from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
+    from slide2vec.encoders import TileEncoder, TimmTileEncoder, TorchTileEncoder, register_encoder
     from slide2vec.errors import EmbedImagesError, EmbedPatientsError, EmbedSlidesError, Slide2VecError
     from slide2vec.images import ImageSpec
     from slide2vec.model import Model
     from slide2vec.models import Models
     from slide2vec.pipeline import Pipeline
-    from slide2vec.recipes import list_models
+    from slide2vec.plugins import EncoderProviderDiagnostic
+    from slide2vec.recipes import list_encoder_provider_diagnostics, list_models
     from slide2vec.slides import Slide
     from slide2vec.stream import SlideOutcome
 
@@ -39,6 +41,7 @@ __all__ = [
     "EmbedSlidesError",
     "EmbeddedPatient",
     "EmbeddedSlide",
+    "EncoderProviderDiagnostic",
     "ExecutionOptions",
     "HierarchicalEmbeddingArtifact",
     "ImageEmbeddingArtifact",
@@ -54,9 +57,14 @@ __all__ = [
     "SlideEmbeddingArtifact",
     "SlideOutcome",
     "TileEmbeddingArtifact",
+    "TileEncoder",
     "TileFeatures",
+    "TimmTileEncoder",
+    "TorchTileEncoder",
     "__version__",
+    "list_encoder_provider_diagnostics",
     "list_models",
+    "register_encoder",
 ]
 
 #: Loaded on first use, so that `import slide2vec` costs nothing.
@@ -66,6 +74,7 @@ _HOMES = {
     "EmbedSlidesError": "errors",
     "EmbeddedPatient": "embedded",
     "EmbeddedSlide": "embedded",
+    "EncoderProviderDiagnostic": "plugins",
     "ExecutionOptions": "config",
     "HierarchicalEmbeddingArtifact": "artifacts",
     "ImageEmbeddingArtifact": "artifacts",
@@ -81,8 +90,13 @@ _HOMES = {
     "SlideEmbeddingArtifact": "artifacts",
     "SlideOutcome": "stream",
     "TileEmbeddingArtifact": "artifacts",
+    "TileEncoder": "encoders",
     "TileFeatures": "artifacts",
+    "TimmTileEncoder": "encoders",
+    "TorchTileEncoder": "encoders",
+    "list_encoder_provider_diagnostics": "recipes",
     "list_models": "recipes",
+    "register_encoder": "encoders",
 }
 
 __getattr__, __dir__ = lazy_attributes(__name__, _HOMES)

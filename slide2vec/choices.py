@@ -44,7 +44,9 @@ PreparerChoice: TypeAlias = Literal["auto", "torch", "dali", "triton"]
 Executor: TypeAlias = Literal["local", "ray"]
 Runtime: TypeAlias = Literal["tensorrt", "tensorrt-rtx", "openvino", "inductor"]
 EngineChoice: TypeAlias = Literal["auto", "torch", Runtime]
-TileFamily: TypeAlias = Literal["timm", "scattering", "coca", "clip_linear", "musk", "channelwise", "remote"]
+TileFamily: TypeAlias = Literal[
+    "timm", "scattering", "coca", "clip_linear", "musk", "channelwise", "remote", "registered"
+]
 SlideFamily: TypeAlias = Literal["titan", "prism", "longnet", "moozy_slide", "moozy_case"]
 
 
@@ -126,7 +128,8 @@ EXECUTORS: Mapping[str, Home] = {
     ),
 }
 
-#: Modules of PyTorch, made of an EncoderSpec and a Variant; that of "remote" comes with its weights.
+#: Modules of PyTorch, made of an EncoderSpec and a Variant; that of "remote" comes with its weights, and that
+#: of "registered" is a user's.
 TILE_ENCODERS: Mapping[str, Home] = {
     "timm": Home("slide2vec.encoders.timm", "TimmEncoder"),
     "scattering": Home("slide2vec.encoders.scattering", "scattering_encoder"),

@@ -24,7 +24,8 @@ from slide2vec.cohort import embed_tiles
 from slide2vec.cohort.sink import MemorySink
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
-from slide2vec.encoders.preset_chain import PartsWeights, load_parts, tile_recipe
+from slide2vec.encoders.preset_chain import PartsWeights, load_parts, loader_of, tile_recipe
+from slide2vec.encoders.registered import code_identity, refuse_overlap
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError, ModelLevelError
 from slide2vec.images import ImageLike, embed_images
@@ -162,7 +163,7 @@ class Model:
                 precision=resolved,
                 weights=part.weights,
                 upstream=model,
-                loader=partial(cls.from_preset, part.recipe.name, **part.options),
+                loader=loader_of(part, cls.from_preset),
                 origin={**part.origin, "device": where},
                 precision_asked=precision is not None,
             )
@@ -219,7 +220,7 @@ class Model:
             "output_variant": self.variant,
             "weights": self._weights_digest,
             "weights_source": self._weights,
-        }
+        } | code_identity(self._encoder)
         if self.upstream is not None:
             return {**own, "below": self.upstream.identity(execution, tile_size_px)}
         return own | self._tile_embedder.identity(execution, tile_size_px)
@@ -402,6 +403,7 @@ class Model:
                 f"(region_tile_multiple, requested_region_size_px) are for tile-level presets, such as "
                 f"{self._tile_model.name}"
             )
+        refuse_overlap(self._encoder, config.overlap)
         spacing, tile_size = self.recipe.tiles(config.requested_spacing_um, config.requested_tile_size_px)
         allowed = bool(self.origin.get("allow_non_recommended_settings"))
         self.recipe.check_recommended(spacing, tile_size, allowed=allowed)

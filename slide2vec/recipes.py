@@ -12,9 +12,10 @@ import difflib
 import functools
 import logging
 import tomllib
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,14 +23,19 @@ from slide2vec.choices import Precision, SlideFamily, TileFamily
 from slide2vec.errors import ConfigError, PresetError, nearest_names
 from slide2vec.files import hub_or_cache
 from slide2vec.lazy import import_timm
+from slide2vec.plugins import EncoderProviderDiagnostic, Registry
 
 __all__ = [
+    "REGISTERED",
     "ImageGeometry",
     "Recipe",
+    "Registered",
     "TileEncoderRef",
     "Transform",
     "Variant",
     "WeightsSource",
+    "is_built_in",
+    "list_encoder_provider_diagnostics",
     "list_models",
     "load_recipe",
     "read_recipe",
@@ -235,8 +241,9 @@ class Recipe(_Section):
             raise ValueError(
                 f"default_variant {self.default_variant!r} is not one of {sorted(self.variants)}"
             )
-        if self.spacing_um and self.default_spacing_um not in self.spacing_um:
-            raise ValueError(f"default_spacing_um {self.default_spacing_um} is not in spacing_um")
+        default = self.default_spacing_um
+        if self.spacing_um and default is not None and default not in self.spacing_um:
+            raise ValueError(f"default_spacing_um {default} is not in spacing_um")
         if not self.compile and not self.compile_note:
             raise ValueError("compile = false needs compile_note: why it cannot be compiled")
         for name, made in (("transform", self.transform), ("images", self.images)):
@@ -367,29 +374,87 @@ def _all_recipes() -> dict[str, Recipe]:
     return {path.stem: read_recipe(path) for path in paths}
 
 
+class Registered(NamedTuple):
+    """An encoder that `register_encoder` has made a preset.
+
+    Attributes:
+        recipe: what is known before it is built.
+        encoder: its class.
+        for_other_sizes: arguments of its constructor for tiles of another size than its own.
+    """
+
+    recipe: Recipe
+    encoder: type
+    for_other_sizes: dict[str, Any]
+
+
+REGISTERED: Registry[Registered] = Registry("slide2vec.encoders")
+
+
+def is_built_in(name: str) -> bool:
+    """Whether slide2vec itself has a preset of that name."""
+    return Path(name).name == name and (_recipe_dir() / f"{name}.toml").is_file()
+
+
 def load_recipe(name: str) -> Recipe:
-    """The recipe of a preset, or of any model as "timm:<architecture>" or "hf-hub:<owner>/<repo>".
+    """The recipe of a preset or registered encoder, or of any model as "timm:<architecture>" or
+    "hf-hub:<owner>/<repo>".
 
     Raises:
         PresetError: no such preset or model; the message gives the nearest names.
     """
     if name.startswith(GENERIC):
         return _generic_recipe(name)
-    path = _recipe_dir() / f"{name}.toml"
-    if Path(name).name != name or not path.is_file():
-        raise PresetError(f"there is no preset {name!r}. {nearest_names(name, list_models())}")
-    return read_recipe(path)
+    if is_built_in(name):
+        return read_recipe(_recipe_dir() / f"{name}.toml")
+    found = REGISTERED.get(name)
+    if found is None:
+        hint = nearest_names(name, [*_all_recipes(), *REGISTERED])
+        raise PresetError(f"there is no preset {name!r}. {' '.join((hint, *_left_out()))}")
+    return _fed(found.recipe)
+
+
+def _fed(recipe: Recipe) -> Recipe:
+    """A registered recipe; above the tile level with the tiles of the preset that feeds it."""
+    if recipe.level == "tile":
+        return recipe
+    below = recipe.tile_encoder.preset if recipe.tile_encoder else recipe.slide_encoder
+    feeder = load_recipe(below or "")
+    if feeder.level != ("tile" if recipe.tile_encoder else "slide"):
+        raise PresetError(f"preset {recipe.name} takes what {below} embeds, which is {feeder.level}-level")
+    if recipe.tile_encoder:
+        feeder.variant(recipe.tile_encoder.variant)
+    return recipe.model_copy(
+        update={"transform": feeder.transform, "tile_size_px": feeder.tile_size_px, "images": feeder.images}
+    )
+
+
+def list_encoder_provider_diagnostics() -> tuple[EncoderProviderDiagnostic, ...]:
+    """Installed packages whose encoders were left out, and why: of the entry points `slide2vec.encoders`,
+    which are called when encoders are first looked up."""
+    return REGISTERED.diagnostics()
+
+
+def _left_out() -> list[str]:
+    """A sentence on the packages whose encoders could not be registered; none where there are none."""
+    failed = "; ".join(f"{each.provider_key} ({each.concise()})" for each in REGISTERED.diagnostics())
+    return [f"Encoders of these packages were left out: {failed}."] if failed else []
 
 
 def list_models(level: Level | None = None) -> list[str]:
-    """Names of the presets, sorted; of one level ("tile", "slide", "patient") when given.
+    """Names of the presets and registered encoders, sorted; of one level ("tile", "slide", "patient") when
+    given. Warns of installed packages whose encoders could not be registered.
 
     Raises:
         PresetError: no such level.
     """
     if level not in (None, "tile", "slide", "patient"):
         raise PresetError(f"there is no level {level!r}. Allowed: tile, slide, patient.")
-    return [name for name, recipe in _all_recipes().items() if level in (None, recipe.level)]
+    for warning in _left_out():
+        warnings.warn(warning, RuntimeWarning, stacklevel=2)
+    registered = {name: found.recipe for name in REGISTERED if (found := REGISTERED.get(name))}
+    known = {**_all_recipes(), **registered}
+    return sorted(name for name, recipe in known.items() if level in (None, recipe.level))
 
 
 @functools.cache

@@ -23,6 +23,7 @@ ROOMS = {
     "choices": 0,
     "errors": 0,
     "lazy": 0,
+    "plugins": 0,
     "version": 0,
     "cpus": 1,
     "energy": 1,
@@ -174,8 +175,8 @@ DISTRIBUTIONS = {
     "tensorrt": "tensorrt",
     "tensorrt_rtx_bindings": "tensorrt-rtx-cu13-bindings",
 }
-#: Imported where something else has brought it: PyTorch, or the notebook that we run in.
-BROUGHT = {"IPython", "triton"}
+#: Imported where something else has brought it: PyTorch, timm, or the notebook that we run in.
+BROUGHT = {"IPython", "torchvision", "triton"}
 
 
 def libraries_in(package: Path) -> set[str]:

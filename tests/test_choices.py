@@ -58,7 +58,7 @@ def test_names_are_said_once() -> None:
         ("PreparerChoice", choices.PREPARERS, {"auto"}),
         ("Executor", choices.EXECUTORS, set()),
         ("Runtime", choices.RUNTIMES, set()),
-        ("TileFamily", choices.TILE_ENCODERS, {"remote"}),
+        ("TileFamily", choices.TILE_ENCODERS, {"remote", "registered"}),
         ("SlideFamily", choices.SLIDE_ENCODERS, set()),
     ],
 )

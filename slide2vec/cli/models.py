@@ -58,7 +58,7 @@ def _row(recipe: Recipe) -> tuple[object, ...]:
     return (
         recipe.name,
         recipe.variants[recipe.default_variant].dim,
-        f"{recipe.params_m:.0f}M" if recipe.params_m else "none",
+        "?" if _is_registered(recipe) else f"{recipe.params_m:.0f}M" if recipe.params_m else "none",
         recipe.tile_size_px,
         _spacing_range(recipe),
         _licence(recipe),
@@ -73,6 +73,11 @@ def _checked(recipe: Recipe) -> str:
     if not recipe.verified:
         return "no"
     return "random" if recipe.unconfirmed else "yes"
+
+
+def _is_registered(recipe: Recipe) -> bool:
+    """Whether it is a class of somebody else's, of which the rest is known when it is built."""
+    return recipe.encoder.family == "registered"
 
 
 def _params(recipe: Recipe) -> str:
@@ -91,6 +96,8 @@ def _spacings(recipe: Recipe) -> str:
 def _licence(recipe: Recipe) -> str:
     if recipe.weights is None:
         return "no weights needed"
+    if _is_registered(recipe):
+        return "registered"
     return f"{recipe.licence.name}{' gated' if recipe.weights.gated else ''}"
 
 
@@ -110,10 +117,14 @@ def _details(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "output", f"{variant_name}: {variant.dim} dimensions{unit}{default}"
     yield from _feeding(recipe)
     yield "tiles", f"{recipe.tile_size_px} px at {_spacings(recipe)} µm/px{_default_spacing(recipe)}"
-    yield "transform", _transform(recipe)
+    yield "transform", "its own" if _is_registered(recipe) else _transform(recipe)
     if recipe.images is not None:
         made = recipe.images
         yield "images", f"resize to {made.resize} px ({made.interpolation}), central {made.crop} px"
+    if _is_registered(recipe):
+        yield "source", recipe.citation
+        yield "", "the rest is known when it is built"
+        return
     work = f", {recipe.gflops:.4g} GFLOP per tile" if recipe.level == "tile" else ""
     yield "size", f"{_params(recipe)} parameters{work}"
     if recipe.params_m:

@@ -123,7 +123,8 @@ def torch_engine(
 def _is_typed(recipe: Recipe, precision: str, device: torch.device) -> bool:
     """Whether an encoder runs in PyTorch with converted parameters. A CPU keeps autocast: its features are
     those of earlier runs, to the bit, and conversion is a small part of its time."""
-    return device.type == "cuda" and precision != "fp32" and recipe.compile and not recipe.generic
+    brought = recipe.generic or recipe.encoder.family in ("registered", "module")
+    return device.type == "cuda" and precision != "fp32" and recipe.compile and not brought
 
 
 def _computed_in_fp32(islands: Sequence[str]) -> tuple[str, ...]:

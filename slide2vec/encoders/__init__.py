@@ -5,14 +5,35 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from slide2vec.choices import TILE_ENCODERS
+from slide2vec.encoders.base_classes import BaseEncoder as Encoder
+from slide2vec.encoders.base_classes import (
+    PatientEncoder,
+    SlideEncoder,
+    TileEncoder,
+    TimmTileEncoder,
+    TorchTileEncoder,
+)
+from slide2vec.encoders.registration import register_encoder
 from slide2vec.encoders.weights import WeightsChoice, load_weights, seeded
 from slide2vec.errors import ModelLevelError
-from slide2vec.recipes import Recipe, Variant
+from slide2vec.plugins import EncoderProviderDiagnostic
+from slide2vec.recipes import Recipe, Variant, list_encoder_provider_diagnostics
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["build_encoder"]
+__all__ = [
+    "Encoder",
+    "EncoderProviderDiagnostic",
+    "PatientEncoder",
+    "SlideEncoder",
+    "TileEncoder",
+    "TimmTileEncoder",
+    "TorchTileEncoder",
+    "build_encoder",
+    "list_encoder_provider_diagnostics",
+    "register_encoder",
+]
 
 
 def build_encoder(
@@ -39,6 +60,10 @@ def build_encoder(
     """
     if recipe.level != "tile":
         raise ModelLevelError(f"preset {recipe.name} is {recipe.level}-level: it embeds no tiles")
+    if recipe.encoder.family == "registered":
+        from slide2vec.encoders.registered import brought_encoder
+
+        return brought_encoder(recipe, variant, weights)
     if recipe.encoder.family == "remote":
         from slide2vec.encoders.remote_code import build_remote
 

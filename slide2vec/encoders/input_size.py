@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slide2vec.encoders.checkpoint_keys import PUBLISHED
+from slide2vec.encoders.registered import BroughtTiles
 from slide2vec.errors import ConfigError
 from slide2vec.recipes import Recipe
 
@@ -51,7 +52,10 @@ def for_input(recipe: Recipe, encoder: nn.Module, size_px: int, asked: str) -> R
 def _problem(recipe: Recipe, encoder: nn.Module, size_px: int) -> str | None:
     """Why the encoder does not take inputs of a size; None where it does, and is ready for them."""
     if recipe.positions == "fixed":
-        return f"its position embeddings are for {recipe.transform.crop} px only"
+        what = "it is" if recipe.encoder.family == "registered" else "its position embeddings are"
+        return f"{what} for {recipe.transform.crop} px only"
+    if isinstance(encoder, BroughtTiles):
+        encoder.ready_for_other_sizes(recipe.name)
     trunk: Any = getattr(encoder, "trunk", None) or getattr(encoder, "vit", None) or encoder
     patch = _patch(trunk, recipe)
     if patch is not None and (size_px < patch or size_px % patch):

@@ -6,12 +6,14 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from slide2vec.encoders import build_encoder
 from slide2vec.encoders.input_size import for_input
+from slide2vec.encoders.registered import as_built, reloader
 from slide2vec.encoders.slide import build_patient_encoder, build_slide_encoder
 from slide2vec.encoders.weights import WeightsChoice
 from slide2vec.errors import PresetError, WeightsError, nearest_names
@@ -24,6 +26,7 @@ __all__ = [
     "Part",
     "PartsWeights",
     "load_parts",
+    "loader_of",
     "parts_of",
     "tile_recipe",
     "upstream",
@@ -153,6 +156,11 @@ def load_parts(recipe: Recipe, options: Mapping[str, Any]) -> list[Part]:
     return _load(recipe, options, weights_by_part(recipe, options["weights"]))
 
 
+def loader_of(part: Part, load: Callable[..., Any]) -> Callable[..., Any]:
+    """What builds a part and those below it anew in another process, of `Model.from_preset`."""
+    return reloader(parts_of(part.recipe), partial(load, part.recipe.name, **part.options))
+
+
 def _load(recipe: Recipe, options: Mapping[str, Any], choices: Mapping[str, WeightsChoice]) -> list[Part]:
     name, variant = recipe.variant(options["output_variant"])
     seed, input_size_px = options["seed"], options["input_size_px"]
@@ -161,10 +169,13 @@ def _load(recipe: Recipe, options: Mapping[str, Any], choices: Mapping[str, Weig
         theirs = {part: choice for part, choice in choices.items() if part != recipe.name}
         given = {**options, "weights": theirs, "output_variant": lower[1]}
         parts = _load(load_recipe(lower[0]), given, theirs)
+    if parts and parts[0].recipe.encoder.family == "registered":  # it has said its statistics
+        recipe = recipe.model_copy(update={"transform": parts[0].recipe.transform})
     if len(parts) == 1:
         parts = [_fed_to(recipe, parts[0], input_size_px)]
     own = choices[recipe.name]
     encoder = _build(recipe, variant, own, seed, options["trust_remote_code"])
+    recipe = as_built(recipe, name, encoder)
     if lower is None and input_size_px is not None:
         recipe = for_input(recipe, encoder, input_size_px, f"input_size_px={input_size_px}")
     return [*parts, Part(recipe, name, encoder, _identity(recipe, own, seed), options)]
@@ -197,6 +208,8 @@ def _identity(recipe: Recipe, weights: WeightsChoice, seed: int) -> str:
     """Where the weights came from, in a word."""
     if recipe.weights is None:
         return "none"
+    if recipe.encoder.family == "registered":
+        return recipe.weights.repo or f"of encoder {recipe.name} itself"
     if weights is None:
         return f"{recipe.weights.repo}@{recipe.weights.revision}"
     return f"random:{seed}" if weights == "random" else os.fspath(weights)

@@ -48,7 +48,7 @@ def build_slide_encoder(
         from slide2vec.encoders.slide.prism2 import build_prism2
 
         return build_prism2(recipe, variant, weights, trust_remote_code).eval().requires_grad_(False)
-    return _built(recipe, weights, seed)
+    return _built(recipe, variant, weights, seed)
 
 
 def build_patient_encoder(
@@ -67,7 +67,7 @@ def build_patient_encoder(
         WeightsError: the weights cannot be had, or do not match the encoder key by key.
     """
     _require(recipe, "patient")
-    return _built(recipe, weights, seed)
+    return _built(recipe, variant, weights, seed)
 
 
 def _require(recipe: Recipe, level: str) -> None:
@@ -75,7 +75,12 @@ def _require(recipe: Recipe, level: str) -> None:
         raise ModelLevelError(f"preset {recipe.name} is {recipe.level}-level: it has no {level} encoder")
 
 
-def _built(recipe: Recipe, weights: WeightsChoice, seed: int) -> nn.Module:
+def _built(recipe: Recipe, variant: Variant, weights: WeightsChoice, seed: int) -> nn.Module:
+    if recipe.encoder.family == "registered":
+        from slide2vec.encoders.registered import brought_encoder
+
+        return brought_encoder(recipe, variant, weights)
+
     def build() -> nn.Module:
         made: nn.Module = SLIDE_ENCODERS[recipe.encoder.family].imported()(**recipe.encoder.kwargs)
         return made
