@@ -189,7 +189,8 @@ def test_regions_of_one_size_made_of_tiles_of_two_have_coordinates_of_their_own(
         Pipeline(model, None, EXECUTION.updated(output_dir=tmp_path / name)).run(slides[:2])
     out = EXECUTION.updated(output_dir=tmp_path / "both")
     result = Pipeline(two, None, out).run(slides[:2])
-    folder = result.encoders["second"].hierarchical_artifacts[0].path.parents[1].relative_to(tmp_path / "both")
+    made = result.encoders["second"].hierarchical_artifacts[0]
+    folder = made.path.parents[1].relative_to(tmp_path / "both")
     of_first, of_second, both = (files_of(tmp_path / name) for name in ("first", "second", "both"))
     tiling = "tilings/256px-0.5um-regions4"
     for name in ("0", "1"):
