@@ -10,7 +10,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench fuzz mutants gpu-check clean
+.PHONY: help setup demo wheel test test-slow lint bench fuzz mutants gpu-check clean
 
 help:  ## show this list
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,10 @@ $(STAMP): pyproject.toml uv.lock
 
 demo: $(STAMP)  ## embed a generated slide on this machine and draw the result into demo/
 	@$(BIN)/slide2vec demo --output $(DEMO_DIR)
+
+wheel: $(STAMP)  ## build dist/slide2vec-….whl, to install elsewhere: pip install 'dist/slide2vec-….whl[openvino]'
+	@$(BIN)/uv build --quiet --wheel --no-build-isolation --python $(BIN)/python
+	@ls dist/slide2vec-*.whl
 
 test: $(STAMP)  ## run the test suite, on all CPUs of the job (ARGS=-n0: in one process)
 	@$(BIN)/python -m pytest -q -m "not gpu and not slow" -n auto --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         TileFeatures,
     )
     from slide2vec.cohort import RunResult
-    from slide2vec.config import ExecutionOptions, PreprocessingConfig
+    from slide2vec.config import ExecutionOptions, MaskSamplingConfig, PreprocessingConfig
     from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
     from slide2vec.encoders import TileEncoder, TimmTileEncoder, TorchTileEncoder, register_encoder
     from slide2vec.errors import EmbedImagesError, EmbedPatientsError, EmbedSlidesError, Slide2VecError
@@ -46,6 +46,7 @@ __all__ = [
     "HierarchicalEmbeddingArtifact",
     "ImageEmbeddingArtifact",
     "ImageSpec",
+    "MaskSamplingConfig",
     "Model",
     "Models",
     "PatientEmbeddingArtifact",
@@ -79,6 +80,7 @@ _HOMES = {
     "HierarchicalEmbeddingArtifact": "artifacts",
     "ImageEmbeddingArtifact": "artifacts",
     "ImageSpec": "images",
+    "MaskSamplingConfig": "config",
     "Model": "model",
     "Models": "models",
     "PatientEmbeddingArtifact": "artifacts",

@@ -1,8 +1,8 @@
 """What users choose by name, and which module of ours each name stands for.
 
 The configuration, the command line, `slide2vec doctor` and the rooms that make them read these tables.
-Nothing is imported here; modules are when they are first used. A name is a word of its `Literal` and a row of
-its table.
+No module of a table is imported here; they are when they are first used. A name is a word of its `Literal`
+and a row of its table.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, Literal, NamedTuple, TypeAlias
+
+from slide2vec.installation import add_extra
 
 __all__ = [
     "BACKENDS",
@@ -68,7 +70,7 @@ class OptionalPackage(NamedTuple):
     @property
     def install(self) -> str:
         """The command that installs it."""
-        return f'pip install "slide2vec[{self.extra}]"'
+        return add_extra(self.extra)
 
 
 class Home(NamedTuple):

@@ -79,8 +79,8 @@ def read_manifest(
     without.
 
     Args:
-        path: of the file, or its URL (s3://…, https://…; `slide2vec[cloud]`); separated by commas, semicolons
-            or tabs; UTF-8, UTF-16 or, with a warning, Windows-1252.
+        path: of the file, or its URL (s3://…, https://…; by the extra [cloud]); separated by commas,
+            semicolons or tabs; UTF-8, UTF-16 or, with a warning, Windows-1252.
         slides_dir: the folder of the slides.
         id_from: where there is no column of ids, what they are made of: see `slide2vec.slides.id_of`.
 

@@ -24,6 +24,7 @@ from slide2vec.cohort import embed_tiles
 from slide2vec.cohort.sink import MemorySink
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
+from slide2vec.encoders.given_module import register_module
 from slide2vec.encoders.preset_chain import PartsWeights, load_parts, loader_of, tile_recipe
 from slide2vec.encoders.registered import code_identity, refuse_overlap
 from slide2vec.encoders.weights import weights_digest
@@ -169,6 +170,29 @@ class Model:
             )
         assert model is not None
         return model
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        name: str,
+        *,
+        device: str | torch.device | None = None,
+        precision: str | None = None,
+        **described: Any,
+    ) -> Self:
+        """Build a model of a module of PyTorch, which is a preset of that name from then on.
+
+        Args:
+            module: (B, 3, H, W) float -> (B, D) float, with its weights.
+            device, precision: as of `from_preset`.
+            described: tile_size_px, mean and std or transform, spacing_um, and the other arguments of
+                `slide2vec.encoders.register_module`.
+
+        Raises:
+            PresetError: a ValueError: the module or what is said of it does not fit; see there.
+        """
+        return cls.from_preset(register_module(module, name, **described), device=device, precision=precision)
 
     @property
     def name(self) -> str:

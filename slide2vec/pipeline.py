@@ -206,7 +206,7 @@ class Pipeline:
             manifest_path=None if manifest_path is None else as_path(manifest_path),
             slides_dir=None if slides_dir is None else as_path(slides_dir),
             id_from=id_from,
-            preset=model.name,
+            preset=model.recipe.reference,
             preprocessing=config,
             execution=self.execution,
             **model.origin,

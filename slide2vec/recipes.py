@@ -4,6 +4,7 @@ A recipe says what the encoder is and where its weights are, how tiles are prepa
 outputs it offers, and what its licence asks. `docs` of every key: the classes below. Any other model of
 timm has a recipe too, made from what timm says of it: "timm:<architecture>", "hf-hub:<owner>/<repo>".
 A preset of a slide encoder names the tile preset that feeds it, one of a patient encoder the slide preset.
+Users' recipes are files of theirs, named by their path or found in the folders of SLIDE2VEC_RECIPES.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
+import os
 import tomllib
 import warnings
 from contextlib import nullcontext
@@ -44,6 +46,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
+#: Folders with recipes of users, separated as in PATH.
+SEARCH_PATH = "SLIDE2VEC_RECIPES"
+SUFFIX = ".toml"
 #: What begins the name of a model without a recipe file.
 GENERIC = ("timm:", "hf-hub:")
 #: Relative difference within which two spacings are one: 5 %, and what decimals lack in binary.
@@ -175,6 +180,7 @@ class Recipe(_Section):
 
     Attributes:
         name: of the preset, the stem of its file.
+        file: where that is, of a file that is not slide2vec's own.
         schema_version: of the file.
         title, summary: for people.
         level: what it embeds.
@@ -203,6 +209,7 @@ class Recipe(_Section):
     """
 
     name: str
+    file: str = ""
     schema_version: int
     title: str
     summary: str
@@ -258,6 +265,11 @@ class Recipe(_Section):
         if self.level != "patient" and self.slide_encoder:
             raise ValueError(f"slide_encoder is for patient presets, not for level {self.level!r}")
         return self
+
+    @property
+    def reference(self) -> str:
+        """By what `load_recipe` finds it, wherever it is called."""
+        return self.file or self.name
 
     @property
     def generic(self) -> bool:
@@ -335,7 +347,8 @@ def read_recipe(path: Path) -> Recipe:
     try:
         with path.open("rb") as file:
             content = tomllib.load(file)
-        return Recipe(name=path.stem, **_with_transform(content, path))
+        where = {} if path.parent == _recipe_dir() else {"file": str(path.absolute())}
+        return Recipe(name=path.stem, **where, **_with_transform(content, path))
     except (OSError, tomllib.TOMLDecodeError, TypeError) as error:
         raise PresetError(f"recipe {path}: {error}") from error
     except ValidationError as error:
@@ -356,12 +369,27 @@ def _with_transform(content: dict[str, Any], path: Path) -> dict[str, Any]:
     if "transform" in content:
         raise PresetError(f"recipe {path}: transform is that of {preset}, and not to be given again")
     made = {name: value for name, value in content.items() if name != "fed_with"}
-    feeder = read_recipe(path.with_name(f"{preset}.toml"))
+    feeder = _feeder(preset, path)
+    if isinstance(named, dict):
+        made[key] = {**named, "preset": feeder.reference}
+    else:
+        made[key] = feeder.reference
     if feeder.level != below:
         raise PresetError(f"recipe {path}: {key} names {preset}, which is a {feeder.level} preset")
     if isinstance(named, dict):
         feeder.variant(named.get("variant"))
     return {**made, "transform": content.get("fed_with", feeder.transform)}
+
+
+def _feeder(preset: str, path: Path) -> Recipe:
+    """The preset that feeds the one of a recipe file: a file beside it where it is one's own, or any."""
+    beside = path.parent / (preset if preset.endswith(SUFFIX) else f"{preset}{SUFFIX}")
+    if beside.is_file():
+        return read_recipe(beside)
+    try:
+        return load_recipe(preset)
+    except PresetError as error:
+        raise PresetError(f"recipe {path}: {error}") from None
 
 
 def _in_words(error: ValidationError) -> str:
@@ -379,12 +407,12 @@ class Registered(NamedTuple):
 
     Attributes:
         recipe: what is known before it is built.
-        encoder: its class.
+        encoder: its class, or a `functools.partial` of one and the module that it is made with.
         for_other_sizes: arguments of its constructor for tiles of another size than its own.
     """
 
     recipe: Recipe
-    encoder: type
+    encoder: Any
     for_other_sizes: dict[str, Any]
 
 
@@ -396,22 +424,39 @@ def is_built_in(name: str) -> bool:
     return Path(name).name == name and (_recipe_dir() / f"{name}.toml").is_file()
 
 
-def load_recipe(name: str) -> Recipe:
-    """The recipe of a preset or registered encoder, or of any model as "timm:<architecture>" or
-    "hf-hub:<owner>/<repo>".
+def load_recipe(name: str | os.PathLike[str]) -> Recipe:
+    """The recipe of a preset or registered encoder; of a recipe file by its path, which ends in ".toml"; or
+    of any model as "timm:<architecture>" or "hf-hub:<owner>/<repo>".
 
     Raises:
-        PresetError: no such preset or model; the message gives the nearest names.
+        PresetError: no such preset, file or model; the message gives the nearest names.
     """
+    name = os.fspath(name)
     if name.startswith(GENERIC):
         return _generic_recipe(name)
+    if name.endswith(SUFFIX):
+        return read_recipe(Path(name).expanduser())
+    theirs = [path for path in _users_recipes() if path.stem == name]
     if is_built_in(name):
-        return read_recipe(_recipe_dir() / f"{name}.toml")
+        theirs.insert(0, _recipe_dir() / f"{name}{SUFFIX}")
+    if len(theirs) > 1:
+        raise PresetError(
+            f"{name!r} may mean {' or '.join(map(str, theirs))}: rename one, or give the path of its file"
+        )
+    if theirs:
+        return read_recipe(theirs[0])
     found = REGISTERED.get(name)
     if found is None:
-        hint = nearest_names(name, [*_all_recipes(), *REGISTERED])
+        users = [path.stem for path in _users_recipes()]
+        hint = nearest_names(name, [*_all_recipes(), *REGISTERED, *users])
         raise PresetError(f"there is no preset {name!r}. {' '.join((hint, *_left_out()))}")
     return _fed(found.recipe)
+
+
+def _users_recipes() -> list[Path]:
+    """Files in the folders of SLIDE2VEC_RECIPES."""
+    folders = [Path(each).expanduser() for each in os.environ.get(SEARCH_PATH, "").split(os.pathsep) if each]
+    return [path for folder in folders for path in sorted(folder.glob(f"*{SUFFIX}"))]
 
 
 def _fed(recipe: Recipe) -> Recipe:
@@ -450,10 +495,18 @@ def list_models(level: Level | None = None) -> list[str]:
     """
     if level not in (None, "tile", "slide", "patient"):
         raise PresetError(f"there is no level {level!r}. Allowed: tile, slide, patient.")
-    for warning in _left_out():
-        warnings.warn(warning, RuntimeWarning, stacklevel=2)
-    registered = {name: found.recipe for name in REGISTERED if (found := REGISTERED.get(name))}
-    known = {**_all_recipes(), **registered}
+    problems = _left_out()
+    known = {
+        **_all_recipes(),
+        **{name: found.recipe for name in REGISTERED if (found := REGISTERED.get(name))},
+    }
+    for path in _users_recipes():
+        try:
+            known[path.stem] = load_recipe(path.stem)
+        except PresetError as error:
+            problems.append(f"Left out: {error}")
+    for problem in problems:
+        warnings.warn(problem, RuntimeWarning, stacklevel=2)
     return sorted(name for name, recipe in known.items() if level in (None, recipe.level))
 
 

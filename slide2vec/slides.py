@@ -56,12 +56,15 @@ class Slide:
         sample_id: its name, unique in a call; a file stem, so without path separators.
         image_path: the slide file; a UPath where it is on remote storage, which ExecutionOptions(stage_dir=…)
             makes readable.
-        mask_path: an optional tissue mask raster (0, and 1 or 255 for tissue) that replaces segmentation.
+        mask_path: an optional tissue mask that replaces segmentation: a raster (0, and 1 or 255 for tissue),
+            or GeoJSON; with `PreprocessingConfig.masks` of other labels, the mask of annotations.
         spacing_at_level_0: µm/px of level 0, where the file's own value is missing or wrong.
         patient_id: for patient-level models.
         tiling: options of this slide that count over those of the run: "tissue_threshold", and
             "segmentation_…" and "filtering_…" with the fields of SegmentationConfig and FilterConfig, such as
             "segmentation_method". Checked when the slide is planned.
+        annotation: the class of its mask whose tiles are meant, where the class has a folder; the sample_id
+            then begins with it, "tumor/a". `slide2vec.manifests.by_class` makes such slides of a user's.
     """
 
     sample_id: str
@@ -70,9 +73,10 @@ class Slide:
     spacing_at_level_0: float | None = None
     patient_id: str | None = None
     tiling: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    annotation: str | None = None
 
     def __post_init__(self) -> None:
-        check_id(self.sample_id, "sample_id")
+        check_id(self.sample_id.removeprefix(f"{self.annotation}/"), "sample_id")
         if self.patient_id is not None:
             check_id(self.patient_id, "patient_id")
         spacing = self.spacing_at_level_0
@@ -96,7 +100,7 @@ def check_id(value: str, field: str) -> None:
         )
 
 
-_FIELDS = tuple(field.name for field in fields(Slide))
+_FIELDS = tuple(field.name for field in fields(Slide) if field.name != "annotation")
 
 
 def id_of(path: Path, id_from: IdFrom = "name") -> str:

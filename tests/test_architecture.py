@@ -20,15 +20,17 @@ PACKAGE = ROOT / "slide2vec"
 
 #: Room -> number; a room imports only from rooms with a smaller number.
 ROOMS = {
-    "choices": 0,
     "errors": 0,
+    "installation": 0,
     "lazy": 0,
     "plugins": 0,
     "version": 0,
+    "choices": 1,
     "cpus": 1,
     "energy": 1,
     "geometry": 1,
     "files": 1,
+    "labels": 1,
     "config": 2,
     "slides": 2,
     "progress": 2,

@@ -19,13 +19,14 @@ import yaml
 from slide2vec.config import (
     ExecutionOptions,
     FilterConfig,
+    MaskSamplingConfig,
     PreprocessingConfig,
     PreviewConfig,
     SegmentationConfig,
 )
 from slide2vec.errors import ConfigError
 from slide2vec.settings import RunSettings, load_settings, settings_as_yaml, versions
-from slide2vec.settings.keys import KEYS, OLDER
+from slide2vec.settings.keys import KEYS, LABELS, OLDER
 from slide2vec.settings.text import as_yaml, parse_yaml
 
 Load = Callable[..., RunSettings]
@@ -275,11 +276,6 @@ def test_what_has_no_effect_is_said(load: Load, override: str, caplog: pytest.Lo
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("tiling.masks.pixel_mapping.tumor=2", "sampling by annotation is not supported"),
-        ("tiling.masks.pixel_mapping.tissue=[1,2]", "sampling by annotation is not supported"),
-        ("tiling.masks.pixel_mapping.tissue=true", "sampling by annotation is not supported"),
-        ("tiling.masks.min_coverage.tumor=0.5", "sampling by annotation is not supported"),
-        ("tiling.masks.min_coverage.background=0.5", "sampling by annotation is not supported"),
         ("tiling.seg_params.method=sam2", "'hsv', 'otsu' or 'threshold', got 'sam2'"),
         ("tiling.seg_params.sam2_checkpoint_path=a.pt", "SAM2 segmentation is not supported"),
     ],
@@ -288,6 +284,63 @@ def test_what_is_not_supported_is_an_error(load: Load, override: str, message: s
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         load(NEWEST, override)
     assert override.partition("=")[0] in str(caught.value)
+
+
+# labels of masks ----------------------------------------------------------------------------------
+
+
+def test_labels_are_added_to_those_of_tissue(load: Load) -> None:
+    masks = load(
+        NEWEST,
+        "tiling.masks.pixel_mapping.tumor=[2, 3]",
+        "tiling.masks.min_coverage.tumor=0.5",
+        "tiling.masks.min_coverage.tissue=null",
+        "tiling.masks.colors.tumor=[255, 0, 0]",
+        "tiling.masks.output_mode=merged",
+    ).preprocessing.masks
+    assert masks.pixel_mapping == {"background": (0,), "tissue": (1,), "tumor": (2, 3)}
+    assert masks.min_coverage == {"tumor": 0.5}
+    assert masks.colors == {"background": None, "tissue": (157, 219, 129), "tumor": (255, 0, 0)}
+    assert (masks.output_mode, masks.strategy, masks.classes) == ("merged", "joint", ("merged",))
+
+
+def test_a_label_left_blank_is_removed(load: Load) -> None:
+    masks = load(
+        "tiling: {masks: {pixel_mapping: [{tissue: }, {tumor: 1}], min_coverage: {tumor: 0.3}}}"
+    ).preprocessing.masks
+    assert masks.pixel_mapping == {"background": (0,), "tumor": (1,)}
+    assert masks.min_coverage == {"tumor": 0.3} and masks.colors is None
+
+
+@pytest.mark.parametrize("masks", ["{pixel_mapping: {tissue: , tumor: 1}, min_coverage: {tumor: 0.3}}", "{}"])
+def test_labels_are_what_is_read_back(load: Load, masks: str) -> None:
+    settings = load(f"tiling: {{masks: {masks}}}")
+    assert load(settings_as_yaml(settings, {}), named=False) == settings
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pixel_mapping.tumor=1", "labels 'tissue' and 'tumor' both have the value 1"),
+        ("pixel_mapping.tissue=true", "label 'tissue' has the value True"),
+        ("pixel_mapping.merged=2", "the label 'merged' stands for all labels"),
+        (
+            "min_coverage.tumor=0.5",
+            "there is no label 'tumor' in pixel_mapping. Allowed: background, tissue.",
+        ),
+        ("min_coverage.background=5", "label 'background' has 5; a least coverage is a fraction, 0 to 1"),
+        ("min_coverage.tissue=null", None),
+        ("colors.tissue=red", "label 'tissue' has the colour 'red'"),
+        ("strategy=both", "'joint' or 'independent', got 'both'"),
+    ],
+)
+def test_labels_that_are_wrong(load: Load, override: str, message: str | None) -> None:
+    if message is None:  # the threshold of tissue, as ever
+        assert load(NEWEST, f"tiling.masks.{override}").preprocessing.masks.min_coverage == {"tissue": 0.1}
+        return
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        load(NEWEST, f"tiling.masks.{override}")
+    assert f"tiling.masks.{override.partition('=')[0].partition('.')[0]}" in str(caught.value)
 
 
 # errors -----------------------------------------------------------------------------------------
@@ -752,8 +805,9 @@ def test_settings_are_what_is_read_back(tmp_path: Path) -> None:
 
 def test_written_settings_have_every_field() -> None:
     owners = (PreprocessingConfig, ExecutionOptions, SegmentationConfig, FilterConfig, PreviewConfig)
-    fields = {(owner, field) for owner in owners for field in owner.model_fields}
-    sections = {(PreprocessingConfig, name) for name in ("segmentation", "filtering", "preview")}
+    fields = {(owner, field) for owner in (*owners, MaskSamplingConfig) for field in owner.model_fields}
+    sections = {(PreprocessingConfig, name) for name in ("segmentation", "filtering", "preview", "masks")}
+    sections |= {(MaskSamplingConfig, name) for name in LABELS}
     of_images = {(ExecutionOptions, "on_image_mismatch")}  # which no configuration file names
     assert fields - sections - of_images == {
         (key.owner, key.field) for key in KEYS.values() if key.owner is not None

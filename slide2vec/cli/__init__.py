@@ -28,7 +28,7 @@ from slide2vec.cli.run import CONFIG_SUFFIXES, run
 from slide2vec.cli.status import status
 from slide2vec.cli.tile import tile
 from slide2vec.errors import Slide2VecError
-from slide2vec.version import __version__
+from slide2vec.version import PROJECT, __version__
 
 __all__ = ["app", "main"]
 
@@ -88,7 +88,7 @@ app.command()(demo)
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"slide2vec {__version__}")
+        typer.echo(f"slide2vec {__version__} ({PROJECT})")
         raise typer.Exit
 
 

@@ -19,7 +19,8 @@ from typing import Any
 from slide2vec.choices import BACKENDS, EXECUTORS, PREPARERS, RUNTIMES, OptionalPackage
 from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
 from slide2vec.cli.doctor_runtimes import missing_command, runtimes
-from slide2vec.version import __version__
+from slide2vec.installation import add_extra
+from slide2vec.version import PROJECT, __version__
 
 __all__ = ["doctor"]
 
@@ -78,11 +79,12 @@ def _version(distributions: Iterable[str]) -> str | None:
 def _versions() -> dict[str, str]:
     found = {
         "slide2vec": __version__,
+        "which is": PROJECT,
         "Python": f"{platform.python_version()} ({sys.executable})",
         "system": platform.platform(terse=True),
     }
     names = ("torch", "timm", "numpy", "openslide-python", "opencv-python-headless", "huggingface-hub")
-    return found | {name: _version([name]) or "missing: pip install slide2vec" for name in names}
+    return found | {name: _version([name]) or f"missing: pip install {name}" for name in names}
 
 
 def _machine() -> dict[str, Any]:
@@ -260,7 +262,7 @@ def _print(found: dict[str, Any]) -> None:
     console.print(table(("part", "for", "version"), rows))
     extras = sorted({part["extra"] for part in found["parts"] if not part["version"]} - NEEDS_TOOLKIT)
     if extras:
-        command = f'pip install "slide2vec[{",".join(extras)}]"'
+        command = add_extra(*extras)
         console.print(f"\nTo add them: {command}", markup=False, soft_wrap=True)
     section("Compiled encoders")
     console.print(facts(_engine_facts(found["engines"])))

@@ -215,7 +215,7 @@ def run_side_by_side(
     """
     started = time.perf_counter()
     with stager_for(execution) as stager:
-        shared = SharedSlides(tasks, stager)
+        shared = SharedSlides(tasks, stager, readers=execution.num_workers)
 
         def run(name: str, task: Callable[[Share], Result]) -> Result:
             share = shared.share(name, slides[name])

@@ -11,6 +11,7 @@ import torch
 from slide2vec.compile.compiler_messages import first_line, silenced
 from slide2vec.compile.export_module import ExportedEncoder, at_one_size
 from slide2vec.errors import EngineError, ExtraMissingError
+from slide2vec.installation import add_extra
 
 __all__ = ["OPSETS", "batch_dimension", "example_pixels", "export_onnx", "unavailable"]
 
@@ -23,7 +24,7 @@ OPSETS = (23, 20)
 def unavailable() -> str | None:
     """Why nothing can be exported here, None when it can."""
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
-    return f'{" and ".join(missing)} not installed: pip install "slide2vec[openvino]"' if missing else None
+    return f"{' and '.join(missing)} not installed: {add_extra('openvino')}" if missing else None
 
 
 def export_onnx(module: ExportedEncoder, path: Path, *, input_size_px: int, opset: int | None = None) -> int:

@@ -13,6 +13,7 @@ from slide2vec.encoders.base_classes import (
     TimmTileEncoder,
     TorchTileEncoder,
 )
+from slide2vec.encoders.given_module import register_module
 from slide2vec.encoders.registration import register_encoder
 from slide2vec.encoders.weights import WeightsChoice, load_weights, seeded
 from slide2vec.errors import ModelLevelError
@@ -33,6 +34,7 @@ __all__ = [
     "build_encoder",
     "list_encoder_provider_diagnostics",
     "register_encoder",
+    "register_module",
 ]
 
 

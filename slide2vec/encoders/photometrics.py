@@ -13,7 +13,7 @@ from PIL import Image
 from slide2vec.errors import PresetError
 from slide2vec.recipes import ImageGeometry
 
-__all__ = ["geometry_of", "statistics_of"]
+__all__ = ["geometry_of", "statistics_of", "without_geometry"]
 
 Statistics: TypeAlias = tuple[float, float, float]
 
@@ -102,6 +102,19 @@ def geometry_of(transform: Any) -> ImageGeometry | None:
         elif size:
             return None
     return found
+
+
+def without_geometry(transform: Any) -> Callable[[Any], Any]:
+    """A transform without its parts that resize or crop."""
+    kept = [part for part in _parts(transform) if type(part).__name__ not in ("Resize", "CenterCrop")]
+
+    def applied(picture: Any) -> Any:
+        for part in kept:
+            picture = part(picture)
+        return picture
+
+    applied.transforms = kept  # type: ignore[attr-defined]  # as a Compose has them
+    return applied
 
 
 def _interpolation(part: Any) -> Literal["bicubic", "bilinear"]:

@@ -158,7 +158,7 @@ def load_parts(recipe: Recipe, options: Mapping[str, Any]) -> list[Part]:
 
 def loader_of(part: Part, load: Callable[..., Any]) -> Callable[..., Any]:
     """What builds a part and those below it anew in another process, of `Model.from_preset`."""
-    return reloader(parts_of(part.recipe), partial(load, part.recipe.name, **part.options))
+    return reloader(parts_of(part.recipe), partial(load, part.recipe.reference, **part.options))
 
 
 def _load(recipe: Recipe, options: Mapping[str, Any], choices: Mapping[str, WeightsChoice]) -> list[Part]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from slide2vec.encoders.base_classes import BaseEncoder, PatientEncoder, SlideEncoder, TileEncoder
 from slide2vec.encoders.code import code_of
 from slide2vec.encoders.photometrics import geometry_of, statistics_of
-from slide2vec.encoders.registration import place_of
+from slide2vec.encoders.registration import module_of, place_of
 from slide2vec.encoders.slide.bag import SlideFeatures, TileBag
 from slide2vec.errors import ConfigError, PresetError
 from slide2vec.recipes import REGISTERED, Recipe, Registered, Variant
@@ -46,10 +46,8 @@ class Brought(nn.Module):
 
     def __init__(self, own: BaseEncoder | nn.Module, recipe: Recipe, variant: str) -> None:
         super().__init__()
-        self.own, self.code = (
-            own,
-            {**code_of(type(own)), "source": recipe.weights.repo if recipe.weights else ""},
-        )
+        source = recipe.weights.repo if recipe.weights else ""
+        self.own, self.code = own, {**code_of(type(getattr(own, "made_of", own))), "source": source}
         if revision := recipe.encoder.kwargs.get("revision"):
             self.code["aggregation_revision"] = revision
         self.parts = nn.ModuleList([] if isinstance(own, nn.Module) else _modules(own))
@@ -212,24 +210,30 @@ def _gflops(recipe: Recipe, variant: str, encoder: nn.Module) -> float:
 
 
 def reloader(recipes: Iterable[str], load: Callable[..., Any]) -> Callable[..., Any]:
-    """`load` for another process, where the modules that register these encoders are imported first."""
-    found = {name: REGISTERED.added(name) for name in recipes}
-    modules = {name: there.encoder.__module__ for name, there in found.items() if there is not None}
-    return _Elsewhere(modules, load) if modules else load
+    """`load` for another process, where these encoders are registered first: their modules are imported, and
+    those that are no classes come along."""
+    found = {name: there for name in recipes if (there := REGISTERED.added(name)) is not None}
+    return _Elsewhere(found, load) if found else load
 
 
 class _Elsewhere:
     """A picklable call, see `reloader`."""
 
-    def __init__(self, modules: Mapping[str, str], load: Callable[..., Any]) -> None:
-        self._modules, self._load = modules, load
+    def __init__(self, found: Mapping[str, Registered], load: Callable[..., Any]) -> None:
+        self._load = load
+        self._modules = {name: module_of(there.encoder) for name, there in found.items()}
+        self._brought = {name: there for name, there in found.items() if not isinstance(there.encoder, type)}
+        if "__main__" in self._modules.values():  # a clearer error than pickle's, in the worker
+            self._brought = {}
 
     def __call__(self, **given: Any) -> Any:
         for name, module in self._modules.items():
             if module == "__main__":
                 raise ConfigError(
-                    f"workers cannot import encoder {name}: it is registered in the script or notebook that "
-                    "runs. Put its class into a module of its own and import that, or say num_gpus=1"
+                    f"workers cannot import encoder {name}: its class is in the script or notebook that "
+                    "runs. Put it into a module of its own and import that, or say num_gpus=1"
                 )
             import_module(module)
+        for name, there in self._brought.items():
+            REGISTERED.add(name, there)
         return self._load(**given)

@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast
 
 from slide2vec.encoders.base_classes import BaseEncoder, PatientEncoder, SlideEncoder, TileEncoder
@@ -24,7 +24,7 @@ from slide2vec.recipes import (
     is_built_in,
 )
 
-__all__ = ["place_of", "register_encoder", "unbuilt_recipe"]
+__all__ = ["Declared", "check_free", "module_of", "place_of", "register_encoder"]
 
 Class = TypeVar("Class", bound=type[BaseEncoder])
 Level = Literal["tile", "slide", "patient"]
@@ -80,7 +80,7 @@ def register_encoder(
             name is taken.
     """
     variants, default = _outputs(name, encode_dim, output_variants, default_output_variant)
-    declared = _Declared(
+    declared = Declared(
         name=name,
         variants=variants,
         default_variant=default,
@@ -100,7 +100,7 @@ def register_encoder(
 
     def decorator(encoder: Class) -> Class:
         _check_class(name, encoder, level)
-        _check_free(name, encoder)
+        check_free(name, encoder)
         for recipe in declared.recipes(encoder):
             REGISTERED.add(recipe.name, Registered(recipe, encoder, declared.for_other_sizes))
         return encoder
@@ -108,58 +108,38 @@ def register_encoder(
     return decorator
 
 
-def place_of(encoder: type) -> str:
-    """Where a class is defined: "module:name"."""
-    return f"{encoder.__module__}:{encoder.__qualname__}"
+def place_of(encoder: Any) -> str:
+    """Where a class is defined, or that of a module which was given: "module:name"."""
+    made_of = _class_of(encoder)
+    return f"{made_of.__module__}:{made_of.__qualname__}"
 
 
-def unbuilt_recipe(
-    name: str, family: Literal["registered", "module"], side: int, variants: Mapping[str, int], **known: Any
-) -> Recipe:
-    """The recipe of an encoder that says the rest (statistics, parameters, work) when it is built.
+def module_of(encoder: Any) -> str:
+    """The module of Python that `place_of` names."""
+    return _class_of(encoder).__module__
 
-    Args:
-        side: of its tiles in px.
-        variants: D by output.
-        known: fields of `Recipe`.
-    """
-    source = known.pop("source", "")
-    statistics: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    defaults: dict[str, Any] = {
-        "schema_version": 1,
-        "title": name,
-        "summary": "An encoder of yours",
-        "params_m": 0.0,
-        "gflops": 0.0,
-        "encoder": EncoderSpec(family=family, arch=name),
-        "weights": WeightsSource(repo=source, revision="", files=()),
-        "transform": Transform(resize=side, crop=side, **statistics),
-        "licence": Licence(name="not known", terms="see its source", url=source),
-        "citation": source or "see its source",
-    }
-    outputs = {key: Variant(dim=dim, pool="none") for key, dim in variants.items()}
-    try:
-        return Recipe(name=name, tile_size_px=side, variants=outputs, **{**defaults, **known})
-    except (ValueError, TypeError) as error:
-        raise _refusal(name, " ".join(str(error).split())) from None
+
+def _class_of(encoder: Any) -> type:
+    """Of a `Registered.encoder`: the class itself, or that of the module which another one is made with."""
+    return encoder if isinstance(encoder, type) else type(encoder.args[0])
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Declared:
-    """What was given to `register_encoder`."""
+class Declared:
+    """What is said of an encoder when it is registered: see `register_encoder`."""
 
     name: str
     variants: Mapping[str, int]
     default_variant: str
     input_size: int | None
     takes_other_sizes: bool | None
-    for_other_sizes: dict[str, Any]
-    patch_size: int | tuple[int, int] | None
-    level: Level
-    feeder: tuple[str | None, str | None]
-    revision: int | None
+    for_other_sizes: dict[str, Any] = field(default_factory=dict)
+    patch_size: int | tuple[int, int] | None = None
+    level: Level = "tile"
+    feeder: tuple[str | None, str | None] = (None, None)
+    revision: int | None = None
     spacings: tuple[float, ...]
-    default_spacing_um: float | None
+    default_spacing_um: float | None = None
     precision: str
     source: str
 
@@ -195,8 +175,8 @@ class _Declared:
             return f"a {self.level} encoder has to say tile_encoder and tile_encoder_output_variant"
         return None
 
-    def recipes(self, encoder: type[BaseEncoder]) -> list[Recipe]:
-        """Of the class; two of a patient encoder, which makes the embeddings of slides, too."""
+    def recipes(self, encoder: type) -> list[Recipe]:
+        """Of the class that does it; two of a patient encoder, which makes the embeddings of slides, too."""
         made = self._recipe(encoder)
         if self.level == "tile":
             return [made]
@@ -214,29 +194,38 @@ class _Declared:
             made.model_copy(update={**above, "slide_encoder": below}),
         ]
 
-    def _recipe(self, encoder: type[BaseEncoder]) -> Recipe:
+    def _recipe(self, encoder: type) -> Recipe:
         kwargs = {"revision": self.revision} if self.revision else {}
         if self.patch_size is not None:  # inputs are multiples of it
             sides = self.patch_size if isinstance(self.patch_size, tuple) else (self.patch_size,)
             kwargs["patch_size"] = math.lcm(*sides)
         only = self.spacings[0] if len(self.spacings) == 1 else None
         documented = inspect.cleandoc(encoder.__doc__ or "").partition("\n")[0]
-        return unbuilt_recipe(
-            self.name,
-            "registered",
-            self.input_size or 1,
-            self.variants,
-            title=encoder.__qualname__,
-            summary=documented or f"Registered by {encoder.__module__}",
-            level=self.level if self.level == "tile" else "patient",  # `recipes` says what is above
-            spacing_um=self.spacings,
-            default_spacing_um=only if self.default_spacing_um is None else self.default_spacing_um,
-            precision=self.precision,
-            encoder=EncoderSpec(family="registered", arch=self.name, kwargs=kwargs),
-            positions="antialiased" if self.takes_other_sizes else "fixed",
-            default_variant=self.default_variant,
-            source=self.source,
-        )
+        side = self.input_size or 1
+        try:
+            return Recipe(
+                name=self.name,
+                schema_version=1,
+                title=encoder.__qualname__,
+                summary=documented or f"Registered by {encoder.__module__}",
+                level="tile" if self.level == "tile" else "patient",  # `recipes` says what is above
+                tile_size_px=side,
+                spacing_um=self.spacings,
+                default_spacing_um=only if self.default_spacing_um is None else self.default_spacing_um,
+                precision=cast("Any", self.precision),
+                params_m=0.0,  # it says this, its work and its statistics when it is built
+                gflops=0.0,
+                encoder=EncoderSpec(family="registered", arch=self.name, kwargs=kwargs),
+                weights=WeightsSource(repo=self.source, revision="", files=()),
+                transform=Transform(resize=side, crop=side, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
+                positions="antialiased" if self.takes_other_sizes else "fixed",
+                variants={key: Variant(dim=dim, pool="none") for key, dim in self.variants.items()},
+                default_variant=self.default_variant,
+                licence=Licence(name="not known", terms="see its source", url=self.source),
+                citation=self.source or "see its source",
+            )
+        except (ValueError, TypeError) as error:
+            raise _refusal(self.name, " ".join(str(error).split())) from None
 
 
 def _outputs(
@@ -279,12 +268,15 @@ def _check_class(name: str, encoder: type, level: str) -> None:
         raise _refusal(name, f"{place_of(encoder)} has no {', '.join(missing)}")
 
 
-def _check_free(name: str, encoder: type) -> None:
-    """A module that is loaded again may register its class again."""
+def check_free(name: str, encoder: Any) -> None:
+    """Raise PresetError where somebody else has the name. A module of Python that is loaded again may
+    register its class again, and modules of PyTorch follow one another."""
     if is_built_in(name):
         raise _refusal(name, "slide2vec has a preset of that name")
     there = REGISTERED.added(name)
-    if there is not None and place_of(there.encoder) != place_of(encoder):
+    if there is None or not (isinstance(there.encoder, type) or isinstance(encoder, type)):
+        return
+    if not isinstance(there.encoder, type) or place_of(there.encoder) != place_of(encoder):
         raise _refusal(name, f"{place_of(there.encoder)} is already registered under that name")
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from slide2vec.encoders.weights import WeightsChoice
 from slide2vec.errors import ExtraMissingError, GatedWeightsError, PresetError, WeightsError
 from slide2vec.files import hub_or_cache
+from slide2vec.installation import add_extra
 from slide2vec.recipes import Recipe, Variant, WeightsSource
 
 __all__ = ["RemoteEncoder", "build_remote", "consented", "load_remote"]
@@ -79,9 +80,7 @@ def consented(recipe: Recipe, weights: WeightsChoice, consent: bool) -> Path | N
             "(command line: --trust-remote-code)"
         )
     if importlib.util.find_spec("transformers") is None:
-        raise ExtraMissingError(
-            f'preset {recipe.name} needs the package transformers: pip install "slide2vec[models]"'
-        )
+        raise ExtraMissingError(f"preset {recipe.name} needs the package transformers: {add_extra('models')}")
     return place
 
 

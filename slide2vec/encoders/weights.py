@@ -94,10 +94,18 @@ def load_weights(build: Callable[[], nn.Module], recipe: Recipe, weights: Weight
 def find_weights(recipe: Recipe, weights: WeightsChoice) -> Path:
     """The weights file: downloaded (or found in the hub's cache) for None, else the local one.
 
-    Weights in several files are stood for by their index; the others are beside it.
+    Weights in several files are stood for by their index; the others are beside it. Those of a user's recipe
+    are looked for beside its file first, and only there where it names no repository.
     """
     if recipe.weights is None:
         raise WeightsError(f"preset {recipe.name} has no weights to load")
+    if weights is None and recipe.file:
+        folder = Path(recipe.file).parent
+        found = next(filter(Path.is_file, (folder / name for name in recipe.weights.files)), None)
+        if found is None and not recipe.weights.repo:
+            wanted = ", ".join(recipe.weights.files)
+            raise WeightsError(f"there is none of {wanted} beside {recipe.file}, which names no repository")
+        weights = found
     if weights is None:
         return _from_hub(recipe.name, recipe.weights)
     path = Path(weights).expanduser()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, cast
 from uuid import uuid4
 
 from slide2vec.errors import ConfigError, ExtraMissingError, Slide2VecError
+from slide2vec.installation import add_extra
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -78,7 +79,7 @@ def _opened(text: str, protocol: str, rest: str) -> UPath:
         return made
     except ImportError as error:
         raise ExtraMissingError(
-            f"{text} cannot be opened ({error}): s3:// and gs:// need pip install 'slide2vec[cloud]', other "
+            f"{text} cannot be opened ({error}): s3:// and gs:// need {add_extra('cloud')}; other "
             "protocols the fsspec package of theirs besides"
         ) from error
     except ValueError as error:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.errors import ExtraMissingError, SlideReadError
+from slide2vec.installation import add_extra
 from slide2vec.prepare.pixel_difference import DECODED, most_textured, spread
 
 __all__ = ["Archive", "DaliArchive", "fault", "unavailable"]
@@ -54,7 +55,7 @@ def unavailable() -> str | None:
     """Why DALI cannot be used here, None when it can."""
     if find_spec("nvidia") and find_spec("nvidia.dali"):
         return None
-    return 'NVIDIA DALI is not installed: pip install "slide2vec[cuda]" (Linux)'
+    return f"NVIDIA DALI is not installed: {add_extra('cuda')} (Linux)"
 
 
 def fault(error: Exception) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from slide2vec.errors import BackendError, ExtraMissingError, SlideReadError
+from slide2vec.installation import add_extra
 from slide2vec.readers.crash_guard import check_in_child
 from slide2vec.readers.probe import Probe, TiffLevel
 from slide2vec.readers.pyramid import PyramidReader, to_level0
@@ -32,7 +33,7 @@ _PREDICTOR_IGNORED = {1, 5, 7, 32773, 33005, 34712, 50002}
 
 def unavailable() -> str | None:
     """Why this back end cannot be used here, None when it can."""
-    return None if find_spec("cucim") else 'cuCIM is not installed: pip install "slide2vec[cucim]" (Linux)'
+    return None if find_spec("cucim") else f"cuCIM is not installed: {add_extra('cucim')} (Linux)"
 
 
 class CucimReader(PyramidReader):

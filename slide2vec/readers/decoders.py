@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from slide2vec.cpus import job_cpus
 from slide2vec.errors import ExtraMissingError
+from slide2vec.installation import add_extra
 from slide2vec.readers.codecs import decode_tile, tile_memory
 from slide2vec.readers.tile_table import Parts, TileFormat, TilePlace
 
@@ -67,7 +68,7 @@ def nvimgcodec_unavailable() -> str | None:
     """Why nvImageCodec cannot be used here, None when it can."""
     if find_spec("nvidia") and find_spec("nvidia.nvimgcodec"):
         return None
-    return 'nvImageCodec is not installed: pip install "slide2vec[cuda]" (Linux)'
+    return f"nvImageCodec is not installed: {add_extra('cuda')} (Linux)"
 
 
 class NvimgcodecMemory:

@@ -94,11 +94,6 @@ class DicomLevel:
     offsets: NDArray[np.int64] = field(repr=False, compare=False)
     counts: NDArray[np.int64] = field(repr=False, compare=False)
 
-    @property
-    def is_native(self) -> bool:
-        """Its frames are not compressed."""
-        return self.syntax in _NATIVE
-
 
 def dicom_levels(heads: Sequence[DicomHead], named: Path) -> tuple[DicomLevel, ...]:
     """The levels of a series, largest first; labels and overviews are none.

@@ -33,6 +33,7 @@ _Part: TypeAlias = tuple[slice, slice]
 _Box: TypeAlias = tuple[int, int, int, int]
 #: Level, tile, ratio that it was reduced by.
 _Key: TypeAlias = tuple[int, int, int]
+_Reserved: TypeAlias = tuple[TilePlace, Future[Any]]
 
 
 class HostTileReader(PyramidReader):
@@ -203,7 +204,7 @@ class TileAssembler:
 
     def _fill(self, canvas: Any, level: int, places: Sequence[TilePlace], ratio: int) -> None:
         """Tiles that other boxes need, too, are reserved: whoever needs them meanwhile waits for them."""
-        wanted, mine = self._claim(level, places, ratio)
+        wanted, mine, reserved = self._claim(level, places, ratio)
         try:
             for place, pixels in zip(mine, self._decode(level, mine, ratio, wanted), strict=True):
                 if place.tile not in wanted:
@@ -213,18 +214,18 @@ class TileAssembler:
                 canvas[_divided(place.in_box, ratio)] = kept[_divided(place.in_tile, ratio)]
                 wanted.pop(place.tile)[1].set_result(kept)
         finally:
-            self._publish(level, mine, ratio)
-        for place, future in wanted.values():
+            self._publish(level, reserved, ratio)
+        for place, future in reversed(wanted.values()):  # when the last is there, so are those before it
             found = self._result(level, place, future, ratio)
             canvas[_divided(place.in_box, ratio)] = found[_divided(place.in_tile, ratio)]
 
     def _claim(
         self, level: int, places: Sequence[TilePlace], ratio: int
-    ) -> tuple[dict[int, tuple[TilePlace, Future[Any]]], list[TilePlace]]:
-        """The pixels (as futures) of tiles that are shared, and the tiles that are neither decoded nor being
-        decoded."""
-        wanted: dict[int, tuple[TilePlace, Future[Any]]] = {}
-        mine = []
+    ) -> tuple[dict[int, _Reserved], list[TilePlace], list[_Reserved]]:
+        """The pixels (as futures) of tiles that are shared; the tiles that are neither decoded nor being
+        decoded, and those of them that are reserved for others, too."""
+        wanted: dict[int, _Reserved] = {}
+        mine, reserved = [], []
         with self._lock:
             for place in places:
                 key = level, place.tile, ratio
@@ -235,8 +236,9 @@ class TileAssembler:
                     if place.is_whole and not again:
                         continue
                     found = self._working[key] = Future()
+                    reserved.append((place, found))
                 wanted[place.tile] = place, found
-        return wanted, mine
+        return wanted, mine, reserved
 
     def _used(self, key: _Key) -> bool:
         """A tile is asked for; whether it will be again, as far as anybody said."""
@@ -276,14 +278,11 @@ class TileAssembler:
             pixels = next(self._decode(level, [place], ratio, {place.tile}))
             return pixels if ratio == 1 else _reduced(pixels, ratio)
 
-    def _publish(self, level: int, mine: Sequence[TilePlace], ratio: int) -> None:
+    def _publish(self, level: int, reserved: Sequence[_Reserved], ratio: int) -> None:
         """Keep what a neighbouring box will need; threads that wait for what failed try it themselves."""
         with self._lock:
-            for place in mine:
-                key = level, place.tile, ratio
-                future = self._working.pop(key, None)
-                if future is None:
-                    continue
+            for place, future in reserved:
+                del self._working[key := (level, place.tile, ratio)]
                 if not future.done():
                     future.set_exception(_FailedElsewhere())
                 elif not place.is_whole or key in self._uses:

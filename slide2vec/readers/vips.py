@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.errors import BackendError, ExtraMissingError, SlideReadError
+from slide2vec.installation import add_extra
 from slide2vec.readers.crash_guard import check_in_child
 from slide2vec.readers.probe import Probe, TiffLevel
 from slide2vec.readers.pyramid import PyramidReader
@@ -21,12 +22,15 @@ __all__ = ["VipsReader", "unavailable"]
 _VENDORS = ("aperio", "generic", "ome")
 #: Of these it gave the pixels that were written, tiled and in strips (8.18.7 as pyvips-binary brings it).
 _COMPRESSIONS = ("NONE", "JPEG", "LZW", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS", "WEBP")
-_INSTALL = 'pip install "slide2vec[vips]" (and libvips, or pip install pyvips-binary)'
+
+
+def _install() -> str:
+    return f"{add_extra('vips')} (and libvips, or pip install pyvips-binary)"
 
 
 def unavailable() -> str | None:
     """Why this back end cannot be used here, None when it can (as far as one can tell without loading it)."""
-    return None if find_spec("pyvips") else f"pyvips is not installed: {_INSTALL}"
+    return None if find_spec("pyvips") else f"pyvips is not installed: {_install()}"
 
 
 class VipsReader(PyramidReader):
@@ -117,7 +121,7 @@ def _library() -> Any:
     try:
         vips = import_module("pyvips")
     except OSError as error:  # the package is there, the shared library is not
-        raise ExtraMissingError(f"pyvips finds no libvips ({error}): {_INSTALL}") from error
+        raise ExtraMissingError(f"pyvips finds no libvips ({error}): {_install()}") from error
     vips.cache_set_max(0)  # it knows files by their names, and gives the old pixels of one that was replaced
     return vips
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from slide2vec.cpus import job_cpus
 from slide2vec.errors import ConfigError, ExtraMissingError
+from slide2vec.installation import add_extra
 
 __all__ = ["Connection", "Placement", "WorkerResources", "import_ray"]
 
@@ -34,7 +35,7 @@ def import_ray() -> ModuleType:
         import ray
     except ImportError as error:
         raise ExtraMissingError(
-            f'executor="ray" needs Ray, which cannot be imported ({error}): pip install "slide2vec[ray]"'
+            f'executor="ray" needs Ray, which cannot be imported ({error}): {add_extra("ray")}'
         ) from None
     return ray
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from slide2vec.config import (
     ExecutionOptions,
     FilterConfig,
+    MaskSamplingConfig,
     PreprocessingConfig,
     PreviewConfig,
     SegmentationConfig,
@@ -26,6 +27,7 @@ from slide2vec.errors import ConfigError, PresetError
 from slide2vec.files import is_remote
 from slide2vec.recipes import load_recipe
 from slide2vec.settings.keys import KEYS
+from slide2vec.settings.mask_keys import label_keys, masks_of
 from slide2vec.settings.text import as_yaml, parse_yaml, read_yaml
 from slide2vec.settings.values import Source, Values, escaped, nested
 from slide2vec.slides import IdFrom
@@ -119,6 +121,7 @@ def load_settings(
             segmentation=_segmentation(given),
             filtering=_built(FilterConfig, given),
             preview=_built(PreviewConfig, given),
+            **masks_of(given),
         ),
         execution=_built(ExecutionOptions, given, output_dir=_output_dir(given)),
     )
@@ -211,6 +214,7 @@ def settings_as_yaml(settings: RunSettings, extra: Mapping[str, Any]) -> str:
         SegmentationConfig: settings.preprocessing.segmentation,
         FilterConfig: settings.preprocessing.filtering,
         PreviewConfig: settings.preprocessing.preview,
+        MaskSamplingConfig: settings.preprocessing.masks,
     }
     run = {key: getattr(settings, field) for field, key in _RUN.items()}
     elsewhere = settings.preprocessing.read_coordinates_from is not None
@@ -219,7 +223,7 @@ def settings_as_yaml(settings: RunSettings, extra: Mapping[str, Any]) -> str:
         for name, key in KEYS.items()
         if (key.owner or name in run) and not (elsewhere and _is_of_tissue(name))
     }
-    return as_yaml({**nested(leaves), **extra})
+    return as_yaml({**nested({**leaves, **label_keys(settings.preprocessing.masks)}), **extra})
 
 
 def _is_of_tissue(key: str) -> bool:

@@ -19,6 +19,7 @@ from slide2vec.config import (
     ExecutionOptions,
     FilterConfig,
     Location,
+    MaskSamplingConfig,
     PreprocessingConfig,
     PreviewConfig,
     SegmentationConfig,
@@ -26,7 +27,7 @@ from slide2vec.config import (
 from slide2vec.errors import ConfigError
 from slide2vec.slides import IdFrom
 
-__all__ = ["FIXED", "FREE", "KEYS", "OLDER", "SECTIONS", "WITHOUT_EFFECT", "Key"]
+__all__ = ["FIXED", "FREE", "KEYS", "LABELS", "OLDER", "SECTIONS", "WITHOUT_EFFECT", "Key"]
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ KEYS: dict[str, Key] = {
         PreviewConfig,
         ("downsample", "tissue_contour_color", "mask_overlay_alpha"),
     ),
+    **_all_of("tiling.masks", MaskSamplingConfig, ("output_mode", "strategy")),
     "speed.precision": _of(ExecutionOptions, "precision"),
     "speed.engine": _of(ExecutionOptions, "engine"),
     "speed.build_engine": _of(ExecutionOptions, "build_engine"),
@@ -189,44 +191,32 @@ WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {
     "tiling.independent_sampling": (True,),
     "tiling.seg_params.sam2_device": ("cpu",),
     "tiling.seg_params.sam2_num_workers": (),
-    "tiling.masks.output_mode": ("per_annotation", "merged"),
-    "tiling.masks.strategy": ("joint", "independent"),
-    "tiling.masks.colors.background": (),
-    "tiling.masks.colors.tissue": ([157, 219, 129],),
 }
 
 #: Keys of the original for what is not supported: the only value allowed, and what to say of others.
-_ONE_CLASS = (
-    "masks tell tissue (1) from background (0) only, sampling by annotation is not supported; make a "
-    "manifest whose mask_path is a mask of the annotated tissue"
-)
 _NO_SAM2 = (
     "SAM2 segmentation is not supported; use another tiling.seg_params.method: "
     f"{', '.join(SEGMENTATION_METHODS)}"
 )
 FIXED: Mapping[str, tuple[Any, str]] = {
-    "tiling.masks.pixel_mapping.background": (0, _ONE_CLASS),
-    "tiling.masks.pixel_mapping.tissue": (1, _ONE_CLASS),
-    "tiling.masks.min_coverage.background": (None, _ONE_CLASS),
     "tiling.seg_params.sam2_checkpoint_path": (None, _NO_SAM2),
     "tiling.seg_params.sam2_config_path": (None, _NO_SAM2),
 }
 
-#: Sections whose keys are the user's: what to say of one that is not in the tables above; None = nothing.
-FREE: Mapping[str, str | None] = {
-    "wandb": None,
-    "versions": None,
-    "tiling.masks.pixel_mapping": _ONE_CLASS,
-    "tiling.masks.min_coverage": _ONE_CLASS,
-    "tiling.masks.colors": _ONE_CLASS,
+#: Sections whose keys are labels of masks, by the field that they make.
+LABELS: Mapping[str, str] = {
+    field: f"tiling.masks.{field}" for field in ("pixel_mapping", "min_coverage", "colors")
 }
+
+#: Sections whose keys are the user's.
+FREE = frozenset({"wandb", "versions", *LABELS.values()})
 
 
 def _sections() -> frozenset[str]:
     """All that have keys below them."""
     keys = [*KEYS, *OLDER, *WITHOUT_EFFECT, *FIXED]
     above = {".".join(key.split(".")[:depth]) for key in keys for depth in range(1, key.count(".") + 1)}
-    return frozenset(above | set(FREE))
+    return frozenset(above | FREE)
 
 
 SECTIONS = _sections()

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from slide2vec.errors import ConfigError
-from slide2vec.settings.keys import FIXED, FREE, KEYS, OLDER, SECTIONS, WITHOUT_EFFECT
+from slide2vec.settings.keys import FIXED, FREE, KEYS, LABELS, OLDER, SECTIONS, WITHOUT_EFFECT
 from slide2vec.settings.text import MAX_DEPTH, MAX_TEXT
 
 __all__ = ["Source", "Values", "escaped", "nested"]
@@ -53,6 +53,8 @@ class Source:
         for key, value in self._leaves(content):
             for target in OLDER.get(key, (key,)):
                 self._take(key, target, value)
+            if _free(key) in LABELS.values():
+                self._given[key] = value
 
     def __iter__(self) -> Iterator[tuple[str, _Given]]:
         return ((key, _Given(value, self.name)) for key, value in self._given.items())
@@ -60,6 +62,10 @@ class Source:
     def _leaves(self, content: Any, above: str = "") -> Iterator[tuple[str, Any]]:
         """Dotted keys and their values."""
         if content is None:
+            return
+        if above in LABELS.values() and isinstance(content, list):
+            for item in content:  # a list of mappings, of one label each perhaps
+                yield from self._leaves(item, above)
             return
         if not isinstance(content, Mapping):
             what = f"{above} is a section of keys" if above else "the file must be a mapping of keys"
@@ -70,7 +76,7 @@ class Source:
                 raise self._error(f"there is no key {key[:100]}…")
             if key in SECTIONS or (isinstance(value, Mapping) and _free(key) is not None):
                 yield from self._leaves(value, key)
-            elif key in _ALL or _free(key) in ("wandb", "versions"):
+            elif key in _ALL or _free(key) is not None:
                 yield key, value
             else:
                 raise self._error(_unknown(key))
@@ -95,9 +101,6 @@ def _free(key: str) -> str | None:
 
 def _unknown(key: str) -> str:
     """What to say of a key that does not exist."""
-    section = _free(key)
-    if section is not None and FREE[section]:
-        return f"{key}: {FREE[section]}"
     shown = key if len(key) <= 100 else f"{key[:100]}…"
     above, wrong = _first_wrong(key)
     beside = {name.removeprefix(above).split(".")[0] for name in _ALL if name.startswith(above)}
@@ -157,6 +160,11 @@ class Values:
     def is_given(self, key: str) -> bool:
         """Whether anything but a blank is given for a key."""
         return not _blank(self._resolve_key(key))
+
+    def labels(self, section: str) -> dict[str, Any]:
+        """What is given for each key of a section of labels; None for one that is left blank."""
+        keys = [key for key in self._given if key.startswith(f"{section}.")]
+        return {key.removeprefix(f"{section}."): self._resolve_key(key) for key in keys}
 
     def where(self, key: str) -> str:
         """A key and who gave it, for errors."""

@@ -15,6 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
+from slide2vec.cpus import job_cpus
 from slide2vec.errors import SlideReadError
 from slide2vec.readers.tile_assembly import EXPECTED_BYTES, HostTileReader
 from slide2vec.slides import Slide
@@ -43,14 +47,24 @@ class SharedSlides:
         members: names of the streams, whose slides are in an order that fits those of the others. The first
             slide is planned when each has asked for one, or has left.
         stager: brings slides to where they are read.
-        kept_bytes: of decoded blocks that wait for streams that are behind.
+        kept_bytes: of tiles that wait for streams that are behind.
+        readers: threads, of whichever stream, that decode and cut at once: more would take the CPUs, and
+            Python's lock, from one another. One waits now and then for a tile that another decodes.
     """
 
     def __init__(
-        self, members: Collection[_Member], stager: InPlace = IN_PLACE, kept_bytes: int = KEPT_BYTES
+        self,
+        members: Collection[_Member],
+        stager: InPlace = IN_PLACE,
+        *,
+        kept_bytes: int = KEPT_BYTES,
+        readers: int | None = None,
     ) -> None:
         self.stager = stager
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        #: Notified of slides, and of room for blocks. A block has one of its own: few are woken by each.
+        self._changed, self._room = threading.Condition(self._lock), threading.Condition(self._lock)
+        self.reading = threading.Semaphore((readers or job_cpus()) + 1)
         self._to_begin = set(members)
         self._kept_bytes = kept_bytes
         #: Of each begun stream: how it plans, and the slides that nobody has taken up (first found at once).
@@ -86,6 +100,7 @@ class SharedSlides:
             for shared in list(self._slides.values()):
                 closing += self._forget(shared, member)
             self._changed.notify_all()
+            self._room.notify_all()
         for source in closing:
             source.close()
 
@@ -168,7 +183,9 @@ class SharedSlides:
                 requests.setdefault(keys[each], asked)
             made = plan_together(slide, list(requests.values()), self.stager)
             for key, plan in zip(requests, made, strict=True):
-                plans[key] = plan if isinstance(plan, Exception) else _Blocks(plan)
+                side = requests[key].config.requested_tile_size_px
+                assert side is not None  # resolved
+                plans[key] = plan if isinstance(plan, Exception) else _Blocks(plan, side)
             _share_decoded([each for each in plans.values() if isinstance(each, _Blocks)])
         except BaseException as error:
             failed = error if isinstance(error, Exception) else Stopped()
@@ -198,34 +215,32 @@ class SharedSlides:
     # blocks -------------------------------------------------------------------------------------
 
     def _fetch(self, member: _Member, blocks: _Blocks, number: int) -> tuple[bool, Any]:
-        """Whether it is kept for others, too, and the block."""
-        with self._changed:
-            while True:
-                block = blocks.there.get(number)
-                if block is not None and block.is_there:
-                    return True, self._taken(member, blocks, number)
-                if block is None:
-                    if blocks.leads() and not (self._is_full and self._blocks_kept[member]):
-                        pass
-                    elif blocks.members <= {member}:
-                        alone = True
+        """Whether it is kept for others, too, and the tiles; else what the source gives."""
+        with self._lock:
+            while (block := blocks.there.get(number)) is None or not block.is_there:
+                changed = self._room if block is None else block.changed
+                full, awaited = self._is_full, self._blocks_kept[member] > 0
+                if block is None and ((full and awaited) or not blocks.leads()):
+                    if blocks.members <= {member}:
                         break
-                    elif not self._is_full or self._blocks_kept[member]:
-                        block = blocks.there[number] = _Block()
-                        alone = False
+                    if awaited or not full:
+                        block = blocks.there[number] = _Block(threading.Condition(self._lock))
                         break
-                self._changed.wait()
+                changed.wait()
                 if member not in self._planning or member not in blocks.members:
                     raise Stopped
+            else:
+                return True, self._taken(member, blocks, number)
         try:
-            if alone:
+            if block is not None:
+                return True, self._fetch_for_all(member, blocks, number)
+            with self.reading:
                 return False, blocks.plan.source.fetch(number)
-            return True, self._fetch_for_all(member, blocks, number)
         finally:
             if blocks.beside:
-                with self._changed:
+                with self._lock:
                     blocks.fetched += 1
-                    self._changed.notify_all()
+                    self._room.notify_all()
 
     @property
     def _is_full(self) -> bool:
@@ -236,32 +251,33 @@ class SharedSlides:
         block = blocks.there[number]
         if block.error is not None:
             self._drop(member, blocks, number, block)
-            self._changed.notify_all()
             raise block.error
         if member in block.awaited:
             block.awaited.discard(member)
             self._blocks_kept[member] -= 1
-            self._changed.notify_all()
         return block.data
 
     def _fetch_for_all(self, member: _Member, blocks: _Blocks, number: int) -> Any:
         block = blocks.there[number]
         try:
-            block.data = blocks.plan.source.fetch(number)
+            with self.reading:
+                block.data = blocks.tiles(number)
         except SlideReadError as error:
             block.error = error
         except BaseException:
             with self._changed:  # whoever waits for it tries by itself
                 del blocks.there[number]
-                self._changed.notify_all()
+                block.changed.notify_all()
             raise
         with self._changed:
-            block.is_there, block.size = True, _size(block.data)
+            block.is_there = True
+            block.size = 0 if block.data is None else block.data.nbytes
             block.using, block.awaited = blocks.members | {member}, blocks.members | {member}
             self._bytes += block.size
             for each in block.awaited:
                 self._blocks_kept[each] += 1
-            self._changed.notify_all()
+            block.changed.notify_all()
+            self._room.notify_all()
             return self._taken(member, blocks, number)
 
     def _used(self, member: _Member, blocks: _Blocks, number: int) -> None:
@@ -269,7 +285,6 @@ class SharedSlides:
         with self._changed:
             if (block := blocks.there.get(number)) is not None:
                 self._drop(member, blocks, number, block)
-                self._changed.notify_all()
 
     def _drop(self, member: _Member, blocks: _Blocks, number: int, block: _Block) -> None:
         if not block.is_there or member not in block.using:
@@ -281,8 +296,9 @@ class SharedSlides:
         if not block.using:
             del blocks.there[number]
             self._bytes -= block.size
-            if block.error is None and isinstance(blocks.plan.source, SlideSource):
-                blocks.plan.source.recycle(block.data)
+            self._room.notify_all()
+            if block.error is None:
+                blocks.free.append(block.data)
 
     def _closed(self, name: str, member: _Member) -> None:
         """A stream is done with a slide."""
@@ -290,6 +306,7 @@ class SharedSlides:
             shared = self._slides.get(name)
             closing = [] if shared is None else self._forget(shared, member)
             self._changed.notify_all()
+            self._room.notify_all()
         for source in closing:
             source.close()
 
@@ -304,6 +321,7 @@ class SharedSlides:
         if isinstance(found, _Blocks):
             found.members.discard(member)
             for number, block in list(found.there.items()):
+                block.changed.notify_all()
                 self._drop(member, found, number, block)
             if not found.members:
                 closing.append(found.plan.source)
@@ -377,6 +395,8 @@ class Share:
 class _Block:
     """A block of tiles in memory: for streams that have yet to take it, and those that are using it."""
 
+    #: Notified when it is there, or will not be.
+    changed: threading.Condition
     data: Any = None
     error: SlideReadError | None = None
     is_there: bool = False
@@ -390,13 +410,25 @@ class _Blocks:
     """A plan for streams whose tiles are the same."""
 
     plan: SlidePlan
+    tile_size_px: int
     members: set[_Member] = field(default_factory=set)
     there: dict[int, _Block] = field(default_factory=dict)
     #: Plans of other tiles that need the same compressed tiles; and how many blocks of this one were fetched.
     beside: tuple[_Blocks, ...] = ()
     fetched: int = 0
+    free: list[NDArray[np.uint8]] = field(default_factory=list)
     announcing: threading.Lock = field(default_factory=threading.Lock)
     is_announced: bool = False
+
+    def tiles(self, number: int) -> NDArray[np.uint8]:
+        """(n, S, S, 3) uint8, the tiles of a block first; S is tile_size_px."""
+        source, side = self.plan.source, self.tile_size_px
+        data, count = source.fetch(number), len(source.blocks[number])
+        memory = self.free.pop() if self.free else np.empty((0, side, side, 3), np.uint8)
+        if len(memory) < count:
+            memory = np.empty((count, side, side, 3), np.uint8)
+        source.place(number, data, list(memory[:count]))
+        return memory
 
     def leads(self) -> bool:
         """Whether much is kept for plans that are behind."""
@@ -455,10 +487,12 @@ class _ShareOfBlocks:
     def place(self, number: int, data: Any, targets: Sequence[Any]) -> None:
         is_kept, block = data
         try:
-            if is_kept and isinstance(self._source, SlideSource):
-                self._source.cut(number, block, targets)
-            else:
-                self._source.place(number, block, targets)
+            with self._shared.reading:
+                if is_kept:
+                    for tile, target in zip(block, targets, strict=False):
+                        target[:] = tile
+                else:
+                    self._source.place(number, block, targets)
         finally:
             if is_kept:
                 self._shared._used(self._member, self.common, number)
@@ -468,8 +502,3 @@ class _ShareOfBlocks:
 
     def close(self) -> None:
         self._shared._closed(self._name, self._member)
-
-
-def _size(data: Any) -> int:
-    pixels = data[0] if isinstance(data, tuple) and data else data
-    return int(getattr(pixels, "nbytes", 0))

@@ -22,11 +22,11 @@ from typing import Self
 from slide2vec.config import ExecutionOptions
 from slide2vec.errors import ConfigError, SlideOpenError
 from slide2vec.files import is_remote
+from slide2vec.files.scratch import private_folder
 from slide2vec.readers.fingerprint import Stamp, stamps_of
 from slide2vec.readers.slide_files import slide_files
 from slide2vec.slides import Slide
 from slide2vec.stream.batches import Stopped
-from slide2vec.stream.scratch import private_folder
 
 __all__ = ["IN_PLACE", "InPlace", "Staged", "Stager", "stager_for"]
 

@@ -228,19 +228,11 @@ class SlideSource:
 
     def place(self, number: int, data: Any, targets: Sequence[Pixels]) -> None:
         """Cut the tiles out of a supertile, whose memory is used again."""
-        self.cut(number, data, targets)
-        self.recycle(data)
-
-    def cut(self, number: int, data: Any, targets: Sequence[Pixels]) -> None:
-        """As `place`; the supertile stays as it is."""
-        pixels, ratio, _ = data
+        pixels, ratio, memory = data
         size = self.tiling.geometry.read_tile_size_px
         self._cut(pixels, self._supertiles[number].offsets // ratio, size // ratio, targets)
-
-    def recycle(self, data: Any) -> None:
-        """Nobody needs what `fetch` gave any more."""
-        if data[2] is not None:
-            self._free.append(data[2])
+        if memory is not None:
+            self._free.append(memory)
 
     def read_tile(self, tile: int, target: Pixels) -> None:
         """Read a tile by itself."""

@@ -21,6 +21,7 @@ from slide2vec.errors import ConfigError, TilingError
 from slide2vec.files import as_os_errors, as_path, atomic_path, local, open_plain, remove
 from slide2vec.files.arrays import read_npz
 from slide2vec.geometry import TileGeometry
+from slide2vec.labels import MERGED, class_name, split_class_name
 from slide2vec.readers import SlideReader
 from slide2vec.slides import Slide
 from slide2vec.tiling.types import PRECOMPUTED, Segmentation, Tiling
@@ -48,6 +49,8 @@ _UNREADABLE = (
 _MOST_PX = 32_768
 #: Of tissue fractions, in single precision.
 _ROUNDING = 1e-5
+#: How HS2P's strategies of sampling classes end.
+_SAMPLING = "_sampling"
 #: Metadata has a few KB.
 _MOST_BYTES = 16 * 2**20
 #: The arrays; HS2P 3.0 and 3.1 have `coordinates`, (N, 2), for x and y.
@@ -86,10 +89,9 @@ def write_coordinates(directory: Path, tiling: Tiling) -> tuple[Path | None, Pat
 def _metadata(tiling: Tiling) -> dict[str, dict[str, Any]]:
     geometry, tissue, filtering = tiling.geometry, tiling.segmentation, tiling.filtering
     mask_path = None if tiling.mask_path is None else str(tiling.mask_path)
-    with_mask = tiling.mask_path is not None
     return {
         "provenance": {
-            "sample_id": tiling.sample_id,
+            "sample_id": split_class_name(tiling.sample_id)[1],
             "image_path": str(tiling.image_path),
             "mask_path": mask_path,
             "backend": as_hs2p_backend(tiling.backend),
@@ -139,10 +141,22 @@ def _metadata(tiling: Tiling) -> dict[str, dict[str, Any]]:
         "artifact": {
             "coordinate_space": "level0_px",
             "tile_order": "x_then_y",
-            "annotation": None,
-            "selection_strategy": "merged_default_tiling" if with_mask else None,
-            "output_mode": "merged" if with_mask else None,
+            **_sampling(tiling),
         },
+    }
+
+
+def _sampling(tiling: Tiling) -> dict[str, str | None]:
+    """How classes were sampled, as HS2P records it; it calls all tiles of a mask of tissue merged, too."""
+    if tiling.strategy is None:
+        of_tissue = "merged" if tiling.mask_path is not None else None
+        strategy = of_tissue and "merged_default_tiling"
+        return {"annotation": None, "selection_strategy": strategy, "output_mode": of_tissue}
+    together = tiling.annotation == MERGED
+    return {
+        "annotation": None if together else tiling.annotation,
+        "selection_strategy": f"{tiling.strategy}{_SAMPLING}",
+        "output_mode": "merged" if together else "per_annotation",
     }
 
 
@@ -333,8 +347,9 @@ def _tiling(meta: _Sections, arrays: Path | None) -> Tiling:
     x, y, fractions = _arrays(arrays, count, (width, height))
     mask_path = meta.get("provenance", "mask_path", default=None)
     spacing = meta.get("provenance", "spacing_at_level_0", default=None)
+    annotation, strategy = _sampled(meta)
     return Tiling(
-        sample_id=meta.text("provenance", "sample_id"),
+        sample_id=class_name(annotation, meta.text("provenance", "sample_id")),
         image_path=as_path(meta.get("provenance", "image_path")),
         mask_path=None if mask_path is None else as_path(mask_path),
         spacing_at_level_0=None if spacing is None else float(spacing),
@@ -349,7 +364,17 @@ def _tiling(meta: _Sections, arrays: Path | None) -> Tiling:
         tissue_threshold=float(meta.number("tiling", "min_tissue_fraction")),
         segmentation=_segmentation(meta),
         filtering=_filtering(meta),
+        annotation=annotation,
+        strategy=strategy,
     )
+
+
+def _sampled(meta: _Sections) -> tuple[str | None, str | None]:
+    """The class that tiles are of, and the strategy; both None where they are of tissue."""
+    recorded = meta.get("artifact", "selection_strategy", default=None)
+    if not isinstance(recorded, str) or not recorded.endswith(_SAMPLING):
+        return None, None
+    return meta.text("artifact", "annotation", default=MERGED), recorded.removesuffix(_SAMPLING)
 
 
 def _geometry(meta: _Sections) -> TileGeometry:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from slide2vec.geometry import TileGeometry
 from slide2vec.tiling.types import TissueMask, TissuePiece
 
-__all__ = ["tissue_tiles"]
+__all__ = ["Tiles", "coverage", "tissue_tiles"]
 
 Tiles: TypeAlias = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
 Ints: TypeAlias = NDArray[np.int64]
@@ -39,6 +39,26 @@ def tissue_tiles(
     first = np.ones(len(x), bool)
     first[1:] = (np.diff(x) != 0) | (np.diff(y) != 0)
     return x[first], y[first], fractions[first]
+
+
+def coverage(
+    mask: NDArray[np.uint8], x: Ints, y: Ints, geometry: TileGeometry, dimensions: tuple[int, int]
+) -> NDArray[np.float32]:
+    """How much of each tile a mask covers, whatever piece it belongs to: (N,) float32.
+
+    Args:
+        mask: (h, w), above 0 where it covers.
+        x, y: (N,) int64, level-0 px.
+    """
+    integral = np.asarray(cv2.integral((mask > 0).astype(np.uint8)), np.int32)
+    spans, windows = [], []
+    for axis, corners in enumerate((x, y)):
+        scale = mask.shape[1 - axis] / dimensions[axis]
+        windows.append(max(1, round(geometry.tile_size_lv0 * scale)))
+        spans.append(_span(corners, scale, windows[-1], 0, mask.shape[1 - axis]))
+    (x0, x1), (y0, y1) = spans
+    counts = integral[y1, x1] - integral[y0, x1] - integral[y1, x0] + integral[y0, x0]
+    return np.asarray(counts / (windows[0] * windows[1]), np.float32)
 
 
 def _piece_tiles(

@@ -64,6 +64,7 @@ class TilingFacts:
         tiles: those of them that passed the pixel filters.
         tissue_threshold: least tissue fraction of a tile.
         filtering: with `ref_tile_size` set.
+        annotation: the class that the "tissue" is of; None where it is of tissue.
     """
 
     tissue: TissueMask
@@ -73,6 +74,7 @@ class TilingFacts:
     tiles: int
     tissue_threshold: float
     filtering: FilterConfig
+    annotation: str | None = None
 
 
 def remarks(found: TilingFacts) -> tuple[str, ...]:
@@ -202,6 +204,13 @@ def _small_pieces(found: TilingFacts) -> Iterator[str]:
 
 def _why_none(found: TilingFacts) -> str:
     method = found.tissue.segmentation.method
+    if found.annotation is not None and not found.in_grid:
+        if not found.tissue.mask.any():
+            return f"its mask holds nothing of {found.annotation}"
+        return (
+            f"no tile holds as much of {found.annotation} as masks.min_coverage asks for, or it is but dust: "
+            "a smaller share, or a smaller a_t (--min-piece), keeps more"
+        )
     if not found.tissue.mask.any():
         if method == PRECOMPUTED:
             return "its tissue mask holds no tissue"

@@ -9,23 +9,25 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from slide2vec.config import PreprocessingConfig, SegmentationConfig
+from slide2vec.config import MaskSamplingConfig, PreprocessingConfig, SegmentationConfig
 from slide2vec.errors import ConfigError, SpacingError
 from slide2vec.geometry import TileGeometry, region_geometry, tile_geometry
 from slide2vec.readers import SlideReader
 from slide2vec.readers.reader import planning_downsamples
 from slide2vec.slides import Slide
+from slide2vec.tiling.class_tiles import class_mask, class_tiles
 from slide2vec.tiling.contours import find_pieces, smallest_area
 from slide2vec.tiling.grid import tissue_tiles
 from slide2vec.tiling.quality import good_tiles
 from slide2vec.tiling.remarks import TilingFacts, remarks
 from slide2vec.tiling.segment import segment_tissue
 from slide2vec.tiling.types import Segmentation, Tiling, TissueMask
-from slide2vec.tiling.user_masks import read_mask
+from slide2vec.tiling.user_masks import read_labels
 
-__all__ = ["TissueOnce", "find_tissue", "tile_slide"]
+__all__ = ["TissueOnce", "tile_slide"]
 
-#: A mask, how it came about, and an overview of the pixels with its step, where there is one.
+#: A mask of tissue or of labels, how it came about, and an overview of the pixels with its step, where there
+#: is one.
 _RawTissue: TypeAlias = tuple[NDArray[np.uint8], Segmentation, NDArray[np.uint8] | None, int]
 
 
@@ -53,6 +55,9 @@ def tile_slide(
 ) -> tuple[Tiling, TissueMask]:
     """The tiles (or regions) of a slide that hold tissue, and the tissue. A slide without tissue has none.
 
+    With `masks` of other labels they are those of one class, which the slide is named by (see
+    `slide2vec.labels.class_name`), and so is the "tissue".
+
     Args:
         base_spacing_um: µm/px of level 0.
         config: with requested_spacing_um and requested_tile_size_px set. With region_tile_multiple, the
@@ -71,8 +76,20 @@ def tile_slide(
     if filtering.ref_tile_size is None:  # of the tile with regions, too: as large pieces of tissue count
         filtering = filtering.updated(ref_tile_size=config.requested_tile_size_px)
     config = config.updated(filtering=filtering)
-    tissue = find_tissue(reader, slide, geometry, config, mask_copy, once)
-    x, y, fractions = tissue_tiles(tissue, geometry, reader.dimensions, config.tissue_threshold)
+    raw = _raw_tissue(reader, slide, base_spacing_um, config, mask_copy, once)
+
+    def as_tissue(mask: NDArray[np.uint8]) -> TissueMask:
+        return _as_tissue((mask, *raw[1:]), reader.dimensions, geometry, config)
+
+    masks, own, threshold = config.masks, None, config.tissue_threshold
+    if masks.by_class:
+        own = _sampled_class(slide, masks)
+        threshold = masks.min_coverage.get(own, 0.0)
+        tissue = as_tissue(class_mask(raw[0], masks, own))
+        x, y, fractions = class_tiles(raw[0], as_tissue, masks, own, geometry, reader.dimensions)
+    else:
+        tissue = as_tissue(raw[0])
+        x, y, fractions = tissue_tiles(tissue, geometry, reader.dimensions, threshold)
     good = good_tiles(reader, x, y, geometry, filtering)
     found = TilingFacts(
         tissue=tissue,
@@ -80,8 +97,9 @@ def tile_slide(
         dimensions=reader.dimensions,
         in_grid=len(x),
         tiles=int(good.sum()),
-        tissue_threshold=config.tissue_threshold,
+        tissue_threshold=threshold,
         filtering=filtering,
+        annotation=own,
     )
     tiling = Tiling(
         sample_id=slide.sample_id,
@@ -96,34 +114,53 @@ def tile_slide(
         x=x[good],
         y=y[good],
         tissue_fractions=fractions[good],
-        tissue_threshold=config.tissue_threshold,
+        tissue_threshold=threshold,
         segmentation=tissue.segmentation,
         filtering=filtering,
+        annotation=own,
+        strategy=masks.strategy if masks.by_class else None,
         remarks=remarks(found),
     )
     return tiling, tissue
 
 
-def find_tissue(
+def _sampled_class(slide: Slide, masks: MaskSamplingConfig) -> str:
+    own = masks.class_of(slide.sample_id)
+    if own not in masks.classes:
+        raise ConfigError(
+            f"slide {slide.sample_id}: it is not said of which class tiles are wanted, and masks samples "
+            f"{', '.join(masks.classes)}: name it by its class (slide2vec.manifests.by_class)"
+        )
+    return own
+
+
+def _raw_tissue(
     reader: SlideReader,
     slide: Slide,
-    geometry: TileGeometry,
+    base_spacing_um: float,
     config: PreprocessingConfig,
-    mask_copy: Path | None = None,
-    once: TissueOnce | None = None,
-) -> TissueMask:
-    """The tissue of a slide: from its mask raster if it has one, else from its pixels."""
-    base = geometry.base_spacing_um
+    mask_copy: Path | None,
+    once: TissueOnce | None,
+) -> _RawTissue:
+    """The mask of a slide: of the file that it has, else of tissue, from its pixels."""
 
     def find() -> _RawTissue:
-        if slide.mask_path is not None:
-            return *read_mask(reader, slide, base, config.segmentation, mask_copy), None, 1
-        found = segment_tissue(reader, slide.sample_id, base, config.segmentation)
+        if slide.mask_path is not None or config.masks.by_class:
+            asked = config.segmentation, config.masks
+            labels, how = read_labels(reader, slide, base_spacing_um, *asked, copy=mask_copy)
+            return labels if config.masks.by_class else labels * np.uint8(255), how, None, 1
+        found = segment_tissue(reader, slide.sample_id, base_spacing_um, config.segmentation)
         return found.mask, found.segmentation, found.overview, found.step
 
-    mask, segmentation, overview, step = (once or TissueOnce()).mask(config.segmentation, find)
+    return (once or TissueOnce()).mask(config.segmentation, find)
+
+
+def _as_tissue(
+    found: _RawTissue, dimensions: tuple[int, int], geometry: TileGeometry, config: PreprocessingConfig
+) -> TissueMask:
+    mask, segmentation, overview, step = found
     height, width = mask.shape
-    scale = (reader.dimensions[0] / width, reader.dimensions[1] / height)
+    scale = (dimensions[0] / width, dimensions[1] / height)
     reference = config.filtering.ref_tile_size or geometry.requested_tile_size_px
     least = smallest_area(config.filtering.a_t, reference, geometry, scale)
     pieces, left_out = find_pieces(mask, least)

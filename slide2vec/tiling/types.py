@@ -124,6 +124,9 @@ class Tiling:
         segmentation: how tissue was found.
         filtering: which contours and tiles were kept (`ref_tile_size` is set).
         regions: the regions that the tiles make up, all of one number of tiles; None without.
+        annotation: the class that they are of, "merged" for several at once; None where they are of tissue.
+            The sample_id is as `slide2vec.labels.class_name` has it.
+        strategy: by which classes were sampled, "joint" or "independent"; None where tiles are of tissue.
         remarks: what is implausible about them (see `slide2vec.tiling.remarks`).
     """
 
@@ -143,6 +146,8 @@ class Tiling:
     segmentation: Segmentation
     filtering: FilterConfig
     regions: Tiling | None = None
+    annotation: str | None = None
+    strategy: str | None = None
     remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:

@@ -1,10 +1,12 @@
-"""Tissue masks that users give: rasters of 0 (background) and 1 or 255 (tissue) that span the slide."""
+"""Masks that users give: rasters that span the slide, of 0 (background) and 1 or 255 (tissue) or of the
+values of labels; and areas in GeoJSON."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from math import ceil, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +14,22 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from slide2vec.config import SegmentationConfig
+from slide2vec.config import MaskSamplingConfig, SegmentationConfig
 from slide2vec.errors import MaskError, Slide2VecError
 from slide2vec.files import is_remote, plain_stat
 from slide2vec.geometry import nearest_downsample_level, select_level
 from slide2vec.readers import SlideReader, open_slide
 from slide2vec.readers.reader import planning_downsamples
 from slide2vec.slides import Slide
+from slide2vec.tiling import geojson
 from slide2vec.tiling.levels import read_level
+from slide2vec.tiling.polygons import draw_areas
 from slide2vec.tiling.types import PRECOMPUTED, Segmentation
 
-__all__ = ["MAX_RASTER_PX", "read_mask"]
+__all__ = ["MAX_RASTER_PX", "read_labels"]
 
 
-#: What tissue may be in a mask; one value in each.
+#: What tissue may be in a mask of tissue; one value in each.
 TISSUE_VALUES = (1, 255)
 
 #: The largest mask level that is read; a larger mask needs a pyramid.
@@ -35,11 +39,9 @@ MAX_RASTER_PX = 256_000_000
 _LEVEL_TOLERANCE = 0.01
 
 _TIFF = {".tif", ".tiff", ".btf"}
-#: Annotations, which people take for masks.
+#: Annotations in files that are not read.
 _DRAWN = {
     ".annotations": "a file of annotations",
-    ".geojson": "GeoJSON",
-    ".json": "JSON",
     ".qpdata": "a QuPath data file",
     ".xml": "XML",
 }
@@ -57,52 +59,77 @@ class _Raster:
     read: Callable[[int], NDArray[np.generic]]
 
 
-def read_mask(
+def read_labels(
     reader: SlideReader,
     slide: Slide,
     base_spacing_um: float,
     config: SegmentationConfig,
+    masks: MaskSamplingConfig,
     copy: Path | None = None,
 ) -> tuple[NDArray[np.uint8], Segmentation]:
-    """The slide's mask raster at its segmentation level, (h, w) uint8 0 or 255, nearest-resized.
+    """The labels of the slide's mask at its segmentation level, (h, w) uint8, nearest-resized or drawn: their
+    values as `masks` has them, 0 and 1 where it is one of tissue.
 
     Args:
-        copy: of the raster, to be read in its place.
+        copy: of the mask, to be read in its place.
 
     Raises:
-        MaskError: it is missing, unreadable or too large, has another shape than the slide, or
-            values other than 0 and one of 1 and 255.
+        MaskError: it is missing, unreadable or too large, has another shape than the slide, or something
+            else than the labels; areas of GeoJSON are not on the slide.
     """
     path = slide.mask_path
     if path is None:
-        raise MaskError(f"slide {slide.sample_id}: no mask_path is given")
+        raise MaskError(
+            f"slide {slide.sample_id}: no mask_path is given, and masks says that tiles are made of "
+            f"annotations ({', '.join(masks.min_coverage)}): give the slide's annotation mask"
+        )
+    target = nearest_downsample_level(config.downsample, planning_downsamples(reader))
     try:
         if copy is None and is_remote(path):
             raise OSError("it is on remote storage and needs ExecutionOptions(stage_dir=…)")
-        labels, read = _read_labels(
-            copy or path, reader.dimensions, base_spacing_um, planning_downsamples(reader), config
-        )
+        read = _draw if path.suffix.lower() in geojson.SUFFIXES else _read
+        labels, how = read(copy or path, reader, target, base_spacing_um, masks)
     except (OSError, ValueError, RuntimeError, SyntaxError, Slide2VecError) as error:
-        raise MaskError(f"slide {slide.sample_id}: the tissue mask {path} cannot be used: {error}") from error
-    size = reader.level_dimensions[read.level]
-    mask = cv2.resize(labels * np.uint8(255), size, interpolation=cv2.INTER_NEAREST)
-    return np.asarray(mask, np.uint8), read
+        what = "annotation" if masks.by_class else "tissue"
+        raise MaskError(f"slide {slide.sample_id}: the {what} mask {path} cannot be used: {error}") from error
+    downsample = planning_downsamples(reader)[target]
+    return labels, Segmentation(
+        method=PRECOMPUTED,
+        requested_downsample=config.downsample,
+        downsample=max(1, round(downsample)),
+        level=target,
+        spacing_um=base_spacing_um * downsample,
+        requested_mask_backend="auto",
+        **how,
+    )
 
 
-def _read_labels(
-    path: Path,
-    dimensions: tuple[int, int],
-    base_spacing_um: float,
-    slide_downsamples: Sequence[float],
-    config: SegmentationConfig,
-) -> tuple[NDArray[np.uint8], Segmentation]:
-    """The labels of the mask's level nearest to the slide's segmentation level, as stored."""
-    target = nearest_downsample_level(config.downsample, slide_downsamples)
-    spacing = base_spacing_um * slide_downsamples[target]
+def _draw(
+    path: Path, reader: SlideReader, target: int, base_spacing_um: float, masks: MaskSamplingConfig
+) -> tuple[NDArray[np.uint8], dict[str, Any]]:
+    """Areas of GeoJSON as a raster of the size of a level; of a huge one, of a smaller size."""
+    width, height = reader.level_dimensions[target]
+    factor = ceil(sqrt(width * height / MAX_RASTER_PX))
+    size = ceil(width / factor), ceil(height / factor)
+    areas = geojson.read_areas(path)
+    drawn = draw_areas(areas, masks.pixel_mapping, size, reader.dimensions)
+    return drawn, {
+        "tissue_value": None if masks.by_class else TISSUE_VALUES[0],
+        "mask_level": 0,
+        "mask_spacing_um": base_spacing_um * reader.dimensions[0] / size[0],
+        "mask_backend": "geojson",
+    }
+
+
+def _read(
+    path: Path, reader: SlideReader, target: int, base_spacing_um: float, masks: MaskSamplingConfig
+) -> tuple[NDArray[np.uint8], dict[str, Any]]:
+    """A raster's level nearest to the slide's segmentation level, in the size of that."""
+    spacing = base_spacing_um * planning_downsamples(reader)[target]
     with _opened(path) as raster:
         size = raster.level_dimensions[0]
-        _check_shape(size, dimensions)
-        mask_spacing = base_spacing_um * dimensions[0] / size[0]
+        _check_shape(size, reader.dimensions)
+        mask_spacing = base_spacing_um * reader.dimensions[0] / size[0]
         downsamples = [size[0] / width for width, _ in raster.level_dimensions]
         choice = select_level(max(spacing, mask_spacing), mask_spacing, downsamples, _LEVEL_TOLERANCE)
         width, height = raster.level_dimensions[choice.level]
@@ -111,19 +138,15 @@ def _read_labels(
                 f"its level {choice.level} has {width}x{height} px, more than the {MAX_RASTER_PX:,} px "
                 "that are read at once; write it as a pyramid"
             )
-        labels, tissue_value = _checked(raster.read(choice.level))
-    return labels, Segmentation(
-        method=PRECOMPUTED,
-        requested_downsample=config.downsample,
-        downsample=max(1, round(slide_downsamples[target])),
-        level=target,
-        spacing_um=spacing,
-        tissue_value=tissue_value,
-        mask_level=choice.level,
-        mask_spacing_um=choice.spacing_um,
-        mask_backend=raster.backend,
-        requested_mask_backend="auto",
-    )
+        labels, tissue_value = _checked(raster.read(choice.level), masks)
+        backend = raster.backend
+    size = reader.level_dimensions[target]
+    return np.asarray(cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST), np.uint8), {
+        "tissue_value": tissue_value,
+        "mask_level": choice.level,
+        "mask_spacing_um": choice.spacing_um,
+        "mask_backend": backend,
+    }
 
 
 def _check_shape(size: tuple[int, int], dimensions: tuple[int, int]) -> None:
@@ -137,8 +160,8 @@ def _check_shape(size: tuple[int, int], dimensions: tuple[int, int]) -> None:
         )
 
 
-def _checked(labels: NDArray[np.generic]) -> tuple[NDArray[np.uint8], int]:
-    """Labels as (h, w) uint8 of 0 and 1, and what tissue is in the file."""
+def _checked(labels: NDArray[np.generic], masks: MaskSamplingConfig) -> tuple[NDArray[np.uint8], int | None]:
+    """Labels as (h, w) uint8, those of tissue as 0 and 1; and what tissue is in the file (None: others)."""
     if labels.ndim == 3 and (labels == labels[..., :1]).all():
         labels = labels[..., 0]
     if labels.ndim != 2 or labels.dtype.kind not in "biu":
@@ -146,14 +169,31 @@ def _checked(labels: NDArray[np.generic]) -> tuple[NDArray[np.uint8], int]:
             f"it is a {labels.dtype} raster of shape {labels.shape}; a mask has one channel (or equal ones) "
             "of whole numbers"
         )
+    if masks.by_class:
+        return _with_known_values(labels, masks), None
     one, full = (labels == value for value in TISSUE_VALUES)
     other = (labels != 0) & ~one & ~full
     if other.any() or (one.any() and full.any()):
         values = np.unique(labels[labels != 0])[:5].tolist()
         raise ValueError(
-            f"it holds the values {values} beside 0; a mask has 0 (background) and either 1 or 255 (tissue)"
+            f"it holds the values {values} beside 0; a mask of tissue has 0 (background) and either 1 or 255 "
+            "(tissue), and other labels are for masks.pixel_mapping to name"
         )
     return np.ascontiguousarray(one | full, np.uint8), TISSUE_VALUES[1] if full.any() else TISSUE_VALUES[0]
+
+
+def _with_known_values(labels: NDArray[np.generic], masks: MaskSamplingConfig) -> NDArray[np.uint8]:
+    small = labels.astype(np.uint8)
+    known = np.zeros(256, bool)
+    known[[value for values in masks.pixel_mapping.values() for value in values]] = True
+    wrong = ~known[small] | (small != labels)
+    if wrong.any():
+        listed = ", ".join(f"{label} {list(values)}" for label, values in masks.pixel_mapping.items())
+        raise ValueError(
+            f"it holds the values {np.unique(labels[wrong])[:5].tolist()}, which no label of "
+            f"masks.pixel_mapping has ({listed}): name them there, also where they are not sampled"
+        )
+    return small
 
 
 def _opened(path: Path) -> AbstractContextManager[_Raster]:
@@ -164,8 +204,8 @@ def _opened(path: Path) -> AbstractContextManager[_Raster]:
     suffix = path.suffix.lower()
     if suffix in _DRAWN:
         raise ValueError(
-            f"it is {_DRAWN[suffix]}, outlines and no raster; draw them as one of 0 and 1 of the slide's "
-            "shape (QuPath: File > Export images > Export rendered labels, or its LabeledImageServer)"
+            f"it is {_DRAWN[suffix]}, which is not read here; export it as GeoJSON (QuPath: File > Export "
+            "objects as GeoJSON), or as a raster of labels of the slide's shape"
         )
     opener = _tiff if suffix in _TIFF else _flat if suffix in _FLAT else _whole_slide
     return opener(path)

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def test_an_encoder_of_a_script_is_not_for_workers(registry: None, monkeypatch: 
     there = reloader(["tests-slides", "tests-tiles"], print)
     assert pickle.loads(pickle.dumps(there)) is not None and reloader(["lunit"], print) is print
     monkeypatch.setattr(brought.Tiles, "__module__", "__main__")
-    with pytest.raises(ConfigError, match="tests-tiles: it is registered in the script or notebook"):
+    with pytest.raises(ConfigError, match="tests-tiles: its class is in the script or notebook"):
         reloader(["tests-slides", "tests-tiles"], print)(device="cpu")
 
 
@@ -291,6 +292,51 @@ def test_other_features_than_registered_are_told(registry: None) -> None:
         Model.from_preset("tests-tiles", device="cpu", weights="random")
     with pytest.raises(WeightsError, match="3 parts"):
         Model.from_preset("tests-patients", device="cpu", weights="weights.pt")
+
+
+def test_a_module_with_a_transform(registry: None, slide: Path) -> None:
+    config = EVERY_TILE.updated(requested_spacing_um=0.25)
+    said = Model.from_preset("tests-tiles", device="cpu").embed_slide(slide, config)
+    given: dict[str, Any] = {"tile_size_px": 64, "spacing_um": 0.25, "device": "cpu"}
+    model = Model.from_module(brought.net(8), "tests-module", mean=brought.MEAN, std=brought.STD, **given)
+    found = model.embed_slide(slide)
+    assert torch.equal(found.tile_embeddings, said.tile_embeddings)
+    assert model.identity()["code"]["object"] == "torch.nn.modules.container.Sequential"
+    assert model.identity()["code"]["version"] == metadata.version("torch")
+    transform = v2.Compose([v2.Resize(80), v2.CenterCrop(64), *NORMALISE])
+    other = Model.from_module(brought.net(8, seed=1), "tests-module", transform=transform, **given)
+    assert (other.recipe.transform.mean, other.recipe.transform.crop) == (CLIP[0], 64)
+    assert other.recipe.images is not None and (other.recipe.images.resize, other.recipe.images.crop) == (
+        80,
+        64,
+    )
+    assert other.identity()["weights"] != model.identity()["weights"]
+    assert "tests-module" in list_models("tile")
+
+
+def test_a_module_goes_along_to_workers(registry: None, slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model.from_module(
+        brought.net(8), "tests-module", tile_size_px=64, mean=brought.MEAN, std=brought.STD, device="cpu"
+    )
+    sent = pickle.dumps(model._loader)
+    monkeypatch.setattr(REGISTERED, "_items", {})  # as it is in another process
+    assert pickle.loads(sent)(device="cpu").identity() == model.identity()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": None}, "give either transform, or mean and std"),
+        ({"transform": print}, "give either transform, or mean and std"),
+        ({"name": "virchow2"}, "slide2vec has a preset of that name"),
+        ({"name": "tests-tiles"}, "brought_encoders:Tiles is already registered"),
+        ({"module": nn.Conv2d(3, 4, 8)}, r"gives \(1, 4, 57, 57\) instead of \(1, D\)"),
+    ],
+)
+def test_modules_that_are_refused(registry: None, change: dict[str, Any], message: str) -> None:
+    given = {"module": brought.net(8), "name": "m", "tile_size_px": 64, "mean": (0,) * 3, "std": (1,) * 3}
+    with pytest.raises(PresetError, match=message):
+        Model.from_module(**{**given, **change})
 
 
 def to_square(picture: Any) -> torch.Tensor:

@@ -14,7 +14,7 @@ from slide2vec.cohort.lock import LOCK_NAME, holder, output_lock
 from slide2vec.compile.store import EngineStore
 from slide2vec.errors import OutputError
 from slide2vec.files import open_plain, plain_stat
-from slide2vec.stream.scratch import private_folder
+from slide2vec.files.scratch import private_folder
 
 
 def bound_socket(path: Path) -> None:

@@ -264,9 +264,9 @@ def test_an_archive_without_tiles(tmp_path: Path) -> None:
 
 def test_without_dali(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dali_archive, "find_spec", lambda name: None)
-    assert 'pip install "slide2vec[cuda]"' in str(dali_archive.unavailable())
+    assert "[cuda]" in str(dali_archive.unavailable())
     archive = make_archive(tmp_path, make_jpegs(2))
-    with pytest.raises(ExtraMissingError, match=r"slide2vec\[cuda\]"):
+    with pytest.raises(ExtraMissingError, match=r"\[cuda\]"):
         DaliArchive(archive, tile_size_px=SIDE, threads=1)
     with pytest.raises(SlideReadError, match="closed"):
         archive.fetch(0)

@@ -99,3 +99,34 @@ def test_who_waits_for_another_threads_failure_decodes_by_itself(tmp_path: Path,
             go.set()
             assert isinstance(failing.exception(10), SlideReadError)
             assert waiting.result(10).shape == (10, 10, 3)
+
+
+def test_who_holds_a_tile_whole_leaves_anothers_reservation(tmp_path: Path, tiffs: Any) -> None:
+    """The box that holds it whole reserves nothing, and must not publish what another thread reserved."""
+    path = tiffs.write_jpeg(tmp_path / "slide.tif", [tiffs.picture()])
+    whole_reads, part_reads, whole_done = threading.Event(), threading.Event(), threading.Event()
+
+    with opened(path) as reader:
+        tiles = reader._boxes._tiles
+        read = tiles.read
+
+        def in_turn(level: int, places: Sequence[Any]) -> list[Any]:
+            if places[0].is_whole:
+                whole_reads.set()
+                part_reads.wait(10)
+            else:
+                part_reads.set()
+                whole_done.wait(10)
+            return read(level, places)
+
+        expected = reader.read_region((0, 0), 0, (10, 10))
+        reader._boxes._kept.clear()
+        tiles.read = in_turn  # type: ignore[method-assign]
+        form = tiles.format(0)
+        with ThreadPoolExecutor(2) as pool:
+            whole = pool.submit(reader.read_region, (0, 0), 0, (form.width, form.height))
+            whole_reads.wait(10)
+            part = pool.submit(reader.read_region, (0, 0), 0, (10, 10))
+            whole.result(10)
+            whole_done.set()
+            np.testing.assert_array_equal(part.result(10), expected)

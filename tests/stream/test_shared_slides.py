@@ -23,7 +23,7 @@ from slide2vec.stream.plan import PlanRequest, SlidePlan
 from slide2vec.stream.shared_slides import Share, SharedSlides
 from slide2vec.stream.staging import InPlace
 
-BLOCK_BYTES = 1000
+BLOCK_BYTES = 224 * 224 * 3
 
 
 @dataclass
@@ -40,11 +40,11 @@ class Source:
         self.done["fetched"] += 1
         if self.broken:
             raise SlideReadError(f"slide {self.name}: a tile is damaged")
-        return np.full(BLOCK_BYTES, number, np.uint8)
+        return number
 
     def place(self, number: int, data: Any, targets: Sequence[Any]) -> None:
         for target in targets:
-            target[:] = data[0]
+            target[:] = data
 
     def read_tile(self, tile: int, target: Any) -> None:
         target[:] = tile
@@ -96,9 +96,9 @@ def read_all(
                     data = plan.source.fetch(number)
                 except SlideReadError:
                     continue
-                target = np.zeros(1, np.uint8)
+                target = np.zeros((size, size, 3), np.uint8)
                 plan.source.place(number, data, [target])
-                found.append((slide.sample_id, int(target[0])))
+                found.append((slide.sample_id, int(target[0, 0, 0])))
                 time.sleep(pause)
             plan.source.close()
     return found
@@ -197,7 +197,7 @@ def test_who_leaves_holds_up_nobody(planned: Planned) -> None:
         share = shared.share("y", todo)
         with share.membership():
             source = share.plan(todo[0], request()).source
-            source.place(0, source.fetch(0), [np.zeros(1, np.uint8)])
+            source.place(0, source.fetch(0), [np.zeros((224, 224, 3), np.uint8)])
 
     found = in_threads(
         lambda: read_all(shared.share("x", todo), todo), breaks_off, shared.share("z", todo).leave
@@ -233,8 +233,8 @@ def test_who_is_behind_never_waits_for_room(planned: Planned) -> None:
     ahead, behind = in_threads(*(lambda share=share: share.plan(todo[0], request()) for share in shares))
     ahead.source.fetch(5)
     (data,) = in_threads(lambda: behind.source.fetch(4))
-    behind.source.place(4, data, [target := np.zeros(1, np.uint8)])
-    assert target[0] == 4
+    behind.source.place(4, data, [target := np.zeros((224, 224, 3), np.uint8)])
+    assert (target == 4).all()
     for share in shares:
         share.leave()
     assert planned["a"][0].done["closed"] == 1

@@ -17,10 +17,11 @@ __all__ = ["is_installed", "load_tensorrt", "not_loading", "require", "unavailab
 
 #: The first release whose parser knows ONNX's Attention operator (TensorRT), or that was tried.
 OLDEST = {"tensorrt": (10, 14), "tensorrt-rtx": (1, 7)}
-INSTALL = {
-    "tensorrt": f"{RUNTIMES['tensorrt'].install} (Linux)",
-    "tensorrt-rtx": f"{RUNTIMES['tensorrt-rtx'].install} (Linux on x86-64)",
-}
+SYSTEMS = {"tensorrt": "Linux", "tensorrt-rtx": "Linux on x86-64"}
+
+
+def _install(runtime: str) -> str:
+    return f"{RUNTIMES[runtime].install} ({SYSTEMS[runtime]})"
 
 
 def is_installed(runtime: str) -> bool:
@@ -40,7 +41,7 @@ def unavailable(
     """
     title = TITLES[runtime]
     if not is_installed(runtime):
-        return f"{title} is not installed: {INSTALL[runtime]}"
+        return f"{title} is not installed: {_install(runtime)}"
     import torch
 
     if torch.version.cuda is None or not torch.cuda.is_available():
@@ -78,11 +79,11 @@ def load_tensorrt(runtime: str = "tensorrt") -> None:
     """
     title = TITLES[runtime]
     if not is_installed(runtime):
-        raise ExtraMissingError(f"{title} is not installed: {INSTALL[runtime]}")
+        raise ExtraMissingError(f"{title} is not installed: {_install(runtime)}")
     try:
         found = Library(runtime).installed
     except (ImportError, OSError) as error:
         raise EngineError(f"{title} is installed, but does not load: {error}") from error
     if tuple(int(part) for part in found.split(".")[:2]) < OLDEST[runtime]:
         oldest = ".".join(map(str, OLDEST[runtime]))
-        raise EngineError(f"{title} {found} is too old: {oldest} or newer is needed ({INSTALL[runtime]})")
+        raise EngineError(f"{title} {found} is too old: {oldest} or newer is needed ({_install(runtime)})")

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.errors import ConfigError, EngineError, ExtraMissingError
+from slide2vec.installation import add_extra
 from slide2vec.runtime.record import EngineRecord, read_record
 from slide2vec.runtime.tensorrt.available import load_tensorrt
 
@@ -118,7 +119,7 @@ def _pinned() -> Any:
         import_module("pycuda.driver")
     except ImportError as error:
         raise ExtraMissingError(
-            f'pycuda cannot be imported ({error}): pip install "slide2vec[deploy]" (Linux); it is built on '
+            f"pycuda cannot be imported ({error}): {add_extra('deploy')} (Linux); it is built on "
             "installation and needs the CUDA toolkit for that"
         ) from error
     return import_module("slide2vec.runtime.tensorrt.pycuda_contexts")

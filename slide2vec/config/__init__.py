@@ -7,19 +7,11 @@ the machine", as each field says.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, PlainValidator, field_validator, model_validator
 
 from slide2vec.choices import (
     Backend,
@@ -30,14 +22,18 @@ from slide2vec.choices import (
     PreparerChoice,
     SegmentationMethod,
 )
+from slide2vec.config.frozen import FrozenConfig
+from slide2vec.config.masks import TISSUE_THRESHOLD, MaskSamplingConfig
 from slide2vec.cpus import Budget
-from slide2vec.errors import ConfigError, ManifestError, nearest_names
+from slide2vec.errors import ConfigError, ManifestError
 from slide2vec.files import as_path, is_remote
+from slide2vec.labels import TISSUE
 
 __all__ = [
     "ExecutionOptions",
     "FilterConfig",
     "Location",
+    "MaskSamplingConfig",
     "PreprocessingConfig",
     "PreviewConfig",
     "SegmentationConfig",
@@ -63,43 +59,7 @@ def _writable(given: object) -> Path:
     return path
 
 
-class _Config(BaseModel):
-    """A frozen set of options that names the nearest field when given one it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
-
-    def __init__(self, **values: Any) -> None:
-        name = type(self).__name__
-        for key in values:
-            if key not in type(self).model_fields:
-                raise ConfigError(
-                    f"{name} has no field {key!r}. {nearest_names(key, type(self).model_fields)}"
-                )
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError("; ".join(_in_words(name, item) for item in error.errors())) from None
-
-    def updated(self, **values: Any) -> Self:
-        """A validated copy with some fields replaced; what nobody set stays so (`model_fields_set`)."""
-        made = type(self)(**{**{k: getattr(self, k) for k in type(self).model_fields}, **values})
-        return made.set_only(self.model_fields_set | values.keys())
-
-    def set_only(self, fields: Set[str]) -> Self:
-        """The same, with only these fields of those that were given counting as set by the user."""
-        self.model_fields_set.intersection_update(fields)
-        return self
-
-
-def _in_words(name: str, error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
-    cause = (error.get("ctx") or {}).get("error")
-    if isinstance(cause, ConfigError):
-        return f"{name}.{where}: {cause}" if where else f"{name}: {cause}"
-    return f"{name}.{where}: {error['msg'].lower()}, got {error['input']!r}"
-
-
-class SegmentationConfig(_Config):
+class SegmentationConfig(FrozenConfig):
     """How tissue is distinguished from background; see `slide2vec.tiling` for the methods."""
 
     method: SegmentationMethod = "hsv"
@@ -117,7 +77,7 @@ class SegmentationConfig(_Config):
         return value
 
 
-class FilterConfig(_Config):
+class FilterConfig(FrozenConfig):
     """Which contours and tiles are kept. `ref_tile_size` None means the requested tile size.
 
     `a_t` and `a_h` are areas in units of ref_tile_size²; `a_h` is recorded, but every hole is
@@ -140,7 +100,7 @@ class FilterConfig(_Config):
     qc_spacing_um: Annotated[float, Field(gt=0)] = 2.0
 
 
-class PreviewConfig(_Config):
+class PreviewConfig(FrozenConfig):
     """Which pictures to write beside the embeddings (needs ExecutionOptions.output_dir)."""
 
     save_mask_preview: bool = False
@@ -150,7 +110,7 @@ class PreviewConfig(_Config):
     mask_overlay_alpha: Fraction = 0.5
 
 
-class PreprocessingConfig(_Config):
+class PreprocessingConfig(FrozenConfig):
     """How slides are tiled and read.
 
     Attributes:
@@ -161,7 +121,9 @@ class PreprocessingConfig(_Config):
         requested_region_size_px: the same as the side of a region in px, a multiple of the tile's.
         tolerance: relative spacing difference within which a level is read as it is.
         overlap: of neighbouring tiles, as a fraction of their side.
-        tissue_threshold: smallest tissue fraction of a tile that is kept.
+        tissue_threshold: smallest tissue fraction of a tile that is kept; the same as
+            masks.min_coverage["tissue"] of masks of tissue. Other labels have their own there.
+        masks: labels of the masks of slides, and which of them are sampled; a mapping will do.
         read_coordinates_from: directory of HS2P coordinate files to use instead of tiling; may be a URL.
         read_tiles_from: directory of tile archives to use instead of reading slides.
         on_the_fly: read tiles from the slides while embedding; False writes them to archives under
@@ -191,7 +153,8 @@ class PreprocessingConfig(_Config):
     region_tile_multiple: Annotated[int, Field(ge=2)] | None = None
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.05
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    tissue_threshold: Fraction = 0.01
+    tissue_threshold: Fraction = TISSUE_THRESHOLD
+    masks: MaskSamplingConfig = MaskSamplingConfig()
     read_coordinates_from: Location | None = None
     read_tiles_from: Annotated[Path, PlainValidator(_on_this_machine)] | None = None
     on_the_fly: bool = True
@@ -206,6 +169,38 @@ class PreprocessingConfig(_Config):
     segmentation: SegmentationConfig = SegmentationConfig()
     filtering: FilterConfig = FilterConfig()
     preview: PreviewConfig = PreviewConfig()
+
+    def __init__(self, **values: Any) -> None:
+        given = values.get("masks")
+        if isinstance(given, Mapping):
+            given = values["masks"] = MaskSamplingConfig(**given)
+        if isinstance(given, MaskSamplingConfig) and not given.by_class:
+            values = self._with_one_threshold(given, values)
+        super().__init__(**values)
+
+    @staticmethod
+    def _with_one_threshold(masks: MaskSamplingConfig, values: dict[str, Any]) -> dict[str, Any]:
+        """Masks of tissue and tissue_threshold say the same thing, whichever was given.
+
+        Raises:
+            ConfigError: both were, and differ.
+        """
+        of_masks = masks.min_coverage[TISSUE] if "min_coverage" in masks.model_fields_set else None
+        threshold = values.get("tissue_threshold", of_masks)
+        if of_masks is not None and threshold != of_masks:
+            raise ConfigError(
+                f"tissue_threshold={threshold} and masks.min_coverage[{TISSUE!r}]={of_masks} say the same "
+                "thing differently; keep one of them"
+            )
+        masks = masks.updated().set_only(masks.model_fields_set - {"min_coverage"})
+        return {**values, "masks": masks} | ({} if threshold is None else {"tissue_threshold": threshold})
+
+    @model_validator(mode="after")
+    def _masks_say_the_threshold(self) -> Self:
+        if not self.masks.by_class and self.masks.min_coverage[TISSUE] != self.tissue_threshold:
+            masks = self.masks.updated(min_coverage={TISSUE: self.tissue_threshold})
+            self.__dict__["masks"] = masks.set_only(self.masks.model_fields_set - {"min_coverage"})
+        return self
 
     @property
     def hierarchical(self) -> bool:
@@ -233,10 +228,16 @@ class PreprocessingConfig(_Config):
         Raises:
             ManifestError: one of them does not exist or has a value that is not allowed.
         """
-        if not options:
+        own = self.masks.threshold_of(sample_id)
+        if own and "tissue_threshold" in options:
+            raise ManifestError(
+                f"slide {sample_id}: tissue_threshold is one of tissue, and its tiles are of annotations: "
+                "masks.min_coverage has the thresholds of labels"
+            )
+        if not options and not own:
             return self
         made: dict[str, dict[str, Any]] = {"segmentation": {}, "filtering": {}}
-        own = {name: value for name, value in options.items() if name == "tissue_threshold"}
+        own |= {name: value for name, value in options.items() if name == "tissue_threshold"}
         for name, value in options.items():
             section, _, field = name.partition("_")
             if section in made:
@@ -281,12 +282,12 @@ class PreprocessingConfig(_Config):
         return self
 
 
-class ExecutionOptions(_Config):
+class ExecutionOptions(FrozenConfig):
     """How a run uses the machine and what it writes.
 
     Attributes:
         output_dir: where artifacts and previews go; None = nothing is written. May be a URL that fsspec
-            opens (s3://bucket/folder, gs://…; `slide2vec[cloud]`): every file is then written locally and
+            opens (s3://bucket/folder, gs://…; by the extra [cloud]): every file is then written locally and
             published by one upload. Credentials and endpoint are the store's own affair
             (AWS_PROFILE, AWS_ENDPOINT_URL, …); a `upath.UPath` brings others.
         output_format: of embedding files.
