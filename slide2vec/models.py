@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
 from slide2vec.aggregate.gather import check_on_error, embed_in_order
 from slide2vec.cohort.side_by_side import run_side_by_side
@@ -16,6 +17,7 @@ from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import ConfigError, EmbedSlidesError
 from slide2vec.manifests import SlidesLike, given_slides
+from slide2vec.memory import SHARE, Need, free_bytes, together
 from slide2vec.model import Model
 from slide2vec.progress import active_reporter, live_progress, metered
 from slide2vec.progress.together import TogetherReporter
@@ -51,17 +53,25 @@ class Models(Mapping[str, Model]):
         self._models = dict(named)
 
     @classmethod
-    def from_presets(cls, names: Iterable[str], **options: Any) -> Self:
-        """Build several presets.
+    def from_presets(cls, names: Iterable[str], *, encoders_gb: float | None = None, **options: Any) -> Self:
+        """Build several presets. Where they do not fit into memory together, each is loaded to see that it
+        can be, and again when its turn comes.
 
         Args:
             names: of the presets.
+            encoders_gb: as in ExecutionOptions.
             options: for each of them, as `Model.from_preset`.
 
         Raises:
             ConfigError: one is named twice; others as `Model.from_preset`.
         """
-        return cls([Model.from_preset(name, **options) for name in names])
+        models: list[Model] = []
+        for name in names:
+            models.append(Model.from_preset(name, **options))
+            if len(_fitting(dict(enumerate(models)), ExecutionOptions(encoders_gb=encoders_gb))) > 1:
+                for model in models:
+                    model.release()
+        return cls(models)
 
     def __getitem__(self, name: str) -> Model:
         return self._models[name]
@@ -153,6 +163,33 @@ class Models(Mapping[str, Model]):
             groups.setdefault(_tiles_key(model, configs[name], execution), []).append(name)
         return [sorted(names, key=lambda name: self[name].level != "tile") for names in groups.values()]
 
+    def prepare(
+        self, slides: Sequence[Slide], configs: Mapping[str, PreprocessingConfig], execution: ExecutionOptions
+    ) -> list[list[str]]:
+        """Decide what runs each model (see `Model.decide_engine`), and which of them are in memory together:
+        their names, in groups that take turns. Several groups are said in the log, and nothing of them is in
+        memory when this returns.
+
+        Args:
+            configs: of each model, resolved.
+        """
+        sizes = {name: config.requested_tile_size_px for name, config in configs.items()}
+        groups = _fitting(self, execution, sizes)
+        for name, model in self.items():
+            model.decide_engine(slides, configs[name], execution)
+            if len(groups) > 1:
+                model.identity(execution, sizes[name])  # known from now on, wherever the weights are
+                model.release()
+        if len(groups) > 1:
+            allowed = f"encoders_gb={execution.encoders_gb:g}" if execution.encoders_gb else "what is free"
+            logger.warning(
+                "%d encoders take about %s GB of memory, more than %s: they take turns, and each group reads "
+                "the slides: %s",
+                *(len(self), _gigabytes(self, execution, sizes), allowed),
+                "; then ".join(", ".join(names) for names in groups),
+            )
+        return groups
+
     def take_turns(self, execution: ExecutionOptions) -> bool:
         """Whether the models embed one after the other, each reading the slides for itself: where workers do,
         on several devices or machines. Says so in the log."""
@@ -183,23 +220,37 @@ class Models(Mapping[str, Model]):
                 for name, model in self.items()
             }
         configs = self.resolve_preprocessing(preprocessing)
-        for name, model in self.items():
-            model.decide_engine(slides, configs[name], execution)
-        groups = self.grouped(configs, execution)
+        found: dict[str, list[SlideOutcome] | Exception] = {}
+        turns = self.prepare(slides, configs, execution)
+        with live_progress(), metered(partial(self.devices_here, execution)):
+            for turn in turns:
+                found |= self._turn(turn, slides, configs, execution)
+                for name in turn if len(turns) > 1 else ():
+                    self[name].release()
+        return {name: found[name] for name in self}
+
+    def _turn(
+        self,
+        turn: Sequence[str],
+        slides: Sequence[Slide],
+        configs: Mapping[str, PreprocessingConfig],
+        execution: ExecutionOptions,
+    ) -> dict[str, list[SlideOutcome] | Exception]:
+        """The outcomes of models that are in memory together."""
+        groups = Models({name: self[name] for name in turn}).grouped(configs, execution)
         tasks = {
             names[0]: partial(self._embed, names, slides, configs[names[0]], execution) for names in groups
         }
-        with live_progress(), metered(partial(self.devices_here, execution)):
-            reporter = TogetherReporter(
-                active_reporter(), {name: [slide.sample_id for slide in slides] for name in tasks}
-            )
-            reporter.start(list(self))
-            done = run_side_by_side(tasks, dict.fromkeys(tasks, slides), execution, reporter)
+        reporter = TogetherReporter(
+            active_reporter(), {name: [slide.sample_id for slide in slides] for name in tasks}
+        )
+        reporter.start(turn)
+        done = run_side_by_side(tasks, dict.fromkeys(tasks, slides), execution, reporter)
         found: dict[str, list[SlideOutcome] | Exception] = {}
         for names in groups:
             made = done[names[0]]
             found |= dict.fromkeys(names, made) if isinstance(made, Exception) else made
-        return {name: found[name] for name in self}
+        return found
 
     def _embed(
         self,
@@ -218,6 +269,38 @@ class Models(Mapping[str, Model]):
                     aggregate = partial(self[name].aggregated, latents=execution.save_latents)
                     found[name].append(aggregated_outcome(outcome, aggregate))
         return found
+
+
+_Name = TypeVar("_Name", bound=Hashable)
+
+
+def _fitting(
+    models: Mapping[_Name, Model],
+    execution: ExecutionOptions,
+    sizes: Mapping[_Name, int | None] | None = None,
+) -> list[list[_Name]]:
+    """Names of models that fit into memory together, in groups.
+
+    Args:
+        sizes: of the tiles of each; None = the preset's.
+    """
+    needs: dict[_Name, Need] = {}
+    held: Counter[str] = Counter()
+    for name, model in models.items():
+        size = None if sizes is None else sizes[name]
+        needs[name] = Need(str(model.device), model.memory_bytes(execution, size))
+        held[str(model.device)] += model.held_bytes
+    gigabytes = execution.encoders_gb
+    limits = {
+        each.device: 1e9 * gigabytes if gigabytes else SHARE * (free_bytes(each.device) + held[each.device])
+        for each in needs.values()
+    }
+    return together(needs, limits)
+
+
+def _gigabytes(models: Models, execution: ExecutionOptions, sizes: Mapping[str, int | None]) -> str:
+    """What they take together."""
+    return f"{sum(model.memory_bytes(execution, sizes[name]) for name, model in models.items()) / 1e9:.3g}"
 
 
 def _by_preset(models: Sequence[Model]) -> dict[str, Model]:

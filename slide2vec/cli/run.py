@@ -122,6 +122,10 @@ def run(
         Path | None, typer.Option(help="Local folder to copy the next slides to, off slow storage.")
     ] = None,
     stage_gb: Annotated[float | None, typer.Option(help="GB it may take [half of what is free].")] = None,
+    encoders_gb: Annotated[
+        float | None,
+        typer.Option(help="GB of memory for several presets at once [0.7 of what is free]; others take turns."),
+    ] = None,
     file_format: Annotated[
         OutputFormat | None, typer.Option("--format", help="Of the embeddings [pt].", show_default=False)
     ] = None,
@@ -239,6 +243,7 @@ def run(
         "speed.num_preprocessing_workers": num_preprocessing_workers,
         "speed.stage_dir": stage_dir and str(stage_dir),
         "speed.stage_gb": stage_gb,
+        "speed.encoders_gb": encoders_gb,
         "speed.shard": shard,
         "output_format": file_format,
         "speed.output_dtype": output_dtype,

@@ -82,11 +82,17 @@ class RunResult:
     encoders: Mapping[str, RunResult] = field(default_factory=dict)
 
     @classmethod
-    def of_several(cls, encoders: Mapping[str, RunResult], whole: RunSummary | None = None) -> RunResult:
+    def of_several(
+        cls,
+        encoders: Mapping[str, RunResult],
+        whole: RunSummary | None = None,
+        readings: Sequence[Sequence[str]] = (),
+    ) -> RunResult:
         """The results of several encoders of one run as one.
 
         Args:
             whole: the summary of their common run, for its time and energy; None: each ran alone.
+            readings: names of those that read the slides together, one group after the other.
         """
         results = list(encoders.values())
         recomputed: Counter[str] = Counter()
@@ -103,6 +109,7 @@ class RunResult:
                 seconds=billed.seconds,
                 watt_hours=billed.watt_hours,
                 measured_by=billed.measured_by,
+                readings=tuple(", ".join(names) for names in readings),
             )
         return cls(
             tile_artifacts=[each for result in results for each in result.tile_artifacts],

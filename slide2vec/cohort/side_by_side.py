@@ -60,16 +60,19 @@ def embed_cohort_together(
     slides: Sequence[Slide],
     execution: ExecutionOptions,
     *,
+    groups: Sequence[Sequence[str]] = (),
     on_slide_persisted: OnPersisted | None = None,
 ) -> RunResult:
-    """As `embed_cohort`, with several encoders in this process: slides are read once for all of them. Each
-    writes what it would write alone, one run after the other, into the same directory.
+    """As `embed_cohort`, with several encoders in this process: slides are read once for all that take their
+    turn together. Each writes what it would write alone, one run after the other, into the same directory.
 
     An encoder that breaks off fails the slides that it has not finished; the others go on. The result of each
     is in `encoders`, in the order of `runs`.
 
     Args:
         runs: by name.
+        groups: names of those that are in memory together, where they are not all; each is released after its
+            turn.
         on_slide_persisted: as for `embed_cohort`, one call at a time. What it raises ends the run.
 
     Raises:
@@ -84,7 +87,8 @@ def embed_cohort_together(
     with shared_output_directory(cohorts, slides) as (opened, log):
         whole = dict(zip(opened_as, opened, strict=True))
         summaries: dict[str, RunSummary] = {}
-        for names in _turns(runs, whole):
+        turns = list(_turns(runs, whole, groups))
+        for names in turns:
             todo = {}
             for name in names:
                 cohort, recorder = whole[name]
@@ -110,16 +114,21 @@ def embed_cohort_together(
                 if isinstance(ended, Exception):
                     _break_off(whole[name][0], whole[name][1], todo[name], ended)
             summaries |= reporter.summaries
+            for name in names if len(groups) > 1 else ():
+                runs[name].embedder.release()
         write_bill(log, {whole[name][0].place.name: summary for name, summary in summaries.items()})
         results = {name: whole[name][1].result(summaries.get(name)) for name in runs}
-        return RunResult.of_several(results, log.summary)
+        readings = [names for names in turns if any(name in summaries for name in names)]
+        return RunResult.of_several(results, log.summary, readings)
 
 
 def _turns(
-    runs: Mapping[str, EncoderRun], whole: Mapping[str, tuple[Cohort, RunRecorder]]
+    runs: Mapping[str, EncoderRun],
+    whole: Mapping[str, tuple[Cohort, RunRecorder]],
+    groups: Sequence[Sequence[str]],
 ) -> Iterator[list[str]]:
-    """Names that run side by side; first those that come after none. Encoders of patients, which take slides
-    patient by patient, have a turn of their own if that is another order."""
+    """Names that run side by side: of one of the groups, and first those that come after none. Encoders of
+    patients, which take slides patient by patient, have a turn of their own if that is another order."""
     orders = {
         name: tuple(slide.sample_id for slide in plan_everything(recorder.slides, cohort.kind).slides)
         for name, (cohort, recorder) in whole.items()
@@ -128,6 +137,8 @@ def _turns(
     left = list(runs)
     while left:
         ready = [name for name in left if runs[name].after in done]
+        beside = next((group for group in groups if ready[0] in group), ready)
+        ready = [name for name in ready if name in beside]
         now = [name for name in ready if orders[name] == orders[ready[0]]]
         if apart := [name for name in ready if name not in now]:
             logger.warning(

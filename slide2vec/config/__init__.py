@@ -323,6 +323,9 @@ class ExecutionOptions(FrozenConfig):
             it begins. A larger slide is read where it is.
         on_image_mismatch: of `Model.embed_images`, where an earlier embedding of a sample_id is of another
             image: "raise", or "reencode" to replace it.
+        encoders_gb: of several encoders over the same slides, GB (1e9 bytes) that those in the memory of one
+            device may take. Encoders that do not fit together take turns in groups, each of which reads the
+            slides. None = 0.7 of what is free there when a call begins (on a CPU: free to this job).
         on_bad_slide: "fail" the patient one of whose slides cannot be embedded, or "skip" the slide and
             embed the patient from the others.
         shard: "i/n", i from 1 to n: a Pipeline embeds the i-th of n parts of its slides, balanced by the
@@ -352,6 +355,7 @@ class ExecutionOptions(FrozenConfig):
     on_bad_slide: Literal["fail", "skip"] = "fail"
     stage_dir: Path | None = None
     stage_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    encoders_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     shard: str | None = None
 
     @model_validator(mode="after")

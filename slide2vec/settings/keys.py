@@ -167,6 +167,7 @@ KEYS: dict[str, Key] = {
     "speed.persistent_workers_embedding": _of(ExecutionOptions, "persistent_workers"),
     "speed.stage_dir": _of(ExecutionOptions, "stage_dir"),
     "speed.stage_gb": _of(ExecutionOptions, "stage_gb"),
+    "speed.encoders_gb": _of(ExecutionOptions, "encoders_gb"),
     "wandb.enable": Key(bool, False),
 }
 
