@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     )
     from slide2vec.cohort import RunResult
     from slide2vec.config import ExecutionOptions, MaskSamplingConfig, PreprocessingConfig
-    from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
+    from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide, SlideAttention
     from slide2vec.encoders import TileEncoder, TimmTileEncoder, TorchTileEncoder, register_encoder
     from slide2vec.errors import EmbedImagesError, EmbedPatientsError, EmbedSlidesError, Slide2VecError
     from slide2vec.images import ImageSpec
@@ -55,6 +55,7 @@ __all__ = [
     "RunResult",
     "Slide",
     "Slide2VecError",
+    "SlideAttention",
     "SlideEmbeddingArtifact",
     "SlideOutcome",
     "TileEmbeddingArtifact",
@@ -89,6 +90,7 @@ _HOMES = {
     "RunResult": "cohort",
     "Slide": "slides",
     "Slide2VecError": "errors",
+    "SlideAttention": "embedded",
     "SlideEmbeddingArtifact": "artifacts",
     "SlideOutcome": "stream",
     "TileEmbeddingArtifact": "artifacts",

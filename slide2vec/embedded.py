@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-__all__ = ["EmbeddedPatient", "EmbeddedSlide"]
+__all__ = ["EmbeddedPatient", "EmbeddedSlide", "SlideAttention"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,6 +48,31 @@ class EmbeddedSlide:
     latents: torch.Tensor | None = None
     tile_x: NDArray[np.int64] | None = None
     tile_y: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SlideAttention:
+    """Attention maps of tiles of one slide.
+
+    Attributes:
+        sample_id, image_path: of the slide.
+        maps: (N, K, h, w) float32, on the CPU: a value per channel and patch of a tile, what a token takes
+            in of that patch; those of a channel add up to at most 1.
+        channels: K of (block, token, head): which block, 0 the first, whose attention ("class", "register 1",
+            …), and of which head; None = the mean over all.
+        tile_embeddings: (N, D) float32 of the same tiles, from the same pass over the encoder.
+        x, y: (N,) int64, top-left corners of the tiles, level-0 px.
+        tile_size_lv0: side of a tile in level-0 px.
+    """
+
+    sample_id: str
+    image_path: Path
+    maps: torch.Tensor
+    channels: tuple[tuple[int, str, int | None], ...]
+    tile_embeddings: torch.Tensor
+    x: NDArray[np.int64]
+    y: NDArray[np.int64]
+    tile_size_lv0: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -20,10 +20,11 @@ from slide2vec.aggregate import (
     patient_embedding,
     with_slide_embedding,
 )
+from slide2vec.attention_maps import attention_of_batch, attention_of_slide
 from slide2vec.cohort import embed_tiles
 from slide2vec.cohort.sink import MemorySink
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
-from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide
+from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide, SlideAttention
 from slide2vec.encoders.given_module import register_module
 from slide2vec.encoders.preset_chain import PartsWeights, load_parts, loader_of, tile_recipe
 from slide2vec.encoders.registered import code_identity, refuse_overlap
@@ -524,6 +525,57 @@ class Model:
             ModelLevelError: a ValueError: the preset is not tile-level.
         """
         return embed_images(self, images, execution, on_error)
+
+    def attention_maps(
+        self,
+        slide: SlideLike,
+        preprocessing: PreprocessingConfig | None = None,
+        execution: ExecutionOptions | None = None,
+        *,
+        at: Sequence[tuple[int, int]] | None = None,
+        blocks: Sequence[int] = (-1,),
+        include_registers: bool = False,
+        mean_heads: bool = True,
+    ) -> SlideAttention:
+        """Attention maps of a slide's tiles, with their embeddings from the same pass; on the model's device.
+
+        Args:
+            slide, preprocessing, execution: as for `embed_slide`; larger tiles, where the backbone takes
+                them, are asked for as `requested_tile_size_px`.
+            at: (x, y) of the tiles wanted, level-0 px of their top-left corners; None = all that hold
+                tissue. A map of 16 x 16 patches takes 1 KB of memory per tile and channel.
+            blocks, include_registers, mean_heads: see `encode_tiles_attention`.
+
+        Raises:
+            UnsupportedError, ConfigError: as of `encode_tiles_attention`.
+            SlideError: the slide cannot be embedded, or a place is not on it.
+        """
+        config, asked = self._tile_model.resolve_preprocessing(preprocessing), as_slide(slide)
+        return attention_of_slide(
+            self._tile_embedder,
+            asked,
+            config,
+            execution or ExecutionOptions(),
+            at,
+            blocks=blocks,
+            include_registers=include_registers,
+            mean_heads=mean_heads,
+        )
+
+    def encode_tiles_attention(
+        self,
+        batch: torch.Tensor,
+        *,
+        blocks: Sequence[int] = (-1,),
+        include_registers: bool = False,
+        mean_heads: bool = False,
+    ) -> torch.Tensor:
+        """Attention of the class token to the patches of normalised tiles: (B, 3, H, W) -> (B, K, h, w).
+
+        See `slide2vec.encoders.attention.encode_tiles_attention`, also for the errors.
+        """
+        asked = {"blocks": blocks, "include_registers": include_registers, "mean_heads": mean_heads}
+        return attention_of_batch(self._tile_embedder, batch, **asked)
 
     def embed_patient(
         self,

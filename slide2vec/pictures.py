@@ -1,4 +1,4 @@
-"""Pictures of embeddings: a map of a slide coloured by principal components, and writing it to a file."""
+"""Pictures: maps of a slide coloured by principal components or by attention, and writing them to files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from slide2vec.errors import ConfigError
 from slide2vec.files import atomic_path
 
-__all__ = ["pca_map", "principal_components", "write_picture"]
+__all__ = ["attention_map", "attention_overlay", "pca_map", "principal_components", "write_picture"]
 
 _COMPONENTS = 3
 _PERCENTILES = (2.0, 98.0)  # of a component become its darkest and brightest colour
 _QUALITY = 92
+_HEAT = 0.6  # share of the colours of attention over the tissue
 
 _OKLAB_TO_CONES = np.array(
     [
@@ -90,6 +91,57 @@ def pca_map(
     return picture.round().clip(0, 255).astype(np.uint8)
 
 
+def attention_map(
+    heat: NDArray[np.floating[Any]],
+    x: NDArray[np.integer[Any]],
+    y: NDArray[np.integer[Any]],
+    tile_size_lv0: int,
+    dimensions: tuple[int, int],
+    thumbnail: Pixels,
+) -> Pixels:
+    """A slide with the attention of its tiles over it, all on one scale of colours.
+
+    Args:
+        heat: (N, h, w) float, a value per patch of each tile; N may be 0.
+        x, y, tile_size_lv0, dimensions, thumbnail: see `pca_map`.
+
+    Returns:
+        (h, w, 3) uint8 RGB; as the thumbnail where there is no tile.
+    """
+    import cv2
+
+    height, width = thumbnail.shape[:2]
+    scale = np.array([width / dimensions[0], height / dimensions[1]])
+    laid = np.full((height, width), np.nan, np.float32)
+    for values, left, top in zip(heat, x, y, strict=True):
+        start = np.round(np.array([left, top]) * scale).astype(int)
+        end = np.maximum(np.round((np.array([left, top]) + tile_size_lv0) * scale).astype(int), start + 1)
+        columns, rows = end - start
+        shrinks = rows < len(values)
+        how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        patch = cv2.resize(np.asarray(values, np.float32), (int(columns), int(rows)), interpolation=how)
+        part = laid[start[1] : end[1], start[0] : end[0]]  # cut at the edge of the slide
+        part[:] = patch[: part.shape[0], : part.shape[1]]
+    return _heated(thumbnail, laid)
+
+
+def attention_overlay(pixels: Pixels, heat: NDArray[np.floating[Any]]) -> Pixels:
+    """A tile with its attention over it.
+
+    Args:
+        pixels: (H, W, 3) uint8 RGB.
+        heat: (h, w) float, a value per patch.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    import cv2
+
+    height, width = pixels.shape[:2]
+    laid = cv2.resize(np.asarray(heat, np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+    return _heated(pixels, np.asarray(laid))
+
+
 def principal_components(embeddings: NDArray[np.floating[Any]], count: int) -> Floats:
     """Scores (N, count) float64 on the first principal components, zero where there are fewer.
 
@@ -154,6 +206,23 @@ def _colours(scores: Floats) -> Floats:
     linear: Floats = np.clip(cones @ _CONES_TO_RGB.T, 0.0, 1.0)
     gamma: Floats = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     return 255.0 * gamma
+
+
+def _heated(pixels: Pixels, heat: NDArray[np.float32]) -> Pixels:
+    """Grey pixels under the colours of their heat (h, w), dark violet for the 2nd percentile of its values
+    and yellow for the 98th; where it is NaN the pixels as they are."""
+    import cv2
+
+    there = np.isfinite(heat)
+    if not there.any():
+        return pixels.copy()
+    low, high = np.percentile(heat[there], _PERCENTILES)
+    unit = np.clip((np.where(there, heat, low) - low) / (high - low if high > low else 1.0), 0.0, 1.0)
+    levels = np.round(255 * unit).astype(np.uint8)
+    colours = cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
+    grey = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
+    mixed = np.round((1 - _HEAT) * grey + _HEAT * colours).astype(np.uint8)
+    return np.where(there[..., None], mixed, pixels)
 
 
 def _faded(grey: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -109,6 +109,17 @@ class TileEmbedder:
             self._recipes[tile_size_px] = for_input(self.recipe, self.encoder, tile_size_px, asked)
         return self._recipes[tile_size_px]
 
+    def with_encoder(self, encoder: nn.Module, name: str, dim: int, tile_size_px: int) -> TileEmbedder:
+        """One that runs another module over tiles of a size, which are prepared as for its own encoder.
+
+        Args:
+            name, dim: of the module's output.
+        """
+        recipe = self.recipe_for(tile_size_px)
+        variant = recipe.variants[self.variant].model_copy(update={"dim": dim})
+        recipe = recipe.model_copy(update={"variants": {name: variant}, "tile_size_px": tile_size_px})
+        return TileEmbedder(recipe, name, encoder, self.device, self.precision, resizes=True)
+
     def decide(
         self,
         slides: Sequence[Slide],

@@ -53,11 +53,12 @@ ROOMS = {
     "scale": 8,
     "images": 8,
     "tile_embedder": 8,
-    "model": 9,
-    "estimate": 10,
-    "models": 10,
-    "pipeline": 11,
-    "cli": 12,
+    "attention_maps": 9,
+    "model": 10,
+    "estimate": 11,
+    "models": 11,
+    "pipeline": 12,
+    "cli": 13,
 }
 #: Files at the top that may import from anywhere; so may the package itself.
 ENTRANCES = {"__main__"}

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from slide2vec.errors import ConfigError
-from slide2vec.pictures import pca_map, principal_components, write_picture
+from slide2vec.pictures import attention_map, attention_overlay, pca_map, principal_components, write_picture
 
 THUMBNAIL = np.full((100, 200, 3), 230, np.uint8)
 DIMENSIONS = (2000, 1000)
@@ -95,3 +95,32 @@ def test_written_pictures_read_back(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["map.JPG", "map.png"]
     with pytest.raises(ConfigError, match=r"\.tiff"):
         write_picture(tmp_path / "map.tiff", picture)
+
+
+def test_attention_is_where_it_is_on_one_scale() -> None:
+    """Two tiles of 2 x 2 patches: the hottest patch of all is the brightest, the slide is grey under it."""
+    heat = np.array([[[0, 0], [0, 1]], [[0, 0], [0.2, 0]]], np.float32)
+    x, y = np.array([0, 1000]), np.array([0, 0])
+    picture = attention_map(heat, x, y, 1000, DIMENSIONS, THUMBNAIL)
+    assert picture.shape == THUMBNAIL.shape and picture.dtype == np.uint8
+    brightness = picture.astype(int).sum(axis=2)
+    row, column = np.unravel_index(brightness.argmax(), brightness.shape)
+    assert row > 60 and 60 < column < 100
+    hot, mild, cold = picture[95, 95].astype(int), picture[95, 105].astype(int), picture[5, 195].astype(int)
+    assert hot.sum() > mild.sum() > cold.sum()
+    assert hot[0] > hot[2] + 20  # yellow
+    bare = attention_map(heat[:1], x[:1], y[:1], 1000, DIMENSIONS, THUMBNAIL)
+    np.testing.assert_array_equal(bare[:, 100:], THUMBNAIL[:, 100:])
+    np.testing.assert_array_equal(attention_map(heat[:0], x[:0], y[:0], 9, DIMENSIONS, THUMBNAIL), THUMBNAIL)
+
+
+def test_attention_of_a_tile_at_the_edge_and_of_one_value() -> None:
+    """A tile that overhangs the slide is cut, not squeezed; where all values are one, nothing is divided."""
+    heat = np.array([[[0, 0], [0, 1]]], np.float32)
+    picture = attention_map(heat, np.array([1500]), np.array([500]), 1000, DIMENSIONS, THUMBNAIL)
+    whole = attention_map(heat, np.array([1000]), np.array([0]), 1000, DIMENSIONS, THUMBNAIL)
+    assert (
+        picture[50:, 150:].astype(int).sum() < whole[50:, 150:].astype(int).sum()
+    )  # its hot corner is outside
+    even = attention_overlay(THUMBNAIL[:50, :50], np.ones((2, 2)))
+    assert even.shape == (50, 50, 3) and len(np.unique(even.reshape(-1, 3), axis=0)) == 1

@@ -1,5 +1,5 @@
-"""The command line: `slide2vec run`, `plan`, `embed`, `tile`, `images`, `merge`, `status`, `export`, `info`,
-`models`, `build-engine`, `engines`, `bench`, `doctor`, `demo`.
+"""The command line: `slide2vec run`, `plan`, `embed`, `attention`, `tile`, `images`, `merge`, `status`,
+`export`, `info`, `models`, `build-engine`, `engines`, `bench`, `doctor`, `demo`.
 
 Subcommands import what they need when they run, so that `--help` answers at once.
 """
@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from slide2vec.cli.attention import attention
 from slide2vec.cli.bench import bench
 from slide2vec.cli.build_engine import build_engine
 from slide2vec.cli.console import debugging, log_to_stderr, print_error
@@ -72,6 +73,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(plan)
 app.command()(embed)
+app.command()(attention)
 app.command()(tile)
 app.command()(images)
 app.command()(merge)

@@ -22,6 +22,7 @@ from slide2vec.lazy import import_timm
 
 __all__ = [
     "AttentionChannel",
+    "AttentionEncoder",
     "attention_channels",
     "encode_tiles_attention",
     "features_and_attention",
@@ -109,6 +110,9 @@ def encode_tiles_attention(
         UnsupportedError: a NotImplementedError: the encoder has no class token, or no such attention.
         ConfigError: a ValueError: there is no such block, or the tiles have another shape.
     """
+    theirs = getattr(getattr(encoder, "own", None), "encode_tiles_attention", None)
+    if theirs is not None and not mean_heads:  # of a class that a user registered
+        return cast("Tensor", theirs(batch, blocks=tuple(blocks), include_registers=include_registers))
     tower = _tower(encoder)
     grid = _grid(tower, batch)
     with _keeping(tower, blocks) as kept:
@@ -134,6 +138,37 @@ def features_and_attention(
         features = encoder(batch)
     first = {index: each._replace(tokens=each.tokens[:: tower.passes]) for index, each in kept.items()}
     return features, _maps(tower, grid, first, _Asked(blocks, include_registers, mean_heads))
+
+
+class AttentionEncoder(nn.Module):
+    """An encoder whose features have its attention maps behind them, as one row: what runs features runs it.
+
+    `forward` takes normalised pixels (B, 3, S, S) float and returns (B, D + K · h · w). Arguments and errors
+    as of `encode_tiles_attention`.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        blocks: Sequence[int] = (-1,),
+        include_registers: bool = False,
+        mean_heads: bool = False,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.asked = _Asked(tuple(blocks), include_registers, mean_heads)
+        self.channels = attention_channels(encoder, **self.asked._asdict())
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, D + K · h · w)."""
+        features, maps = features_and_attention(self.encoder, pixels, **self.asked._asdict())
+        return torch.cat([features.float(), maps.flatten(1)], dim=1)
+
+    def map_shape(self, size_px: int) -> tuple[int, int, int]:
+        """(K, h, w) of the maps of tiles of a size."""
+        height, width = (size_px // side for side in _tower(self.encoder).patch)
+        return len(self.channels), height, width
 
 
 def attention_channels(
@@ -163,6 +198,8 @@ def why_no_attention(encoder: nn.Module) -> str | None:
 
 
 def _tower(encoder: nn.Module) -> _Tower:
+    own = getattr(encoder, "own", None)  # that a user brought
+    encoder = encoder if own is None else getattr(own, "_model", own)
     if isinstance(encoder, channelwise.ChannelwiseEncoder):
         registers = encoder.storage_tokens.shape[1]
         attentions = [block.get_submodule("attn") for block in encoder.blocks]

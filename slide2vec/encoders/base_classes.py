@@ -150,6 +150,14 @@ class TorchTileEncoder(TileEncoder):
         """(B, 3, H, W) float -> (B, D) float."""
         return cast("Tensor", self._model(batch))
 
+    def encode_tiles_attention(
+        self, batch: Tensor, *, blocks: tuple[int, ...] = (-1,), include_registers: bool = False
+    ) -> Tensor:
+        """Of a module that is a vision transformer of timm: see `slide2vec.encoders.attention`."""
+        from slide2vec.encoders.attention import encode_tiles_attention
+
+        return encode_tiles_attention(self._model, batch, blocks=blocks, include_registers=include_registers)
+
     @property
     def encode_dim(self) -> int:
         """D."""

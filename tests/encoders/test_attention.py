@@ -23,6 +23,8 @@ from slide2vec.encoders.attention import (
     features_and_attention,
     why_no_attention,
 )
+from slide2vec.encoders.base_classes import TorchTileEncoder
+from slide2vec.encoders.registered import BroughtTiles
 from slide2vec.encoders.remote_code import RemoteEncoder
 from slide2vec.errors import ConfigError, UnsupportedError
 from slide2vec.recipes import Recipe, Variant, list_models, load_recipe
@@ -186,7 +188,7 @@ def test_mean_over_heads_and_names_of_channels(model: nn.Module) -> None:
 
 def test_what_is_missing_from_one_is_the_share_of_the_other_tokens(model: nn.Module) -> None:
     with Attended() as attended:
-        model.forward_features(PIXELS)  # type: ignore[operator]
+        model.get_submodule("")(PIXELS)
     found = encode_tiles_attention(model, PIXELS).sum(dim=(2, 3))
     others = attended.weights[-1][:, :, 0, :3].sum(-1).float()
     torch.testing.assert_close(found + others, torch.ones(2, 3))
@@ -346,3 +348,31 @@ def test_code_of_repositories() -> None:
     recipe: Any = SimpleNamespace(encoder=SimpleNamespace(prefix_tokens=9))
     torch.testing.assert_close(found[1], expected(attended.weights, recipe, 9), atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(found[0], features)
+
+
+def test_encoders_that_users_bring(model: nn.Module) -> None:
+    """A registered class around a model of timm, one with maps of its own, and a bare module."""
+    known = TorchTileEncoder(model, encode_dim=192, input_size=64, mean=(0.5,) * 3, std=(0.5,) * 3)
+    expected = encode_tiles_attention(model, PIXELS, blocks=(0,), include_registers=True)
+    torch.testing.assert_close(
+        known.encode_tiles_attention(PIXELS, blocks=(0,), include_registers=True), expected
+    )
+    recipe = load_recipe("uni")
+    for own in (known, model):
+        brought = BroughtTiles(own, recipe, "default").eval()
+        found = encode_tiles_attention(brought, PIXELS, blocks=(0,), include_registers=True)
+        torch.testing.assert_close(found, expected)
+        features, maps = features_and_attention(brought, PIXELS, blocks=(0,), include_registers=True)
+        torch.testing.assert_close(maps, expected)
+        torch.testing.assert_close(features, model(PIXELS))
+
+    class Special(TorchTileEncoder):
+        def encode_tiles_attention(self, batch: Tensor, **asked: Any) -> Tensor:
+            assert asked == {"blocks": (-1,), "include_registers": False}
+            return batch[:, :1]
+
+    special = Special(nn.Linear(1, 1), encode_dim=1, input_size=64, mean=(0.5,) * 3, std=(0.5,) * 3)
+    brought = BroughtTiles(special, recipe, "default")
+    torch.testing.assert_close(encode_tiles_attention(brought, PIXELS), PIXELS[:, :1])
+    with pytest.raises(UnsupportedError, match="Linear has no attention maps"):
+        features_and_attention(brought, PIXELS)
