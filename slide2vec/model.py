@@ -26,6 +26,7 @@ from slide2vec.cohort.sink import MemorySink
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide, SlideAttention
 from slide2vec.encoders.given_module import register_module
+from slide2vec.encoders.late import AnyEncoder, as_module, handed_over, held_bytes, release, weights_bytes
 from slide2vec.encoders.preset_chain import PartsWeights, load_parts, loader_of, tile_recipe
 from slide2vec.encoders.registered import code_identity, refuse_overlap
 from slide2vec.encoders.weights import weights_digest
@@ -73,7 +74,7 @@ class Model:
         self,
         recipe: Recipe,
         variant: str,
-        encoder: nn.Module,
+        encoder: AnyEncoder,
         *,
         device: torch.device,
         precision: str,
@@ -160,7 +161,7 @@ class Model:
             model = cls(
                 part.recipe,
                 part.variant,
-                part.encoder if model is None else part.encoder.to(chosen),
+                part.encoder,
                 device=chosen,
                 precision=resolved,
                 weights=part.weights,
@@ -213,7 +214,12 @@ class Model:
     @property
     def encoder(self) -> nn.Module:
         """The module: normalised pixels (B, 3, H, W) float32 -> features (B, D)."""
-        return self._encoder
+        return handed_over(self._encoder)
+
+    @property
+    def _on_device(self) -> nn.Module:
+        """The encoder of slides or patients, where it runs."""
+        return as_module(self._encoder).to(self.device)
 
     @property
     def has_latents(self) -> bool:
@@ -252,16 +258,23 @@ class Model:
 
     def engine_in_words(self, execution: ExecutionOptions | None = None) -> str:
         """What runs the encoder: "PyTorch, fp32 on cpu", "openvino, bf16 on cpu"."""
-        engine = self._tile_embedder.select(execution or ExecutionOptions()).engine
-        runtime = "PyTorch" if engine.runtime == "torch" else engine.runtime
-        return f"{runtime}, {engine.precision} on {self.device}"
+        runtime, precision = self._tile_embedder.runs_in(execution or ExecutionOptions())
+        return f"{'PyTorch' if runtime == 'torch' else runtime}, {precision} on {self.device}"
 
     @cached_property
     def _weights_digest(self) -> str:
         """What the weights are, wherever they came from."""
         if self.recipe.weights is None or self._weights.startswith("random:"):
             return self._weights
-        return self._tile_embedder.weights_digest if self.upstream is None else weights_digest(self._encoder)
+        return (
+            self._tile_embedder.weights_digest
+            if self.upstream is None
+            else weights_digest(as_module(self._encoder))
+        )
+
+    def confirm_weights(self) -> None:
+        """Wait until the weights of tiles are certainly what `identity` says; raises WeightsError else."""
+        self._tile_embedder.confirm_weights()
 
     def embed_slide(
         self,
@@ -381,6 +394,27 @@ class Model:
             precision_asked=self._precision_asked or execution.precision is not None,
         )
 
+    def memory_bytes(self, execution: ExecutionOptions, tile_size_px: int | None = None) -> int:
+        """About what its encoders take on their device: weights, and a batch of tiles; see `TileEmbedder`."""
+        if self.upstream is None:
+            return self._tile_embedder.memory_bytes(execution, tile_size_px)
+        below = self.upstream.memory_bytes(execution, tile_size_px)
+        return below + weights_bytes(self._encoder, self.recipe)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of its encoders' weights that are in memory now."""
+        below = 0 if self.upstream is None else self.upstream.held_bytes
+        return below + held_bytes(self._encoder)
+
+    def release(self) -> None:
+        """Free the memory of its encoders, which are loaded anew when they are next needed."""
+        release(self._encoder)
+        if self.upstream is None:
+            self._tile_embedder.release()
+        else:
+            self.upstream.release()
+
     def _workers(self, execution: ExecutionOptions) -> WorkerExecutor | None:
         chosen = is_numbered(self.origin.get("device", "cuda:0"))
         return workers_for(self, self._loader, self.device, execution, self._pools, chosen=chosen)
@@ -401,7 +435,7 @@ class Model:
             return embedded
         if self.level == "patient":
             return self.upstream.aggregated(embedded, latents=latents)
-        return with_slide_embedding(embedded, self._encoder, self.device, preset=self.name, latents=latents)
+        return with_slide_embedding(embedded, self._on_device, self.device, preset=self.name, latents=latents)
 
     def patient_embedding(self, slides: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(D,) float32 of a patient from their slide embeddings (D,), by sample_id.
@@ -411,7 +445,7 @@ class Model:
             PatientError: the patient encoder failed.
         """
         self._require_patient_level("patient_embedding")
-        return patient_embedding(slides, self._encoder, self.device, preset=self.name)
+        return patient_embedding(slides, self._on_device, self.device, preset=self.name)
 
     def resolve_preprocessing(self, config: PreprocessingConfig | None = None) -> PreprocessingConfig:
         """The configuration with the preset's spacing and tile size filled in.

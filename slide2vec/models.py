@@ -148,7 +148,12 @@ class Models(Mapping[str, Model]):
         self, config: PreprocessingConfig | None = None
     ) -> dict[str, PreprocessingConfig]:
         """Of each model, by name; see `Model.resolve_preprocessing`."""
-        return {name: model.resolve_preprocessing(config) for name, model in self.items()}
+        found = {}
+        for name, model in self.items():
+            found[name] = model.resolve_preprocessing(config)  # which may load it, to see what tiles it takes
+            if len(_fitting(self, ExecutionOptions())) > 1:
+                model.release()
+        return found
 
     def grouped(
         self, configs: Mapping[str, PreprocessingConfig], execution: ExecutionOptions

@@ -15,7 +15,8 @@ from slide2vec.aggregate import regrouped
 from slide2vec.compile import EngineTarget, build_where_it_pays, goes_on_in_torch, offer_bf16, select_engine
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.encoders.input_size import for_input
-from slide2vec.encoders.weights import weights_digest
+from slide2vec.encoders.late import AnyEncoder, LateEncoder, weights_bytes
+from slide2vec.errors import EngineError
 from slide2vec.prepare import choose_preparer
 from slide2vec.progress import active_reporter
 from slide2vec.recipes import Recipe
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
 
 __all__ = ["TileEmbedder"]
 
+#: Bytes in memory per pixel of a tile while it is encoded: 110 to 345 on a CPU in fp32, in batches of 8 or
+#: more of prost40m, a ViT-B and a ViT-L of patches of 16 px, a ViT-S of 8 px (lunit), ResNet-50, conchv15.
+BYTES_PER_PX = 400
 #: What decides a workspace: GPU decoding, preparer, tile size, and the engine's runtime, precision, layout.
 _Key: TypeAlias = tuple[object, ...]
 #: What decides an engine: the choice, precision, torch_compile, side of the encoder's input.
@@ -64,6 +68,7 @@ class TileEmbedder:
     Args:
         recipe: of a tile-level preset, as its tiles are prepared.
         variant: name of its output.
+        encoder: a late one is built when it is needed.
         precision: that calls use unless ExecutionOptions say otherwise.
         resizes: tiles of any size are resized to the encoder's input, rather than encoded as they are.
     """
@@ -72,28 +77,43 @@ class TileEmbedder:
         self,
         recipe: Recipe,
         variant: str,
-        encoder: nn.Module,
+        encoder: AnyEncoder,
         device: torch.device,
         precision: str,
         *,
         resizes: bool = False,
     ) -> None:
-        self.recipe, self.variant, self.encoder = recipe, variant, encoder
+        self.recipe, self.variant, self._late = recipe, variant, LateEncoder.of(encoder)
         self.device, self.precision, self._resizes = device, precision, resizes
         #: The recipe for tiles of other sizes than its own, by size.
         self._recipes: dict[int, Recipe] = {}
         #: Bytes that preparing and encoding a tile take on a GPU, by engine.
         self._bytes_per_tile: dict[int, float] = {}
         self._engines: dict[_Asked, Selected] = {}
+        #: Runtime and precision of each engine that there was; they stay, whatever is built meanwhile.
+        self._chosen: dict[_Asked, tuple[str, str]] = {}
         #: Output directories whose embeddings PyTorch has begun to make, and in which precision.
         self._goes_on_in_torch: set[tuple[Path | None, str]] = set()
         #: Workspaces that no stream has in use.
         self._idle: dict[_Key, list[_Workspace]] = {}
 
+    @property
+    def encoder(self) -> nn.Module:
+        """The module, built now if it is not yet; for whoever may change it."""
+        return self._late.hand_over()
+
+    @encoder.setter
+    def encoder(self, module: nn.Module) -> None:
+        self._late = LateEncoder.of(module)
+
     @cached_property
     def weights_digest(self) -> str:
-        """Of the weights' values."""
-        return weights_digest(self.encoder)
+        """Of the weights' values; not certain before `confirm_weights`."""
+        return self._late.digest
+
+    def confirm_weights(self) -> None:
+        """See `LateEncoder.confirm`."""
+        self._late.confirm()
 
     def recipe_for(self, tile_size_px: int | None) -> Recipe:
         """The recipe for tiles of a size, which are not resized unless that is asked for; None = its own.
@@ -106,7 +126,7 @@ class TileEmbedder:
             return self.recipe
         if tile_size_px not in self._recipes:
             asked = f"requested_tile_size_px={tile_size_px}"
-            self._recipes[tile_size_px] = for_input(self.recipe, self.encoder, tile_size_px, asked)
+            self._recipes[tile_size_px] = for_input(self.recipe, self._late.module, tile_size_px, asked)
         return self._recipes[tile_size_px]
 
     def with_encoder(self, encoder: nn.Module, name: str, dim: int, tile_size_px: int) -> TileEmbedder:
@@ -140,14 +160,14 @@ class TileEmbedder:
         target, precision, asked = self._asked(execution, config.requested_tile_size_px)
         if not precision_asked:
             offer_bf16(target, precision)
-        if execution.engine != "auto" or asked in self._engines:
+        if execution.engine != "auto" or asked in self._chosen:
             return
         name, output_dir = self.recipe.name, execution.output_dir
         if config.resume and output_dir is not None and goes_on_in_torch(output_dir, name, precision):
             self._goes_on_in_torch.add((output_dir, precision))
         elif alone and execution.build_engine == "auto" and not execution.torch_compile:
             build_where_it_pays(
-                self.encoder,
+                self._late,
                 target,
                 precision,
                 slides,
@@ -167,26 +187,65 @@ class TileEmbedder:
         """
         target, precision, asked = self._asked(execution, tile_size_px)
         if asked not in self._engines:
-            self._engines[asked] = select_engine(
-                asked[0],
-                self.encoder,
+            chosen = self._chosen.get(asked)
+            selected = select_engine(
+                asked[0] if chosen is None else chosen[0],
+                self._late,
                 target,
                 precision,
                 compiled=execution.torch_compile,
             )
-        elif self._engines[asked].engine.runtime == "torch" and self.device.type != "cuda":
-            self.encoder.to(self.device).eval()  # callers have it in their hands, too, and may have moved it
+            found = selected.engine.runtime, selected.engine.precision
+            if chosen not in (None, found):
+                selected.engine.close()
+                raise EngineError(
+                    f"{self.recipe.name} ran by {' in '.join(chosen or ())}, and now only by "
+                    f"{' in '.join(found)}: was its engine removed? Start again"
+                )
+            self._chosen[asked], self._engines[asked] = found, selected
+        elif self._late.is_built and self._engines[asked].engine.runtime == "torch" and not self._on_cuda:
+            self._late.module.to(
+                self.device
+            ).eval()  # callers have it in their hands, too, and may have moved it
         return self._engines[asked]
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self.device.type == "cuda"
 
     def identity(self, execution: ExecutionOptions, tile_size_px: int | None) -> dict[str, Any]:
         """What of its engine and of how tiles are prepared decides an embedding; JSON-ready."""
-        recipe, engine = self.recipe_for(tile_size_px), self.select(execution, tile_size_px).engine
+        recipe, (runtime, precision) = self.recipe_for(tile_size_px), self.runs_in(execution, tile_size_px)
         return {
-            "precision": engine.precision,
-            "runtime": engine.runtime,
+            "precision": precision,
+            "runtime": runtime,
             "input_size_px": recipe.transform.crop,
             "transform": recipe.transform.model_dump(mode="json"),
         }
+
+    def runs_in(self, execution: ExecutionOptions, tile_size_px: int | None = None) -> tuple[str, str]:
+        """Runtime and precision of what runs the encoder; raises as `select`."""
+        _, _, asked = self._asked(execution, tile_size_px)
+        if asked not in self._chosen:
+            self.select(execution, tile_size_px)
+        return self._chosen[asked]
+
+    def memory_bytes(self, execution: ExecutionOptions, tile_size_px: int | None) -> int:
+        """About what it takes on its device: weights, and a batch of tiles on its way through them."""
+        recipe = self.recipe if tile_size_px is None else self.recipe_for(tile_size_px)
+        size = execution.batch_size or batch_size_for(recipe.gflops, self.device)
+        return weights_bytes(self._late, recipe) + size * BYTES_PER_PX * recipe.transform.crop**2
+
+    def release(self) -> None:
+        """Free the memory of engines and of the encoder; both are there again when they are next needed."""
+        for selected in self._engines.values():
+            selected.engine.close()
+        self._engines.clear()
+        self._idle.clear()
+        self._bytes_per_tile.clear()
+        self._late.release()
+        if self._on_cuda:
+            torch.cuda.empty_cache()
 
     def _asked(
         self, execution: ExecutionOptions, tile_size_px: int | None
@@ -218,6 +277,8 @@ class TileEmbedder:
         with sink.planner() as planner:
             selected = self.select(execution, tile_size)
             engine, budget = selected.engine, execution.budget(self.device.type, gflops)
+            if engine.runtime == "torch":
+                self._late.begin()  # while the first slides are planned
             with self._workspace(config, engine, tile_size) as workspace:
                 wanted = batch_size_for(gflops, self.device)
                 size = execution.batch_size or selected.batch_size
@@ -236,6 +297,8 @@ class TileEmbedder:
                 )
                 with closing(stream.run(slides, planner)) as outcomes:
                     for outcome in outcomes:
+                        if sink.place is None:  # else the thread that writes does
+                            self.confirm_weights()
                         yield from sink.put(regrouped(outcome))
                         del outcome  # the memory of the last slide, while the next one is waited for
 
@@ -273,7 +336,7 @@ class TileEmbedder:
 
     def _fitting(self, preparer: Preparer, engine: Engine, wanted: int, tile_size: int) -> int:
         """Tiles per forward pass: as many as wanted, or as fit into what is free now."""
-        if self.device.type != "cuda":
+        if not self._on_cuda:
             return wanted
         if id(engine) not in self._bytes_per_tile:
             self._bytes_per_tile[id(engine)] = bytes_per_tile(engine, preparer, wanted, tile_size)

@@ -163,6 +163,68 @@ def test_folders_are_those_of_separate_runs(
     assert result.to_frame()["encoder"].tolist() == [name for name in models for _ in range(3)]
 
 
+@pytest.fixture
+def groups(models: Models) -> Iterator[ExecutionOptions]:
+    """Room for two of three encoders at once, the last of which is released at the end."""
+    size = models["first"].memory_bytes(EXECUTION, 64)
+    yield EXECUTION.updated(encoders_gb=2.5 * size / 1e9)
+    for model in models.values():
+        model.release()
+
+
+def test_encoders_that_do_not_fit_take_turns_in_groups(
+    models: Models,
+    slides: list[Path],
+    groups: ExecutionOptions,
+    counts: Counter[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    alone = {name: model.embed_slides(slides, CONFIG, EXECUTION) for name, model in models.items()}
+    once = counts["decode_tile"] // 3
+    counts.clear()
+    found = models.embed_slides(slides, CONFIG, groups)
+    assert "take turns, and each group reads the slides: first, second; then third" in caplog.text
+    assert counts["decode_tile"] == 2 * once
+    assert list(found) == list(models) and not any(model.held_bytes for model in models.values())
+    for name, embedded in found.items():
+        for ours, theirs in zip(embedded, alone[name], strict=True):
+            assert torch.equal(ours.tile_embeddings, theirs.tile_embeddings)
+
+
+def test_no_more_encoders_are_in_memory_than_fit(
+    models: Models,
+    slides: list[Path],
+    groups: ExecutionOptions,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, many = (EXECUTION.updated(output_dir=tmp_path / name) for name in ("one", "many"))
+    for model in models.values():
+        Pipeline(model, CONFIG, one).run(slides)
+    held: list[list[str]] = []
+    run = Stream.run
+
+    def noted(self: Stream, *args: Any) -> Any:
+        for outcome in run(self, *args):
+            held.append([name for name, model in models.items() if model.held_bytes])
+            yield outcome
+
+    monkeypatch.setattr(Stream, "run", noted)
+    execution = groups.updated(output_dir=tmp_path / "many")
+    result = Pipeline(models, CONFIG, execution).run(slides)
+    assert len(held) == 9 and held[-3:] == [["third"]] * 3
+    assert all(set(names) <= {"first", "second"} for names in held[:6])
+    assert result.summary is not None and result.summary.readings == ("first, second", "third")
+    assert "slides were read 2 times, for first, second, then for third" in str(result.summary)
+    ours, theirs = files_of(tmp_path / "many"), files_of(tmp_path / "one")
+    for name in [name for name in theirs if name == "process_list.csv" or name.endswith("config.yaml")]:
+        del ours[name], theirs[name]  # which say encoders_gb, and rows in another order
+    assert ours == theirs
+    held.clear()
+    again = Pipeline(models, CONFIG, many).run(slides)
+    assert again.resumed == 9 and not any(model.held_bytes for model in models.values())
+
+
 def test_resume_adds_what_is_missing_and_segments_nothing(
     models: Models, slides: list[Path], tmp_path: Path, counts: Counter[str]
 ) -> None:

@@ -124,7 +124,9 @@ def run(
     stage_gb: Annotated[float | None, typer.Option(help="GB it may take [half of what is free].")] = None,
     encoders_gb: Annotated[
         float | None,
-        typer.Option(help="GB of memory for several presets at once [0.7 of what is free]; others take turns."),
+        typer.Option(
+            help="GB of memory for several presets at once [0.7 of what is free]; others take turns."
+        ),
     ] = None,
     file_format: Annotated[
         OutputFormat | None, typer.Option("--format", help="Of the embeddings [pt].", show_default=False)

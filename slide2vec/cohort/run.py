@@ -101,6 +101,7 @@ def embed_what_is_left(
         embed_into: of the embedder, here or in workers.
     """
     if not todo:
+        embedder.confirm_weights()  # that all is finished is said of these weights
         return
     on_slide_completed: OnSlideCompleted = without_patient
     if cohort.kind == "patient":

@@ -94,6 +94,8 @@ def embed_cohort_together(
                 cohort, recorder = whole[name]
                 before = whole[runs[name].after][1] if runs[name].after else None
                 todo[name] = _left(cohort, recorder, before)
+                if not todo[name]:
+                    runs[name].embedder.confirm_weights()  # that all is finished is said of these weights
                 log.write(f"{name}: {left_in_words(todo[name], recorder.slides)}")
             reporter = TogetherReporter(
                 log,

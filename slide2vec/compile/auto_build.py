@@ -22,6 +22,7 @@ from slide2vec.compile.parity import for_layout
 from slide2vec.compile.speed import seconds_per_batch
 from slide2vec.compile.store import EngineStore
 from slide2vec.config import PreprocessingConfig
+from slide2vec.encoders.late import AnyEncoder, as_module
 from slide2vec.errors import EngineError
 from slide2vec.readers import open_slide
 from slide2vec.readers.slide_files import bytes_of
@@ -55,7 +56,7 @@ TIMED_ON_CPU = 2
 
 
 def build_where_it_pays(
-    encoder: nn.Module,
+    encoder: AnyEncoder,
     target: EngineTarget,
     precision: str,
     slides: Sequence[Slide],
@@ -92,13 +93,14 @@ def build_where_it_pays(
     tiles = expected_tiles(slides, config)
     if _is_short(tiles, recipe.gflops):
         return
-    speed = _torch_speed(encoder, target, precision)
+    module = as_module(encoder)
+    speed = _torch_speed(module, target, precision)
     if not gain.pays(tiles, speed):
         return
     advice.info("%s", _announced(recipe.name, gain, tiles, speed))
     options = BuildOptions(runtime=gain.runtime, precision=precision, batch_size=batch_size, steps_down=False)
     try:
-        build_engine(encoder, recipe, target.variant, target.device, options, store=store)
+        build_engine(module, recipe, target.variant, target.device, options, store=store)
     except Exception as error:  # of the exporter, a compiler, a disk that is full: the run goes on without
         logger.warning("no %s engine of %s was built, PyTorch runs it: %s", gain.runtime, recipe.name, error)
 
