@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ConfigError, as_slide_error
+from slide2vec.memory import Need, limit_bytes, together
 from slide2vec.progress import (
     NullReporter,
     ProgressEvent,
@@ -18,10 +19,13 @@ from slide2vec.progress import (
     activate_progress_reporter,
 )
 from slide2vec.readers.slide_files import bytes_of
+from slide2vec.recipes import Recipe, load_recipe
 from slide2vec.slides import Slide
 from slide2vec.stream.plan import PlanRequest, SlidePlan, plan_together
 
 if TYPE_CHECKING:
+    import torch
+
     from slide2vec.model import Model
 
 __all__ = [
@@ -30,6 +34,7 @@ __all__ = [
     "Output",
     "SlideEstimate",
     "count_tiles",
+    "encoder_groups",
     "on_hardware",
     "seconds_for",
     "trial_speed",
@@ -202,6 +207,21 @@ def seconds_for(tiles: Mapping[str, int], speeds: Mapping[str, float], devices: 
             raise ConfigError(f"the speed of {name} must be above 0 tiles/s, and is {speeds[name]:g}")
         busy[devices[name]] = busy.get(devices[name], 0.0) + count / speeds[name]
     return max(busy.values(), default=0.0)
+
+
+def encoder_groups(
+    recipes: Mapping[str, Recipe], execution: ExecutionOptions, device: torch.device
+) -> list[list[str]]:
+    """Names of encoders of one device that a run would have in memory together, by their recipes."""
+    from slide2vec.encoders.preset_chain import parts_of
+    from slide2vec.tile_embedder import batch_bytes
+
+    needs = {}
+    for name, recipe in recipes.items():
+        parts = [load_recipe(part) for part in parts_of(recipe)]
+        weights = sum(4e6 * part.params_m for part in parts)
+        needs[name] = Need(str(device), weights + batch_bytes(parts[-1], execution, device))
+    return together(needs, {str(device): limit_bytes(str(device), execution.encoders_gb)})
 
 
 # known hardware ------------------------------------------------------------------------------------

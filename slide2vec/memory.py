@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from slide2vec.cpus import control_groups
 
-__all__ = ["SHARE", "Need", "free_bytes", "free_ram", "together"]
+__all__ = ["SHARE", "Need", "free_bytes", "free_ram", "limit_bytes", "together"]
 
 _Name = TypeVar("_Name", bound=Hashable)
 
@@ -79,6 +79,15 @@ def free_bytes(device: str) -> int:
 
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def limit_bytes(device: str, gigabytes: float | None, held: int = 0) -> float:
+    """Bytes that encoders on a device may take: those asked for, or `SHARE` of what is free.
+
+    Args:
+        held: bytes that some of them take already.
+    """
+    return 1e9 * gigabytes if gigabytes else SHARE * (free_bytes(device) + held)
 
 
 def together(needs: Mapping[_Name, Need], limits: Mapping[str, float]) -> list[list[_Name]]:

@@ -17,7 +17,7 @@ from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import ConfigError, EmbedSlidesError
 from slide2vec.manifests import SlidesLike, given_slides
-from slide2vec.memory import SHARE, Need, free_bytes, together
+from slide2vec.memory import Need, limit_bytes, together
 from slide2vec.model import Model
 from slide2vec.progress import active_reporter, live_progress, metered
 from slide2vec.progress.together import TogetherReporter
@@ -295,11 +295,7 @@ def _fitting(
         size = None if sizes is None else sizes[name]
         needs[name] = Need(str(model.device), model.memory_bytes(execution, size))
         held[str(model.device)] += model.held_bytes
-    gigabytes = execution.encoders_gb
-    limits = {
-        each.device: 1e9 * gigabytes if gigabytes else SHARE * (free_bytes(each.device) + held[each.device])
-        for each in needs.values()
-    }
+    limits = {name: limit_bytes(name, execution.encoders_gb, taken) for name, taken in held.items()}
     return together(needs, limits)
 
 

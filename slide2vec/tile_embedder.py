@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from slide2vec.prepare import Preparer
     from slide2vec.runtime import Engine
 
-__all__ = ["TileEmbedder"]
+__all__ = ["TileEmbedder", "batch_bytes"]
 
 #: Bytes in memory per pixel of a tile while it is encoded: 110 to 345 on a CPU in fp32, in batches of 8 or
 #: more of prost40m, a ViT-B and a ViT-L of patches of 16 px, a ViT-S of 8 px (lunit), ResNet-50, conchv15.
@@ -59,6 +59,12 @@ class _Workspace:
 
     transfer: TileTransfer
     preparer: Preparer
+
+
+def batch_bytes(recipe: Recipe, execution: ExecutionOptions, device: torch.device) -> int:
+    """About what a batch of tiles takes on its way through an encoder."""
+    size = execution.batch_size or batch_size_for(recipe.gflops, device)
+    return size * BYTES_PER_PX * recipe.transform.crop**2
 
 
 class TileEmbedder:
@@ -233,8 +239,7 @@ class TileEmbedder:
     def memory_bytes(self, execution: ExecutionOptions, tile_size_px: int | None) -> int:
         """About what it takes on its device: weights, and a batch of tiles on its way through them."""
         recipe = self.recipe if tile_size_px is None else self.recipe_for(tile_size_px)
-        size = execution.batch_size or batch_size_for(recipe.gflops, self.device)
-        return weights_bytes(self._late, recipe) + size * BYTES_PER_PX * recipe.transform.crop**2
+        return weights_bytes(self._late, recipe) + batch_bytes(recipe, execution, self.device)
 
     def release(self) -> None:
         """Free the memory of engines and of the encoder; both are there again when they are next needed."""

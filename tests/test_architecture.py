@@ -29,6 +29,7 @@ ROOMS = {
     "cpus": 1,
     "energy": 1,
     "geometry": 1,
+    "memory": 1,
     "files": 1,
     "labels": 1,
     "config": 2,

@@ -95,6 +95,9 @@ def plan(
     precision: Annotated[Precision | None, typer.Option(help="Of the encoder.", show_default=False)] = None,
     engine: Annotated[EngineChoice, typer.Option(help="What runs the encoder.")] = "auto",
     batch_size: Annotated[int | None, typer.Option(help="Tiles per forward pass [by device].")] = None,
+    encoders_gb: Annotated[
+        float | None, typer.Option(help="GB of memory for several encoders at once [0.7 of what is free].")
+    ] = None,
     allow_non_recommended_settings: Annotated[
         bool, typer.Option("--allow-non-recommended-settings", help="Other spacings and tile sizes.")
     ] = False,
@@ -129,7 +132,9 @@ def plan(
         ),
         **tissue_options(segmentation_method, segmentation_downsample, sthresh, min_piece),
     )
-    execution = ExecutionOptions(engine=engine, precision=precision, batch_size=batch_size)
+    execution = ExecutionOptions(
+        engine=engine, precision=precision, batch_size=batch_size, encoders_gb=encoders_gb
+    )
     found = find_slides(
         slides,
         recursive=recursive,
@@ -152,17 +157,19 @@ def plan(
             precision=precision,
             allow_non_recommended_settings=allow_non_recommended_settings,
             trust_remote_code=trust_remote_code,
+            encoders_gb=encoders_gb,
         )
         devices = {name: str(model.device) for name, model in models.items()}
         speeds = _tried(
             models, [each.slide for each in estimates if any(each.tiles.values())], asked, execution
         )
+    groups = _groups(recipes, execution, device)
     rows = list(_machines(tiles, speeds, devices, _gflops(recipes), per_hour))
     failed = [each for each in estimates if each.errors]
     if as_json:
-        print_json(_as_json(estimates, tiles, speeds, rows))
+        print_json(_as_json(estimates, tiles, speeds, rows, groups))
     else:
-        _print(estimates, tiles, speeds, rows, output)
+        _print(estimates, tiles, speeds, rows, groups, output)
     if failed:
         raise typer.Exit(1)
 
@@ -220,6 +227,8 @@ def _tried(
             note(f"the slides have too few tiles to tell the speed of {name}")
         else:
             speeds[name] = speed
+        if len(models) > 1:
+            model.release()
     return speeds
 
 
@@ -278,6 +287,7 @@ def _as_json(
     tiles: Mapping[str, int],
     speeds: Mapping[str, float],
     rows: Sequence[Mapping[str, Any]],
+    groups: Sequence[Sequence[str]],
 ) -> dict[str, Any]:
     return {
         "slides": [
@@ -294,6 +304,7 @@ def _as_json(
         "tiles": dict(tiles),
         "tiles_per_s": dict(speeds),
         "machines": list(rows),
+        "groups": [list(names) for names in groups],
     }
 
 
@@ -302,6 +313,7 @@ def _print(
     tiles: Mapping[str, int],
     speeds: Mapping[str, float],
     rows: Sequence[Mapping[str, Any]],
+    groups: Sequence[Sequence[str]],
     output: Path | None,
 ) -> None:
     from rich.text import Text
@@ -318,7 +330,7 @@ def _print(
     console.print(
         facts(
             [
-                ("to read", f"about {_size(sum(each.read_bytes for each in estimates))}"),
+                ("to read", f"about {_size(sum(each.read_bytes for each in estimates))}{_times(groups)}"),
                 ("to write", f"about {_size(sum(each.written_bytes for each in estimates))}"),
                 *([] if output is None else [("per slide", str(output))]),
             ]
@@ -347,6 +359,25 @@ def _print(
         console.print(Text(f"{len(failed):,} of {len(estimates):,} slides cannot be planned", "bold red"))
         rest = [(each.slide.sample_id, str(next(iter(each.errors.values())))) for each in failed[:50]]
         console.print(table(("slide", "error"), rest))
+
+
+def _times(groups: Sequence[Sequence[str]]) -> str:
+    """How often, where encoders do not fit into memory together."""
+    if len(groups) < 2:
+        return ""
+    return f", {len(groups)} times: for {', then for '.join(', '.join(names) for names in groups)}"
+
+
+def _groups(
+    recipes: Mapping[str, Recipe], execution: ExecutionOptions, device: str | None
+) -> list[list[str]]:
+    """Encoders that are in memory together."""
+    if len(recipes) == 1:
+        return [list(recipes)]
+    from slide2vec.estimate import encoder_groups
+    from slide2vec.runtime import pick_device
+
+    return encoder_groups(recipes, execution, pick_device(device))
 
 
 def _hours(hours: float) -> str:

@@ -382,4 +382,4 @@ def _model(settings: RunSettings, trust_remote_code: bool) -> Model | Models:
             f"--weights {settings.weights} is for one preset, and {settings.preset} are {len(names)}: run "
             "them one by one into the same directory, or load each in Python (slide2vec.Models)"
         )
-    return Models.from_presets(names, **options)
+    return Models.from_presets(names, encoders_gb=settings.execution.encoders_gb, **options)
