@@ -191,7 +191,7 @@ class Models(Mapping[str, Model]):
                 "%d encoders take about %s GB of memory, more than %s: they take turns, and each group reads "
                 "the slides: %s",
                 *(len(self), _gigabytes(self, execution, sizes), allowed),
-                "; then ".join(", ".join(names) for names in groups),
+                "; then ".join(" + ".join(names) for names in groups),
             )
         return groups
 

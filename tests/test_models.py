@@ -183,7 +183,7 @@ def test_encoders_that_do_not_fit_take_turns_in_groups(
     once = counts["decode_tile"] // 3
     counts.clear()
     found = models.embed_slides(slides, CONFIG, groups)
-    assert "take turns, and each group reads the slides: first, second; then third" in caplog.text
+    assert "take turns, and each group reads the slides: first + second; then third" in caplog.text
     assert counts["decode_tile"] == 2 * once
     assert list(found) == list(models) and not any(model.held_bytes for model in models.values())
     for name, embedded in found.items():
@@ -214,8 +214,8 @@ def test_no_more_encoders_are_in_memory_than_fit(
     result = Pipeline(models, CONFIG, execution).run(slides)
     assert len(held) == 9 and held[-3:] == [["third"]] * 3
     assert all(set(names) <= {"first", "second"} for names in held[:6])
-    assert result.summary is not None and result.summary.readings == ("first, second", "third")
-    assert "slides were read 2 times, for first, second, then for third" in str(result.summary)
+    assert result.summary is not None and result.summary.readings == ("first + second", "third")
+    assert "slides were read 2 times, for first + second, then for third" in str(result.summary)
     ours, theirs = files_of(tmp_path / "many"), files_of(tmp_path / "one")
     for name in [name for name in theirs if name == "process_list.csv" or name.endswith("config.yaml")]:
         del ours[name], theirs[name]  # which say encoders_gb, and rows in another order

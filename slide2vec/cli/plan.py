@@ -365,7 +365,7 @@ def _times(groups: Sequence[Sequence[str]]) -> str:
     """How often, where encoders do not fit into memory together."""
     if len(groups) < 2:
         return ""
-    return f", {len(groups)} times: for {', then for '.join(', '.join(names) for names in groups)}"
+    return f", {len(groups)} times: for {', then for '.join(' + '.join(names) for names in groups)}"
 
 
 def _groups(

@@ -109,7 +109,7 @@ class RunResult:
                 seconds=billed.seconds,
                 watt_hours=billed.watt_hours,
                 measured_by=billed.measured_by,
-                readings=tuple(", ".join(names) for names in readings),
+                readings=tuple(" + ".join(names) for names in readings),
             )
         return cls(
             tile_artifacts=[each for result in results for each in result.tile_artifacts],

@@ -56,7 +56,7 @@ class RunSummary:
         roads: how tiles were read (a reader's name, "raw + nvimgcodec on the device", …) -> how many.
         watt_hours: that the run's GPUs and this machine's processors took; None: not measured.
         measured_by: by what, and what of them was not measured; "" where nothing was.
-        readings: of several encoders, those that read the slides together ("uni, virchow2"), one group after
+        readings: of several encoders, those that read the slides together ("uni + virchow2"), one group after
             the other.
     """
 
