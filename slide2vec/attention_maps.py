@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from slide2vec.tile_embedder import TileEmbedder
     from slide2vec.tiling import Tiling
 
-__all__ = ["attention_of_batch", "attention_of_slide", "draw_attention", "write_attention"]
+__all__ = ["attention_of_batch", "attention_of_slide", "draw_attention", "with_attention", "write_attention"]
 
 #: Longer side of a picture.
 PICTURE_PX = 2048
@@ -81,12 +81,9 @@ def attention_of_slide(
             "torch_compile=True leaves no attention to look at: leave it out for attention maps"
         )
     encoder = AttentionEncoder(embedder.encoder, **asked)
-    shape = encoder.map_shape(embedder.recipe_for(size).transform.crop)
-    own = embedder.recipe.variants[embedder.variant].dim
-    name = f"{embedder.variant}+attention"
-    with_maps = embedder.with_encoder(encoder, name, own + int(np.prod(shape)), size)
+    with_maps = with_attention(embedder, encoder, size)
     given = None if at is None else _tiling(slide, config, at)
-    execution = execution.updated(engine="torch", output_dtype="fp32", output_dir=None)
+    execution = execution.updated(output_dtype="fp32", output_dir=None)
     sink = MemorySink(config, execution, tilings={} if given is None else {slide.sample_id: given})
     with closing(with_maps.embed_into(sink, [slide])) as outcomes:
         (outcome,) = outcomes
@@ -94,18 +91,29 @@ def attention_of_slide(
         raise outcome.error
     embedded = outcome.embedded
     assert embedded is not None
-    rows = embedded.tile_embeddings
     order = slice(None) if at is None else _order(embedded.x, embedded.y, at)
+    features, maps = encoder.apart(embedded.tile_embeddings[order], with_maps.recipe.transform.crop)
     return SlideAttention(
         sample_id=slide.sample_id,
         image_path=slide.image_path,
-        maps=rows[order, own:].reshape(-1, *shape),
+        maps=maps,
         channels=tuple(encoder.channels),
-        tile_embeddings=rows[order, :own],
+        tile_embeddings=features,
         x=embedded.x[order],
         y=embedded.y[order],
         tile_size_lv0=embedded.tile_size_lv0,
     )
+
+
+def with_attention(embedder: TileEmbedder, encoder: AttentionEncoder, tile_size_px: int) -> TileEmbedder:
+    """The same with maps behind the features: what an engine of both is built from, and found by.
+
+    Args:
+        encoder: around that of the embedder.
+    """
+    size = embedder.recipe_for(tile_size_px).transform.crop
+    dim = embedder.recipe.variants[embedder.variant].dim + int(np.prod(encoder.map_shape(size)))
+    return embedder.with_encoder(encoder, f"{embedder.variant}+{encoder.output_name}", dim, tile_size_px)
 
 
 def _tiling(slide: Slide, config: PreprocessingConfig, at: Sequence[tuple[int, int]]) -> Tiling:

@@ -41,7 +41,7 @@ __all__ = [
 Precision: TypeAlias = Literal["fp16", "bf16", "fp32", "fp8"]
 Backend: TypeAlias = Literal["auto", "tiff", "dicom", "cucim", "vips", "openslide", "asap"]
 OutputFormat: TypeAlias = Literal["pt", "npz", "safetensors", "h5"]
-SegmentationMethod: TypeAlias = Literal["hsv", "otsu", "threshold"]
+SegmentationMethod: TypeAlias = Literal["hsv", "otsu", "threshold", "auto"]
 PreparerChoice: TypeAlias = Literal["auto", "torch", "dali", "triton"]
 Executor: TypeAlias = Literal["local", "ray"]
 Runtime: TypeAlias = Literal["tensorrt", "tensorrt-rtx", "openvino", "inductor"]
@@ -108,11 +108,12 @@ BACKENDS: Mapping[str, Home] = {
     "asap": Home("slide2vec.readers.asap", "AsapReader"),
 }
 
-#: Each a `TissueMethod`.
+#: Each a `TissueMethod` or a `Segmenter`.
 SEGMENTATION_METHODS: Mapping[str, Home] = {
     "hsv": Home("slide2vec.tiling.tissue_methods", "HSV"),
     "otsu": Home("slide2vec.tiling.tissue_methods", "OTSU"),
     "threshold": Home("slide2vec.tiling.tissue_methods", "THRESHOLD"),
+    "auto": Home("slide2vec.tiling.auto_tissue", "AUTO"),
 }
 
 #: Each makes a `slide2vec.prepare.choose.Preparer` of a transform, a device and a layout.

@@ -31,7 +31,18 @@ from slide2vec.encoders.preset_chain import PartsWeights, load_parts, loader_of,
 from slide2vec.encoders.registered import code_identity, refuse_overlap
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError, ModelLevelError
-from slide2vec.images import ImageLike, embed_images
+from slide2vec.images import (
+    DenseImageOptions,
+    DenseOptions,
+    ImageLike,
+    SlideRegions,
+    dense_identity_differences,
+    embed_images,
+    embed_images_dense,
+    embed_regions_dense,
+    pooled_identity_differences,
+    prepare_dense_encoder,
+)
 from slide2vec.manifests import SlidesLike, given_slides
 from slide2vec.progress import RunStarted, active_reporter, live_progress, metered
 from slide2vec.recipes import Recipe, load_recipe
@@ -46,6 +57,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from slide2vec.artifacts import (
+        DenseImageArtifact,
+        DenseRegionArtifact,
         ImageEmbeddingArtifact,
         PatientEmbeddingArtifact,
         SlideEmbeddingArtifact,
@@ -54,6 +67,7 @@ if TYPE_CHECKING:
     )
     from slide2vec.cohort.run import OnPersisted
     from slide2vec.cohort.sink import Sink
+    from slide2vec.images import DenseEncodeKit
     from slide2vec.scale import WorkerExecutor, WorkerPools
     from slide2vec.tiling import Tiling
 
@@ -559,6 +573,70 @@ class Model:
             ModelLevelError: a ValueError: the preset is not tile-level.
         """
         return embed_images(self, images, execution, on_error)
+
+    def embed_regions_dense(
+        self,
+        regions: Iterable[SlideRegions],
+        *,
+        dense: DenseOptions,
+        execution: ExecutionOptions | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> list[DenseRegionArtifact]:
+        """Write a grid of patch tokens (d, rows, columns) of each region of slides, to
+        `dense_embeddings/[<class>/]<sample_id>/<x>_<y>.pt`; in input order. What an earlier call did in the
+        same way stays.
+
+        Raises:
+            EmbedImagesError: some regions cannot be read; the others are there. See `embed_images`.
+            ConfigError: a ValueError: the encoder does not take such regions or windows.
+            UnsupportedError: a NotImplementedError: it has no such tokens.
+            ManifestError, ModelLevelError: ValueErrors, as for `embed_images`.
+        """
+        return embed_regions_dense(self, regions, dense, execution, on_error)
+
+    def embed_images_dense(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        dense: DenseImageOptions,
+        execution: ExecutionOptions | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> list[DenseImageArtifact]:
+        """As `embed_regions_dense`, of whole ready images, to `dense_image_embeddings/<sample_id>.pt`. They
+        are normalised, never cropped or enlarged; PNG, JPEG and pixels in memory need a spacing."""
+        return embed_images_dense(self, images, dense, execution, on_error)
+
+    def prepare_dense_encoder(
+        self, *, dense: DenseOptions | DenseImageOptions, execution: ExecutionOptions | None = None
+    ) -> DenseEncodeKit:
+        """Dense features of pictures in memory, batch by batch; nothing is written. What `dense` says of
+        reading (spacing, tolerance, backend) is ignored; errors are as for `embed_regions_dense`."""
+        return prepare_dense_encoder(self, dense, execution)
+
+    def pooled_identity_differences(
+        self,
+        recorded: Mapping[str, Any],
+        *,
+        preprocessing: PreprocessingConfig | None,
+        execution: ExecutionOptions | None = None,
+        encoded_pixels: bool = True,
+    ) -> dict[str, tuple[Any, Any]]:
+        """Where the `compatibility` of a sidecar of tiles, slides or (preprocessing=None) ready images
+        differs from what would be made now: {field: (recorded, current)}, `MISSING_FIELD` for one that is
+        not recorded.
+        What is of a single slide (its file, its spacing) is left out; the transform, too, where nothing was
+        encoded (encoded_pixels=False)."""
+        return pooled_identity_differences(self, recorded, preprocessing, execution, encoded_pixels)
+
+    def dense_identity_differences(
+        self,
+        recorded: Mapping[str, Any],
+        *,
+        dense: DenseOptions | DenseImageOptions,
+        execution: ExecutionOptions | None = None,
+    ) -> dict[str, tuple[Any, Any]]:
+        """As `pooled_identity_differences`, of sidecars of dense features. Raises what making them would."""
+        return dense_identity_differences(self, recorded, dense, execution)
 
     def attention_maps(
         self,

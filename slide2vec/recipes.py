@@ -119,12 +119,14 @@ class Transform(_Section):
 
 class ImageGeometry(_Section):
     """How the authors bring a ready image to the encoder's input, where that is not as its tiles are: see
-    `Transform`. `square` resizes both sides, whatever the image's aspect."""
+    `Transform`. `square` resizes both sides, whatever the image's aspect. `tensor`: PyTorch resizes, not
+    Pillow, which differ by a grey level here and there."""
 
     resize: Annotated[int, Field(gt=0)]
     crop: Annotated[int, Field(gt=0)]
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     square: bool = False
+    tensor: bool = False
 
 
 class Variant(_Section):

@@ -143,7 +143,10 @@ class TileEmbedder:
         """
         recipe = self.recipe_for(tile_size_px)
         variant = recipe.variants[self.variant].model_copy(update={"dim": dim})
-        recipe = recipe.model_copy(update={"variants": {name: variant}, "tile_size_px": tile_size_px})
+        quiet = recipe.engine.model_copy(update={"advised": False})
+        recipe = recipe.model_copy(
+            update={"variants": {name: variant}, "tile_size_px": tile_size_px, "engine": quiet}
+        )
         return TileEmbedder(recipe, name, encoder, self.device, self.precision, resizes=True)
 
     def decide(

@@ -276,7 +276,7 @@ def test_what_has_no_effect_is_said(load: Load, override: str, caplog: pytest.Lo
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("tiling.seg_params.method=sam2", "'hsv', 'otsu' or 'threshold', got 'sam2'"),
+        ("tiling.seg_params.method=sam2", "'hsv', 'otsu', 'threshold' or 'auto', got 'sam2'"),
         ("tiling.seg_params.sam2_checkpoint_path=a.pt", "SAM2 segmentation is not supported"),
     ],
 )

@@ -9,6 +9,7 @@ files.
 
 from __future__ import annotations
 
+from slide2vec.artifacts.dense_files import DenseImageArtifact, DenseRegionArtifact
 from slide2vec.artifacts.reading import load_coords, load_embeddings
 from slide2vec.artifacts.records import (
     SCHEMA_VERSION,
@@ -36,6 +37,8 @@ from slide2vec.artifacts.writing import write_hierarchical_embeddings, write_jso
 
 __all__ = [
     "SCHEMA_VERSION",
+    "DenseImageArtifact",
+    "DenseRegionArtifact",
     "HierarchicalEmbeddingArtifact",
     "ImageEmbeddingArtifact",
     "PatientEmbeddingArtifact",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from slide2vec.compile import BuildOptions, EngineStore, StoredEngine
     from slide2vec.compile.builders import Progress
     from slide2vec.model import Model
+    from slide2vec.tile_embedder import TileEmbedder
 
 __all__ = ["EnginesDir", "build_engine", "building", "engine_row"]
 
@@ -85,6 +86,20 @@ def build_engine(
             show_default=False,
         ),
     ] = None,
+    attention_block: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="With attention maps of this block as a further output, for `slide2vec attention`; may be "
+            "given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    attention_registers: Annotated[
+        bool, typer.Option("--attention-registers", help="Maps of the registers, too.")
+    ] = False,
+    attention_heads: Annotated[
+        bool, typer.Option("--attention-heads", help="A map of each head, rather than their mean.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -120,13 +135,20 @@ def build_engine(
         "input_size_px": input_size,
         "trust_remote_code": trust_remote_code,
     }
+    attention = None
+    if attention_block:
+        attention = {
+            "blocks": tuple(attention_block),
+            "include_registers": attention_registers,
+            "mean_heads": not attention_heads,
+        }
     store = EngineStore(engines)
     names = [preset] if preset else _compilable()
     built: list[StoredEngine] = []
     failed: dict[str, Exception] = {}
     for name in names:
         try:
-            built.append(_build(name, model, options, store))
+            built.append(_build(name, model, options, store, attention))
         except (Slide2VecError, OSError) as error:
             if not every or debug:
                 raise
@@ -142,7 +164,13 @@ def _compilable() -> list[str]:
     return [name for name in list_models("tile") if load_recipe(name).compile]
 
 
-def _build(preset: str, model: dict[str, Any], options: BuildOptions, store: EngineStore) -> StoredEngine:
+def _build(
+    preset: str,
+    model: dict[str, Any],
+    options: BuildOptions,
+    store: EngineStore,
+    attention: dict[str, Any] | None,
+) -> StoredEngine:
     from slide2vec.compile.build import check_possible
     from slide2vec.recipes import load_recipe
     from slide2vec.runtime import pick_device
@@ -153,10 +181,19 @@ def _build(preset: str, model: dict[str, Any], options: BuildOptions, store: Eng
     note(f"loading {preset} …")
     from slide2vec.model import Model
 
-    return building(Model.from_preset(preset, **model), store, options)
+    loaded = Model.from_preset(preset, **model)
+    if attention is None:
+        return building(loaded, store, options)
+    from slide2vec.attention_maps import with_attention
+    from slide2vec.encoders.attention import AttentionEncoder
+
+    own = loaded.tile_encoding
+    return building(
+        with_attention(own, AttentionEncoder(own.encoder, **attention), recipe.tile_size_px), store, options
+    )
 
 
-def building(model: Model, store: EngineStore, options: BuildOptions) -> StoredEngine:
+def building(model: Model | TileEmbedder, store: EngineStore, options: BuildOptions) -> StoredEngine:
     """Build an engine and show progress on stderr."""
     from slide2vec.compile import build_engine
 

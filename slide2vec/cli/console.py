@@ -119,7 +119,10 @@ IdSource = Annotated[
 ]
 Method = Annotated[
     SegmentationMethod | None,
-    typer.Option(help="How tissue is distinguished from glass [hsv].", show_default=False),
+    typer.Option(
+        help="How tissue is distinguished from glass; auto finds any stain, and leaves pen out [hsv].",
+        show_default=False,
+    ),
 ]
 SegmentationDownsample = Annotated[
     float | None, typer.Option(help="Of the level on which tissue is looked for, about [64].")

@@ -60,7 +60,18 @@ def _writable(given: object) -> Path:
 
 
 class SegmentationConfig(FrozenConfig):
-    """How tissue is distinguished from background; see `slide2vec.tiling` for the methods."""
+    """How tissue is distinguished from background.
+
+    Attributes:
+        method: "hsv", "otsu" and "threshold" are HS2P's: colours in the range of stained tissue; saturation
+            above Otsu's threshold; above `sthresh`. "auto" compares with the light through the slide's own
+            glass, at 8 µm/px: any stain, pale tissue, tinted glass, fluorescence, without pen; it takes no
+            other option.
+        downsample: of the level on which tissue is looked for, about.
+        sthresh, sthresh_up: saturation from and to which "threshold" takes tissue, 0 to 255.
+        mthresh: side of the median kernel of "otsu" and "threshold", px, odd.
+        close: side of the kernel that closes gaps, px.
+    """
 
     method: SegmentationMethod = "hsv"
     downsample: Annotated[float, Field(gt=0)] = 64
@@ -75,6 +86,18 @@ class SegmentationConfig(FrozenConfig):
         if value % 2 == 0:
             raise ConfigError(f"the median kernel must be odd, got {value}; try {value + 1}")
         return value
+
+    @model_validator(mode="after")
+    def _auto_decides_itself(self) -> Self:
+        others = [name for name in type(self).model_fields if name != "method"]
+        changed = [name for name in others if getattr(self, name) != type(self).model_fields[name].default]
+        if self.method == "auto" and changed:
+            name = changed[0]
+            raise ConfigError(
+                f"{name}={getattr(self, name)} is for another method than auto, which decides by itself: "
+                "leave it out, or choose hsv, otsu or threshold"
+            )
+        return self
 
 
 class FilterConfig(FrozenConfig):

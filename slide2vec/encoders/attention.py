@@ -143,8 +143,12 @@ def features_and_attention(
 class AttentionEncoder(nn.Module):
     """An encoder whose features have its attention maps behind them, as one row: what runs features runs it.
 
-    `forward` takes normalised pixels (B, 3, S, S) float and returns (B, D + K · h · w). Arguments and errors
-    as of `encode_tiles_attention`.
+    `forward` takes normalised pixels (B, 3, S, S) float and returns (B, D + K · h · w): maps times the number
+    of patches, so that even attention is 1 and they weigh like features where engines are compared.
+    Arguments and errors as of `encode_tiles_attention`.
+
+    Attributes:
+        channels: what each of the K maps is.
     """
 
     def __init__(
@@ -163,12 +167,26 @@ class AttentionEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, D + K · h · w)."""
         features, maps = features_and_attention(self.encoder, pixels, **self.asked._asdict())
-        return torch.cat([features.float(), maps.flatten(1)], dim=1)
+        patches = maps.shape[2] * maps.shape[3]
+        return torch.cat([features.float(), maps.flatten(1) * patches], dim=1)
+
+    @property
+    def output_name(self) -> str:
+        """Of the maps, for the names of engines."""
+        blocks = dict.fromkeys(str(channel.block) for channel in self.channels)
+        kinds = ["registers"] * self.asked.include_registers + ["mean"] * self.asked.mean_heads
+        return ".".join(["attention", *blocks, *kinds])
 
     def map_shape(self, size_px: int) -> tuple[int, int, int]:
         """(K, h, w) of the maps of tiles of a size."""
         height, width = (size_px // side for side in _tower(self.encoder).patch)
         return len(self.channels), height, width
+
+    def apart(self, rows: Tensor, size_px: int) -> tuple[Tensor, Tensor]:
+        """Rows of `forward` -> features (B, D) and maps (B, K, h, w), of tiles of a size."""
+        channels, height, width = self.map_shape(size_px)
+        maps = rows[:, -channels * height * width :] / (height * width)
+        return rows[:, : -maps.shape[1]], maps.reshape(-1, channels, height, width)
 
 
 def attention_channels(

@@ -46,17 +46,26 @@ class ChannelwiseEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(dim, eps=EPS)
 
+    @property
+    def prefix_tokens(self) -> int:
+        """Class token and registers, before the patches."""
+        return 1 + self.storage_tokens.shape[1]
+
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D)."""
+        classes = self.norm(self.tokens(pixels)[:, 0])
+        return cast("Tensor", classes.reshape(pixels.shape[0], -1))
+
+    def tokens(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (3B, T, dim), of red, green and blue in turn; before the closing norm."""
         channels = pixels.flatten(0, 1)[:, None]  # (3B, 1, H, W)
         patches = self.patch_embed["proj"](channels).flatten(2).transpose(1, 2)
         prefix = torch.cat([self.cls_token, self.storage_tokens], dim=1)
         tokens = torch.cat([prefix.expand(channels.shape[0], -1, -1), patches], dim=1)
-        sine, cosine = self.rope_embed(pixels.shape[-1] // self.patch)
+        sine, cosine = self.rope_embed(pixels.shape[-2] // self.patch, pixels.shape[-1] // self.patch)
         for block in self.blocks:
             tokens = block(tokens, sine, cosine)
-        classes = self.norm(tokens[:, 0])
-        return cast("Tensor", classes.reshape(pixels.shape[0], -1))
+        return tokens
 
 
 class Rotation(nn.Module):
@@ -73,11 +82,11 @@ class Rotation(nn.Module):
         steps = torch.arange(head_dim // 4, dtype=ROPE_DTYPE)
         self.register_buffer("periods", (ROPE_BASE ** (2 * steps / (head_dim // 2))).float())
 
-    def forward(self, grid: int) -> tuple[Tensor, Tensor]:
-        """Two of (grid * grid, head_dim), patches row by row."""
+    def forward(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Two of (height * width, head_dim), patches row by row."""
         periods = rounded(self.periods)
-        centres = rounded(torch.arange(0.5, grid, device=periods.device) / grid)
-        rows, columns = torch.meshgrid(centres, centres, indexing="ij")
+        centres = (rounded(torch.arange(0.5, side, device=periods.device) / side) for side in (height, width))
+        rows, columns = torch.meshgrid(*centres, indexing="ij")
         coordinates = rounded(2.0 * torch.stack([rows, columns], dim=-1).flatten(0, 1) - 1.0)
         angles = rounded(rounded(2 * math.pi * coordinates[:, :, None]) / periods)
         angles = angles.flatten(1).repeat(1, 2)

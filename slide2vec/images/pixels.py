@@ -6,8 +6,10 @@ from importlib import import_module
 from typing import Any, TypeAlias, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from torch.nn import functional
 
 from slide2vec.errors import ImageError
 from slide2vec.files import open_plain
@@ -116,13 +118,23 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def fitted(image: Image.Image, geometry: ImageGeometry) -> Pixels:
-    """Resized by Pillow (antialiased) and cropped, with torchvision's rounding: (crop, crop, 3) uint8."""
+    """Resized (antialiased) and cropped, with torchvision's rounding: (crop, crop, 3) uint8."""
     target = _resized_size(image.size, geometry)
-    if image.size != target:
-        image = image.resize(target, _RESAMPLING[geometry.interpolation])
+    if image.size == target:
+        pixels = np.asarray(image)
+    elif geometry.tensor:
+        pixels = _resized_by_torch(image, target, geometry.interpolation)
+    else:
+        pixels = np.asarray(image.resize(target, _RESAMPLING[geometry.interpolation]))
     left, top = (round((side - geometry.crop) / 2) for side in target)
-    box = (left, top, left + geometry.crop, top + geometry.crop)
-    return cast("Pixels", np.asarray(image.crop(box)))
+    return cast("Pixels", pixels[top : top + geometry.crop, left : left + geometry.crop])
+
+
+def _resized_by_torch(image: Image.Image, target: tuple[int, int], mode: str) -> Pixels:
+    """As torchvision resizes a uint8 tensor on the CPU."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    made = functional.interpolate(pixels, target[::-1], mode=mode, antialias=True, align_corners=False)
+    return cast("Pixels", made[0].permute(1, 2, 0).numpy())
 
 
 def _resized_size(size: tuple[int, int], geometry: ImageGeometry) -> tuple[int, int]:

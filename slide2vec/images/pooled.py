@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from slide2vec.errors import (
     ManifestError,
     ModelLevelError,
 )
+from slide2vec.images.ahead import WRITERS, ahead, stopping
 from slide2vec.images.pixels import Pixels, fitted, image_geometry, rgb, transform_record
 from slide2vec.images.reuse import find_done
 from slide2vec.images.specs import ImageLike, ImageSpec, as_images
@@ -45,6 +45,8 @@ from slide2vec.recipes import ImageGeometry, Level, Recipe
 from slide2vec.stream.batch_encoder import IN_FLIGHT, InFlightBatch
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from slide2vec.runtime import Engine
     from slide2vec.stream.batch_encoder import BatchEncoder
 
@@ -52,16 +54,17 @@ __all__ = ["BatchSource", "ImageModel", "embed_images", "embedded_images", "imag
 
 logger = logging.getLogger(__name__)
 
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
-#: Threads that write: each waits for the disk twice per image.
-_WRITERS = 8
 #: Name under which the images of a call are counted in its progress.
 _ALL = "images"
 
 
 class BatchSource(Protocol):
     """What encodes batches of pictures: a `TileEmbedder`."""
+
+    @property
+    def weights_digest(self) -> str:
+        """Of the weights' values."""
+        ...
 
     def encoding(self, execution: ExecutionOptions, side_px: int) -> tuple[Engine, BatchEncoder]:
         """An engine, and what puts batches of (n, side_px, side_px, 3) uint8 through it."""
@@ -74,12 +77,17 @@ class ImageModel(Protocol):
     recipe: Recipe
     variant: str
     device: torch.device
+    precision: str
+    origin: Mapping[str, Any]
 
     @property
     def name(self) -> str: ...
 
     @property
     def level(self) -> Level: ...
+
+    @property
+    def encoder(self) -> nn.Module: ...
 
     @property
     def tile_encoding(self) -> BatchSource: ...
@@ -183,7 +191,7 @@ def _embed(
     reporter.emit(SlidePlanned(_ALL, len(images), "pillow"))
     side = image_geometry(model.recipe).crop
     with (
-        stopping(ThreadPoolExecutor(_WRITERS, "slide2vec-write")) as writers,
+        stopping(ThreadPoolExecutor(WRITERS, "slide2vec-write")) as writers,
         closing(embedded_images(model, images, execution)) as embedded,
     ):
 
@@ -194,7 +202,7 @@ def _embed(
             metadata = _metadata(model, image, execution, identity, side)
             return write_image_embedding(output_dir, values, metadata)
 
-        for (image, _), future in ahead(writers, write, embedded, 4 * _WRITERS):
+        for (image, _), future in ahead(writers, write, embedded, 4 * WRITERS):
             made[image.sample_id] = future.result()
             reporter.emit(TilesEncoded(1, _ALL))
     reporter.emit(SlideFinished(_ALL, len(images)))
@@ -292,29 +300,3 @@ def not_finite(sample_id: str, dtype: torch.dtype, engine: Engine) -> ImageError
         f"image {sample_id}: its features, as {name}, hold NaN or infinities: "
         f"{wider}{remedy(engine.precision, engine.runtime)}"
     )
-
-
-def ahead(
-    pool: ThreadPoolExecutor, function: Callable[[_In], _Out], items: Iterable[_In], room: int
-) -> Iterator[tuple[_In, Future[_Out]]]:
-    """Items in their order, each with the future of its result; at most `room` are under way or waiting."""
-    items = iter(items)
-    waiting = deque((item, pool.submit(function, item)) for item in islice(items, room))
-    try:
-        while waiting:
-            item, future = waiting.popleft()
-            future.exception()  # waits
-            yield item, future
-            waiting.extend((item, pool.submit(function, item)) for item in islice(items, 1))
-    finally:
-        for _, future in waiting:
-            future.cancel()
-
-
-@contextmanager
-def stopping(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
-    """A pool that leaves what it has not begun, where the block ends early."""
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -14,7 +14,14 @@ from slide2vec.readers import SlideReader
 from slide2vec.tiling.levels import read_level
 from slide2vec.tiling.types import Tiling, TissueMask
 
-__all__ = ["draw_tiles", "draw_tissue", "thumbnail", "write_mask_preview", "write_tiling_preview"]
+__all__ = [
+    "draw_tiles",
+    "draw_tissue",
+    "thumbnail",
+    "thumbnail_level",
+    "write_mask_preview",
+    "write_tiling_preview",
+]
 
 Picture = NDArray[np.uint8]
 
@@ -49,12 +56,17 @@ def write_tiling_preview(path: Path, reader: SlideReader, tiling: Tiling, config
 def thumbnail(reader: SlideReader, downsample: float) -> Picture:
     """The whole slide reduced by `downsample` or, to stay below `MAX_SIDE_PX` a side, more: (h, w, 3)."""
     downsample = max(downsample, max(reader.dimensions) / MAX_SIDE_PX, 1.0)
-    finer = [level for level, ds in enumerate(reader.downsamples) if ds <= downsample * 1.001]
-    level = max(finer, key=lambda index: reader.downsamples[index])
+    level = thumbnail_level(reader, downsample)
     factor = max(1, int(downsample / reader.downsamples[level] + 1e-3))
     width, height = (max(1, round(side / downsample)) for side in reader.dimensions)
     pixels = read_level(reader, level, factor)
     return np.asarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def thumbnail_level(reader: SlideReader, downsample: float) -> int:
+    """The coarsest level that is no coarser than `downsample` (1 or more)."""
+    finer = [level for level, ds in enumerate(reader.downsamples) if ds <= downsample * 1.001]
+    return max(finer, key=lambda index: reader.downsamples[index])
 
 
 def draw_tissue(picture: Picture, tissue: TissueMask, config: PreviewConfig) -> Picture:

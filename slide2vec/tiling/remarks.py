@@ -45,6 +45,7 @@ LEFT_OUT = 0.25
 #: Side of a tile in px of the mask below which its tissue fraction says little.
 COARSEST_TILE_PX = 2.0
 
+AUTO = "auto"
 FIRST_HUE = TISSUE_HSV[0][0]
 #: OpenCV hues (0 to 180) up to the first one that method hsv takes, and their names.
 _HUES = ((8, "red"), (27, "brown or orange"), (35, "yellow"), (FIRST_HUE, "green"))
@@ -108,8 +109,7 @@ def _picture(found: TilingFacts) -> str | None:
     if median < DARK_BACKGROUND:
         return (
             f"its background is dark (median grey level {median:.0f}), as in fluorescence: "
-            "segmentation and encoders are made for stained tissue on bright glass; if it is meant, give a "
-            "tissue mask (mask_path)"
+            f"{_of_dark_slides(found)}"
         )
     if mask.any() and not mask.all():
         return None
@@ -127,6 +127,15 @@ def _picture(found: TilingFacts) -> str | None:
             "give a tissue mask (mask_path)"
         )
     return None
+
+
+def _of_dark_slides(found: TilingFacts) -> str:
+    if found.tissue.segmentation.method == AUTO:
+        return "what shines was taken for tissue; encoders are made for stained tissue on bright glass"
+    return (
+        "segmentation and encoders are made for stained tissue on bright glass; if it is meant, try method "
+        "auto (--segmentation-method auto), or give a tissue mask (mask_path)"
+    )
 
 
 def _may_differ(found: TilingFacts, pixels: int) -> float:
@@ -182,7 +191,7 @@ def _other_hues(found: TilingFacts) -> Iterator[str]:
     stain = " (DAB, say)" if name.startswith("brown") else ""
     yield (
         f"{share:.0%} of what is coloured is {name}{stain}, which method hsv does not take for tissue: try "
-        "method otsu (--segmentation-method otsu)"
+        "method auto (--segmentation-method auto)"
     )
 
 
@@ -214,11 +223,8 @@ def _why_none(found: TilingFacts) -> str:
     if not found.tissue.mask.any():
         if method == PRECOMPUTED:
             return "its tissue mask holds no tissue"
-        other = "otsu" if method == "hsv" else "hsv"
-        return (
-            f"method {method} takes no pixel for tissue: try method {other} (--segmentation-method {other}), "
-            "or give a tissue mask (mask_path)"
-        )
+        other = "" if method == AUTO else "try method auto (--segmentation-method auto), or "
+        return f"method {method} takes no pixel for tissue: {other}give a tissue mask (mask_path)"
     if not found.tissue.pieces:
         return "its tissue is but dust: a smaller a_t (--min-piece) keeps it"
     if not found.in_grid:
@@ -243,9 +249,9 @@ def _why_everywhere(found: TilingFacts) -> str:
     glass = _cast_glass(tissue)
     if glass is not None:
         cast = round(float(glass.max() - glass.min()))
-        remedy = "try method otsu (--segmentation-method otsu)"
-        if tissue.segmentation.method != "hsv":
-            remedy = "method threshold with a higher sthresh, or a tissue mask (mask_path), leaves it out"
+        remedy = "try method auto (--segmentation-method auto)"
+        if tissue.segmentation.method == AUTO:
+            remedy = "a tissue mask (mask_path) leaves it out"
         return (
             f"{everywhere}: its glass is not white but {_rgb(glass)}, a cast of {cast} grey levels, and "
             f"counts as tissue: {remedy}"

@@ -1,6 +1,7 @@
 """Where tissue is: a mask from the pixels of a coarse level.
 
-By one of the methods of `tissue_methods.py`, followed by a morphological closing of `close` px.
+By one of the methods of `tissue_methods.py`: HS2P's, followed by a morphological closing of `close` px, or a
+segmenter on a thumbnail of its spacing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from slide2vec.geometry import nearest_downsample_level
 from slide2vec.readers import SlideReader
 from slide2vec.readers.reader import planning_downsamples
 from slide2vec.tiling.levels import read_blocks, reduced_size
-from slide2vec.tiling.tissue_methods import Plane, method_of
+from slide2vec.tiling.previews import thumbnail, thumbnail_level
+from slide2vec.tiling.tissue_methods import Plane, Segmenter, TissueMethod, method_of
 from slide2vec.tiling.types import Segmentation
 
 __all__ = ["MAX_MASK_PX", "Segmented", "segment_tissue"]
@@ -28,6 +30,9 @@ logger = logging.getLogger(__name__)
 #: The largest level that is segmented as it is; a larger one (a slide without pyramid) is first
 #: averaged down to about the downsample asked for. HS2P segments every level as it is.
 MAX_MASK_PX = 64_000_000
+
+#: The label of tissue, of every segmenter.
+TISSUE = "tissue"
 
 #: Of a level's pixels, about as many are kept to look at afterwards.
 _OVERVIEW_PX = 1_000_000
@@ -40,13 +45,16 @@ class Segmented:
     Attributes:
         mask: (h, w) uint8, above 0 where there is tissue.
         segmentation: how it came about.
-        overview: (h', w', 3) uint8, RGB of every `step`-th pixel along both axes.
+        overview: (h', w', 3) uint8, RGB of every `step`-th pixel along both axes; None with a mask raster.
+        labels: (h, w) uint8, what a segmenter found, by the numbers of `names`; None with other methods.
     """
 
     mask: Plane
     segmentation: Segmentation
-    overview: Plane
-    step: int
+    overview: Plane | None = None
+    step: int = 1
+    labels: Plane | None = None
+    names: tuple[str, ...] = ()
 
 
 def segment_tissue(
@@ -58,16 +66,38 @@ def segment_tissue(
         SlideReadError: pixels cannot be decoded.
     """
     method = method_of(config.method)
-    level = nearest_downsample_level(config.downsample, planning_downsamples(reader))
-    factor = _reduction(reader, level, config.downsample)
-    if factor > 1:
-        logger.info(
-            "slide %s: level %d, the nearest to downsample %g, has %dx%d px and is averaged down %d times",
-            *(sample_id, level, config.downsample, *reader.level_dimensions[level], factor),
-        )
-    downsample = reader.downsamples[level] * factor
-    plane, overview, step = _plane(reader, level, factor, method.plane)
-    segmentation = Segmentation(
+    if isinstance(method, TissueMethod):
+        return _by_method(method, reader, sample_id, base_spacing_um, config)
+    return _by_segmenter(method, reader, base_spacing_um, config)
+
+
+def _by_segmenter(
+    segmenter: Segmenter, reader: SlideReader, base_spacing_um: float, config: SegmentationConfig
+) -> Segmented:
+    width, height = reader.dimensions
+    downsample = max(1.0, segmenter.spacing_um / base_spacing_um, sqrt(width * height / MAX_MASK_PX))
+    picture = thumbnail(reader, downsample)
+    downsample = width / picture.shape[1]
+    labels = segmenter.segment(picture, base_spacing_um * downsample)
+    step = max(1, ceil(sqrt(labels.size / _OVERVIEW_PX)))
+    return Segmented(
+        mask=np.isin(labels, _numbers_of_tissue(segmenter)).astype(np.uint8),
+        segmentation=_record(config, thumbnail_level(reader, downsample), downsample, base_spacing_um),
+        overview=picture[::step, ::step],
+        step=step,
+        labels=labels,
+        names=segmenter.names,
+    )
+
+
+def _numbers_of_tissue(segmenter: Segmenter) -> list[int]:
+    return [number for number, name in enumerate(segmenter.names) if name == TISSUE]
+
+
+def _record(
+    config: SegmentationConfig, level: int, downsample: float, base_spacing_um: float
+) -> Segmentation:
+    return Segmentation(
         method=config.method,
         requested_downsample=config.downsample,
         downsample=max(1, round(downsample)),
@@ -78,6 +108,25 @@ def segment_tissue(
         mthresh=config.mthresh,
         close=config.close,
     )
+
+
+def _by_method(
+    method: TissueMethod,
+    reader: SlideReader,
+    sample_id: str,
+    base_spacing_um: float,
+    config: SegmentationConfig,
+) -> Segmented:
+    level = nearest_downsample_level(config.downsample, planning_downsamples(reader))
+    factor = _reduction(reader, level, config.downsample)
+    if factor > 1:
+        logger.info(
+            "slide %s: level %d, the nearest to downsample %g, has %dx%d px and is averaged down %d times",
+            *(sample_id, level, config.downsample, *reader.level_dimensions[level], factor),
+        )
+    downsample = reader.downsamples[level] * factor
+    plane, overview, step = _plane(reader, level, factor, method.plane)
+    segmentation = _record(config, level, downsample, base_spacing_um)
     return Segmented(_close(method.mask(plane, config), config.close), segmentation, overview, step)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,24 +20,20 @@ from slide2vec.tiling.contours import find_pieces, smallest_area
 from slide2vec.tiling.grid import tissue_tiles
 from slide2vec.tiling.quality import good_tiles
 from slide2vec.tiling.remarks import TilingFacts, remarks
-from slide2vec.tiling.segment import segment_tissue
-from slide2vec.tiling.types import Segmentation, Tiling, TissueMask
+from slide2vec.tiling.segment import Segmented, segment_tissue
+from slide2vec.tiling.types import Tiling, TissueMask
 from slide2vec.tiling.user_masks import read_labels
 
 __all__ = ["TissueOnce", "tile_slide"]
-
-#: A mask of tissue or of labels, how it came about, and an overview of the pixels with its step, where there
-#: is one.
-_RawTissue: TypeAlias = tuple[NDArray[np.uint8], Segmentation, NDArray[np.uint8] | None, int]
 
 
 class TissueOnce:
     """Keeps the tissue mask of one slide, for tilings that differ in their tiles only."""
 
     def __init__(self) -> None:
-        self._found: dict[str, _RawTissue] = {}
+        self._found: dict[str, Segmented] = {}
 
-    def mask(self, settings: SegmentationConfig, find: Callable[[], _RawTissue]) -> _RawTissue:
+    def mask(self, settings: SegmentationConfig, find: Callable[[], Segmented]) -> Segmented:
         """The mask found with these settings; found now, if it is the first time."""
         key = settings.model_dump_json()
         if key not in self._found:
@@ -79,16 +75,16 @@ def tile_slide(
     raw = _raw_tissue(reader, slide, base_spacing_um, config, mask_copy, once)
 
     def as_tissue(mask: NDArray[np.uint8]) -> TissueMask:
-        return _as_tissue((mask, *raw[1:]), reader.dimensions, geometry, config)
+        return _as_tissue(replace(raw, mask=mask), reader.dimensions, geometry, config)
 
     masks, own, threshold = config.masks, None, config.tissue_threshold
     if masks.by_class:
         own = _sampled_class(slide, masks)
         threshold = masks.min_coverage.get(own, 0.0)
-        tissue = as_tissue(class_mask(raw[0], masks, own))
-        x, y, fractions = class_tiles(raw[0], as_tissue, masks, own, geometry, reader.dimensions)
+        tissue = as_tissue(class_mask(raw.mask, masks, own))
+        x, y, fractions = class_tiles(raw.mask, as_tissue, masks, own, geometry, reader.dimensions)
     else:
-        tissue = as_tissue(raw[0])
+        tissue = as_tissue(raw.mask)
         x, y, fractions = tissue_tiles(tissue, geometry, reader.dimensions, threshold)
     good = good_tiles(reader, x, y, geometry, filtering)
     found = TilingFacts(
@@ -141,38 +137,38 @@ def _raw_tissue(
     config: PreprocessingConfig,
     mask_copy: Path | None,
     once: TissueOnce | None,
-) -> _RawTissue:
+) -> Segmented:
     """The mask of a slide: of the file that it has, else of tissue, from its pixels."""
 
-    def find() -> _RawTissue:
+    def find() -> Segmented:
         if slide.mask_path is not None or config.masks.by_class:
             asked = config.segmentation, config.masks
             labels, how = read_labels(reader, slide, base_spacing_um, *asked, copy=mask_copy)
-            return labels if config.masks.by_class else labels * np.uint8(255), how, None, 1
-        found = segment_tissue(reader, slide.sample_id, base_spacing_um, config.segmentation)
-        return found.mask, found.segmentation, found.overview, found.step
+            return Segmented(labels if config.masks.by_class else labels * np.uint8(255), how)
+        return segment_tissue(reader, slide.sample_id, base_spacing_um, config.segmentation)
 
     return (once or TissueOnce()).mask(config.segmentation, find)
 
 
 def _as_tissue(
-    found: _RawTissue, dimensions: tuple[int, int], geometry: TileGeometry, config: PreprocessingConfig
+    found: Segmented, dimensions: tuple[int, int], geometry: TileGeometry, config: PreprocessingConfig
 ) -> TissueMask:
-    mask, segmentation, overview, step = found
-    height, width = mask.shape
+    height, width = found.mask.shape
     scale = (dimensions[0] / width, dimensions[1] / height)
     reference = config.filtering.ref_tile_size or geometry.requested_tile_size_px
     least = smallest_area(config.filtering.a_t, reference, geometry, scale)
-    pieces, left_out = find_pieces(mask, least)
+    pieces, left_out = find_pieces(found.mask, least)
     return TissueMask(
-        mask=mask,
+        mask=found.mask,
         pieces=pieces,
         scale=scale,
-        segmentation=segmentation,
+        segmentation=found.segmentation,
         smallest_area=least,
         left_out=left_out,
-        overview=overview,
-        overview_step=step,
+        overview=found.overview,
+        overview_step=found.step,
+        labels=found.labels,
+        names=found.names,
     )
 
 

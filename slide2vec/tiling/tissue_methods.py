@@ -1,5 +1,8 @@
 """Methods of telling tissue from glass (values of SegmentationConfig.method).
 
+A `TissueMethod` is one of HS2P's, on the level that HS2P takes; a `Segmenter` labels a thumbnail at a spacing
+of its own ("auto", in `auto_tissue.py`).
+
 hsv: hue, saturation and value within the range of stained tissue.
 otsu: saturation, smoothed by a median, above Otsu's threshold.
 threshold: saturation, smoothed by a median, above `sthresh`.
@@ -8,7 +11,7 @@ threshold: saturation, smoothed by a median, above `sthresh`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias, cast
+from typing import NamedTuple, Protocol, TypeAlias, cast
 
 import cv2
 import numpy as np
@@ -17,7 +20,7 @@ from numpy.typing import NDArray
 from slide2vec.choices import SEGMENTATION_METHODS
 from slide2vec.config import SegmentationConfig
 
-__all__ = ["HSV", "OTSU", "THRESHOLD", "TISSUE_HSV", "Plane", "TissueMethod", "method_of"]
+__all__ = ["HSV", "OTSU", "THRESHOLD", "TISSUE_HSV", "Plane", "Segmenter", "TissueMethod", "method_of"]
 
 Plane: TypeAlias = NDArray[np.uint8]
 
@@ -37,9 +40,24 @@ class TissueMethod(NamedTuple):
     mask: Callable[[Plane, SegmentationConfig], Plane]
 
 
-def method_of(name: str) -> TissueMethod:
+class Segmenter(Protocol):
+    """What labels the pixels of a thumbnail."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the labels, by their numbers; those named "tissue" make tiles, "pen" and others do not."""
+
+    @property
+    def spacing_um(self) -> float:
+        """µm/px of the thumbnails that it is made for; a slide that is coarser comes as it is."""
+
+    def segment(self, thumbnail: Plane, spacing_um: float) -> Plane:
+        """Labels, (H, W) uint8, of an (H, W, 3) uint8 RGB thumbnail of `spacing_um` µm/px."""
+
+
+def method_of(name: str) -> TissueMethod | Segmenter:
     """A method by its name."""
-    return cast(TissueMethod, SEGMENTATION_METHODS[name].imported())
+    return cast("TissueMethod | Segmenter", SEGMENTATION_METHODS[name].imported())
 
 
 def _in_range(hsv: Plane) -> Plane:

@@ -24,7 +24,7 @@ class Segmentation:
     """How a slide's tissue mask came about; what a coordinate file records of it.
 
     Attributes:
-        method: "hsv", "otsu", "threshold", or "precomputed_mask" for a mask raster.
+        method: "hsv", "otsu", "threshold", "auto", or "precomputed_mask" for a mask raster.
         requested_downsample: of the mask, as configured.
         downsample: of the mask, as it is (rounded).
         level: of the slide that was segmented, or whose size the mask raster was brought to.
@@ -76,6 +76,7 @@ class TissueMask:
         left_out: (px of the mask) areas of the pieces that do not.
         overview: (h', w', 3) uint8, RGB of every `overview_step`-th pixel that was segmented; None with a
             mask raster.
+        labels: (h, w) uint8, what a segmenter found, by the numbers of `names`; None with other methods.
     """
 
     mask: NDArray[np.uint8]
@@ -86,6 +87,8 @@ class TissueMask:
     left_out: tuple[float, ...] = ()
     overview: NDArray[np.uint8] | None = None
     overview_step: int = 1
+    labels: NDArray[np.uint8] | None = None
+    names: tuple[str, ...] = ()
 
     @property
     def overview_mask(self) -> NDArray[np.bool_]:

@@ -11,7 +11,7 @@ import pytest
 import tifffile
 from images_helpers import picture
 from PIL import Image
-from torchvision.transforms import CenterCrop, InterpolationMode, Resize
+from torchvision.transforms import CenterCrop, InterpolationMode, Resize, v2
 
 from slide2vec import ImageSpec
 from slide2vec.errors import ImageError
@@ -40,6 +40,15 @@ def test_resized_and_cropped_as_torchvision_does(
     geometry = ImageGeometry(resize=256, crop=224, interpolation=interpolation, square=square)
     resized = Resize([256, 256] if square else 256, InterpolationMode(interpolation))(image)
     np.testing.assert_array_equal(fitted(image, geometry), np.asarray(CenterCrop(224)(resized)))
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [(411, 300), (261, 640), (120, 97)])
+def test_resized_as_torchvision_resizes_tensors(size: tuple[int, int], interpolation: Any) -> None:
+    image = Image.fromarray(picture(size[1], size[0], 3))
+    geometry = ImageGeometry(resize=256, crop=224, interpolation=interpolation, tensor=True)
+    resize = v2.Compose([v2.ToImage(), v2.Resize(256, InterpolationMode(interpolation)), v2.CenterCrop(224)])
+    np.testing.assert_array_equal(fitted(image, geometry), resize(image).permute(1, 2, 0).numpy())
 
 
 def test_transparent_pixels_are_white(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from images_helpers import picture
 from PIL import Image
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
+from torchvision.transforms import v2
 
 from slide2vec import EmbedImagesError, ExecutionOptions, ImageSpec, Model
 from slide2vec.artifacts import load_embeddings
@@ -29,9 +29,12 @@ KEYS = {
 
 
 def published(model: Model) -> Any:
-    """The transform of its authors (make_classification_eval_transform)."""
-    statistics = Normalize(model.recipe.transform.mean, model.recipe.transform.std)
-    return Compose([Resize(256, InterpolationMode.BICUBIC), CenterCrop(224), ToTensor(), statistics])
+    """The transform of slide2vec 7.1.4."""
+    statistics = v2.Normalize(model.recipe.transform.mean, model.recipe.transform.std)
+    resize = v2.Resize(256, v2.InterpolationMode.BICUBIC, antialias=True)
+    return v2.Compose(
+        [v2.ToImage(), resize, v2.CenterCrop(224), v2.ToDtype(torch.float32, scale=True), statistics]
+    )
 
 
 def expected(model: Model, image: Image.Image) -> torch.Tensor:

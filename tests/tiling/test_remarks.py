@@ -79,15 +79,18 @@ def test_a_greyscale_slide_cannot_be_segmented_by_colour() -> None:
 
 def test_a_dark_background_looks_like_fluorescence() -> None:
     image = painted(((1000, 1000, 900, 900), (60, 60, 250)), glass=(8, 8, 12))
-    assert "fluorescence" in only(tiled(image)) and "median grey level" in only(tiled(image))
+    tiling, auto = tiled(image), tiled(image, segmentation={"method": "auto"})
+    assert "fluorescence" in only(tiling) and "median grey level" in only(tiling)
+    assert "--segmentation-method auto" in only(tiling) and len(auto) >= 16
+    assert "fluorescence" in only(auto) and "what shines was taken for tissue" in only(auto)
 
 
-def test_brown_is_outside_the_hues_of_hsv_and_found_by_otsu() -> None:
+def test_brown_is_outside_the_hues_of_hsv_and_found_by_auto() -> None:
     image = painted(TISSUE, ((2500, 2500, 1200, 1200), BROWN))
     tiling = tiled(image)
     assert len(tiling) > 0
-    assert "brown" in only(tiling) and "DAB" in only(tiling) and "--segmentation-method otsu" in only(tiling)
-    other = tiled(image, segmentation={"method": "otsu"})
+    assert "brown" in only(tiling) and "DAB" in only(tiling) and "--segmentation-method auto" in only(tiling)
+    other = tiled(image, segmentation={"method": "auto"})
     assert len(other) > len(tiling) and other.remarks == ()
 
 
@@ -106,10 +109,11 @@ def test_glass_with_a_cast_counts_as_tissue(cast: int) -> None:
     glass = (240, 240 - cast, 242)
     tiling = tiled(painted(TISSUE, glass=glass))
     assert len(tiling) == 400
-    for words in ("nearly everywhere", "glass is not white", "cast of", "otsu"):
+    for words in ("nearly everywhere", "glass is not white", "cast of", "--segmentation-method auto"):
         assert words in only(tiling)
     assert abs(int(only(tiling).split("a cast of ")[1].split()[0]) - (cast + 2)) <= 1
-    assert len(tiled(painted(TISSUE, glass=glass), segmentation={"method": "otsu"})) < 100
+    for method in ("otsu", "auto"):
+        assert len(tiled(painted(TISSUE, glass=glass), segmentation={"method": method})) < 100
 
 
 def test_a_slide_that_is_tissue_everywhere_is_not_blamed_on_its_glass() -> None:

@@ -1,0 +1,145 @@
+"""A grid of each picture onto disk: read in threads while the encoder runs, written in others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from slide2vec.config import ExecutionOptions
+from slide2vec.errors import ConfigError, EmbedImagesError, ImageError, Slide2VecError
+from slide2vec.images.ahead import WRITERS, ahead, stopping
+from slide2vec.images.dense_encoder import GridEncoder
+from slide2vec.images.pixels import Pixels
+from slide2vec.progress import RunStarted, SlideFinished, SlidePlanned, TilesEncoded, active_reporter
+from slide2vec.runtime import batch_size_for
+
+__all__ = ["GridJob", "encode_and_write", "grids_in_order", "with_output_dir"]
+
+logger = logging.getLogger(__name__)
+
+_Made = TypeVar("_Made", covariant=True)
+Done = TypeVar("Done")
+
+
+class GridJob(Protocol, Generic[_Made]):
+    """One picture whose grid is to be made."""
+
+    @property
+    def name(self) -> str:
+        """For messages: "image a", "slide s, region 10,20"."""
+        ...
+
+    def read(self) -> Pixels:
+        """(H, W, 3) uint8, of the size that was asked for.
+
+        Raises:
+            Slide2VecError: it cannot be read, and why.
+        """
+        ...
+
+    def write(self, grid: torch.Tensor) -> _Made:
+        """Write a grid (d, rows, columns)."""
+        ...
+
+
+def encode_and_write(
+    jobs: Sequence[GridJob[Done]], encoder: GridEncoder, execution: ExecutionOptions, preset: str, what: str
+) -> list[Done | Exception]:
+    """Make the grids of pictures; what each came to, in order.
+
+    Args:
+        what: they are, for progress.
+
+    Raises:
+        OutputError: files cannot be written.
+    """
+    reporter, made = active_reporter(), list[Done | Exception]()
+    reporter.emit(RunStarted(1, preset))
+    reporter.emit(SlidePlanned(what, len(jobs), execution.output_format))
+    with (
+        stopping(ThreadPoolExecutor(WRITERS, "slide2vec-write")) as writers,
+        closing(_encoded(jobs, encoder, execution)) as encoded,
+    ):
+        for _, future in ahead(writers, _written, encoded, 2 * WRITERS):
+            made.append(future.result())
+            reporter.emit(TilesEncoded(1, what))
+    reporter.emit(SlideFinished(what, len(jobs)))
+    return made
+
+
+def _written(item: tuple[GridJob[Done], torch.Tensor | Exception]) -> Done | Exception:
+    job, grid = item
+    return grid if isinstance(grid, Exception) else job.write(grid)
+
+
+def _encoded(jobs: Sequence[GridJob[Done]], encoder: GridEncoder, execution: ExecutionOptions) -> Any:
+    """Each job with its grid, or with why it has none."""
+    size = execution.batch_size or max(1, min(8, batch_size_for(encoder.gflops, encoder.device)))
+    readers = execution.budget(encoder.device.type).reading_threads
+    with stopping(ThreadPoolExecutor(readers, "slide2vec-read")) as pool:
+        pictures = ((job, future.result()) for job, future in ahead(pool, _read, jobs, readers + 2 * size))
+        while batch := list(islice(pictures, size)):
+            yield from _grids(batch, encoder)
+
+
+def _read(job: GridJob[Any]) -> Pixels | Exception:
+    try:
+        return job.read()
+    except Slide2VecError as error:
+        return error
+
+
+def _grids(
+    batch: Sequence[tuple[GridJob[Done], Pixels | Exception]], encoder: GridEncoder
+) -> Iterator[tuple[GridJob[Done], torch.Tensor | Exception]]:
+    good = [pixels for _, pixels in batch if not isinstance(pixels, Exception)]
+    grids = iter(encoder.grids(torch.from_numpy(np.stack(good))) if good else ())
+    for job, pixels in batch:
+        if isinstance(pixels, Exception):
+            yield job, pixels
+            continue
+        grid = next(grids).clone()  # a view would be stored with all of its batch
+        yield job, grid if bool(grid.isfinite().all()) else _not_finite(job, encoder)
+
+
+def _not_finite(job: GridJob[Any], encoder: GridEncoder) -> ImageError:
+    dtype = str(encoder.dtype).removeprefix("torch.")
+    return ImageError(
+        f"{job.name}: its features, as {dtype} made in {encoder.precision}, hold NaN or infinities: use "
+        'output_dtype="fp32" and precision="bf16" or "fp32"'
+    )
+
+
+def grids_in_order(names: Sequence[str], made: Sequence[Done | Exception], on_error: str) -> list[Done]:
+    """The files of all pictures that have some.
+
+    Raises:
+        EmbedImagesError: some failed, and that is to be raised.
+    """
+    failed: Mapping[str, Exception] = {
+        name: each for name, each in zip(names, made, strict=True) if isinstance(each, Exception)
+    }
+    for error in failed.values():
+        logger.warning("%s", error)
+    if failed and on_error == "raise":
+        raise EmbedImagesError.of(failed, [None if isinstance(each, Exception) else each for each in made])
+    return [each for each in made if not isinstance(each, Exception)]
+
+
+def with_output_dir(execution: ExecutionOptions | None, method: str) -> tuple[ExecutionOptions, Path]:
+    """The options of a call that writes files, and where to.
+
+    Raises:
+        ConfigError: they name no directory.
+    """
+    if execution is None or execution.output_dir is None:
+        raise ConfigError(f"{method} writes files: give ExecutionOptions(output_dir=…)")
+    return execution, execution.output_dir

@@ -1,0 +1,147 @@
+"""What slide2vec 7.1.4 writes for ready images and regions, for benchmarks/images_714.py, which runs this in
+an environment that has it (and none of ours):
+
+    python tools/slide2vec_images.py JOB.json
+
+JOB names a preset, a network (architecture and arguments of timm, or a configuration of transformers), a file
+of its weights, and calls. With "make": true the weights are made here, at random. Nothing is loaded from the
+hub.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import timm
+import torch
+import transformers
+from slide2vec.encoders.registry import encoder_registry
+
+from slide2vec import api
+
+
+def network(job: dict[str, Any], dynamic: bool) -> torch.nn.Module:
+    """The network of a job, with random weights."""
+    torch.manual_seed(0)
+    if "timm" in job:
+        kwargs = {**job["kwargs"], "pretrained": False}
+        for key in ("mlp_layer", "act_layer"):
+            if key in kwargs:
+                kwargs[key] = {"SwiGLUPacked": timm.layers.SwiGLUPacked, "SiLU": torch.nn.SiLU}[kwargs[key]]
+        if dynamic:
+            kwargs["dynamic_img_size"] = True
+        made = timm.create_model(job["timm"], **kwargs)
+        made.pretrained_cfg = {**made.pretrained_cfg, **job["data"]}
+        return made.eval()
+    kind = getattr(transformers, job["transformers"])
+    return kind(getattr(transformers, job["config"])(**job["kwargs"])).eval()
+
+
+def loaded(job: dict[str, Any], dynamic: bool) -> torch.nn.Module:
+    """The same with the weights of the job."""
+    made = network(job, dynamic)
+    state = torch.load(job["weights"], weights_only=True)
+    if job["preset"] == "isight":
+        state = {k.removeprefix("clip."): v for k, v in state.items() if k.startswith("clip.")}
+    made.load_state_dict(state, strict=True)
+    return made
+
+
+def install(job: dict[str, Any]) -> None:
+    """Have the preset's class built around our network instead of one from the hub."""
+    kind = encoder_registry.require(job["preset"])
+
+    def init(
+        self: Any,
+        *,
+        output_variant: str | None = None,
+        dynamic_img_size: bool | None = None,
+        allow_non_recommended_settings: bool = False,
+    ) -> None:
+        made = loaded(job, bool(dynamic_img_size) or job.get("dynamic", True))
+        if job["preset"] in ("virchow", "virchow2", "h0-mini", "h-optimus-0", "h-optimus-1"):
+            variants = encoder_registry.info(job["preset"]).get("output_variants") or {}
+            self._output_variant = output_variant or job.get("variant") or next(iter(variants), "default")
+        if job["preset"].startswith("conch"):
+            self._model = types.SimpleNamespace(trunk=made, visual=types.SimpleNamespace(trunk=made))
+            self._model.to = lambda _: self._model
+            self._model.eval = lambda: self._model
+            self._device, self._output_variant, self._transform = torch.device("cpu"), "default", None
+        elif job["preset"] == "isight":
+            self._clip, self._vision = made, made.vision_model
+            state = torch.load(job["weights"], weights_only=True)
+            weight = state["projection.weight"]
+            self._projection = torch.nn.Linear(weight.shape[1], weight.shape[0])
+            self._projection.load_state_dict({"weight": weight, "bias": state["projection.bias"]})
+            self._processor = processor(job)
+            self._output_variant, self._device = output_variant or "token_mean", torch.device("cpu")
+        elif "timm" in job:
+            self._attach_model(made, output_variant=output_variant)
+        else:
+            self._model, self._device = made, torch.device("cpu")
+            self._output_variant = output_variant or "default"
+            self._processor = processor(job)
+
+    kind.__init__ = init
+
+
+def processor(job: dict[str, Any]) -> Any:
+    data = job["data"]
+    return transformers.ViTImageProcessor(
+        size={"height": data["input_size"][1], "width": data["input_size"][2]},
+        resample=2,
+        image_mean=data["mean"],
+        image_std=data["std"],
+    )
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    encoder_registry.info(job["preset"])  # discovers the others
+    if job.get("make"):
+        made = network(job, False)
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in made.named_parameters():  # some are initialised with constants
+            if parameter.ndim < 2 or "token" in name or "pos" in name:
+                parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+        state = made.state_dict()
+        if job["preset"] == "isight":
+            state = {f"clip.{k}": v for k, v in state.items()}
+            state["projection.weight"] = torch.randn(1024, 1024, generator=generator) * 0.03
+            state["projection.bias"] = torch.randn(1024, generator=generator) * 0.03
+        torch.save(state, job["weights"])
+        return
+    install(job)
+    model = api.Model.from_preset(
+        job["preset"], device="cpu", output_variant=job.get("variant"), allow_non_recommended_settings=True
+    )
+    for call in job["calls"]:
+        execution = api.ExecutionOptions(
+            output_dir=Path(call["output"]), precision="fp32", num_gpus=1, num_workers_per_gpu=0, batch_size=2
+        )
+        try:
+            if call["what"] == "images":
+                model.embed_images([api.ImageSpec(**each) for each in call["images"]], execution=execution)
+            elif call["what"] == "dense images":
+                options = api.DenseImageOptions(**call["dense"])
+                model.embed_images_dense(
+                    [api.ImageSpec(**each) for each in call["images"]], dense=options, execution=execution
+                )
+            else:
+                regions = [api.SlideRegions(**each) for each in call["regions"]]
+                model.embed_regions_dense(
+                    regions, dense=api.DenseOptions(**call["dense"]), execution=execution
+                )
+        except (NotImplementedError, ValueError) as error:
+            print(f"REFUSED {call['name']}: {type(error).__name__} {str(error)[:160]}")
+
+
+if __name__ == "__main__":
+    main()
