@@ -158,6 +158,10 @@ def test_folders_are_those_of_separate_runs(
     assert bill["encoders"]["timm:resnet10t"]["tiles"] == sum(artifact.num_tiles for artifact in each)
     assert sorted(part["tiles"] for part in bill["of_slides"]) == sorted(sum(tiles[n::3]) for n in range(3))
     assert result.summary is not None and result.summary.seconds == bill["seconds"]
+    stations = {station.name: station for station in result.summary.stations}
+    assert {f"encode of {name}" for name in models} < stations.keys() and "encode" not in stations
+    busiest = max(stations.values(), key=lambda station: station.utilisation(result.summary.seconds))
+    assert result.summary.bottleneck == busiest.name
     assert len(json.loads((tmp_path / "one/bill.json").read_text())["runs"]) == 3
     assert list(result.encoders) == list(models) and len(result.encoders["second"].tile_artifacts) == 3
     assert result.to_frame()["encoder"].tolist() == [name for name in models for _ in range(3)]

@@ -56,7 +56,7 @@ class _StderrHandler(logging.Handler):
     """Writes records to what is stderr at that moment (a live display takes it over)."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
+        _to_stderr(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
 class _AdviceHandler(logging.Handler):
@@ -175,7 +175,15 @@ def print_error(error: object) -> None:
 
 def note(text: str) -> None:
     """A line on stderr about what is going on."""
-    typer.secho(text, err=True, dim=True)
+    colours = sys.stderr is not None and sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    _to_stderr(typer.style(text, dim=True) if colours else text)
+
+
+def _to_stderr(text: str) -> None:
+    """A line to what is stderr now. `typer.echo` writes past a live display that has taken it over, which
+    then erases that line instead of its own."""
+    if sys.stderr is not None:
+        print(text, file=sys.stderr, flush=True)
 
 
 def print_json(content: Any) -> None:

@@ -14,7 +14,7 @@ from slide2vec.artifacts import (
     SlideEmbeddingArtifact,
     TileEmbeddingArtifact,
 )
-from slide2vec.progress import RunSummary, in_turn
+from slide2vec.progress import RunSummary, in_turn, of_encoders
 
 if TYPE_CHECKING:
     import pandas
@@ -98,13 +98,17 @@ class RunResult:
         recomputed: Counter[str] = Counter()
         for result in results:
             recomputed.update(result.recomputed)
-        summaries = [result.summary for result in results if result.summary is not None]
+        by_name = {name: each.summary for name, each in encoders.items() if each.summary is not None}
+        summaries = list(by_name.values())
         summary = in_turn(summaries) if summaries else None
         if summary is not None:  # they are the same slides
             roads = max((each.roads for each in summaries), key=lambda roads: sum(roads.values()))
             billed = whole or summary
+            busy = of_encoders(by_name, billed.seconds)
             summary = replace(
                 summary,
+                stations=busy.stations,
+                bottleneck=busy.bottleneck,
                 roads=roads,
                 seconds=billed.seconds,
                 watt_hours=billed.watt_hours,

@@ -174,6 +174,24 @@ def in_turn(summaries: Iterable[RunSummary]) -> RunSummary:
     )
 
 
+def of_encoders(summaries: Mapping[str, RunSummary], seconds: float) -> RunSummary:
+    """One summary of several encoders of the same slides, by name, that took so long: what encodes is told by
+    encoder, for the busiest holds the others back."""
+    whole = merged(
+        (
+            replace(summary, stations=tuple(_named(station, name) for station in summary.stations))
+            for name, summary in summaries.items()
+        ),
+        seconds,
+    )
+    busiest = max(whole.stations, key=lambda station: station.utilisation(seconds), default=None)
+    return replace(whole, bottleneck=busiest.name) if busiest and len(summaries) > 1 else whole
+
+
+def _named(station: StationTime, encoder: str) -> StationTime:
+    return replace(station, name=f"encode of {encoder}") if station.name == "encode" else station
+
+
 @dataclass(frozen=True)
 class RunStarted:
     """A call begins with `slides` slides."""
