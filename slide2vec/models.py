@@ -15,12 +15,14 @@ from slide2vec.cohort.side_by_side import run_side_by_side
 from slide2vec.cohort.sink import MemorySink, aggregated_outcome
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedSlide
+from slide2vec.encoders.preset_chain import tile_recipe
 from slide2vec.errors import ConfigError, EmbedSlidesError
 from slide2vec.manifests import SlidesLike, given_slides
 from slide2vec.memory import Need, limit_bytes, together
 from slide2vec.model import Model
 from slide2vec.progress import active_reporter, live_progress, metered
 from slide2vec.progress.together import TogetherReporter
+from slide2vec.recipes import load_recipe
 from slide2vec.slides import SlideLike, as_slide
 from slide2vec.stream import SlideOutcome
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from slide2vec.slides import Slide
     from slide2vec.stream.shared_slides import Share
 
-__all__ = ["Models"]
+__all__ = ["Models", "placed_on"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,21 +55,32 @@ class Models(Mapping[str, Model]):
         self._models = dict(named)
 
     @classmethod
-    def from_presets(cls, names: Iterable[str], *, encoders_gb: float | None = None, **options: Any) -> Self:
+    def from_presets(
+        cls,
+        names: Iterable[str],
+        *,
+        devices: Sequence[str] = (),
+        encoders_gb: float | None = None,
+        **options: Any,
+    ) -> Self:
         """Build several presets. Where they do not fit into memory together, each is loaded to see that it
         can be, and again when its turn comes.
 
         Args:
             names: of the presets.
-            encoders_gb: as in ExecutionOptions.
+            devices: among which encoders are shared out by their work per tile, fed by one reader ("cuda:0",
+                "cuda:1"); none: all on one, the option `device`.
+
             options: for each of them, as `Model.from_preset`.
 
         Raises:
             ConfigError: one is named twice; others as `Model.from_preset`.
         """
-        models: list[Model] = []
+        names, models = list(names), list[Model]()
+        places = placed_on(names, devices) if devices else {}
         for name in names:
-            models.append(Model.from_preset(name, **options))
+            own = {"device": places[name]} if devices else {}
+            models.append(Model.from_preset(name, **options | own))
             if len(_fitting(dict(enumerate(models)), ExecutionOptions(encoders_gb=encoders_gb))) > 1:
                 for model in models:
                     model.release()
@@ -274,6 +287,17 @@ class Models(Mapping[str, Model]):
                     aggregate = partial(self[name].aggregated, latents=execution.save_latents)
                     found[name].append(aggregated_outcome(outcome, aggregate))
         return found
+
+
+def placed_on(names: Sequence[str], devices: Sequence[str]) -> dict[str, str]:
+    """A device for each preset: those with the most work per tile first, each to the one with the least."""
+    gflops = {name: tile_recipe(load_recipe(name)).gflops for name in names}
+    work = dict.fromkeys(devices, 0.0)
+    places = {}
+    for name in sorted(gflops, key=lambda name: -gflops[name]):
+        places[name] = min(work, key=lambda device: work[device])
+        work[places[name]] += gflops[name]
+    return places
 
 
 _Name = TypeVar("_Name", bound=Hashable)

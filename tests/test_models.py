@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,8 +17,12 @@ from shallow import few_blocks
 
 from slide2vec import EmbedSlidesError, ExecutionOptions, Model, Models, Pipeline, PreprocessingConfig
 from slide2vec.artifacts import load_embeddings
+from slide2vec.cohort import slide_writer
 from slide2vec.cohort.process_list import read_process_list
-from slide2vec.errors import ConfigError
+from slide2vec.embedded import EmbeddedSlide
+from slide2vec.errors import ConfigError, OutputError
+from slide2vec.models import placed_on
+from slide2vec.progress import NullReporter, ProgressEvent, SlideFailed, activate_progress_reporter
 from slide2vec.readers import decoders
 from slide2vec.stream import Stream, shared_slides
 from slide2vec.tiling import tile
@@ -25,6 +30,16 @@ from slide2vec.tiling import tile
 CONFIG = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5, resume=True)
 #: No look at the slides before they are read: these tests count what is read.
 EXECUTION = ExecutionOptions(batch_size=5, build_engine="never")
+
+
+class Recording(NullReporter):
+    """Keeps the events."""
+
+    def __init__(self) -> None:
+        self.events: list[ProgressEvent] = []
+
+    def emit(self, event: ProgressEvent) -> None:
+        self.events.append(event)
 
 
 @pytest.fixture(scope="module")
@@ -335,6 +350,35 @@ def test_patients_of_an_encoder_that_breaks_off_fail_with_it(
     assert len(result.encoders["first"].tile_artifacts) == 3
 
 
+def test_a_full_disk_ends_the_run_and_fails_no_slide(
+    models: Models, slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = slide_writer.write_tile_embeddings
+
+    def full(folder: Path, embedded: EmbeddedSlide, *args: Any, **options: Any) -> Any:
+        if folder.name == "out" or embedded.sample_id != "0":
+            return write(folder, embedded, *args, **options)
+        error = OutputError(f"{folder}/{embedded.sample_id}.pt cannot be written: no space left on device")
+        error.errno = errno.ENOSPC
+        raise error
+
+    monkeypatch.setattr(slide_writer, "write_tile_embeddings", full)
+    two = Models({name: models[name] for name in ("first", "second")})
+    reporter = Recording()
+    out = tmp_path / "out"
+    with (
+        activate_progress_reporter(reporter),
+        pytest.raises(
+            OutputError, match=r"/0.pt cannot .* timm:resnet10t: . of 3 slides .*; timm-resnet10t-\w+: 0"
+        ),
+    ):
+        Pipeline(two, CONFIG, EXECUTION.updated(output_dir=out)).run(slides)
+    assert not [event for event in reporter.events if isinstance(event, SlideFailed)]
+    assert not [
+        row for row in read_process_list(out / "process_list.csv") if row["feature_status"] == "error"
+    ]
+
+
 def test_what_the_callback_raises_ends_the_run_and_is_raised(
     models: Models, slides: list[Path], tmp_path: Path
 ) -> None:
@@ -386,6 +430,43 @@ def test_a_bad_slide_fails_with_every_encoder_and_stops_none(
     )
     assert [each.sample_id for each in result.failed] == ["bad"] * 3
     assert len(result.tile_artifacts) == 6
+
+
+def test_encoders_on_several_devices_are_fed_by_one_reader(
+    models: Models, slides: list[Path], counts: Counter[str]
+) -> None:
+    alone = [models[name].embed_slides(slides[:1], CONFIG, EXECUTION) for name in ("first", "second")]
+    once = counts["decode_tile"] // 2
+    counts.clear()
+    placed = Models(
+        {
+            name: Model.from_preset(
+                "timm:resnet10t",
+                weights="random",
+                seed=seed,
+                device=device,
+                allow_non_recommended_settings=True,
+            )
+            for name, seed, device in (("first", 0, "cpu"), ("second", 1, "cpu:0"))
+        }
+    )
+    assert placed.devices_here(EXECUTION) == ("cpu", "cpu:0")
+    together = placed.embed_slides(slides[:1], CONFIG, EXECUTION)
+    assert counts["decode_tile"] == once
+    for ours, (theirs,) in zip(together.values(), alone, strict=True):
+        assert torch.equal(ours[0].tile_embeddings, theirs.tile_embeddings)
+
+
+def test_presets_are_shared_out_among_devices_by_their_work() -> None:
+    names = ["prost40m", "uni", "lunit", "virchow2", "titan"]
+    assert placed_on(names, ["a", "b"]) == {
+        "titan": "a",  # its tile encoder, at 448 px: 536 GFLOP a tile
+        "virchow2": "b",  # 340
+        "uni": "b",  # 123
+        "lunit": "b",  # 45
+        "prost40m": "b",  # 12
+    }
+    assert set(placed_on(["uni", "uni2"], ["a", "b", "c"]).values()) == {"a", "b"}
 
 
 def test_two_models_of_one_name_need_names_of_their_own(models: Models) -> None:

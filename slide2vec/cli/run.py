@@ -97,7 +97,12 @@ def run(
     backend: Annotated[
         Backend | None, typer.Option(help="What reads the slides.", show_default=False)
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu; by default the best.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cuda, cuda:1, mps or cpu [the best]; of several presets also several: cuda:0,cuda:1."
+        ),
+    ] = None,
     precision: Annotated[Precision | None, typer.Option(help="Of the encoder.", show_default=False)] = None,
     engine: Annotated[
         EngineChoice | None, typer.Option(help="What runs the encoder [auto].", show_default=False)
@@ -382,4 +387,7 @@ def _model(settings: RunSettings, trust_remote_code: bool) -> Model | Models:
             f"--weights {settings.weights} is for one preset, and {settings.preset} are {len(names)}: run "
             "them one by one into the same directory, or load each in Python (slide2vec.Models)"
         )
+    devices = (settings.device or "").split(",")
+    if len(devices) > 1:
+        options |= {"devices": [name.strip() for name in devices], "device": None}
     return Models.from_presets(names, encoders_gb=settings.execution.encoders_gb, **options)

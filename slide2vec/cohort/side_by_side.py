@@ -111,8 +111,6 @@ def embed_cohort_together(
             }
             planned = {name: todo[name].slides for name in tasks}
             for name, ended in run_side_by_side(tasks, planned, execution, reporter).items():
-                if isinstance(ended, OutputError):
-                    raise ended
                 if isinstance(ended, Exception):
                     _break_off(whole[name][0], whole[name][1], todo[name], ended)
             summaries |= reporter.summaries
@@ -224,6 +222,7 @@ def run_side_by_side(
         reporter: is told of all of them.
 
     Raises:
+        OutputError: one of them cannot write a file; the others are stopped.
         ConfigError: nothing can be written into stage_dir.
     """
     started = time.perf_counter()
@@ -245,7 +244,8 @@ def run_side_by_side(
                 while left:
                     done, left = wait(left, return_when=FIRST_COMPLETED)
                     for future in done:
-                        _result(future)
+                        if isinstance(error := _result(future), OutputError):  # nobody can write
+                            raise error
             except BaseException:  # an interrupt, say: no thread would notice it
                 reporter.cancel()
                 stager.stop()
