@@ -70,7 +70,7 @@ class Models(Mapping[str, Model]):
             names: of the presets.
             devices: among which encoders are shared out by their work per tile, fed by one reader ("cuda:0",
                 "cuda:1"); none: all on one, the option `device`.
-
+            encoders_gb: as in ExecutionOptions.
             options: for each of them, as `Model.from_preset`.
 
         Raises:

@@ -369,7 +369,7 @@ def test_a_full_disk_ends_the_run_and_fails_no_slide(
     with (
         activate_progress_reporter(reporter),
         pytest.raises(
-            OutputError, match=r"/0.pt cannot .* timm:resnet10t: . of 3 slides .*; timm-resnet10t-\w+: 0"
+            OutputError, match=r"/0.pt cannot .* timm:resnet10t: . of 3 slides .*; timm-resnet10t-\w+: . of 3"
         ),
     ):
         Pipeline(two, CONFIG, EXECUTION.updated(output_dir=out)).run(slides)
