@@ -10,6 +10,8 @@ import typer
 
 from slide2vec.choices import Backend, EngineChoice, Executor, OutputFormat, Precision
 from slide2vec.cli.console import (
+    BACKEND,
+    FORMAT,
     BuildEngine,
     Debug,
     Devices,
@@ -95,7 +97,7 @@ def run(
     sthresh: Sthresh = None,
     min_piece: MinPiece = None,
     backend: Annotated[
-        Backend | None, typer.Option(help="What reads the slides.", show_default=False)
+        Backend | None, typer.Option(help="What reads the slides.", show_default=False, **BACKEND)
     ] = None,
     device: Annotated[
         str | None,
@@ -134,7 +136,8 @@ def run(
         ),
     ] = None,
     file_format: Annotated[
-        OutputFormat | None, typer.Option("--format", help="Of the embeddings [pt].", show_default=False)
+        OutputFormat | None,
+        typer.Option("--format", help="Of the embeddings [pt].", show_default=False, **FORMAT),
     ] = None,
     output_dtype: Annotated[
         Literal["fp32", "fp16"] | None, typer.Option(help="Of the embeddings.", show_default=False)
