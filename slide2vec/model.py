@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     )
     from slide2vec.cohort.run import OnPersisted
     from slide2vec.cohort.sink import Sink
+    from slide2vec.compile.gain import Gain
     from slide2vec.images import DenseEncodeKit
     from slide2vec.scale import WorkerExecutor, WorkerPools
     from slide2vec.tiling import Tiling
@@ -428,6 +429,10 @@ class Model:
             self._tile_embedder.release()
         else:
             self.upstream.release()
+
+    def gain_of_build(self, config: PreprocessingConfig, execution: ExecutionOptions) -> Gain | None:
+        """What an engine would bring that `decide_engine` builds where it pays; None where it builds none."""
+        return self._tile_embedder.gain_of_build(execution, config.requested_tile_size_px)
 
     def _workers(self, execution: ExecutionOptions) -> WorkerExecutor | None:
         chosen = is_numbered(self.origin.get("device", "cuda:0"))

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from slide2vec.aggregate import regrouped
-from slide2vec.compile import EngineTarget, build_where_it_pays, goes_on_in_torch, offer_bf16, select_engine
+from slide2vec.compile import (
+    EngineTarget,
+    build_where_it_pays,
+    gain_of_build,
+    goes_on_in_torch,
+    offer_bf16,
+    select_engine,
+)
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.encoders.input_size import for_input
 from slide2vec.encoders.late import AnyEncoder, LateEncoder, weights_bytes
@@ -39,6 +46,7 @@ if TYPE_CHECKING:
 
     from slide2vec.cohort.sink import Sink
     from slide2vec.compile.engine_choice import Selected
+    from slide2vec.compile.gain import Gain
     from slide2vec.prepare import Preparer
     from slide2vec.runtime import Engine
 
@@ -184,6 +192,13 @@ class TileEmbedder:
                 output_dir=output_dir,
                 batch_size=execution.batch_size,
             )
+
+    def gain_of_build(self, execution: ExecutionOptions, tile_size_px: int | None) -> Gain | None:
+        """What an engine would bring that `decide` builds where it pays; None where it builds none."""
+        if execution.engine != "auto" or execution.build_engine != "auto" or execution.torch_compile:
+            return None
+        target, precision, _ = self._asked(execution, tile_size_px)
+        return gain_of_build(target, precision)
 
     def select(self, execution: ExecutionOptions, tile_size_px: int | None = None) -> Selected:
         """What runs the encoder: looked for once, and loaded or compiled once.

@@ -184,7 +184,8 @@ def _torch(encoder: AnyEncoder, target: EngineTarget, precision: str, compiled: 
     dim = target.recipe.variants[target.variant].dim
     make = partial(torch_engine, feature_dim=dim, compiled=compiled)
     recipe, device = target.recipe, target.device
-    if isinstance(encoder, LateEncoder) and not encoder.is_built:
+    # On CUDA weights must be there before memory is measured, and before another encoder's graph is captured.
+    if isinstance(encoder, LateEncoder) and not encoder.is_built and device.type != "cuda":
         late = lambda: make(encoder.module, recipe, precision, device)  # noqa: E731
         return Selected(LateTorchEngine(late, feature_dim=dim, precision=precision, device=device))
     return Selected(make(as_module(encoder), recipe, precision, device))

@@ -181,12 +181,13 @@ def _load(recipe: Recipe, options: Mapping[str, Any], choices: Mapping[str, Weig
     if len(parts) == 1:
         parts = [_fed_to(recipe, parts[0], input_size_px)]
     own = choices[recipe.name]
+    asked = recipe
 
     def build(weights: WeightsChoice) -> nn.Module:
-        return _build(recipe, variant, weights, seed, options["trust_remote_code"])
+        return _build(asked, variant, weights, seed, options["trust_remote_code"])
 
-    encoder = late_encoder(recipe, variant, own, build)
-    recipe = as_built(recipe, name, encoder)
+    encoder = late_encoder(asked, variant, own, build)
+    recipe = as_built(asked, name, encoder)
     if lower is None and input_size_px is not None:
         recipe = for_input(recipe, as_module(encoder), input_size_px, f"input_size_px={input_size_px}")
     return [*parts, Part(recipe, name, encoder, _identity(recipe, own, seed), options)]

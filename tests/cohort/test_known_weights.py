@@ -162,8 +162,11 @@ def test_that_all_is_finished_is_not_said_of_other_weights(
         patch.setattr(late.LateEncoder, "confirm", lambda encoder: None)
         Pipeline(load(misleading), CONFIG, in_folder(tmp_path / "out")).run(slides)
     assert len(sidecars(tmp_path / "out")) == 2
-    with pytest.raises(WeightsError, match="looks as it did"):
-        Pipeline(load(misleading), CONFIG, in_folder(tmp_path / "out")).run(slides)
+    known = load(misleading)
+    other = Model.from_preset("scattering", device="cpu", allow_non_recommended_settings=True)
+    for model in (known, Models({"known": known, "other": other})):
+        with pytest.raises(WeightsError, match="looks as it did"):
+            Pipeline(model, CONFIG, in_folder(tmp_path / "out")).run(slides)
 
 
 def test_nothing_comes_back_of_other_weights(misleading: Path, slides: list[Path]) -> None:

@@ -111,6 +111,14 @@ def test_an_encoder_is_built_when_pytorch_runs_it() -> None:
     engine.close()
 
 
+def test_on_cuda_an_encoder_is_built_before_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial of memory, and graphs that others capture, must not meet weights that are being loaded."""
+    monkeypatch.setattr(engine_choice, "torch_engine", lambda *args, **more: SimpleNamespace(runtime="torch"))
+    encoder = Waiting()
+    gpu = EngineTarget(tiny_recipe(), "both", torch.device("cuda"), lambda: "w")
+    assert select_engine("torch", encoder, gpu, "fp32").engine.runtime == "torch" and encoder.is_built
+
+
 @pytest.mark.parametrize(
     "changes",
     [
