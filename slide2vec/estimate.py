@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ConfigError, as_slide_error
-from slide2vec.memory import Need, limit_bytes, together
 from slide2vec.progress import (
     NullReporter,
     ProgressEvent,
@@ -20,13 +19,10 @@ from slide2vec.progress import (
     activate_progress_reporter,
 )
 from slide2vec.readers.slide_files import bytes_of
-from slide2vec.recipes import Recipe, load_recipe
 from slide2vec.slides import Slide
 from slide2vec.stream.plan import PlanRequest, SlidePlan, plan_together
 
 if TYPE_CHECKING:
-    import torch
-
     from slide2vec.compile.gain import Gain
     from slide2vec.model import Model
 
@@ -37,7 +33,6 @@ __all__ = [
     "SlideEstimate",
     "Trial",
     "count_tiles",
-    "encoder_groups",
     "on_hardware",
     "seconds_for",
     "tried",
@@ -247,21 +242,6 @@ def seconds_for(tiles: Mapping[str, int], trials: Mapping[str, Trial], devices: 
     before = sum(trials[name].build_s for name in tiles)
     before += max((trials[name].start_s for name in tiles), default=0.0)
     return before + max(busy.values(), default=0.0)
-
-
-def encoder_groups(
-    recipes: Mapping[str, Recipe], execution: ExecutionOptions, device: torch.device
-) -> list[list[str]]:
-    """Names of encoders of one device that a run would have in memory together, by their recipes."""
-    from slide2vec.encoders.preset_chain import parts_of
-    from slide2vec.tile_embedder import batch_bytes
-
-    needs = {}
-    for name, recipe in recipes.items():
-        parts = [load_recipe(part) for part in parts_of(recipe)]
-        weights = sum(4e6 * part.params_m for part in parts)
-        needs[name] = Need(str(device), weights + batch_bytes(parts[-1], execution, device))
-    return together(needs, {str(device): limit_bytes(str(device), execution.encoders_gb)})
 
 
 # known hardware ------------------------------------------------------------------------------------

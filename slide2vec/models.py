@@ -15,7 +15,7 @@ from slide2vec.cohort.side_by_side import run_side_by_side
 from slide2vec.cohort.sink import MemorySink, aggregated_outcome
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedSlide
-from slide2vec.encoders.preset_chain import tile_recipe
+from slide2vec.encoders.preset_chain import parts_of, tile_recipe
 from slide2vec.errors import ConfigError, EmbedSlidesError
 from slide2vec.manifests import SlidesLike, given_slides
 from slide2vec.memory import Need, limit_bytes, together
@@ -23,14 +23,18 @@ from slide2vec.model import Model
 from slide2vec.progress import active_reporter, live_progress, metered
 from slide2vec.progress.together import TogetherReporter
 from slide2vec.recipes import load_recipe
+from slide2vec.runtime import pick_device
 from slide2vec.slides import SlideLike, as_slide
 from slide2vec.stream import SlideOutcome
+from slide2vec.tile_embedder import batch_bytes
 
 if TYPE_CHECKING:
+    import torch
+
     from slide2vec.slides import Slide
     from slide2vec.stream.shared_slides import Share
 
-__all__ = ["Models", "placed_on"]
+__all__ = ["Models", "groups_of_presets", "placed_on"]
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +81,12 @@ class Models(Mapping[str, Model]):
             ConfigError: one is named twice; others as `Model.from_preset`.
         """
         names, models = list(names), list[Model]()
-        places = placed_on(names, devices) if devices else {}
+        places = placed_on(names, devices) if devices else dict.fromkeys(names, options.get("device"))
+        groups = groups_of_presets(places, ExecutionOptions(encoders_gb=encoders_gb))
         for name in names:
-            own = {"device": places[name]} if devices else {}
-            models.append(Model.from_preset(name, **options | own))
-            if len(_fitting(dict(enumerate(models)), ExecutionOptions(encoders_gb=encoders_gb))) > 1:
-                for model in models:
-                    model.release()
+            models.append(Model.from_preset(name, **{**options, "device": places[name]}))
+            if len(groups) > 1:
+                models[-1].release()
         return cls(models)
 
     def __getitem__(self, name: str) -> Model:
@@ -298,6 +301,23 @@ def placed_on(names: Sequence[str], devices: Sequence[str]) -> dict[str, str]:
         places[name] = min(work, key=lambda device: work[device])
         work[places[name]] += gflops[name]
     return places
+
+
+def groups_of_presets(
+    places: Mapping[str, str | torch.device | None], execution: ExecutionOptions
+) -> list[list[str]]:
+    """Presets that fit into the memory of their devices together, by what their recipes say; in groups.
+
+    Args:
+        places: the device of each.
+    """
+    needs = {}
+    for name, place in places.items():
+        parts, device = [load_recipe(part) for part in parts_of(load_recipe(name))], pick_device(place)
+        weights = sum(4e6 * part.params_m for part in parts)
+        needs[name] = Need(str(device), weights + batch_bytes(parts[-1], execution, device))
+    limits = {each.device: limit_bytes(each.device, execution.encoders_gb) for each in needs.values()}
+    return together(needs, limits)
 
 
 _Name = TypeVar("_Name", bound=Hashable)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -267,6 +268,7 @@ class TileEmbedder:
         self._idle.clear()
         self._bytes_per_tile.clear()
         self._late.release()
+        gc.collect()  # modules and what runs them hold on to each other
         if self._on_cuda:
             torch.cuda.empty_cache()
 

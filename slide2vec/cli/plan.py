@@ -384,10 +384,9 @@ def _groups(
     """Encoders that are in memory together."""
     if len(recipes) == 1:
         return [list(recipes)]
-    from slide2vec.estimate import encoder_groups
-    from slide2vec.runtime import pick_device
+    from slide2vec.models import groups_of_presets
 
-    return encoder_groups(recipes, execution, pick_device(device))
+    return groups_of_presets(dict.fromkeys(recipes, device), execution)
 
 
 def _hours(hours: float) -> str:

@@ -68,6 +68,7 @@ class LateEncoder:
         self._remembering: Future[None] | None = None
         self._module: nn.Module | None = None
         self._is_changeable = False
+        self._begun: Future[nn.Module] | None = None
         self._building = threading.RLock()
         if self._known is None:
             self._module = build()
@@ -112,6 +113,9 @@ class LateEncoder:
     def release(self) -> None:
         """Free the module, which is built anew when it is next needed. One stays that was given as it is, or
         that somebody has in hand who may have changed it."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun.exception()  # it would be built after this, else
         with self._building:
             if self._module is not None and not self._is_changeable:
                 _ = self.digest
@@ -129,7 +133,9 @@ class LateEncoder:
     def begin(self) -> None:
         """Have it built in a thread, if it is not yet; whoever needs it then waits for that."""
         if not self.is_built:
-            _in_background(lambda: self.module)  # what it raises, it raises again to who asks for it
+            self._begun = _in_background(
+                lambda: self.module
+            )  # what it raises, it raises again to who asks for it
 
     @cached_property
     def digest(self) -> str:
