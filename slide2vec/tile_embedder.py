@@ -262,9 +262,8 @@ class TileEmbedder:
 
     def release(self) -> None:
         """Free the memory of engines and of the encoder; both are there again when they are next needed."""
-        for selected in self._engines.values():
-            selected.engine.close()
-        self._engines.clear()
+        while self._engines:
+            self._engines.popitem()[1].engine.close()
         self._idle.clear()
         self._bytes_per_tile.clear()
         self._late.release()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BACKEND",
+    "EXPORT_FORMAT",
     "FORMAT",
     "BuildEngine",
     "Debug",
@@ -133,6 +134,8 @@ def _by_name(table: Choices[Any], *others: str) -> dict[str, Any]:
     """Arguments of `typer.Option` for names of a table, of which installed packages may bring more."""
 
     def named(text: str) -> str:
+        if text in others:
+            return text
         try:
             return str(table.checked(text))
         except ConfigError as error:
@@ -143,6 +146,7 @@ def _by_name(table: Choices[Any], *others: str) -> dict[str, Any]:
 
 BACKEND = _by_name(BACKENDS, "auto")
 FORMAT = _by_name(OUTPUT_FORMATS)
+EXPORT_FORMAT = _by_name(OUTPUT_FORMATS, "geojson")
 Method = Annotated[
     SegmentationMethod | None,
     typer.Option(
@@ -165,6 +169,14 @@ MinPiece = Annotated[
     float | None,
     typer.Option(min=0, help="Tiles as large as a piece of tissue has to be (a_t of HS2P) [4]."),
 ]
+Masks = Annotated[
+    str | None,
+    typer.Option(
+        help="Labels of the slides' annotation masks, as YAML or a file of it: {pixel_mapping: {tumor: 1}, "
+        "min_coverage: {tumor: 0.5}}.",
+        show_default=False,
+    ),
+]
 Debug = Annotated[
     bool,
     typer.Option("--debug", callback=_debug, is_eager=True, help="Log more; show tracebacks of errors."),
@@ -186,6 +198,17 @@ def tissue_options(
         "segmentation": given(**segmentation),
         "filtering": {} if min_piece is None else {"a_t": min_piece},
     }
+
+
+def masks_option(text: str | None) -> Any:
+    """What `--masks` says, for `PreprocessingConfig.masks`; None where it is not given."""
+    from slide2vec.settings.text import parse_yaml, read_yaml
+
+    if text is None:
+        return None
+    path = Path(text)
+    is_file = path.suffix.lower() in (".yaml", ".yml")
+    return read_yaml(path) if is_file else parse_yaml(text, f"--masks {text[:100]!r}")
 
 
 def device_names(given: str | None) -> list[str] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
 from functools import cached_property
 from typing import Any, Self, TypeAlias, TypeVar
 
@@ -19,6 +18,7 @@ from slide2vec.encoders.known_digests import (
     made_of,
     remember,
 )
+from slide2vec.encoders.published_files import check_download
 from slide2vec.encoders.weights import WeightsChoice, find_weights, weights_digest, weights_files
 from slide2vec.errors import WeightsError
 from slide2vec.recipes import Recipe, Variant
@@ -225,11 +225,19 @@ def late_encoder(
     if weights == "random" or recipe.weights is None or not by_file:
         return LateEncoder(lambda: build(weights))
     path = find_weights(recipe, weights)
-    with suppress(OSError):
+
+    def load() -> nn.Module:
+        if weights is None:  # as for the hub: as a path it is a file of the user's
+            check_download(path, recipe)
+        return build(path)
+
+    try:
         files = WeightsFiles.of(weights_files(path))
-        if files.size_bytes >= LEAST_BYTES:
-            return LateEncoder(lambda: build(path), files, made_of(recipe, variant))
-    return LateEncoder(lambda: build(path))
+    except OSError:  # which file it is, and why, is said when it is loaded
+        return LateEncoder(load)
+    if files.size_bytes < LEAST_BYTES:
+        return LateEncoder(load)
+    return LateEncoder(load, files, made_of(recipe, variant))
 
 
 def _in_background(work: Callable[[], T]) -> Future[T]:

@@ -188,6 +188,23 @@ def test_weights_of_a_wrong_preset_are_told_at_once(
     assert not cache.exists()
 
 
+def test_a_file_of_the_hub_is_the_published_one(
+    recipe: Recipe, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not taken for one of the user's, of which another content is only told."""
+    weights = weights.rename(weights.with_name("model.safetensors"))
+    monkeypatch.setattr(late, "find_weights", lambda *_: weights)
+    variant = recipe.variant(None)[1]
+    assert recipe.weights is not None
+    pinned = recipe.weights.model_copy(update={"sha256": {weights.name: "0" * 64}})
+    other = recipe.model_copy(update={"weights": pinned})
+    for least in (1, 2**60):
+        monkeypatch.setattr(late, "LEAST_BYTES", least)
+        with pytest.raises(WeightsError, match="is not the one that preset prost40m was published with"):
+            late_encoder(other, variant, None, lambda given: build_encoder(other, variant, given))
+    late_encoder(recipe, variant, None, lambda given: build_encoder(recipe, variant, given))
+
+
 def test_weights_in_several_files(
     load: Callable[[WeightsChoice], AnyEncoder], tmp_path: Path, state: dict[str, torch.Tensor]
 ) -> None:
