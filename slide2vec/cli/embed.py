@@ -19,6 +19,7 @@ from slide2vec.cli.console import (
     MinPiece,
     NumGpus,
     Overlap,
+    Qc,
     SegmentationDownsample,
     SlidesDir,
     Sthresh,
@@ -27,6 +28,7 @@ from slide2vec.cli.console import (
     given,
     note,
     print_json,
+    quality_limits,
     tissue_options,
 )
 
@@ -74,6 +76,7 @@ def embed(
     segmentation_downsample: SegmentationDownsample = None,
     sthresh: Sthresh = None,
     min_piece: MinPiece = None,
+    qc: Qc = None,
     slides_dir: SlidesDir = None,
     id_from: IdSource = "name",
     spacing_at_level_0: Annotated[
@@ -152,6 +155,7 @@ def embed(
             tissue_threshold=tissue_threshold,
         ),
         **tissue_options(segmentation_method, segmentation_downsample, sthresh, min_piece),
+        qc=quality_limits(qc),
         preview=PreviewConfig(save_mask_preview=previews, save_tiling_preview=previews),
         on_bad_tile=on_bad_tile,
         resume=resume,

@@ -17,6 +17,7 @@ from slide2vec.cli.console import (
     Method,
     MinPiece,
     Overlap,
+    Qc,
     SegmentationDownsample,
     SlidesDir,
     Sthresh,
@@ -24,6 +25,7 @@ from slide2vec.cli.console import (
     facts,
     given,
     print_json,
+    quality_limits,
     stdout,
     tissue_options,
 )
@@ -63,6 +65,7 @@ def tile(
     segmentation_downsample: SegmentationDownsample = None,
     sthresh: Sthresh = None,
     min_piece: MinPiece = None,
+    qc: Qc = None,
     slides_dir: SlidesDir = None,
     id_from: IdSource = "name",
     spacing_at_level_0: Annotated[
@@ -108,6 +111,7 @@ def tile(
             tissue_threshold=tissue_threshold,
         ),
         **tissue_options(segmentation_method, segmentation_downsample, sthresh, min_piece),
+        qc=quality_limits(qc),
         preview=PreviewConfig(save_mask_preview=previews, save_tiling_preview=previews),
     )
     found = find_slides(

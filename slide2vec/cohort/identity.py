@@ -91,6 +91,8 @@ def _geometry(slide: Slide, config: PreprocessingConfig, given: Tiling | None) -
         asked["region_tile_multiple"] = config.region_tile_multiple
     if given is not None:
         return {**asked, "coordinates": _digest(given)}
+    if config.qc.on:
+        asked["qc"] = config.qc.model_dump(mode="json")
     return {
         **asked,
         "tolerance": config.tolerance,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from slide2vec.config import PreprocessingConfig
+from slide2vec.config import PreprocessingConfig, QualityConfig
 from slide2vec.errors import ManifestError, SlideError, TilingError
 from slide2vec.files import as_os_errors, atomic_path, entries, open_plain
 from slide2vec.readers import SlideReader
@@ -20,7 +20,15 @@ from slide2vec.slides import Slide
 from slide2vec.tiling.coordinates import check_tiling, coordinate_paths, load_coordinates
 from slide2vec.tiling.types import PRECOMPUTED, Segmentation, Tiling
 
-__all__ = ["Previous", "find_reusable", "record_source", "recorded_slides", "source_path"]
+__all__ = [
+    "Previous",
+    "find_reusable",
+    "qc_of",
+    "record_source",
+    "recorded_qc",
+    "recorded_slides",
+    "source_path",
+]
 
 _SUFFIX = ".coordinates.meta.json"
 #: Of <sample_id>.source.json.
@@ -123,9 +131,20 @@ def find_reusable(previous: Previous, reader: SlideReader, config: Preprocessing
         check_tiling(tiling, slide, reader, config)
     except TilingError:
         return None
-    if not _same_settings(tiling, slide, config) or previous.was_misread(tiling.backend):
+    same_qc = qc_of(directory, slide.sample_id) == recorded_qc(config.qc)
+    if not same_qc or not _same_settings(tiling, slide, config) or previous.was_misread(tiling.backend):
         return None
-    return replace(tiling, remarks=_recorded_remarks(directory, slide.sample_id))
+    return replace(tiling, remarks=_recorded_remarks(directory, slide.sample_id), qc=config.qc)
+
+
+def recorded_qc(config: QualityConfig) -> dict[str, Any] | None:
+    """What a source record says of `qc`: nothing where it is off."""
+    return config.model_dump(mode="json") if config.on else None
+
+
+def qc_of(directory: Path, sample_id: str) -> Any:
+    """With which `qc` a slide's coordinate files were made, as in `recorded_qc`."""
+    return _read_source(directory, sample_id).get("qc")
 
 
 def _recorded_remarks(directory: Path, sample_id: str) -> tuple[str, ...]:
