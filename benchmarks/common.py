@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from slide2vec.recipes import Recipe
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PACKAGES = (
@@ -34,6 +36,17 @@ TILE_PX = 224
 PRESET = "prost40m"  # a ViT-S
 
 Row = dict[str, Any]
+
+
+def of_depth(recipe: Recipe, depth: int) -> Recipe:
+    """A recipe with so many blocks, per stage where an encoder has stages; 0 = all. The scattering transform
+    has none."""
+    stages = {"swin_tiny_patch4_window7_224": "depths", "resnet50": "layers"}.get(recipe.encoder.arch)
+    few = {stages: [depth] * 4} if stages else {"depth": depth}
+    if not depth or recipe.encoder.family == "scattering":
+        return recipe
+    spec = recipe.encoder.model_copy(update={"kwargs": {**recipe.encoder.kwargs, **few}})
+    return recipe.model_copy(update={"encoder": spec})
 
 
 def child(*command: str) -> Row:

@@ -22,7 +22,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, of_depth
 from slide2vec.compile import onnx_graph
 from slide2vec.compile.bench import peak_mb
 from slide2vec.compile.export_module import ExportedEncoder
@@ -50,10 +50,7 @@ PROFILE = BatchProfile(1, 8, 8)
 
 def with_depth(name: str, depth: int) -> tuple[Recipe, nn.Module]:
     """A preset with so many blocks (0 = all) and random weights; the scattering transform has none."""
-    recipe = load_recipe(name)
-    if depth and recipe.encoder.family != "scattering":
-        spec = recipe.encoder.model_copy(update={"kwargs": {**recipe.encoder.kwargs, "depth": depth}})
-        recipe = recipe.model_copy(update={"encoder": spec})
+    recipe = of_depth(load_recipe(name), depth)
     return recipe, build_encoder(recipe, recipe.variants[recipe.default_variant], "random")
 
 

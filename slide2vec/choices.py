@@ -2,16 +2,22 @@
 
 The configuration, the command line, `slide2vec doctor` and the rooms that make them read these tables.
 No module of a table is imported here; they are when they are first used. A name is a word of its `Literal`
-and a row of its table.
+and a row of its table. Readers, segmentation methods and formats of installed packages are rows, too
+(`Choices`), without a word: type checkers know ours only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from importlib import import_module
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
+from slide2vec.errors import ConfigError, ExtraMissingError, nearest_names
 from slide2vec.installation import add_extra
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 __all__ = [
     "BACKENDS",
@@ -23,6 +29,7 @@ __all__ = [
     "SLIDE_ENCODERS",
     "TILE_ENCODERS",
     "Backend",
+    "Choices",
     "CompiledRuntime",
     "EmbeddingFormat",
     "EngineChoice",
@@ -47,9 +54,11 @@ Executor: TypeAlias = Literal["local", "ray"]
 Runtime: TypeAlias = Literal["tensorrt", "tensorrt-rtx", "openvino", "inductor"]
 EngineChoice: TypeAlias = Literal["auto", "torch", Runtime]
 TileFamily: TypeAlias = Literal[
-    "timm", "scattering", "coca", "clip_linear", "musk", "channelwise", "remote", "registered"
+    "timm", "headed", "scattering", "coca", "clip_linear", "musk", "channelwise", "remote", "registered"
 ]
-SlideFamily: TypeAlias = Literal["titan", "prism", "longnet", "moozy_slide", "moozy_case"]
+SlideFamily: TypeAlias = Literal[
+    "titan", "prism", "longnet", "feather", "madeleine", "chief", "moozy_slide", "moozy_case"
+]
 
 
 class OptionalPackage(NamedTuple):
@@ -80,15 +89,84 @@ class Home(NamedTuple):
         module: imported when it is first used.
         name: in that module.
         package: that it needs.
+        brought_by: entry point of the installed package that it is of; "" of slide2vec.
     """
 
     module: str
     name: str
     package: OptionalPackage | None = None
+    brought_by: str = ""
 
     def imported(self) -> Any:
-        """What it is."""
-        return getattr(import_module(self.module), self.name)
+        """What it is.
+
+        Raises:
+            ExtraMissingError: the package of somebody else's that it is of cannot be imported.
+        """
+        if not self.brought_by:
+            return getattr(import_module(self.module), self.name)
+        try:
+            return getattr(import_module(self.module), self.name)
+        except Exception as error:  # whatever other packages do
+            raise ExtraMissingError(
+                f"{self.brought_by} cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
+
+
+Row = TypeVar("Row")
+
+
+class Choices(Mapping[str, Row], Generic[Row]):
+    """Rows by name: ours, and after them those of installed packages, which are looked for when a name is
+    none of ours, or when all are listed. A name of ours is never theirs.
+
+    Args:
+        ours: rows of slide2vec.
+        group: of the entry points of other packages; the name of each is the name of a row.
+        row: makes it.
+        others: words that are allowed in place of a name.
+    """
+
+    def __init__(
+        self, ours: Mapping[str, Row], group: str, row: Callable[[EntryPoint], Row], *others: str
+    ) -> None:
+        self.ours, self.group, self._row, self._others = ours, group, row, others
+
+    @cached_property
+    def theirs(self) -> Mapping[str, Row]:
+        """Rows of installed packages."""
+        from slide2vec.plugins import providers
+
+        return {each.name: self._row(each) for each in providers(self.group) if each.name not in self.ours}
+
+    def __getitem__(self, name: str) -> Row:
+        found = self.ours.get(name)
+        return self.theirs[name] if found is None else found
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.ours
+        yield from self.theirs
+
+    def __len__(self) -> int:
+        return len(self.ours) + len(self.theirs)
+
+    def checked(self, name: object) -> Any:
+        """The name.
+
+        Raises:
+            ConfigError: there is none such; with the nearest.
+        """
+        if name in self._others or (isinstance(name, str) and name in self):
+            return name
+        known = (*self._others, *self)
+        near = nearest_names(str(name), known)
+        hint = f". {near}" if near.startswith("Did") else ""
+        *most, last = map(repr, known)
+        raise ConfigError(f"input should be {', '.join(most)} or {last}, got {name!r}{hint}")
+
+
+def _home(entry: EntryPoint) -> Home:
+    return Home(entry.module, entry.attr, brought_by=f"{entry.name} ({entry.group}: {entry.value})")
 
 
 _CUCIM = OptionalPackage("cuCIM", "fast slide reading", "cucim", ("cucim-cu13", "cucim-cu12", "cucim"))
@@ -99,22 +177,31 @@ _DALI = OptionalPackage(
 
 #: Classes of readers, made of a `Probe`, in the order in which "auto" tries them; their modules have
 #: `unavailable() -> str | None`, which says why it cannot be used and what to install.
-BACKENDS: Mapping[str, Home] = {
-    "tiff": Home("slide2vec.readers.tiff", "TiffReader"),
-    "dicom": Home("slide2vec.readers.dicom", "DicomReader"),
-    "cucim": Home("slide2vec.readers.cucim", "CucimReader", _CUCIM),
-    "vips": Home("slide2vec.readers.vips", "VipsReader", _VIPS),
-    "openslide": Home("slide2vec.readers.openslide", "OpenslideReader"),
-    "asap": Home("slide2vec.readers.asap", "AsapReader"),
-}
+BACKENDS = Choices(
+    {
+        "tiff": Home("slide2vec.readers.tiff", "TiffReader"),
+        "dicom": Home("slide2vec.readers.dicom", "DicomReader"),
+        "cucim": Home("slide2vec.readers.cucim", "CucimReader", _CUCIM),
+        "vips": Home("slide2vec.readers.vips", "VipsReader", _VIPS),
+        "openslide": Home("slide2vec.readers.openslide", "OpenslideReader"),
+        "asap": Home("slide2vec.readers.asap", "AsapReader"),
+    },
+    "slide2vec.readers",
+    _home,
+    "auto",
+)
 
 #: Each a `TissueMethod` or a `Segmenter`.
-SEGMENTATION_METHODS: Mapping[str, Home] = {
-    "hsv": Home("slide2vec.tiling.tissue_methods", "HSV"),
-    "otsu": Home("slide2vec.tiling.tissue_methods", "OTSU"),
-    "threshold": Home("slide2vec.tiling.tissue_methods", "THRESHOLD"),
-    "auto": Home("slide2vec.tiling.auto_tissue", "AUTO"),
-}
+SEGMENTATION_METHODS = Choices(
+    {
+        "hsv": Home("slide2vec.tiling.tissue_methods", "HSV"),
+        "otsu": Home("slide2vec.tiling.tissue_methods", "OTSU"),
+        "threshold": Home("slide2vec.tiling.tissue_methods", "THRESHOLD"),
+        "auto": Home("slide2vec.tiling.auto_tissue", "AUTO"),
+    },
+    "slide2vec.segmenters",
+    _home,
+)
 
 #: Each makes a `slide2vec.prepare.choose.Preparer` of a transform, a device and a layout.
 PREPARERS: Mapping[str, Home] = {
@@ -135,6 +222,7 @@ EXECUTORS: Mapping[str, Home] = {
 #: of "registered" is a user's.
 TILE_ENCODERS: Mapping[str, Home] = {
     "timm": Home("slide2vec.encoders.timm", "TimmEncoder"),
+    "headed": Home("slide2vec.encoders.headed", "HeadedEncoder"),
     "scattering": Home("slide2vec.encoders.scattering", "scattering_encoder"),
     "coca": Home("slide2vec.encoders.coca", "CocaEncoder"),
     "clip_linear": Home("slide2vec.encoders.clip_linear", "ClipLinearEncoder"),
@@ -146,6 +234,9 @@ SLIDE_ENCODERS: Mapping[str, Home] = {
     "titan": Home("slide2vec.encoders.slide.titan", "TitanEncoder"),
     "prism": Home("slide2vec.encoders.slide.prism", "PrismEncoder"),
     "longnet": Home("slide2vec.encoders.slide.longnet", "LongNetEncoder"),
+    "feather": Home("slide2vec.encoders.slide.abmil", "FeatherEncoder"),
+    "madeleine": Home("slide2vec.encoders.slide.abmil", "MadeleineEncoder"),
+    "chief": Home("slide2vec.encoders.slide.abmil", "ChiefEncoder"),
     "moozy_slide": Home("slide2vec.encoders.slide.moozy", "MoozySlideEncoder"),
     "moozy_case": Home("slide2vec.encoders.slide.moozy", "MoozyCaseTransformer"),
 }
@@ -186,12 +277,20 @@ class EmbeddingFormat(NamedTuple):
     has_coords: bool
 
 
-OUTPUT_FORMATS: Mapping[str, EmbeddingFormat] = {
-    "pt": EmbeddingFormat("slide2vec.artifacts.pt_format", has_coords=False),
-    "npz": EmbeddingFormat("slide2vec.artifacts.npz_format", has_coords=False),
-    "safetensors": EmbeddingFormat("slide2vec.artifacts.safetensors_format", has_coords=True),
-    "h5": EmbeddingFormat("slide2vec.artifacts.h5_format", has_coords=True),
-}
+def _format(entry: EntryPoint) -> EmbeddingFormat:
+    return EmbeddingFormat(entry.module, has_coords=True)  # asked for, and None where they are not in it
+
+
+OUTPUT_FORMATS = Choices(
+    {
+        "pt": EmbeddingFormat("slide2vec.artifacts.pt_format", has_coords=False),
+        "npz": EmbeddingFormat("slide2vec.artifacts.npz_format", has_coords=False),
+        "safetensors": EmbeddingFormat("slide2vec.artifacts.safetensors_format", has_coords=True),
+        "h5": EmbeddingFormat("slide2vec.artifacts.h5_format", has_coords=True),
+    },
+    "slide2vec.formats",
+    _format,
+)
 
 _TENSORRT = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 _RTX = ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings")

@@ -36,6 +36,7 @@ __all__ = [
     "Transform",
     "Variant",
     "WeightsSource",
+    "all_recipes",
     "is_built_in",
     "list_encoder_provider_diagnostics",
     "list_models",
@@ -56,7 +57,7 @@ SAME_SPACING = 0.05 + 1e-9
 #: Least cosine of an engine's features to the encoder's in fp32, where a recipe asks for no other.
 MIN_COSINE = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.999, "fp8": 0.99}
 Level = Literal["tile", "slide", "patient"]
-Pool = Literal["none", "cls", "cls_patch_mean", "token_mean", "base", "diagnostic"]
+Pool = Literal["none", "cls", "cls_patch_mean", "patch_mean", "token_mean", "base", "diagnostic"]
 
 
 class _Section(BaseModel):
@@ -77,10 +78,12 @@ class EncoderSpec(_Section):
 
 
 class WeightsSource(_Section):
-    """Where the weights are on the Hugging Face hub.
+    """Where the weights are: in `repo` on the Hugging Face hub, or else at `url`, where a user gets them; of
+    a user's recipe also beside its file.
 
     `revision` is a commit, so that embeddings do not change under a user; "main" only where no
-    commit is known. `files` are tried in order. Keys matching `ignore` (glob patterns) may be in
+    commit is known. `files` are tried in order; `sha256` has the digests of those that are known, and a file
+    of such a name with another digest is refused. Keys matching `ignore` (glob patterns) may be in
     the checkpoint without being in the encoder; anything else must match exactly. `convert` names
     the function of `slide2vec.encoders.checkpoints` that renames (and fuses, splits) the checkpoint's
     keys into the encoder's; "" = they are the encoder's already.
@@ -90,9 +93,11 @@ class WeightsSource(_Section):
     `encoder.kwargs` and `expect`.
     """
 
-    repo: str
-    revision: str
+    repo: str = ""
+    revision: str = ""
+    url: str = ""
     files: tuple[str, ...]
+    sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = {}
     gated: bool = False
     ignore: tuple[str, ...] = ()
     convert: str = ""
@@ -100,6 +105,19 @@ class WeightsSource(_Section):
     config: tuple[str, ...] = ()
     expect: dict[str, Any] = {}
     note: str = ""
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> WeightsSource:
+        if self.repo and self.url:
+            raise ValueError("weights are in a repo on the hub or at a url, not both")
+        if strange := sorted(self.sha256.keys() - set(self.files)):
+            raise ValueError(f"sha256 of {strange[0]}, which is not one of files")
+        return self
+
+    @property
+    def page(self) -> str:
+        """Where people find them."""
+        return self.url or f"https://huggingface.co/{self.repo}"
 
 
 class Transform(_Section):
@@ -131,8 +149,9 @@ class ImageGeometry(_Section):
 
 class Variant(_Section):
     """One output of the encoder: its dimension, how tokens are pooled into it, and whether the result
-    is divided by its Euclidean norm. "none": the encoder's module pools by itself; "base" and
-    "diagnostic" are outputs of Prism2's own code."""
+    is divided by its Euclidean norm. "none": the encoder's module pools by itself; "patch_mean": without
+    class and register tokens, "token_mean" with them; "base" and "diagnostic" are outputs of Prism2's own
+    code."""
 
     dim: Annotated[int, Field(gt=0)]
     pool: Pool
@@ -182,6 +201,7 @@ class Recipe(_Section):
 
     Attributes:
         name: of the preset, the stem of its file.
+        aliases: what other tools call it, which is understood wherever a preset is named.
         file: where that is, of a file that is not slide2vec's own.
         schema_version: of the file.
         title, summary: for people.
@@ -216,6 +236,7 @@ class Recipe(_Section):
     title: str
     summary: str
     level: Level = "tile"
+    aliases: tuple[str, ...] = ()
     tile_encoder: TileEncoderRef | None = None
     slide_encoder: str | None = None
     has_latents: bool = False
@@ -399,7 +420,8 @@ def _in_words(error: ValidationError) -> str:
 
 
 @functools.cache
-def _all_recipes() -> dict[str, Recipe]:
+def all_recipes() -> dict[str, Recipe]:
+    """The recipes of all presets by name, sorted."""
     paths = sorted(_recipe_dir().glob("*.toml"), key=lambda path: path.stem)
     return {path.stem: read_recipe(path) for path in paths}
 
@@ -449,9 +471,7 @@ def load_recipe(name: str | os.PathLike[str]) -> Recipe:
         return read_recipe(theirs[0])
     found = REGISTERED.get(name)
     if found is None:
-        users = [path.stem for path in _users_recipes()]
-        hint = nearest_names(name, [*_all_recipes(), *REGISTERED, *users])
-        raise PresetError(f"there is no preset {name!r}. {' '.join((hint, *_left_out()))}")
+        return _called(name)
     return _fed(found.recipe)
 
 
@@ -488,6 +508,19 @@ def _left_out() -> list[str]:
     return [f"Encoders of these packages were left out: {failed}."] if failed else []
 
 
+def _called(alias: str) -> Recipe:
+    """The recipe of the preset that other tools call so."""
+    recipes = all_recipes()
+    for recipe in recipes.values():
+        if alias in recipe.aliases:
+            logger.info("preset %s: %s of other tools", recipe.name, alias)
+            return recipe
+    others = (alias for recipe in recipes.values() for alias in recipe.aliases)
+    users = [path.stem for path in _users_recipes()]
+    hint = nearest_names(alias, [*recipes, *others, *REGISTERED, *users])
+    raise PresetError(f"there is no preset {alias!r}. {' '.join((hint, *_left_out()))}")
+
+
 def list_models(level: Level | None = None) -> list[str]:
     """Names of the presets and registered encoders, sorted; of one level ("tile", "slide", "patient") when
     given. Warns of installed packages whose encoders could not be registered.
@@ -499,7 +532,7 @@ def list_models(level: Level | None = None) -> list[str]:
         raise PresetError(f"there is no level {level!r}. Allowed: tile, slide, patient.")
     problems = _left_out()
     known = {
-        **_all_recipes(),
+        **all_recipes(),
         **{name: found.recipe for name in REGISTERED if (found := REGISTERED.get(name))},
     }
     for path in _users_recipes():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from torch import nn
 
+from benchmarks.common import of_depth
 from slide2vec.encoders import preset_chain
 from slide2vec.recipes import Recipe
 
@@ -16,7 +17,6 @@ __all__ = ["DEPTHS", "few_blocks", "shallow"]
 
 #: By family of encoders.
 FEW: dict[str, dict[str, Any]] = {
-    "timm": {"depth": 1},
     "longnet": {"depth": 2},
     "moozy_case": {"num_layers": 1, "dim_feedforward": 256},
     "moozy_slide": {"n_layers": 2, "dim_feedforward": 256},
@@ -27,6 +27,8 @@ FEW: dict[str, dict[str, Any]] = {
 
 def shallow(recipe: Recipe) -> Recipe:
     """The recipe with few blocks."""
+    if recipe.encoder.family in ("timm", "headed"):
+        return of_depth(recipe, 1)
     kwargs = {**recipe.encoder.kwargs, **FEW.get(recipe.encoder.family, {})}
     encoder = recipe.encoder.model_copy(update={"kwargs": kwargs})
     return recipe.model_copy(update={"encoder": encoder})

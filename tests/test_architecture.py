@@ -55,6 +55,7 @@ ROOMS = {
     "tile_embedder": 8,
     "attention_maps": 9,
     "model": 10,
+    "audit": 11,
     "estimate": 11,
     "models": 11,
     "pipeline": 12,

@@ -28,12 +28,18 @@ def test_presets_of_this_release() -> None:
         "musk",
     }
     expected |= {"genbio-pathfm", "rudolfv2", "rudolfv2-b", "rudolfv2-s"}
+    expected |= {"mettle", "dinov3-vitb16", "gigapath-flash", "openmidnight", "openpath", "keep", "plip"}
+    expected |= {"kaiko-s8", "kaiko-s16", "kaiko-b8", "kaiko-b16", "kaiko-l14", "ctranspath"}
+    expected |= {"chief-ctranspath", "quiltnet-b32", "quiltnet-b16", "quiltnet-b16-pmb", "biomedclip"}
+    expected |= {"pathorchestra", "lunit-s16", "lunit-bt", "lunit-moco", "lunit-swav", "crown", "crisp"}
     assert expected == set(list_models("tile"))
     assert list_models() == sorted(list_models())
 
 
 def test_presets_above_the_tile_level() -> None:
-    assert list_models("slide") == ["gigapath-slide", "moozy-slide", "prism", "prism2", "titan"]
+    expected = ["chief", "feather", "feather-uni", "feather-uni2", "gigapath-flash-slide", "gigapath-slide"]
+    expected += ["madeleine", "moozy-slide", "prism", "prism2", "titan"]
+    assert list_models("slide") == expected
     assert list_models("patient") == ["moozy"]
     titan, moozy = load_recipe("titan"), load_recipe("moozy")
     assert titan.tile_encoder is not None
@@ -113,6 +119,61 @@ def test_what_a_preset_is_for(spacing: float, tile: int, problem: str | None) ->
     assert load_recipe("virchow2").not_recommended(spacing, tile) == told
 
 
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        *(("prov-gigapath", "gigapath"), ("uni_v1", "uni"), ("uni_v2", "uni2"), ("conch_v15", "conchv15")),
+        *(("conch_v1", "conch"), ("hoptimus0", "h-optimus-0"), ("hoptimus1", "h-optimus-1")),
+        *(("phikon_v2", "phikonv2"), ("hibou_l", "hibou-l"), ("kaiko-vitb8", "kaiko-b8")),
+        *(("lunit-vits8", "lunit"), ("midnight12k", "midnight"), ("feather_uni_v2", "feather-uni2")),
+        *(("lunit-dino-s16", "lunit-s16"), ("open-midnight", "openmidnight"), ("quiltnet", "quiltnet-b32")),
+        *(("gigapath-flash-slide-encoder", "gigapath-flash-slide"), ("virchow2", "virchow2")),
+    ],
+)
+def test_names_of_other_tools(alias: str, name: str) -> None:
+    """Of TRIDENT, LazySlide and raw2features."""
+    assert load_recipe(alias) == load_recipe(name)
+    assert load_recipe(alias).name == name
+
+
+def test_an_alias_means_one_preset() -> None:
+    names = list_models()
+    aliases = [alias for name in names for alias in load_recipe(name).aliases]
+    assert len({*names, *aliases}) == len(names) + len(aliases)
+
+
+def test_the_page_of_encoders_has_all_of_them() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "encoders.md").read_text()
+    rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
+    assert list(rows) == list_models()
+    for name, row in rows.items():
+        recipe = load_recipe(name)
+        assert f"[{recipe.licence.name}]({recipe.licence.url})" in row
+        assert all(f"`{alias}`" in row for alias in recipe.aliases)
+        assert (recipe.unconfirmed or "–") in row
+        if recipe.weights is not None:
+            assert ("SHA-256" in row, "main" in row.split("|")[3]) == (
+                bool(recipe.weights.sha256),
+                recipe.weights.revision == "main",
+            )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("gated = false", 'gated = false\nurl = "https://example.org"'), "not both"),
+        (("gated = false", 'gated = false\nsha256 = { "x.bin" = "%s" }' % ("0" * 64)), "not one of files"),
+        (("gated = false", 'gated = false\nsha256 = { "model.safetensors" = "abc" }'), "sha256"),
+    ],
+)
+def test_where_weights_are_must_be_clear(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    text = (Path(__file__).parents[1] / "engines" / "prost40m.toml").read_text()
+    assert change[0] in text
+    (tmp_path / "prost40m.toml").write_text(text.replace(*change))
+    with pytest.raises(PresetError, match=message):
+        read_recipe(tmp_path / "prost40m.toml")
+
+
 @pytest.mark.parametrize("name", ["virchw2", "../secrets", "Virchow2"])
 def test_unknown_preset_names_the_nearest(name: str) -> None:
     with pytest.raises(PresetError, match="virchow2" if "irch" in name else "no preset"):
@@ -160,14 +221,14 @@ def test_what_cannot_be_compiled_says_why(tmp_path: Path) -> None:
     assert not read_recipe(path).compile
 
 
-def test_vision_transformers_run_in_bf16_on_a_gpu_and_say_what_that_rests_on() -> None:
+def test_encoders_run_in_bf16_on_a_gpu_and_say_what_that_rests_on() -> None:
     """But for one that is known to be less exact in it, and those whose code nobody has here."""
     transformers = [
         recipe
         for recipe in map(load_recipe, list_models("tile"))
         if recipe.compile and recipe.encoder.family != "scattering"
     ]
-    assert len(transformers) == 25
+    assert len(transformers) == 50
     for recipe in transformers:
         assert recipe.precision == ("fp16" if recipe.name == "isight" else "bf16"), recipe.name
         found = re.fullmatch(

@@ -7,9 +7,9 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from slide2vec.choices import OutputFormat
+from slide2vec.choices import OUTPUT_FORMATS, OutputFormat
 from slide2vec.errors import ArtifactError
 from slide2vec.files import as_os_errors, as_path, entries
 
@@ -33,7 +33,7 @@ __all__ = [
 #: Of the sidecar. 2: `file_size_bytes` and `skipped_tiles`; `compatibility` is the caller's.
 SCHEMA_VERSION = 2
 #: Suffixes of features files.
-FORMATS: tuple[OutputFormat, ...] = get_args(OutputFormat)
+FORMATS = OUTPUT_FORMATS
 SIDECAR = ".meta.json"
 #: Sidecars have a few KB, with many skipped tiles a few MB.
 MAX_SIDECAR_BYTES = 64 * 2**20

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from slide2vec.cli.attention import attention
+from slide2vec.cli.audit import audit
 from slide2vec.cli.bench import bench
 from slide2vec.cli.build_engine import build_engine
 from slide2vec.cli.console import debugging, log_to_stderr, print_error
@@ -79,6 +80,7 @@ app.command()(images)
 app.command()(merge)
 app.command()(status)
 app.command()(export)
+app.command()(audit)
 app.command()(info)
 app.command()(models)
 app.command()(build_engine)

@@ -12,13 +12,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from slide2vec.choices import EngineChoice, SegmentationMethod
+from slide2vec.choices import (
+    BACKENDS,
+    OUTPUT_FORMATS,
+    SEGMENTATION_METHODS,
+    Choices,
+    EngineChoice,
+    SegmentationMethod,
+)
+from slide2vec.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 __all__ = [
+    "BACKEND",
+    "FORMAT",
     "BuildEngine",
     "Debug",
     "Devices",
@@ -117,11 +127,28 @@ IdSource = Annotated[
         "--id-from", help='Where no ids are given: the file\'s name, or its path with "__" for "/".'
     ),
 ]
+
+
+def _by_name(table: Choices[Any], *others: str) -> dict[str, Any]:
+    """Arguments of `typer.Option` for names of a table, of which installed packages may bring more."""
+
+    def named(text: str) -> str:
+        try:
+            return str(table.checked(text))
+        except ConfigError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return {"parser": named, "metavar": f"<{'|'.join((*others, *table.ours))}>"}
+
+
+BACKEND = _by_name(BACKENDS, "auto")
+FORMAT = _by_name(OUTPUT_FORMATS)
 Method = Annotated[
     SegmentationMethod | None,
     typer.Option(
         help="How tissue is distinguished from glass; auto finds any stain, and leaves pen out [hsv].",
         show_default=False,
+        **_by_name(SEGMENTATION_METHODS),
     ),
 ]
 SegmentationDownsample = Annotated[

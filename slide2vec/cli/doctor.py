@@ -26,7 +26,7 @@ __all__ = ["doctor"]
 
 
 _PACKAGES = (
-    *(row.package for row in (*BACKENDS.values(), *PREPARERS.values()) if row.package),
+    *(row.package for row in (*BACKENDS.ours.values(), *PREPARERS.values()) if row.package),
     OptionalPackage(
         "nvImageCodec", "decoding on the GPU", "cuda", ("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12")
     ),

@@ -9,6 +9,8 @@ import typer
 
 from slide2vec.choices import Backend, OutputFormat, Precision
 from slide2vec.cli.console import (
+    BACKEND,
+    FORMAT,
     BuildEngine,
     Debug,
     Devices,
@@ -83,7 +85,7 @@ def embed(
         float | None,
         typer.Option("--spacing-at-level-0", help="µm/px of the slides, where the files are wrong."),
     ] = None,
-    backend: Annotated[Backend, typer.Option(help="What reads the slides.")] = "auto",
+    backend: Annotated[Backend, typer.Option(help="What reads the slides.", **BACKEND)] = "auto",
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu; by default the best.")] = None,
     precision: Annotated[
         Precision | None,
@@ -99,7 +101,9 @@ def embed(
         Path | None, typer.Option(help="Local folder to copy the next slides to, off slow storage.")
     ] = None,
     stage_gb: Annotated[float | None, typer.Option(help="GB it may take [half of what is free].")] = None,
-    file_format: Annotated[OutputFormat, typer.Option("--format", help="Of the embeddings.")] = "pt",
+    file_format: Annotated[
+        OutputFormat, typer.Option("--format", help="Of the embeddings.", **FORMAT)
+    ] = "pt",
     resume: Annotated[
         bool,
         typer.Option("--resume/--no-resume", help="Keep what an earlier run finished, if settings agree."),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from slide2vec.choices import OutputFormat
-from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
+from slide2vec.cli.console import FORMAT, Debug, Json, facts, print_json, stdout, table
 from slide2vec.files import as_path
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def export(
     ],
     file_format: Annotated[
         OutputFormat,
-        typer.Option("--format", help="h5 is what CLAM and TRIDENT read."),
+        typer.Option("--format", help="h5 is what CLAM and TRIDENT read.", **FORMAT),
     ] = "h5",
     dtype: Annotated[
         Literal["fp16", "fp32"] | None,

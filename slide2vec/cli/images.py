@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from slide2vec.choices import OutputFormat, Precision
-from slide2vec.cli.console import Debug, Engine, IdSource, Json, facts, note, print_json, stdout
+from slide2vec.cli.console import FORMAT, Debug, Engine, IdSource, Json, facts, note, print_json, stdout
 from slide2vec.cli.embed import TrustRemoteCode
 
 if TYPE_CHECKING:
@@ -55,7 +55,9 @@ def images(
         int | None, typer.Option(min=1, help="Images per forward pass [by device].")
     ] = None,
     num_workers: Annotated[int | None, typer.Option(min=1, help="Decoding threads [all CPUs].")] = None,
-    file_format: Annotated[OutputFormat, typer.Option("--format", help="Of the embeddings.")] = "pt",
+    file_format: Annotated[
+        OutputFormat, typer.Option("--format", help="Of the embeddings.", **FORMAT)
+    ] = "pt",
     on_image_mismatch: Annotated[
         Literal["raise", "reencode"],
         typer.Option(help="Where an earlier embedding of an id is of another image: stop, or replace it."),

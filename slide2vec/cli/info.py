@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slide2vec.choices import Backend
+from slide2vec.choices import BACKENDS, Backend
 from slide2vec.cli.console import (
+    BACKEND,
     Debug,
     Json,
     Method,
@@ -56,7 +57,7 @@ def info(
         float | None,
         typer.Option("--spacing-at-level-0", help="µm/px of the slide, where the file is wrong."),
     ] = None,
-    backend: Annotated[Backend, typer.Option(help="What reads the slide.")] = "auto",
+    backend: Annotated[Backend, typer.Option(help="What reads the slide.", **BACKEND)] = "auto",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -109,12 +110,11 @@ def _opened(slide: Slide, backend: str) -> tuple[SlideReader, dict[str, str]]:
     """The reader, and why those before it in the order of "auto" were passed over."""
     from slide2vec.errors import BackendError, ExtraMissingError
     from slide2vec.readers import open_slide
-    from slide2vec.readers.select import AUTO_ORDER
 
     if backend != "auto":
         return open_slide(slide, backend), {}
     passed_over: dict[str, str] = {}
-    for name in AUTO_ORDER:
+    for name in BACKENDS:
         try:
             return open_slide(slide, name), passed_over
         except (BackendError, ExtraMissingError) as error:

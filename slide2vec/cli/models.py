@@ -111,6 +111,8 @@ def _print_details(recipe: Recipe) -> None:
 
 def _details(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "level", recipe.level
+    if recipe.aliases:
+        yield "also called", ", ".join(recipe.aliases)
     for variant_name, variant in recipe.variants.items():
         default = " (default)" if variant_name == recipe.default_variant and len(recipe.variants) > 1 else ""
         unit = ", of length 1" if variant.normalise else ""
@@ -160,12 +162,15 @@ def _access(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if source is None:
         yield "weights", "none needed"
         return
-    yield "weights", f"https://huggingface.co/{source.repo}"
-    yield "revision", source.revision
+    yield "weights", source.page
+    if source.revision:
+        yield "revision", source.revision
     if source.note:
         yield "", source.note
     if source.gated:
         yield "access", f"gated: ask at {recipe.licence.url}, then `hf auth login` (or set HF_TOKEN)"
+    elif source.url:
+        yield "access", f'by hand: get {source.files[0]} there and pass weights="/path/to/it"'
     elif not recipe.generic:
         yield "access", "open: downloaded when first used"
     if recipe.encoder.family == "remote":

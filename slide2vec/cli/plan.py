@@ -11,6 +11,7 @@ import typer
 
 from slide2vec.choices import Backend, EngineChoice, Precision
 from slide2vec.cli.console import (
+    BACKEND,
     Debug,
     IdSource,
     Json,
@@ -90,7 +91,7 @@ def plan(
         float | None,
         typer.Option("--spacing-at-level-0", help="µm/px of the slides, where the files are wrong."),
     ] = None,
-    backend: Annotated[Backend, typer.Option(help="What reads the slides.")] = "auto",
+    backend: Annotated[Backend, typer.Option(help="What reads the slides.", **BACKEND)] = "auto",
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu; by default the best.")] = None,
     precision: Annotated[Precision | None, typer.Option(help="Of the encoder.", show_default=False)] = None,
     engine: Annotated[EngineChoice, typer.Option(help="What runs the encoder.")] = "auto",

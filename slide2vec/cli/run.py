@@ -10,6 +10,8 @@ import typer
 
 from slide2vec.choices import Backend, EngineChoice, Executor, OutputFormat, Precision
 from slide2vec.cli.console import (
+    BACKEND,
+    FORMAT,
     BuildEngine,
     Debug,
     Devices,
@@ -98,7 +100,7 @@ def run(
     min_piece: MinPiece = None,
     qc: Qc = None,
     backend: Annotated[
-        Backend | None, typer.Option(help="What reads the slides.", show_default=False)
+        Backend | None, typer.Option(help="What reads the slides.", show_default=False, **BACKEND)
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu; by default the best.")] = None,
     precision: Annotated[Precision | None, typer.Option(help="Of the encoder.", show_default=False)] = None,
@@ -126,7 +128,8 @@ def run(
     ] = None,
     stage_gb: Annotated[float | None, typer.Option(help="GB it may take [half of what is free].")] = None,
     file_format: Annotated[
-        OutputFormat | None, typer.Option("--format", help="Of the embeddings [pt].", show_default=False)
+        OutputFormat | None,
+        typer.Option("--format", help="Of the embeddings [pt].", show_default=False, **FORMAT),
     ] = None,
     output_dtype: Annotated[
         Literal["fp32", "fp16"] | None, typer.Option(help="Of the embeddings.", show_default=False)

@@ -11,6 +11,7 @@ import typer
 
 from slide2vec.choices import Backend
 from slide2vec.cli.console import (
+    BACKEND,
     Debug,
     IdSource,
     Json,
@@ -72,7 +73,7 @@ def tile(
         float | None,
         typer.Option("--spacing-at-level-0", help="µm/px of the slides, where the files are wrong."),
     ] = None,
-    backend: Annotated[Backend, typer.Option(help="What reads the slides.")] = "auto",
+    backend: Annotated[Backend, typer.Option(help="What reads the slides.", **BACKEND)] = "auto",
     num_preprocessing_workers: Annotated[
         int | None, typer.Option(min=1, help="Slides tiled at once [all CPUs].")
     ] = None,

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from math import isclose
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from slide2vec.artifacts.places import TILINGS, Kind, Owner, Place, features_place, owners, tiling_folders
-from slide2vec.config import PreprocessingConfig, SegmentationConfig
+from slide2vec.choices import SEGMENTATION_METHODS
+from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import ConfigError
 from slide2vec.slides import Slide
 from slide2vec.tiling.previous_settings import (
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 #: Slides that an error names.
 _MOST_NAMES = 3
-_METHODS = get_args(SegmentationConfig.model_fields["method"].annotation)
 _GEOMETRY = ("requested_spacing_um", "requested_tile_size_px", "overlap", "region_tile_multiple")
 
 
@@ -208,8 +208,8 @@ def _take_over(
         if slide.sample_id not in found:
             continue
         earlier = found[slide.sample_id]
-        method = earlier.options.get("segmentation_method", _METHODS[0])
-        if method not in _METHODS:
+        method = earlier.options.get("segmentation_method", "hsv")
+        if method not in SEGMENTATION_METHODS:
             raise ConfigError(
                 f"the tiles in {tiling}/tiles were found with {method}, which is not known here: embed them "
                 f"with --read-coordinates-from {tiling} (read_coordinates_from), or choose another output "

@@ -81,9 +81,23 @@ def _of_one_size(encoder: nn.Module, size_px: int) -> nn.Module:
             height, width = patches.patch_size
             table = positions_for(module, (size_px // height, size_px // width))
             set_input_size(img_size=size_px)
+            if getattr(module, "rope", None) is not None:
+                _keep_angles(module)
             if table is not None:  # resampled otherwise than by timm
                 module.pos_embed = nn.Parameter(table.detach(), requires_grad=False)
     return made
+
+
+def _keep_angles(vit: Any) -> None:
+    """Have a transformer of timm with rotary positions keep their angles, which it computes on the host at
+    every batch where it takes images of any size."""
+    rope, grid = vit.rope, vit.patch_embed.grid_size
+    angles = rope.get_embed(shape=grid)
+    if getattr(rope, "pos_embed_cached", angles) is None:  # no buffer yet
+        del rope.pos_embed_cached
+    rope.register_buffer("pos_embed_cached", angles, persistent=False)
+    rope.feat_shape = grid
+    vit.dynamic_img_size, vit.patch_embed.flatten = False, True
 
 
 def torch_engine(
@@ -160,6 +174,8 @@ def typed_copy(encoder: nn.Module, dtype: torch.dtype, fp32_layers: Sequence[str
     for tensor in _tensors(encoder):
         if tensor.is_floating_point() and id(tensor) not in spared:
             memo[id(tensor)] = _as(tensor, dtype)
+        elif not isinstance(tensor, nn.Parameter):  # fake tensors cannot be copied by `deepcopy`
+            memo[id(tensor)] = tensor.clone()
     made = copy.deepcopy(encoder, memo)  # takes converted tensors from `memo`: never two copies in fp32
     for _, module in _fp32_layers(made, fp32_layers):
         module.register_forward_pre_hook(_to_float, with_kwargs=True)
@@ -178,11 +194,13 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _fp32_layers(encoder: nn.Module, fp32_layers: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that stay in fp32, by name."""
+    """Modules that stay in fp32, by name; those inside of one of them stay so with it."""
+    kept: tuple[str, ...] = ()
     for name, module in encoder.named_modules():
         is_norm = "norm" in fp32_layers and isinstance(module, NORMS)
         is_patches = "patch_embed" in fp32_layers and _is_patch_embed(name, module)
-        if is_norm or is_patches:
+        if (is_norm or is_patches) and not name.startswith(kept):
+            kept += (f"{name}.",)
             yield name, module
 
 

@@ -14,6 +14,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PlainValidator, field_validator, model_validator
 
 from slide2vec.choices import (
+    BACKENDS,
+    OUTPUT_FORMATS,
+    SEGMENTATION_METHODS,
     Backend,
     EngineChoice,
     Executor,
@@ -60,6 +63,10 @@ def _writable(given: object) -> Path:
     return path
 
 
+#: Methods that the other fields of SegmentationConfig are for.
+_WITH_OPTIONS = ("hsv", "otsu", "threshold")
+
+
 class SegmentationConfig(FrozenConfig):
     """How tissue is distinguished from background.
 
@@ -74,7 +81,7 @@ class SegmentationConfig(FrozenConfig):
         close: side of the kernel that closes gaps, px.
     """
 
-    method: SegmentationMethod = "hsv"
+    method: Annotated[SegmentationMethod, PlainValidator(SEGMENTATION_METHODS.checked)] = "hsv"
     downsample: Annotated[float, Field(gt=0)] = 64
     sthresh: GrayLevel = 8
     sthresh_up: GrayLevel = 255
@@ -89,14 +96,14 @@ class SegmentationConfig(FrozenConfig):
         return value
 
     @model_validator(mode="after")
-    def _auto_decides_itself(self) -> Self:
+    def _segmenters_decide_themselves(self) -> Self:
         others = [name for name in type(self).model_fields if name != "method"]
         changed = [name for name in others if getattr(self, name) != type(self).model_fields[name].default]
-        if self.method == "auto" and changed:
+        if self.method not in _WITH_OPTIONS and changed:
             name = changed[0]
             raise ConfigError(
-                f"{name}={getattr(self, name)} is for another method than auto, which decides by itself: "
-                "leave it out, or choose hsv, otsu or threshold"
+                f"{name}={getattr(self, name)} is for another method than {self.method}, which decides by "
+                "itself: leave it out, or choose hsv, otsu or threshold"
             )
         return self
 
@@ -193,7 +200,7 @@ class PreprocessingConfig(FrozenConfig):
         segmentation, filtering, qc, preview: mappings merged over the defaults of their classes.
     """
 
-    backend: Backend = "auto"
+    backend: Annotated[Backend, PlainValidator(BACKENDS.checked)] = "auto"
     requested_spacing_um: Annotated[float, Field(gt=0)] | None = None
     requested_tile_size_px: Positive | None = None
     requested_region_size_px: Positive | None = None
@@ -389,7 +396,7 @@ class ExecutionOptions(FrozenConfig):
     """
 
     output_dir: Annotated[Path, PlainValidator(_writable)] | None = None
-    output_format: OutputFormat = "pt"
+    output_format: Annotated[OutputFormat, PlainValidator(OUTPUT_FORMATS.checked)] = "pt"
     batch_size: Positive | None = None
     num_workers: Positive | None = None
     num_preprocessing_workers: Positive | None = None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from slide2vec.recipes import EncoderSpec
 
-__all__ = ["PUBLISHED", "RENAMES", "beit3_vision", "clip_vision_linear", "conch", "conch_v1_5"]
+__all__ = ["PUBLISHED", "RENAMES"]
 
 State = dict[str, Tensor]
 Rules = tuple[tuple[str, str], ...]
@@ -47,7 +47,7 @@ CONCH_V1_5: Rules = (
 )
 #: transformers' CLIP (its spelling: "pre_layrnorm"), in iSight under "patch_encoder.".
 CLIP: Rules = (
-    (r"^patch_encoder\.vision_model\.", "vit."),
+    (r"^(patch_encoder\.)?vision_model\.", "vit."),
     (r"^visual_token_projection\.", "projection."),
     (r"^vit\.embeddings\.class_embedding$", "vit.cls_token"),
     (r"^vit\.embeddings\.patch_embedding\.", "vit.patch_embed.proj."),
@@ -57,6 +57,39 @@ CLIP: Rules = (
     (r"^(vit\.blocks\.\d+)\.layer_norm([12])\.", r"\1.norm\2."),
     (r"^(vit\.blocks\.\d+)\.self_attn\.out_proj\.", r"\1.attn.proj."),
     (r"^(vit\.blocks\.\d+)\.self_attn\.", r"\1.attn."),
+)
+#: The same with its closing norm and its projection into the space that is shared with text.
+CLIP_TOWER: Rules = (*CLIP, (r"^vit\.post_layernorm\.", "vit.norm."), (r"^visual_projection\.", "head."))
+#: open_clip's own transformer.
+OPEN_CLIP: Rules = (
+    (r"^visual\.proj$", "head.weight"),
+    (r"^visual\.class_embedding$", "vit.cls_token"),
+    (r"^visual\.positional_embedding$", "vit.pos_embed"),
+    (r"^visual\.conv1\.", "vit.patch_embed.proj."),
+    (r"^visual\.ln_pre\.", "vit.norm_pre."),
+    (r"^visual\.ln_post\.", "vit.norm."),
+    (r"^visual\.transformer\.resblocks\.", "vit.blocks."),
+    (r"^(vit\.blocks\.\d+)\.ln_([12])\.", r"\1.norm\2."),
+    (r"^(vit\.blocks\.\d+)\.attn\.in_proj_", r"\1.attn.qkv."),
+    (r"^(vit\.blocks\.\d+)\.attn\.out_proj\.", r"\1.attn.proj."),
+    (r"^(vit\.blocks\.\d+)\.mlp\.c_fc\.", r"\1.mlp.fc1."),
+    (r"^(vit\.blocks\.\d+)\.mlp\.c_proj\.", r"\1.mlp.fc2."),
+)
+#: open_clip around a model of timm.
+OPEN_CLIP_TIMM: Rules = ((r"^visual\.trunk\.", "vit."), (r"^visual\.head\.proj\.", "head."))
+#: KEEP calls what timm calls gamma a weight.
+KEEP: Rules = (
+    (r"^visual\.", "vit."),
+    (r"^visual_head\.", "head."),
+    (r"^(vit\.blocks\.\d+\.ls[12])\.weight$", r"\1.gamma"),
+)
+METTLE: Rules = ((r"^backbone\.", "vit."),)
+#: DINOv2's own code, whose training keeps the blocks in chunks; numbers count through them.
+DINOV2: Rules = (
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),
+    (r"^(blocks\.\d+)\.mlp\.w12\.", r"\1.mlp.fc1."),
+    (r"^(blocks\.\d+)\.mlp\.w3\.", r"\1.mlp.fc2."),
+    (r"^register_tokens$", "reg_token"),
 )
 #: BEiT-3 of torchscale: expert A is for pixels, B for text.
 BEIT3: Rules = (
@@ -122,12 +155,78 @@ def _resampled(table: Tensor, patches: int) -> Tensor:
 
 def clip_vision_linear(state: State, spec: EncoderSpec) -> State:
     """iSight: the vision tower of a transformers CLIPModel and the linear layer over its tokens."""
-    state = _fused(_renamed(state, CLIP))
+    return _as_timm(_fused(_renamed(state, CLIP)))
+
+
+def clip_vision(state: State, spec: EncoderSpec) -> State:
+    """PLIP: the vision tower of a transformers CLIPModel, with its projection."""
+    return _as_timm(_fused(_renamed(state, CLIP_TOWER)))
+
+
+def open_clip(state: State, spec: EncoderSpec) -> State:
+    """QuiltNet: open_clip multiplies from the left with what is a linear layer's weight transposed."""
+    state = _as_timm(_renamed(state, OPEN_CLIP))
+    if "head.weight" in state:
+        state["head.weight"] = state["head.weight"].T.contiguous()
+    return state
+
+
+def _as_timm(state: State) -> State:
+    """The class token (D) and the positions (N, D) of a CLIP with the dimensions that timm's have."""
     if "vit.cls_token" in state:
         state["vit.cls_token"] = state["vit.cls_token"].reshape(1, 1, -1)
     if "vit.pos_embed" in state:
         state["vit.pos_embed"] = state["vit.pos_embed"].unsqueeze(0)
     return state
+
+
+def dinov2(state: State, spec: EncoderSpec) -> State:
+    """DINOv2's own vision transformers. Where they have registers, timm adds positions to patches only, so
+    the class token takes its own once and for all."""
+    state = _renamed(state, DINOV2)
+    if {"reg_token", "cls_token", "pos_embed"} <= state.keys():
+        positions = state["pos_embed"]
+        state["cls_token"] = state["cls_token"].float() + positions[:, :1].float()
+        state["pos_embed"] = positions[:, 1:].contiguous()
+    return state
+
+
+def swin(state: State, spec: EncoderSpec) -> State:
+    """Swin transformers as timm had them before 0.9: a stage ended with what the next one now begins with,
+    and tables that follow from the size were saved, too."""
+    kept = {
+        key: value for key, value in state.items() if not re.search(r"relative_position_index|attn_mask", key)
+    }
+    if "layers.0.downsample.reduction.weight" not in kept:
+        return kept
+    return {
+        re.sub(r"^layers\.(\d+)\.downsample", lambda at: f"layers.{int(at[1]) + 1}.downsample", key): value
+        for key, value in kept.items()
+    }
+
+
+#: CRISP was tuned with matrices of rank 8 that count alpha / rank = 16 / 8 times.
+LORA_SCALE = 2.0
+
+
+def lora(state: State, spec: EncoderSpec) -> State:
+    """CRISP: peft's adapters are added to the weights that they adapt."""
+    state = _renamed(state, ((r"^base_model\.model\.", ""),))
+    merged = {}
+    for key, value in state.items():
+        if ".lora_" in key:
+            continue
+        layer, _, leaf = key.partition(".base_layer.")
+        low, high = (state.get(f"{layer}.lora_{part}.default.weight") for part in "AB")
+        if leaf == "weight" and low is not None and high is not None:
+            value = value.float() + LORA_SCALE * (high.float() @ low.float())
+        merged[f"{layer}.{leaf}" if leaf else key] = value
+    return merged
+
+
+def _by(rules: Rules) -> Callable[[State, EncoderSpec], State]:
+    """A conversion that only renames."""
+    return lambda state, spec: _renamed(state, rules)
 
 
 def beit3_vision(state: State, spec: EncoderSpec) -> State:
@@ -168,5 +267,13 @@ RENAMES: Mapping[str, Callable[[State, EncoderSpec], State]] = MappingProxyType(
         "conch_v1_5": conch_v1_5,
         "clip_vision_linear": clip_vision_linear,
         "beit3_vision": beit3_vision,
+        "clip_vision": clip_vision,
+        "open_clip": open_clip,
+        "open_clip_timm": _by(OPEN_CLIP_TIMM),
+        "dinov2": dinov2,
+        "swin": swin,
+        "lora": lora,
+        "keep": _by(KEEP),
+        "mettle": _by(METTLE),
     }
 )

@@ -79,10 +79,8 @@ def weights_by_part(recipe: Recipe, weights: PartsWeights) -> dict[str, WeightsC
     if isinstance(weights, str) and weights != "random" and len(names) > 1:
         weights = _parsed(weights, names)
     if isinstance(weights, Mapping):
-        for name in weights:
-            if name not in names:
-                raise PresetError(f"preset {recipe.name} has no part {name!r}. {nearest_names(name, names)}")
-        return {name: weights.get(name) for name in names}
+        given = {_part(name, recipe, names): choice for name, choice in weights.items()}
+        return {name: given.get(name) for name in names}
     if weights not in (None, "random") and len(names) > 1:
         example = ", ".join(f'"{name}": …' for name in names)
         raise WeightsError(
@@ -91,6 +89,14 @@ def weights_by_part(recipe: Recipe, weights: PartsWeights) -> dict[str, WeightsC
             "is left out comes from the Hugging Face hub"
         )
     return dict.fromkeys(names, weights)
+
+
+def _part(name: str, recipe: Recipe, names: Sequence[str]) -> str:
+    """The part of a preset that a name, or a name of other tools, stands for."""
+    for part in names:
+        if name == part or name in load_recipe(part).aliases:
+            return part
+    raise PresetError(f"preset {recipe.name} has no part {name!r}. {nearest_names(name, names)}")
 
 
 def _parsed(text: str, names: Sequence[str]) -> PartsWeights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -12,12 +13,44 @@ from slide2vec.errors import GatedWeightsError, PresetError, WeightsError
 from slide2vec.lazy import import_timm
 from slide2vec.recipes import EncoderSpec, Recipe, Variant
 
-__all__ = ["TimmEncoder", "generic_encoder"]
+__all__ = ["TimmEncoder", "create_trunk", "generic_encoder"]
 
 timm = import_timm()
 
+
+class ConvStem(nn.Module):
+    """What CTransPath begins with instead of Swin's one convolution (Wang et al., 2022): two with a stride of
+    2, and one to the width of the first stage. (B, 3, H, W) -> (B, H / 4, W / 4, D)."""
+
+    def __init__(
+        self, img_size: Any, patch_size: int, in_chans: int, embed_dim: int, norm_layer: Any, **_: Any
+    ) -> None:
+        super().__init__()
+        height, width = timm.layers.to_2tuple(img_size)
+        self.img_size, self.patch_size = (height, width), (patch_size, patch_size)
+        self.grid_size = (height // patch_size, width // patch_size)
+        widths = (in_chans, embed_dim // 8, embed_dim // 4)
+        layers: list[nn.Module] = []
+        for into, out in pairwise(widths):
+            layers += [
+                nn.Conv2d(into, out, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(out),
+                nn.ReLU(),
+            ]
+        self.proj = nn.Sequential(*layers, nn.Conv2d(widths[-1], embed_dim, 1))
+        self.norm = norm_layer(embed_dim)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return cast("Tensor", self.norm(self.proj(pixels).permute(0, 2, 3, 1)))
+
+
 #: Classes that a recipe may name in its kwargs.
-LAYERS: dict[str, Any] = {"SwiGLUPacked": timm.layers.mlp.SwiGLUPacked, "SiLU": nn.SiLU, "GELU": nn.GELU}
+LAYERS: dict[str, Any] = {
+    "ConvStem": ConvStem,
+    "SwiGLUPacked": timm.layers.mlp.SwiGLUPacked,
+    "SiLU": nn.SiLU,
+    "GELU": nn.GELU,
+}
 
 
 class TimmEncoder(nn.Module):
@@ -31,7 +64,7 @@ class TimmEncoder(nn.Module):
         super().__init__()
         self.pool, self.normalise = variant.pool, variant.normalise
         self.prefix_tokens = spec.prefix_tokens
-        self.trunk: nn.Module = timm.create_model(spec.arch, **_resolve(spec.kwargs))
+        self.trunk = create_trunk(spec.arch, spec.kwargs)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D)."""
@@ -46,7 +79,14 @@ class TimmEncoder(nn.Module):
             return tokens.mean(dim=1)
         if self.pool == "cls":
             return tokens[:, 0]
-        return torch.cat([tokens[:, 0], tokens[:, self.prefix_tokens :].mean(dim=1)], dim=-1)
+        patches = tokens[:, self.prefix_tokens :].mean(dim=1)
+        return patches if self.pool == "patch_mean" else torch.cat([tokens[:, 0], patches], dim=-1)
+
+
+def create_trunk(arch: str, kwargs: dict[str, Any]) -> nn.Module:
+    """A model of timm, made with the kwargs of a recipe."""
+    made: nn.Module = timm.create_model(arch, **_resolve(kwargs))
+    return made
 
 
 def _resolve(kwargs: dict[str, Any]) -> dict[str, Any]:

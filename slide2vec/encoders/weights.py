@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from slide2vec.encoders.checkpoint_keys import PUBLISHED
 from slide2vec.encoders.checkpoints import convert
+from slide2vec.encoders.published_files import check_download, check_own_file
+from slide2vec.encoders.wrapped import fitting, unwrapped
 from slide2vec.errors import GatedWeightsError, WeightsError
 from slide2vec.files import hub_or_cache
 from slide2vec.files.arrays import check_sums
@@ -42,8 +44,6 @@ USUAL_FILES = (
 )
 #: How a file ends that says which tensor is in which of several others beside it.
 INDEX = ".index.json"
-#: Keys under which training code wraps the encoder's state.
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
 @contextmanager
@@ -78,17 +78,33 @@ def load_weights(build: Callable[[], nn.Module], recipe: Recipe, weights: Weight
         GatedWeightsError: the repository is gated and access is missing.
     """
     path = find_weights(recipe, weights)
+    (check_download if weights is None else check_own_file)(path, recipe)
     assert recipe.weights is not None
-    state = convert(recipe.weights.convert, _state(path, recipe), recipe.encoder)
-    published = state.pop(PUBLISHED, None)
+    name, spec = recipe.weights.convert, recipe.encoder
     with torch.device("meta"), _Undrawn():
         encoder = build()
     module: nn.Module = getattr(encoder, "trunk", encoder)
+    state = fitting(
+        _state(path, recipe), lambda part: convert(name, part, spec), module.state_dict().keys(), path
+    )
+    published = state.pop(PUBLISHED, None)
+    _compute_tables(encoder, build)
     _load_strictly(module, state, recipe, path)
     if published is not None:  # inputs of other sizes resample it, see `input_size`
         trunk: nn.Module = getattr(module, "vit", module)
         trunk.register_buffer(PUBLISHED, published.float(), persistent=False)
     return encoder
+
+
+def _compute_tables(encoder: nn.Module, build: Callable[[], nn.Module]) -> None:
+    """Give an encoder on the meta device the buffers that follow from its sizes and are in no checkpoint,
+    such as the angles of rotary positions."""
+    saved = encoder.state_dict().keys()
+    tables = [name for name, value in encoder.named_buffers() if value.is_meta and name not in saved]
+    made = dict(build().named_buffers()) if tables else {}
+    for name in tables:
+        owner, _, own = name.rpartition(".")
+        setattr(encoder.get_submodule(owner), own, made[name])
 
 
 def find_weights(recipe: Recipe, weights: WeightsChoice) -> Path:
@@ -106,6 +122,11 @@ def find_weights(recipe: Recipe, weights: WeightsChoice) -> Path:
             wanted = ", ".join(recipe.weights.files)
             raise WeightsError(f"there is none of {wanted} beside {recipe.file}, which names no repository")
         weights = found
+    if weights is None and recipe.weights.url:
+        raise WeightsError(
+            f"the weights of preset {recipe.name} are not on the Hugging Face hub: get "
+            f'{recipe.weights.files[0]} from {recipe.weights.url} and pass weights="/path/to/it"'
+        )
     if weights is None:
         return _from_hub(recipe.name, recipe.weights)
     path = Path(weights).expanduser()
@@ -165,7 +186,7 @@ def _downloaded(preset: str, source: WeightsSource) -> Path:
     else:
         reason = _first_line(problem)
     raise WeightsError(
-        f"the weights of preset {preset} could not be fetched from https://huggingface.co/{source.repo} "
+        f"the weights of preset {preset} could not be fetched from {source.page} "
         f"(revision {source.revision}): {reason}. Without network access, put them in the hub cache or pass "
         'weights="/path/to/the/file"; weights="random" tries the pipeline without them'
     ) from problem
@@ -190,7 +211,7 @@ def _fetched(source: WeightsSource, name: str, cached_only: bool) -> Path:
 
 
 def _no_access(preset: str, source: WeightsSource, error: Exception) -> WeightsError:
-    page = f"https://huggingface.co/{source.repo}"
+    page = source.page
     if not source.gated and not _is_gate(error):
         return WeightsError(
             f"the weights of preset {preset} are not at {page} (any more), or the token in "
@@ -253,11 +274,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """
     if path.name.endswith(INDEX):
         return _read_shards(path)
-    content = _unpickled(path)
-    for key in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    return _tensors(content, path)
+    return _tensors(unwrapped(_unpickled(path), path), path)
 
 
 def _unpickled(path: Path) -> object:

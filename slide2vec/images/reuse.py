@@ -11,7 +11,6 @@ from typing import Any
 from slide2vec.artifacts import ImageEmbeddingArtifact, read_metadata
 from slide2vec.artifacts.image_files import IMAGE_EMBEDDINGS, image_artifact
 from slide2vec.artifacts.records import FORMATS
-from slide2vec.choices import OutputFormat
 from slide2vec.config import ExecutionOptions
 from slide2vec.errors import ArtifactError, ConfigError
 from slide2vec.files import entries
@@ -95,7 +94,7 @@ def _recorded_dim(
                 "replace it, or another sample_id or output directory"
             )
         return None
-    known: OutputFormat | None = next((name for name in FORMATS if name == recorded.get("format")), None)
+    known = next((name for name in FORMATS if name == recorded.get("format")), None)
     compatibility = recorded.get("compatibility")
     if known is None or not isinstance(compatibility, Mapping):
         return None

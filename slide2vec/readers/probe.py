@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import tifffile
 
+from slide2vec.choices import BACKENDS
 from slide2vec.errors import SlideOpenError
 from slide2vec.files import is_remote, open_plain
 from slide2vec.readers.dicom_head import dicom_files, dicom_series, is_dicom
@@ -57,6 +58,7 @@ class Probe:
         spacing_um, spacing_source: as in SlideReader.
         claims: what the tags say of the spacing, the most trustworthy first.
         directories: all those of a TIFF, whatever they hold.
+        refused: why no reader of ours may have the file; "" where they may.
     """
 
     path: Path
@@ -71,6 +73,7 @@ class Probe:
     spacing_source: str = "not read from the tags"
     claims: tuple[SpacingCandidate, ...] = ()
     directories: tuple[Directory, ...] = ()
+    refused: str = ""
 
 
 def probe(slide: Slide, copy: Path | None = None) -> Probe:
@@ -89,6 +92,8 @@ def probe(slide: Slide, copy: Path | None = None) -> Probe:
     head = _head(opened, path, name)
     kind = _kind(path, head)
     if kind != "dicom" and (why := unsupported_reason(path, opened, head)):
+        if BACKENDS.theirs:
+            return Probe(path=opened, origin=path, name=name, kind="unrecognised", refused=why)
         raise SlideOpenError(f"slide {name}: {path} {why}")
     if kind == "dicom":
         return _probe_dicom(opened, path, name)

@@ -8,31 +8,30 @@ from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
-from slide2vec.choices import BACKENDS
+from slide2vec.choices import BACKENDS, Home
 from slide2vec.errors import (
     BackendError,
-    ConfigError,
     Contradiction,
     ExtraMissingError,
+    Slide2VecError,
     SlideOpenError,
-    nearest_names,
 )
 from slide2vec.readers.probe import Probe, probe
+from slide2vec.readers.pyramid import PyramidReader
 from slide2vec.readers.reader import SlideReader
 from slide2vec.readers.refusal import CONVERT, EXPORT, Refusal
 from slide2vec.readers.spacing import refuse_oblong_pixels
 from slide2vec.readers.tiff_images import OPENSLIDE_VENDORS
 from slide2vec.slides import Slide
 
-__all__ = ["AUTO_ORDER", "backends", "open_and_use", "open_slide"]
+__all__ = ["backends", "open_and_use", "open_slide"]
 
 logger = logging.getLogger(__name__)
 
 Used = TypeVar("Used")
 
-AUTO_ORDER = tuple(BACKENDS)
 #: By kind of file, back ends whose reason is reported where none reads it, the first that is installed; else
 #: OpenSlide's.
 _ANSWERING_FOR = {"tiff": ("tiff", "vips"), "dicom": ("dicom",)}
@@ -47,7 +46,16 @@ _MEANINGS = {
 
 def backends() -> dict[str, str | None]:
     """Every back end in the order of "auto": None when available, else why not and what to install."""
-    return {name: import_module(home.module).unavailable() for name, home in BACKENDS.items()}
+    ours = {name: import_module(home.module).unavailable() for name, home in BACKENDS.ours.items()}
+    return ours | {name: _unloadable(home) for name, home in BACKENDS.theirs.items()}
+
+
+def _unloadable(home: Home) -> str | None:
+    try:
+        home.imported()
+        return cast("str | None", getattr(import_module(home.module), "unavailable", lambda: None)())
+    except ExtraMissingError as error:
+        return str(error)
 
 
 def open_slide(
@@ -68,8 +76,7 @@ def open_slide(
         BackendError: the back end asked for does not read this file ("auto" may).
         ExtraMissingError: the back end asked for is not installed.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        raise ConfigError(f"unknown backend {backend!r}. {nearest_names(backend, ('auto', *BACKENDS))}")
+    BACKENDS.checked(backend)
     found = probe(slide, copy)
     reader = _open_first(found, passed_over) if backend == "auto" else _open_named(backend, found)
     if slide.spacing_at_level_0 is None:
@@ -121,12 +128,27 @@ def _unusable(backend: str, name: str, path: Path, error: BackendError) -> Backe
 
 
 def _open(backend: str, found: Probe) -> SlideReader:
-    return cast(SlideReader, BACKENDS[backend].imported()(found))
+    home = BACKENDS[backend]
+    if found.refused and not home.brought_by:
+        raise BackendError(f"it {found.refused}")
+    if not home.brought_by:
+        return cast(SlideReader, home.imported()(found))
+    kind = home.imported()
+    if not (isinstance(kind, type) and issubclass(kind, PyramidReader)):  # whose pixels are cross-checked
+        raise BackendError(f"{home.brought_by} is no subclass of slide2vec.readers.PyramidReader")
+    try:
+        reader: PyramidReader = cast("Any", kind)(found)
+    except Slide2VecError:
+        raise
+    except Exception as error:  # whatever other packages do
+        raise BackendError(f"{home.brought_by}: {type(error).__name__}: {error}") from error
+    reader.backend = backend
+    return reader
 
 
 def _open_first(found: Probe, passed_over: Mapping[str, Exception]) -> SlideReader:
     passed = dict(passed_over)
-    for backend in AUTO_ORDER:
+    for backend in BACKENDS:
         if backend in passed_over:
             continue
         try:
@@ -138,6 +160,8 @@ def _open_first(found: Probe, passed_over: Mapping[str, Exception]) -> SlideRead
                 "slide %s: read with %s%s", found.name, backend, f" ({_all(passed)})" if passed else ""
             )
             return reader
+    if found.refused:
+        raise SlideOpenError(f"slide {found.name}: {found.origin} {found.refused}")
     logger.info("slide %s: no back end reads it (%s)", found.name, _all(passed))
     raise SlideOpenError(f"slide {found.name}: no back end reads {found.origin}: {_why(found, passed)}")
 

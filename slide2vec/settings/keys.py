@@ -198,7 +198,7 @@ WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {
 #: Keys of the original for what is not supported: the only value allowed, and what to say of others.
 _NO_SAM2 = (
     "SAM2 segmentation is not supported; use another tiling.seg_params.method: "
-    f"{', '.join(SEGMENTATION_METHODS)}"
+    f"{', '.join(SEGMENTATION_METHODS.ours)}"
 )
 FIXED: Mapping[str, tuple[Any, str]] = {
     "tiling.seg_params.sam2_checkpoint_path": (None, _NO_SAM2),

@@ -10,11 +10,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, sqrt
+from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from slide2vec.config import SegmentationConfig
+from slide2vec.errors import SlideError
 from slide2vec.geometry import nearest_downsample_level
 from slide2vec.readers import SlideReader
 from slide2vec.readers.reader import planning_downsamples
@@ -64,21 +67,28 @@ def segment_tissue(
 
     Raises:
         SlideReadError: pixels cannot be decoded.
+        SlideError: a segmenter of somebody else's gives no labels.
     """
     method = method_of(config.method)
     if isinstance(method, TissueMethod):
         return _by_method(method, reader, sample_id, base_spacing_um, config)
-    return _by_segmenter(method, reader, base_spacing_um, config)
+    return _by_segmenter(method, reader, sample_id, base_spacing_um, config)
 
 
 def _by_segmenter(
-    segmenter: Segmenter, reader: SlideReader, base_spacing_um: float, config: SegmentationConfig
+    segmenter: Segmenter,
+    reader: SlideReader,
+    sample_id: str,
+    base_spacing_um: float,
+    config: SegmentationConfig,
 ) -> Segmented:
     width, height = reader.dimensions
     downsample = max(1.0, segmenter.spacing_um / base_spacing_um, sqrt(width * height / MAX_MASK_PX))
     picture = thumbnail(reader, downsample)
     downsample = width / picture.shape[1]
-    labels = segmenter.segment(picture, base_spacing_um * downsample)
+    labels = np.asarray(segmenter.segment(picture, base_spacing_um * downsample))
+    if problem := _wrong_with(labels, picture, segmenter.names):
+        raise SlideError(f"slide {sample_id}: segmentation method {config.method} {problem}")
     step = max(1, ceil(sqrt(labels.size / _OVERVIEW_PX)))
     return Segmented(
         mask=np.isin(labels, _numbers_of_tissue(segmenter)).astype(np.uint8),
@@ -88,6 +98,16 @@ def _by_segmenter(
         labels=labels,
         names=segmenter.names,
     )
+
+
+def _wrong_with(labels: NDArray[Any], picture: Plane, names: tuple[str, ...]) -> str | None:
+    if TISSUE not in names:
+        return f"has no label {TISSUE!r}, only {', '.join(names)}"
+    if labels.dtype != np.uint8 or labels.shape != picture.shape[:2]:
+        return f"gives labels {labels.dtype} of shape {labels.shape}, not uint8 of {picture.shape[:2]}"
+    if labels.max() >= len(names):
+        return f"gives label {labels.max()}, and has names for 0 to {len(names) - 1}"
+    return None
 
 
 def _numbers_of_tissue(segmenter: Segmenter) -> list[int]:

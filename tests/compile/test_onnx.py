@@ -13,6 +13,7 @@ from compile_helpers import smooth_pixels, tiny_encoder
 from rtx_compiler import refusals
 from torch import nn
 
+from benchmarks.common import of_depth
 from slide2vec.compile.export_module import ExportedEncoder
 from slide2vec.compile.onnx import OPSETS, export_onnx
 from slide2vec.compile.onnx_graph import node_counts
@@ -30,18 +31,16 @@ COMPILABLE = [name for name in list_models("tile") if load_recipe(name).compile]
 #: One of every architecture; the others differ from them by numbers, and are slow.
 ARCHITECTURES = {
     *("conch", "dinov2-vitb14", "genbio-pathfm", "hibou-b", "isight", "lunit", "musk", "scattering"),
+    *("ctranspath", "dinov3-vitb16", "lunit-bt", "mettle", "plip"),
 }
 
 
 def shallow(name: str) -> tuple[Recipe, nn.Module]:
     """A preset of one block, whose layer scales do not hide it."""
-    recipe = load_recipe(name)
-    if recipe.encoder.family != "scattering":
-        spec = recipe.encoder.model_copy(update={"kwargs": {**recipe.encoder.kwargs, "depth": 1}})
-        recipe = recipe.model_copy(update={"encoder": spec})
+    recipe = of_depth(load_recipe(name), 1)
     encoder = build_encoder(recipe, recipe.variants[recipe.default_variant], "random")
     for key, parameter in encoder.named_parameters():
-        if key.endswith("gamma"):
+        if "gamma" in key.rpartition(".")[2]:
             parameter.data.fill_(0.5)
     return recipe, encoder
 

@@ -33,13 +33,13 @@ from slide2vec.recipes import Recipe, Variant, list_models, load_recipe
 TOLERANCE = 1e-6
 DEPTH = 2
 #: One of every kind of attention; the others differ from them by numbers, and are slow.
-KINDS = {"conch", "genbio-pathfm", "h0-mini", "isight", "lunit", "musk"}
+KINDS = {"conch", "dinov3-vitb16", "genbio-pathfm", "h0-mini", "isight", "lunit", "musk", "plip"}
 #: Presets without a class token and registers, or whose attention is not of that kind.
-WITHOUT = {"scattering"}
+WITHOUT = {"scattering", "ctranspath", "chief-ctranspath", "lunit-bt", "lunit-moco", "lunit-swav"}
 
 
 def has_maps(recipe: Recipe) -> bool:
-    return recipe.encoder.family not in ("remote", "scattering")
+    return recipe.encoder.family != "remote" and recipe.name not in WITHOUT
 
 
 PRESETS = [name for name in list_models("tile") if has_maps(load_recipe(name))]

@@ -15,6 +15,7 @@ from torch.backends.cuda import SDPAParams
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.common import of_depth
 from slide2vec.compile.export_module import torch_engine
 from slide2vec.encoders import build_encoder
 from slide2vec.recipes import load_recipe
@@ -103,10 +104,7 @@ def traffic_of(preset: str, depth: int = 0, precision: str = "bf16") -> Traffic:
     Args:
         depth: blocks; 0 = all.
     """
-    recipe = load_recipe(preset)
-    if depth:
-        spec = recipe.encoder.model_copy(update={"kwargs": {**recipe.encoder.kwargs, "depth": depth}})
-        recipe = recipe.model_copy(update={"encoder": spec})
+    recipe = of_depth(load_recipe(preset), depth)
     variant = recipe.variants[recipe.default_variant]
     with torch.device("meta"):
         encoder = build_encoder(recipe, variant, "random")

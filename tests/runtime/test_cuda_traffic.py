@@ -26,7 +26,8 @@ MORE = 1.03
 MOST_HEAD_DIM = 256
 
 PRESETS = [name for name in list_models("tile") if load_recipe(name).compile]
-VITS = [name for name in PRESETS if name != "scattering"]
+#: Swin's attention, in windows, has biases, which the flash kernel does not take.
+VITS = [name for name in PRESETS if name != "scattering" and load_recipe(name).encoder.prefix_tokens]
 
 
 @cache
@@ -92,7 +93,7 @@ def test_blocks_are_alike() -> None:
 
 def _blocks(preset: str) -> int:
     """From what timm, or the recipe, makes."""
-    return 0 if preset == "scattering" else len(traffic(preset, 0).attention) - _poolings(preset)
+    return 0 if preset not in VITS else len(traffic(preset, 0).attention) - _poolings(preset)
 
 
 def _poolings(preset: str) -> int:

@@ -80,9 +80,10 @@ def _built(recipe: Recipe, variant: Variant, weights: WeightsChoice, seed: int) 
         from slide2vec.encoders.registered import brought_encoder
 
         return brought_encoder(recipe, variant, weights)
+    which = {"pool": variant.pool} if len(recipe.variants) > 1 else {}
 
     def build() -> nn.Module:
-        made: nn.Module = SLIDE_ENCODERS[recipe.encoder.family].imported()(**recipe.encoder.kwargs)
+        made: nn.Module = SLIDE_ENCODERS[recipe.encoder.family].imported()(**recipe.encoder.kwargs, **which)
         return made
 
     if weights == "random":

@@ -17,11 +17,12 @@ __all__ = ["LongNetEncoder", "position_embeddings"]
 
 
 class LongNetEncoder(nn.Module):
-    """The slide encoder of Prov-GigaPath (Xu et al., Nature 2024).
+    """The slide encoder of Prov-GigaPath (Xu et al., Nature 2024) and Prov-GigaPath-Flash.
 
     Parameters have the names of the published checkpoint. The arguments are those of the recipe:
     `in_dim` of the tile embeddings, `dim`, `depth`, `heads` and `hidden` of the layers, `segments` and
-    `dilations` of their attention. Tiles are taken in the order of the bag, which matters.
+    `dilations` of their attention, `pool` of the variant ("cls", "patch_mean"). Tiles are taken in the order
+    of the bag, which matters.
     """
 
     def __init__(
@@ -33,9 +34,10 @@ class LongNetEncoder(nn.Module):
         hidden: int,
         segments: Sequence[int],
         dilations: Sequence[int],
+        pool: str = "cls",
     ) -> None:
         super().__init__()
-        self.in_dim = in_dim
+        self.in_dim, self.pool = in_dim, pool
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.patch_embed = nn.ModuleDict({"proj": nn.Linear(in_dim, dim)})
         layers = nn.ModuleList(_Layer(dim, heads, hidden, segments, dilations) for _ in range(depth))
@@ -43,7 +45,8 @@ class LongNetEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, bag: TileBag) -> SlideFeatures:
-        """The tiles of a slide -> embedding (dim,): the class token.
+        """The tiles of a slide -> embedding (dim,): the class token, or the mean of the tiles' tokens, which
+        the authors take before the closing norm of the layers.
 
         A tile is in the cell floor(coordinate / tile_size_lv0) of the grid of positions, so neighbouring
         tiles are in neighbouring cells whatever their size; only tiles that overlap may share one. Tiles of
@@ -61,6 +64,8 @@ class LongNetEncoder(nn.Module):
         tokens = torch.cat([self.cls_token[0], tiles])  # the class token's position is zero
         for layer in cast("nn.ModuleList", self.encoder["layers"]):
             tokens = layer(tokens)
+        if self.pool == "patch_mean":
+            return SlideFeatures(self.norm(tokens[1:].float().mean(dim=0).to(tokens)).float())
         return SlideFeatures(self.norm(self.encoder["layer_norm"](tokens[0])).float())
 
 

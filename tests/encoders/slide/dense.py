@@ -126,8 +126,14 @@ def prism(state: State, kwargs: Kwargs, features: Tensor) -> tuple[Tensor, Tenso
 
 
 def gigapath_slide(
-    state: State, kwargs: Kwargs, features: Tensor, coords: Tensor, tile_size_lv0: int
+    state: State,
+    kwargs: Kwargs,
+    features: Tensor,
+    coords: Tensor,
+    tile_size_lv0: int,
+    mean: bool = False,
 ) -> Tensor:
+    """The class token, or the mean over the tiles, which leaves out the closing norm of the layers."""
     model = Parameters(state)
     dim = kwargs["dim"]
     places = []
@@ -146,7 +152,50 @@ def gigapath_slide(
         tokens = tokens + layer.linear("self_attn.out_proj", attended)
         hidden = gelu(layer.linear("ffn.fc1", layer.norm("final_layer_norm", tokens)))
         tokens = tokens + layer.linear("ffn.fc2", layer.norm("ffn.ffn_layernorm", hidden))
+    if mean:
+        return model.norm("norm", tokens[1:].mean(0, keepdim=True), 1e-6)[0]
     return model.norm("norm", model.norm("encoder.layer_norm", tokens[:1]), 1e-6)[0]
+
+
+def weighed(attention: Parameters, tiles: Tensor, values: Tensor) -> Tensor:
+    """Tile by tile: the values, each times its share, added up."""
+    scores = []
+    for tile in tiles:
+        gate = 1 / (1 + torch.exp(-attention.linear("attention_b.0", tile)))
+        scores.append(
+            attention.linear("attention_c", torch.tanh(attention.linear("attention_a.0", tile)) * gate)
+        )
+    shares = torch.exp(torch.stack(scores) - max(scores))
+    total = torch.zeros(values.shape[1], dtype=torch.float64)
+    for share, value in zip(shares, values, strict=True):
+        total += share / shares.sum() * value
+    return total
+
+
+def feather(state: State, kwargs: Kwargs, features: Tensor) -> Tensor:
+    model = Parameters(state, "model.")
+    tiles = model.linear("patch_embed.0", features.double()).clamp(min=0)
+    return weighed(model.under("global_attn"), tiles, tiles)
+
+
+def chief(state: State, kwargs: Kwargs, features: Tensor) -> Tensor:
+    model = Parameters(state, "attention_net.")
+    tiles = model.linear("0", features.double()).clamp(min=0)
+    return weighed(model.under("3"), tiles, features.double())
+
+
+def madeleine(state: State, kwargs: Kwargs, features: Tensor) -> Tensor:
+    """Elements of all heads lie beside each other: (e, head) is number e * heads + head."""
+    model, heads = Parameters(state), kwargs["heads"]
+    tiles = features.double()
+    for number in (0, 4, 8):
+        layer = model.under("wsi_embedders.pre_attn")
+        tiles = gelu(layer.norm(str(number + 1), layer.linear(str(number), tiles)))
+    pooled = torch.zeros(tiles.shape[1], dtype=torch.float64)
+    for head in range(heads):
+        own = tiles[:, head::heads]
+        pooled[head::heads] = weighed(model.under(f"wsi_embedders.attn.{head}"), own, own)
+    return model.linear("projector", pooled)
 
 
 def dilated(

@@ -20,10 +20,25 @@ SMALL: dict[str, Kwargs] = {
     "titan": {"dim": 96, "depth": 2, "hidden": 40},
     "prism": {"in_dim": 48, "dim": 32, "latents": 7, "rounds": 4, "depth": 2},
     "gigapath-slide": {"in_dim": 24, "dim": 64, "depth": 2, "hidden": 40, "segments": [4, 11, 30, 62, 200]},
+    "gigapath-flash-slide": {
+        "in_dim": 20,
+        "dim": 64,
+        "depth": 2,
+        "hidden": 40,
+        "segments": [4, 11, 30, 62, 200],
+    },
+    "feather": {"in_dim": 24, "dim": 32, "hidden": 20},
+    "feather-uni": {"in_dim": 28, "dim": 32, "hidden": 20},
+    "feather-uni2": {"in_dim": 36, "dim": 32, "hidden": 20},
+    "madeleine": {"in_dim": 24, "dim": 32, "hidden": 20},
+    "chief": {"in_dim": 24, "dim": 32, "hidden": 20},
     "moozy-slide": {"d_model": 96, "n_layers": 2, "dim_feedforward": 40, "feat_dim": 20},
     "moozy": {"d_model": 96, "num_layers": 2, "dim_feedforward": 40},
 }
-SLIDE_PRESETS = ["gigapath-slide", "moozy-slide", "prism", "titan"]
+#: Those of attention alone, which see neither places nor order.
+ABMIL_PRESETS = ["chief", "feather", "madeleine"]
+#: One of each architecture.
+SLIDE_PRESETS = ["gigapath-slide", "moozy-slide", "prism", "titan", *ABMIL_PRESETS]
 
 
 def small(preset: str) -> Recipe:
@@ -109,6 +124,40 @@ def gigapath_slide(kwargs: Kwargs) -> Shapes:
     return found
 
 
+def _gated(name: str, dim: int, hidden: int) -> Shapes:
+    found = layer(f"{name}.attention_a.0", hidden, dim) | layer(f"{name}.attention_b.0", hidden, dim)
+    return found | layer(f"{name}.attention_c", 1, hidden)
+
+
+def feather(kwargs: Kwargs) -> Shapes:
+    """Under the name that transformers' wrapper has for it."""
+    dim = kwargs["dim"]
+    found = layer("patch_embed.0", dim, kwargs["in_dim"]) | _gated("global_attn", dim, kwargs["hidden"])
+    return {f"model.{name}": shape for name, shape in found.items()}
+
+
+def madeleine(kwargs: Kwargs) -> Shapes:
+    """With the projection of tokens for training, which is not used."""
+    dim, heads = kwargs["dim"], kwargs["heads"]
+    found = layer("token_projector", 128, dim * heads) | layer("projector", dim, dim * heads)
+    for number, (into, out) in enumerate(((kwargs["in_dim"], dim), (dim, dim), (dim, dim * heads))):
+        found |= layer(f"wsi_embedders.pre_attn.{4 * number}", out, into)
+        found |= norm(f"wsi_embedders.pre_attn.{4 * number + 1}", out)
+    for number in range(heads):
+        found |= _gated(f"wsi_embedders.attn.{number}", dim, kwargs["hidden"])
+    return found
+
+
+def chief(kwargs: Kwargs) -> Shapes:
+    """With the heads and the organs, which are not used."""
+    dim, hidden = kwargs["dim"], kwargs["hidden"]
+    found = layer("attention_net.0", dim, kwargs["in_dim"]) | _gated("attention_net.3", dim, hidden)
+    for name in ("classifiers", "instance_classifiers.0", "instance_classifiers.1"):
+        found |= layer(name, 2, dim)
+    found |= layer("att_head.fc1", hidden, dim) | layer("att_head.fc2", 1, hidden)
+    return found | layer("text_to_vision.0", dim, 768) | {"organ_embedding": (19, 768)}
+
+
 def _moozy_blocks(dim: int, hidden: int, count: int) -> Shapes:
     found: Shapes = {}
     for number in range(count):
@@ -143,6 +192,12 @@ PUBLISHED = {
     "titan": titan,
     "prism": prism,
     "gigapath-slide": gigapath_slide,
+    "gigapath-flash-slide": gigapath_slide,
+    "feather": feather,
+    "feather-uni": feather,
+    "feather-uni2": feather,
+    "madeleine": madeleine,
+    "chief": chief,
     "moozy-slide": moozy_slide,
     "moozy": moozy,
 }

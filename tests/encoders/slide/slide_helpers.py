@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from published import in_dim, random_state
+from published import ABMIL_PRESETS, in_dim, random_state
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -35,8 +35,10 @@ def write_checkpoint(recipe: Recipe, state: dict[str, Tensor], folder: Path, **c
     path = folder / recipe.weights.files[0]
     if path.suffix == ".safetensors":
         save_file(state, path)
-    elif recipe.name == "gigapath-slide":
+    elif "gigapath" in recipe.name:
         torch.save({"model": state}, path)
+    elif recipe.name in ABMIL_PRESETS:
+        torch.save(state, path)
     else:
         torch.save(moozy_payload(recipe, state) | changes, path)
     return path

@@ -11,7 +11,7 @@ from published import SLIDE_PRESETS, random_state, small, with_kwargs
 from slide_helpers import DENSE, a_bag, built, embed, loaded, write_checkpoint
 from torch import Tensor
 
-from slide2vec.encoders.slide import TileBag
+from slide2vec.encoders.slide import TileBag, build_slide_encoder
 from slide2vec.recipes import Recipe, load_recipe
 
 
@@ -19,6 +19,9 @@ def reference(recipe: Recipe, state: dict[str, Tensor], bag: TileBag) -> Tensor:
     kwargs = recipe.encoder.kwargs
     if recipe.name == "prism":
         return dense.prism(state, kwargs, bag.features)[0]
+    without_places = {"feather": dense.feather, "madeleine": dense.madeleine, "chief": dense.chief}
+    if recipe.name in without_places:
+        return without_places[recipe.name](state, kwargs, bag.features)
     with_places = {
         "titan": dense.titan,
         "gigapath-slide": dense.gigapath_slide,
@@ -66,6 +69,19 @@ def test_whole_model(preset: str) -> None:
     bag = a_bag(recipe, 40)
     expected = reference(recipe, state, bag)
     torch.testing.assert_close(embed(encoder, bag).embedding.double(), expected, atol=DENSE, rtol=0)
+
+
+@pytest.mark.parametrize(("variant", "mean"), [(None, True), ("mean", True), ("cls", False)])
+def test_outputs_of_gigapath_flash(variant: str | None, mean: bool, tmp_path: Path) -> None:
+    recipe = small("gigapath-flash-slide")
+    state = random_state(recipe)
+    bag = a_bag(recipe, 50)
+    path = write_checkpoint(recipe, state, tmp_path)
+    encoder = build_slide_encoder(recipe, recipe.variant(variant)[1], path)
+    given = (state, recipe.encoder.kwargs, bag.features, bag.coords, bag.tile_size_lv0)
+    expected, other = (dense.gigapath_slide(*given, mean=which) for which in (mean, not mean))
+    torch.testing.assert_close(embed(encoder, bag).embedding.double(), expected, atol=DENSE, rtol=0)
+    assert (expected - other).abs().max() > 0.1
 
 
 def test_latents_of_prism(tmp_path: Path) -> None:
