@@ -91,10 +91,10 @@ def _geometry(slide: Slide, config: PreprocessingConfig, given: Tiling | None) -
         asked["region_tile_multiple"] = config.region_tile_multiple
     if given is not None:
         return {**asked, "coordinates": _digest(given)}
-    if config.qc.on:
-        asked["qc"] = config.qc.model_dump(mode="json")
+    measured = {"qc": config.qc.model_dump(mode="json")} if config.qc.on else {}
     return {
         **asked,
+        **measured,
         "tolerance": config.tolerance,
         "overlap": config.overlap,
         "tissue_threshold": config.tissue_threshold,

@@ -111,11 +111,16 @@ def _best(rng: np.random.Generator, points: Plane, hidden: Plane, least_px: floa
     for _ in range(3):
         if near.sum() < 6:
             return None
-        ellipse = _Ellipse(*cv2.fitEllipse(points[near]))
+        ellipse = _fitted(points[near])
         if not (2 * least_px <= min(ellipse.axes) and max(ellipse.axes) < 1.6 * min(ellipse.axes)):
             return None
         near = np.abs(ellipse.polar(points)[1] - 1) < OFF_ELLIPSE
     return ellipse if _seen(ellipse, points[near], hidden) else None
+
+
+def _fitted(points: Plane) -> _Ellipse:
+    (x, y), (width, height), angle = cv2.fitEllipse(points)
+    return _Ellipse((x, y), (width, height), angle)
 
 
 def _circle(triple: Plane) -> tuple[Plane, float]:

@@ -75,14 +75,14 @@ def write_coordinates(directory: Path, tiling: Tiling) -> tuple[Path | None, Pat
     remove(metadata)
     if len(tiling):
         with atomic_path(arrays) as temporary:
-            np.savez_compressed(
-                temporary,
-                tile_index=np.arange(len(tiling), dtype=np.int32),
-                x=tiling.x,
-                y=tiling.y,
-                tissue_fractions=tiling.tissue_fractions,
+            arrays_of: dict[str, Any] = {
+                "tile_index": np.arange(len(tiling), dtype=np.int32),
+                "x": tiling.x,
+                "y": tiling.y,
+                "tissue_fractions": tiling.tissue_fractions,
                 **tiling.artefacts,
-            )
+            }
+            np.savez_compressed(temporary, **arrays_of)
     else:
         remove(arrays)
     with atomic_path(metadata) as temporary:

@@ -168,4 +168,4 @@ def _shares(where: Plane, x: NDArray[Any], y: NDArray[Any], side: float) -> NDAr
     bottom = np.clip(np.maximum(np.rint(y + side).astype(np.int64), top + 1), 0, height)
     counts = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
     areas = np.maximum(1, (right - left) * (bottom - top))
-    return (counts / areas).astype(np.float32)
+    return np.asarray(counts / areas, np.float32)
