@@ -55,7 +55,13 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "hibou-b": (
         *("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig"),
-        {"hidden_size": 768, "num_attention_heads": 12, "image_size": 224, "patch_size": 14},
+        {
+            "hidden_size": 768,
+            "num_attention_heads": 12,
+            "image_size": 224,
+            "patch_size": 14,
+            "use_swiglu_ffn": True,
+        },
     ),
 }
 

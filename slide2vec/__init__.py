@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         DenseImageOptions,
         DenseOptions,
         ImageSpec,
+        PatchTokensArtifact,
         SlideRegions,
     )
     from slide2vec.model import Model
@@ -66,6 +67,7 @@ __all__ = [
     "MaskSamplingConfig",
     "Model",
     "Models",
+    "PatchTokensArtifact",
     "PatientEmbeddingArtifact",
     "Pipeline",
     "PreprocessingConfig",
@@ -110,6 +112,7 @@ _HOMES = {
     "MaskSamplingConfig": "config",
     "Model": "model",
     "Models": "models",
+    "PatchTokensArtifact": "images",
     "PatientEmbeddingArtifact": "artifacts",
     "Pipeline": "pipeline",
     "PreprocessingConfig": "config",

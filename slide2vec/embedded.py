@@ -31,6 +31,8 @@ class EmbeddedSlide:
         num_tiles: N, with regions R · m²; 0 for a slide without tissue.
         mask_preview_path, tiling_preview_path: pictures, where they were asked for.
         latents: of slide encoders that have them.
+        annotation: the class that the tiles are of, where masks sample classes ("merged": all of them); else
+            "tissue". One slide then has an EmbeddedSlide per class.
         tile_x, tile_y: (R, m²) int64, top-left corners of the tiles of regions in level-0 px; else None.
     """
 
@@ -48,6 +50,7 @@ class EmbeddedSlide:
     latents: torch.Tensor | None = None
     tile_x: NDArray[np.int64] | None = None
     tile_y: NDArray[np.int64] | None = None
+    annotation: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

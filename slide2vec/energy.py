@@ -6,7 +6,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ class EnergyMeter:
     """Measures from when it is made until `stop`, all that happens on this machine's processors and on the
     GPUs named: other processes there count, too.
 
-    GPUs need the package nvidia-ml-py; processors need counters that may be read (by root only on most
+    GPUs need nvidia-ml-py (extra cuda); processors need counters that may be read (by root only on most
     machines). What cannot be measured is told in the log, and in no other way.
 
     Args:
@@ -140,7 +139,7 @@ def _processor_counters() -> Iterator[_Counter]:
 
 def _gpu_counters(devices: Sequence[str]) -> Iterator[_Counter]:
     """By the ids of GPUs: NVML counts others than PyTorch where CUDA_VISIBLE_DEVICES says so."""
-    nvml = import_module("pynvml")
+    import pynvml as nvml
     import torch
 
     nvml.nvmlInit()

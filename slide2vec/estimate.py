@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
@@ -14,6 +14,7 @@ from slide2vec.errors import ConfigError, as_slide_error
 from slide2vec.progress import (
     NullReporter,
     ProgressEvent,
+    RunStarted,
     TilesEncoded,
     activate_progress_reporter,
 )
@@ -22,6 +23,7 @@ from slide2vec.slides import Slide
 from slide2vec.stream.plan import PlanRequest, SlidePlan, plan_together
 
 if TYPE_CHECKING:
+    from slide2vec.compile.gain import Gain
     from slide2vec.model import Model
 
 __all__ = [
@@ -29,10 +31,12 @@ __all__ = [
     "Hardware",
     "Output",
     "SlideEstimate",
+    "Trial",
     "count_tiles",
     "on_hardware",
     "seconds_for",
-    "trial_speed",
+    "tried",
+    "with_build",
 ]
 
 #: Bytes of a tile's coordinates on disk: x and y as int64, tissue fraction as float32, index as int32.
@@ -137,42 +141,63 @@ class _Enough(Exception):
     """The trial has run for long enough."""
 
 
+@dataclass(frozen=True)
+class Trial:
+    """How an encoder goes on this machine.
+
+    Attributes:
+        tiles_per_s: once it is under way.
+        start_s: until it is: weights are loaded, the first slide is planned and read.
+        build_s: of an engine, before that; 0 where none is built.
+    """
+
+    tiles_per_s: float
+    start_s: float = 0.0
+    build_s: float = 0.0
+
+
 class _Stopwatch(NullReporter):
     """Counts the tiles after the first batch, while which caches and clocks settle; ends the trial by raising
     from where it is told of them."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
         self._seconds, self._clock = seconds, clock
+        self._started = 0.0
         self.began: float | None = None
         self.ended = 0.0
-        self.tiles = 0
+        self.tiles = self._first = 0
 
     def emit(self, event: ProgressEvent) -> None:
+        if isinstance(event, RunStarted):
+            self._started = self._clock()
         if not isinstance(event, TilesEncoded):
             return
         self.ended = self._clock()
         if self.began is None or (not self.tiles and self.ended - self.began < _ONE_BATCH_S):
-            self.began = self.ended
+            self.began, self._first = self.ended, self._first + event.count
             return
         self.tiles += event.count
         if self.ended - self.began >= self._seconds:
             raise _Enough
 
     @property
-    def tiles_per_s(self) -> float | None:
+    def found(self) -> Trial | None:
         """None before the second batch."""
-        return self.tiles / (self.ended - self.began) if self.began is not None and self.tiles else None
+        if self.began is None or not self.tiles:
+            return None
+        speed = self.tiles / (self.ended - self.began)
+        return Trial(speed, max(0.0, self.began - self._started - self._first / speed))
 
 
-def trial_speed(
+def tried(
     model: Model,
     slides: Sequence[Slide],
     preprocessing: PreprocessingConfig,
     execution: ExecutionOptions,
     seconds: float,
-) -> float | None:
-    """Tiles/s of a model on this machine, from embedding the first slides for some seconds; None where they
-    have too few tiles (two batches) to tell."""
+) -> Trial | None:
+    """How a model goes on this machine, from embedding the first slides for some seconds, without building an
+    engine; None where they have too few tiles (two batches) to tell."""
     watch = _Stopwatch(seconds)
     alone = execution.updated(output_dir=None, build_engine="never")  # nothing is left behind
     with (
@@ -182,15 +207,28 @@ def trial_speed(
     ):
         for _ in outcomes:  # a slide that fails is the run's business
             pass
-    return watch.tiles_per_s
+    return watch.found
 
 
-def seconds_for(tiles: Mapping[str, int], speeds: Mapping[str, float], devices: Mapping[str, str]) -> float:
-    """Seconds of encoders that embed together: those of one device take turns, devices work side by side.
+def with_build(trial: Trial, gain: Gain | None, tiles: int) -> Trial:
+    """As a run of so many tiles goes, which builds an engine first where that pays.
+
+    Args:
+        gain: `Model.gain_of_build`.
+    """
+    if gain is None or not gain.pays(tiles, trial.tiles_per_s):
+        return trial
+    seconds = gain.build_seconds(trial.tiles_per_s)
+    return replace(trial, tiles_per_s=trial.tiles_per_s * gain.times, build_s=seconds)
+
+
+def seconds_for(tiles: Mapping[str, int], trials: Mapping[str, Trial], devices: Mapping[str, str]) -> float:
+    """Seconds of encoders that embed together: engines are built one after the other, starts go together,
+    those of one device take turns, devices work side by side.
 
     Args:
         tiles: to be encoded, by encoder.
-        speeds: tiles/s, by encoder.
+        trials: of each encoder.
         devices: of each encoder.
 
     Raises:
@@ -198,10 +236,12 @@ def seconds_for(tiles: Mapping[str, int], speeds: Mapping[str, float], devices: 
     """
     busy: dict[str, float] = {}
     for name, count in tiles.items():
-        if speeds[name] <= 0:
-            raise ConfigError(f"the speed of {name} must be above 0 tiles/s, and is {speeds[name]:g}")
-        busy[devices[name]] = busy.get(devices[name], 0.0) + count / speeds[name]
-    return max(busy.values(), default=0.0)
+        if (speed := trials[name].tiles_per_s) <= 0:
+            raise ConfigError(f"the speed of {name} must be above 0 tiles/s, and is {speed:g}")
+        busy[devices[name]] = busy.get(devices[name], 0.0) + count / speed
+    before = sum(trials[name].build_s for name in tiles)
+    before += max((trials[name].start_s for name in tiles), default=0.0)
+    return before + max(busy.values(), default=0.0)
 
 
 # known hardware ------------------------------------------------------------------------------------

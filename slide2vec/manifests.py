@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from slide2vec.config import PreprocessingConfig
+from slide2vec.config import MaskSamplingConfig, PreprocessingConfig
 from slide2vec.errors import ConfigError, ManifestError
 from slide2vec.files import as_os_errors, as_path, is_remote
+from slide2vec.labels import class_name
 from slide2vec.slides import (
     SLIDE_SUFFIXES,
     IdFrom,
@@ -35,7 +36,7 @@ from slide2vec.slides import (
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["MANIFEST_SUFFIXES", "SlidesLike", "given_slides", "read_manifest"]
+__all__ = ["MANIFEST_SUFFIXES", "SlidesLike", "by_class", "classes_of", "given_slides", "read_manifest"]
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,55 @@ def read_manifest(
         raise ManifestError(f"manifest {error}") from None
     columns, rows = _table(path)
     return _collected(f"manifest {path}", "line", _Rows(columns, _Places(path, folder), id_from), rows)
+
+
+def by_class(
+    slides: Iterable[Slide], masks: MaskSamplingConfig, annotations: Sequence[str] | None = None
+) -> list[Slide]:
+    """Each slide once for every class that masks sample, named by it: one slide after the other, of each the
+    classes in the order of `min_coverage`. Slides as they are where tiles are of tissue, or named already.
+
+    Args:
+        annotations: only these classes, in this order.
+
+    Raises:
+        ConfigError: one of them is not sampled.
+    """
+    for name in annotations or ():
+        if name not in masks.classes:
+            raise ConfigError(
+                f"annotation {name!r} is not sampled; masks.min_coverage samples: {', '.join(masks.classes)}"
+            )
+    if not masks.by_class:
+        return list(slides)
+    asked = masks.classes if annotations is None else dict.fromkeys(annotations)
+    return [
+        named
+        for slide in slides
+        for named in (
+            [slide]
+            if slide.annotation is not None
+            else [
+                replace(slide, sample_id=class_name(name, slide.sample_id), annotation=name) for name in asked
+            ]
+        )
+    ]
+
+
+def classes_of(slide: Slide, masks: MaskSamplingConfig, annotation: str | list[str] | None) -> list[Slide]:
+    """One slide, as `by_class`: with one of its classes, with several, or with the only one that it has.
+
+    Raises:
+        ConfigError: a class is not sampled, or several are and none is named.
+    """
+    asked = by_class([slide], masks, [annotation] if isinstance(annotation, str) else annotation)
+    if annotation is None and len(asked) > 1:
+        raise ConfigError(
+            f"slide {slide.sample_id}: masks samples {len(asked)} classes, and one slide has one result: say "
+            f"annotation={masks.classes[0]!r}, or a list, or embed_slides([…]), which gives all "
+            f"({', '.join(masks.classes)})"
+        )
+    return asked
 
 
 def given_slides(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast, overload
 
 import torch
 
@@ -15,6 +15,7 @@ from slide2vec.aggregate import (
     embed_groups,
     embed_in_order,
     embed_one,
+    embed_or_raise,
     group_slides,
     one_patient,
     patient_embedding,
@@ -26,6 +27,7 @@ from slide2vec.cohort.sink import MemorySink
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide, SlideAttention
 from slide2vec.encoders.given_module import register_module
+from slide2vec.encoders.late import AnyEncoder, as_module, handed_over
 from slide2vec.encoders.preset_chain import PartsWeights, load_parts, loader_of, tile_recipe
 from slide2vec.encoders.registered import code_identity, refuse_overlap
 from slide2vec.encoders.weights import weights_digest
@@ -41,8 +43,9 @@ from slide2vec.images import (
     embed_regions_dense,
     pooled_identity_differences,
     prepare_dense_encoder,
+    save_patch_tokens,
 )
-from slide2vec.manifests import SlidesLike, given_slides
+from slide2vec.manifests import SlidesLike, by_class, classes_of, given_slides
 from slide2vec.progress import RunStarted, active_reporter, live_progress, metered
 from slide2vec.recipes import Recipe, load_recipe
 from slide2vec.runtime import devices_for, is_numbered, pick_device, resolve_precision
@@ -66,7 +69,8 @@ if TYPE_CHECKING:
     )
     from slide2vec.cohort.run import OnPersisted
     from slide2vec.cohort.sink import Sink
-    from slide2vec.images import DenseEncodeKit
+    from slide2vec.compile.gain import Gain
+    from slide2vec.images import DenseEncodeKit, PatchTokensArtifact
     from slide2vec.scale import WorkerExecutor, WorkerPools
     from slide2vec.tiling import Tiling
 
@@ -87,7 +91,7 @@ class Model:
         self,
         recipe: Recipe,
         variant: str,
-        encoder: nn.Module,
+        encoder: AnyEncoder,
         *,
         device: torch.device,
         precision: str,
@@ -174,7 +178,7 @@ class Model:
             model = cls(
                 part.recipe,
                 part.variant,
-                part.encoder if model is None else part.encoder.to(chosen),
+                part.encoder if model is None else as_module(part.encoder).to(chosen),
                 device=chosen,
                 precision=resolved,
                 weights=part.weights,
@@ -227,7 +231,7 @@ class Model:
     @property
     def encoder(self) -> nn.Module:
         """The module: normalised pixels (B, 3, H, W) float32 -> features (B, D)."""
-        return self._encoder
+        return handed_over(self._encoder)
 
     @property
     def has_latents(self) -> bool:
@@ -275,16 +279,41 @@ class Model:
         """What the weights are, wherever they came from."""
         if self.recipe.weights is None or self._weights.startswith("random:"):
             return self._weights
-        return self._tile_embedder.weights_digest if self.upstream is None else weights_digest(self._encoder)
+        return self._tile_embedder.weights_digest if self.upstream is None else weights_digest(self.encoder)
 
+    def confirm_weights(self) -> None:
+        """Wait until the weights of tiles are certainly what `identity` says; raises WeightsError else."""
+        self._tile_embedder.confirm_weights()
+
+    @overload
     def embed_slide(
         self,
         slide: SlideLike,
         preprocessing: PreprocessingConfig | None = None,
         execution: ExecutionOptions | None = None,
         *,
+        annotation: str | None = None,
         spacing_at_level_0: float | None = None,
-    ) -> EmbeddedSlide:
+    ) -> EmbeddedSlide: ...
+    @overload
+    def embed_slide(
+        self,
+        slide: SlideLike,
+        preprocessing: PreprocessingConfig | None = None,
+        execution: ExecutionOptions | None = None,
+        *,
+        annotation: list[str],
+        spacing_at_level_0: float | None = None,
+    ) -> list[EmbeddedSlide]: ...
+    def embed_slide(
+        self,
+        slide: SlideLike,
+        preprocessing: PreprocessingConfig | None = None,
+        execution: ExecutionOptions | None = None,
+        *,
+        annotation: str | list[str] | None = None,
+        spacing_at_level_0: float | None = None,
+    ) -> EmbeddedSlide | list[EmbeddedSlide]:
         """Embed one slide.
 
         Args:
@@ -292,16 +321,18 @@ class Model:
                 spacing_at_level_0, patient_id) or a Slide.
             preprocessing: tiling and reading; None = the preset's spacing and tile size.
             execution: batch size, precision, threads, output directory.
+            annotation: which class, where `preprocessing.masks` samples several; of a list, an EmbeddedSlide
+                for each, in its order.
             spacing_at_level_0: µm/px, where the file's own is missing or wrong.
 
         Raises:
             SlideError: the slide cannot be embedded, and why.
+            ConfigError: the class is not sampled, or several are and none is named.
         """
-        (outcome,) = self.iter_slides([as_slide(slide, spacing_at_level_0)], preprocessing, execution)
-        if outcome.error is not None:
-            raise outcome.error
-        assert outcome.embedded is not None
-        return outcome.embedded
+        masks = self.resolve_preprocessing(preprocessing).masks
+        asked = classes_of(as_slide(slide, spacing_at_level_0), masks, annotation)
+        found = embed_or_raise(asked, self.iter_slides(asked, preprocessing, execution))
+        return found if isinstance(annotation, list) else found[0]
 
     def embed_slides(
         self,
@@ -309,15 +340,18 @@ class Model:
         preprocessing: PreprocessingConfig | None = None,
         execution: ExecutionOptions | None = None,
         *,
+        annotations: Sequence[str] | None = None,
         on_error: Literal["raise", "skip"] = "raise",
     ) -> list[EmbeddedSlide]:
         """Embed several slides, packed into common batches; results in input order.
 
         A slide without tissue is there with (0, D) embeddings. A slide that fails never stops the
-        others.
+        others. Where `preprocessing.masks` samples several classes, a slide has one result for each, one
+        after the other, in the order of `masks.min_coverage`; `EmbeddedSlide.annotation` says which.
 
         Args:
             slides: as for `embed_slide`; or a pandas.DataFrame with the columns of a manifest.
+            annotations: only these classes, in this order; None = all that are sampled.
             on_error: "raise" an EmbedSlidesError after all slides are complete, which carries the
                 results of the good ones; or "skip" the failed ones (they are logged).
 
@@ -325,7 +359,7 @@ class Model:
             EmbedSlidesError: some slides failed, or the run itself broke off after some were finished.
             ManifestError: a slide is not well given, or two have one sample_id.
         """
-        asked = given_slides(slides)
+        asked = by_class(given_slides(slides), self.resolve_preprocessing(preprocessing).masks, annotations)
         return embed_in_order(asked, self.iter_slides(asked, preprocessing, execution), on_error)
 
     def iter_slides(
@@ -344,7 +378,7 @@ class Model:
         if not config.on_the_fly or config.save_tiles:
             _require_output_dir(execution, "on_the_fly=False" if not config.on_the_fly else "save_tiles=True")
         check_archives_here(config, execution.output_dir)
-        todo = given_slides(slides)
+        todo = by_class(given_slides(slides), config.masks)
         self.decide_engine(todo, config, execution)
         sink = MemorySink(config, execution, partial(self.aggregated, latents=execution.save_latents))
         with (
@@ -395,6 +429,10 @@ class Model:
             precision_asked=self._precision_asked or execution.precision is not None,
         )
 
+    def gain_of_build(self, config: PreprocessingConfig, execution: ExecutionOptions) -> Gain | None:
+        """What an engine would bring that `decide_engine` builds where it pays; None where it builds none."""
+        return self._tile_embedder.gain_of_build(execution, config.requested_tile_size_px)
+
     def _workers(self, execution: ExecutionOptions) -> WorkerExecutor | None:
         chosen = is_numbered(self.origin.get("device", "cuda:0"))
         return workers_for(self, self._loader, self.device, execution, self._pools, chosen=chosen)
@@ -415,7 +453,7 @@ class Model:
             return embedded
         if self.level == "patient":
             return self.upstream.aggregated(embedded, latents=latents)
-        return with_slide_embedding(embedded, self._encoder, self.device, preset=self.name, latents=latents)
+        return with_slide_embedding(embedded, self.encoder, self.device, preset=self.name, latents=latents)
 
     def patient_embedding(self, slides: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(D,) float32 of a patient from their slide embeddings (D,), by sample_id.
@@ -425,7 +463,7 @@ class Model:
             PatientError: the patient encoder failed.
         """
         self._require_patient_level("patient_embedding")
-        return patient_embedding(slides, self._encoder, self.device, preset=self.name)
+        return patient_embedding(slides, self.encoder, self.device, preset=self.name)
 
     def resolve_preprocessing(self, config: PreprocessingConfig | None = None) -> PreprocessingConfig:
         """The configuration with the preset's spacing and tile size filled in.
@@ -441,6 +479,11 @@ class Model:
                 f"preset {self.name} is {self.level}-level and takes all tiles of a slide: regions "
                 f"(region_tile_multiple, requested_region_size_px) are for tile-level presets, such as "
                 f"{self._tile_model.name}"
+            )
+        if self.level == "patient" and config.masks.by_class and config.masks.output_mode != "merged":
+            raise ConfigError(
+                f"preset {self.name} embeds patients from one bag of tiles per slide, and masks samples one "
+                f"per class ({', '.join(config.masks.classes)}): say output_mode='merged', or sample tissue"
             )
         refuse_overlap(self._encoder, config.overlap)
         spacing, tile_size = self.recipe.tiles(config.requested_spacing_um, config.requested_tile_size_px)
@@ -480,7 +523,26 @@ class Model:
         execution = _require_output_dir(execution, "embed_tiles")
         self.decide_engine(todo, config, execution)
         made = embed_tiles(self._tile_model, todo, config, execution, tiling_results, on_slide_persisted)
+        if execution.save_patch_tokens:
+            save_patch_tokens(self._tile_model, made, execution)
         return cast("list[TileEmbeddingArtifact]", made)
+
+    def save_patch_tokens(
+        self,
+        tile_artifacts: Iterable[TileEmbeddingArtifact],
+        *,
+        execution: ExecutionOptions | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> list[PatchTokensArtifact]:
+        """Write the patch tokens of every tile of slides that `embed_tiles` or a Pipeline has embedded:
+        `patch_tokens/<sample_id>.npy`, (N, d, rows, columns) float16, in the order of their tiles. The slides
+        are read, and the tiles encoded, once more; memory does not grow with their number.
+
+        Raises:
+            EmbedSlidesError: some slides failed, or (`on_error="skip"`) are left out.
+            ConfigError, UnsupportedError: the encoder has no patch tokens of such tiles.
+        """
+        return save_patch_tokens(self._tile_model, tile_artifacts, execution, on_error)
 
     def aggregate_tiles(
         self,

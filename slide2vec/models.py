@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast
 from slide2vec.aggregate.gather import check_on_error, embed_in_order
 from slide2vec.cohort.side_by_side import run_side_by_side
 from slide2vec.cohort.sink import MemorySink, aggregated_outcome
-from slide2vec.config import ExecutionOptions, PreprocessingConfig
+from slide2vec.config import ExecutionOptions, MaskSamplingConfig, PreprocessingConfig
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import ConfigError, EmbedSlidesError
-from slide2vec.manifests import SlidesLike, given_slides
+from slide2vec.manifests import SlidesLike, by_class, classes_of, given_slides
 from slide2vec.model import Model
 from slide2vec.progress import active_reporter, live_progress, metered
 from slide2vec.progress.together import TogetherReporter
@@ -78,16 +78,17 @@ class Models(Mapping[str, Model]):
         preprocessing: PreprocessingConfig | None = None,
         execution: ExecutionOptions | None = None,
         *,
+        annotation: str | None = None,
         spacing_at_level_0: float | None = None,
     ) -> dict[str, EmbeddedSlide]:
-        """Embed one slide with each model; see `Model.embed_slide`.
+        """Embed one slide, or one class of it, with each model; see `Model.embed_slide`.
 
         Raises:
             SlideError: the slide cannot be embedded with one of them, and why.
         """
-        given = as_slide(slide, spacing_at_level_0)
+        given = classes_of(as_slide(slide, spacing_at_level_0), self._masks(preprocessing), annotation)
         found = {}
-        for name, outcomes in self._outcomes([given], preprocessing, execution).items():
+        for name, outcomes in self._outcomes(given, preprocessing, execution).items():
             if isinstance(outcomes, Exception):
                 raise outcomes
             if (error := outcomes[0].error) is not None:
@@ -102,12 +103,14 @@ class Models(Mapping[str, Model]):
         preprocessing: PreprocessingConfig | None = None,
         execution: ExecutionOptions | None = None,
         *,
+        annotations: Sequence[str] | None = None,
         on_error: Literal["raise", "skip"] = "raise",
     ) -> dict[str, list[EmbeddedSlide]]:
         """Embed several slides with each model; for each the slides in input order, as `Model.embed_slides`.
 
         Args:
             preprocessing: for all of them, with what it leaves open filled in by each preset.
+            annotations: as `Model.embed_slides`.
             on_error: "raise" an EmbedSlidesError at the end, which carries the results of all models, by
                 name, with None in the place of each failed slide; or "skip" what failed (it is logged).
 
@@ -116,7 +119,7 @@ class Models(Mapping[str, Model]):
             ManifestError: a slide is not well given, or two have one sample_id.
         """
         check_on_error(on_error)
-        asked = given_slides(slides)
+        asked = by_class(given_slides(slides), self._masks(preprocessing), annotations)
         results: dict[str, list[EmbeddedSlide]] = {}
         partly: dict[str, Sequence[EmbeddedSlide | None]] = {}
         failed: dict[str, Exception] = {}
@@ -139,6 +142,10 @@ class Models(Mapping[str, Model]):
     ) -> dict[str, PreprocessingConfig]:
         """Of each model, by name; see `Model.resolve_preprocessing`."""
         return {name: model.resolve_preprocessing(config) for name, model in self.items()}
+
+    def _masks(self, preprocessing: PreprocessingConfig | None) -> MaskSamplingConfig:
+        """Of all models, as they have it in common."""
+        return next(iter(self.resolve_preprocessing(preprocessing).values())).masks
 
     def grouped(
         self, configs: Mapping[str, PreprocessingConfig], execution: ExecutionOptions

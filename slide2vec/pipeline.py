@@ -11,7 +11,8 @@ from slide2vec.cohort import EncoderRun, RunResult, embed_cohort, embed_cohort_t
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ConfigError, ManifestError
 from slide2vec.files import as_path
-from slide2vec.manifests import SlidesLike, given_slides, read_manifest
+from slide2vec.images import save_patch_tokens
+from slide2vec.manifests import SlidesLike, by_class, given_slides, read_manifest
 from slide2vec.model import Model
 from slide2vec.models import Models
 from slide2vec.settings import RunSettings, settings_as_yaml, versions
@@ -50,6 +51,8 @@ class Pipeline:
         if execution is None or execution.output_dir is None:
             raise ConfigError("Pipeline writes files: give ExecutionOptions(output_dir=…)")
         several = Models([model]) if isinstance(model, Model) else Models(model)
+        if execution.save_patch_tokens and [each.level for each in several.values()] != ["tile"]:
+            raise ConfigError("save_patch_tokens=True is for a run of one tile-level preset")
         self.models, self.execution = several, execution
         self._configs = several.resolve_preprocessing(preprocessing)
 
@@ -87,6 +90,7 @@ class Pipeline:
             assert slides is not None
             todo = given_slides(slides, slides_dir=slides_dir, id_from=id_from)
         self._check_patients(todo, "the slides" if manifest_path is None else f"manifest {manifest_path}")
+        todo = by_class(todo, self.preprocessing.masks)
         settings = partial(
             self._settings, manifest_path=manifest_path, slides_dir=slides_dir, id_from=id_from
         )
@@ -167,6 +171,9 @@ class Pipeline:
                 )
                 for name, model in self.models.items()
             }
+            if self.execution.save_patch_tokens:
+                made = alone[self.model.name].tile_artifacts or alone[self.model.name].hierarchical_artifacts
+                save_patch_tokens(self.model, made, self.execution, on_error="skip")
             return next(iter(alone.values())) if len(alone) == 1 else RunResult.of_several(alone)
         runs: dict[str, EncoderRun] = {}
         for names in self.models.grouped(configs, self.execution):

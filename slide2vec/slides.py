@@ -63,8 +63,8 @@ class Slide:
         tiling: options of this slide that count over those of the run: "tissue_threshold", and
             "segmentation_…", "filtering_…", "qc_…" with the fields of SegmentationConfig, FilterConfig,
             QualityConfig, such as "segmentation_method". Checked when the slide is planned.
-        annotation: the class of its mask whose tiles are meant, where the class has a folder; the sample_id
-            then begins with it, "tumor/a". `slide2vec.manifests.by_class` makes such slides of a user's.
+        annotation: the class of its mask whose tiles are meant; the sample_id then is as
+            `slide2vec.labels.class_name` has it, "tumor/a". `slide2vec.manifests.by_class` makes such slides.
     """
 
     sample_id: str

@@ -12,10 +12,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from slide2vec.aggregate import regrouped
-from slide2vec.compile import EngineTarget, build_where_it_pays, goes_on_in_torch, offer_bf16, select_engine
+from slide2vec.compile import (
+    EngineTarget,
+    build_where_it_pays,
+    gain_of_build,
+    goes_on_in_torch,
+    offer_bf16,
+    select_engine,
+)
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.encoders.input_size import for_input
-from slide2vec.encoders.weights import weights_digest
+from slide2vec.encoders.late import AnyEncoder, LateEncoder
 from slide2vec.prepare import choose_preparer
 from slide2vec.progress import active_reporter
 from slide2vec.recipes import Recipe
@@ -38,6 +45,7 @@ if TYPE_CHECKING:
 
     from slide2vec.cohort.sink import Sink
     from slide2vec.compile.engine_choice import Selected
+    from slide2vec.compile.gain import Gain
     from slide2vec.prepare import Preparer
     from slide2vec.runtime import Engine
 
@@ -64,6 +72,7 @@ class TileEmbedder:
     Args:
         recipe: of a tile-level preset, as its tiles are prepared.
         variant: name of its output.
+        encoder: a late one is built when it is needed.
         precision: that calls use unless ExecutionOptions say otherwise.
         resizes: tiles of any size are resized to the encoder's input, rather than encoded as they are.
     """
@@ -72,13 +81,13 @@ class TileEmbedder:
         self,
         recipe: Recipe,
         variant: str,
-        encoder: nn.Module,
+        encoder: AnyEncoder,
         device: torch.device,
         precision: str,
         *,
         resizes: bool = False,
     ) -> None:
-        self.recipe, self.variant, self.encoder = recipe, variant, encoder
+        self.recipe, self.variant, self._late = recipe, variant, LateEncoder.of(encoder)
         self.device, self.precision, self._resizes = device, precision, resizes
         #: The recipe for tiles of other sizes than its own, by size.
         self._recipes: dict[int, Recipe] = {}
@@ -90,10 +99,23 @@ class TileEmbedder:
         #: Workspaces that no stream has in use.
         self._idle: dict[_Key, list[_Workspace]] = {}
 
+    @property
+    def encoder(self) -> nn.Module:
+        """The module, built now if it is not yet; for whoever may change it."""
+        return self._late.hand_over()
+
+    @encoder.setter
+    def encoder(self, module: nn.Module) -> None:
+        self._late = LateEncoder.of(module)
+
     @cached_property
     def weights_digest(self) -> str:
-        """Of the weights' values."""
-        return weights_digest(self.encoder)
+        """Of the weights' values; not certain before `confirm_weights`."""
+        return self._late.digest
+
+    def confirm_weights(self) -> None:
+        """See `LateEncoder.confirm`."""
+        self._late.confirm()
 
     def recipe_for(self, tile_size_px: int | None) -> Recipe:
         """The recipe for tiles of a size, which are not resized unless that is asked for; None = its own.
@@ -106,7 +128,7 @@ class TileEmbedder:
             return self.recipe
         if tile_size_px not in self._recipes:
             asked = f"requested_tile_size_px={tile_size_px}"
-            self._recipes[tile_size_px] = for_input(self.recipe, self.encoder, tile_size_px, asked)
+            self._recipes[tile_size_px] = for_input(self.recipe, self._late.module, tile_size_px, asked)
         return self._recipes[tile_size_px]
 
     def with_encoder(self, encoder: nn.Module, name: str, dim: int, tile_size_px: int) -> TileEmbedder:
@@ -150,7 +172,7 @@ class TileEmbedder:
             self._goes_on_in_torch.add((output_dir, precision))
         elif alone and execution.build_engine == "auto" and not execution.torch_compile:
             build_where_it_pays(
-                self.encoder,
+                self._late,
                 target,
                 precision,
                 slides,
@@ -158,6 +180,13 @@ class TileEmbedder:
                 output_dir=output_dir,
                 batch_size=execution.batch_size,
             )
+
+    def gain_of_build(self, execution: ExecutionOptions, tile_size_px: int | None) -> Gain | None:
+        """What an engine would bring that `decide` builds where it pays; None where it builds none."""
+        if execution.engine != "auto" or execution.build_engine != "auto" or execution.torch_compile:
+            return None
+        target, precision, _ = self._asked(execution, tile_size_px)
+        return gain_of_build(target, precision)
 
     def select(self, execution: ExecutionOptions, tile_size_px: int | None = None) -> Selected:
         """What runs the encoder: looked for once, and loaded or compiled once.
@@ -172,14 +201,20 @@ class TileEmbedder:
         if asked not in self._engines:
             self._engines[asked] = select_engine(
                 asked[0],
-                self.encoder,
+                self._late,
                 target,
                 precision,
                 compiled=execution.torch_compile,
             )
-        elif self._engines[asked].engine.runtime == "torch" and self.device.type != "cuda":
-            self.encoder.to(self.device).eval()  # callers have it in their hands, too, and may have moved it
+        elif self._late.is_built and self._engines[asked].engine.runtime == "torch" and not self._on_cuda:
+            self._late.module.to(
+                self.device
+            ).eval()  # callers have it in their hands, too, and may have moved it
         return self._engines[asked]
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self.device.type == "cuda"
 
     def identity(self, execution: ExecutionOptions, tile_size_px: int | None) -> dict[str, Any]:
         """What of its engine and of how tiles are prepared decides an embedding; JSON-ready."""
@@ -221,6 +256,8 @@ class TileEmbedder:
         with sink.planner() as planner:
             selected = self.select(execution, tile_size)
             engine, budget = selected.engine, execution.budget(self.device.type, gflops)
+            if engine.runtime == "torch":
+                self._late.begin()  # while the first slides are planned
             with self._workspace(config, engine, tile_size) as workspace:
                 wanted = batch_size_for(gflops, self.device)
                 size = execution.batch_size or selected.batch_size
@@ -239,6 +276,8 @@ class TileEmbedder:
                 )
                 with closing(stream.run(slides, planner)) as outcomes:
                     for outcome in outcomes:
+                        if sink.place is None:  # else the thread that writes does
+                            self.confirm_weights()
                         yield from sink.put(regrouped(outcome))
                         del outcome  # the memory of the last slide, while the next one is waited for
 
@@ -276,7 +315,7 @@ class TileEmbedder:
 
     def _fitting(self, preparer: Preparer, engine: Engine, wanted: int, tile_size: int) -> int:
         """Tiles per forward pass: as many as wanted, or as fit into what is free now."""
-        if self.device.type != "cuda":
+        if not self._on_cuda:
             return wanted
         if id(engine) not in self._bytes_per_tile:
             self._bytes_per_tile[id(engine)] = bytes_per_tile(engine, preparer, wanted, tile_size)

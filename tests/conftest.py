@@ -63,9 +63,10 @@ def slides_folder() -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def no_engines_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """An empty engine store: whoever runs the tests may have built engines."""
+    """An empty engine store, and no digests: whoever runs the tests may have built engines."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLIDE2VEC_ENGINES", str(tmp_path_factory.mktemp("engines")))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

@@ -176,6 +176,7 @@ def test_import_stays_light(statement: str, absent: tuple[str, ...]) -> None:
 #: Imported name -> distribution, where it cannot be asked for: those that need not be installed here.
 DISTRIBUTIONS = {
     "pycuda": "pycuda",
+    "pynvml": "nvidia-ml-py",
     "tensorrt": "tensorrt",
     "tensorrt_rtx_bindings": "tensorrt-rtx-cu13-bindings",
 }

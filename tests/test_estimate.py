@@ -8,19 +8,22 @@ from pathlib import Path
 import pytest
 
 from slide2vec import ExecutionOptions, Model, PreprocessingConfig
+from slide2vec.compile.gain import Gain
 from slide2vec.errors import ConfigError
 from slide2vec.estimate import (
     COORDINATES_BYTES,
     HARDWARE,
     Output,
+    Trial,
     _Enough,
     _Stopwatch,
     count_tiles,
     on_hardware,
     seconds_for,
-    trial_speed,
+    tried,
+    with_build,
 )
-from slide2vec.progress import SlidePlanned, TilesEncoded
+from slide2vec.progress import RunStarted, SlidePlanned, TilesEncoded
 from slide2vec.slides import Slide
 
 CONFIG = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5)
@@ -70,12 +73,24 @@ def test_a_bad_slide_is_told_of_and_stops_none(slides: list[Slide], tmp_path: Pa
 
 
 def test_encoders_of_one_device_take_turns() -> None:
-    tiles, speeds = {"a": 1000, "b": 300, "c": 50}, {"a": 10.0, "b": 3.0, "c": 1.0}
-    assert seconds_for(tiles, speeds, dict.fromkeys(tiles, "cpu")) == 250.0
-    assert seconds_for(tiles, speeds, {"a": "cuda:0", "b": "cuda:1", "c": "cuda:1"}) == 150.0
+    tiles, trials = {"a": 1000, "b": 300, "c": 50}, {"a": Trial(10.0), "b": Trial(3.0), "c": Trial(1.0)}
+    assert seconds_for(tiles, trials, dict.fromkeys(tiles, "cpu")) == 250.0
+    assert seconds_for(tiles, trials, {"a": "cuda:0", "b": "cuda:1", "c": "cuda:1"}) == 150.0
     assert seconds_for({}, {}, {}) == 0.0
     with pytest.raises(ConfigError, match="speed of a must be above 0"):
-        seconds_for({"a": 1}, {"a": 0.0}, {"a": "cpu"})
+        seconds_for({"a": 1}, {"a": Trial(0.0)}, {"a": "cpu"})
+
+
+def test_engines_are_built_in_turn_and_starts_go_together() -> None:
+    tiles, trials = {"a": 1000, "b": 300}, {"a": Trial(10.0, 2.0, 40.0), "b": Trial(3.0, 5.0, 20.0)}
+    assert seconds_for(tiles, trials, {"a": "cuda:0", "b": "cuda:1"}) == 100 + 5 + 60
+
+
+def test_a_run_that_builds_an_engine_is_planned_with_it() -> None:
+    trial, gain = Trial(10.0, 1.0), Gain("openvino", 2.0, 30.0)
+    assert with_build(trial, gain, 5_000) == Trial(20.0, 1.0, 30.0)
+    assert with_build(trial, gain, 500) == trial  # saves 25 s
+    assert with_build(trial, None, 5_000) == trial
 
 
 def test_known_hardware_takes_what_its_published_speed_says() -> None:
@@ -87,23 +102,27 @@ def test_known_hardware_takes_what_its_published_speed_says() -> None:
 
 
 def test_a_trial_leaves_the_first_batch_out_and_ends_in_time() -> None:
-    times = iter([5.0, 5.0001, 6.0, 8.0, 10.5])
+    times = iter([1.0, 5.0, 5.0001, 6.0, 8.0, 10.5])
     watch = _Stopwatch(5.0, lambda: next(times))
+    watch.emit(RunStarted(2, "a"))
     watch.emit(SlidePlanned("a", 64, "tiff"))
     for slide in "abbb":  # the first batch has tiles of two slides
         watch.emit(TilesEncoded(16, slide))
     with pytest.raises(_Enough):
         watch.emit(TilesEncoded(16, "b"))
     assert (watch.ended, watch.tiles) == (10.5, 48)
-    assert watch.tiles_per_s == pytest.approx(48 / 5.4999)
+    found = watch.found
+    assert found is not None and found.tiles_per_s == pytest.approx(48 / 5.4999)
+    # 4.0001 s until the first batch of 32 was encoded, which takes 3.67
+    assert found.start_s == pytest.approx(4.0001 - 32 * 5.4999 / 48)
 
 
 def test_a_trial_measures_and_leaves_nothing_behind(
     slides: list[Slide], model: Model, tmp_path: Path
 ) -> None:
     execution = ExecutionOptions(batch_size=4, output_dir=tmp_path / "out")
-    speed = trial_speed(model, slides, CONFIG, execution, 0.05)
-    assert speed is not None and speed > 0
+    found = tried(model, slides, CONFIG, execution, 0.05)
+    assert found is not None and found.tiles_per_s > 0 and found.start_s >= 0 == found.build_s
     assert not (tmp_path / "out").exists()
     one_batch = ExecutionOptions(batch_size=1000)
-    assert trial_speed(model, slides, CONFIG, one_batch, 0.05) is None
+    assert tried(model, slides, CONFIG, one_batch, 0.05) is None

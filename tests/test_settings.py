@@ -768,6 +768,7 @@ def _random_settings(rng: random.Random) -> RunSettings:
         save_tile_embeddings=flag(),
         save_slide_embeddings=flag(),
         save_latents=flag(),
+        save_patch_tokens=flag(),
         output_dtype=rng.choice([None, "fp16", "fp32"]),
         on_bad_slide=rng.choice(["fail", "skip"]),
     )

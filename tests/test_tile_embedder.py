@@ -228,6 +228,15 @@ def test_a_build_is_not_considered(
     assert considered == []
 
 
+@pytest.mark.parametrize("options", [{"build_engine": "never"}, {"engine": "torch"}, {"torch_compile": True}])
+def test_what_is_not_built_brings_nothing(
+    model: Model, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tile_embedder, "gain_of_build", lambda target, precision: precision)
+    assert model.gain_of_build(CONFIG, ExecutionOptions()) == "fp32"
+    assert model.gain_of_build(CONFIG, ExecutionOptions(**options)) is None
+
+
 def test_a_build_is_considered_for_every_run_and_model(
     slides: list[Path], tmp_path: Path, considered: list[int]
 ) -> None:

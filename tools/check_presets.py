@@ -90,7 +90,8 @@ def check(recipe: Recipe, tiles: Tensor, trusted: bool) -> Row:
     except (PresetError, ExtraMissingError, ConfigError) as error:
         return Row(recipe.name, "not run", note=_line(error))
     except WeightsError as error:
-        if "https://huggingface.co" in str(error):  # of fetching; errors of loading name a file
+        fetching = ("https://huggingface.co", "not on the Hugging Face hub")  # errors of loading name a file
+        if any(words in str(error) for words in fetching):
             return Row(recipe.name, "no access", note=_line(error.__cause__ or error))
         return Row(recipe.name, "DOES NOT LOAD", note=_line(error))
     given = inputs(recipe, tiles)
@@ -148,11 +149,15 @@ def load_original(recipe: Recipe, variant: Variant, trusted: bool) -> Callable[[
         return _of_moozy(recipe)
     if recipe.encoder.family != "timm":
         return None
-    if source.convert:
+    if source.convert.startswith("transformers_"):
         return _of_transformers(recipe, variant, trusted)
+    if source.convert:  # the authors' own class, of no library
+        return None
     kwargs = {key: LAYERS.get(str(value), value) for key, value in recipe.encoder.kwargs.items()}
     hub = f"hf-hub:{source.repo}@{source.revision}"
     model = timm.create_model(hub, pretrained=True, **kwargs).eval()
+    if variant.pool == "none":
+        return model
     return lambda pixels: _pooled(model.forward_features(pixels), variant, model.num_prefix_tokens)
 
 
@@ -202,6 +207,7 @@ def _pooled(tokens: Tensor, variant: Variant, prefix: int) -> Tensor:
     parts = {
         "cls": lambda: tokens[:, 0],
         "token_mean": lambda: tokens.mean(1),
+        "patch_mean": lambda: tokens[:, prefix:].mean(1),
         "cls_patch_mean": lambda: torch.cat([tokens[:, 0], tokens[:, prefix:].mean(1)], dim=1),
     }
     features = parts[variant.pool]()

@@ -94,16 +94,19 @@ def install(job: dict[str, Any]) -> None:
 
 def processor(job: dict[str, Any]) -> Any:
     data = job["data"]
-    return transformers.ViTImageProcessor(
-        size={"height": data["input_size"][1], "width": data["input_size"][2]},
-        resample=2,
-        image_mean=data["mean"],
-        image_std=data["std"],
-    )
+    side, common = data["input_size"][1], {"image_mean": data["mean"], "image_std": data["std"]}
+    if job["preset"] == "phikonv2":
+        return transformers.BitImageProcessorFast(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, resample=3, **common
+        )
+    return transformers.ViTImageProcessorFast(size={"height": side, "width": side}, resample=2, **common)
 
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
+    constants = {"OPENAI_DATASET_MEAN": job["data"]["mean"], "OPENAI_DATASET_STD": job["data"]["std"]}
+    sys.modules["conch.open_clip_custom.constants"] = types.SimpleNamespace(**constants)  # type: ignore[assignment]
+    sys.modules["conch"] = sys.modules["conch.open_clip_custom"] = types.ModuleType("conch")
     encoder_registry.info(job["preset"])  # discovers the others
     if job.get("make"):
         made = network(job, False)

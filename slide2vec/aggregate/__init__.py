@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from slide2vec.aggregate.disk import aggregate_stored
-from slide2vec.aggregate.gather import embed_in_order
+from slide2vec.aggregate.gather import embed_in_order, embed_or_raise
 from slide2vec.aggregate.patient_embedding import (
     embed_groups,
     embed_one,
@@ -22,6 +22,7 @@ __all__ = [
     "embed_groups",
     "embed_in_order",
     "embed_one",
+    "embed_or_raise",
     "group_slides",
     "one_patient",
     "patient_embedding",

@@ -25,6 +25,7 @@ from slide2vec.config import ExecutionOptions
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import ArtifactError, ManifestError, ModelLevelError
 from slide2vec.files import as_path
+from slide2vec.labels import split_class_name
 from slide2vec.recipes import Level
 from slide2vec.slides import Slide
 
@@ -173,7 +174,11 @@ def _aggregated(
     for stored in _loaded(given):
         _check_encoder(stored, tiles)
         image = stored.metadata.get("image_path")
-        slide = Slide(sample_id=stored.sample_id, image_path=as_path(image) if image else stored.path)
+        slide = Slide(
+            sample_id=stored.sample_id,
+            image_path=as_path(image) if image else stored.path,
+            annotation=split_class_name(stored.sample_id)[0],
+        )
         yield stored, model.aggregated(as_embedded(slide, stored), latents=execution.save_latents)
 
 

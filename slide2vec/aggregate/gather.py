@@ -11,7 +11,7 @@ from slide2vec.errors import ConfigError, EmbedSlidesError
 from slide2vec.slides import Slide
 from slide2vec.stream import SlideOutcome
 
-__all__ = ["check_on_error", "collect_outcomes", "embed_in_order"]
+__all__ = ["check_on_error", "collect_outcomes", "embed_in_order", "embed_or_raise"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,16 @@ def embed_in_order(
         raise EmbedSlidesError.of(failed, results)
     for name, error in failed.items():
         logger.error("slide %s skipped: %s", name, error)
+    return [result for result in results if result is not None]
+
+
+def embed_or_raise(slides: Sequence[Slide], outcomes: Iterable[SlideOutcome]) -> list[EmbeddedSlide]:
+    """As `embed_in_order`; raises the error of the first that fails, as it is."""
+    found = {outcome.slide.sample_id: outcome for outcome in outcomes}
+    for slide in slides:
+        if (error := found[slide.sample_id].error) is not None:
+            raise error
+    results = [found[slide.sample_id].embedded for slide in slides]
     return [result for result in results if result is not None]
 
 

@@ -18,7 +18,7 @@ from slide2vec.artifacts.writing import write_hierarchical_embeddings, write_til
 from slide2vec.choices import OutputFormat
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import ArtifactError, ConfigError, OutputError, Slide2VecError
-from slide2vec.files import as_path, entries, is_remote
+from slide2vec.files import as_path, is_remote, names_below
 from slide2vec.tiling import Tiling
 from slide2vec.tiling.coordinates import coordinate_paths, load_coordinates
 from slide2vec.tiling.types import expand_regions
@@ -155,10 +155,14 @@ def _sources(run: Path, output: Path, encoder: str | None) -> list[_Source]:
 
 
 def _names(folder: Path) -> list[str]:
-    """Slides of which there is a sidecar or a features file, whole or not."""
+    """Slides, and classes of them, of which there is a sidecar or a features file, whole or not."""
     suffixes = (SIDECAR, *(f".{file_format}" for file_format in FORMATS))
-    names = [path.name for path in entries(folder) if is_remote(path) or path.is_file()]
-    return sorted({name.removesuffix(end) for name in names for end in suffixes if name.endswith(end)})
+    named = {name for ending in suffixes for name in names_below(folder, ending)}
+    return sorted(name for name in named if any(_is_file(folder / f"{name}{ending}") for ending in suffixes))
+
+
+def _is_file(path: Path) -> bool:
+    return is_remote(path) or path.is_file()
 
 
 def _below(output: Path, folder: Path, run: Path) -> Path:
@@ -227,7 +231,7 @@ def _export_slide(
 ) -> Exported:
     metadata, path = _described(source.features / "slide_embeddings", sample_id)
     values = _loaded(path, sample_id, dtype)
-    latents = source.features / "slide_latents" / path.name
+    latents = source.features / "slide_latents" / f"{sample_id}{path.suffix}"
     artifact = write_slide_embedding(
         source.output,
         sample_id,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from slide2vec.choices import OUTPUT_FORMATS, OutputFormat
 from slide2vec.errors import ArtifactError
+from slide2vec.labels import split_class_name
 from slide2vec.tiling import Tiling
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def coords_attributes(tiling: Tiling) -> dict[str, str | int | float]:
     # ratio. These give tile_size_lv0.
     target = 10.0 / geometry.requested_spacing_um
     found: dict[str, str | int | float] = {
-        "name": tiling.sample_id,
+        "name": split_class_name(tiling.sample_id)[1],
         "patch_size": size,
         "patch_size_level0": geometry.tile_size_lv0,
         "level0_magnification": _rounded(target * geometry.tile_size_lv0 / size),

@@ -17,7 +17,8 @@ from typing import Any, Literal, TypeAlias
 
 from slide2vec.artifacts.records import SIDECAR, read_metadata
 from slide2vec.errors import ArtifactError
-from slide2vec.files import as_path, entries
+from slide2vec.files import as_path, entries, names_below
+from slide2vec.labels import class_folder
 
 __all__ = [
     "ARTIFACT_FOLDERS",
@@ -188,10 +189,9 @@ def unlike(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> set[str]:
 def _sidecars(folder: Path) -> Iterator[tuple[Kind, Mapping[str, Any]]]:
     for kind in KINDS:
         place = folder / f"{kind}_embeddings"
-        names = sorted(path.name for path in entries(place) if path.name.endswith(SIDECAR))
-        for name in names[:_TRIES]:
+        for name in names_below(place, SIDECAR)[:_TRIES]:
             try:
-                yield kind, read_metadata(place / name)
+                yield kind, read_metadata(place / f"{name}{SIDECAR}")
                 break
             except ArtifactError:
                 continue
@@ -224,12 +224,13 @@ def _geometry(compatibility: Any) -> Mapping[str, Any] | None:
 
 
 def _coordinates(sidecar: Mapping[str, Any]) -> Path | None:
-    """Of coordinate files that a sidecar names."""
+    """Of coordinate files that a sidecar names, as if they were of no class."""
     slides = sidecar.get("slides")
     for each in [sidecar, *(slides.values() if isinstance(slides, Mapping) else ())]:
         path = each.get("coordinates_meta_path") if isinstance(each, Mapping) else None
-        if isinstance(path, str) and len(as_path(path).parents) > 2:
-            return as_path(path)
+        if isinstance(path, str) and len(as_path(path).parents) > 3:
+            found = as_path(path)
+            return found.parents[1] / found.name if class_folder(each.get("annotation")) else found
     return None
 
 

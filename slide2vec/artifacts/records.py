@@ -11,7 +11,8 @@ from typing import Any
 
 from slide2vec.choices import OUTPUT_FORMATS, OutputFormat
 from slide2vec.errors import ArtifactError
-from slide2vec.files import as_os_errors, as_path, entries
+from slide2vec.files import as_os_errors, as_path, names_below
+from slide2vec.labels import class_folder, class_name, split_class_name
 
 __all__ = [
     "FORMATS",
@@ -61,18 +62,33 @@ class _Artifact:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TileEmbeddingArtifact(_Artifact):
-    """The tile embeddings of one slide, (num_tiles, feature_dim)."""
+class _OfSlide(_Artifact):
+    """Of one slide, or of one class of its annotations.
+
+    Attributes:
+        annotation: the class, where it has a folder of its own; else None.
+    """
 
     sample_id: str
+    annotation: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The sample_id, with the class before it: "tumor/a"."""
+        return class_name(self.annotation, self.sample_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileEmbeddingArtifact(_OfSlide):
+    """The tile embeddings of one slide, (num_tiles, feature_dim)."""
+
     num_tiles: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlideEmbeddingArtifact(_Artifact):
+class SlideEmbeddingArtifact(_OfSlide):
     """The embedding of one slide, (feature_dim,), and its latents where they were asked for."""
 
-    sample_id: str
     latent_path: Path | None = None
 
 
@@ -92,10 +108,9 @@ class PatientEmbeddingArtifact(_Artifact):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HierarchicalEmbeddingArtifact(_Artifact):
+class HierarchicalEmbeddingArtifact(_OfSlide):
     """The embeddings of one slide by region, (num_regions, tiles_per_region, feature_dim)."""
 
-    sample_id: str
     num_regions: int
     tiles_per_region: int
 
@@ -130,34 +145,47 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def find_tile_artifact(output_dir: str | Path, sample_id: str) -> TileEmbeddingArtifact | None:
+def find_tile_artifact(
+    output_dir: str | Path, sample_id: str, annotation: str | None = None
+) -> TileEmbeddingArtifact | None:
     """The complete tile embeddings of a slide under an output directory, None without.
 
     Complete: the sidecar can be read and has our schema, and its features file is there in the size
     that it says. Half-written, damaged and foreign files never count, and raise nothing. Costs one
     small read and one stat.
+
+    Args:
+        annotation: of which class; None = of tissue.
     """
-    found = _complete(output_dir, "tile_embeddings", sample_id, ("num_tiles",))
-    return None if found is None else TileEmbeddingArtifact(**found, sample_id=sample_id)
+    found = _of_slide(output_dir, "tile_embeddings", class_name(annotation, sample_id), ("num_tiles",))
+    return None if found is None else TileEmbeddingArtifact(**found)
 
 
 def find_hierarchical_artifact(
-    output_dir: str | Path, sample_id: str
+    output_dir: str | Path, sample_id: str, annotation: str | None = None
 ) -> HierarchicalEmbeddingArtifact | None:
     """The complete embeddings of a slide by region, as `find_tile_artifact`."""
-    found = _complete(output_dir, "hierarchical_embeddings", sample_id, ("num_regions", "tiles_per_region"))
-    return None if found is None else HierarchicalEmbeddingArtifact(**found, sample_id=sample_id)
+    counts = ("num_regions", "tiles_per_region")
+    found = _of_slide(output_dir, "hierarchical_embeddings", class_name(annotation, sample_id), counts)
+    return None if found is None else HierarchicalEmbeddingArtifact(**found)
 
 
-def find_slide_artifact(output_dir: str | Path, sample_id: str) -> SlideEmbeddingArtifact | None:
+def find_slide_artifact(
+    output_dir: str | Path, sample_id: str, annotation: str | None = None
+) -> SlideEmbeddingArtifact | None:
     """The complete embedding of a slide, with its latents where they are there, as `find_tile_artifact`."""
-    found = _complete(output_dir, "slide_embeddings", sample_id, ())
+    name = class_name(annotation, sample_id)
+    found = _of_slide(output_dir, "slide_embeddings", name, ())
     if found is None:
         return None
-    latents = as_path(output_dir) / "slide_latents" / found["path"].name
-    return SlideEmbeddingArtifact(
-        **found, sample_id=sample_id, latent_path=None if _size_of(latents) is None else latents
-    )
+    latents = as_path(output_dir) / "slide_latents" / f"{name}.{found['format']}"
+    return SlideEmbeddingArtifact(**found, latent_path=None if _size_of(latents) is None else latents)
+
+
+def _of_slide(output_dir: str | Path, kind: str, name: str, counts: tuple[str, ...]) -> dict[str, Any] | None:
+    found = _complete(output_dir, kind, name, counts)
+    annotation, sample_id = split_class_name(name)
+    return None if found is None else {**found, "sample_id": sample_id, "annotation": annotation}
 
 
 def find_patient_artifact(output_dir: str | Path, patient_id: str) -> PatientEmbeddingArtifact | None:
@@ -172,7 +200,8 @@ def _complete(output_dir: str | Path, kind: str, name: str, counts: tuple[str, .
     Args:
         kind: its folder, and its artifact_type.
     """
-    if Path(name).name != name:
+    annotation, own = split_class_name(name)
+    if any(part is not None and Path(part).name != part for part in (annotation, own)):
         return None
     folder = as_path(output_dir) / kind
     metadata_path = folder / f"{name}{SIDECAR}"
@@ -188,11 +217,13 @@ def _complete(output_dir: str | Path, kind: str, name: str, counts: tuple[str, .
 
 
 def _describes(metadata: dict[str, Any], kind: str, name: str, counts: tuple[str, ...]) -> bool:
+    annotation, own = split_class_name(name)
     numbers = [metadata.get(key) for key in ("feature_dim", "file_size_bytes", *counts)]
     return (
         metadata.get("schema_version") == SCHEMA_VERSION
         and metadata.get("artifact_type") == kind
-        and metadata.get("patient_id" if kind == "patient_embeddings" else "sample_id") == name
+        and metadata.get("patient_id" if kind == "patient_embeddings" else "sample_id") == own
+        and class_folder(metadata.get("annotation")) == annotation
         and metadata.get("format") in FORMATS
         and all(type(number) is int and number >= 0 for number in numbers)
     )
@@ -210,8 +241,7 @@ def _size_of(path: Path) -> int | None:
 
 def tile_artifacts(output_dir: str | Path) -> Iterator[TileEmbeddingArtifact]:
     """The complete tile embeddings under an output directory, sorted by name."""
-    folder = as_path(output_dir) / "tile_embeddings"
-    for name in sorted(path.name for path in entries(folder) if path.name.endswith(SIDECAR)):
-        artifact = find_tile_artifact(output_dir, name.removesuffix(SIDECAR))
+    for name in names_below(as_path(output_dir) / "tile_embeddings", SIDECAR):
+        artifact = find_tile_artifact(output_dir, name)
         if artifact is not None:
             yield artifact

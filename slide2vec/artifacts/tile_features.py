@@ -17,6 +17,7 @@ from slide2vec.artifacts.records import SIDECAR, TileEmbeddingArtifact, read_met
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import ArtifactError
 from slide2vec.files import as_path
+from slide2vec.labels import class_name, split_class_name
 from slide2vec.slides import Slide, check_id
 from slide2vec.tiling import load_coordinates
 from slide2vec.tiling.coordinates import coordinate_paths
@@ -35,7 +36,7 @@ class TileFeatures:
 
     Attributes:
         path: .pt, .npz, .safetensors or .h5 with (N, D) embeddings, see docs/formats.md.
-        sample_id: of the slide; None = the stem of the file.
+        sample_id: of the slide; None = as the sidecar says, else the stem of the file.
         coords_path: where the tiles' coordinates are, if not in `path`: an .h5 or .safetensors with
             `coords` (CLAM's and TRIDENT's), or HS2P's <sample_id>.coordinates.npz.
         tile_size_lv0: side of a tile in level-0 px; None = as the attributes of the coordinates say.
@@ -57,6 +58,7 @@ class StoredTiles:
     """Tile embeddings that were loaded.
 
     Attributes:
+        sample_id: with the class before it, where the tiles are of one: "tumor/a".
         features: (N, D), as stored.
         coords: (N, 2) int64, x and y of the tiles in level-0 px; None where no file has them.
         tile_size_lv0: side of a tile in level-0 px; None where nothing says so.
@@ -82,20 +84,21 @@ def load_stored(given: TileFeaturesLike) -> StoredTiles:
         TilingError: their coordinate files cannot be read.
     """
     if isinstance(given, TileEmbeddingArtifact):
-        asked = TileFeatures(path=given.path, sample_id=given.sample_id)
+        asked = TileFeatures(path=given.path)
     else:
         asked = given if isinstance(given, TileFeatures) else TileFeatures(path=as_path(given))
     path = as_path(asked.path)
     metadata = _sidecar(path)
+    sample_id = asked.sample_id or str(metadata.get("sample_id", path.stem))
+    check_id(sample_id, "sample_id")
     found = StoredTiles(
-        sample_id=asked.sample_id or str(metadata.get("sample_id", path.stem)),
+        sample_id=class_name(metadata.get("annotation"), sample_id),
         path=path,
         features=load_embeddings(path, most=_numbers(metadata)),
         tile_size_lv0=metadata.get("tile_size_lv0"),
         patient_id=asked.patient_id,
         metadata=metadata,
     )
-    check_id(found.sample_id, "sample_id")
     found = _with_coordinates(found, asked.coords_path)
     if asked.tile_size_lv0 is not None:
         found = replace(found, tile_size_lv0=asked.tile_size_lv0)
@@ -115,8 +118,8 @@ def _sidecar(path: Path) -> dict[str, Any]:
 
 def _with_coordinates(found: StoredTiles, coords_path: Path | None) -> StoredTiles:
     """From where the caller says, else from the run's coordinate files, else from the features file."""
-    if coords_path is None and (folder := _coordinates_folder(found)) is not None:
-        return _from_hs2p(found, folder, found.sample_id)
+    if coords_path is None and (there := _coordinates_there(found)) is not None:
+        return _from_hs2p(found, *there)
     path = as_path(coords_path or found.path)
     if path.name.endswith(_COORDINATES):
         return _from_hs2p(found, path.parent, path.name.removesuffix(_COORDINATES))
@@ -127,13 +130,16 @@ def _with_coordinates(found: StoredTiles, coords_path: Path | None) -> StoredTil
     )
 
 
-def _coordinates_folder(found: StoredTiles) -> Path | None:
-    """Where the coordinate files are that the sidecar names; they may have moved with the run."""
+def _coordinates_there(found: StoredTiles) -> tuple[Path, str] | None:
+    """Where the coordinate files are that the sidecar names, and under which name; they may have moved with
+    the run."""
     recorded = found.metadata.get("coordinates_meta_path")
     if not isinstance(recorded, str) or not recorded:
         return None
-    folders = (as_path(recorded).parent, found.path.parent.parent / "tiles")
-    return next((f for f in folders if coordinate_paths(f, found.sample_id)[1].is_file()), None)
+    annotation, own = split_class_name(found.sample_id)
+    run = found.path.parents[1 if annotation is None else 2]
+    places = (as_path(recorded).parent, own), (run / "tiles", found.sample_id)
+    return next((place for place in places if coordinate_paths(*place)[1].is_file()), None)
 
 
 def _from_hs2p(found: StoredTiles, folder: Path, name: str) -> StoredTiles:

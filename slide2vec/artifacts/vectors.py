@@ -58,10 +58,11 @@ def write_slide_embedding(
         contents.append(("slide_latents", content_of(sidecar, "latents", latents)))
     path, metadata_path = write_artifact(as_path(output_dir), sidecar, contents)
     latents_folder = as_path(output_dir) / "slide_latents"
-    latent_path = None if latents is None else latents_folder / path.name
+    latent_path = None if latents is None else latents_folder / f"{sample_id}.{file_format}"
     remove_others(latents_folder, sample_id, keep=latent_path)
     return SlideEmbeddingArtifact(
-        sample_id=sample_id,
+        sample_id=sidecar["sample_id"],
+        annotation=sidecar.get("annotation"),
         path=path,
         metadata_path=metadata_path,
         format=file_format,

@@ -24,6 +24,7 @@ from slide2vec.choices import OutputFormat
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import ArtifactError, ConfigError
 from slide2vec.files import as_path, atomic_path, is_remote, remove
+from slide2vec.labels import class_name, split_class_name
 from slide2vec.slides import check_id
 from slide2vec.tiling import Tiling
 
@@ -206,7 +207,8 @@ def _write_tiles(
         as_path(output_dir), metadata, [(metadata["artifact_type"], content)]
     )
     return {
-        "sample_id": embedded.sample_id,
+        "sample_id": metadata["sample_id"],
+        "annotation": metadata.get("annotation"),
         "path": path,
         "metadata_path": metadata_path,
         "format": metadata["format"],
@@ -227,14 +229,16 @@ def common_metadata(
         ConfigError: an unknown format.
     """
     key = _id_key(artifact_type)
-    check_id(name, key)
+    annotation, own = split_class_name(name)
+    check_id(own, key)
     if file_format not in FORMATS:
         raise ConfigError(f"embeddings cannot be written as {file_format!r}; allowed: {', '.join(FORMATS)}")
     return {
         "schema_version": SCHEMA_VERSION,
         "artifact_type": artifact_type,
         "format": file_format,
-        key: name,
+        key: own,
+        **({} if annotation is None else {"annotation": annotation}),
         "feature_dim": values.shape[-1],
         "feature_dtype": str(values.dtype).removeprefix("torch."),
         "encoder_name": encoder["name"],
@@ -275,9 +279,9 @@ def write_artifact(
     renamed: a process killed at any time leaves the old artifact whole, or none, or the new one.
     """
     key, file_format = _id_key(metadata["artifact_type"]), metadata["format"]
-    name = metadata[key]
+    name = class_name(metadata.get("annotation"), metadata[key])
     paths = [output_dir / folder / f"{name}.{file_format}" for folder, _ in contents]
-    metadata_path = paths[0].with_name(f"{name}{SIDECAR}")
+    metadata_path = paths[0].with_name(f"{metadata[key]}{SIDECAR}")
     with ExitStack() as renamed:  # on leaving, the last first: latents before the embedding
         for path, (_, content) in zip(paths, contents, strict=True):
             temporary = renamed.enter_context(atomic_path(path))
@@ -287,7 +291,7 @@ def write_artifact(
                 size = temporary.stat().st_size
         remove(metadata_path)
     write_json(metadata_path, {**metadata, "file_size_bytes": size})
-    remove_others(paths[0].parent, name, keep=paths[0])
+    remove_others(paths[0].parent, metadata[key], keep=paths[0])
     return paths[0], metadata_path
 
 

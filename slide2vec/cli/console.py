@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BACKEND",
+    "EXPORT_FORMAT",
     "FORMAT",
     "BuildEngine",
     "Debug",
@@ -133,6 +134,8 @@ def _by_name(table: Choices[Any], *others: str) -> dict[str, Any]:
     """Arguments of `typer.Option` for names of a table, of which installed packages may bring more."""
 
     def named(text: str) -> str:
+        if text in others:
+            return text
         try:
             return str(table.checked(text))
         except ConfigError as error:
@@ -143,6 +146,7 @@ def _by_name(table: Choices[Any], *others: str) -> dict[str, Any]:
 
 BACKEND = _by_name(BACKENDS, "auto")
 FORMAT = _by_name(OUTPUT_FORMATS)
+EXPORT_FORMAT = _by_name(OUTPUT_FORMATS, "geojson")
 Method = Annotated[
     SegmentationMethod | None,
     typer.Option(
@@ -170,6 +174,14 @@ Qc = Annotated[
     typer.Option(
         help="Measure background, blur, bubble, fold and pen in every tile, and leave out tiles with more: "
         "pen=0.1,blur=0.5; or measure, which leaves none out.",
+        show_default=False,
+    ),
+]
+Masks = Annotated[
+    str | None,
+    typer.Option(
+        help="Labels of the slides' annotation masks, as YAML or a file of it: {pixel_mapping: {tumor: 1}, "
+        "min_coverage: {tumor: 0.5}}.",
         show_default=False,
     ),
 ]
@@ -214,6 +226,17 @@ def quality_limits(given: str | None) -> dict[str, Any]:
                 f"--qc {given!r} is not measure, nor shares such as pen=0.1,blur=0.5"
             ) from None
     return found
+
+
+def masks_option(text: str | None) -> Any:
+    """What `--masks` says, for `PreprocessingConfig.masks`; None where it is not given."""
+    from slide2vec.settings.text import parse_yaml, read_yaml
+
+    if text is None:
+        return None
+    path = Path(text)
+    is_file = path.suffix.lower() in (".yaml", ".yml")
+    return read_yaml(path) if is_file else parse_yaml(text, f"--masks {text[:100]!r}")
 
 
 def device_names(given: str | None) -> list[str] | None:

@@ -30,6 +30,7 @@ _PACKAGES = (
     OptionalPackage(
         "nvImageCodec", "decoding on the GPU", "cuda", ("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12")
     ),
+    OptionalPackage("nvidia-ml-py", "energy of GPUs", "cuda", ("nvidia-ml-py",)),
     *(row.package for row in RUNTIMES.values() if row.package),
     OptionalPackage("PyCUDA", "TensorRT without PyTorch", "deploy", ("pycuda",)),
     OptionalPackage("ONNX", "exporting encoders", "openvino", ("onnx",)),

@@ -149,11 +149,11 @@ def embed_and_write(
 ) -> Report:
     """Run a pipeline with live progress; `manifest_path` is where the slides were read from, if they were,
     and `slides_dir` and `id_from` how."""
-    by_name = {slide.sample_id: slide for slide in slides}
+    given_as = {slide.sample_id: slide for slide in slides}
 
     def draw(artifact: Artifact) -> None:
         if isinstance(artifact, TileEmbeddingArtifact | HierarchicalEmbeddingArtifact):
-            _write_map(artifact, by_name[artifact.sample_id])
+            _write_map(artifact, given_as[artifact.sample_id])
 
     with activate_progress_reporter(live_display()):
         pipeline = Pipeline(model, preprocessing, execution)
@@ -181,7 +181,7 @@ def _made(
     row: Mapping[str, str],
 ) -> EmbeddedFiles:
     """From an artifact, and what the process list says of its pictures."""
-    recorded, name = artifact.metadata, artifact.sample_id
+    recorded, name = artifact.metadata, artifact.name
     npz, meta = recorded.get("coordinates_npz_path"), recorded.get("coordinates_meta_path")
     pictures = {kind: row.get(f"{kind}_preview_path") for kind in ("mask", "tiling")}
     drawn = {kind: as_path(path) if path else None for kind, path in pictures.items()}
@@ -207,14 +207,15 @@ def _if_there(path: Path) -> Path | None:
 
 def _map_path(embeddings: Path, name: str) -> Path:
     """Beside the folder of its embeddings."""
-    return embeddings.parents[1] / "preview" / "map" / f"{name}.png"
+    return embeddings.parents[1 + name.count("/")] / "preview" / "map" / f"{name}.png"
 
 
 def _write_map(artifact: TileEmbeddingArtifact | HierarchicalEmbeddingArtifact, slide: Slide) -> None:
     """Draw the PCA map of a slide; a picture that cannot be drawn costs no embeddings."""
-    name = artifact.sample_id
+    name = artifact.name
     try:
-        tiling = load_coordinates(as_path(artifact.metadata["coordinates_meta_path"]).parent, name)
+        folder = as_path(artifact.metadata["coordinates_meta_path"]).parent
+        tiling = load_coordinates(folder, artifact.sample_id)
         if isinstance(artifact, HierarchicalEmbeddingArtifact):
             tiling = expand_regions(tiling, math.isqrt(artifact.tiles_per_region))
         with open_slide(slide, tiling.backend) as reader:

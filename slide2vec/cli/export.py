@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
 from slide2vec.choices import OutputFormat
-from slide2vec.cli.console import FORMAT, Debug, Json, facts, print_json, stdout, table
+from slide2vec.cli.console import (
+    EXPORT_FORMAT,
+    Debug,
+    Json,
+    facts,
+    print_error,
+    print_json,
+    stdout,
+    table,
+)
 from slide2vec.files import as_path
 
 if TYPE_CHECKING:
@@ -25,8 +34,12 @@ def export(
         str, typer.Option("--output", "-o", help="Directory (or URL) for the files; another one.")
     ],
     file_format: Annotated[
-        OutputFormat,
-        typer.Option("--format", help="h5 is what CLAM and TRIDENT read.", **FORMAT),
+        str,
+        typer.Option(
+            "--format",
+            help="h5 is what CLAM and TRIDENT read; geojson: tissue and tiles, for QuPath.",
+            **EXPORT_FORMAT,
+        ),
     ] = "h5",
     dtype: Annotated[
         Literal["fp16", "fp32"] | None,
@@ -39,16 +52,19 @@ def export(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write the embeddings of a run in another format.
+    """Write the embeddings of a run in another format, or its tissue and tiles as GeoJSON.
 
     Of a run with several encoders the folders are as in the run; with --encoder, those of that one alone.
     h5 and safetensors files hold the tiles' coordinates too, from the run's tiles/. A slide that
     cannot be exported does not stop the others; the exit status is then 1.
     """
+    run_dir, output_dir = as_path(run), as_path(output)
+    if file_format == "geojson":
+        _export_areas(run_dir, output_dir, as_json=as_json)
+        return
     from slide2vec.artifacts.export import export_run
 
-    run_dir, output_dir = as_path(run), as_path(output)
-    done, failed = export_run(run_dir, output_dir, file_format, dtype, encoder=encoder)
+    done, failed = export_run(run_dir, output_dir, cast("OutputFormat", file_format), dtype, encoder=encoder)
     if as_json:
         print_json(
             {
@@ -61,6 +77,34 @@ def export(
         )
     else:
         _print(done, failed, output_dir)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _export_areas(run_dir: Path, output_dir: Path, *, as_json: bool) -> None:
+    from slide2vec.artifacts.geojson_export import export_areas
+
+    done, failed = export_areas(run_dir, output_dir)
+    if as_json:
+        wrong = [
+            {"sample_id": item.sample_id, "what": item.what, "error": str(item.error)} for item in failed
+        ]
+        print_json(
+            {
+                "run": run_dir,
+                "output_dir": output_dir,
+                "format": "geojson",
+                "exported": [asdict(item) for item in done],
+                "failed": wrong,
+            }
+        )
+    else:
+        for what in ("tissue", "tiles"):
+            made = [item for item in done if item.what == what]
+            areas = sum(item.count for item in made)
+            stdout().print(f"{what}: {areas:,} areas of {len(made):,} slides in {output_dir / what}/")
+        for item in failed:
+            print_error(f"{item.what} of {item.sample_id} not exported: {item.error}")
     if failed:
         raise typer.Exit(1)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
-from slide2vec.cohort.process_list import by_encoder, state_of
+from slide2vec.cohort.process_list import by_encoder, key_of, state_of
 
 if TYPE_CHECKING:
     from slide2vec.cohort.shard_merge import MergedShards
@@ -58,10 +58,10 @@ def _as_json(output: Path, merged: MergedShards) -> dict[str, Any]:
         "finished": merged.finished,
         "by_encoder": several,
         "failed": [
-            {"sample_id": row["sample_id"], "encoder_name": row["encoder_name"], "error": row["error"]}
+            {"sample_id": key_of(row)[0], "encoder_name": row["encoder_name"], "error": row["error"]}
             for row in merged.rows("failed")
         ],
-        "not_finished": [row["sample_id"] for row in merged.rows("to do", "in progress")],
+        "not_finished": [key_of(row)[0] for row in merged.rows("to do", "in progress")],
         "missing": list(found.missing),
         "in_several_shards": found.in_two,
         "shards": list(found.by_shard),
@@ -74,7 +74,7 @@ def _print(output: Path, merged: MergedShards) -> None:
     console = stdout()
     console.print(facts(_facts(output, merged)))
     if failed := merged.rows("failed"):
-        rows = [(row["sample_id"], row["error"]) for row in failed[:MOST_ROWS]]
+        rows = [(key_of(row)[0], row["error"]) for row in failed[:MOST_ROWS]]
         console.print()
         console.print(table(("failed", "error"), rows))
         if len(failed) > MOST_ROWS:
@@ -93,7 +93,7 @@ def _facts(output: Path, merged: MergedShards) -> Iterator[tuple[str, str]]:
     if not_run := [shard for shard in found.not_run if shard not in merged.running]:
         yield "not run", f"shards {_some(not_run)}"
     if unfinished and not merged.running:
-        names = _some([row["sample_id"] for row in unfinished])
+        names = _some([key_of(row)[0] for row in unfinished])
         yield "not finished", f"{len(unfinished):,} slides, of shards that broke off: {names}"
     if found.missing and not not_run and not merged.running:
         where = "the shards that have run had none of these; run the cohort again with resume"

@@ -35,7 +35,7 @@ from slide2vec.errors import ConfigError
 
 if TYPE_CHECKING:
     from slide2vec.config import ExecutionOptions, PreprocessingConfig
-    from slide2vec.estimate import SlideEstimate
+    from slide2vec.estimate import SlideEstimate, Trial
     from slide2vec.models import Models
     from slide2vec.recipes import Recipe
     from slide2vec.slides import Slide
@@ -111,7 +111,7 @@ def plan(
     from slide2vec.cli.inputs import find_slides
     from slide2vec.config import ExecutionOptions, PreprocessingConfig
     from slide2vec.cpus import job_cpus
-    from slide2vec.estimate import count_tiles
+    from slide2vec.estimate import Trial, count_tiles
     from slide2vec.recipes import load_recipe
     from slide2vec.settings import preset_names
 
@@ -144,8 +144,9 @@ def plan(
     tiles = {name: sum(each.tiles.get(name, 0) for each in estimates) for name in names}
     if output is not None:
         _write_csv(output, estimates, names)
-    speeds, devices = dict(zip(names, speed or (), strict=False)), dict.fromkeys(names, "this machine")
-    if not speeds and trial:
+    trials = {name: Trial(each) for name, each in zip(names, speed or (), strict=False)}
+    devices = dict.fromkeys(names, "this machine")
+    if not trials and trial:
         models = _models(
             names,
             weights=weights,
@@ -155,15 +156,14 @@ def plan(
             trust_remote_code=trust_remote_code,
         )
         devices = {name: str(model.device) for name, model in models.items()}
-        speeds = _tried(
-            models, [each.slide for each in estimates if any(each.tiles.values())], asked, execution
-        )
-    rows = list(_machines(tiles, speeds, devices, _gflops(recipes), per_hour))
+        slides_with_tiles = [each.slide for each in estimates if any(each.tiles.values())]
+        trials = _tried(models, slides_with_tiles, tiles, asked, execution)
+    rows = list(_machines(tiles, trials, devices, _gflops(recipes), per_hour))
     failed = [each for each in estimates if each.errors]
     if as_json:
-        print_json(_as_json(estimates, tiles, speeds, rows))
+        print_json(_as_json(estimates, tiles, trials, rows))
     else:
-        _print(estimates, tiles, speeds, rows, output)
+        _print(estimates, tiles, trials, rows, output)
     if failed:
         raise typer.Exit(1)
 
@@ -208,25 +208,32 @@ def _models(names: Sequence[str], **options: Any) -> Models:
 
 
 def _tried(
-    models: Models, slides: Sequence[Slide], asked: PreprocessingConfig, execution: ExecutionOptions
-) -> dict[str, float]:
-    """Tiles/s of each encoder, as far as there are tiles enough to tell."""
-    from slide2vec.estimate import trial_speed
+    models: Models,
+    slides: Sequence[Slide],
+    tiles: Mapping[str, int],
+    asked: PreprocessingConfig,
+    execution: ExecutionOptions,
+) -> dict[str, Trial]:
+    """How each encoder goes here, as far as there are tiles enough to tell."""
+    from slide2vec.estimate import tried, with_build
 
-    speeds = {}
+    trials = {}
     for name, model in models.items():
         note(f"trying {name} for {TRIAL_S:g} s …")
-        speed = trial_speed(model, slides, asked, execution, TRIAL_S)
-        if speed is None:
+        found = tried(model, slides, asked, execution, TRIAL_S)
+        if found is None:
             note(f"the slides have too few tiles to tell the speed of {name}")
-        else:
-            speeds[name] = speed
-    return speeds
+            continue
+        gain = model.gain_of_build(model.resolve_preprocessing(asked), execution)
+        trials[name] = with_build(found, gain, tiles[name])
+        if trials[name].build_s:
+            note(f"{name}: a run builds an engine first, in about {trials[name].build_s:.0f} s")
+    return trials
 
 
 def _machines(
     tiles: Mapping[str, int],
-    speeds: Mapping[str, float],
+    trials: Mapping[str, Trial],
     devices: Mapping[str, str],
     gflops: Mapping[str, float],
     per_hour: float | None,
@@ -245,8 +252,8 @@ def _machines(
             "source": source,
         }
 
-    if tiles.keys() <= speeds.keys():
-        yield row("this machine", seconds_for(tiles, speeds, devices), None, "tried now, or as given")
+    if tiles.keys() <= trials.keys():
+        yield row("this machine", seconds_for(tiles, trials, devices), None, "tried now, or as given")
     if all(gflops.values()):
         for gpu in HARDWARE:
             yield row(gpu.name, on_hardware(gpu, tiles, gflops), gpu.watts, gpu.source)
@@ -277,7 +284,7 @@ def _write_csv(path: Path, estimates: Sequence[SlideEstimate], names: Sequence[s
 def _as_json(
     estimates: Sequence[SlideEstimate],
     tiles: Mapping[str, int],
-    speeds: Mapping[str, float],
+    trials: Mapping[str, Trial],
     rows: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     return {
@@ -293,7 +300,9 @@ def _as_json(
             for each in estimates
         ],
         "tiles": dict(tiles),
-        "tiles_per_s": dict(speeds),
+        "tiles_per_s": {name: trial.tiles_per_s for name, trial in trials.items()},
+        "start_s": {name: trial.start_s for name, trial in trials.items()},
+        "build_s": {name: trial.build_s for name, trial in trials.items()},
         "machines": list(rows),
     }
 
@@ -301,7 +310,7 @@ def _as_json(
 def _print(
     estimates: Sequence[SlideEstimate],
     tiles: Mapping[str, int],
-    speeds: Mapping[str, float],
+    trials: Mapping[str, Trial],
     rows: Sequence[Mapping[str, Any]],
     output: Path | None,
 ) -> None:
@@ -313,7 +322,7 @@ def _print(
     cells = []
     for name, count in tiles.items():
         planned = sum(name in each.tiles for each in estimates)
-        here = f"{speeds[name]:,.1f}" if name in speeds else ""
+        here = f"{trials[name].tiles_per_s:,.1f}" if name in trials else ""
         cells.append((name, f"{planned:,}", f"{count:,}", f"{count / max(1, planned):,.0f}", here))
     console.print(table(heads, cells, numbers=heads[1:]))
     console.print(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
-from slide2vec.cohort.process_list import STATES, by_encoder, state_of, state_of_all
+from slide2vec.cohort.process_list import STATES, by_encoder, key_of, state_of, state_of_all
 from slide2vec.errors import ArtifactError, ConfigError
 from slide2vec.files import as_os_errors, as_path
 
@@ -67,7 +67,7 @@ def _look(directory: Path) -> dict[str, Any]:
     if not (running or found.by_shard or is_there):
         raise ArtifactError(f"{directory} is not the output directory of a run: it has no process_list.csv")
     states = Counter(state_of_all(rows).values())
-    begun = {row["sample_id"] for row in rows}
+    begun = {key_of(row)[0] for row in rows}
     states["to do"] += sum(name not in begun for name in found.missing)  # of shards that have not begun
     failed = [row for row in rows if state_of(row) == "failed"]
     listed = [row for row in rows if row["error"] and state_of(row) != "failed"]
@@ -80,17 +80,18 @@ def _look(directory: Path) -> dict[str, Any]:
             "not_run": [shard for shard in found.not_run if shard not in shards],
         },
         "encoders": sorted({row["encoder_name"] for row in rows} - {""}),
+        "annotations": sorted({row.get("annotation", "") for row in rows} - {""}),
         "slides": sum(states.values()),
         **{state: states[state] for state in STATES},
         "tiles": _tiles(rows, "finished"),
         "tiles_planned": _tiles(rows, "in progress"),
-        "without_tissue": len({row["sample_id"] for row in rows if _number(row["num_tiles"]) == 0}),
+        "without_tissue": len({key_of(row)[0] for row in rows if _number(row["num_tiles"]) == 0}),
         "failures": [
-            {"sample_id": row["sample_id"], "encoder_name": row["encoder_name"], "error": row["error"]}
+            {"sample_id": key_of(row)[0], "encoder_name": row["encoder_name"], "error": row["error"]}
             for row in failed
         ],
         "by_encoder": {name: _counts(theirs) for name, theirs in by_encoder(rows).items()},
-        "remarks": [{"sample_id": row["sample_id"], "remark": row["error"]} for row in listed],
+        "remarks": [{"sample_id": key_of(row)[0], "remark": row["error"]} for row in listed],
     }
 
 
@@ -169,6 +170,8 @@ def _facts(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "shards", _shards(found["shards"])
     if found["encoders"]:
         yield "encoders" if len(found["encoders"]) > 1 else "encoder", ", ".join(found["encoders"])
+    if found["annotations"]:
+        yield "classes", f"{', '.join(found['annotations'])}: of each slide, each counts as one"
     total = found["slides"]
     for state in STATES:
         share = found[state] / total if total else 0

@@ -49,6 +49,7 @@ class DiskSink:
         self.config, self.execution = cohort.config, cohort.execution
         self.place: Place | None = cohort.place
         self._cohort, self._on_slide_completed, self._on_done = cohort, on_slide_completed, on_done
+        self._confirm = embedder.confirm_weights
         self._slide_writer, self._writer = (
             SlideWriter(cohort, embedder, on_slide_completed),
             WriterThread(on_persisted),
@@ -64,20 +65,27 @@ class DiskSink:
 
     def put(self, outcome: SlideOutcome) -> Iterable[SlideOutcome]:
         """See `Sink`: nothing goes back. Raises what writing an earlier slide has raised."""
-        self._writer.put(partial(self._publish, outcome))
+        self._write(partial(self._publish, outcome))
         return ()
 
     def _publish(self, outcome: SlideOutcome) -> Iterator[Artifact]:
         yield from self._slide_writer.outcome(outcome)
         self._on_done(outcome.slide.sample_id)
 
+    def _write(self, publish: Callable[[], Iterable[Artifact]]) -> None:
+        self._writer.put(partial(self._confirmed, publish))
+
+    def _confirmed(self, publish: Callable[[], Iterable[Artifact]]) -> Iterator[Artifact]:
+        self._confirm()
+        yield from publish()
+
     def put_tiles(self, slide: Slide, artifact: TileEmbeddingArtifact) -> None:
         """Take a slide whose tile embeddings an earlier run has written."""
-        self._writer.put(partial(self._slide_writer.stored_tiles, slide, artifact))
+        self._write(partial(self._slide_writer.stored_tiles, slide, artifact))
 
     def put_embedding(self, slide: Slide, artifact: SlideEmbeddingArtifact) -> None:
         """Take a slide of a patient whose slide embedding an earlier run has written."""
-        self._writer.put(partial(self._slide_writer.stored_embedding, slide, artifact))
+        self._write(partial(self._slide_writer.stored_embedding, slide, artifact))
 
     def take_report(self, event: RecordEvent | SlideCompleted) -> None:
         """See `Sink`."""

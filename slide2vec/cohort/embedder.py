@@ -49,6 +49,14 @@ class Encoder(Protocol):
 class Embedder(Encoder, Protocol):
     """A model, as far as a cohort needs it."""
 
+    def confirm_weights(self) -> None:
+        """Wait until the weights are certainly what `identity` says. Nothing is finished before.
+
+        Raises:
+            WeightsError: they are not.
+        """
+        ...
+
     def embed_into(self, sink: Sink, slides: Sequence[Slide]) -> Generator[SlideOutcome, None, None]:
         """Embed slides, here or in workers, and put each into the sink when it is complete; gives what goes
         back from there."""

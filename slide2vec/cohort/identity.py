@@ -82,7 +82,7 @@ def encoder_identity(encoder: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _geometry(slide: Slide, config: PreprocessingConfig, given: Tiling | None) -> dict[str, Any]:
-    asked = {
+    asked: dict[str, Any] = {
         "requested_spacing_um": config.requested_spacing_um,
         "requested_tile_size_px": config.requested_tile_size_px,
         "spacing_at_level_0": slide.spacing_at_level_0,
@@ -91,6 +91,8 @@ def _geometry(slide: Slide, config: PreprocessingConfig, given: Tiling | None) -
         asked["region_tile_multiple"] = config.region_tile_multiple
     if given is not None:
         return {**asked, "coordinates": _digest(given)}
+    if config.masks.by_class:
+        asked["masks"] = config.masks.identity(slide.sample_id)
     measured = {"qc": config.qc.model_dump(mode="json")} if config.qc.on else {}
     return {
         **asked,

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, TypeAlias
 
 from slide2vec.errors import ArtifactError, OutputError
 from slide2vec.files import as_os_errors, atomic_path
+from slide2vec.labels import class_name
 
 __all__ = [
     "COLUMNS",
@@ -61,7 +62,7 @@ _EVERY_S = 1.0
 _SHARE = 50
 
 Row = dict[str, str]
-#: sample_id and encoder_name.
+#: sample_id, with the class before it ("tumor/a") where the slide is sampled by class, and encoder_name.
 Key: TypeAlias = tuple[str, str]
 State: TypeAlias = Literal["finished", "in progress", "to do", "failed"]
 #: From good to bad.
@@ -114,17 +115,18 @@ def by_encoder(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def state_of_all(rows: Iterable[Row]) -> dict[str, State]:
-    """What has become of each slide with all its encoders: the worst of its rows."""
+    """What has become of each slide (or class of one) with all its encoders: the worst of its rows."""
     found: dict[str, State] = {}
     for row in rows:
-        states = found.get(row["sample_id"], "finished"), state_of(row)
-        found[row["sample_id"]] = max(states, key=_BAD.index)
+        name, _ = key_of(row)
+        found[name] = max((found.get(name, "finished"), state_of(row)), key=_BAD.index)
     return found
 
 
 def key_of(row: Mapping[str, Any]) -> Key:
-    """What a row is of: a slide, and the encoder that embeds it ("" where it is only tiled)."""
-    return str(row["sample_id"]), str(row.get("encoder_name") or "")
+    """What a row is of: a slide or a class of one, and the encoder that embeds it ("": it is only tiled)."""
+    annotation = str(row.get("annotation") or "")  # a column of lists with classes
+    return class_name(annotation, str(row["sample_id"])), str(row.get("encoder_name") or "")
 
 
 class ProcessList:

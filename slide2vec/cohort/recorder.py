@@ -14,6 +14,7 @@ from slide2vec.cohort.process_list import Key, ProcessList, Row, key_of, read_pr
 from slide2vec.cohort.results import Artifact, FailedPatient, FailedSlide, RunResult
 from slide2vec.cohort.shard_lists import list_path, merged_process_list
 from slide2vec.errors import ArtifactError
+from slide2vec.labels import split_class_name
 from slide2vec.progress import RunSummary
 from slide2vec.recipes import Level
 from slide2vec.slides import Slide
@@ -177,7 +178,8 @@ def first_rows(
             previous.pop((slide.sample_id, encoder), None)
             previous.pop((slide.sample_id, ""), None)  # that it was tiled is in the new row, too
             yield {
-                "sample_id": slide.sample_id,
+                "sample_id": split_class_name(slide.sample_id)[1],
+                **({} if slide.annotation is None else {"annotation": slide.annotation}),
                 "image_path": slide.image_path,
                 "mask_path": slide.mask_path,
                 "spacing_at_level_0": slide.spacing_at_level_0,

@@ -56,7 +56,8 @@ class RunResult:
         failed: slides that failed; the others are complete.
         failed_patients: patients without an embedding because a slide of theirs, or their own
             aggregation, failed.
-        without_tissue: sample_ids of slides with 0 tiles.
+        without_tissue: sample_ids of slides with 0 tiles. Here and below, a slide that is sampled by class is
+            called "tumor/a": each of its classes counts as a slide.
         skipped_tiles: sample_id -> tiles left out because they could not be decoded.
         remarks: sample_id -> what is implausible about its tissue and tiles, in sentences.
         resumed: slides that an earlier run had finished with the same settings.
@@ -148,7 +149,7 @@ class RunResult:
         }
         for level, artifacts in levels.items():
             for artifact in artifacts:
-                sample_id = getattr(artifact, "sample_id", None)
+                sample_id = getattr(artifact, "name", None)
                 yield self._of_slide(sample_id) | {
                     "level": level,
                     "sample_id": sample_id,
@@ -160,8 +161,8 @@ class RunResult:
                 }
 
     def _not_done(self) -> Iterator[dict[str, Any]]:
-        there = {artifact.sample_id for artifact in self.tile_artifacts}
-        there |= {artifact.sample_id for artifact in self.hierarchical_artifacts}
+        there = {artifact.name for artifact in self.tile_artifacts}
+        there |= {artifact.name for artifact in self.hierarchical_artifacts}
         for sample_id in self.without_tissue:
             if sample_id not in there:
                 row = {"level": "tile", "sample_id": sample_id, "status": "no tissue", "num_tiles": 0}

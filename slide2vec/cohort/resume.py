@@ -16,7 +16,7 @@ from slide2vec.cohort.identity import CompletedArtifacts
 from slide2vec.cohort.pending_patients import by_patient, patient_of
 from slide2vec.cohort.recorder import RunRecorder
 from slide2vec.cohort.results import Artifact
-from slide2vec.files import entries
+from slide2vec.files import names_below
 from slide2vec.slides import Slide
 
 __all__ = ["Kept", "ResumePlan", "plan_everything", "plan_resume", "resume_run"]
@@ -179,8 +179,8 @@ def _warn_of_finished(cohort: Cohort, recorder: RunRecorder) -> None:
     patients = cohort.kind == "patient"
     names = by_patient(recorder.slides) if patients else [slide.sample_id for slide in recorder.slides]
     # One listing: a request per slide would take minutes behind a URL.
-    made = {path.name for path in entries(folder)}
-    there = sum(f"{name}.meta.json" in made for name in names)
+    made = set(names_below(folder, ".meta.json"))
+    there = sum(name in made for name in names)
     if there:
         logger.warning(
             "%d %s are finished in %s and are embedded anew: resume keeps those that agree",

@@ -22,6 +22,7 @@ from slide2vec.cohort.sink import Sink
 from slide2vec.cohort.slide_writer import OnPersisted
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import EmbedSlidesError, ManifestError, as_slide_error
+from slide2vec.manifests import by_class
 from slide2vec.progress import (
     RunFinished,
     RunStarted,
@@ -69,6 +70,7 @@ def embed_cohort(
         OutputLockedError: another run writes into the output directory.
         OutputError: a file cannot be written; finished slides stay.
     """
+    slides = by_class(slides, config.masks)
     cohort = Cohort(config, execution, embedder, tilings)
     with output_directory(cohort, slides, settings) as (cohort, recorder, log):
         slides = recorder.slides  # those of the shard, if it is one
@@ -101,6 +103,7 @@ def embed_what_is_left(
         embed_into: of the embedder, here or in workers.
     """
     if not todo:
+        embedder.confirm_weights()  # that all is finished is said of these weights
         return
     on_slide_completed: OnSlideCompleted = without_patient
     if cohort.kind == "patient":
@@ -135,6 +138,7 @@ def embed_tiles(
         ManifestError: slides and tilings do not match.
         OutputError, OutputLockedError, ConfigError: as `embed_cohort`.
     """
+    slides = by_class(slides, config.masks)
     result = embed_cohort(
         embedder,
         slides,
@@ -145,7 +149,7 @@ def embed_tiles(
     )
     artifacts = result.tile_artifacts or result.hierarchical_artifacts
     if result.failed:
-        made = {artifact.sample_id: artifact for artifact in artifacts}
+        made = {artifact.name: artifact for artifact in artifacts}
         failed = {item.sample_id: item.error for item in result.failed}
         raise EmbedSlidesError.of(failed, [made.get(slide.sample_id) for slide in slides])
     return artifacts
@@ -179,6 +183,7 @@ def tile_cohort(
         OutputLockedError: another run writes into the output directory.
         OutputError: a file cannot be written; finished slides stay.
     """
+    slides = by_class(slides, config.masks)
     cohort = Cohort(config, execution)
     with output_directory(cohort, slides, settings) as (cohort, recorder, log), cohort.planner() as planner:
         slides = recorder.slides  # those of the shard, if it is one

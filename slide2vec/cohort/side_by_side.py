@@ -24,6 +24,7 @@ from slide2vec.cohort.run import embed_what_is_left, left_in_words
 from slide2vec.cohort.slide_writer import OnPersisted
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import OutputError
+from slide2vec.manifests import by_class
 from slide2vec.progress import RunSummary, activate_progress_reporter
 from slide2vec.progress.together import TogetherReporter
 from slide2vec.slides import Slide
@@ -76,6 +77,7 @@ def embed_cohort_together(
     """
     if on_slide_persisted is not None:
         on_slide_persisted = _one_at_a_time(on_slide_persisted)
+    slides = by_class(slides, next(iter(runs.values())).config.masks)
     opened_as = sorted(runs, key=lambda name: runs[name].after != "")
     cohorts = [
         (Cohort(runs[name].config, execution, runs[name].embedder), runs[name].settings) for name in opened_as
@@ -89,6 +91,8 @@ def embed_cohort_together(
                 cohort, recorder = whole[name]
                 before = whole[runs[name].after][1] if runs[name].after else None
                 todo[name] = _left(cohort, recorder, before)
+                if not todo[name]:
+                    runs[name].embedder.confirm_weights()  # that all is finished is said of these weights
                 log.write(f"{name}: {left_in_words(todo[name], recorder.slides)}")
             reporter = TogetherReporter(
                 log,

@@ -11,6 +11,7 @@ from slide2vec.cohort.record_events import RecordEvent, SlideCompleted
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import Slide2VecError
+from slide2vec.labels import TISSUE, split_class_name
 from slide2vec.slides import Slide
 from slide2vec.stream import Planner, SlideOutcome
 from slide2vec.stream.slide_identity import Identities, SlideIdentity
@@ -106,13 +107,22 @@ class MemorySink:
                 files.check(slide)
         except Slide2VecError as error:
             outcome = SlideOutcome(slide, error=error)
-        yield outcome if self._aggregate is None else aggregated_outcome(outcome, self._aggregate)
+        yield _as_given(outcome if self._aggregate is None else aggregated_outcome(outcome, self._aggregate))
 
     def take_report(self, event: RecordEvent | SlideCompleted) -> None:
         """See `Sink`: no worker writes files."""
 
     def tidy(self) -> None:
         """See `Sink`: nothing is written."""
+
+
+def _as_given(outcome: SlideOutcome) -> SlideOutcome:
+    """With the sample_id that the user gave, and the class beside it."""
+    if outcome.embedded is None:
+        return outcome
+    _, sample_id = split_class_name(outcome.slide.sample_id)
+    annotation = outcome.slide.annotation or TISSUE
+    return replace(outcome, embedded=replace(outcome.embedded, sample_id=sample_id, annotation=annotation))
 
 
 def aggregated_outcome(

@@ -22,6 +22,7 @@ from slide2vec.compile.parity import for_layout
 from slide2vec.compile.speed import seconds_per_batch
 from slide2vec.compile.store import EngineStore
 from slide2vec.config import PreprocessingConfig
+from slide2vec.encoders.late import AnyEncoder, as_module
 from slide2vec.errors import EngineError
 from slide2vec.readers import open_slide
 from slide2vec.readers.slide_files import bytes_of
@@ -34,6 +35,7 @@ from slide2vec.stream.plan import PlanRequest, plan_together
 __all__ = [
     "build_where_it_pays",
     "expected_tiles",
+    "gain_of_build",
     "goes_on_in_torch",
     "most_tiles",
     "offer_bf16",
@@ -55,7 +57,7 @@ TIMED_ON_CPU = 2
 
 
 def build_where_it_pays(
-    encoder: nn.Module,
+    encoder: AnyEncoder,
     target: EngineTarget,
     precision: str,
     slides: Sequence[Slide],
@@ -74,17 +76,11 @@ def build_where_it_pays(
         batch_size: that it is to be built for; None = chosen for the encoder and device.
     """
     recipe = target.recipe
-    if not (recipe.compile and recipe.engine.advised and precision in DTYPES and runtimes_for(target.device)):
+    if not _may_be_built(target, precision):
         return
     if any(_is_short(most(slides, config), recipe.gflops) for most in (most_tiles, most_tiles_by_area)):
         return
-    try:
-        store = EngineStore()
-        if find_engine(store, target, precision, runtimes_for(target.device)).matching:
-            return
-        gain = expected_gain(store, target, precision, default_runtime(precision, target.device))
-    except EngineError:  # PyTorch runs it, and says why
-        return
+    gain = gain_of_build(target, precision)
     if gain is None or (
         output_dir is not None and "torch" in runtimes_in(output_dir, recipe.name, precision)
     ):
@@ -92,15 +88,35 @@ def build_where_it_pays(
     tiles = expected_tiles(slides, config)
     if _is_short(tiles, recipe.gflops):
         return
-    speed = _torch_speed(encoder, target, precision)
+    module = as_module(encoder)
+    speed = _torch_speed(module, target, precision)
     if not gain.pays(tiles, speed):
         return
     advice.info("%s", _announced(recipe.name, gain, tiles, speed))
     options = BuildOptions(runtime=gain.runtime, precision=precision, batch_size=batch_size, steps_down=False)
     try:
-        build_engine(encoder, recipe, target.variant, target.device, options, store=store)
+        build_engine(module, recipe, target.variant, target.device, options, store=EngineStore())
     except Exception as error:  # of the exporter, a compiler, a disk that is full: the run goes on without
         logger.warning("no %s engine of %s was built, PyTorch runs it: %s", gain.runtime, recipe.name, error)
+
+
+def gain_of_build(target: EngineTarget, precision: str) -> Gain | None:
+    """What an engine would bring that a run builds where it pays; None: it builds none."""
+    if not _may_be_built(target, precision):
+        return None
+    try:
+        store = EngineStore()
+        if find_engine(store, target, precision, runtimes_for(target.device)).matching:
+            return None
+        return expected_gain(store, target, precision, default_runtime(precision, target.device))
+    except EngineError:  # PyTorch runs it, and says why
+        return None
+
+
+def _may_be_built(target: EngineTarget, precision: str) -> bool:
+    recipe = target.recipe
+    advised = recipe.compile and recipe.engine.advised and precision in DTYPES
+    return advised and bool(runtimes_for(target.device))
 
 
 def _announced(name: str, gain: Gain, tiles: float, speed: float) -> str:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-
-from torch import nn
+from functools import partial
 
 from slide2vec.choices import RUNTIMES
 from slide2vec.compile.builders import default_runtime
 from slide2vec.compile.engine_key import EngineTarget, differences
 from slide2vec.compile.export_module import torch_engine
 from slide2vec.compile.gain import expected_gain
+from slide2vec.compile.late_engine import LateTorchEngine
 from slide2vec.compile.parity import check_files
 from slide2vec.compile.proof import is_to_be_proven, proof_on, prove, proven
 from slide2vec.compile.store import EngineStore, StoredEngine
+from slide2vec.encoders.late import AnyEncoder, LateEncoder, as_module
 from slide2vec.errors import ConfigError, EngineError, ExtraMissingError
 from slide2vec.runtime.base import Engine
 from slide2vec.runtime.loading import load_engine, not_here, runtimes_for
@@ -88,7 +89,7 @@ def _rank(engine: StoredEngine, precision: str, runtimes: tuple[str, ...]) -> tu
 
 def select_engine(
     choice: str,
-    encoder: nn.Module,
+    encoder: AnyEncoder,
     target: EngineTarget,
     precision: str,
     *,
@@ -98,6 +99,7 @@ def select_engine(
     """Find what runs the encoder.
 
     Args:
+        encoder: is built where PyTorch runs it, when it does so first.
         choice: "auto": an engine of the store that fits and was not slower than PyTorch when it was built,
             else PyTorch, saying in one line (logged) what `slide2vec build-engine` would do; "torch"; or a
             runtime, whose engine has to be there.
@@ -147,7 +149,7 @@ def select_engine(
     return _torch(encoder, target, precision, compiled)
 
 
-def _loaded(engine: StoredEngine, encoder: nn.Module, target: EngineTarget, choice: str) -> Engine | None:
+def _loaded(engine: StoredEngine, encoder: AnyEncoder, target: EngineTarget, choice: str) -> Engine | None:
     """An engine that may be used, proven if that is still to be done; None where PyTorch is faster.
 
     Raises:
@@ -159,7 +161,7 @@ def _loaded(engine: StoredEngine, encoder: nn.Module, target: EngineTarget, choi
     check_files(engine)
     loaded = load_engine(engine.directory, target.device)
     try:
-        proof = prove(engine, loaded, encoder, target.recipe)
+        proof = prove(engine, loaded, as_module(encoder), target.recipe)
     except BaseException:
         loaded.close()
         raise
@@ -173,16 +175,20 @@ def _loaded(engine: StoredEngine, encoder: nn.Module, target: EngineTarget, choi
     return loaded
 
 
-def _torch(encoder: nn.Module, target: EngineTarget, precision: str, compiled: bool) -> Selected:
+def _torch(encoder: AnyEncoder, target: EngineTarget, precision: str, compiled: bool) -> Selected:
     if precision not in DTYPES:
         raise EngineError(
             f"PyTorch does not run {target.recipe.name} in {precision}, and no engine does: "
             f"{_command(target, precision)} builds one where the hardware can"
         )
     dim = target.recipe.variants[target.variant].dim
-    return Selected(
-        torch_engine(encoder, target.recipe, precision, target.device, feature_dim=dim, compiled=compiled)
-    )
+    make = partial(torch_engine, feature_dim=dim, compiled=compiled)
+    recipe, device = target.recipe, target.device
+    # On CUDA weights must be there before memory is measured, and before another encoder's graph is captured.
+    if isinstance(encoder, LateEncoder) and not encoder.is_built and device.type != "cuda":
+        late = lambda: make(encoder.module, recipe, precision, device)  # noqa: E731
+        return Selected(LateTorchEngine(late, feature_dim=dim, precision=precision, device=device))
+    return Selected(make(as_module(encoder), recipe, precision, device))
 
 
 def _tell_precision(engine: StoredEngine, precision: str) -> None:

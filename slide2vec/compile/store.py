@@ -17,6 +17,7 @@ from typing import ClassVar
 from slide2vec.errors import EngineError, OutputError
 from slide2vec.files import open_locked
 from slide2vec.files.locks import try_lock, wait_for_lock
+from slide2vec.files.user_cache import user_cache
 from slide2vec.runtime.record import RECORD_NAME, EngineRecord, read_record
 
 __all__ = ["EngineStore", "StoredEngine", "default_root", "engine_name"]
@@ -41,9 +42,8 @@ def default_root() -> Path:
     """
     if named := os.environ.get(VARIABLE):
         return Path(named).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME")
     try:
-        return (Path(cache) if cache else Path.home() / ".cache") / "slide2vec" / "engines"
+        return user_cache() / "engines"
     except RuntimeError as error:
         raise EngineError(f"no place for engines: set {VARIABLE} to a folder ({error})") from error
 

@@ -292,6 +292,8 @@ class PreprocessingConfig(FrozenConfig):
         if not options and not own:
             return self
         made: dict[str, dict[str, Any]] = {"segmentation": {}, "filtering": {}, "qc": {}}
+        color = self.masks.color_of(sample_id)
+        drawn = {} if color is None else {"tissue_contour_color": color}
         own |= {name: value for name, value in options.items() if name == "tissue_threshold"}
         for name, value in options.items():
             section, _, field = name.partition("_")
@@ -307,6 +309,7 @@ class PreprocessingConfig(FrozenConfig):
                 segmentation=self.segmentation.updated(**made["segmentation"]),
                 filtering=self.filtering.updated(**made["filtering"]),
                 qc=self.qc.updated(**made["qc"]),
+                preview=self.preview.updated(**drawn),
                 **own,
             )
         except ConfigError as error:
@@ -381,6 +384,8 @@ class ExecutionOptions(FrozenConfig):
         persistent_workers: has no effect: readers are threads, started within a millisecond per call.
         save_tile_embeddings, save_slide_embeddings, save_latents: extra artifacts of slide-level
             and patient-level models.
+        save_patch_tokens: of tile-level models: also write the patch tokens of every tile, see
+            `Model.save_patch_tokens`, once all slides are embedded.
         output_dtype: of the embeddings; None = fp16 for those of tiles where precision="fp16" is asked for
             here and they are computed in it, else fp32.
         stage_dir: folder on a local disk to which the next slides are copied while the present ones are
@@ -413,6 +418,7 @@ class ExecutionOptions(FrozenConfig):
     save_tile_embeddings: bool = False
     save_slide_embeddings: bool = False
     save_latents: bool = False
+    save_patch_tokens: bool = False
     output_dtype: Literal["fp16", "fp32"] | None = None
     on_image_mismatch: Literal["raise", "reencode"] = "raise"
     on_bad_slide: Literal["fail", "skip"] = "fail"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import PlainValidator, ValidationInfo, field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
 from slide2vec.config.frozen import FrozenConfig
 from slide2vec.errors import ConfigError
@@ -21,8 +20,9 @@ from slide2vec.labels import (
 __all__ = ["TISSUE_THRESHOLD", "MaskSamplingConfig"]
 
 #: The labels of a mask of tissue, and the least share of a tile that is kept; as HS2P's.
-_TISSUE_MAPPING: Mapping[str, tuple[int, ...]] = {"background": (0,), TISSUE: (1,)}
+_TISSUE_MAPPING: dict[str, tuple[int, ...]] = {"background": (0,), TISSUE: (1,)}
 TISSUE_THRESHOLD = 0.01
+_TISSUE_COVERAGE = {TISSUE: TISSUE_THRESHOLD}
 
 
 class MaskSamplingConfig(FrozenConfig):
@@ -34,25 +34,30 @@ class MaskSamplingConfig(FrozenConfig):
     Attributes:
         pixel_mapping: label -> its value in masks, or several; every value that a mask holds has to have a
             label. Labels become names of folders.
-        colors: label -> (red, green, blue) in previews, None for one that is not drawn; of all labels.
+        colors: label -> (red, green, blue) in previews, None for that of tissue; of all labels.
         min_coverage: label -> least share of a tile that it has to cover. Only these labels are sampled.
         output_mode: "per_annotation": each sampled label has tiles and embeddings of its own; "merged": all
             have them together, each tile once.
         strategy: "joint": one grid over all sampled labels; "independent": each label has its own.
     """
 
-    pixel_mapping: Annotated[Mapping[str, tuple[int, ...]], PlainValidator(checked_mapping)] = _TISSUE_MAPPING
-    colors: Mapping[str, tuple[int, int, int] | None] | None = None
-    min_coverage: Mapping[str, float] = {TISSUE: TISSUE_THRESHOLD}
+    pixel_mapping: dict[str, tuple[int, ...]] = _TISSUE_MAPPING
+    colors: dict[str, tuple[int, int, int] | None] | None = None
+    min_coverage: dict[str, float] = _TISSUE_COVERAGE
     output_mode: Literal["per_annotation", "merged"] = "per_annotation"
     strategy: Literal["joint", "independent"] = "joint"
 
-    @field_validator("colors", mode="plain")
+    @field_validator("pixel_mapping", mode="before")
+    @classmethod
+    def _labels_and_values(cls, given: Any) -> Any:
+        return checked_mapping(given)
+
+    @field_validator("colors", mode="before")
     @classmethod
     def _colors_of_all(cls, given: Any, info: ValidationInfo) -> Any:
         return checked_colors(given, list(info.data.get("pixel_mapping", ())))
 
-    @field_validator("min_coverage", mode="plain")
+    @field_validator("min_coverage", mode="before")
     @classmethod
     def _coverage_of_labels(cls, given: Any, info: ValidationInfo) -> Any:
         return checked_coverage(given, list(info.data.get("pixel_mapping", ())))
@@ -92,6 +97,10 @@ class MaskSamplingConfig(FrozenConfig):
             else {}
         )
 
+    def color_of(self, sample_id: str) -> tuple[int, int, int] | None:
+        """Of a class of a slide in previews; None: as of tissue."""
+        return (self.colors or {}).get(self.class_of(sample_id)) if self.by_class else None
+
     def identity(self, sample_id: str) -> dict[str, Any] | None:
         """What decides the tiles of a class of a slide, JSON-ready; None where they are of tissue."""
         if not self.by_class:
@@ -101,11 +110,9 @@ class MaskSamplingConfig(FrozenConfig):
         return {
             "annotation": own,
             "strategy": self.strategy,
-            "labels": {
-                label: sorted(self.pixel_mapping[label])
-                for label in sorted(self.min_coverage)
-                if together or label == own
-            },
+            # in order: areas of later labels lie over those of earlier ones
+            "pixel_mapping": [[label, sorted(values)] for label, values in self.pixel_mapping.items()],
+            "sampled": sorted(self.min_coverage) if together else [own],
             "min_coverage": {
                 label: share
                 for label, share in sorted(self.min_coverage.items())

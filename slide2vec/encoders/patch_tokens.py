@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from slide2vec.encoders.base_classes import TileEncoder
 from slide2vec.encoders.channelwise import ChannelwiseEncoder
 from slide2vec.encoders.clip_linear import ClipLinearEncoder
 from slide2vec.encoders.input_size import for_input
@@ -32,6 +33,8 @@ def encode_tiles_dense(encoder: nn.Module, batch: Tensor) -> Tensor:
         UnsupportedError: a NotImplementedError: it has no patch tokens.
         ConfigError: a ValueError: the batch has another shape.
     """
+    if (theirs := _theirs(encoder, "encode_tiles_dense")) is not None:
+        return cast("Tensor", theirs(batch))
     grid = _grid(encoder, batch)
     if isinstance(encoder, ChannelwiseEncoder):
         tokens = encoder.norm(encoder.tokens(batch))
@@ -55,8 +58,10 @@ def encode_tiles_dense_prenorm(encoder: nn.Module, batch: Tensor) -> Tensor:
     Raises:
         UnsupportedError: a NotImplementedError: the encoder is none of timm's vision transformers.
     """
+    if (theirs := _theirs(encoder, "encode_tiles_dense_prenorm")) is not None:
+        return cast("Tensor", theirs(batch))
     _grid(encoder, batch)
-    trunk: Any = getattr(encoder, "trunk", None)
+    trunk: Any = getattr(encoder, "trunk", None) or getattr(getattr(encoder, "own", None), "_model", None)
     if trunk is None or not hasattr(trunk, "forward_intermediates"):
         raise UnsupportedError(
             f"{type(encoder).__name__} has no tokens before a closing norm (patch_features_prenorm): that is "
@@ -76,6 +81,8 @@ def patch_size(encoder: nn.Module) -> tuple[int, int]:
     """
     if isinstance(encoder, ChannelwiseEncoder):
         return encoder.patch, encoder.patch
+    if (theirs := _theirs(encoder, "patch_size")) is not None:
+        return cast("tuple[int, int]", theirs)
     network = getattr(encoder, "network", None)
     owner: Any = _trunk(encoder) if network is None else getattr(network, "model", network)
     sides = owner.patch_embed.patch_size
@@ -98,8 +105,19 @@ def ready_for(encoder: nn.Module, recipe: Recipe, size: tuple[int, int], asked: 
         raise ConfigError(f"{asked}: preset {recipe.name} takes inputs of {recipe.transform.crop} px only")
 
 
+def _theirs(encoder: nn.Module, name: str) -> Any:
+    """What the class of an encoder that a user brought has of its own; None where there is none."""
+    own = getattr(encoder, "own", None)
+    if not isinstance(own, TileEncoder) or getattr(type(own), name) is getattr(TileEncoder, name):
+        return None
+    return getattr(own, name)
+
+
 def _trunk(encoder: nn.Module) -> Any:
-    trunk: Any = getattr(encoder, "trunk", None) or getattr(encoder, "vit", None)
+    own = getattr(encoder, "own", None)
+    trunk: Any = (
+        getattr(encoder, "trunk", None) or getattr(encoder, "vit", None) or getattr(own, "_model", own)
+    )
     if trunk is None or not hasattr(trunk, "num_prefix_tokens") or not hasattr(trunk, "patch_embed"):
         raise UnsupportedError(
             f"{type(encoder if trunk is None else trunk).__name__} has no patch tokens: it is no vision "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from slide2vec.encoders import build_encoder
 from slide2vec.encoders.input_size import for_input
+from slide2vec.encoders.late import AnyEncoder, as_module, late_encoder
 from slide2vec.encoders.registered import as_built, reloader
 from slide2vec.encoders.slide import build_patient_encoder, build_slide_encoder
 from slide2vec.encoders.weights import WeightsChoice
@@ -129,7 +130,7 @@ class Part:
 
     recipe: Recipe
     variant: str
-    encoder: nn.Module
+    encoder: AnyEncoder
     weights: str
     options: Mapping[str, Any]
 
@@ -180,10 +181,15 @@ def _load(recipe: Recipe, options: Mapping[str, Any], choices: Mapping[str, Weig
     if len(parts) == 1:
         parts = [_fed_to(recipe, parts[0], input_size_px)]
     own = choices[recipe.name]
-    encoder = _build(recipe, variant, own, seed, options["trust_remote_code"])
-    recipe = as_built(recipe, name, encoder)
+    asked = recipe
+
+    def build(weights: WeightsChoice) -> nn.Module:
+        return _build(asked, variant, weights, seed, options["trust_remote_code"])
+
+    encoder = build(own) if lower is not None else late_encoder(asked, variant, own, build)
+    recipe = as_built(asked, name, encoder)
     if lower is None and input_size_px is not None:
-        recipe = for_input(recipe, encoder, input_size_px, f"input_size_px={input_size_px}")
+        recipe = for_input(recipe, as_module(encoder), input_size_px, f"input_size_px={input_size_px}")
     return [*parts, Part(recipe, name, encoder, _identity(recipe, own, seed), options)]
 
 

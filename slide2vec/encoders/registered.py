@@ -156,7 +156,7 @@ def _constructed(found: Registered, variant: str, more: Mapping[str, Any]) -> Ba
     return cast("BaseEncoder", found.encoder(**given))
 
 
-def as_built(recipe: Recipe, variant: str, encoder: nn.Module) -> Recipe:
+def as_built(recipe: Recipe, variant: str, encoder: object) -> Recipe:
     """The recipe of an encoder, with what only the built one says: of others' than ours the statistics of
     pixels, the number of parameters, the work per tile.
 
@@ -181,12 +181,12 @@ def as_built(recipe: Recipe, variant: str, encoder: nn.Module) -> Recipe:
     return recipe.model_copy(update=found)
 
 
-def code_identity(encoder: nn.Module) -> dict[str, Any]:
+def code_identity(encoder: object) -> dict[str, Any]:
     """What of the code of an encoder decides an embedding; nothing of ours, whose features versions keep."""
     return {"code": encoder.code} if isinstance(encoder, Brought) else {}
 
 
-def refuse_overlap(encoder: nn.Module, overlap: float) -> None:
+def refuse_overlap(encoder: object, overlap: float) -> None:
     """Raise ConfigError where tiles overlap and a slide encoder says that it takes none that do."""
     own = encoder.own if isinstance(encoder, Brought) else None
     if overlap and isinstance(own, SlideEncoder) and not own.supports_tile_overlap:

@@ -27,7 +27,15 @@ from slide2vec.files import hub_or_cache
 from slide2vec.files.arrays import check_sums
 from slide2vec.recipes import Recipe, WeightsSource
 
-__all__ = ["WeightsChoice", "find_weights", "load_weights", "read_checkpoint", "seeded", "weights_digest"]
+__all__ = [
+    "WeightsChoice",
+    "find_weights",
+    "load_weights",
+    "read_checkpoint",
+    "seeded",
+    "weights_digest",
+    "weights_files",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +147,17 @@ def find_weights(recipe: Recipe, weights: WeightsChoice) -> Path:
         if (path / name).is_file():
             return path / name
     raise WeightsError(f"directory {path} has none of {', '.join(dict.fromkeys(names))}")
+
+
+def weights_files(path: Path) -> list[Path]:
+    """The file of `find_weights`; of an index, those that it names as well.
+
+    Raises:
+        WeightsError: the index cannot be read.
+    """
+    if not path.name.endswith(INDEX):
+        return [path]
+    return [path, *(path.with_name(name) for name in sorted(set(_weight_map(path).values())))]
 
 
 def _from_hub(preset: str, source: WeightsSource) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from slide2vec.files.atomic import READING_ARRAYS, atomic_path, remove, remove_partial
 from slide2vec.files.hub import hub_or_cache
 from slide2vec.files.plain import open_locked, open_plain, plain_stat
-from slide2vec.files.remote import as_os_errors, as_path, entries, is_remote, local
+from slide2vec.files.remote import as_os_errors, as_path, entries, is_remote, local, names_below
 
 __all__ = [
     "READING_ARRAYS",
@@ -16,6 +16,7 @@ __all__ = [
     "hub_or_cache",
     "is_remote",
     "local",
+    "names_below",
     "open_locked",
     "open_plain",
     "plain_stat",

@@ -95,8 +95,9 @@ def _remove_remote(path: Any) -> None:
 
 
 def remove_partial(directory: Path) -> None:
-    """Remove what killed processes left half-written in a directory (while nobody writes there)."""
+    """Remove what killed processes left half-written in a directory, and in the folders in it (while nobody
+    writes there)."""
     if is_remote(directory):  # what is half-written is on the machine that writes it
         return
-    for folder in directory.glob(f".*{_SUFFIX}"):
+    for folder in (*directory.glob(f".*{_SUFFIX}"), *directory.glob(f"*/.*{_SUFFIX}")):
         shutil.rmtree(folder, ignore_errors=True)

@@ -22,7 +22,17 @@ from slide2vec.installation import add_extra
 if TYPE_CHECKING:
     from upath import UPath
 
-__all__ = ["as_os_errors", "as_path", "create", "entries", "is_remote", "local", "make_folder", "upload"]
+__all__ = [
+    "as_os_errors",
+    "as_path",
+    "create",
+    "entries",
+    "is_remote",
+    "local",
+    "make_folder",
+    "names_below",
+    "upload",
+]
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+)://(.*)", re.DOTALL)
 #: What pathlib makes of a URL.
@@ -122,6 +132,24 @@ def entries(folder: Path) -> list[Path]:
             return list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def names_below(folder: Path, ending: str) -> list[str]:
+    """Names of files that end so, without that, sorted: in a folder ("a"), and in folders in it ("tumor/a").
+
+    Raises:
+        OSError: a folder cannot be listed.
+    """
+    there = entries(folder)
+    own = {path.name.removesuffix(ending) for path in there if path.name.endswith(ending)}
+    found = set(own)
+    for path in there:
+        parts = path.name.split(".")
+        beside = any(".".join(parts[:count]) in own for count in range(1, len(parts)))
+        if not (path.name.endswith(ending) or beside or path.name.startswith(".")) and path.is_dir():
+            below = (each.name for each in entries(path))
+            found |= {f"{path.name}/{name.removesuffix(ending)}" for name in below if name.endswith(ending)}
+    return sorted(found)
 
 
 @contextmanager

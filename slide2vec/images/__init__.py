@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from slide2vec.images.differences import dense_identity_differences, pooled_identity_differences
     from slide2vec.images.pooled import embed_images
     from slide2vec.images.reuse import MISSING_FIELD
+    from slide2vec.images.slide_tokens import PatchTokensArtifact, save_patch_tokens
     from slide2vec.images.specs import ImageLike, ImageSpec, as_images
     from slide2vec.images.windows import DenseEncodeGeometry
 
@@ -31,6 +32,7 @@ __all__ = [
     "DenseOptions",
     "ImageLike",
     "ImageSpec",
+    "PatchTokensArtifact",
     "SlideRegions",
     "as_images",
     "dense_identity_differences",
@@ -39,6 +41,7 @@ __all__ = [
     "embed_regions_dense",
     "pooled_identity_differences",
     "prepare_dense_encoder",
+    "save_patch_tokens",
 ]
 
 #: Loaded on first use: `import slide2vec` names some of them.
@@ -50,6 +53,7 @@ _HOMES = {
     "ImageLike": "specs",
     "ImageSpec": "specs",
     "MISSING_FIELD": "reuse",
+    "PatchTokensArtifact": "slide_tokens",
     "SlideRegions": "dense_options",
     "as_images": "specs",
     "dense_identity_differences": "differences",
@@ -58,6 +62,7 @@ _HOMES = {
     "embed_regions_dense": "dense_regions",
     "pooled_identity_differences": "differences",
     "prepare_dense_encoder": "dense_encoder",
+    "save_patch_tokens": "slide_tokens",
 }
 
 __getattr__, __dir__ = lazy_attributes(__name__, _HOMES)

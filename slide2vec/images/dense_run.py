@@ -21,7 +21,7 @@ from slide2vec.images.pixels import Pixels
 from slide2vec.progress import RunStarted, SlideFinished, SlidePlanned, TilesEncoded, active_reporter
 from slide2vec.runtime import batch_size_for
 
-__all__ = ["GridJob", "encode_and_write", "grids_in_order", "with_output_dir"]
+__all__ = ["GridJob", "batch_size_of", "encode_and_write", "grids_in_order", "with_output_dir"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,12 +82,17 @@ def _written(item: tuple[GridJob[Done], torch.Tensor | Exception]) -> Done | Exc
 
 def _encoded(jobs: Sequence[GridJob[Done]], encoder: GridEncoder, execution: ExecutionOptions) -> Any:
     """Each job with its grid, or with why it has none."""
-    size = execution.batch_size or max(1, min(8, batch_size_for(encoder.gflops, encoder.device)))
+    size = batch_size_of(encoder, execution)
     readers = execution.budget(encoder.device.type).reading_threads
     with stopping(ThreadPoolExecutor(readers, "slide2vec-read")) as pool:
         pictures = ((job, future.result()) for job, future in ahead(pool, _read, jobs, readers + 2 * size))
         while batch := list(islice(pictures, size)):
             yield from _grids(batch, encoder)
+
+
+def batch_size_of(encoder: GridEncoder, execution: ExecutionOptions) -> int:
+    """Pictures that are encoded together."""
+    return execution.batch_size or max(1, min(8, batch_size_for(encoder.gflops, encoder.device)))
 
 
 def _read(job: GridJob[Any]) -> Pixels | Exception:

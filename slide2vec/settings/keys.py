@@ -109,7 +109,7 @@ KEYS: dict[str, Key] = {
     **_all_of(
         "model",
         ExecutionOptions,
-        ("batch_size", "save_tile_embeddings", "save_slide_embeddings", "save_latents"),
+        ("batch_size", "save_tile_embeddings", "save_slide_embeddings", "save_latents", "save_patch_tokens"),
     ),
     "model.input_size_px": Key(Annotated[int, Field(gt=0)] | None),
     "model.allow_non_recommended_settings": Key(bool, False),

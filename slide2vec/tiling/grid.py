@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from slide2vec.geometry import TileGeometry
 from slide2vec.tiling.types import TissueMask, TissuePiece
 
-__all__ = ["Tiles", "coverage", "tissue_tiles"]
+__all__ = ["Tiles", "coverage", "draw_piece", "tissue_tiles"]
 
 Tiles: TypeAlias = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
 Ints: TypeAlias = NDArray[np.int64]
@@ -69,7 +69,7 @@ def _piece_tiles(
     threshold: float,
 ) -> Tiles:
     low, high = piece.contour.min(axis=(0, 1)), piece.contour.max(axis=(0, 1))
-    image = _draw(piece)
+    image = draw_piece(piece)
     integral = np.asarray(cv2.integral(image), np.int32)
     lines, spans, windows = [], [], []
     for axis in (0, 1):
@@ -86,7 +86,7 @@ def _piece_tiles(
     return lines[0][columns], lines[1][rows], fractions[columns, rows]
 
 
-def _draw(piece: TissuePiece) -> NDArray[np.uint8]:
+def draw_piece(piece: TissuePiece) -> NDArray[np.uint8]:
     """The piece alone, 1 on 0, in its bounding box of the mask; islands in its holes are not part of it."""
     x, y, width, height = cv2.boundingRect(piece.contour)
     image = np.zeros((height, width), np.uint8)

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from slide2vec.config import PreprocessingConfig, QualityConfig
-from slide2vec.errors import ManifestError, SlideError, TilingError
-from slide2vec.files import as_os_errors, atomic_path, entries, open_plain
+from slide2vec.config import MaskSamplingConfig, PreprocessingConfig, QualityConfig
+from slide2vec.errors import ConfigError, ManifestError, SlideError, TilingError
+from slide2vec.files import as_os_errors, atomic_path, names_below, open_plain
+from slide2vec.labels import MERGED, split_class_name
 from slide2vec.readers import SlideReader
 from slide2vec.readers.fingerprint import same_content
 from slide2vec.readers.known_misreads import misread_by_earlier_versions
@@ -25,6 +26,7 @@ __all__ = [
     "find_reusable",
     "qc_of",
     "record_source",
+    "recorded_masks",
     "recorded_qc",
     "recorded_slides",
     "source_path",
@@ -134,7 +136,12 @@ def find_reusable(previous: Previous, reader: SlideReader, config: Preprocessing
     same_qc = qc_of(directory, slide.sample_id) == recorded_qc(config.qc)
     if not same_qc or not _same_settings(tiling, slide, config) or previous.was_misread(tiling.backend):
         return None
-    return replace(tiling, remarks=_recorded_remarks(directory, slide.sample_id), qc=config.qc)
+    recorded = _read_source(directory, slide.sample_id)
+    if recorded.get("masks") != config.masks.identity(slide.sample_id):
+        return None
+    remarks = recorded.get("remarks")
+    told = tuple(map(str, remarks)) if isinstance(remarks, list) else ()
+    return replace(tiling, remarks=told, qc=config.qc)
 
 
 def recorded_qc(config: QualityConfig) -> dict[str, Any] | None:
@@ -147,9 +154,27 @@ def qc_of(directory: Path, sample_id: str) -> Any:
     return _read_source(directory, sample_id).get("qc")
 
 
-def _recorded_remarks(directory: Path, sample_id: str) -> tuple[str, ...]:
-    found = _read_source(directory, sample_id).get("remarks")
-    return tuple(map(str, found)) if isinstance(found, list) else ()
+def recorded_masks(directory: Path, sample_id: str) -> MaskSamplingConfig:
+    """The masks by which a slide's tiles were sampled; those of tissue, where nothing is recorded.
+
+    Raises:
+        TilingError: what is recorded makes no sense.
+    """
+    found = _read_source(directory, sample_id).get("masks")
+    if found is None:
+        return MaskSamplingConfig()
+    try:
+        return MaskSamplingConfig(
+            pixel_mapping=dict(found["pixel_mapping"]),
+            min_coverage={label: found["min_coverage"].get(label, 1.0) for label in found["sampled"]},
+            output_mode="merged" if found["annotation"] == MERGED else "per_annotation",
+            strategy=found["strategy"],
+        )
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
+        path = source_path(directory, sample_id)
+        raise TilingError(
+            f"slide {sample_id}: {path} does not say how its mask was sampled: {error}"
+        ) from error
 
 
 def is_newer(made: Path, slide: Slide) -> bool:
@@ -202,25 +227,27 @@ def recorded_slides(directory: Path) -> list[Slide]:
         ManifestError: there are none.
     """
     found = {
-        path.name: path
+        name: folder
         for folder in (directory / "tiles", directory)
-        for path in entries(folder)
-        if path.name.endswith(_SUFFIX)
+        for name in names_below(folder, _SUFFIX)
+        if not name.startswith("tiles/")  # of the folder of that name
     }
     if not found:
         raise ManifestError(f"{directory} holds no coordinate files (*{_SUFFIX}), nor does its folder tiles/")
-    return [_recorded_slide(found[name]) for name in sorted(found)]
+    return [_recorded_slide(found[name], name) for name in sorted(found)]
 
 
-def _recorded_slide(metadata: Path) -> Slide:
-    name = metadata.name.removesuffix(_SUFFIX)
+def _recorded_slide(directory: Path, name: str) -> Slide:
+    folder, _ = split_class_name(name)
     try:
-        tiling = load_coordinates(metadata.parent, name)
+        tiling = load_coordinates(directory, name)
     except TilingError:
-        return Slide(sample_id=name, image_path=metadata)
+        metadata = coordinate_paths(directory, name)[1]
+        return Slide(sample_id=name, image_path=metadata, annotation=folder)
     return Slide(
         sample_id=name,
         image_path=tiling.image_path,
         mask_path=tiling.mask_path,
         spacing_at_level_0=tiling.spacing_at_level_0,
+        annotation=folder or tiling.annotation,
     )

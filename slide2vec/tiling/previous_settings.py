@@ -12,7 +12,7 @@ from typing import Any
 
 from slide2vec.config import FilterConfig, PreprocessingConfig, QualityConfig, SegmentationConfig
 from slide2vec.errors import TilingError
-from slide2vec.files import entries
+from slide2vec.files import names_below
 from slide2vec.slides import Slide
 from slide2vec.tiling.coordinates import load_header
 from slide2vec.tiling.previous_files import qc_of
@@ -70,6 +70,7 @@ class PreviousTiles:
             "tolerance": geometry.tolerance,
             "tissue_threshold": tiling.tissue_threshold,
             "segmentation_downsample": made.requested_downsample,
+            "masks": _sampled_as(tiling.annotation, tiling.strategy),
         }
         with_mask = made.method == PRECOMPUTED
         if not with_mask:
@@ -99,11 +100,19 @@ def given_options(config: PreprocessingConfig, slide: Slide | None = None) -> Se
     given |= {f"qc_{name}" for name in config.qc.model_fields_set}
     given |= {f"segmentation_{name}" for name in config.segmentation.model_fields_set}
     given |= {f"filtering_{name}" for name in config.filtering.model_fields_set}
+    given |= {"tissue_threshold"} if config.masks.by_class else set()  # masks says it
     return given | set(slide.tiling if slide is not None else ())
 
 
-def _asked(config: PreprocessingConfig) -> dict[str, Any]:
-    found = {"tolerance": config.tolerance, "tissue_threshold": config.tissue_threshold}
+def _sampled_as(annotation: str | None, strategy: str | None) -> str:
+    """What tiles are of, in words."""
+    return "of tissue" if strategy is None else f"of {annotation}, {strategy}"
+
+
+def _asked(config: PreprocessingConfig, sample_id: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"tolerance": config.tolerance, "tissue_threshold": config.tissue_threshold}
+    own = config.masks.class_of(sample_id) if config.masks.by_class else None
+    found["masks"] = _sampled_as(own, config.masks.strategy if config.masks.by_class else None)
     found |= {f"segmentation_{name}": value for name, value in config.segmentation.model_dump().items()}
     found |= {f"qc_{name}": value for name, value in config.qc.model_dump().items()}
     return found | {f"filtering_{name}": value for name, value in config.filtering.model_dump().items()}
@@ -111,9 +120,8 @@ def _asked(config: PreprocessingConfig) -> dict[str, Any]:
 
 def any_previous(directory: Path, config: PreprocessingConfig) -> PreviousTiles | None:
     """How the tiles of some slide in a directory of coordinate files were found; None without any."""
-    names = sorted(path.name for path in entries(directory) if path.name.endswith(_SUFFIX))
-    for name in names[:_TRIES]:
-        found = _earlier(directory, name.removesuffix(_SUFFIX), config)
+    for name in names_below(directory, _SUFFIX)[:_TRIES]:
+        found = _earlier(directory, name, config)
         if found is not None:
             return found
     return None
@@ -123,8 +131,8 @@ def previous_tiles(
     directory: Path, slides: Sequence[Slide], config: PreprocessingConfig
 ) -> dict[str, PreviousTiles]:
     """How the tiles of slides were found that have coordinate files in a directory, by sample_id."""
-    there = {path.name for path in entries(directory) if path.name.endswith(_SUFFIX)}
-    names = [slide.sample_id for slide in slides if f"{slide.sample_id}{_SUFFIX}" in there]
+    there = set(names_below(directory, _SUFFIX))
+    names = [slide.sample_id for slide in slides if slide.sample_id in there]
     with ThreadPoolExecutor(_LOOKERS, thread_name_prefix="earlier") as pool:
         found = pool.map(lambda name: _earlier(directory, name, config), names)
         return {name: each for name, each in zip(names, found, strict=True) if each is not None}
@@ -150,7 +158,7 @@ def differences(earlier: PreviousTiles, slide: Slide, config: PreprocessingConfi
     Raises:
         ManifestError: the slide's own tiling options are wrong.
     """
-    asked = _asked(config.for_slide(slide.sample_id, slide.tiling))
+    asked = _asked(config.for_slide(slide.sample_id, slide.tiling), slide.sample_id)
     found = {
         name: (value, asked.get(name))
         for name, value in earlier.options.items()

@@ -22,10 +22,10 @@ from slide2vec.tiling.quality import good_tiles
 from slide2vec.tiling.remarks import TilingFacts, remarks
 from slide2vec.tiling.segment import Segmented, segment_tissue
 from slide2vec.tiling.tile_quality import measure_tiles, within_limits
-from slide2vec.tiling.types import Tiling, TissueMask
+from slide2vec.tiling.types import PRECOMPUTED, Tiling, TissueMask
 from slide2vec.tiling.user_masks import read_labels
 
-__all__ = ["TissueOnce", "tile_slide"]
+__all__ = ["TissueOnce", "tile_slide", "tissue_again"]
 
 
 class TissueOnce:
@@ -123,6 +123,34 @@ def tile_slide(
         qc=config.qc,
     )
     return tiling, tissue
+
+
+def tissue_again(reader: SlideReader, slide: Slide, tiling: Tiling, masks: MaskSamplingConfig) -> TissueMask:
+    """The tissue (or class) that a tiling is of, found anew with the settings that it was found with.
+
+    Args:
+        slide: named as the tiling is.
+        masks: with the labels of the tiling's class, if it is of one.
+
+    Raises:
+        ConfigError: it was found with a method that is not known here.
+        MaskError, SlideReadError: as `tile_slide`.
+    """
+    made = tiling.segmentation
+    known = {name: getattr(made, name) for name in ("sthresh", "sthresh_up", "mthresh", "close")}
+    own = {name: value for name, value in known.items() if value is not None}
+    if made.method != PRECOMPUTED:
+        own["method"] = made.method
+    config = PreprocessingConfig(
+        masks=masks,
+        filtering=tiling.filtering,
+        segmentation={"downsample": made.requested_downsample, **own},
+    )
+    geometry = tiling.geometry
+    raw = _raw_tissue(reader, slide, geometry.base_spacing_um, config, None, None)
+    if masks.by_class:
+        raw = replace(raw, mask=class_mask(raw.mask, masks, masks.class_of(slide.sample_id)))
+    return _as_tissue(raw, reader.dimensions, geometry, config)
 
 
 def _sampled_class(slide: Slide, masks: MaskSamplingConfig) -> str:

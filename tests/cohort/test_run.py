@@ -69,6 +69,9 @@ class Embedder:
     def devices_here(self, execution: ExecutionOptions) -> tuple[str, ...]:
         return ("cpu",)
 
+    def confirm_weights(self) -> None:
+        pass
+
     def embed_into(self, sink: Any, slides: Sequence[Slide]) -> Generator[SlideOutcome, None, None]:
         active_reporter().emit(RunStarted(len(slides), self.name))
         return self.embed_here(sink, slides)

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +19,13 @@ from slide2vec.compile import EngineStore, EngineTarget, auto_build, select_engi
 from slide2vec.compile.auto_build import (
     build_where_it_pays,
     expected_tiles,
+    gain_of_build,
     most_tiles,
     most_tiles_by_area,
     offer_bf16,
     runtimes_in,
 )
+from slide2vec.compile.gain import Gain
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import EngineError
 from slide2vec.recipes import EnginePolicy, Recipe, load_recipe
@@ -96,6 +99,18 @@ def test_built_where_it_pays(
     if built:
         assert (options[0].runtime, options[0].precision) == ("openvino", "fp32")
         assert not options[0].steps_down
+
+
+def test_what_a_run_may_build_is_known_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SLIDE2VEC_ENGINES", str(tmp_path / "engines"))
+    monkeypatch.setattr(auto_build, "default_runtime", lambda precision, device: "openvino")
+    target = EngineTarget(VIT_S, "default", CPU, lambda: "w")
+    assert gain_of_build(target, "fp32") == Gain("openvino", 2.1)
+    assert gain_of_build(target, "fp8") is gain_of_build(target, "fp16") is None
+    never = EngineTarget(VIT_S.model_copy(update={"compile": False}), "default", CPU, lambda: "w")
+    assert gain_of_build(never, "fp32") is None
+    monkeypatch.setattr(auto_build, "find_engine", lambda *args: SimpleNamespace(matching=["one"]))
+    assert gain_of_build(target, "fp32") is None
 
 
 def test_it_is_said_with_both_figures(

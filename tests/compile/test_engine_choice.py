@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,9 +18,12 @@ from slide2vec.compile import engine_choice
 from slide2vec.compile.engine_choice import find_engine, select_engine
 from slide2vec.compile.engine_key import EngineTarget
 from slide2vec.compile.store import EngineStore, StoredEngine
+from slide2vec.encoders.known_digests import WeightsFiles
+from slide2vec.encoders.late import LateEncoder
 from slide2vec.errors import EngineError, ExtraMissingError
 from slide2vec.runtime.base import BatchProfile
 from slide2vec.runtime.record import EngineRecord
+from slide2vec.runtime.torch_engine import TorchEngine
 
 RUNTIMES = ("openvino", "inductor")
 ENCODER = nn.Identity()
@@ -84,6 +87,36 @@ def test_by_runtime_then_precision_then_speed(loaded: list[str]) -> None:
     assert chosen(BEST_FIRST[::-1]) == "fast" and loaded == ["fast"]
     for before, after in itertools.pairwise(BEST_FIRST):
         assert chosen([after, before]) == before.name
+
+
+class Waiting(LateEncoder):
+    """One that is known, and not built."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: ENCODER)
+        self._module, self._files = None, WeightsFiles({})
+
+
+def test_an_encoder_is_built_when_pytorch_runs_it() -> None:
+    encoder, store = Waiting(), cast(Any, [an_engine("a")])
+    assert select_engine("auto", encoder, SUBJECT, "bf16", store=store).engine.runtime == "a"
+    engine = select_engine("torch", encoder, SUBJECT, "fp32").engine
+    assert (engine.runtime, engine.precision, engine.feature_dim) == ("torch", "fp32", 128)
+    assert (engine.layout, engine.holds_gil, engine.device.type) == ("float32_nchw", False, "cpu")
+    engine.close()
+    assert not encoder.is_built
+    pixels = torch.rand(2, 3)
+    assert torch.equal(engine.run(pixels), pixels) and encoder.is_built
+    assert isinstance(select_engine("torch", encoder, SUBJECT, "fp32").engine, TorchEngine)
+    engine.close()
+
+
+def test_on_cuda_an_encoder_is_built_before_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial of memory, and graphs that others capture, must not meet weights that are being loaded."""
+    monkeypatch.setattr(engine_choice, "torch_engine", lambda *args, **more: SimpleNamespace(runtime="torch"))
+    encoder = Waiting()
+    gpu = EngineTarget(tiny_recipe(), "both", torch.device("cuda"), lambda: "w")
+    assert select_engine("torch", encoder, gpu, "fp32").engine.runtime == "torch" and encoder.is_built
 
 
 @pytest.mark.parametrize(

@@ -114,9 +114,9 @@ def test_check_without_the_hub(
     monkeypatch.setattr(tool, "tissue_tiles", tool.random_tiles)  # whose slide takes seconds to draw
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert tool.main(["lunit", "uni", "phikon", "scattering", "titan", "moozy"]) == 0
+    assert tool.main(["lunit", "uni", "phikon", "scattering", "titan", "moozy", "chief"]) == 0
     text = capsys.readouterr().out
-    assert text.count("no access") == 10 and "Traceback" not in text  # while it runs, and in the table
+    assert text.count("no access") == 12 and "Traceback" not in text  # while it runs, and in the table
     assert "scattering" not in text
 
 

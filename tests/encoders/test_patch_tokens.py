@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
 from shallow import shallow
 
 from slide2vec.encoders import build_encoder
+from slide2vec.encoders.base_classes import TileEncoder
 from slide2vec.encoders.patch_tokens import (
     encode_tiles_dense,
     encode_tiles_dense_prenorm,
@@ -111,6 +113,43 @@ def test_code_that_came_with_the_weights() -> None:
     encoder.network, encoder.prefix_tokens = Network(), 3
     found = encode_tiles_dense(encoder, pixels(8, 12))
     torch.testing.assert_close(found, encoder.network.patch_embed(pixels(8, 12)))
+
+
+def test_encoders_that_users_bring() -> None:
+    """What their class does counts; else the vision transformer of timm inside is looked at."""
+    trunk = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=0).eval()
+    encoder = torch.nn.Module()
+    encoder.own = TimmInside(trunk)
+    with torch.inference_mode():
+        expected = trunk.forward_features(pixels(32, 32))[:, 1:].transpose(1, 2).reshape(2, 192, 2, 2)
+        torch.testing.assert_close(encode_tiles_dense(encoder, pixels(32, 32)), expected)
+        assert encode_tiles_dense_prenorm(encoder, pixels(32, 32)).shape == (2, 192, 2, 2)
+    assert patch_size(encoder) == (16, 16)
+    encoder.own = WithItsOwn(trunk)
+    assert encode_tiles_dense(encoder, pixels(9, 9)).shape == (2, 1, 9, 9) and patch_size(encoder) == (3, 1)
+
+
+class TimmInside(TileEncoder):
+    encode_dim, device = 192, torch.device("cpu")
+
+    def __init__(self, trunk: Any) -> None:
+        self._model = trunk
+
+    def to(self, device: Any) -> Any:
+        return self
+
+    def get_transform(self) -> Any:
+        raise AssertionError
+
+    def encode_tiles(self, batch: torch.Tensor) -> torch.Tensor:
+        raise AssertionError
+
+
+class WithItsOwn(TimmInside):
+    patch_size = (3, 1)
+
+    def encode_tiles_dense(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch[:, :1]
 
 
 def test_what_has_no_patches_says_so() -> None:
