@@ -223,20 +223,23 @@ def main() -> None:
     parser.add_argument("--peer-python", required=True, help="Python of an environment with slide2vec 7.1.4")
     parser.add_argument("--slide", required=True, type=Path)
     parser.add_argument("presets", nargs="*", default=[*TIMM, *TRANSFORMERS])
+    parser.add_argument("--calls", nargs="*", help="only these, such as images, whole, windows")
     args = parser.parse_args()
     print("| preset | call | files | largest difference | keys that differ |\n|---|---|---|---|---|")
     for name in args.presets:
         with tempfile.TemporaryDirectory() as folder:
-            for row in rows(name, Path(folder), args.slide.resolve(), args.peer_python):
+            for row in rows(name, Path(folder), args.slide.resolve(), args.peer_python, args.calls):
                 print(f"| {name} | {' | '.join(row)} |", flush=True)
 
 
-def rows(name: str, folder: Path, slide: Path, python: str) -> Iterator[tuple[str, ...]]:
+def rows(
+    name: str, folder: Path, slide: Path, python: str, only: list[str] | None
+) -> Iterator[tuple[str, ...]]:
     images, weights = folder / "images", folder / "state.pth"
     images.mkdir()
     write_images(images, name)
     job = job_of(load_recipe(name), weights)
-    asked = list(calls(name, images, slide))
+    asked = [call for call in calls(name, images, slide) if only is None or call["name"] in only]
     theirs = [{**call, "output": str(folder / "theirs" / call["name"])} for call in asked]
     run_theirs(python, {**job, "make": True}, folder)
     said = run_theirs(python, {**job, "calls": theirs}, folder)

@@ -26,6 +26,7 @@ from slide2vec.cohort import embed_tiles
 from slide2vec.cohort.sink import MemorySink
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide, SlideAttention
+from slide2vec.encoders.clip_text import ClipTextEncoder, embed_texts, load_text_encoder
 from slide2vec.encoders.given_module import register_module
 from slide2vec.encoders.late import AnyEncoder, as_module, handed_over
 from slide2vec.encoders.preset_chain import PartsWeights, load_parts, loader_of, tile_recipe
@@ -716,6 +717,25 @@ class Model:
         """
         asked = {"blocks": blocks, "include_registers": include_registers, "mean_heads": mean_heads}
         return attention_of_batch(self._tile_embedder, batch, **asked)
+
+    def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
+        """Embed texts into the space of the tile embeddings, for presets with a text side.
+
+        Returns:
+            (N, D) float32, on the CPU, in the order of the texts; to be compared by their cosine.
+
+        Raises:
+            UnsupportedError: a NotImplementedError: the preset has no text side, or its space is that of
+                another output variant; says which.
+            WeightsError: the weights have no text side. ConfigError: a text is empty or too long.
+            ExtraMissingError: the vocabulary, which open-clip-torch has, is not installed.
+        """
+        return embed_texts(self._text_encoder, texts)
+
+    @cached_property
+    def _text_encoder(self) -> ClipTextEncoder:
+        weights, seed = self.origin.get("weights"), self.origin.get("seed", 0)
+        return load_text_encoder(self.recipe, self.variant, weights, seed).to(self.device)
 
     def embed_patient(
         self,

@@ -188,6 +188,15 @@ class TileEncoderRef(_Section):
     variant: str
 
 
+class TextSpec(_Section):
+    """The text side of a preset that embeds texts beside tiles: CLIP's, with `kwargs` of
+    `slide2vec.encoders.clip_text.ClipTextEncoder`, from the same weights. `variant` is the output whose space
+    texts are in."""
+
+    variant: str
+    kwargs: dict[str, Any] = {}
+
+
 class Licence(_Section):
     """The licence's name, what it allows in a line, and where to ask for access."""
 
@@ -223,6 +232,7 @@ class Recipe(_Section):
         positions: how position embeddings are resampled for inputs of another size: as timm does
             ("antialiased"), as transformers does ("plain") or once did ("shifted"); or not at all.
         variants, default_variant: its outputs.
+        text: its text side; None where it has none that slide2vec runs.
         citation, note: for people.
         compile, compile_note: whether the encoder may be exported and compiled; why not, or what to mind.
         engine: how it is compiled.
@@ -254,6 +264,7 @@ class Recipe(_Section):
     positions: Literal["antialiased", "plain", "shifted", "fixed"] = "antialiased"
     variants: dict[str, Variant]
     default_variant: str
+    text: TextSpec | None = None
     licence: Licence
     citation: str
     note: str = ""
@@ -271,6 +282,8 @@ class Recipe(_Section):
             raise ValueError(
                 f"default_variant {self.default_variant!r} is not one of {sorted(self.variants)}"
             )
+        if self.text is not None and self.text.variant not in self.variants:
+            raise ValueError(f"text.variant {self.text.variant!r} is not one of {sorted(self.variants)}")
         default = self.default_spacing_um
         if self.spacing_um and default is not None and default not in self.spacing_um:
             raise ValueError(f"default_spacing_um {default} is not in spacing_um")

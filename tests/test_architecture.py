@@ -46,6 +46,7 @@ ROOMS = {
     "tiling": 4,
     "prepare": 4,
     "artifacts": 5,
+    "search": 6,
     "stream": 6,
     "aggregate": 7,
     "cohort": 7,

@@ -1,5 +1,5 @@
 """The command line: `slide2vec run`, `plan`, `embed`, `attention`, `tile`, `images`, `merge`, `status`,
-`export`, `info`, `models`, `build-engine`, `engines`, `bench`, `doctor`, `demo`.
+`search`, `export`, `info`, `models`, `build-engine`, `engines`, `bench`, `doctor`, `demo`.
 
 Subcommands import what they need when they run, so that `--help` answers at once.
 """
@@ -27,6 +27,7 @@ from slide2vec.cli.merge import merge
 from slide2vec.cli.models import models
 from slide2vec.cli.plan import plan
 from slide2vec.cli.run import CONFIG_SUFFIXES, run
+from slide2vec.cli.search import search
 from slide2vec.cli.status import status
 from slide2vec.cli.tile import tile
 from slide2vec.errors import Slide2VecError
@@ -79,6 +80,7 @@ app.command()(tile)
 app.command()(images)
 app.command()(merge)
 app.command()(status)
+app.command()(search)
 app.command()(export)
 app.command()(audit)
 app.command()(info)

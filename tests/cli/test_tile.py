@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from slide2vec import Model, PreprocessingConfig
 from slide2vec.cohort.process_list import read_process_list
@@ -96,3 +97,30 @@ def test_two_slides_of_one_name_are_refused(run, small_slide: Path, tmp_path: Pa
     result = run("tile", small_slide, tmp_path / "small.tif", *TILES, "-o", tmp_path / "out")
     assert result.exit_code == 1 and "appears twice" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_classes_of_masks_and_their_areas(run, small_slide: Path, tmp_path: Path) -> None:
+    mask = np.zeros((128, 128), np.uint8)
+    mask[10:90, 10:90] = 1
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    manifest = tmp_path / "slides.csv"
+    manifest.write_text(f"sample_id,image_path,mask_path\na,{small_slide},{tmp_path / 'mask.png'}\n")
+    masks = "{pixel_mapping: {none: 0, tumor: 1}, min_coverage: {tumor: 0.5}}"
+    options = (*TILES, "-o", tmp_path / "out", "--min-piece", "0")
+    result = run("tile", manifest, *options, "--masks", masks)
+    assert result.exit_code == 0, result.output
+    tiling = load_coordinates(tmp_path / "out" / "tiles", "tumor/a")
+    assert tiling.annotation == "tumor" and len(tiling) > 5
+    (row,) = read_process_list(tmp_path / "out" / "process_list.csv")
+    assert (row["sample_id"], row["annotation"]) == ("a", "tumor")
+    shown = run("export", tmp_path / "out", "-o", tmp_path / "areas", "--format", "geojson", "--json")
+    assert shown.exit_code == 0, shown.output
+    counts = {item["what"]: item["count"] for item in json.loads(shown.stdout)["exported"]}
+    assert counts == {"tissue": 1, "tiles": len(tiling)}
+    area = json.loads((tmp_path / "areas" / "tissue" / "tumor" / "a.geojson").read_text())["features"][0]
+    corners = np.array(area["geometry"]["coordinates"][0])
+    scale = 2048 / 128
+    assert (corners.min(), corners.max()) == (10 * scale, 90 * scale)
+    (tmp_path / "masks.yaml").write_text("pixel_mapping: {tumor: 1}\nmin_coverage: {tumor: 0.5}\n")
+    wrong = run("tile", manifest, *options[:-4], "-o", tmp_path / "b", "--masks", tmp_path / "masks.yaml")
+    assert wrong.exit_code == 1 and "holds the values [0], which no label" in " ".join(wrong.output.split())

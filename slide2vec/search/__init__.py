@@ -1,0 +1,9 @@
+"""Which tiles of a run are nearest to a tile, or to a text."""
+
+from __future__ import annotations
+
+from slide2vec.search.find import Run, searched_run
+from slide2vec.search.index import FoundTile
+from slide2vec.search.sheet import draw_sheet
+
+__all__ = ["FoundTile", "Run", "draw_sheet", "searched_run"]

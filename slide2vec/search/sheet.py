@@ -1,0 +1,68 @@
+"""A contact sheet of tiles: their pixels side by side, with where they are and how near."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from slide2vec.errors import Slide2VecError
+from slide2vec.files import as_path
+from slide2vec.readers import SlideReader, open_slide
+from slide2vec.search.index import FoundTile
+from slide2vec.slides import Slide
+
+__all__ = ["draw_sheet"]
+
+#: Side of a picture, the line under it, and the white around both, px.
+SIDE, LINE, GAP = 224, 16, 8
+COLUMNS = 5
+_GREY = 90
+
+
+def draw_sheet(tiles: Sequence[FoundTile], *, backend: str = "auto") -> tuple[NDArray[np.uint8], list[str]]:
+    """Tiles in their order, five in a row, each with its slide, place and cosine.
+
+    Returns:
+        (h, w, 3) uint8 RGB, and why the pixels of a slide are missing, one text for each.
+    """
+    rows = -(-len(tiles) // COLUMNS)
+    cell = SIDE + 2 * LINE + GAP
+    sheet = np.full((rows * cell + GAP, COLUMNS * (SIDE + GAP) + GAP, 3), 255, np.uint8)
+    problems = []
+    numbered = sorted(enumerate(tiles), key=lambda item: item[1].sample_id)
+    for name, group in groupby(numbered, key=lambda item: item[1].sample_id):
+        of_slide = list(group)
+        path = as_path(of_slide[0][1].image_path)
+        try:
+            with open_slide(Slide(sample_id=name, image_path=path), backend) as reader:
+                pictures = [_pixels(reader, tile) for _, tile in of_slide]
+        except (Slide2VecError, OSError) as error:
+            problems.append(f"slide {name}: no pictures of its tiles: {error}")
+            pictures = [np.full((SIDE, SIDE, 3), 230, np.uint8)] * len(of_slide)
+        for (number, tile), picture in zip(of_slide, pictures, strict=True):
+            top, left = GAP + number // COLUMNS * cell, GAP + number % COLUMNS * (SIDE + GAP)
+            sheet[top : top + SIDE, left : left + SIDE] = picture
+            _write(sheet, f"{number + 1}. {tile.sample_id}", left, top + SIDE + LINE)
+            _write(sheet, f"{tile.x},{tile.y}  {tile.score:.4f}", left, top + SIDE + 2 * LINE)
+    return sheet, problems
+
+
+def _pixels(reader: SlideReader, tile: FoundTile) -> NDArray[np.uint8]:
+    """A tile at the size of the sheet, from the coarsest level that has its pixels."""
+    enough = [level for level, ds in enumerate(reader.downsamples) if tile.tile_size_lv0 / ds >= SIDE]
+    level = enough[-1] if enough else 0
+    side = max(1, round(tile.tile_size_lv0 / reader.downsamples[level]))
+    pixels = reader.read_region((tile.x, tile.y), level, (side, side))
+    how = cv2.INTER_AREA if side > SIDE else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(pixels, (SIDE, SIDE), interpolation=how), np.uint8)
+
+
+def _write(sheet: NDArray[np.uint8], text: str, left: int, bottom: int) -> None:
+    """As much of a text as there is room for under a picture."""
+    cell = np.full((LINE, SIDE, 3), 255, np.uint8)
+    cv2.putText(cell, text, (0, LINE - 4), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (_GREY,) * 3, 1, cv2.LINE_AA)
+    sheet[bottom - LINE : bottom, left : left + SIDE] = cell
