@@ -23,7 +23,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     Raises:
         ConfigError: not a device, or one that this machine does not have.
     """
-    if device is None:
+    if device is None or device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -50,7 +50,7 @@ def use_device(device: torch.device) -> contextlib.AbstractContextManager[object
 
 def is_numbered(device: str | torch.device | None) -> bool:
     """Whether it is one device, not a kind of which there may be several."""
-    return device is not None and torch.device(device).index is not None
+    return device not in (None, "auto") and torch.device(device or "cpu").index is not None
 
 
 def devices_for(
