@@ -68,9 +68,10 @@ def compared(slides: Path, presets: str) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         run, process_s = slide2vec("run", "--manifest", slides, *common, "--output", f"{folder}/out")
     planned = None if here is None else here["hours"] * 3600
-    seconds = run["summary"]["seconds"]
+    ended = [each["summary"] for each in run.get("encoders", {"": run}).values()]
+    seconds = max(summary["seconds"] for summary in ended)  # they begin together
     return {
-        "tiles": run["summary"]["tiles"],
+        "tiles": sum(summary["tiles"] for summary in ended),
         "planned_s": planned,
         "run_s": seconds,
         "process_s": process_s,

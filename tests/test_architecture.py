@@ -164,6 +164,7 @@ def test_circle_inside_a_room_is_noticed(tmp_path: Path, back: str) -> None:
         ("import slide2vec.readers", ("torch", "cv2", "pandas", "cucim", "openslide", "pyvips", "cupy")),
         ("import slide2vec.cohort.process_list, slide2vec.cohort.lock", ("torch", "cv2", "numpy", "pandas")),
         ("import slide2vec.runtime.tensorrt.deploy", ("torch", "tensorrt", "pycuda", "pandas")),
+        ("import slide2vec.pipeline", ("timm", "torchvision", "torch._dynamo", "transformers")),
         ("import slide2vec.encoders.weights", ("timm", "huggingface_hub", "transformers")),
         ("import slide2vec.cli", ("torch", "cv2", "pandas", "numpy", "huggingface_hub")),
     ],

@@ -231,7 +231,7 @@ def _weights() -> dict[str, str | None]:
     return {
         recipe.name: _cached(try_to_load_from_cache, recipe.weights)
         for recipe in recipes
-        if recipe.weights is not None
+        if recipe.weights is not None and recipe.weights.repo
     }
 
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from slide2vec.encoders.base_classes import TileEncoder
 from slide2vec.encoders.channelwise import ChannelwiseEncoder
-from slide2vec.encoders.clip_linear import ClipLinearEncoder
 from slide2vec.encoders.input_size import for_input
 from slide2vec.errors import ConfigError, UnsupportedError
 from slide2vec.recipes import Recipe
@@ -33,6 +32,8 @@ def encode_tiles_dense(encoder: nn.Module, batch: Tensor) -> Tensor:
         UnsupportedError: a NotImplementedError: it has no patch tokens.
         ConfigError: a ValueError: the batch has another shape.
     """
+    from slide2vec.encoders.clip_linear import ClipLinearEncoder  # imports timm
+
     if (theirs := _theirs(encoder, "encode_tiles_dense")) is not None:
         return cast("Tensor", theirs(batch))
     grid = _grid(encoder, batch)
