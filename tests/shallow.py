@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,7 +13,7 @@ from benchmarks.common import of_depth
 from slide2vec.encoders import preset_chain
 from slide2vec.recipes import Recipe
 
-__all__ = ["DEPTHS", "few_blocks", "shallow"]
+__all__ = ["DEPTHS", "TWINS", "each", "few_blocks", "shallow"]
 
 #: By family of encoders.
 FEW: dict[str, dict[str, Any]] = {
@@ -32,6 +32,19 @@ def shallow(recipe: Recipe) -> Recipe:
     kwargs = {**recipe.encoder.kwargs, **FEW.get(recipe.encoder.family, {})}
     encoder = recipe.encoder.model_copy(update={"kwargs": kwargs})
     return recipe.model_copy(update={"encoder": encoder})
+
+
+#: Presets that differ from another by their weights, or by numbers: their tests are slow.
+TWINS = {
+    *("chief-ctranspath", "crisp", "feather-uni", "feather-uni2", "lunit-moco", "lunit-s16", "lunit-swav"),
+    *("kaiko-b16", "kaiko-b8", "kaiko-s16", "kaiko-s8", "openmidnight", "openpath", "pathorchestra"),
+    *("quiltnet-b16", "quiltnet-b16-pmb", "quiltnet-b32"),
+}
+
+
+def each(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test, slow where another preset stands for them."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in TWINS else name for name in names]
 
 
 @contextmanager

@@ -169,6 +169,14 @@ MinPiece = Annotated[
     float | None,
     typer.Option(min=0, help="Tiles as large as a piece of tissue has to be (a_t of HS2P) [4]."),
 ]
+Qc = Annotated[
+    str | None,
+    typer.Option(
+        help="Measure background, blur, bubble, fold and pen in every tile, and leave out tiles with more: "
+        "pen=0.1,blur=0.5; or measure, which leaves none out.",
+        show_default=False,
+    ),
+]
 Masks = Annotated[
     str | None,
     typer.Option(
@@ -198,6 +206,26 @@ def tissue_options(
         "segmentation": given(**segmentation),
         "filtering": {} if min_piece is None else {"a_t": min_piece},
     }
+
+
+def quality_limits(given: str | None) -> dict[str, Any]:
+    """What `--qc` says, as fields of QualityConfig.
+
+    Raises:
+        typer.BadParameter: it is neither "measure" nor shares of artefacts.
+    """
+    found: dict[str, Any] = {}
+    for part in (given or "").split(",") if given is not None else ():
+        name, equals, share = part.strip().partition("=")
+        try:
+            found |= (
+                {f"max_{name.strip()}": float(share)} if equals or name != "measure" else {"measure": True}
+            )
+        except ValueError:
+            raise typer.BadParameter(
+                f"--qc {given!r} is not measure, nor shares such as pen=0.1,blur=0.5"
+            ) from None
+    return found
 
 
 def masks_option(text: str | None) -> Any:

@@ -19,12 +19,14 @@ from slide2vec.cli.console import (
     Method,
     MinPiece,
     NumGpus,
+    Qc,
     SegmentationDownsample,
     SlidesDir,
     Sthresh,
     device_names,
     note,
     print_json,
+    quality_limits,
 )
 from slide2vec.cli.embed import TrustRemoteCode
 from slide2vec.errors import ConfigError
@@ -96,6 +98,7 @@ def run(
     segmentation_downsample: SegmentationDownsample = None,
     sthresh: Sthresh = None,
     min_piece: MinPiece = None,
+    qc: Qc = None,
     backend: Annotated[
         Backend | None, typer.Option(help="What reads the slides.", show_default=False, **BACKEND)
     ] = None,
@@ -228,6 +231,7 @@ def run(
         "tiling.seg_params.downsample": segmentation_downsample,
         "tiling.seg_params.sthresh": sthresh,
         "tiling.filter_params.a_t": min_piece,
+        **{f"tiling.qc.{name}": value for name, value in quality_limits(qc).items()},
         "tiling.backend": backend,
         "model.device": "cpu" if run_on_cpu else device,
         "speed.precision": precision or ("fp32" if run_on_cpu else None),

@@ -281,7 +281,7 @@ def _in_words(differing: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def _option(name: str) -> str:
-    for section in ("segmentation", "filtering"):
+    for section in ("segmentation", "filtering", "qc"):
         if name.startswith(f"{section}_"):
             return f"{section}.{name.removeprefix(f'{section}_')}"
     return name

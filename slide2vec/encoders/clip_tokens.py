@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from slide2vec.errors import ConfigError, ExtraMissingError
+from slide2vec.installation import add_extra
 
 __all__ = ["ClipTokeniser", "clip_vocabulary"]
 
@@ -38,7 +39,7 @@ def clip_vocabulary() -> Path:
         if path.is_file():
             return path
     raise ExtraMissingError(
-        'texts are cut into tokens with a vocabulary that open-clip-torch has: pip install "slide2vec[text]"'
+        f"texts are cut into tokens with a vocabulary that open-clip-torch has: {add_extra('text')}"
     )
 
 

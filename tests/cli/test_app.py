@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from slide2vec import __version__
+from slide2vec.version import PROJECT
 
 HEAVY = ("torch", "numpy", "pandas", "cv2", "huggingface_hub", "timm", "openslide", "cucim", "tifffile")
 
@@ -37,7 +38,7 @@ def test_listing_models_does_not_load_torch() -> None:
 def test_python_dash_m() -> None:
     command = [sys.executable, "-m", "slide2vec", "--version"]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == f"slide2vec {__version__}"
+    assert ran.stdout.strip() == f"slide2vec {__version__} ({PROJECT})"
 
 
 def test_help_names_every_command(run) -> None:

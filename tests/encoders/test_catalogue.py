@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from shallow import each
 from torch.utils.flop_counter import FlopCounterMode
 
 from slide2vec.encoders import build_encoder
@@ -55,7 +56,7 @@ def test_says_what_is_needed(name: str) -> None:
         assert re.fullmatch(r"[0-9a-f]{40}", recipe.weights.revision)
 
 
-@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("name", each(BUILT))
 def test_published_parameter_count(name: str) -> None:
     recipe = load_recipe(name)
     encoder = on_meta(name, recipe.default_variant)
@@ -63,7 +64,7 @@ def test_published_parameter_count(name: str) -> None:
     assert count / 1e6 == pytest.approx(recipe.params_m, rel=PARAMETERS)
 
 
-@pytest.mark.parametrize("name", [name for name in BUILT if load_recipe(name).weights is not None])
+@pytest.mark.parametrize("name", each(name for name in BUILT if load_recipe(name).weights is not None))
 def test_dimension_of_every_output(name: str) -> None:
     recipe = load_recipe(name)
     for variant, output in recipe.variants.items():
@@ -73,7 +74,7 @@ def test_dimension_of_every_output(name: str) -> None:
             assert encoder(pixels).shape == (2, output.dim), variant
 
 
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("name", each(TIMM))
 def test_gflops_are_those_of_one_tile(name: str) -> None:
     recipe = load_recipe(name)
     encoder = on_meta(name, recipe.default_variant)
@@ -83,7 +84,7 @@ def test_gflops_are_those_of_one_tile(name: str) -> None:
     assert counter.get_total_flops() / 1e9 == pytest.approx(recipe.gflops, rel=FLOPS)
 
 
-@pytest.mark.parametrize("name", [name for name in TIMM if load_recipe(name).encoder.family == "timm"])
+@pytest.mark.parametrize("name", each(name for name in TIMM if load_recipe(name).encoder.family == "timm"))
 def test_prefix_tokens_are_those_of_the_backbone(name: str) -> None:
     recipe = load_recipe(name)
     encoder = on_meta(name, recipe.default_variant)

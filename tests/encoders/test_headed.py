@@ -16,9 +16,11 @@ from benchmarks.common import of_depth
 from slide2vec.encoders import build_encoder
 from slide2vec.encoders.timm import _resolve
 from slide2vec.errors import WeightsError
-from slide2vec.recipes import load_recipe
+from slide2vec.recipes import Recipe, load_recipe
 
 DEPTH = 2
+#: Of the transformers here, which are narrow; those of the presets are counted in test_catalogue.py.
+WIDTH, NARROW = 96, {"embed_dim": 96, "num_heads": 3}
 #: fp32, other order of the same sums.
 TOLERANCE = 1e-5
 PIXELS = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(2))
@@ -35,9 +37,16 @@ def randomised(module: nn.Module, seed: int = 1) -> nn.Module:
     return module.eval()
 
 
+def narrow(name: str) -> Recipe:
+    recipe = of_depth(load_recipe(name), DEPTH)
+    head_dim = WIDTH if name == "mettle" else recipe.encoder.kwargs["head_dim"]
+    kwargs = {**recipe.encoder.kwargs, **NARROW, "head_dim": head_dim}
+    return recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"kwargs": kwargs})})
+
+
 def trunk(name: str) -> nn.Module:
     """The transformer of a preset as timm makes it, without a head."""
-    kwargs = of_depth(load_recipe(name), DEPTH).encoder.kwargs
+    kwargs = narrow(name).encoder.kwargs
     own = {key: value for key, value in kwargs.items() if key not in ("head", "head_dim")}
     return randomised(timm.create_model(load_recipe(name).encoder.arch, **_resolve(own)))
 
@@ -49,7 +58,7 @@ def random_state(module: nn.Module, seed: int = 3) -> State:
 def features(name: str, state: State, folder: Path, variant: str | None = None) -> Tensor:
     """Of the preset, from a file in the published keys."""
     torch.save(state, folder / "w.bin")
-    recipe = of_depth(load_recipe(name), DEPTH)
+    recipe = narrow(name)
     with torch.inference_mode():
         return build_encoder(recipe, recipe.variant(variant)[1], folder / "w.bin")(PIXELS)  # type: ignore[no-any-return]
 
@@ -57,12 +66,12 @@ def features(name: str, state: State, folder: Path, variant: str | None = None) 
 def test_mettle(tmp_path: Path) -> None:
     """The head atom by atom, rank by rank, each variant."""
     body = trunk("mettle")
-    sizes = (("mix", 16), ("shift", 1536))
-    layers = {name: (nn.Linear(1536, 256), nn.GELU(), nn.Linear(256, out)) for name, out in sizes}
+    sizes = (("mix", 16), ("shift", WIDTH))
+    layers = {name: (nn.Linear(WIDTH, 256), nn.GELU(), nn.Linear(256, out)) for name, out in sizes}
     head = nn.ModuleDict({name: nn.Sequential(*each) for name, each in layers.items()})
     state = random_state(head)
     draw = torch.Generator().manual_seed(4)
-    state |= {name: torch.randn(16, 1536, 8, generator=draw) * 0.05 for name in "PQ"}
+    state |= {name: torch.randn(16, WIDTH, 8, generator=draw) * 0.05 for name in "PQ"}
     with torch.inference_mode():
         tokens: Tensor = body.forward_features(PIXELS)  # type: ignore[operator]
         token = tokens[:, 0]
@@ -74,7 +83,7 @@ def test_mettle(tmp_path: Path) -> None:
     published = {f"backbone.{key}": value for key, value in body.state_dict().items()}
     published |= {f"head.{key}": value for key, value in state.items()}
     torch.save(published, tmp_path / "w.bin")
-    recipe = of_depth(load_recipe("mettle"), DEPTH)
+    recipe = narrow("mettle")
     encoder = build_encoder(recipe, recipe.variants["cls"], tmp_path / "w.bin")
     with torch.inference_mode():
         torch.testing.assert_close(encoder(PIXELS), expected, atol=TOLERANCE, rtol=0)
@@ -86,7 +95,7 @@ def test_mettle(tmp_path: Path) -> None:
 def test_keep(tmp_path: Path) -> None:
     """Its layer scales are called weights; the text tower beside it may be there."""
     body = trunk("keep")
-    head = random_state(nn.Sequential(nn.Linear(1024, 768), nn.GELU(), nn.Linear(768, 768)))
+    head = random_state(nn.Sequential(nn.Linear(WIDTH, 768), nn.GELU(), nn.Linear(768, 768)))
     with torch.inference_mode():
         token = body.forward_features(PIXELS)[:, 0]  # type: ignore[operator]
         hidden = F.gelu(token @ head["0.weight"].T + head["0.bias"])
@@ -103,11 +112,17 @@ def clip(patch: int, act: str) -> Any:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = transformers.CLIPConfig(
-        vision_config={"patch_size": patch, "num_hidden_layers": DEPTH, "hidden_act": act},
+        vision_config={
+            "patch_size": patch,
+            "hidden_act": act,
+            "num_hidden_layers": DEPTH,
+            "hidden_size": WIDTH,
+            "intermediate_size": 4 * WIDTH,
+            "num_attention_heads": 3,
+        },
         text_config={**sizes, "vocab_size": 99},
         projection_dim=512,
     )
-    assert config.vision_config.hidden_size == 768
     return randomised(transformers.CLIPModel(config))
 
 
@@ -158,7 +173,7 @@ def as_open_clip(state: State) -> State:
 @pytest.mark.parametrize("name", ["biomedclip", "quiltnet-b16-pmb"])
 def test_open_clip_around_timm(name: str, tmp_path: Path) -> None:
     body = trunk(name)
-    projection = torch.randn(512, 768, generator=torch.Generator().manual_seed(5)) * 0.05
+    projection = torch.randn(512, WIDTH, generator=torch.Generator().manual_seed(5)) * 0.05
     state = {f"visual.trunk.{key}": value for key, value in body.state_dict().items()}
     state |= {"visual.head.proj.weight": projection, "text.proj.0.weight": torch.zeros(2)}
     with torch.inference_mode():

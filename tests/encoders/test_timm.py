@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from shallow import each
 
 from benchmarks.common import of_depth
 from slide2vec.encoders import build_encoder
@@ -48,7 +49,7 @@ def own_features(tokens: torch.Tensor, pool: str, prefix: int) -> torch.Tensor:
     return tokens[:, 0] if pool == "cls" else tokens.mean(1)
 
 
-@pytest.mark.parametrize("name", [name for name in PURE if not load_recipe(name).weights.convert])  # type: ignore[union-attr]
+@pytest.mark.parametrize("name", each(name for name in PURE if not load_recipe(name).weights.convert))  # type: ignore[union-attr]
 def test_equals_timm(name: str) -> None:
     """Weights are not at their initial values: layer scales of 1e-5 would hide the blocks."""
     recipe = shallow(name)

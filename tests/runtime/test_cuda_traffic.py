@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_traffic import TILES, Traffic, traffic_of
+from shallow import each
 from torch.backends.cuda import can_use_flash_attention
 
 from slide2vec.recipes import list_models, load_recipe
@@ -53,7 +54,7 @@ def test_every_preset_has_a_budget() -> None:
     assert sorted(budget()) == sorted(PRESETS)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", each(PRESETS))
 def test_kernels_and_bytes(preset: str) -> None:
     allowed = budget()[preset]
     kernels, megabytes = whole(preset, allowed["blocks"])
@@ -61,13 +62,13 @@ def test_kernels_and_bytes(preset: str) -> None:
     assert megabytes <= MORE * allowed["mb_per_tile"]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", each(PRESETS))
 def test_the_host_never_waits(preset: str) -> None:
     """Which CUDA refuses while a graph is captured, as it does copies from pageable memory."""
     assert traffic(preset, 0 if preset == "scattering" else 1).uncapturable == []
 
 
-@pytest.mark.parametrize("preset", VITS)
+@pytest.mark.parametrize("preset", each(VITS))
 def test_attention_is_for_the_flash_kernel(preset: str, capfd: pytest.CaptureFixture[str]) -> None:
     """PyTorch's own choice refuses it for want of a GPU only; of several reasons it says the first."""
     calls = traffic(preset, 1).attention
