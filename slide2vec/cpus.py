@@ -11,7 +11,17 @@ from typing import Self
 
 from slide2vec.errors import ConfigError
 
-__all__ = ["MAX_CPUS", "VARIABLE", "Budget", "JobCpus", "cgroup_cpus", "find_cpus", "job_cpus", "share"]
+__all__ = [
+    "MAX_CPUS",
+    "VARIABLE",
+    "Budget",
+    "JobCpus",
+    "cgroup_cpus",
+    "control_groups",
+    "find_cpus",
+    "job_cpus",
+    "share",
+]
 
 #: Says how many CPUs a process has, whatever else would decide it. Workers get their share through it.
 VARIABLE = "SLIDE2VEC_CPUS"
@@ -192,33 +202,41 @@ def cgroup_cpus(
     Formats: "Control Group v2" and "CFS Bandwidth Control" of the Linux kernel's documentation.
 
     Args:
+        membership, root: see `control_groups`.
+    """
+    read = {1: _quota_v1, 2: _quota_v2}
+    found = (read[version](folder) for version, folder in control_groups("cpu", membership, root))
+    return min((quota for quota in found if quota is not None), default=None)
+
+
+def control_groups(
+    controller: str, membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> Iterator[tuple[int, Path]]:
+    """Version (1 or 2) and folder of this process's control groups that have a controller, and of those above
+    them; a folder may not be there.
+
+    Args:
         membership: lines "number:controllers:/group", the controllers of version 2 empty.
         root: where control groups are mounted.
     """
     try:
         lines = membership.read_text().splitlines()
     except OSError:
-        return None
-    return min((quota for line in lines for quota in _quotas(line, root)), default=None)
-
-
-def _quotas(line: str, root: Path) -> Iterator[int]:
-    """Of the groups that a line of the membership names, outwards."""
-    _, controllers, group = line.split(":", 2)
-    names = controllers.split(",")
-    if controllers == "":
-        mounts, read = [root, root / "unified"], _quota_v2
-    elif "cpu" in names:
-        mounts, read = [root / "cpu", root / controllers], _quota_v1
-    else:
         return
-    inside = PurePosixPath(group.lstrip("/"))
-    if ".." in inside.parts:  # outside of what a container sees, whose own group is the mount itself
-        inside = PurePosixPath()
-    for mount in mounts:
-        for folder in (inside, *inside.parents):
-            if (quota := read(mount / folder)) is not None:
-                yield quota
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            mounts, version = [root, root / "unified"], 2
+        elif controller in controllers.split(","):
+            mounts, version = [root / controller, root / controllers], 1
+        else:
+            continue
+        inside = PurePosixPath(group.lstrip("/"))
+        if ".." in inside.parts:  # outside of what a container sees, whose own group is the mount itself
+            inside = PurePosixPath()
+        for mount in mounts:
+            for folder in (inside, *inside.parents):
+                yield version, mount / folder
 
 
 def _quota_v2(folder: Path) -> int | None:

@@ -28,7 +28,7 @@ from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide, SlideAttention
 from slide2vec.encoders.clip_text import ClipTextEncoder, embed_texts, load_text_encoder
 from slide2vec.encoders.given_module import register_module
-from slide2vec.encoders.late import AnyEncoder, as_module, handed_over
+from slide2vec.encoders.late import AnyEncoder, as_module, handed_over, held_bytes, release, weights_bytes
 from slide2vec.encoders.preset_chain import PartsWeights, load_parts, loader_of, tile_recipe
 from slide2vec.encoders.registered import code_identity, refuse_overlap
 from slide2vec.encoders.weights import weights_digest
@@ -179,7 +179,7 @@ class Model:
             model = cls(
                 part.recipe,
                 part.variant,
-                part.encoder if model is None else as_module(part.encoder).to(chosen),
+                part.encoder,
                 device=chosen,
                 precision=resolved,
                 weights=part.weights,
@@ -235,6 +235,11 @@ class Model:
         return handed_over(self._encoder)
 
     @property
+    def _on_device(self) -> nn.Module:
+        """The encoder of slides or patients, where it runs."""
+        return as_module(self._encoder).to(self.device)
+
+    @property
     def has_latents(self) -> bool:
         """Whether its slide encoder has latents beside its embedding."""
         return self.recipe.has_latents or (self.upstream is not None and self.upstream.has_latents)
@@ -271,16 +276,19 @@ class Model:
 
     def engine_in_words(self, execution: ExecutionOptions | None = None) -> str:
         """What runs the encoder: "PyTorch, fp32 on cpu", "openvino, bf16 on cpu"."""
-        engine = self._tile_embedder.select(execution or ExecutionOptions()).engine
-        runtime = "PyTorch" if engine.runtime == "torch" else engine.runtime
-        return f"{runtime}, {engine.precision} on {self.device}"
+        runtime, precision = self._tile_embedder.runs_in(execution or ExecutionOptions())
+        return f"{'PyTorch' if runtime == 'torch' else runtime}, {precision} on {self.device}"
 
     @cached_property
     def _weights_digest(self) -> str:
         """What the weights are, wherever they came from."""
         if self.recipe.weights is None or self._weights.startswith("random:"):
             return self._weights
-        return self._tile_embedder.weights_digest if self.upstream is None else weights_digest(self.encoder)
+        return (
+            self._tile_embedder.weights_digest
+            if self.upstream is None
+            else weights_digest(as_module(self._encoder))
+        )
 
     def confirm_weights(self) -> None:
         """Wait until the weights of tiles are certainly what `identity` says; raises WeightsError else."""
@@ -430,6 +438,27 @@ class Model:
             precision_asked=self._precision_asked or execution.precision is not None,
         )
 
+    def memory_bytes(self, execution: ExecutionOptions, tile_size_px: int | None = None) -> int:
+        """About what its encoders take on their device: weights, and a batch of tiles; see `TileEmbedder`."""
+        if self.upstream is None:
+            return self._tile_embedder.memory_bytes(execution, tile_size_px)
+        below = self.upstream.memory_bytes(execution, tile_size_px)
+        return below + weights_bytes(self._encoder, self.recipe)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of its encoders' weights that are in memory now."""
+        below = 0 if self.upstream is None else self.upstream.held_bytes
+        return below + held_bytes(self._encoder)
+
+    def release(self) -> None:
+        """Free the memory of its encoders, which are loaded anew when they are next needed."""
+        release(self._encoder)
+        if self.upstream is None:
+            self._tile_embedder.release()
+        else:
+            self.upstream.release()
+
     def gain_of_build(self, config: PreprocessingConfig, execution: ExecutionOptions) -> Gain | None:
         """What an engine would bring that `decide_engine` builds where it pays; None where it builds none."""
         return self._tile_embedder.gain_of_build(execution, config.requested_tile_size_px)
@@ -454,7 +483,7 @@ class Model:
             return embedded
         if self.level == "patient":
             return self.upstream.aggregated(embedded, latents=latents)
-        return with_slide_embedding(embedded, self.encoder, self.device, preset=self.name, latents=latents)
+        return with_slide_embedding(embedded, self._on_device, self.device, preset=self.name, latents=latents)
 
     def patient_embedding(self, slides: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(D,) float32 of a patient from their slide embeddings (D,), by sample_id.
@@ -464,7 +493,7 @@ class Model:
             PatientError: the patient encoder failed.
         """
         self._require_patient_level("patient_embedding")
-        return patient_embedding(slides, self.encoder, self.device, preset=self.name)
+        return patient_embedding(slides, self._on_device, self.device, preset=self.name)
 
     def resolve_preprocessing(self, config: PreprocessingConfig | None = None) -> PreprocessingConfig:
         """The configuration with the preset's spacing and tile size filled in.

@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
 from slide2vec.aggregate.gather import check_on_error, embed_in_order
 from slide2vec.cohort.side_by_side import run_side_by_side
 from slide2vec.cohort.sink import MemorySink, aggregated_outcome
 from slide2vec.config import ExecutionOptions, MaskSamplingConfig, PreprocessingConfig
 from slide2vec.embedded import EmbeddedSlide
+from slide2vec.encoders.preset_chain import parts_of, tile_recipe
 from slide2vec.errors import ConfigError, EmbedSlidesError
 from slide2vec.manifests import SlidesLike, by_class, classes_of, given_slides
+from slide2vec.memory import Need, limit_bytes, together
 from slide2vec.model import Model
 from slide2vec.progress import active_reporter, live_progress, metered
 from slide2vec.progress.together import TogetherReporter
+from slide2vec.recipes import load_recipe
+from slide2vec.runtime import pick_device
 from slide2vec.slides import SlideLike, as_slide
 from slide2vec.stream import SlideOutcome
+from slide2vec.tile_embedder import batch_bytes
 
 if TYPE_CHECKING:
+    import torch
+
     from slide2vec.slides import Slide
     from slide2vec.stream.shared_slides import Share
 
-__all__ = ["Models"]
+__all__ = ["Models", "groups_of_presets", "placed_on"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,17 +59,35 @@ class Models(Mapping[str, Model]):
         self._models = dict(named)
 
     @classmethod
-    def from_presets(cls, names: Iterable[str], **options: Any) -> Self:
-        """Build several presets.
+    def from_presets(
+        cls,
+        names: Iterable[str],
+        *,
+        devices: Sequence[str] = (),
+        encoders_gb: float | None = None,
+        **options: Any,
+    ) -> Self:
+        """Build several presets. Where they do not fit into memory together, each is loaded to see that it
+        can be, and again when its turn comes.
 
         Args:
             names: of the presets.
+            devices: among which encoders are shared out by their work per tile, fed by one reader ("cuda:0",
+                "cuda:1"); none: all on one, the option `device`.
+            encoders_gb: as in ExecutionOptions.
             options: for each of them, as `Model.from_preset`.
 
         Raises:
             ConfigError: one is named twice; others as `Model.from_preset`.
         """
-        return cls([Model.from_preset(name, **options) for name in names])
+        names, models = list(names), list[Model]()
+        places = placed_on(names, devices) if devices else dict.fromkeys(names, options.get("device"))
+        groups = groups_of_presets(places, ExecutionOptions(encoders_gb=encoders_gb))
+        for name in names:
+            models.append(Model.from_preset(name, **{**options, "device": places[name]}))
+            if len(groups) > 1:
+                models[-1].release()
+        return cls(models)
 
     def __getitem__(self, name: str) -> Model:
         return self._models[name]
@@ -141,7 +167,12 @@ class Models(Mapping[str, Model]):
         self, config: PreprocessingConfig | None = None
     ) -> dict[str, PreprocessingConfig]:
         """Of each model, by name; see `Model.resolve_preprocessing`."""
-        return {name: model.resolve_preprocessing(config) for name, model in self.items()}
+        found = {}
+        for name, model in self.items():
+            found[name] = model.resolve_preprocessing(config)  # which may load it, to see what tiles it takes
+            if len(_fitting(self, ExecutionOptions())) > 1:
+                model.release()
+        return found
 
     def _masks(self, preprocessing: PreprocessingConfig | None) -> MaskSamplingConfig:
         """Of all models, as they have it in common."""
@@ -159,6 +190,33 @@ class Models(Mapping[str, Model]):
         for name, model in self.items():
             groups.setdefault(_tiles_key(model, configs[name], execution), []).append(name)
         return [sorted(names, key=lambda name: self[name].level != "tile") for names in groups.values()]
+
+    def prepare(
+        self, slides: Sequence[Slide], configs: Mapping[str, PreprocessingConfig], execution: ExecutionOptions
+    ) -> list[list[str]]:
+        """Decide what runs each model (see `Model.decide_engine`), and which of them are in memory together:
+        their names, in groups that take turns. Several groups are said in the log, and nothing of them is in
+        memory when this returns.
+
+        Args:
+            configs: of each model, resolved.
+        """
+        sizes = {name: config.requested_tile_size_px for name, config in configs.items()}
+        groups = _fitting(self, execution, sizes)
+        for name, model in self.items():
+            model.decide_engine(slides, configs[name], execution)
+            if len(groups) > 1:
+                model.identity(execution, sizes[name])  # known from now on, wherever the weights are
+                model.release()
+        if len(groups) > 1:
+            allowed = f"encoders_gb={execution.encoders_gb:g}" if execution.encoders_gb else "what is free"
+            logger.warning(
+                "%d encoders take about %s GB of memory, more than %s: they take turns, and each group reads "
+                "the slides: %s",
+                *(len(self), _gigabytes(self, execution, sizes), allowed),
+                "; then ".join(" + ".join(names) for names in groups),
+            )
+        return groups
 
     def take_turns(self, execution: ExecutionOptions) -> bool:
         """Whether the models embed one after the other, each reading the slides for itself: where workers do,
@@ -190,23 +248,37 @@ class Models(Mapping[str, Model]):
                 for name, model in self.items()
             }
         configs = self.resolve_preprocessing(preprocessing)
-        for name, model in self.items():
-            model.decide_engine(slides, configs[name], execution)
-        groups = self.grouped(configs, execution)
+        found: dict[str, list[SlideOutcome] | Exception] = {}
+        turns = self.prepare(slides, configs, execution)
+        with live_progress(), metered(partial(self.devices_here, execution)):
+            for turn in turns:
+                found |= self._turn(turn, slides, configs, execution)
+                for name in turn if len(turns) > 1 else ():
+                    self[name].release()
+        return {name: found[name] for name in self}
+
+    def _turn(
+        self,
+        turn: Sequence[str],
+        slides: Sequence[Slide],
+        configs: Mapping[str, PreprocessingConfig],
+        execution: ExecutionOptions,
+    ) -> dict[str, list[SlideOutcome] | Exception]:
+        """The outcomes of models that are in memory together."""
+        groups = Models({name: self[name] for name in turn}).grouped(configs, execution)
         tasks = {
             names[0]: partial(self._embed, names, slides, configs[names[0]], execution) for names in groups
         }
-        with live_progress(), metered(partial(self.devices_here, execution)):
-            reporter = TogetherReporter(
-                active_reporter(), {name: [slide.sample_id for slide in slides] for name in tasks}
-            )
-            reporter.start(list(self))
-            done = run_side_by_side(tasks, dict.fromkeys(tasks, slides), execution, reporter)
+        reporter = TogetherReporter(
+            active_reporter(), {name: [slide.sample_id for slide in slides] for name in tasks}
+        )
+        reporter.start(turn)
+        done = run_side_by_side(tasks, dict.fromkeys(tasks, slides), execution, reporter)
         found: dict[str, list[SlideOutcome] | Exception] = {}
         for names in groups:
             made = done[names[0]]
             found |= dict.fromkeys(names, made) if isinstance(made, Exception) else made
-        return {name: found[name] for name in self}
+        return found
 
     def _embed(
         self,
@@ -225,6 +297,62 @@ class Models(Mapping[str, Model]):
                     aggregate = partial(self[name].aggregated, latents=execution.save_latents)
                     found[name].append(aggregated_outcome(outcome, aggregate))
         return found
+
+
+def placed_on(names: Sequence[str], devices: Sequence[str]) -> dict[str, str]:
+    """A device for each preset: those with the most work per tile first, each to the one with the least."""
+    gflops = {name: tile_recipe(load_recipe(name)).gflops for name in names}
+    work = dict.fromkeys(devices, 0.0)
+    places = {}
+    for name in sorted(gflops, key=lambda name: -gflops[name]):
+        places[name] = min(work, key=lambda device: work[device])
+        work[places[name]] += gflops[name]
+    return places
+
+
+def groups_of_presets(
+    places: Mapping[str, str | torch.device | None], execution: ExecutionOptions
+) -> list[list[str]]:
+    """Presets that fit into the memory of their devices together, by what their recipes say; in groups.
+
+    Args:
+        places: the device of each.
+    """
+    needs = {}
+    for name, place in places.items():
+        parts, device = [load_recipe(part) for part in parts_of(load_recipe(name))], pick_device(place)
+        weights = sum(4e6 * part.params_m for part in parts)
+        needs[name] = Need(str(device), weights + batch_bytes(parts[-1], execution, device))
+    limits = {each.device: limit_bytes(each.device, execution.encoders_gb) for each in needs.values()}
+    return together(needs, limits)
+
+
+_Name = TypeVar("_Name", bound=Hashable)
+
+
+def _fitting(
+    models: Mapping[_Name, Model],
+    execution: ExecutionOptions,
+    sizes: Mapping[_Name, int | None] | None = None,
+) -> list[list[_Name]]:
+    """Names of models that fit into memory together, in groups.
+
+    Args:
+        sizes: of the tiles of each; None = the preset's.
+    """
+    needs: dict[_Name, Need] = {}
+    held: Counter[str] = Counter()
+    for name, model in models.items():
+        size = None if sizes is None else sizes[name]
+        needs[name] = Need(str(model.device), model.memory_bytes(execution, size))
+        held[str(model.device)] += model.held_bytes
+    limits = {name: limit_bytes(name, execution.encoders_gb, taken) for name, taken in held.items()}
+    return together(needs, limits)
+
+
+def _gigabytes(models: Models, execution: ExecutionOptions, sizes: Mapping[str, int | None]) -> str:
+    """What they take together."""
+    return f"{sum(model.memory_bytes(execution, sizes[name]) for name, model in models.items()) / 1e9:.3g}"
 
 
 def _by_preset(models: Sequence[Model]) -> dict[str, Model]:

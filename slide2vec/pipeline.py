@@ -157,9 +157,9 @@ class Pipeline:
         settings: Callable[[Model, PreprocessingConfig], str],
         on_slide_persisted: OnPersisted | None,
     ) -> RunResult:
-        for name, model in self.models.items():
-            model.decide_engine(slides, configs[name], self.execution)
         if len(self.models) == 1 or self.models.take_turns(self.execution):
+            for name, model in self.models.items():
+                model.decide_engine(slides, configs[name], self.execution)
             alone = {
                 name: embed_cohort(
                     model,
@@ -174,7 +174,11 @@ class Pipeline:
             if self.execution.save_patch_tokens:
                 made = alone[self.model.name].tile_artifacts or alone[self.model.name].hierarchical_artifacts
                 save_patch_tokens(self.model, made, self.execution, on_error="skip")
-            return next(iter(alone.values())) if len(alone) == 1 else RunResult.of_several(alone)
+            if len(alone) == 1:
+                return next(iter(alone.values()))
+            readings = [[name] for name, result in alone.items() if result.summary is not None]
+            return RunResult.of_several(alone, readings=readings)
+        groups = self.models.prepare(slides, configs, self.execution)
         runs: dict[str, EncoderRun] = {}
         for names in self.models.grouped(configs, self.execution):
             for name, after in zip(names, ("", *names), strict=False):
@@ -184,6 +188,7 @@ class Pipeline:
             {name: runs[name] for name in self.models},
             slides,
             self.execution,
+            groups=groups,
             on_slide_persisted=on_slide_persisted,
         )
 

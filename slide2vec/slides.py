@@ -61,8 +61,8 @@ class Slide:
         spacing_at_level_0: µm/px of level 0, where the file's own value is missing or wrong.
         patient_id: for patient-level models.
         tiling: options of this slide that count over those of the run: "tissue_threshold", and
-            "segmentation_…" and "filtering_…" with the fields of SegmentationConfig and FilterConfig, such as
-            "segmentation_method". Checked when the slide is planned.
+            "segmentation_…", "filtering_…", "qc_…" with the fields of SegmentationConfig, FilterConfig,
+            QualityConfig, such as "segmentation_method". Checked when the slide is planned.
         annotation: the class of its mask whose tiles are meant; the sample_id then is as
             `slide2vec.labels.class_name` has it, "tumor/a". `slide2vec.manifests.by_class` makes such slides.
     """
@@ -129,7 +129,7 @@ def id_of(path: Path, id_from: IdFrom = "name") -> str:
 
 
 #: Columns and keys that go into `Slide.tiling`.
-_TILING_OPTION = re.compile(r"tissue_threshold|(segmentation|filtering)_\w+")
+_TILING_OPTION = re.compile(r"tissue_threshold|(segmentation|filtering)_\w+|qc_(measure|max_\w+)")
 
 
 def is_tiling_option(name: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from slide2vec.compile import (
 )
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.encoders.input_size import for_input
-from slide2vec.encoders.late import AnyEncoder, LateEncoder
+from slide2vec.encoders.late import AnyEncoder, LateEncoder, weights_bytes
+from slide2vec.errors import EngineError
 from slide2vec.prepare import choose_preparer
 from slide2vec.progress import active_reporter
 from slide2vec.recipes import Recipe
@@ -49,8 +51,11 @@ if TYPE_CHECKING:
     from slide2vec.prepare import Preparer
     from slide2vec.runtime import Engine
 
-__all__ = ["TileEmbedder"]
+__all__ = ["TileEmbedder", "batch_bytes"]
 
+#: Bytes in memory per pixel of a tile while it is encoded: 110 to 345 on a CPU in fp32, in batches of 8 or
+#: more of prost40m, a ViT-B and a ViT-L of patches of 16 px, a ViT-S of 8 px (lunit), ResNet-50, conchv15.
+BYTES_PER_PX = 400
 #: What decides a workspace: GPU decoding, preparer, tile size, and the engine's runtime, precision, layout.
 _Key: TypeAlias = tuple[object, ...]
 #: What decides an engine: the choice, precision, torch_compile, side of the encoder's input.
@@ -63,6 +68,12 @@ class _Workspace:
 
     transfer: TileTransfer
     preparer: Preparer
+
+
+def batch_bytes(recipe: Recipe, execution: ExecutionOptions, device: torch.device) -> int:
+    """About what a batch of tiles takes on its way through an encoder."""
+    size = execution.batch_size or batch_size_for(recipe.gflops, device)
+    return size * BYTES_PER_PX * recipe.transform.crop**2
 
 
 class TileEmbedder:
@@ -94,6 +105,8 @@ class TileEmbedder:
         #: Bytes that preparing and encoding a tile take on a GPU, by engine.
         self._bytes_per_tile: dict[int, float] = {}
         self._engines: dict[_Asked, Selected] = {}
+        #: Runtime and precision of each engine that there was; they stay, whatever is built meanwhile.
+        self._chosen: dict[_Asked, tuple[str, str]] = {}
         #: Output directories whose embeddings PyTorch has begun to make, and in which precision.
         self._goes_on_in_torch: set[tuple[Path | None, str]] = set()
         #: Workspaces that no stream has in use.
@@ -165,7 +178,7 @@ class TileEmbedder:
         target, precision, asked = self._asked(execution, config.requested_tile_size_px)
         if not precision_asked:
             offer_bf16(target, precision)
-        if execution.engine != "auto" or asked in self._engines:
+        if execution.engine != "auto" or asked in self._chosen:
             return
         name, output_dir = self.recipe.name, execution.output_dir
         if config.resume and output_dir is not None and goes_on_in_torch(output_dir, name, precision):
@@ -199,13 +212,22 @@ class TileEmbedder:
         """
         target, precision, asked = self._asked(execution, tile_size_px)
         if asked not in self._engines:
-            self._engines[asked] = select_engine(
-                asked[0],
+            chosen = self._chosen.get(asked)
+            selected = select_engine(
+                asked[0] if chosen is None else chosen[0],
                 self._late,
                 target,
                 precision,
                 compiled=execution.torch_compile,
             )
+            found = selected.engine.runtime, selected.engine.precision
+            if chosen not in (None, found):
+                selected.engine.close()
+                raise EngineError(
+                    f"{self.recipe.name} ran by {' in '.join(chosen or ())}, and now only by "
+                    f"{' in '.join(found)}: was its engine removed? Start again"
+                )
+            self._chosen[asked], self._engines[asked] = found, selected
         elif self._late.is_built and self._engines[asked].engine.runtime == "torch" and not self._on_cuda:
             self._late.module.to(
                 self.device
@@ -218,13 +240,36 @@ class TileEmbedder:
 
     def identity(self, execution: ExecutionOptions, tile_size_px: int | None) -> dict[str, Any]:
         """What of its engine and of how tiles are prepared decides an embedding; JSON-ready."""
-        recipe, engine = self.recipe_for(tile_size_px), self.select(execution, tile_size_px).engine
+        recipe, (runtime, precision) = self.recipe_for(tile_size_px), self.runs_in(execution, tile_size_px)
         return {
-            "precision": engine.precision,
-            "runtime": engine.runtime,
+            "precision": precision,
+            "runtime": runtime,
             "input_size_px": recipe.transform.crop,
             "transform": recipe.transform.model_dump(mode="json"),
         }
+
+    def runs_in(self, execution: ExecutionOptions, tile_size_px: int | None = None) -> tuple[str, str]:
+        """Runtime and precision of what runs the encoder; raises as `select`."""
+        _, _, asked = self._asked(execution, tile_size_px)
+        if asked not in self._chosen:
+            self.select(execution, tile_size_px)
+        return self._chosen[asked]
+
+    def memory_bytes(self, execution: ExecutionOptions, tile_size_px: int | None) -> int:
+        """About what it takes on its device: weights, and a batch of tiles on its way through them."""
+        recipe = self.recipe if tile_size_px is None else self.recipe_for(tile_size_px)
+        return weights_bytes(self._late, recipe) + batch_bytes(recipe, execution, self.device)
+
+    def release(self) -> None:
+        """Free the memory of engines and of the encoder; both are there again when they are next needed."""
+        while self._engines:
+            self._engines.popitem()[1].engine.close()
+        self._idle.clear()
+        self._bytes_per_tile.clear()
+        self._late.release()
+        gc.collect()  # modules and what runs them hold on to each other
+        if self._on_cuda:
+            torch.cuda.empty_cache()
 
     def _asked(
         self, execution: ExecutionOptions, tile_size_px: int | None

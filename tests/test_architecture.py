@@ -32,6 +32,7 @@ ROOMS = {
     "files": 1,
     "labels": 1,
     "config": 2,
+    "memory": 2,
     "slides": 2,
     "progress": 2,
     "recipes": 2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,8 +17,12 @@ from shallow import few_blocks
 
 from slide2vec import EmbedSlidesError, ExecutionOptions, Model, Models, Pipeline, PreprocessingConfig
 from slide2vec.artifacts import load_embeddings
+from slide2vec.cohort import slide_writer
 from slide2vec.cohort.process_list import read_process_list
-from slide2vec.errors import ConfigError
+from slide2vec.embedded import EmbeddedSlide
+from slide2vec.errors import ConfigError, OutputError
+from slide2vec.models import placed_on
+from slide2vec.progress import NullReporter, ProgressEvent, SlideFailed, activate_progress_reporter
 from slide2vec.readers import decoders
 from slide2vec.stream import Stream, shared_slides
 from slide2vec.tiling import tile
@@ -25,6 +30,16 @@ from slide2vec.tiling import tile
 CONFIG = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5, resume=True)
 #: No look at the slides before they are read: these tests count what is read.
 EXECUTION = ExecutionOptions(batch_size=5, build_engine="never")
+
+
+class Recording(NullReporter):
+    """Keeps the events."""
+
+    def __init__(self) -> None:
+        self.events: list[ProgressEvent] = []
+
+    def emit(self, event: ProgressEvent) -> None:
+        self.events.append(event)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +62,12 @@ def models() -> Models:
     return Models({"first": resnet(0), "second": resnet(1), "third": resnet(2)})
 
 
+@pytest.fixture(scope="module")
+def patients() -> Model:
+    with few_blocks():
+        return Model.from_preset("moozy", weights="random", device="cpu", allow_non_recommended_settings=True)
+
+
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """How many compressed tiles are decoded, and how often tissue is looked for."""
@@ -66,9 +87,11 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     yield counts
 
 
-def with_sizes(models: Models, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int]) -> dict[str, Any]:
+def with_sizes(
+    models: Models, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int], **options: Any
+) -> dict[str, Any]:
     """Give models tiles of different sizes, as presets do."""
-    configs = {name: CONFIG.updated(requested_tile_size_px=sizes[name]) for name in models}
+    configs = {name: CONFIG.updated(requested_tile_size_px=sizes[name], **options) for name in models}
     for name, model in models.items():
         own = partial(model.resolve_preprocessing, configs[name])
         monkeypatch.setattr(model, "resolve_preprocessing", lambda config=None, own=own: own())
@@ -150,9 +173,75 @@ def test_folders_are_those_of_separate_runs(
     assert bill["encoders"]["timm:resnet10t"]["tiles"] == sum(artifact.num_tiles for artifact in each)
     assert sorted(part["tiles"] for part in bill["of_slides"]) == sorted(sum(tiles[n::3]) for n in range(3))
     assert result.summary is not None and result.summary.seconds == bill["seconds"]
+    stations = {station.name: station for station in result.summary.stations}
+    assert {f"encode of {name}" for name in models} < stations.keys() and "encode" not in stations
+    busiest = max(stations.values(), key=lambda station: station.utilisation(result.summary.seconds))
+    assert result.summary.bottleneck == busiest.name
     assert len(json.loads((tmp_path / "one/bill.json").read_text())["runs"]) == 3
     assert list(result.encoders) == list(models) and len(result.encoders["second"].tile_artifacts) == 3
     assert result.to_frame()["encoder"].tolist() == [name for name in models for _ in range(3)]
+
+
+@pytest.fixture
+def groups(models: Models) -> Iterator[ExecutionOptions]:
+    """Room for two of three encoders at once, the last of which is released at the end."""
+    size = models["first"].memory_bytes(EXECUTION, 64)
+    yield EXECUTION.updated(encoders_gb=2.5 * size / 1e9)
+    for model in models.values():
+        model.release()
+
+
+def test_encoders_that_do_not_fit_take_turns_in_groups(
+    models: Models,
+    slides: list[Path],
+    groups: ExecutionOptions,
+    counts: Counter[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    alone = {name: model.embed_slides(slides, CONFIG, EXECUTION) for name, model in models.items()}
+    once = counts["decode_tile"] // 3
+    counts.clear()
+    found = models.embed_slides(slides, CONFIG, groups)
+    assert "take turns, and each group reads the slides: first + second; then third" in caplog.text
+    assert counts["decode_tile"] == 2 * once
+    assert list(found) == list(models) and not any(model.held_bytes for model in models.values())
+    for name, embedded in found.items():
+        for ours, theirs in zip(embedded, alone[name], strict=True):
+            assert torch.equal(ours.tile_embeddings, theirs.tile_embeddings)
+
+
+def test_no_more_encoders_are_in_memory_than_fit(
+    models: Models,
+    slides: list[Path],
+    groups: ExecutionOptions,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, many = (EXECUTION.updated(output_dir=tmp_path / name) for name in ("one", "many"))
+    for model in models.values():
+        Pipeline(model, CONFIG, one).run(slides)
+    held: list[list[str]] = []
+    run = Stream.run
+
+    def noted(self: Stream, *args: Any) -> Any:
+        for outcome in run(self, *args):
+            held.append([name for name, model in models.items() if model.held_bytes])
+            yield outcome
+
+    monkeypatch.setattr(Stream, "run", noted)
+    execution = groups.updated(output_dir=tmp_path / "many")
+    result = Pipeline(models, CONFIG, execution).run(slides)
+    assert len(held) == 9 and held[-3:] == [["third"]] * 3
+    assert all(set(names) <= {"first", "second"} for names in held[:6])
+    assert result.summary is not None and result.summary.readings == ("first + second", "third")
+    assert "slides were read 2 times, for first + second, then for third" in str(result.summary)
+    ours, theirs = files_of(tmp_path / "many"), files_of(tmp_path / "one")
+    for name in [name for name in theirs if name == "process_list.csv" or name.endswith("config.yaml")]:
+        del ours[name], theirs[name]  # which say encoders_gb, and rows in another order
+    assert ours == theirs
+    held.clear()
+    again = Pipeline(models, CONFIG, many).run(slides)
+    assert again.resumed == 9 and not any(model.held_bytes for model in models.values())
 
 
 def test_resume_adds_what_is_missing_and_segments_nothing(
@@ -167,6 +256,43 @@ def test_resume_adds_what_is_missing_and_segments_nothing(
     assert Pipeline(models, CONFIG, execution).run(slides).resumed == 9
     rows = read_process_list(tmp_path / "process_list.csv")
     assert len(rows) == 9 and {row["feature_status"] for row in rows} == {"success"}
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_regions_of_one_size_made_of_tiles_of_two_have_coordinates_of_their_own(
+    models: Models, slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    """How small a piece of tissue may be is told in tiles, so that they may be other regions."""
+    sizes = {"first": 128, "second": 64, "third": 64}
+    with_sizes(models, monkeypatch, sizes, requested_region_size_px=256, resume=resume)
+    two = {name: models[name] for name in ("first", "second")}
+    for name, model in two.items():
+        Pipeline(model, None, EXECUTION.updated(output_dir=tmp_path / name)).run(slides[:2])
+    out = EXECUTION.updated(output_dir=tmp_path / "both")
+    result = Pipeline(two, None, out).run(slides[:2])
+    made = result.encoders["second"].hierarchical_artifacts[0]
+    folder = made.path.parents[1].relative_to(tmp_path / "both")
+    of_first, of_second, both = (files_of(tmp_path / name) for name in ("first", "second", "both"))
+    tiling = "tilings/256px-0.5um-regions4"
+    for name in ("0", "1"):
+        for file in (f"tiles/{name}.coordinates.meta.json", f"tiles/{name}.coordinates.npz"):
+            assert both[file] == of_first[file]
+            assert both[f"{tiling}/{file}"] == of_second[file]
+        features = f"hierarchical_embeddings/{name}.pt"
+        assert both[features] == of_first[features]
+        assert both[f"{folder}/{features}"] == of_second[features]
+        sidecars = [
+            json.loads(content)["compatibility"]
+            for content in (
+                of_second[f"hierarchical_embeddings/{name}.meta.json"],
+                both[f"{folder}/hierarchical_embeddings/{name}.meta.json"],
+            )
+        ]
+        assert sidecars[0] == sidecars[1]
+    if resume:
+        assert Pipeline(two, None, out).run(slides[:2]).resumed == 4
+        for model in two.values():
+            assert Pipeline(model, None, out).run(slides[:2]).resumed == 2
 
 
 def test_an_encoder_that_breaks_off_fails_alone(
@@ -197,6 +323,62 @@ def test_an_encoder_that_breaks_off_fails_alone(
     assert isinstance(found, dict) and [len(results) for results in found.values()] == [3, 3, 3]
 
 
+def test_patients_of_an_encoder_that_breaks_off_fail_with_it(
+    models: Models, patients: Model, slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = patients._tile_embedder.select(EXECUTION, 64).engine
+    run, calls = engine.run, []
+
+    def broken(pixels: torch.Tensor) -> torch.Tensor:
+        calls.append(len(pixels))
+        if sum(calls) > 70:  # a slide has 64
+            raise RuntimeError("the device is gone")
+        return run(pixels)
+
+    monkeypatch.setattr(engine, "run", broken)
+    given = [
+        {"sample_id": path.stem, "image_path": path, "patient_id": patient}
+        for path, patient in zip(slides, "pqr", strict=True)
+    ]
+    execution = EXECUTION.updated(num_workers=1, output_dir=tmp_path)
+    result = Pipeline(Models({"patients": patients, "first": models["first"]}), CONFIG, execution).run(given)
+    found = result.encoders["patients"]
+    assert [each.patient_id for each in found.patient_artifacts] == ["p"]
+    assert [each.sample_id for each in found.failed] == ["1", "2"]
+    assert [each.patient_id for each in result.failed_patients] == ["q", "r"]
+    assert "patient q: moozy broke off: the device is gone" in str(result.failed_patients[0].error)
+    assert len(result.encoders["first"].tile_artifacts) == 3
+
+
+def test_a_full_disk_ends_the_run_and_fails_no_slide(
+    models: Models, slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = slide_writer.write_tile_embeddings
+
+    def full(folder: Path, embedded: EmbeddedSlide, *args: Any, **options: Any) -> Any:
+        if folder.name == "out" or embedded.sample_id != "0":
+            return write(folder, embedded, *args, **options)
+        error = OutputError(f"{folder}/{embedded.sample_id}.pt cannot be written: no space left on device")
+        error.errno = errno.ENOSPC
+        raise error
+
+    monkeypatch.setattr(slide_writer, "write_tile_embeddings", full)
+    two = Models({name: models[name] for name in ("first", "second")})
+    reporter = Recording()
+    out = tmp_path / "out"
+    with (
+        activate_progress_reporter(reporter),
+        pytest.raises(
+            OutputError, match=r"/0.pt cannot .* timm:resnet10t: . of 3 slides .*; timm-resnet10t-\w+: . of 3"
+        ),
+    ):
+        Pipeline(two, CONFIG, EXECUTION.updated(output_dir=out)).run(slides)
+    assert not [event for event in reporter.events if isinstance(event, SlideFailed)]
+    assert not [
+        row for row in read_process_list(out / "process_list.csv") if row["feature_status"] == "error"
+    ]
+
+
 def test_what_the_callback_raises_ends_the_run_and_is_raised(
     models: Models, slides: list[Path], tmp_path: Path
 ) -> None:
@@ -217,12 +399,9 @@ def test_patients_in_another_order_than_the_manifest_have_a_turn_of_their_own(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    patients: Model,
 ) -> None:
     """Streams that take slides in other orders would wait for each other, or keep everything."""
-    with few_blocks():
-        patients = Model.from_preset(
-            "moozy", weights="random", device="cpu", allow_non_recommended_settings=True
-        )
     several = Models({"patients": patients, "first": models["first"]})
 
     def run(name: str, *of: str) -> Any:
@@ -251,6 +430,43 @@ def test_a_bad_slide_fails_with_every_encoder_and_stops_none(
     )
     assert [each.sample_id for each in result.failed] == ["bad"] * 3
     assert len(result.tile_artifacts) == 6
+
+
+def test_encoders_on_several_devices_are_fed_by_one_reader(
+    models: Models, slides: list[Path], counts: Counter[str]
+) -> None:
+    alone = [models[name].embed_slides(slides[:1], CONFIG, EXECUTION) for name in ("first", "second")]
+    once = counts["decode_tile"] // 2
+    counts.clear()
+    placed = Models(
+        {
+            name: Model.from_preset(
+                "timm:resnet10t",
+                weights="random",
+                seed=seed,
+                device=device,
+                allow_non_recommended_settings=True,
+            )
+            for name, seed, device in (("first", 0, "cpu"), ("second", 1, "cpu:0"))
+        }
+    )
+    assert placed.devices_here(EXECUTION) == ("cpu", "cpu:0")
+    together = placed.embed_slides(slides[:1], CONFIG, EXECUTION)
+    assert counts["decode_tile"] == once
+    for ours, (theirs,) in zip(together.values(), alone, strict=True):
+        assert torch.equal(ours[0].tile_embeddings, theirs.tile_embeddings)
+
+
+def test_presets_are_shared_out_among_devices_by_their_work() -> None:
+    names = ["prost40m", "uni", "lunit", "virchow2", "titan"]
+    assert placed_on(names, ["a", "b"]) == {
+        "titan": "a",  # its tile encoder, at 448 px: 536 GFLOP a tile
+        "virchow2": "b",  # 340
+        "uni": "b",  # 123
+        "lunit": "b",  # 45
+        "prost40m": "b",  # 12
+    }
+    assert set(placed_on(["uni", "uni2"], ["a", "b", "c"]).values()) == {"a", "b"}
 
 
 def test_two_models_of_one_name_need_names_of_their_own(models: Models) -> None:

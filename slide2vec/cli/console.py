@@ -67,7 +67,7 @@ class _StderrHandler(logging.Handler):
     """Writes records to what is stderr at that moment (a live display takes it over)."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
+        _to_stderr(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
 class _AdviceHandler(logging.Handler):
@@ -169,6 +169,14 @@ MinPiece = Annotated[
     float | None,
     typer.Option(min=0, help="Tiles as large as a piece of tissue has to be (a_t of HS2P) [4]."),
 ]
+Qc = Annotated[
+    str | None,
+    typer.Option(
+        help="Measure background, blur, bubble, fold and pen in every tile, and leave out tiles with more: "
+        "pen=0.1,blur=0.5; or measure, which leaves none out.",
+        show_default=False,
+    ),
+]
 Masks = Annotated[
     str | None,
     typer.Option(
@@ -200,6 +208,26 @@ def tissue_options(
     }
 
 
+def quality_limits(given: str | None) -> dict[str, Any]:
+    """What `--qc` says, as fields of QualityConfig.
+
+    Raises:
+        typer.BadParameter: it is neither "measure" nor shares of artefacts.
+    """
+    found: dict[str, Any] = {}
+    for part in (given or "").split(",") if given is not None else ():
+        name, equals, share = part.strip().partition("=")
+        try:
+            found |= (
+                {f"max_{name.strip()}": float(share)} if equals or name != "measure" else {"measure": True}
+            )
+        except ValueError:
+            raise typer.BadParameter(
+                f"--qc {given!r} is not measure, nor shares such as pen=0.1,blur=0.5"
+            ) from None
+    return found
+
+
 def masks_option(text: str | None) -> Any:
     """What `--masks` says, for `PreprocessingConfig.masks`; None where it is not given."""
     from slide2vec.settings.text import parse_yaml, read_yaml
@@ -225,7 +253,15 @@ def print_error(error: object) -> None:
 
 def note(text: str) -> None:
     """A line on stderr about what is going on."""
-    typer.secho(text, err=True, dim=True)
+    colours = sys.stderr is not None and sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    _to_stderr(typer.style(text, dim=True) if colours else text)
+
+
+def _to_stderr(text: str) -> None:
+    """A line to what is stderr now. `typer.echo` writes past a live display that has taken it over, which
+    then erases that line instead of its own."""
+    if sys.stderr is not None:
+        print(text, file=sys.stderr, flush=True)
 
 
 def print_json(content: Any) -> None:

@@ -22,6 +22,7 @@ from slide2vec.cli.console import (
     MinPiece,
     NumGpus,
     Overlap,
+    Qc,
     SegmentationDownsample,
     SlidesDir,
     Sthresh,
@@ -31,6 +32,7 @@ from slide2vec.cli.console import (
     masks_option,
     note,
     print_json,
+    quality_limits,
     tissue_options,
 )
 
@@ -78,6 +80,7 @@ def embed(
     segmentation_downsample: SegmentationDownsample = None,
     sthresh: Sthresh = None,
     min_piece: MinPiece = None,
+    qc: Qc = None,
     masks: Masks = None,
     slides_dir: SlidesDir = None,
     id_from: IdSource = "name",
@@ -160,6 +163,7 @@ def embed(
             masks=masks_option(masks),
         ),
         **tissue_options(segmentation_method, segmentation_downsample, sthresh, min_piece),
+        qc=quality_limits(qc),
         preview=PreviewConfig(save_mask_preview=previews, save_tiling_preview=previews),
         on_bad_tile=on_bad_tile,
         resume=resume,

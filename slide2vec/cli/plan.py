@@ -96,6 +96,9 @@ def plan(
     precision: Annotated[Precision | None, typer.Option(help="Of the encoder.", show_default=False)] = None,
     engine: Annotated[EngineChoice, typer.Option(help="What runs the encoder.")] = "auto",
     batch_size: Annotated[int | None, typer.Option(help="Tiles per forward pass [by device].")] = None,
+    encoders_gb: Annotated[
+        float | None, typer.Option(help="GB of memory for several encoders at once [0.7 of what is free].")
+    ] = None,
     allow_non_recommended_settings: Annotated[
         bool, typer.Option("--allow-non-recommended-settings", help="Other spacings and tile sizes.")
     ] = False,
@@ -130,7 +133,9 @@ def plan(
         ),
         **tissue_options(segmentation_method, segmentation_downsample, sthresh, min_piece),
     )
-    execution = ExecutionOptions(engine=engine, precision=precision, batch_size=batch_size)
+    execution = ExecutionOptions(
+        engine=engine, precision=precision, batch_size=batch_size, encoders_gb=encoders_gb
+    )
     found = find_slides(
         slides,
         recursive=recursive,
@@ -154,16 +159,18 @@ def plan(
             precision=precision,
             allow_non_recommended_settings=allow_non_recommended_settings,
             trust_remote_code=trust_remote_code,
+            encoders_gb=encoders_gb,
         )
         devices = {name: str(model.device) for name, model in models.items()}
         slides_with_tiles = [each.slide for each in estimates if any(each.tiles.values())]
         trials = _tried(models, slides_with_tiles, tiles, asked, execution)
+    groups = _groups(recipes, execution, device)
     rows = list(_machines(tiles, trials, devices, _gflops(recipes), per_hour))
     failed = [each for each in estimates if each.errors]
     if as_json:
-        print_json(_as_json(estimates, tiles, trials, rows))
+        print_json(_as_json(estimates, tiles, trials, rows, groups))
     else:
-        _print(estimates, tiles, trials, rows, output)
+        _print(estimates, tiles, trials, rows, groups, output)
     if failed:
         raise typer.Exit(1)
 
@@ -228,6 +235,8 @@ def _tried(
         trials[name] = with_build(found, gain, tiles[name])
         if trials[name].build_s:
             note(f"{name}: a run builds an engine first, in about {trials[name].build_s:.0f} s")
+        if len(models) > 1:
+            model.release()
     return trials
 
 
@@ -286,6 +295,7 @@ def _as_json(
     tiles: Mapping[str, int],
     trials: Mapping[str, Trial],
     rows: Sequence[Mapping[str, Any]],
+    groups: Sequence[Sequence[str]],
 ) -> dict[str, Any]:
     return {
         "slides": [
@@ -304,6 +314,7 @@ def _as_json(
         "start_s": {name: trial.start_s for name, trial in trials.items()},
         "build_s": {name: trial.build_s for name, trial in trials.items()},
         "machines": list(rows),
+        "groups": [list(names) for names in groups],
     }
 
 
@@ -312,6 +323,7 @@ def _print(
     tiles: Mapping[str, int],
     trials: Mapping[str, Trial],
     rows: Sequence[Mapping[str, Any]],
+    groups: Sequence[Sequence[str]],
     output: Path | None,
 ) -> None:
     from rich.text import Text
@@ -328,7 +340,7 @@ def _print(
     console.print(
         facts(
             [
-                ("to read", f"about {_size(sum(each.read_bytes for each in estimates))}"),
+                ("to read", f"about {_size(sum(each.read_bytes for each in estimates))}{_times(groups)}"),
                 ("to write", f"about {_size(sum(each.written_bytes for each in estimates))}"),
                 *([] if output is None else [("per slide", str(output))]),
             ]
@@ -357,6 +369,24 @@ def _print(
         console.print(Text(f"{len(failed):,} of {len(estimates):,} slides cannot be planned", "bold red"))
         rest = [(each.slide.sample_id, str(next(iter(each.errors.values())))) for each in failed[:50]]
         console.print(table(("slide", "error"), rest))
+
+
+def _times(groups: Sequence[Sequence[str]]) -> str:
+    """How often, where encoders do not fit into memory together."""
+    if len(groups) < 2:
+        return ""
+    return f", {len(groups)} times: for {', then for '.join(' + '.join(names) for names in groups)}"
+
+
+def _groups(
+    recipes: Mapping[str, Recipe], execution: ExecutionOptions, device: str | None
+) -> list[list[str]]:
+    """Encoders that are in memory together."""
+    if len(recipes) == 1:
+        return [list(recipes)]
+    from slide2vec.models import groups_of_presets
+
+    return groups_of_presets(dict.fromkeys(recipes, device), execution)
 
 
 def _hours(hours: float) -> str:

@@ -19,12 +19,14 @@ from slide2vec.cli.console import (
     Method,
     MinPiece,
     NumGpus,
+    Qc,
     SegmentationDownsample,
     SlidesDir,
     Sthresh,
     device_names,
     note,
     print_json,
+    quality_limits,
 )
 from slide2vec.cli.embed import TrustRemoteCode
 from slide2vec.errors import ConfigError
@@ -96,10 +98,16 @@ def run(
     segmentation_downsample: SegmentationDownsample = None,
     sthresh: Sthresh = None,
     min_piece: MinPiece = None,
+    qc: Qc = None,
     backend: Annotated[
         Backend | None, typer.Option(help="What reads the slides.", show_default=False, **BACKEND)
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu; by default the best.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cuda, cuda:1, mps or cpu [the best]; of several presets also several: cuda:0,cuda:1."
+        ),
+    ] = None,
     precision: Annotated[Precision | None, typer.Option(help="Of the encoder.", show_default=False)] = None,
     engine: Annotated[
         EngineChoice | None, typer.Option(help="What runs the encoder [auto].", show_default=False)
@@ -124,6 +132,12 @@ def run(
         Path | None, typer.Option(help="Local folder to copy the next slides to, off slow storage.")
     ] = None,
     stage_gb: Annotated[float | None, typer.Option(help="GB it may take [half of what is free].")] = None,
+    encoders_gb: Annotated[
+        float | None,
+        typer.Option(
+            help="GB of memory for several presets at once [0.7 of what is free]; others take turns."
+        ),
+    ] = None,
     file_format: Annotated[
         OutputFormat | None,
         typer.Option("--format", help="Of the embeddings [pt].", show_default=False, **FORMAT),
@@ -228,6 +242,7 @@ def run(
         "tiling.seg_params.downsample": segmentation_downsample,
         "tiling.seg_params.sthresh": sthresh,
         "tiling.filter_params.a_t": min_piece,
+        **{f"tiling.qc.{name}": value for name, value in quality_limits(qc).items()},
         "tiling.backend": backend,
         "model.device": "cpu" if run_on_cpu else device,
         "speed.precision": precision or ("fp32" if run_on_cpu else None),
@@ -242,6 +257,7 @@ def run(
         "speed.num_preprocessing_workers": num_preprocessing_workers,
         "speed.stage_dir": stage_dir and str(stage_dir),
         "speed.stage_gb": stage_gb,
+        "speed.encoders_gb": encoders_gb,
         "speed.shard": shard,
         "output_format": file_format,
         "speed.output_dtype": output_dtype,
@@ -378,4 +394,7 @@ def _model(settings: RunSettings, trust_remote_code: bool) -> Model | Models:
             f"--weights {settings.weights} is for one preset, and {settings.preset} are {len(names)}: run "
             "them one by one into the same directory, or load each in Python (slide2vec.Models)"
         )
-    return Models.from_presets(names, **options)
+    devices = (settings.device or "").split(",")
+    if len(devices) > 1:
+        options |= {"devices": [name.strip() for name in devices], "device": None}
+    return Models.from_presets(names, encoders_gb=settings.execution.encoders_gb, **options)

@@ -71,6 +71,7 @@ def _look(directory: Path) -> dict[str, Any]:
     states["to do"] += sum(name not in begun for name in found.missing)  # of shards that have not begun
     failed = [row for row in rows if state_of(row) == "failed"]
     listed = [row for row in rows if row["error"] and state_of(row) != "failed"]
+    remarks = dict.fromkeys((key_of(row)[0], row["error"]) for row in listed)  # of several encoders once
     return {
         "output_dir": directory,
         "running": running,
@@ -91,7 +92,7 @@ def _look(directory: Path) -> dict[str, Any]:
             for row in failed
         ],
         "by_encoder": {name: _counts(theirs) for name, theirs in by_encoder(rows).items()},
-        "remarks": [{"sample_id": key_of(row)[0], "remark": row["error"]} for row in listed],
+        "remarks": [{"sample_id": name, "remark": remark} for name, remark in remarks],
     }
 
 

@@ -19,6 +19,7 @@ from slide2vec.cli.console import (
     Method,
     MinPiece,
     Overlap,
+    Qc,
     SegmentationDownsample,
     SlidesDir,
     Sthresh,
@@ -27,6 +28,7 @@ from slide2vec.cli.console import (
     given,
     masks_option,
     print_json,
+    quality_limits,
     stdout,
     tissue_options,
 )
@@ -66,6 +68,7 @@ def tile(
     segmentation_downsample: SegmentationDownsample = None,
     sthresh: Sthresh = None,
     min_piece: MinPiece = None,
+    qc: Qc = None,
     masks: Masks = None,
     slides_dir: SlidesDir = None,
     id_from: IdSource = "name",
@@ -113,6 +116,7 @@ def tile(
             masks=masks_option(masks),
         ),
         **tissue_options(segmentation_method, segmentation_downsample, sthresh, min_piece),
+        qc=quality_limits(qc),
         preview=PreviewConfig(save_mask_preview=previews, save_tiling_preview=previews),
     )
     found = find_slides(

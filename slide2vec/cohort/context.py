@@ -32,7 +32,7 @@ from slide2vec.stream.shared_slides import Share
 from slide2vec.stream.slide_identity import Identities, SlideIdentity
 from slide2vec.tiling import Tiling, write_coordinates
 from slide2vec.tiling.coordinates import as_hs2p_backend, coordinate_paths
-from slide2vec.tiling.previous_files import record_source
+from slide2vec.tiling.previous_files import record_source, recorded_qc
 
 __all__ = ["Cohort", "PlannedSlide"]
 
@@ -197,10 +197,11 @@ class Cohort:
             OutputError: one cannot be written.
         """
         folder, remarks = self.place.tiling / "tiles", list(tiling.recorded.remarks)
+        qc = recorded_qc(tiling.recorded.qc)
         # Metadata mean that all is there: a process that is killed must leave neither coordinates of an
         # unknown state of the slide, nor its record beside coordinates of another state.
         remove(coordinate_paths(folder, tiling.sample_id)[1])
-        entered = {"coordinates": files.content, "remarks": remarks or None}
+        entered = {"coordinates": files.content, "remarks": remarks or None, "qc": qc}
         masks = None if tiling.strategy is None else self.config.masks.identity(tiling.sample_id)
         record_source(folder, tiling.sample_id, {**entered, "masks": masks})
         return write_coordinates(folder, tiling.recorded)

@@ -57,6 +57,10 @@ class Embedder(Encoder, Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Free the memory of its encoders, which are loaded anew when they are next needed."""
+        ...
+
     def embed_into(self, sink: Sink, slides: Sequence[Slide]) -> Generator[SlideOutcome, None, None]:
         """Embed slides, here or in workers, and put each into the sink when it is complete; gives what goes
         back from there."""

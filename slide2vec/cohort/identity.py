@@ -93,8 +93,10 @@ def _geometry(slide: Slide, config: PreprocessingConfig, given: Tiling | None) -
         return {**asked, "coordinates": _digest(given)}
     if config.masks.by_class:
         asked["masks"] = config.masks.identity(slide.sample_id)
+    measured = {"qc": config.qc.model_dump(mode="json")} if config.qc.on else {}
     return {
         **asked,
+        **measured,
         "tolerance": config.tolerance,
         "overlap": config.overlap,
         "tissue_threshold": config.tissue_threshold,

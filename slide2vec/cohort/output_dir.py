@@ -72,7 +72,10 @@ def shared_output_directory(
             with RunLog(root, active_reporter(), shard, partial(_devices, runs)) as log:
                 yield opened, log
     except OutputError as error:
-        done = "; ".join(dict.fromkeys(recorder.complete for recorder in recorders))
+        done = "; ".join(
+            f"{recorder.encoder}: {recorder.complete}" if len(recorders) > 1 else recorder.complete
+            for recorder in recorders
+        )
         done = f"{done} in {root}: " if done else ""
         explained = OutputError(f"{error}. {done}mend it, then run again with resume to go on from there")
         explained.errno = error.errno
@@ -134,7 +137,13 @@ def _as_owner(cohort: Cohort) -> Owner:
             kind: {
                 "encoder_name": cohort.identities[kind]["name"],
                 "coordinates_meta_path": str(coordinates),
-                "compatibility": {"encoder": cohort.identities[kind], "geometry": geometry_of(cohort.config)},
+                "compatibility": {
+                    "encoder": cohort.identities[kind],
+                    "geometry": {
+                        **geometry_of(cohort.config),
+                        "filtering": cohort.config.filtering.model_dump(),
+                    },
+                },
             }
             for kind in kinds
         },

@@ -122,7 +122,9 @@ def _tiling(
     fits = [
         folder
         for folder, each in found.items()
-        if _same_tiles(each, config) and (free or each.overlap == config.overlap)
+        if _same_tiles(each, config)
+        and (free or each.overlap == config.overlap)
+        and _same_pieces([owner for owner in (*there, *new) if owner.tiling == folder], config)
     ]
     if fits:
         own = {owner.tiling for owner in (*there, *new) if identities and not owner.unlike(identities, None)}
@@ -140,8 +142,9 @@ def _tiling(
     if takes_over:
         _check_chosen(there, config, identities)
     size = config.requested_region_size_px or config.requested_tile_size_px
-    overlap_text = f"-overlap{config.overlap:g}" if config.overlap else ""
-    return root / TILINGS / f"{size}px-{config.requested_spacing_um:g}um{overlap_text}", config
+    words = f"-overlap{config.overlap:g}" if config.overlap else ""
+    words += f"-regions{config.region_tile_multiple}" if config.hierarchical else ""
+    return root / TILINGS / f"{size}px-{config.requested_spacing_um:g}um{words}", config
 
 
 class _Tiles(NamedTuple):
@@ -162,6 +165,18 @@ def _same_tiles(earlier: _Tiles, config: PreprocessingConfig) -> bool:
     size = config.requested_region_size_px or config.requested_tile_size_px
     assert config.requested_spacing_um is not None
     return earlier.size_px == size and isclose(earlier.spacing_um, config.requested_spacing_um, rel_tol=1e-3)
+
+
+def _same_pieces(users: Sequence[Owner], config: PreprocessingConfig) -> bool:
+    """Whether pieces of tissue that are too small for these encoders are so for this one. Which those are
+    depends on the tile where nobody says it, and regions of one size may be of tiles of several."""
+    sizes = {owner.geometry.get("requested_tile_size_px", config.requested_tile_size_px) for owner in users}
+    if not users or config.requested_tile_size_px in sizes:
+        return True
+    asked = {(owner.geometry.get("filtering") or {}).get("ref_tile_size") for owner in users}
+    if None in asked:
+        asked = {*asked - {None}, *sizes}
+    return (config.filtering.ref_tile_size or config.requested_tile_size_px) in asked
 
 
 def _geometry_differences(earlier: _Tiles, config: PreprocessingConfig) -> dict[str, tuple[Any, Any]]:
@@ -281,7 +296,7 @@ def _in_words(differing: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def _option(name: str) -> str:
-    for section in ("segmentation", "filtering"):
+    for section in ("segmentation", "filtering", "qc"):
         if name.startswith(f"{section}_"):
             return f"{section}.{name.removeprefix(f'{section}_')}"
     return name

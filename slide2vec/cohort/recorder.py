@@ -40,7 +40,7 @@ class RunRecorder:
     def __init__(
         self, slides: Sequence[Slide], table: ProcessList, encoder: str, level: Level | None, kind: Kind
     ) -> None:
-        self._encoder = encoder
+        self.encoder = encoder
         self.slides, self.kind = slides, kind
         self.resumed = 0
         self.recomputed: Counter[str] = Counter()
@@ -61,7 +61,7 @@ class RunRecorder:
 
     def note(self, sample_id: str, **columns: Any) -> None:
         """See `Recorder`."""
-        self._list.update(sample_id, self._encoder, **columns)
+        self._list.update(sample_id, self.encoder, **columns)
 
     def add(self, kind: Kind, name: str, artifact: Artifact) -> None:
         """See `Recorder`."""

@@ -14,7 +14,7 @@ from slide2vec.artifacts import (
     SlideEmbeddingArtifact,
     TileEmbeddingArtifact,
 )
-from slide2vec.progress import RunSummary, in_turn
+from slide2vec.progress import RunSummary, in_turn, of_encoders
 
 if TYPE_CHECKING:
     import pandas
@@ -83,27 +83,38 @@ class RunResult:
     encoders: Mapping[str, RunResult] = field(default_factory=dict)
 
     @classmethod
-    def of_several(cls, encoders: Mapping[str, RunResult], whole: RunSummary | None = None) -> RunResult:
+    def of_several(
+        cls,
+        encoders: Mapping[str, RunResult],
+        whole: RunSummary | None = None,
+        readings: Sequence[Sequence[str]] = (),
+    ) -> RunResult:
         """The results of several encoders of one run as one.
 
         Args:
             whole: the summary of their common run, for its time and energy; None: each ran alone.
+            readings: names of those that read the slides together, one group after the other.
         """
         results = list(encoders.values())
         recomputed: Counter[str] = Counter()
         for result in results:
             recomputed.update(result.recomputed)
-        summaries = [result.summary for result in results if result.summary is not None]
+        by_name = {name: each.summary for name, each in encoders.items() if each.summary is not None}
+        summaries = list(by_name.values())
         summary = in_turn(summaries) if summaries else None
         if summary is not None:  # they are the same slides
             roads = max((each.roads for each in summaries), key=lambda roads: sum(roads.values()))
             billed = whole or summary
+            busy = of_encoders(by_name, billed.seconds)
             summary = replace(
                 summary,
+                stations=busy.stations,
+                bottleneck=busy.bottleneck,
                 roads=roads,
                 seconds=billed.seconds,
                 watt_hours=billed.watt_hours,
                 measured_by=billed.measured_by,
+                readings=tuple(" + ".join(names) for names in readings),
             )
         return cls(
             tile_artifacts=[each for result in results for each in result.tile_artifacts],

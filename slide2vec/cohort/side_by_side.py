@@ -17,13 +17,14 @@ from slide2vec.cohort.bill import write_bill
 from slide2vec.cohort.context import Cohort
 from slide2vec.cohort.embedder import Embedder
 from slide2vec.cohort.output_dir import Settings, shared_output_directory
+from slide2vec.cohort.pending_patients import Patient, by_patient
 from slide2vec.cohort.recorder import RunRecorder
 from slide2vec.cohort.results import Artifact, RunResult
 from slide2vec.cohort.resume import ResumePlan, plan_everything, resume_run
 from slide2vec.cohort.run import embed_what_is_left, left_in_words
 from slide2vec.cohort.slide_writer import OnPersisted
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
-from slide2vec.errors import OutputError
+from slide2vec.errors import OutputError, PatientError
 from slide2vec.manifests import by_class
 from slide2vec.progress import RunSummary, activate_progress_reporter
 from slide2vec.progress.together import TogetherReporter
@@ -60,16 +61,19 @@ def embed_cohort_together(
     slides: Sequence[Slide],
     execution: ExecutionOptions,
     *,
+    groups: Sequence[Sequence[str]] = (),
     on_slide_persisted: OnPersisted | None = None,
 ) -> RunResult:
-    """As `embed_cohort`, with several encoders in this process: slides are read once for all of them. Each
-    writes what it would write alone, one run after the other, into the same directory.
+    """As `embed_cohort`, with several encoders in this process: slides are read once for all that take their
+    turn together. Each writes what it would write alone, one run after the other, into the same directory.
 
     An encoder that breaks off fails the slides that it has not finished; the others go on. The result of each
     is in `encoders`, in the order of `runs`.
 
     Args:
         runs: by name.
+        groups: names of those that are in memory together, where they are not all; each is released after its
+            turn.
         on_slide_persisted: as for `embed_cohort`, one call at a time. What it raises ends the run.
 
     Raises:
@@ -85,7 +89,8 @@ def embed_cohort_together(
     with shared_output_directory(cohorts, slides) as (opened, log):
         whole = dict(zip(opened_as, opened, strict=True))
         summaries: dict[str, RunSummary] = {}
-        for names in _turns(runs, whole):
+        turns = list(_turns(runs, whole, groups))
+        for names in turns:
             todo = {}
             for name in names:
                 cohort, recorder = whole[name]
@@ -108,21 +113,24 @@ def embed_cohort_together(
             }
             planned = {name: todo[name].slides for name in tasks}
             for name, ended in run_side_by_side(tasks, planned, execution, reporter).items():
-                if isinstance(ended, OutputError):
-                    raise ended
                 if isinstance(ended, Exception):
                     _break_off(whole[name][0], whole[name][1], todo[name], ended)
             summaries |= reporter.summaries
+            for name in names if len(groups) > 1 else ():
+                runs[name].embedder.release()
         write_bill(log, {whole[name][0].place.name: summary for name, summary in summaries.items()})
         results = {name: whole[name][1].result(summaries.get(name)) for name in runs}
-        return RunResult.of_several(results, log.summary)
+        readings = [names for names in turns if any(name in summaries for name in names)]
+        return RunResult.of_several(results, log.summary, readings)
 
 
 def _turns(
-    runs: Mapping[str, EncoderRun], whole: Mapping[str, tuple[Cohort, RunRecorder]]
+    runs: Mapping[str, EncoderRun],
+    whole: Mapping[str, tuple[Cohort, RunRecorder]],
+    groups: Sequence[Sequence[str]],
 ) -> Iterator[list[str]]:
-    """Names that run side by side; first those that come after none. Encoders of patients, which take slides
-    patient by patient, have a turn of their own if that is another order."""
+    """Names that run side by side: of one of the groups, and first those that come after none. Encoders of
+    patients, which take slides patient by patient, have a turn of their own if that is another order."""
     orders = {
         name: tuple(slide.sample_id for slide in plan_everything(recorder.slides, cohort.kind).slides)
         for name, (cohort, recorder) in whole.items()
@@ -131,6 +139,8 @@ def _turns(
     left = list(runs)
     while left:
         ready = [name for name in left if runs[name].after in done]
+        beside = next((group for group in groups if ready[0] in group), ready)
+        ready = [name for name in ready if name in beside]
         now = [name for name in ready if orders[name] == orders[ready[0]]]
         if apart := [name for name in ready if name not in now]:
             logger.warning(
@@ -187,10 +197,15 @@ def _embed_shared(
 
 
 def _break_off(cohort: Cohort, recorder: RunRecorder, todo: ResumePlan, error: Exception) -> None:
-    """Enter the failure of an encoder for the slides that it has not finished."""
-    for slide in todo.in_progress():
-        if not recorder.has(slide):
-            cohort.fail(slide, error, "embedding")
+    """Enter the failure of an encoder for the slides, and patients, that it has not finished."""
+    unfinished = [slide for slide in todo.in_progress() if not recorder.has(slide)]
+    for slide in unfinished:
+        cohort.fail(slide, error, "embedding")
+    if cohort.kind == "patient":
+        for name, theirs in by_patient(unfinished).items():
+            broken = PatientError(f"patient {name}: {cohort.place.name} broke off: {error}")
+            broken.__cause__ = error
+            recorder.fail_patient(Patient(name, theirs, failed={s.sample_id: error for s in theirs}), broken)
 
 
 def run_side_by_side(
@@ -209,6 +224,7 @@ def run_side_by_side(
         reporter: is told of all of them.
 
     Raises:
+        OutputError: one of them cannot write a file; the others are stopped.
         ConfigError: nothing can be written into stage_dir.
     """
     started = time.perf_counter()
@@ -230,7 +246,8 @@ def run_side_by_side(
                 while left:
                     done, left = wait(left, return_when=FIRST_COMPLETED)
                     for future in done:
-                        _result(future)
+                        if isinstance(error := _result(future), OutputError):  # nobody can write
+                            raise error
             except BaseException:  # an interrupt, say: no thread would notice it
                 reporter.cancel()
                 stager.stop()

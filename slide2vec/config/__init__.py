@@ -39,6 +39,7 @@ __all__ = [
     "MaskSamplingConfig",
     "PreprocessingConfig",
     "PreviewConfig",
+    "QualityConfig",
     "SegmentationConfig",
     "shard_numbers",
 ]
@@ -130,6 +131,29 @@ class FilterConfig(FrozenConfig):
     qc_spacing_um: Annotated[float, Field(gt=0)] = 2.0
 
 
+class QualityConfig(FrozenConfig):
+    """Artefacts of tiles: whether they are measured, and of how much of each a tile is left out.
+
+    Attributes:
+        measure: write what was measured into the coordinate files; a limit measures, too.
+        max_background, max_bubble, max_fold, max_pen: the largest share of a tile that is kept, 0 to 1; None
+            keeps all.
+        max_blur: the same, of its tissue.
+    """
+
+    measure: bool = False
+    max_background: Fraction | None = None
+    max_blur: Fraction | None = None
+    max_bubble: Fraction | None = None
+    max_fold: Fraction | None = None
+    max_pen: Fraction | None = None
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is measured."""
+        return self != type(self)()
+
+
 class PreviewConfig(FrozenConfig):
     """Which pictures to write beside the embeddings (needs ExecutionOptions.output_dir)."""
 
@@ -173,7 +197,7 @@ class PreprocessingConfig(FrozenConfig):
         resume: keep what a previous run into the same output directory finished with these settings.
         fingerprint: of a slide's files, by which resume knows them: "ends" digests the first and the last
             64 KB of each, "whole" all of it as well, which reads every slide once more.
-        segmentation, filtering, preview: mappings merged over the defaults of their classes.
+        segmentation, filtering, qc, preview: mappings merged over the defaults of their classes.
     """
 
     backend: Annotated[Backend, PlainValidator(BACKENDS.checked)] = "auto"
@@ -198,6 +222,7 @@ class PreprocessingConfig(FrozenConfig):
     fingerprint: Literal["ends", "whole"] = "ends"
     segmentation: SegmentationConfig = SegmentationConfig()
     filtering: FilterConfig = FilterConfig()
+    qc: QualityConfig = QualityConfig()
     preview: PreviewConfig = PreviewConfig()
 
     def __init__(self, **values: Any) -> None:
@@ -266,7 +291,7 @@ class PreprocessingConfig(FrozenConfig):
             )
         if not options and not own:
             return self
-        made: dict[str, dict[str, Any]] = {"segmentation": {}, "filtering": {}}
+        made: dict[str, dict[str, Any]] = {"segmentation": {}, "filtering": {}, "qc": {}}
         color = self.masks.color_of(sample_id)
         drawn = {} if color is None else {"tissue_contour_color": color}
         own |= {name: value for name, value in options.items() if name == "tissue_threshold"}
@@ -277,17 +302,28 @@ class PreprocessingConfig(FrozenConfig):
             elif name not in own:
                 raise ManifestError(
                     f"slide {sample_id}: tiling has no option {name!r}; allowed: tissue_threshold, "
-                    "segmentation_…, filtering_…"
+                    "segmentation_…, filtering_…, qc_…"
                 )
         try:
             return self.updated(
                 segmentation=self.segmentation.updated(**made["segmentation"]),
                 filtering=self.filtering.updated(**made["filtering"]),
+                qc=self.qc.updated(**made["qc"]),
                 preview=self.preview.updated(**drawn),
                 **own,
             )
         except ConfigError as error:
             raise ManifestError(f"slide {sample_id}: {error}") from None
+
+    @model_validator(mode="after")
+    def _tiles_that_are_there_are_not_measured(self) -> Self:
+        there = self.read_coordinates_from or self.read_tiles_from
+        if self.qc.on and there is not None:
+            raise ConfigError(
+                f"qc measures tiles that are looked for, and {there} has them already: leave qc out, or tile "
+                "the slides anew"
+            )
+        return self
 
     @model_validator(mode="after")
     def _regions_do_not_overlap(self) -> Self:
@@ -358,6 +394,9 @@ class ExecutionOptions(FrozenConfig):
             it begins. A larger slide is read where it is.
         on_image_mismatch: of `Model.embed_images`, where an earlier embedding of a sample_id is of another
             image: "raise", or "reencode" to replace it.
+        encoders_gb: of several encoders over the same slides, GB (1e9 bytes) that those in the memory of one
+            device may take. Encoders that do not fit together take turns in groups, each of which reads the
+            slides. None = 0.7 of what is free there when a call begins (on a CPU: free to this job).
         on_bad_slide: "fail" the patient one of whose slides cannot be embedded, or "skip" the slide and
             embed the patient from the others.
         shard: "i/n", i from 1 to n: a Pipeline embeds the i-th of n parts of its slides, balanced by the
@@ -388,6 +427,7 @@ class ExecutionOptions(FrozenConfig):
     on_bad_slide: Literal["fail", "skip"] = "fail"
     stage_dir: Path | None = None
     stage_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    encoders_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     shard: str | None = None
 
     @model_validator(mode="after")

@@ -41,7 +41,10 @@ def _installed(package: str, path: Path) -> Distribution | None:
             continue
         url = json.loads(found.read_text("direct_url.json") or "{}")
         edited = url.get("dir_info", {}).get("editable", False)
-        if not edited and any(Path(str(file.locate())).resolve() == path for file in found.files or ()):
+        root = Path(str(found.locate_file(""))).resolve()
+        if edited or not path.is_relative_to(root):
+            continue
+        if path.relative_to(root).as_posix() in map(str, found.files or ()):
             return found
     return None
 

@@ -23,7 +23,16 @@ from slide2vec.encoders.weights import WeightsChoice, find_weights, weights_dige
 from slide2vec.errors import WeightsError
 from slide2vec.recipes import Recipe, Variant
 
-__all__ = ["AnyEncoder", "LateEncoder", "as_module", "handed_over", "late_encoder"]
+__all__ = [
+    "AnyEncoder",
+    "LateEncoder",
+    "as_module",
+    "handed_over",
+    "held_bytes",
+    "late_encoder",
+    "release",
+    "weights_bytes",
+]
 
 T = TypeVar("T")
 
@@ -58,6 +67,8 @@ class LateEncoder:
         self._content: Future[str] | None = None
         self._remembering: Future[None] | None = None
         self._module: nn.Module | None = None
+        self._is_changeable = False
+        self._begun: Future[nn.Module] | None = None
         self._building = threading.RLock()
         if self._known is None:
             self._module = build()
@@ -65,7 +76,11 @@ class LateEncoder:
     @classmethod
     def of(cls, encoder: AnyEncoder) -> Self | LateEncoder:
         """One that is built already; one of these as it is."""
-        return encoder if isinstance(encoder, LateEncoder) else cls(lambda: encoder)
+        if isinstance(encoder, LateEncoder):
+            return encoder
+        made = cls(lambda: encoder)
+        made._is_changeable = True
+        return made
 
     @property
     def is_built(self) -> bool:
@@ -81,16 +96,36 @@ class LateEncoder:
         with self._building:
             if self._module is None:
                 made = self._build()
-                assert self._files is not None
-                if changed := self._files.changed():
+                if self._files is not None and (changed := self._files.changed()):
                     raise WeightsError(f"weights file {changed} was changed while it was loaded: start again")
+                if self._files is None and weights_digest(made) != self.digest:
+                    raise WeightsError("weights have changed since they were first loaded: start again")
                 self._module = made
             return self._module
+
+    @property
+    def held_bytes(self) -> int:
+        """Of its weights, as far as they are in memory."""
+        if self._module is None:
+            return 0
+        return sum(values.nbytes for values in (*self._module.parameters(), *self._module.buffers()))
+
+    def release(self) -> None:
+        """Free the module, which is built anew when it is next needed. One stays that was given as it is, or
+        that somebody has in hand who may have changed it."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun.exception()  # it would be built after this, else
+        with self._building:
+            if self._module is not None and not self._is_changeable:
+                _ = self.digest
+                self._module = None
 
     def hand_over(self) -> nn.Module:
         """The module, for whoever may change its weights: the digest, if nobody has asked for it yet, is then
         that of the module, and is not kept."""
         module = self.module
+        self._is_changeable = True
         if "digest" not in self.__dict__:
             self._known = self._files = None
         return module
@@ -98,7 +133,9 @@ class LateEncoder:
     def begin(self) -> None:
         """Have it built in a thread, if it is not yet; whoever needs it then waits for that."""
         if not self.is_built:
-            _in_background(lambda: self.module)  # what it raises, it raises again to who asks for it
+            self._begun = _in_background(
+                lambda: self.module
+            )  # what it raises, it raises again to who asks for it
 
     @cached_property
     def digest(self) -> str:
@@ -154,10 +191,27 @@ def handed_over(encoder: AnyEncoder) -> nn.Module:
     return encoder.hand_over() if isinstance(encoder, LateEncoder) else encoder
 
 
+def held_bytes(encoder: AnyEncoder) -> int:
+    """Of its weights that are in memory."""
+    return LateEncoder.of(encoder).held_bytes
+
+
+def weights_bytes(encoder: AnyEncoder, recipe: Recipe) -> int:
+    """Of its weights, wherever they are: in fp32, by the number that the recipe says, while they are not in
+    memory."""
+    return held_bytes(encoder) or round(4e6 * recipe.params_m)
+
+
+def release(encoder: AnyEncoder) -> None:
+    """See `LateEncoder.release`; a module stays."""
+    if isinstance(encoder, LateEncoder):
+        encoder.release()
+
+
 def late_encoder(
     recipe: Recipe, variant: Variant, weights: WeightsChoice, build: Callable[[WeightsChoice], nn.Module]
 ) -> AnyEncoder:
-    """The tile encoder of a recipe, from weights that may be known by their files; else built now.
+    """The encoder of a recipe: of tiles, from weights that may be known by their files; else built now.
 
     Args:
         build: builds it with these weights.
@@ -165,9 +219,11 @@ def late_encoder(
     Raises:
         WeightsError, GatedWeightsError: as `build`; that files cannot be had is found out now.
     """
-    brings_code = recipe.generic or recipe.encoder.family in ("remote", "registered")
-    if weights == "random" or recipe.weights is None or brings_code:
+    if recipe.encoder.family in ("module", "registered"):
         return build(weights)
+    by_file = recipe.level == "tile" and not recipe.generic and recipe.encoder.family != "remote"
+    if weights == "random" or recipe.weights is None or not by_file:
+        return LateEncoder(lambda: build(weights))
     path = find_weights(recipe, weights)
 
     def load() -> nn.Module:
@@ -178,8 +234,10 @@ def late_encoder(
     try:
         files = WeightsFiles.of(weights_files(path))
     except OSError:  # which file it is, and why, is said when it is loaded
-        return load()
-    return LateEncoder(load, files, made_of(recipe, variant)) if files.size_bytes >= LEAST_BYTES else load()
+        return LateEncoder(load)
+    if files.size_bytes < LEAST_BYTES:
+        return LateEncoder(load)
+    return LateEncoder(load, files, made_of(recipe, variant))
 
 
 def _in_background(work: Callable[[], T]) -> Future[T]:

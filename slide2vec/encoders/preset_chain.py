@@ -186,7 +186,7 @@ def _load(recipe: Recipe, options: Mapping[str, Any], choices: Mapping[str, Weig
     def build(weights: WeightsChoice) -> nn.Module:
         return _build(asked, variant, weights, seed, options["trust_remote_code"])
 
-    encoder = build(own) if lower is not None else late_encoder(asked, variant, own, build)
+    encoder = late_encoder(asked, variant, own, build)
     recipe = as_built(asked, name, encoder)
     if lower is None and input_size_px is not None:
         recipe = for_input(recipe, as_module(encoder), input_size_px, f"input_size_px={input_size_px}")

@@ -16,6 +16,7 @@ from slide2vec.progress.events import (
     TilesEncoded,
     in_turn,
     merged,
+    of_encoders,
 )
 from slide2vec.progress.metering import Metering, metered
 from slide2vec.progress.reporters import (
@@ -45,4 +46,5 @@ __all__ = [
     "live_progress",
     "merged",
     "metered",
+    "of_encoders",
 ]

@@ -56,6 +56,8 @@ class RunSummary:
         roads: how tiles were read (a reader's name, "raw + nvimgcodec on the device", …) -> how many.
         watt_hours: that the run's GPUs and this machine's processors took; None: not measured.
         measured_by: by what, and what of them was not measured; "" where nothing was.
+        readings: of several encoders, those that read the slides together ("uni + virchow2"), one group after
+            the other.
     """
 
     slides: int
@@ -67,6 +69,7 @@ class RunSummary:
     roads: Mapping[str, int] = field(default_factory=dict)
     watt_hours: float | None = None
     measured_by: str = ""
+    readings: tuple[str, ...] = ()
 
     @property
     def tiles_per_second(self) -> float:
@@ -81,7 +84,7 @@ class RunSummary:
         rate = self.tiles_per_second
         speed = f"{self.seconds:.1f} s, {rate:,.{0 if rate >= 10 else 1}f} tiles/s{self._seconds_each()}"
         slowest = f"bottleneck: {self.bottleneck}{self._bottleneck_share()}"
-        return f"{done} in {speed}; {self._energy()}; {slowest}{self._read_by()}"
+        return f"{done} in {speed}; {self._energy()}; {slowest}{self._read_by()}{self._readings()}"
 
     def bill(self) -> dict[str, Any]:
         """Time and energy, JSON-ready: of all, per embedded slide and per 1,000 tiles (None without any)."""
@@ -117,6 +120,11 @@ class RunSummary:
             f"{road} ({count:,} tile{'' if count == 1 else 's'})" for road, count in self.roads.items()
         )
         return f"; read by {roads}" if roads else ""
+
+    def _readings(self) -> str:
+        if len(self.readings) < 2:
+            return ""
+        return f"; slides were read {len(self.readings)} times, for {', then for '.join(self.readings)}"
 
     def _bottleneck_share(self) -> str:
         """How busy the bottleneck was, in brackets."""
@@ -164,6 +172,24 @@ def in_turn(summaries: Iterable[RunSummary]) -> RunSummary:
         watt_hours=sum(watt_hours) if watt_hours and len(watt_hours) == len(summaries) else None,
         measured_by=", ".join(dict.fromkeys(each.measured_by for each in summaries if each.measured_by)),
     )
+
+
+def of_encoders(summaries: Mapping[str, RunSummary], seconds: float) -> RunSummary:
+    """One summary of several encoders of the same slides, by name, that took so long: what encodes is told by
+    encoder, for the busiest holds the others back."""
+    whole = merged(
+        (
+            replace(summary, stations=tuple(_named(station, name) for station in summary.stations))
+            for name, summary in summaries.items()
+        ),
+        seconds,
+    )
+    busiest = max(whole.stations, key=lambda station: station.utilisation(seconds), default=None)
+    return replace(whole, bottleneck=busiest.name) if busiest and len(summaries) > 1 else whole
+
+
+def _named(station: StationTime, encoder: str) -> StationTime:
+    return replace(station, name=f"encode of {encoder}") if station.name == "encode" else station
 
 
 @dataclass(frozen=True)

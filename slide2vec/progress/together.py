@@ -15,7 +15,7 @@ from slide2vec.progress.events import (
     SlideFinished,
     SlidePlanned,
     TilesEncoded,
-    merged,
+    of_encoders,
 )
 from slide2vec.progress.reporters import ProgressReporter
 
@@ -83,7 +83,7 @@ class TogetherReporter:
         """The run is over, after so many seconds."""
         if not self.summaries:
             return
-        whole = replace(merged(self.summaries.values(), seconds), slides=self._finished, failed=self._failed)
+        whole = replace(of_encoders(self.summaries, seconds), slides=self._finished, failed=self._failed)
         self._inner.emit(RunFinished(whole))
 
     def take(self, encoder: str, event: ProgressEvent) -> None:

@@ -27,7 +27,7 @@ from slide2vec.artifacts import load_stored, tile_artifacts, write_json
 from slide2vec.artifacts.records import SIDECAR
 from slide2vec.cpus import job_cpus
 from slide2vec.errors import ArtifactError
-from slide2vec.files import atomic_path, entries
+from slide2vec.files import atomic_path, names_below
 from slide2vec.runtime.threads import torch_threads
 
 __all__ = ["FoundTile", "TileIndex"]
@@ -204,13 +204,10 @@ def _unit(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _sidecars(features: Path) -> dict[str, list[int]]:
-    """Size and time of change of every sidecar of tile embeddings, by sample_id."""
-    found = {}
-    for path in entries(features / "tile_embeddings"):
-        if path.name.endswith(SIDECAR):
-            stat = path.stat()
-            found[path.name.removesuffix(SIDECAR)] = [stat.st_size, stat.st_mtime_ns]
-    return dict(sorted(found.items()))
+    """Size and time of change of every sidecar of tile embeddings, by sample_id (of a class: "tumor/a")."""
+    folder = features / "tile_embeddings"
+    stats = {name: (folder / f"{name}{SIDECAR}").stat() for name in names_below(folder, SIDECAR)}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def _read(features: Path, there: Mapping[str, list[int]]) -> TileIndex | None:
@@ -258,11 +255,11 @@ def _built(features: Path, there: Mapping[str, list[int]]) -> TileIndex:
             stored.coords.tofile(places)
             slides.append(
                 _Slide(
-                    sample_id=artifact.sample_id,
+                    sample_id=artifact.name,
                     image_path=str(stored.metadata.get("image_path", "")),
                     tile_size_lv0=stored.tile_size_lv0,
                     rows=len(stored.features),
-                    sidecar=there.get(artifact.sample_id, [0, 0]),
+                    sidecar=there.get(artifact.name, [0, 0]),
                 )
             )
     described = [vars(slide) for slide in slides]

@@ -21,6 +21,7 @@ from slide2vec.config import (
     MaskSamplingConfig,
     PreprocessingConfig,
     PreviewConfig,
+    QualityConfig,
     SegmentationConfig,
 )
 from slide2vec.errors import ConfigError, PresetError
@@ -120,6 +121,7 @@ def load_settings(
             given,
             segmentation=_segmentation(given),
             filtering=_built(FilterConfig, given),
+            qc=_built(QualityConfig, given),
             preview=_built(PreviewConfig, given),
             **masks_of(given),
         ),
@@ -213,6 +215,7 @@ def settings_as_yaml(settings: RunSettings, extra: Mapping[str, Any]) -> str:
         ExecutionOptions: settings.execution.updated(shard=None),
         SegmentationConfig: settings.preprocessing.segmentation,
         FilterConfig: settings.preprocessing.filtering,
+        QualityConfig: settings.preprocessing.qc,
         PreviewConfig: settings.preprocessing.preview,
         MaskSamplingConfig: settings.preprocessing.masks,
     }
@@ -228,7 +231,7 @@ def settings_as_yaml(settings: RunSettings, extra: Mapping[str, Any]) -> str:
 
 def _is_of_tissue(key: str) -> bool:
     """Whether it decides which tiles a slide has: with coordinate files, these do."""
-    return key.startswith(("tiling.seg_params.", "tiling.filter_params.")) or key in (
+    return key.startswith(("tiling.seg_params.", "tiling.filter_params.", "tiling.qc.")) or key in (
         *("tiling.params.tolerance", "tiling.params.overlap", "tiling.params.tissue_threshold"),
     )
 

@@ -22,6 +22,7 @@ from slide2vec.config import (
     MaskSamplingConfig,
     PreprocessingConfig,
     PreviewConfig,
+    QualityConfig,
     SegmentationConfig,
 )
 from slide2vec.errors import ConfigError
@@ -142,6 +143,7 @@ KEYS: dict[str, Key] = {
     "tiling.seg_params.use_hsv": Key(bool | None),
     "tiling.seg_params.use_otsu": Key(bool | None),
     **_all_of("tiling.filter_params", FilterConfig, FilterConfig.model_fields),
+    **_all_of("tiling.qc", QualityConfig, QualityConfig.model_fields),
     "tiling.preview.save_mask_preview": _of(PreviewConfig, "save_mask_preview", True),
     "tiling.preview.save_tiling_preview": _of(PreviewConfig, "save_tiling_preview", True),
     **_all_of(
@@ -167,6 +169,7 @@ KEYS: dict[str, Key] = {
     "speed.persistent_workers_embedding": _of(ExecutionOptions, "persistent_workers"),
     "speed.stage_dir": _of(ExecutionOptions, "stage_dir"),
     "speed.stage_gb": _of(ExecutionOptions, "stage_gb"),
+    "speed.encoders_gb": _of(ExecutionOptions, "encoders_gb"),
     "wandb.enable": Key(bool, False),
 }
 

@@ -27,6 +27,7 @@ from slide2vec.slides import Slide
 from slide2vec.tiling.types import PRECOMPUTED, Segmentation, Tiling
 
 __all__ = [
+    "ARTEFACTS",
     "as_hs2p_backend",
     "check_tiling",
     "coordinate_paths",
@@ -55,6 +56,8 @@ _SAMPLING = "_sampling"
 _MOST_BYTES = 16 * 2**20
 #: The arrays; HS2P 3.0 and 3.1 have `coordinates`, (N, 2), for x and y.
 _ARRAYS = ("tile_index", "x", "y", "tissue_fractions", "coordinates")
+#: Shares of tiles that `qc` measures; HS2P has none, and passes over them.
+ARTEFACTS = ("background", "blur", "bubble", "fold", "pen")
 
 
 def coordinate_paths(directory: Path, sample_id: str) -> tuple[Path, Path]:
@@ -72,13 +75,14 @@ def write_coordinates(directory: Path, tiling: Tiling) -> tuple[Path | None, Pat
     remove(metadata)
     if len(tiling):
         with atomic_path(arrays) as temporary:
-            np.savez_compressed(
-                temporary,
-                tile_index=np.arange(len(tiling), dtype=np.int32),
-                x=tiling.x,
-                y=tiling.y,
-                tissue_fractions=tiling.tissue_fractions,
-            )
+            arrays_of: dict[str, Any] = {
+                "tile_index": np.arange(len(tiling), dtype=np.int32),
+                "x": tiling.x,
+                "y": tiling.y,
+                "tissue_fractions": tiling.tissue_fractions,
+                **tiling.artefacts,
+            }
+            np.savez_compressed(temporary, **arrays_of)
     else:
         remove(arrays)
     with atomic_path(metadata) as temporary:
@@ -344,7 +348,7 @@ class _Sections:
 def _tiling(meta: _Sections, arrays: Path | None) -> Tiling:
     width, height = map(int, meta.get("slide", "dimensions"))
     count = 0 if arrays is None else meta.get("tiling", "n_tiles")
-    x, y, fractions = _arrays(arrays, count, (width, height))
+    x, y, fractions, artefacts = _arrays(arrays, count, (width, height))
     mask_path = meta.get("provenance", "mask_path", default=None)
     spacing = meta.get("provenance", "spacing_at_level_0", default=None)
     annotation, strategy = _sampled(meta)
@@ -364,6 +368,7 @@ def _tiling(meta: _Sections, arrays: Path | None) -> Tiling:
         tissue_threshold=float(meta.number("tiling", "min_tissue_fraction")),
         segmentation=_segmentation(meta),
         filtering=_filtering(meta),
+        artefacts=artefacts,
         annotation=annotation,
         strategy=strategy,
     )
@@ -445,13 +450,13 @@ def _filtering(meta: _Sections) -> FilterConfig:
 
 def _arrays(
     path: Path | None, count: Any, dimensions: tuple[int, int]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32], dict[str, NDArray[np.float32]]]:
     if type(count) is not int or count < 0:
         raise ValueError(f"n_tiles is {count!r}, not a number of tiles")
     if path is None or count == 0:
-        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32), {}
     with local(path) as file:
-        data = read_npz(file, _ARRAYS, most=2 * count)
+        data = read_npz(file, (*_ARRAYS, *ARTEFACTS), most=2 * count)
     x, y = data["coordinates"].T if "coordinates" in data else (data["x"], data["y"])
     index, fractions = data["tile_index"], data["tissue_fractions"]
     if not x.shape == y.shape == index.shape == fractions.shape == (count,):
@@ -463,4 +468,8 @@ def _arrays(
     if wrong.any():
         first = int(wrong.argmax())
         raise ValueError(f"tile {first} has the tissue fraction {fractions[first]}, not one from 0 to 1")
-    return x.astype(np.int64), y.astype(np.int64), fractions.astype(np.float32)
+    artefacts = {name: data[name].astype(np.float32) for name in ARTEFACTS if name in data}
+    for name, shares in artefacts.items():
+        if shares.shape != (count,) or not ((shares >= 0) & (shares <= 1 + _ROUNDING)).all():
+            raise ValueError(f"{name} in {path.name} is not a share from 0 to 1 of each of the {count} tiles")
+    return x.astype(np.int64), y.astype(np.int64), fractions.astype(np.float32), artefacts

@@ -31,6 +31,14 @@ MAX_SIDE_PX = 16_384
 _QUALITY = 90
 _HOLE_COLOR = (226, 92, 48)
 _TILE_COLOR = (24, 58, 120)
+#: Of tiles that artefacts take a share of, from this on.
+_ARTEFACT_COLORS = {
+    "blur": (200, 40, 40),
+    "bubble": (20, 150, 160),
+    "fold": (150, 60, 200),
+    "pen": (240, 140, 0),
+}
+_SHOWN_FROM = 0.1
 #: Side of a tile in the picture below which outlines would hide it.
 _MIN_OUTLINED_PX = 6
 
@@ -91,7 +99,8 @@ def draw_tissue(picture: Picture, tissue: TissueMask, config: PreviewConfig) -> 
 
 
 def draw_tiles(picture: Picture, tiling: Tiling) -> Picture:
-    """The picture of a whole slide with the outline of every tile; tiny tiles are tinted instead."""
+    """The picture of a whole slide with the outline of every tile; tiny tiles are tinted instead. Blurred
+    tiles are red, those under a bubble turquoise, folded ones violet, those under pen orange."""
     height, width = picture.shape[:2]
     scale_x, scale_y = width / tiling.dimensions[0], height / tiling.dimensions[1]
     side = tiling.geometry.tile_size_lv0
@@ -99,13 +108,28 @@ def draw_tiles(picture: Picture, tiling: Tiling) -> Picture:
     right, bottom = np.rint((tiling.x + side) * scale_x), np.rint((tiling.y + side) * scale_y)
     drawn = picture.copy()
     corners = np.stack([left, top, right, top, right, bottom, left, bottom], 1).astype(np.int32)
-    outlines = list(corners.reshape(-1, 4, 2))
-    if side * scale_x >= _MIN_OUTLINED_PX:
-        cv2.polylines(drawn, outlines, True, _TILE_COLOR, 1)
+    large = side * scale_x >= _MIN_OUTLINED_PX
+    for outline, colour in zip(corners.reshape(-1, 4, 2), _colours(tiling), strict=True):
+        if large:
+            cv2.polylines(drawn, [outline], True, colour, 1)
+        else:
+            cv2.fillConvexPoly(drawn, outline, colour)
+    if large:
         return drawn
-    for outline in outlines:
-        cv2.fillConvexPoly(drawn, outline, _TILE_COLOR)
     return np.asarray(cv2.addWeighted(picture, 0.6, drawn, 0.4, 0), np.uint8)
+
+
+def _colours(tiling: Tiling) -> list[tuple[int, int, int]]:
+    """Of every tile: that of the artefact that takes most of it, where one takes enough."""
+    found = [_TILE_COLOR] * len(tiling)
+    most = np.full(len(tiling), _SHOWN_FROM, np.float32)
+    for name, colour in _ARTEFACT_COLORS.items():
+        share = tiling.artefacts.get(name)
+        if share is None:
+            continue
+        for index in np.flatnonzero(share >= most):
+            found[index], most[index] = colour, share[index]
+    return found
 
 
 def _scaled(outline: NDArray[np.int32], scale: NDArray[np.float64]) -> NDArray[np.int32]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from slide2vec.config import MaskSamplingConfig, PreprocessingConfig
+from slide2vec.config import MaskSamplingConfig, PreprocessingConfig, QualityConfig
 from slide2vec.errors import ConfigError, ManifestError, SlideError, TilingError
 from slide2vec.files import as_os_errors, atomic_path, names_below, open_plain
 from slide2vec.labels import MERGED, split_class_name
@@ -24,8 +24,10 @@ from slide2vec.tiling.types import PRECOMPUTED, Segmentation, Tiling
 __all__ = [
     "Previous",
     "find_reusable",
+    "qc_of",
     "record_source",
     "recorded_masks",
+    "recorded_qc",
     "recorded_slides",
     "source_path",
 ]
@@ -131,13 +133,25 @@ def find_reusable(previous: Previous, reader: SlideReader, config: Preprocessing
         check_tiling(tiling, slide, reader, config)
     except TilingError:
         return None
-    if not _same_settings(tiling, slide, config) or previous.was_misread(tiling.backend):
+    same_qc = qc_of(directory, slide.sample_id) == recorded_qc(config.qc)
+    if not same_qc or not _same_settings(tiling, slide, config) or previous.was_misread(tiling.backend):
         return None
     recorded = _read_source(directory, slide.sample_id)
     if recorded.get("masks") != config.masks.identity(slide.sample_id):
         return None
     remarks = recorded.get("remarks")
-    return replace(tiling, remarks=tuple(map(str, remarks)) if isinstance(remarks, list) else ())
+    told = tuple(map(str, remarks)) if isinstance(remarks, list) else ()
+    return replace(tiling, remarks=told, qc=config.qc)
+
+
+def recorded_qc(config: QualityConfig) -> dict[str, Any] | None:
+    """What a source record says of `qc`: nothing where it is off."""
+    return config.model_dump(mode="json") if config.on else None
+
+
+def qc_of(directory: Path, sample_id: str) -> Any:
+    """With which `qc` a slide's coordinate files were made, as in `recorded_qc`."""
+    return _read_source(directory, sample_id).get("qc")
 
 
 def recorded_masks(directory: Path, sample_id: str) -> MaskSamplingConfig:

@@ -10,11 +10,12 @@ from math import isclose
 from pathlib import Path
 from typing import Any
 
-from slide2vec.config import FilterConfig, PreprocessingConfig, SegmentationConfig
+from slide2vec.config import FilterConfig, PreprocessingConfig, QualityConfig, SegmentationConfig
 from slide2vec.errors import TilingError
 from slide2vec.files import names_below
 from slide2vec.slides import Slide
 from slide2vec.tiling.coordinates import load_header
+from slide2vec.tiling.previous_files import qc_of
 from slide2vec.tiling.types import PRECOMPUTED, Tiling
 
 __all__ = [
@@ -44,7 +45,7 @@ class PreviousTiles:
     Attributes:
         size_px, spacing_um: of the tiles (of the regions, with such), as they were asked for; µm/px.
         overlap: of neighbouring tiles, as a fraction.
-        options: tolerance, tissue_threshold, segmentation_…, filtering_…, as in `given_options`.
+        options: tolerance, tissue_threshold, segmentation_…, filtering_…, qc_…, as in `given_options`.
         with_mask: the tissue is that of a mask raster.
         spacing_at_level_0: µm/px, as it was given for the slide; None where the file's own was taken.
     """
@@ -95,7 +96,8 @@ class PreviousTiles:
 def given_options(config: PreprocessingConfig, slide: Slide | None = None) -> Set[str]:
     """The options that the user gave, for all slides or for this one; sections with their fields
     ("segmentation_method")."""
-    given = set(config.model_fields_set) - {"segmentation", "filtering"}
+    given = set(config.model_fields_set) - {"segmentation", "filtering", "qc"}
+    given |= {f"qc_{name}" for name in config.qc.model_fields_set}
     given |= {f"segmentation_{name}" for name in config.segmentation.model_fields_set}
     given |= {f"filtering_{name}" for name in config.filtering.model_fields_set}
     given |= {"tissue_threshold"} if config.masks.by_class else set()  # masks says it
@@ -112,6 +114,7 @@ def _asked(config: PreprocessingConfig, sample_id: str) -> dict[str, Any]:
     own = config.masks.class_of(sample_id) if config.masks.by_class else None
     found["masks"] = _sampled_as(own, config.masks.strategy if config.masks.by_class else None)
     found |= {f"segmentation_{name}": value for name, value in config.segmentation.model_dump().items()}
+    found |= {f"qc_{name}": value for name, value in config.qc.model_dump().items()}
     return found | {f"filtering_{name}": value for name, value in config.filtering.model_dump().items()}
 
 
@@ -138,9 +141,15 @@ def previous_tiles(
 def _earlier(directory: Path, sample_id: str, config: PreprocessingConfig) -> PreviousTiles | None:
     """None where there are no files, or damaged ones: the slide is tiled anew."""
     try:
-        return PreviousTiles.of(load_header(directory, sample_id), config.requested_tile_size_px)
+        found = PreviousTiles.of(load_header(directory, sample_id), config.requested_tile_size_px)
     except TilingError:
         return None
+    recorded = qc_of(directory, sample_id)
+    measured = recorded if isinstance(recorded, Mapping) else {}
+    options = {
+        f"qc_{name}": measured.get(name, usual) for name, usual in QualityConfig().model_dump().items()
+    }
+    return replace(found, options={**found.options, **options})
 
 
 def differences(earlier: PreviousTiles, slide: Slide, config: PreprocessingConfig) -> Differences:
@@ -206,9 +215,10 @@ def _with(config: PreprocessingConfig, options: Mapping[str, Any]) -> Preprocess
     made: dict[str, Any] = {
         name: options[name] for name in ("tolerance", "tissue_threshold") if name in options
     }
-    parts: tuple[tuple[str, SegmentationConfig | FilterConfig], ...] = (
+    parts: tuple[tuple[str, SegmentationConfig | FilterConfig | QualityConfig], ...] = (
         ("segmentation", config.segmentation),
         ("filtering", config.filtering),
+        ("qc", config.qc),
     )
     for section, part in parts:
         fields = type(part).model_fields

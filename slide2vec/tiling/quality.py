@@ -17,7 +17,7 @@ from slide2vec.geometry import TileGeometry, select_level
 from slide2vec.readers import SlideReader
 from slide2vec.readers.reader import planning_downsamples
 
-__all__ = ["good_tiles", "looks_good"]
+__all__ = ["good_tiles", "looks_good", "tiles_at"]
 
 Pixels = NDArray[np.uint8]
 
@@ -52,8 +52,7 @@ def good_tiles(
     good = np.ones(len(x), bool)
     if not (config.filter_white or config.filter_black or config.filter_grayspace or config.filter_blur):
         return good
-    view = _view(reader, geometry, config)
-    for index, tile in _tiles(reader, x, y, view):
+    for index, tile in tiles_at(reader, x, y, geometry, config.qc_spacing_um):
         good[index] = tile.size == 0 or looks_good(tile, config)
     return good
 
@@ -75,23 +74,28 @@ def looks_good(tile: Pixels, config: FilterConfig) -> bool:
     return True
 
 
-def _view(reader: SlideReader, geometry: TileGeometry, config: FilterConfig) -> _View:
+def _view(reader: SlideReader, geometry: TileGeometry, spacing_um: float) -> _View:
     base = geometry.base_spacing_um
     # Finer than level 0 is answered with level 0, enlarged.
-    spacing = max(config.qc_spacing_um, base)
+    spacing = max(spacing_um, base)
     choice = select_level(spacing, base, planning_downsamples(reader), geometry.tolerance)
     side_um = geometry.requested_tile_size_px * geometry.requested_spacing_um
     return _View(
         level=choice.level,
         read_px=max(1, round(side_um / choice.spacing_um)),
-        qc_px=max(1, round(side_um / config.qc_spacing_um)),
+        qc_px=max(1, round(side_um / spacing_um)),
     )
 
 
-def _tiles(
-    reader: SlideReader, x: NDArray[np.int64], y: NDArray[np.int64], view: _View
+def tiles_at(
+    reader: SlideReader,
+    x: NDArray[np.int64],
+    y: NDArray[np.int64],
+    geometry: TileGeometry,
+    spacing_um: float,
 ) -> Iterator[tuple[int, Pixels]]:
-    """(index, pixels) of every tile, without what lies outside the slide; window by window."""
+    """(index, pixels) of every tile at a spacing, without what lies outside the slide; window by window."""
+    view = _view(reader, geometry, spacing_um)
     downsample = reader.downsamples[view.level]
     width, height = reader.level_dimensions[view.level]
     px, py = (np.floor(origins * (1.0 / downsample)).astype(np.int64) for origins in (x, y))

@@ -21,6 +21,7 @@ from slide2vec.tiling.grid import tissue_tiles
 from slide2vec.tiling.quality import good_tiles
 from slide2vec.tiling.remarks import TilingFacts, remarks
 from slide2vec.tiling.segment import Segmented, segment_tissue
+from slide2vec.tiling.tile_quality import measure_tiles, within_limits
 from slide2vec.tiling.types import PRECOMPUTED, Tiling, TissueMask
 from slide2vec.tiling.user_masks import read_labels
 
@@ -87,6 +88,8 @@ def tile_slide(
         tissue = as_tissue(raw.mask)
         x, y, fractions = tissue_tiles(tissue, geometry, reader.dimensions, threshold)
     good = good_tiles(reader, x, y, geometry, filtering)
+    artefacts = measure_tiles(reader, x, y, geometry) if config.qc.on else {}
+    good &= within_limits(artefacts, config.qc, len(x))
     found = TilingFacts(
         tissue=tissue,
         geometry=geometry,
@@ -116,6 +119,8 @@ def tile_slide(
         annotation=own,
         strategy=masks.strategy if masks.by_class else None,
         remarks=remarks(found),
+        artefacts={name: share[good] for name, share in artefacts.items()},
+        qc=config.qc,
     )
     return tiling, tissue
 

@@ -3,14 +3,14 @@ to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slide2vec.config import FilterConfig
+from slide2vec.config import FilterConfig, QualityConfig
 from slide2vec.geometry import TileGeometry, subtile_geometry
 
 __all__ = ["PRECOMPUTED", "BadTile", "Segmentation", "Tiling", "TissueMask", "TissuePiece", "expand_regions"]
@@ -131,6 +131,9 @@ class Tiling:
             The sample_id is as `slide2vec.labels.class_name` has it.
         strategy: by which classes were sampled, "joint" or "independent"; None where tiles are of tissue.
         remarks: what is implausible about them (see `slide2vec.tiling.remarks`).
+        artefacts: (N,) float32 each, the share of every tile that is blurred, under pen, …, by
+            `slide2vec.tiling.coordinates.ARTEFACTS`; empty where they were not measured.
+        qc: how much of these a tile may have.
     """
 
     sample_id: str
@@ -152,6 +155,8 @@ class Tiling:
     annotation: str | None = None
     strategy: str | None = None
     remarks: tuple[str, ...] = ()
+    artefacts: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    qc: QualityConfig = field(default_factory=QualityConfig)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -185,7 +190,13 @@ class Tiling:
         return replace(self._only(kept), regions=regions)
 
     def _only(self, kept: NDArray[np.bool_]) -> Tiling:
-        return replace(self, x=self.x[kept], y=self.y[kept], tissue_fractions=self.tissue_fractions[kept])
+        return replace(
+            self,
+            x=self.x[kept],
+            y=self.y[kept],
+            tissue_fractions=self.tissue_fractions[kept],
+            artefacts={name: share[kept] for name, share in self.artefacts.items()},
+        )
 
 
 def expand_regions(regions: Tiling, multiple: int) -> Tiling:
@@ -195,8 +206,8 @@ def expand_regions(regions: Tiling, multiple: int) -> Tiling:
         regions: (R,) regions of `multiple` tiles a side.
 
     Returns:
-        The R · multiple² tiles, region by region, with the tissue fraction of their region; `regions`
-        are in it.
+        The R · multiple² tiles, region by region, with the tissue fraction and artefacts of their region;
+        `regions` are in it.
     """
     geometry = subtile_geometry(regions.geometry, multiple)
     rows, columns = np.divmod(np.arange(multiple**2, dtype=np.int64), multiple)
@@ -206,5 +217,6 @@ def expand_regions(regions: Tiling, multiple: int) -> Tiling:
         x=(regions.x[:, None] + columns * geometry.tile_size_lv0).ravel(),
         y=(regions.y[:, None] + rows * geometry.tile_size_lv0).ravel(),
         tissue_fractions=regions.tissue_fractions.repeat(multiple**2),
+        artefacts={name: share.repeat(multiple**2) for name, share in regions.artefacts.items()},
         regions=regions,
     )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console, Group
 
 from slide2vec import __version__
+from slide2vec.cli.console import log_to_stderr, note
+from slide2vec.progress.live import TerminalDisplay
 from slide2vec.version import PROJECT
 
 HEAVY = ("torch", "numpy", "pandas", "cv2", "huggingface_hub", "timm", "openslide", "cucim", "tifffile")
@@ -23,6 +27,22 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() and ran.stderr.strip() == "[]"
+
+
+def test_warnings_appear_above_a_live_display(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not past it: it then erases as many lines as its own, and so the warning instead of itself."""
+    with (tmp_path / "terminal").open("w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        console = Console(file=terminal, force_terminal=True, record=True, width=80)
+        log_to_stderr()
+        display = TerminalDisplay(console)
+        display.start(lambda: Group("the display"))
+        try:
+            logging.getLogger("slide2vec.tests").warning("a slide is odd")
+            note("loading")
+        finally:
+            display.stop()
+    assert "warning: a slide is odd\n" in (shown := console.export_text()) and "loading\n" in shown
 
 
 def test_listing_models_does_not_load_torch() -> None:

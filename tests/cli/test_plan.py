@@ -37,6 +37,15 @@ def test_without_weights_it_says_what_known_gpus_take(run, small_slide: Path) ->
     assert "timm's published inference benchmark" in " ".join(result.stdout.split())
 
 
+def test_encoders_that_take_turns_are_said(run, small_slide: Path) -> None:
+    options = ("-p", "virchow2,uni2,lunit", "--no-trial", "--device", "cpu", "--encoders-gb", "3")
+    result = run("plan", small_slide, *options)
+    assert result.exit_code == 0, result.output
+    assert ", 2 times: for virchow2 + lunit, then for uni2" in " ".join(result.stdout.split())
+    found = json.loads(run("plan", small_slide, *options, "--json").stdout)
+    assert found["groups"] == [["virchow2", "lunit"], ["uni2"]]
+
+
 def test_bad_slides_are_listed(run, small_slide: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.svs").write_bytes(b"no slide")
     result = run("plan", small_slide, tmp_path / "bad.svs", "-p", "virchow2", "--no-trial")

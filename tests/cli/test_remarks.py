@@ -14,7 +14,7 @@ from slide2vec.tiling import load_coordinates
 
 PRESET = ("--preset", "scattering", "--device", "cpu")
 TILES = ("--spacing", "2", "--tile-size", "64")
-BROWN = "which method hsv does not take for tissue: try method otsu"
+BROWN = "which method hsv does not take for tissue: try method auto"
 
 
 @pytest.fixture(scope="module")

@@ -238,7 +238,7 @@ def test_published_parameters() -> None:
 
 
 def test_keys_of_another_model_are_refused(ours: nn.Module, tmp_path: Path) -> None:
-    state = {f"model.{key}": value for key, value in ours.state_dict().items()}
+    state = {f"another.{key}": value for key, value in ours.state_dict().items()}
     torch.save(state, tmp_path / "model.pth")
     recipe = small()
     with pytest.raises(WeightsError, match="missing: blocks"):

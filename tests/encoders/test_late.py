@@ -14,7 +14,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from slide2vec.encoders import build_encoder, known_digests, late
-from slide2vec.encoders.late import AnyEncoder, LateEncoder, as_module, late_encoder
+from slide2vec.encoders.late import (
+    AnyEncoder,
+    LateEncoder,
+    as_module,
+    held_bytes,
+    late_encoder,
+    release,
+)
 from slide2vec.encoders.weights import WeightsChoice, weights_digest
 from slide2vec.errors import WeightsError
 from slide2vec.files.user_cache import user_cache
@@ -261,6 +268,10 @@ def test_without_a_cache_nothing_is_kept(
 def test_small_or_random_weights_are_loaded_at_once(
     load: Callable[[WeightsChoice], AnyEncoder], weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert isinstance(load("random"), nn.Module)
+    assert LateEncoder.of(load("random")).is_built
     monkeypatch.setattr(late, "LEAST_BYTES", weights.stat().st_size + 1)
-    assert isinstance(load(weights), nn.Module)
+    made = load(weights)
+    assert LateEncoder.of(made).is_built
+    release(made)
+    assert not held_bytes(made)
+    assert as_module(made) is as_module(made) and held_bytes(made) > 0

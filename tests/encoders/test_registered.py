@@ -58,7 +58,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def slide(tmp_path_factory: pytest.TempPathFactory, generated_slide: Callable[..., Path]) -> Path:
-    return generated_slide(tmp_path_factory.mktemp("slides") / "a.svs", size_px=512, seed=0, levels=1)
+    return generated_slide(tmp_path_factory.mktemp("slides") / "a.svs", size_px=768, seed=0, levels=1)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +143,7 @@ def test_an_engine_holds_a_copy_that_computes_in_its_precision(model: Model) -> 
     assert model.recipe.encoder.kwargs["code"] == model.identity()["code"]
 
 
+@pytest.mark.slow  # two processes are started as users' are; `reloader` is what they are sent
 def test_several_devices(model: Model, slide: Path) -> None:
     alone = model.embed_slide(slide, EVERY_TILE)
     shared = model.embed_slide(slide, EVERY_TILE, ExecutionOptions(devices=("cpu", "cpu")))
