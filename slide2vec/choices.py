@@ -150,13 +150,16 @@ class Choices(Mapping[str, Row], Generic[Row]):
     def __len__(self) -> int:
         return len(self.ours) + len(self.theirs)
 
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and (name in self.ours or name in self.theirs)
+
     def checked(self, name: object) -> Any:
         """The name.
 
         Raises:
             ConfigError: there is none such; with the nearest.
         """
-        if name in self._others or (isinstance(name, str) and name in self):
+        if name in self._others or name in self:
             return name
         known = (*self._others, *self)
         near = nearest_names(str(name), known)

@@ -11,7 +11,6 @@ import shutil
 import sys
 from collections.abc import Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -32,13 +31,23 @@ def add_extra(*extras: str) -> str:
 def _installer() -> Iterator[str]:
     """As people type it, where that reaches this environment."""
     beside = Path(sys.executable).parent
-    has_pip = find_spec("pip") is not None
+    has_pip = _is_installed("pip")
     found = shutil.which("pip" if has_pip else "uv")
     reaches = found is not None and Path(found).parent == beside
     if has_pip:
         yield "pip install" if reaches else f"{_quoted(sys.executable)} -m pip install"
     else:
         yield "uv pip install" if reaches else f"uv pip install --python {_quoted(sys.executable)}"
+
+
+def _is_installed(name: str) -> bool:
+    """By its metadata: to look for the module pip makes setuptools leave distutils to Python, and PyTorch's
+    compiler then cannot import setuptools."""
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _what(names: str) -> str:

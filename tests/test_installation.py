@@ -40,7 +40,7 @@ class Installed:
 
 @pytest.fixture(autouse=True)
 def pip_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installation, "find_spec", lambda name: object())
+    monkeypatch.setattr(installation, "_is_installed", lambda name: True)
     monkeypatch.setattr(installation.shutil, "which", lambda name: str(Path(sys.executable).parent / name))
     monkeypatch.setattr(sys, "platform", "linux")
 
@@ -94,10 +94,17 @@ def test_by_the_installer_of_this_environment(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sys, "executable", "/opt/a b/bin/python")
     monkeypatch.setattr(installation.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert add_extra("openvino").startswith('"/opt/a b/bin/python" -m pip install "openvino')
-    monkeypatch.setattr(installation, "find_spec", lambda name: None)
+    monkeypatch.setattr(installation, "_is_installed", lambda name: False)
     assert add_extra("openvino").startswith('uv pip install --python "/opt/a b/bin/python" "openvino')
     monkeypatch.setattr(installation.shutil, "which", lambda name: f"/opt/a b/bin/{name}")
     assert add_extra("openvino").startswith('uv pip install "openvino')
+
+
+def test_a_hint_leaves_pytorchs_compiler_alone() -> None:
+    """To look for the module pip would make setuptools leave distutils to Python, and its import fail."""
+    code = "from slide2vec.installation import add_extra as hint; hint('cuda'); import distutils.core, setuptools"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_nothing_names_the_other_project() -> None:

@@ -22,6 +22,7 @@ from slide2vec.config import (
     MaskSamplingConfig,
     PreprocessingConfig,
     PreviewConfig,
+    QualityConfig,
     SegmentationConfig,
 )
 from slide2vec.errors import ConfigError
@@ -806,8 +807,10 @@ def test_settings_are_what_is_read_back(tmp_path: Path) -> None:
 
 def test_written_settings_have_every_field() -> None:
     owners = (PreprocessingConfig, ExecutionOptions, SegmentationConfig, FilterConfig, PreviewConfig)
-    fields = {(owner, field) for owner in (*owners, MaskSamplingConfig) for field in owner.model_fields}
-    sections = {(PreprocessingConfig, name) for name in ("segmentation", "filtering", "preview", "masks")}
+    owners = (*owners, QualityConfig, MaskSamplingConfig)
+    fields = {(owner, field) for owner in owners for field in owner.model_fields}
+    parts = ("segmentation", "filtering", "preview", "masks", "qc")
+    sections = {(PreprocessingConfig, name) for name in parts}
     sections |= {(MaskSamplingConfig, name) for name in LABELS}
     of_images = {(ExecutionOptions, "on_image_mismatch")}  # which no configuration file names
     assert fields - sections - of_images == {
@@ -835,7 +838,7 @@ def test_a_run_over_coordinate_files_claims_no_segmentation(load: Load) -> None:
 def test_what_nobody_gave_is_not_set(load: Load) -> None:
     config = load("tiling: {params: {overlap: 0.0}, seg_params: {close: 4}}", "tiling.backend=auto")
     made = config.preprocessing
-    assert made.model_fields_set == {"overlap", "backend", "segmentation", "filtering", "preview"}
+    assert made.model_fields_set == {"overlap", "backend", "segmentation", "filtering", "preview", "qc"}
     assert made.segmentation.model_fields_set == {"close"} and not made.filtering.model_fields_set
     assert made.resolved(0.5, 224).model_fields_set == made.model_fields_set, (
         "the preset's are not the user's"

@@ -229,8 +229,10 @@ def common_metadata(
         ConfigError: an unknown format.
     """
     key = _id_key(artifact_type)
-    annotation, own = split_class_name(name)
+    annotation, own = (None, name) if key == "patient_id" else split_class_name(name)
     check_id(own, key)
+    if annotation is not None:
+        check_id(annotation, "annotation")
     if file_format not in FORMATS:
         raise ConfigError(f"embeddings cannot be written as {file_format!r}; allowed: {', '.join(FORMATS)}")
     return {
