@@ -102,7 +102,7 @@ def test_by_the_installer_of_this_environment(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_hint_leaves_pytorchs_compiler_alone() -> None:
     """To look for the module pip would make setuptools leave distutils to Python, and its import fail."""
-    code = "from slide2vec.installation import add_extra as hint; hint('cuda'); import distutils.core, setuptools"
+    code = "import slide2vec.installation as here; here.add_extra('cuda'); import distutils.core, setuptools"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -38,6 +38,8 @@ T = TypeVar("T")
 
 #: Weights of fewer bytes are loaded, and hashed, in less time than it would take to know them.
 LEAST_BYTES = 16 * 2**20
+#: Encoders are built one at a time: random weights are drawn from PyTorch's one generator.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 class LateEncoder:
@@ -71,7 +73,8 @@ class LateEncoder:
         self._begun: Future[nn.Module] | None = None
         self._building = threading.RLock()
         if self._known is None:
-            self._module = build()
+            with _ONE_AT_A_TIME:
+                self._module = build()
 
     @classmethod
     def of(cls, encoder: AnyEncoder) -> Self | LateEncoder:
@@ -95,7 +98,8 @@ class LateEncoder:
         """
         with self._building:
             if self._module is None:
-                made = self._build()
+                with _ONE_AT_A_TIME:
+                    made = self._build()
                 if self._files is not None and (changed := self._files.changed()):
                     raise WeightsError(f"weights file {changed} was changed while it was loaded: start again")
                 if self._files is None and weights_digest(made) != self.digest:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -275,3 +278,20 @@ def test_small_or_random_weights_are_loaded_at_once(
     release(made)
     assert not held_bytes(made)
     assert as_module(made) is as_module(made) and held_bytes(made) > 0
+
+
+def test_encoders_are_built_one_at_a_time() -> None:
+    """Random weights are drawn from PyTorch's one generator: two at once would not be those of their seeds."""
+    at_once: list[int] = []
+    building = threading.Lock()
+
+    def build() -> nn.Module:
+        at_once.append(building.acquire(blocking=False))
+        time.sleep(0.02)
+        building.release()
+        return nn.Linear(1, 1)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(LateEncoder, build) for _ in range(4)]:
+            done.result(timeout=20)
+    assert at_once == [True] * 4
