@@ -281,7 +281,7 @@ def test_small_or_random_weights_are_loaded_at_once(
 
 
 def test_encoders_are_built_one_at_a_time() -> None:
-    """Random weights are drawn from PyTorch's one generator: two at once would not be those of their seeds."""
+    """Random weights are drawn from the one generator of PyTorch: two at once would not be of their seeds."""
     at_once: list[int] = []
     building = threading.Lock()
 
