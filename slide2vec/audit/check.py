@@ -62,6 +62,7 @@ def audit_run(
     weights: str | None = None,
     encoder: str | None = None,
     slides_dir: Path | None = None,
+    trust_remote_code: bool = False,
     progress: Progress = lambda done, count: None,
 ) -> Row:
     """Compare a sample of the tiles of every slide of a run with what other code makes of them.
@@ -79,6 +80,7 @@ def audit_run(
         weights: of the tile encoder; None = as the run's config.yaml says.
         encoder: only of this one, by its name in the run.
         slides_dir: where slides are looked for, by their file names; None = where they were.
+        trust_remote_code: let a preset that needs it run the Python code of its repository.
         progress: is told of every slide.
 
     Returns:
@@ -108,7 +110,8 @@ def audit_run(
     for owner, sidecars in todo:
         rows = []
         if sidecars:
-            audit = _Audit(run, owner, _model(owner, sidecars[0], weights, device), sample, seed, slides_dir)
+            model = _model(owner, sidecars, weights, device, trust_remote_code)
+            audit = _Audit(run, owner, model, sample, seed, slides_dir)
             for sidecar in sidecars:
                 rows.append(audit.row(sidecar))
                 done += 1
@@ -140,9 +143,15 @@ def _sidecars(owner: Owner) -> Iterator[Path]:
         yield from sorted((owner.folder / f"{kind}_embeddings").rglob(f"*{SIDECAR}"))
 
 
-def _model(owner: Owner, sidecar: Path, weights: str | None, device: str | None) -> Model:
-    """The tile encoder of a run, as its configuration says."""
-    recorded = read_metadata(sidecar)
+def _model(
+    owner: Owner, sidecars: Sequence[Path], weights: str | None, device: str | None, trust_remote_code: bool
+) -> Model:
+    """The tile encoder of a run, as its configuration, and the first sidecar that can be read, say.
+
+    Raises:
+        ArtifactError: none can.
+    """
+    recorded = _first_readable(owner, sidecars)
     settings: Mapping[str, Any] = {}
     if (owner.folder / "config.yaml").is_file():
         settings = read_yaml(owner.folder / "config.yaml")
@@ -161,11 +170,28 @@ def _model(owner: Owner, sidecar: Path, weights: str | None, device: str | None)
         precision="fp32",
         input_size_px=of_model.get("input_size_px"),
         allow_non_recommended_settings=True,
+        trust_remote_code=trust_remote_code,
     )
 
 
+def _first_readable(owner: Owner, sidecars: Sequence[Path]) -> Mapping[str, Any]:
+    for sidecar in sidecars:
+        try:
+            recorded = read_metadata(sidecar)
+        except ArtifactError:
+            continue
+        if isinstance(recorded.get("encoder_name"), str):
+            return recorded
+    raise ArtifactError(f"none of the {len(sidecars)} sidecars of {owner.name} in {owner.folder} can be read")
+
+
 def _encoder(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = recorded.get("compatibility", {}).get("encoder")
+    found = _compatibility(recorded).get("encoder")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _compatibility(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = recorded.get("compatibility")
     return found if isinstance(found, Mapping) else {}
 
 
@@ -209,7 +235,7 @@ class _Audit:
             self._compare(sidecar, kind, found)
         except _Differs as error:
             found |= {"verdict": "differs", "why": str(error)}
-        except (ArtifactError, TilingError) as error:
+        except (ArtifactError, TilingError, KeyError, TypeError) as error:  # of a sidecar by other hands
             found |= {"verdict": "differs", "why": f"its files cannot be read: {error}"}
         except (NoSecondReader, Slide2VecError, OSError) as error:
             found |= {"verdict": "not audited", "why": str(error)}
@@ -223,6 +249,10 @@ class _Audit:
         found["sample_id"] = str(recorded.get("sample_id", found["sample_id"]))
         if recorded.get("annotation"):
             found["annotation"] = recorded["annotation"]
+        source = _compatibility(recorded).get("tiles_from", "slide")
+        if source != "slide":
+            where = "an archive" if source == "archive" else "JPEGs of them"
+            raise NoSecondReader(f"its tiles were embedded from {where}, whose pixels are not the slide's")
         precision = str(_encoder(recorded).get("precision", "fp32"))
         if precision not in MOST_SHIFT:
             raise _Differs(f"its sidecar has precision {precision!r}, which is none")
@@ -254,7 +284,7 @@ class _Audit:
         if path is None:
             raise _Differs("the file of its embeddings is missing")
         found["files"][self._named(path)] = digest_of(path)
-        return load_embeddings(path).double()
+        return load_embeddings(path)
 
     def _tiling(self, recorded: Mapping[str, Any], kind: str, found: Row) -> Tiling:
         name = class_name(recorded.get("annotation"), found["sample_id"])
@@ -308,7 +338,7 @@ class _Audit:
         precision: str,
         found: Row,
     ) -> None:
-        stored = rows[torch.from_numpy(tiles)]
+        stored = rows[torch.from_numpy(tiles)].double()
         if stored.shape != reference.shape:
             raise _Differs(f"embeddings of {stored.shape[1]} numbers; the encoder gives {reference.shape[1]}")
         cosines = torch.nn.functional.cosine_similarity(stored, reference, dim=1)
@@ -332,7 +362,7 @@ class _Audit:
                 f"{at} has cosine {cosines.min():.6f} to its reference; {precision} allows {least:g}"
             )
         if len(rows) >= _SPREAD_TILES:
-            spread = (rows - rows.mean(0)).norm(dim=1).square().mean().sqrt().item()
+            spread = rows.float().var(0, correction=0).sum().sqrt().item()
             if spread > 0:
                 shift = float(((stored - reference).norm(dim=1) / spread).median())
                 most = MOST_SHIFT[precision]

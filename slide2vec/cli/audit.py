@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from slide2vec.cli.console import Debug, Json, facts, note, print_json, stdout, table
+from slide2vec.cli.embed import TrustRemoteCode
 from slide2vec.errors import ConfigError
 
 __all__ = ["audit"]
@@ -36,6 +37,7 @@ def audit(
         Path | None, typer.Option(help="Where the slides are now, if they were moved.", show_default=False)
     ] = None,
     device: Annotated[str | None, typer.Option(help="For PyTorch: cuda, cuda:1, mps or cpu.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help=f"Of the certificate; by default RUN/{CERTIFICATE}.")
     ] = None,
@@ -63,6 +65,7 @@ def audit(
         weights=weights,
         slides_dir=slides_dir,
         device=device,
+        trust_remote_code=trust_remote_code,
         progress=lambda done, count: note(f"{done} of {count} slides") if done % 50 == 0 else None,
     )
     place = output or run / CERTIFICATE

@@ -155,7 +155,12 @@ def dense_precision(model: ImageModel, execution: ExecutionOptions) -> str:
 
 
 def dense_identity(model: ImageModel, dense: DenseLike, execution: ExecutionOptions) -> dict[str, Any]:
-    """What of a call decides its grids, besides what each is of; JSON-ready."""
+    """What of a call decides its grids, besides what each is of; JSON-ready.
+
+    Raises:
+        WeightsError: the weights are not those that they were known as; grids are compared with these, and
+            made with them.
+    """
     precision = dense_precision(model, execution)
     made = {
         "encoder_name": model.name,
@@ -169,6 +174,7 @@ def dense_identity(model: ImageModel, dense: DenseLike, execution: ExecutionOpti
     if isinstance(dense, DenseImageOptions):
         geometry = dense_geometry(dense.size, patch_size(model.encoder))
         made |= geometry_record(geometry)
+    model.tile_encoding.confirm_weights()
     return made
 
 

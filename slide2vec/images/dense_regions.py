@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +17,6 @@ import torch
 from slide2vec.artifacts.dense_files import (
     DENSE_REGIONS,
     DenseRegionArtifact,
-    dense_metadata,
     region_grid_path,
     sidecar_of,
     write_grid,
@@ -33,7 +31,7 @@ from slide2vec.images.dense_run import encode_and_write, grids_in_order, with_ou
 from slide2vec.images.pixels import Pixels
 from slide2vec.images.pooled import ImageModel
 from slide2vec.images.read_record import read_record
-from slide2vec.images.reuse import differing_fields
+from slide2vec.images.reuse import grid_made_alike
 from slide2vec.progress import live_progress
 from slide2vec.readers import SlideReader, open_slide, resolve_spacing
 from slide2vec.readers.fingerprint import fingerprint
@@ -41,8 +39,6 @@ from slide2vec.readers.reader import planning_downsamples
 from slide2vec.slides import Slide
 
 __all__ = ["embed_regions_dense"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -138,14 +134,8 @@ class _Region:
 
     def done(self) -> DenseRegionArtifact | None:
         """Its grid, where an earlier call has made it in the same way."""
-        found = dense_metadata(self.path)
-        recorded = None if found is None else found.get("compatibility")
-        if found is None or not isinstance(recorded, Mapping):
-            return None
-        other = differing_fields(recorded, self.compatibility)
-        if other:
-            logger.info("%s is made anew: %s differ", self.path, ", ".join(sorted(other)))
-        return None if other else self.artifact(found)
+        found = grid_made_alike(self.path, self.compatibility)
+        return None if found is None else self.artifact(found)
 
     def artifact(self, metadata: Mapping[str, Any]) -> DenseRegionArtifact:
         """What its sidecar says of it."""

@@ -63,7 +63,15 @@ class BatchSource(Protocol):
 
     @property
     def weights_digest(self) -> str:
-        """Of the weights' values."""
+        """Of the weights' values; not certain before `confirm_weights`."""
+        ...
+
+    def confirm_weights(self) -> None:
+        """Wait until the weights are certainly those of the digest. Nothing is finished before.
+
+        Raises:
+            WeightsError: they are not.
+        """
         ...
 
     def encoding(self, execution: ExecutionOptions, side_px: int) -> tuple[Engine, BatchEncoder]:
@@ -131,7 +139,9 @@ def embed_images(
         if reused.done:
             logger.info("%d of %d images are embedded already", len(reused.done), len(asked))
         made: dict[str, ImageEmbeddingArtifact | Exception] = dict(reused.done)
-        if reused.left:
+        if not reused.left:
+            model.tile_encoding.confirm_weights()  # that all is there is said of these weights
+        else:
             made |= _embed(model, reused.left, execution, output_dir, identity)
     return _in_order(asked, made, on_error)
 
@@ -199,6 +209,7 @@ def _embed(
             image, values = item
             if isinstance(values, Exception):
                 return values
+            model.tile_encoding.confirm_weights()
             metadata = _metadata(model, image, execution, identity, side)
             return write_image_embedding(output_dir, values, metadata)
 

@@ -1,14 +1,16 @@
-"""What an earlier call has done: embeddings that are kept, images that are to be encoded, and fields of
-identities that differ."""
+"""What an earlier call has done: embeddings and grids that are kept, images that are to be encoded, and
+fields of identities that differ."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from slide2vec.artifacts import ImageEmbeddingArtifact, read_metadata
+from slide2vec.artifacts.dense_files import dense_metadata
 from slide2vec.artifacts.image_files import IMAGE_EMBEDDINGS, image_artifact
 from slide2vec.artifacts.records import FORMATS
 from slide2vec.config import ExecutionOptions
@@ -16,7 +18,16 @@ from slide2vec.errors import ArtifactError, ConfigError
 from slide2vec.files import entries
 from slide2vec.images.specs import ImageSpec
 
-__all__ = ["MISSING_FIELD", "Reused", "differing_fields", "find_done", "refuse_other_identity"]
+__all__ = [
+    "MISSING_FIELD",
+    "Reused",
+    "differing_fields",
+    "find_done",
+    "grid_made_alike",
+    "refuse_other_identity",
+]
+
+logger = logging.getLogger(__name__)
 
 
 class _MissingField:
@@ -124,6 +135,18 @@ def refuse_other_identity(
             "output directory, remove them, or ask for what was recorded"
         )
     return not found
+
+
+def grid_made_alike(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The sidecar of a grid that an earlier call has made with this identity; None where none has."""
+    found = dense_metadata(path)
+    recorded = None if found is None else found.get("compatibility")
+    if not isinstance(recorded, Mapping):
+        return None
+    if other := differing_fields(recorded, identity):
+        logger.info("%s is made anew: %s differ", path, ", ".join(sorted(other)))
+        return None
+    return found
 
 
 def differing_fields(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

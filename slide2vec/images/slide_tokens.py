@@ -32,6 +32,7 @@ from slide2vec.errors import (
     ConfigError,
     EmbedSlidesError,
     ManifestError,
+    OutputError,
     SlideReadError,
     as_slide_error,
 )
@@ -93,7 +94,7 @@ def save_patch_tokens(
         try:
             made[artifact.name] = _of_slide(model, artifact, execution, output_dir)
         except Exception as error:  # of libraries, on a damaged slide
-            if isinstance(error, ConfigError | OSError | NotImplementedError):
+            if isinstance(error, ConfigError | OutputError | NotImplementedError):
                 raise
             made[artifact.name] = as_slide_error(error, artifact.sample_id, "making patch tokens")
             logger.warning("%s", made[artifact.name])
@@ -246,7 +247,10 @@ def _grids(
 def _tile(reader: SlideReader, tiling: Tiling, place: tuple[int, int]) -> Pixels:
     geometry = tiling.geometry
     read, side = geometry.read_tile_size_px, geometry.requested_tile_size_px
-    pixels = reader.read_region(place, geometry.read_level, (read, read))
+    try:
+        pixels = reader.read_region(place, geometry.read_level, (read, read))
+    except Exception as error:  # of libraries; an OSError would count as one of the file that is written
+        raise as_slide_error(error, tiling.sample_id, "reading its tiles") from error
     if read == side:
         return pixels
     return np.asarray(cv2.resize(pixels, (side, side), interpolation=cv2.INTER_AREA), np.uint8)

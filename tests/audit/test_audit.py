@@ -288,3 +288,27 @@ def test_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = call(app, ["audit", str(run), "--json", "--device", "cpu"])
     assert done.exit_code == 1 and json.loads(done.stdout)["slides"] == {"agrees": 1, "differs": 1}
     assert isinstance(call(app, ["audit", str(run), "--sample", "half"]).exception, ConfigError | SystemExit)
+
+
+def test_sidecars_by_other_hands_stop_nothing(run: Path) -> None:
+    """The first one unreadable, and one without what is needed; no other slide's verdict changes."""
+    first = run / "tile_embeddings/a.meta.json"
+    before = first.read_text()
+    for damaged in ("{", json.dumps({**json.loads(before), "image_path": None})):
+        first.write_text(damaged)
+        found = audited(run)
+        assert found["slides"] == {"differs": 1, "agrees": 1}
+        assert "cannot be read" in rows_of(found)["a"]["why"]
+    for sidecar in (run / "tile_embeddings").glob("*.meta.json"):
+        sidecar.write_text("{")
+    with pytest.raises(ArtifactError, match="none of the 2 sidecars"):
+        audited(run)
+
+
+def test_tiles_of_an_archive_are_not_the_slides(run: Path) -> None:
+    sidecar = run / "tile_embeddings/b.meta.json"
+    content = json.loads(sidecar.read_text())
+    content["compatibility"]["tiles_from"] = "jpeg"
+    sidecar.write_text(json.dumps(content))
+    row = rows_of(audited(run))["b"]
+    assert row["verdict"] == "not audited" and "JPEGs of them" in row["why"]

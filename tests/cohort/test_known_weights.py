@@ -6,15 +6,25 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from shallow import few_blocks
 
-from slide2vec import ExecutionOptions, Model, Models, Pipeline, PreprocessingConfig
+from slide2vec import (
+    DenseImageOptions,
+    ExecutionOptions,
+    ImageSpec,
+    Model,
+    Models,
+    Pipeline,
+    PreprocessingConfig,
+)
 from slide2vec.config import FilterConfig
 from slide2vec.encoders import late
 from slide2vec.encoders.known_digests import WeightsFiles
@@ -179,6 +189,34 @@ def test_nothing_comes_back_of_other_weights(misleading: Path, slides: list[Path
         Models({"known": model, "other": other}).embed_slides(slides, CONFIG, execution)
     assert list(caught.value.failed) == ["0 with known", "1 with known"]
     assert all("looks as it did" in str(error) for error in caught.value.failed.values())
+
+
+def test_ready_images_and_grids_are_not_finished_under_other_weights(
+    misleading: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is what is there said to be theirs."""
+    image = ImageSpec(sample_id="a", image=np.zeros((224, 224, 3), np.uint8), spacing_at_level_0=0.5)
+    plain, folder = replace(image, spacing_at_level_0=None), in_folder(tmp_path / "out")
+    dense = DenseImageOptions(target_size=224)
+
+    def refused() -> None:
+        with pytest.raises(WeightsError, match="looks as it did"):
+            load(misleading).embed_images([plain], execution=folder)
+
+    entry = (cached := next((tmp_path / "cache/slide2vec/weights").iterdir())).read_text()
+    refused()
+    assert not list((tmp_path / "out").rglob("*.meta.json"))
+    cached.write_text(entry)
+    model = load(misleading)
+    assert model.identity() and not is_built(model)  # which has asked for the digest
+    with pytest.raises(WeightsError, match="looks as it did"):
+        model.embed_images_dense([image], dense=dense, execution=folder)
+    assert not list((tmp_path / "out").rglob("*.meta.json"))
+    cached.write_text(entry)
+    with monkeypatch.context() as patch:
+        patch.setattr(late.LateEncoder, "confirm", lambda encoder: None)
+        load(misleading).embed_images([plain], execution=folder)
+    refused()
 
 
 def test_one_of_several_encoders_finishes_nothing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from openslide import OpenSlide
 from slide2vec import EmbedSlidesError, ExecutionOptions, Model, Pipeline, PreprocessingConfig
 from slide2vec.errors import ArtifactError, ConfigError, ManifestError
 from slide2vec.images import slide_tokens
+from slide2vec.readers import PyramidReader
 from slide2vec.tiling import load_coordinates
 
 #: Of float16.
@@ -84,6 +86,33 @@ def test_what_was_made_stays(
     assert isinstance(raised.value.failed["a"], ArtifactError) and "came from jpeg" in str(
         raised.value.failed["a"]
     )
+
+
+def test_a_slide_that_cannot_be_read_is_its_own_failure(
+    model: Model, slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of the operating system on reading is none of the file that is being written."""
+    other = tmp_path / "b.svs"
+    other.write_bytes(slide.read_bytes())
+    execution, ours = ExecutionOptions(output_dir=tmp_path / "out"), loose(model)
+    artifacts = ours.embed_tiles([other, slide], preprocessing=CONFIG, execution=execution)
+    read = PyramidReader.read_region
+
+    def broken(self: PyramidReader, *where: Any) -> Any:
+        if self.name == "b":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(self, *where)
+
+    monkeypatch.setattr(PyramidReader, "read_region", broken)
+    made = ours.save_patch_tokens(artifacts, execution=execution, on_error="skip")
+    assert [each.sample_id for each in made] == ["a"]
+    with pytest.raises(EmbedSlidesError) as caught:
+        ours.save_patch_tokens(artifacts, execution=execution)
+    assert "slide b: reading its tiles" in str(caught.value.failed["b"])
+    other.unlink()
+    with pytest.raises(EmbedSlidesError) as caught:
+        ours.save_patch_tokens(artifacts, execution=execution)
+    assert list(caught.value.failed) == ["b"]
 
 
 def test_what_has_none_is_refused(model: Model, slide: Path, tmp_path: Path) -> None:

@@ -121,6 +121,43 @@ def test_each_block_is_read_once_for_streams_of_the_same_tiles(planned: Planned)
     assert shared._bytes == 0 and not shared._slides and not +shared._blocks_kept and not +shared._plans_kept
 
 
+def test_tiles_are_cut_once_for_all_streams(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    todo, cut = slides("a"), list[int]()
+    placing = Source.place
+
+    def counted(self: Source, number: int, data: Any, targets: Sequence[Any]) -> None:
+        cut.append(number)
+        placing(self, number, data, targets)
+
+    monkeypatch.setattr(Source, "place", counted)
+    shared = SharedSlides("xyz")
+    in_threads(*(lambda name=name: read_all(shared.share(name, todo), todo) for name in "xyz"))
+    assert sorted(cut) == list(range(10))
+
+
+def test_few_threads_read_at_once_however_many_streams_there_are(
+    planned: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streams of tiles of their own, which have nothing to wait for but each other's reading."""
+    todo, now, most, lock = slides("a"), [0], [0], threading.Lock()
+    fetching = Source.fetch
+
+    def counted(self: Source, number: int) -> Any:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.005)
+        with lock:
+            now[0] -= 1
+        return fetching(self, number)
+
+    monkeypatch.setattr(Source, "fetch", counted)
+    shared = SharedSlides("uvwxyz", readers=2)
+    sizes = zip("uvwxyz", (64, 96, 128, 160, 192, 224), strict=True)
+    in_threads(*(lambda n=name, s=size: read_all(shared.share(n, todo), todo, s) for name, size in sizes))
+    assert most[0] == 3  # one more than readers: it may wait for another's tile
+
+
 def test_streams_of_other_tiles_have_plans_of_their_own(planned: Planned) -> None:
     todo = slides("a")
     shared = SharedSlides("xy")
