@@ -7,7 +7,7 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from slide2vec.artifacts.places import Owner, owners
 from slide2vec.artifacts.reading import load_embeddings
 from slide2vec.artifacts.records import FORMATS, SIDECAR, read_metadata
 from slide2vec.audit.certificate import SCHEMA, digest_of
-from slide2vec.audit.second_reader import NoSecondReader, Pixels, SecondReader, second_reader
+from slide2vec.audit.second_reader import NoSecondReader, Pixels, SecondReader, second_readers
 from slide2vec.config import ExecutionOptions
 from slide2vec.errors import ArtifactError, ConfigError, Slide2VecError, TilingError
 from slide2vec.labels import class_name
@@ -29,6 +29,7 @@ from slide2vec.lazy import import_timm
 from slide2vec.model import Model
 from slide2vec.settings import versions
 from slide2vec.settings.text import read_yaml
+from slide2vec.slides import Slide
 from slide2vec.tiling import Tiling
 from slide2vec.tiling.coordinates import coordinate_paths, load_coordinates
 from slide2vec.tiling.types import expand_regions
@@ -98,7 +99,10 @@ def audit_run(
     chosen = [owner for owner in there if encoder in (None, owner.name, owner.folder.name)]
     if not chosen:
         names = ", ".join(owner.name for owner in there) or "none"
-        raise ArtifactError(f"{run} has no embeddings of {encoder or 'tiles'}; of encoders it has: {names}")
+        raise ArtifactError(
+            f"{run} has no embeddings of {encoder or 'tiles'} with a sidecar that can be read; "
+            f"of encoders it has: {names}"
+        )
     todo = [(owner, list(_sidecars(owner))) for owner in chosen]
     count = sum(len(sidecars) for _, sidecars in todo)
     if not count:
@@ -270,10 +274,8 @@ class _Audit:
             raise _Differs(f"{wrong} of {len(rows)} embeddings hold NaN or infinities")
         _check_tiles(tiling)
         tiles = self._sampled(found["sample_id"], len(rows))
-        with self._reader(recorded, tiling) as reader:
-            found["reader"] = reader.name
-            _check_level(tiling, reader)
-            reference = self._reference(reader, tiling, tiles, recorded)
+        _check_width(tiling)
+        reference = self._read_again(recorded, tiling, tiles, found)
         self._judge(rows, reference, tiles, tiling, precision, found)
 
     def _features(self, sidecar: Path, recorded: Mapping[str, Any], found: Row) -> torch.Tensor:
@@ -305,15 +307,35 @@ class _Audit:
         chosen = np.random.default_rng([self.seed, zlib.crc32(name.encode())]).choice(count, wanted, False)
         return np.sort(chosen)
 
-    @contextmanager
-    def _reader(self, recorded: Mapping[str, Any], tiling: Tiling) -> Iterator[SecondReader]:
+    def _read_again(
+        self, recorded: Mapping[str, Any], tiling: Tiling, tiles: NDArray[np.int64], found: Row
+    ) -> torch.Tensor:
+        """The reference of tiles, by the first second reader that reads all of them.
+
+        Raises:
+            NoSecondReader: none does.
+        """
         path = Path(recorded["image_path"])
         if self.slides_dir is not None:
             path = self.slides_dir / path.name
         if not path.exists():
             raise NoSecondReader(f"{path} does not exist; --slides-dir says where the slides are now")
-        with second_reader(path, str(recorded.get("backend", "")), tiling.dimensions) as reader:
-            yield reader
+        slide = Slide(
+            sample_id=found["sample_id"], image_path=path, spacing_at_level_0=tiling.spacing_at_level_0
+        )
+        reasons = list[str]()
+        for opening in second_readers(slide, str(recorded.get("backend", ""))):
+            try:
+                with closing(opening()) as reader:
+                    if reader.dimensions[0] != tiling.dimensions:
+                        wrong = f"{reader.name}: its level 0 has {reader.dimensions[0]} px"
+                        raise NoSecondReader(f"{wrong}, not {tiling.dimensions}")
+                    reference = self._reference(reader, tiling, tiles, recorded)
+                found["reader"] = reader.name
+                return reference
+            except NoSecondReader as error:
+                reasons.append(str(error))
+        raise NoSecondReader("; ".join(reasons))
 
     def _reference(
         self, reader: SecondReader, tiling: Tiling, tiles: NDArray[np.int64], recorded: Mapping[str, Any]
@@ -391,19 +413,10 @@ def _check_tiles(tiling: Tiling) -> None:
             raise _Differs("two of its tiles have one place")
 
 
-def _check_level(tiling: Tiling, reader: SecondReader) -> None:
+def _check_width(tiling: Tiling) -> None:
     """Whether tiles cover what was asked for on the level that they were read from."""
-    geometry = tiling.geometry
-    level, side = geometry.read_level, geometry.read_tile_size_px
-    if level >= len(reader.dimensions):
-        raise _Differs(f"its tiles are of level {level}; {reader.name} sees {len(reader.dimensions)} levels")
-    downsample = reader.dimensions[0][0] / reader.dimensions[level][0]
-    if abs(downsample / tiling.downsamples[level] - 1) > 0.01:
-        raise _Differs(
-            f"level {level} is {downsample:.3f} times smaller than level 0 by {reader.name}, "
-            f"{tiling.downsamples[level]:.3f} in its coordinates"
-        )
-    covered = side * downsample * geometry.base_spacing_um
+    geometry, side = tiling.geometry, tiling.geometry.read_tile_size_px
+    covered = side * tiling.downsamples[geometry.read_level] * geometry.base_spacing_um
     asked = geometry.requested_tile_size_px * geometry.requested_spacing_um
     # Rounded to whole pixels of the level; within the tolerance nothing is resized at all.
     allowed = geometry.tolerance + 1 / side
@@ -413,11 +426,12 @@ def _check_level(tiling: Tiling, reader: SecondReader) -> None:
 
 def _picture(reader: SecondReader, tiling: Tiling, tile: int) -> Pixels:
     geometry = tiling.geometry
+    downsample = tiling.downsamples[geometry.read_level]
     return reader.tile(
         int(tiling.x[tile]),
         int(tiling.y[tile]),
-        geometry.read_level,
-        tiling.downsamples[geometry.read_level],
+        reader.level_of(downsample),
+        downsample,
         geometry.read_tile_size_px,
         geometry.requested_tile_size_px,
     )

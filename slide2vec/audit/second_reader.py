@@ -6,15 +6,18 @@ None of the readers, of the supertiles and of the cutting that fill a run's batc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NoSecondReader", "SecondReader", "area_average", "second_reader"]
+from slide2vec.readers import open_slide
+from slide2vec.slides import Slide
+
+__all__ = ["NoSecondReader", "SecondReader", "area_average", "second_readers"]
 
 Pixels = NDArray[np.uint8]
 
@@ -45,6 +48,22 @@ class SecondReader(ABC):
             self.read(int(x // downsample), int(y // downsample), level, downsample, side), size
         )
 
+    def level_of(self, downsample: float) -> int:
+        """The level that is so many times smaller than level 0, within 1 %.
+
+        Raises:
+            NoSecondReader: it sees none.
+        """
+        width = self.dimensions[0][0]
+        for level, (across, _) in enumerate(self.dimensions):
+            if abs(width / across / downsample - 1) <= 0.01:
+                return level
+        raise NoSecondReader(f"{self.name} sees no level {downsample:.4g} times smaller than level 0")
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the file."""
+
     @abstractmethod
     def read(self, x: int, y: int, level: int, downsample: float, side: int) -> Pixels:
         """(side, side, 3) uint8 in px of a level, white beyond its edges."""
@@ -53,11 +72,18 @@ class SecondReader(ABC):
 class _OpenSlide(SecondReader):
     name = "openslide"
 
-    def __init__(self, path: Path, stack: ExitStack) -> None:
+    def __init__(self, path: Path) -> None:
         import openslide
 
-        self._slide = stack.enter_context(openslide.OpenSlide(str(path)))
+        self._slide = openslide.OpenSlide(str(path))
         self.dimensions = tuple(self._slide.level_dimensions)
+
+    def level_of(self, downsample: float) -> int:
+        level = super().level_of(downsample)
+        exact = self._slide.level_downsamples[level]
+        if exact != round(exact):
+            raise NoSecondReader(f"{self.name} interpolates on a level {exact:.6g} times smaller")
+        return level
 
     def read(self, x: int, y: int, level: int, downsample: float, side: int) -> Pixels:
         import openslide
@@ -71,19 +97,23 @@ class _OpenSlide(SecondReader):
         over_white = found[..., :3] * alpha + 255 * (1 - alpha)
         return np.floor(over_white + 0.5).astype(np.uint8)
 
+    def close(self) -> None:
+        self._slide.close()
+
 
 class _Tifffile(SecondReader):
     name = "tifffile"
 
-    def __init__(self, path: Path, stack: ExitStack) -> None:
+    def __init__(self, path: Path) -> None:
         import tifffile
 
-        file = stack.enter_context(tifffile.TiffFile(path))
-        self._file = file.filehandle
-        self._pages: list[Any] = [level.pages[0] for level in file.series[0].levels]
+        self._tiff = tifffile.TiffFile(path)
+        self._file = self._tiff.filehandle
+        self._pages: list[Any] = [level.pages[0] for level in self._tiff.series[0].levels]
         for page in self._pages:
             if not page.is_tiled or page.samplesperpixel != 3 or page.dtype != np.uint8:
-                raise NoSecondReader("tifffile sees no tiles of three 8-bit colours in it")
+                self.close()
+                raise NoSecondReader("it sees no tiles of three 8-bit colours")
         self.dimensions = tuple((page.imagewidth, page.imagelength) for page in self._pages)
 
     def read(self, x: int, y: int, level: int, downsample: float, side: int) -> Pixels:
@@ -108,40 +138,35 @@ class _Tifffile(SecondReader):
         self._file.seek(offset)
         compressed = self._file.read(count)  # first: looking up `decode` may read elsewhere in the file
         try:
-            decoded = page.decode(compressed, index, jpegtables=page.jpegtables)[0]
+            tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader}
+            decoded = page.decode(compressed, index, **tables)[0]
         except Exception as error:  # of any of its codecs
             raise NoSecondReader(f"tifffile cannot decode its tile {index}: {error}") from error
         return decoded.reshape(decoded.shape[-3:])
 
+    def close(self) -> None:
+        self._tiff.close()
 
-@contextmanager
-def second_reader(path: Path, backend: str, dimensions: tuple[int, int]) -> Iterator[SecondReader]:
-    """Another reader for a slide than the run's.
 
-    Args:
-        backend: that the run read it with.
-        dimensions: (width, height) of its level 0 as the run saw it.
+def second_readers(slide: Slide, backend: str) -> Iterator[Callable[[], SecondReader]]:
+    """What opens a slide: first what its run, which read it with `backend`, did not read it with.
 
-    Raises:
-        NoSecondReader: none opens it, or each sees another picture.
+    Not OpenSlide where it is known to give other pixels than the file has.
     """
-    kinds: list[type[Any]] = [_OpenSlide, _Tifffile]
-    if backend == "openslide":
+    kinds: list[type[_OpenSlide] | type[_Tifffile]] = [_OpenSlide, _Tifffile]
+    if backend == _OpenSlide.name:
         kinds.reverse()
-    reasons = []
     for kind in kinds:
-        with ExitStack() as stack:
-            try:
-                reader: SecondReader = kind(path, stack)
-            except Exception as error:  # of any library, of any kind of file
-                reasons.append(f"{kind.name}: {error}")
-                continue
-            if reader.dimensions[0] != dimensions:
-                reasons.append(f"{kind.name}: its level 0 has {reader.dimensions[0]} px, not {dimensions}")
-                continue
-            yield reader
-            return
-    raise NoSecondReader("; ".join(reasons))
+        yield partial(_opened, kind, slide)
+
+
+def _opened(kind: type[_OpenSlide] | type[_Tifffile], slide: Slide) -> SecondReader:
+    try:
+        if kind is _OpenSlide:
+            open_slide(slide, _OpenSlide.name).close()  # which refuses what OpenSlide misreads
+        return kind(slide.image_path)
+    except Exception as error:  # of any library, of any kind of file
+        raise NoSecondReader(f"{kind.name}: {error}") from error
 
 
 def area_average(pixels: Pixels, size: int) -> Pixels:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from torch.nn import functional
 from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig
 from slide2vec.artifacts.reading import load_embeddings
 from slide2vec.audit import audit_run, verify_certificate, write_certificate
-from slide2vec.audit.second_reader import NoSecondReader, area_average, second_reader
+from slide2vec.audit.second_reader import NoSecondReader, area_average, second_readers
 from slide2vec.errors import ArtifactError, ConfigError
 from slide2vec.prepare.torch_preparer import TorchPreparer
+from slide2vec.slides import Slide
 from slide2vec.synthetic import write_synthetic_slide
 
 #: A ViT of 0.04 GFLOPs, of any weights.
@@ -38,10 +40,10 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
-def embed(slides: list[Path], output: Path, seed: int = 0) -> None:
+def embed(slides: list[Path], output: Path, seed: int = 0, tiling: PreprocessingConfig = TILING) -> None:
     model = Model.from_preset(PRESET, weights="random", seed=seed, device="cpu")
     execution = ExecutionOptions(output_dir=output, engine="torch", batch_size=32)
-    Pipeline(model, TILING, execution).run(slides)
+    Pipeline(model, tiling, execution).run(slides)
 
 
 @pytest.fixture(scope="module")
@@ -205,28 +207,53 @@ def test_a_slide_that_is_gone_is_counted_and_named(run: Path, slides: list[Path]
         audited(tmp_path / "nothing")
 
 
-def test_the_second_reader_is_another_than_the_first(slides: list[Path], tmp_path: Path) -> None:
+def test_the_second_reader_is_another_than_the_first(slides: list[Path]) -> None:
     """And tifffile gives OpenSlide's pixels, on every level, over the edge, too."""
-    with tifffile.TiffFile(slides[1]) as file:
-        page = file.pages[0]
-        dimensions = page.imagewidth, page.imagelength  # type: ignore[union-attr]
-    with (
-        second_reader(slides[1], "tiff", dimensions) as one,
-        second_reader(slides[1], "openslide", dimensions) as two,
-    ):
+    slide = Slide(sample_id="b", image_path=slides[1])
+    openings = [next(second_readers(slide, backend)) for backend in ("tiff", "openslide")]
+    with closing(openings[0]()) as one, closing(openings[1]()) as two:
         assert (one.name, two.name) == ("openslide", "tifffile")
         assert one.dimensions == two.dimensions
         for level, (width, height) in enumerate(one.dimensions):
-            downsample = dimensions[0] / width
+            downsample = one.dimensions[0][0] / width
+            assert one.level_of(downsample) == two.level_of(downsample) == level
             for x, y in ((0, 0), (width // 2, height // 3), (width - 50, height - 70)):
                 first, second = (each.read(x, y, level, downsample, 120) for each in (one, two))
                 assert first.shape == second.shape == (120, 120, 3)
                 assert np.abs(first.astype(int) - second).max() <= 1
-    with pytest.raises(NoSecondReader, match=r"level 0 has .* px, not \(1, 1\)"):
-        second_reader(slides[1], "tiff", (1, 1)).__enter__()
+        with pytest.raises(NoSecondReader, match="no level 3 times smaller"):
+            two.level_of(3.0)
+
+
+def test_no_second_reader(tmp_path: Path) -> None:
     (tmp_path / "no.svs").write_bytes(b"no slide")
-    with pytest.raises(NoSecondReader, match=r"openslide: .*; tifffile: "):
-        second_reader(tmp_path / "no.svs", "tiff", (1, 1)).__enter__()
+    slide = Slide(sample_id="no", image_path=tmp_path / "no.svs")
+    for opening, name in zip(second_readers(slide, "tiff"), ("openslide", "tifffile"), strict=True):
+        with pytest.raises(NoSecondReader, match=f"{name}: "):
+            opening()
+
+
+def test_openslide_is_no_witness_where_it_interpolates(tmp_path: Path) -> None:
+    """Its pixels on a level of uneven downsample are between those of the file: tifffile is asked."""
+    folder, path = tmp_path / "slides", tmp_path / "slides" / "a.tiff"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (601, 602, 3), np.uint8)
+    with tifffile.TiffWriter(path) as file:
+        options = {"photometric": "rgb", "tile": (64, 64), "compression": "deflate"}
+        file.write(pixels, resolution=(20_000, 20_000), resolutionunit="CENTIMETER", **options)
+        file.write(pixels[:600:2, :602:2], subfiletype=1, **options)
+    [opening, _] = second_readers(Slide(sample_id="a", image_path=path), "tiff")
+    with closing(opening()) as reader, pytest.raises(NoSecondReader, match=r"interpolates on a level 2\.00"):
+        reader.level_of(2.0)
+    embed(
+        [path],
+        tmp_path / "run",
+        tiling=PreprocessingConfig(
+            requested_spacing_um=1.0, requested_tile_size_px=TILE_PX, filtering={"a_t": 0}
+        ),
+    )
+    found = audited(tmp_path / "run")
+    assert rows_of(found)["a"]["reader"] == "tifffile" and found["verdict"] == "agrees"
 
 
 @pytest.mark.parametrize(("side", "size"), [(64, 32), (89, 45), (32, 32), (5, 3)])
@@ -301,7 +328,7 @@ def test_sidecars_by_other_hands_stop_nothing(run: Path) -> None:
         assert "cannot be read" in rows_of(found)["a"]["why"]
     for sidecar in (run / "tile_embeddings").glob("*.meta.json"):
         sidecar.write_text("{")
-    with pytest.raises(ArtifactError, match="none of the 2 sidecars"):
+    with pytest.raises(ArtifactError, match="no embeddings of tiles with a sidecar that can be read"):
         audited(run)
 
 

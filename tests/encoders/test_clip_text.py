@@ -94,7 +94,7 @@ def test_tokens_of_clips_vocabulary() -> None:
 
 def test_without_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ExtraMissingError, match=r"slide2vec\[text\]"):
+    with pytest.raises(ExtraMissingError, match=r"\[text\]"):
         clip_vocabulary()
 
 

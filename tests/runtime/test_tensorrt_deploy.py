@@ -191,7 +191,7 @@ def test_cuda_failing_in_the_middle(directory: Callable[..., Path], monkeypatch:
 
 def test_without_pycuda_or_tensorrt(directory: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycuda.driver", None)
-    with pytest.raises(ExtraMissingError, match=r"pycuda.*slide2vec\[deploy\]"):
+    with pytest.raises(ExtraMissingError, match=r"pycuda.*\[deploy\]"):
         DeployedEngine(directory())
     monkeypatch.setattr(available, "find_spec", lambda name: None)
     with pytest.raises(ExtraMissingError, match="TensorRT is not installed"):
