@@ -12,6 +12,7 @@ from slide2vec.errors import Slide2VecError
 from slide2vec.progress import SlidePlanned, TilesEncoded
 from slide2vec.scale.coordinator import Coordinator, TaskFailed
 from slide2vec.scale.messages import (
+    ALONE,
     Broken,
     Done,
     EndOfJob,
@@ -20,6 +21,7 @@ from slide2vec.scale.messages import (
     JobFinished,
     JobStarted,
     Lost,
+    JobPart,
     ProgressMessage,
     Ready,
     Report,
@@ -29,7 +31,7 @@ from slide2vec.scale.messages import (
 )
 from slide2vec.slides import Slide
 
-JOB = Job(PreprocessingConfig(), ExecutionOptions(), aggregate=True, identity={})
+JOB = Job({ALONE: JobPart(PreprocessingConfig(), ExecutionOptions(), aggregate=True, identity={})})
 
 
 class Scripted:
