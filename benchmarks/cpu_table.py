@@ -29,8 +29,8 @@ from pathlib import Path
 from benchmarks.common import HERE, PRESET, RESULTS, TILE_PX, Row, generated, machine
 from benchmarks.start import build, embed, weights_of, whole_process
 
-#: Side of the slide: 15 x 15 tiles, nearly all of tissue.
-SIZE_PX = 3360
+#: Side of the slide at 0.25 µm/px: 15 x 15 tiles.
+SIZE_PX = 6720
 BATCH = 32
 PRECISIONS = ("fp32", "bf16")
 PEERS = {"slide2vec": "slide2vec 7.1.4", "trident": "TRIDENT", "lazyslide": "LazySlide"}
@@ -67,7 +67,8 @@ def loop_by_hand(file: str, precision: str, tiles: int) -> Row:
 def engine_file(preset: str, weights: Path, precision: str) -> Path:
     """Of the engine that a run with these weights takes."""
     from slide2vec import Model
-    from slide2vec.compile.engine_choice import EngineTarget, find_engine
+    from slide2vec.compile.engine_choice import find_engine
+    from slide2vec.compile.engine_key import EngineTarget
     from slide2vec.compile.store import EngineStore
 
     tiles = Model.from_preset(preset, weights=str(weights), device="cpu").tile_encoding
@@ -109,7 +110,7 @@ def competitors(args: argparse.Namespace, slide: Path, weights: Path) -> dict[st
 
 def child(kind: str, *given: str) -> Row:
     if kind == "ours":
-        return embed(*given)  # type: ignore[arg-type]
+        return embed(*given)
     file, precision, tiles, _ = given
     return loop_by_hand(file, precision, int(tiles))
 
@@ -152,7 +153,7 @@ def tiles_per_s(run: Row) -> float:
 
 
 def median(runs: list[Row], key: str) -> float:
-    return statistics.median(run[key] for run in runs)
+    return float(statistics.median(run[key] for run in runs))
 
 
 def ratio(ours: list[Row], theirs: list[Row], figure: Callable[[Row], float]) -> str:
