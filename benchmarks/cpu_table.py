@@ -31,7 +31,6 @@ from benchmarks.start import build, embed, weights_of, whole_process
 
 #: Side of the slide at 0.25 µm/px: 15 x 15 tiles.
 SIZE_PX = 6720
-BATCH = 32
 PRECISIONS = ("fp32", "bf16")
 PEERS = {"slide2vec": "slide2vec 7.1.4", "trident": "TRIDENT", "lazyslide": "LazySlide"}
 
@@ -44,8 +43,8 @@ def by_hand(precision: str) -> str:
     return f"loop by hand, {precision}"
 
 
-def loop_by_hand(file: str, precision: str, tiles: int) -> Row:
-    """An engine's file, compiled and run by OpenVINO's own API: as many tiles, in the same batches."""
+def loop_by_hand(file: str, precision: str, tiles: int, size: int) -> Row:
+    """An engine's file, compiled and run by OpenVINO's own API: as many tiles as a run has, in batches."""
     import numpy as np
     import openvino
 
@@ -55,17 +54,17 @@ def loop_by_hand(file: str, precision: str, tiles: int) -> Row:
         "PERFORMANCE_HINT": "LATENCY",
     }
     request = openvino.Core().compile_model(file, "CPU", settings).create_infer_request()
-    pixels = np.random.default_rng(0).integers(0, 255, (BATCH, TILE_PX, TILE_PX, 3), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 255, (size, TILE_PX, TILE_PX, 3), np.uint8)
     first = 0.0
-    for start in range(0, tiles, BATCH):
-        request.infer({0: pixels[: min(BATCH, tiles - start)]}, share_inputs=True)[0].copy()
+    for start in range(0, tiles, size):
+        request.infer({0: pixels[: tiles - start]}, share_inputs=True)[0].copy()
         first = first or time.monotonic()
-    later = time.monotonic() - first
-    return {"first_tile_at": first, "later_tiles": tiles - BATCH, "later_s": later, "tiles": tiles}
+    later = time.monotonic() - first if tiles > size else 0.0
+    return {"first_tile_at": first, "later_tiles": max(0, tiles - size), "later_s": later, "tiles": tiles}
 
 
-def engine_file(preset: str, weights: Path, precision: str) -> Path:
-    """Of the engine that a run with these weights takes."""
+def engine_here(preset: str, weights: Path, precision: str) -> tuple[str, str]:
+    """The file of the engine that a run with these weights takes, and the batch size of that run."""
     from slide2vec import Model
     from slide2vec.compile.engine_choice import find_engine
     from slide2vec.compile.engine_key import EngineTarget
@@ -74,7 +73,8 @@ def engine_file(preset: str, weights: Path, precision: str) -> Path:
     tiles = Model.from_preset(preset, weights=str(weights), device="cpu").tile_encoding
     target = EngineTarget(tiles.recipe, tiles.variant, tiles.device, lambda: tiles.weights_digest)
     found = find_engine(EngineStore(), target, precision, ("openvino",)).matching
-    return found[0].directory / found[0].record.file
+    record = found[0].record
+    return str(found[0].directory / record.file), str(record.profile.opt)
 
 
 def competitors(args: argparse.Namespace, slide: Path, weights: Path) -> dict[str, Callable[[], Row]]:
@@ -103,16 +103,16 @@ def competitors(args: argparse.Namespace, slide: Path, weights: Path) -> dict[st
             found[PEERS[tool]] = partial(whole_process, *script, tool, str(slide), str(weights), *built)
     tiles = found[ours("fp32")]()["tiles"]  # and the weights are known from here on
     for precision in PRECISIONS:
-        file = str(engine_file(args.preset, weights, precision))
-        found[by_hand(precision)] = partial(whole_process, *own, "loop", file, precision, str(tiles))
+        file, size = engine_here(args.preset, weights, precision)
+        found[by_hand(precision)] = partial(whole_process, *own, "loop", file, precision, str(tiles), size)
     return found
 
 
 def child(kind: str, *given: str) -> Row:
     if kind == "ours":
         return embed(*given)
-    file, precision, tiles, _ = given
-    return loop_by_hand(file, precision, int(tiles))
+    file, precision, tiles, size, _ = given
+    return loop_by_hand(file, precision, int(tiles), int(size))
 
 
 def report(rows: dict[str, list[Row]], load: float, where: Row) -> str:
@@ -148,8 +148,8 @@ def report(rows: dict[str, list[Row]], load: float, where: Row) -> str:
 
 
 def tiles_per_s(run: Row) -> float:
-    """Of the batches after the first."""
-    return float(run["later_tiles"] / run["later_s"])
+    """Of the batches after the first; NaN where there was one."""
+    return float(run["later_tiles"] / run["later_s"]) if run["later_s"] else float("nan")
 
 
 def median(runs: list[Row], key: str) -> float:
