@@ -19,6 +19,7 @@ from slide2vec.cli.console import (
     Method,
     MinPiece,
     NumGpus,
+    Offline,
     Qc,
     SegmentationDownsample,
     SlidesDir,
@@ -213,6 +214,7 @@ def run(
         bool, typer.Option("--run-on-cpu", help="The same as --device cpu --precision fp32.")
     ] = False,
     skip_datetime: Annotated[bool, typer.Option("--skip-datetime", hidden=True)] = False,
+    offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
