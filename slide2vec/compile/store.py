@@ -121,7 +121,7 @@ class EngineStore:
 
     def takes_note(self, what: str) -> bool:
         """Whether nobody has noted this here before; it then is, unless the folder cannot be written to."""
-        note = self.root / NOTES / hashlib.sha256(what.encode()).hexdigest()[:16]
+        note = self._note(what)
         try:
             note.parent.mkdir(parents=True, exist_ok=True)
             with note.open("x") as file:
@@ -131,6 +131,13 @@ class EngineStore:
         except OSError as error:
             logger.debug("%s cannot be written: %s", note, error)
         return True
+
+    def has_note(self, what: str) -> bool:
+        """Whether somebody has noted this here."""
+        return self._note(what).is_file()
+
+    def _note(self, what: str) -> Path:
+        return self.root / NOTES / hashlib.sha256(what.encode()).hexdigest()[:16]
 
     def remove(self, engine: StoredEngine) -> None:
         """Delete an engine; it disappears at once, also to those who look meanwhile."""
