@@ -147,7 +147,7 @@ class Trial:
 
     Attributes:
         tiles_per_s: once it is under way.
-        start_s: until it is: weights are loaded, the first slide is planned and read.
+        start_s: until it is: libraries and weights are loaded, the first slide is planned and read.
         build_s: of an engine, before that; 0 where none is built.
     """
 
