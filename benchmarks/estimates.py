@@ -102,7 +102,7 @@ def report(rows: dict[str, list[Row]], load: float, where: Row) -> str:
 
 
 def median(runs: list[Row], key: str) -> float:
-    return statistics.median(run[key] for run in runs)
+    return float(statistics.median(run[key] for run in runs))
 
 
 def main() -> None:
