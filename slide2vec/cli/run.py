@@ -326,7 +326,8 @@ def _run(settings: RunSettings, *, tiling_only: bool, trust_remote_code: bool, a
                     name: {"encoder": model[name].identity(execution, tile_size), **each.as_json()}
                     for name, each in report.encoders.items()
                 }
-                print_json({"output_dir": output_dir, "encoders": encoders})
+                summary = report.as_json()["summary"]  # of all of them, for time and energy
+                print_json({"output_dir": output_dir, "encoders": encoders, "summary": summary})
             else:
                 print_report_of_several(report, model, execution)
         elif as_json:
