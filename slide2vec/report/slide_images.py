@@ -26,13 +26,13 @@ from slide2vec.tiling.slide_pictures import open_tiled
 from slide2vec.tiling.tile import tissue_again
 from slide2vec.tiling.types import expand_regions
 
-__all__ = ["SlideImage", "draw_images"]
+__all__ = ["DrawnPicture", "draw_images"]
 
 Picture = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class SlideImage:
+class DrawnPicture:
     """A picture, or why there is none.
 
     Attributes:
@@ -46,7 +46,7 @@ class SlideImage:
     pixels: Picture | None = None
 
 
-def draw_images(slide: ReportedSlide, size_px: int) -> list[SlideImage]:
+def draw_images(slide: ReportedSlide, size_px: int) -> list[DrawnPicture]:
     """All pictures of a slide, drawn anew; over white where the slide itself is gone. A slide of which
     nothing is known has none.
 
@@ -58,17 +58,17 @@ def draw_images(slide: ReportedSlide, size_px: int) -> list[SlideImage]:
     ]
 
 
-def _of(slide: ReportedSlide, folder: Path, tiling: Tiling, size_px: int) -> Iterator[SlideImage]:
+def _of(slide: ReportedSlide, folder: Path, tiling: Tiling, size_px: int) -> Iterator[DrawnPicture]:
     of = "" if len(slide.tilings) == 1 else f" of {tiling.geometry.requested_tile_size_px} px"
     try:
         background, tissue = _read(slide, folder, tiling, size_px)
     except (Slide2VecError, OSError) as error:
         background, tissue = _blank(tiling, size_px), None
-        yield SlideImage("tissue", f"the slide cannot be read: {error}")
+        yield DrawnPicture("tissue", f"the slide cannot be read: {error}")
     if tissue is not None:
-        yield SlideImage("tissue", "tissue, outlined", tissue)
+        yield DrawnPicture("tissue", "tissue, outlined", tissue)
     if len(tiling):
-        yield SlideImage("tiles", f"tiles{of}", draw_tiles(background, tiling))
+        yield DrawnPicture("tiles", f"tiles{of}", draw_tiles(background, tiling))
     for encoder in slide.run.encoders:
         owner = slide.run.owners.get(encoder)
         if owner is not None and owner.tiling == folder:
@@ -93,7 +93,7 @@ def _read(slide: ReportedSlide, folder: Path, tiling: Tiling, size_px: int) -> t
     return background, draw_tissue(background, tissue, config)
 
 
-def _map(slide: ReportedSlide, encoder: str, tiling: Tiling, background: Picture) -> Iterator[SlideImage]:
+def _map(slide: ReportedSlide, encoder: str, tiling: Tiling, background: Picture) -> Iterator[DrawnPicture]:
     bags = (TileEmbeddingArtifact, HierarchicalEmbeddingArtifact)
     found = [artifact for artifact in slide.artifacts(encoder) if isinstance(artifact, bags)]
     if not found or not len(tiling):
@@ -107,9 +107,9 @@ def _map(slide: ReportedSlide, encoder: str, tiling: Tiling, background: Picture
         side = tiling.geometry.tile_size_lv0
         drawn = pca_map(embeddings, tiling.x, tiling.y, side, tiling.dimensions, background)
     except (Slide2VecError, OSError) as error:
-        yield SlideImage("map", f"no map by {encoder}: {error}")
+        yield DrawnPicture("map", f"no map by {encoder}: {error}")
         return
-    yield SlideImage("map", f"map by {encoder}: {' / '.join(f'{share:.0%}' for share in shares)}", drawn)
+    yield DrawnPicture("map", f"map by {encoder}: {' / '.join(f'{share:.0%}' for share in shares)}", drawn)
 
 
 def _blank(tiling: Tiling, size_px: int) -> Any:

@@ -16,7 +16,7 @@ from slide2vec.files import as_path, atomic_path, is_remote
 from slide2vec.pictures import encoded_picture
 from slide2vec.report.page import page_of
 from slide2vec.report.slide_facts import ReportedRun, ReportedSlide
-from slide2vec.report.slide_images import SlideImage, draw_images
+from slide2vec.report.slide_images import DrawnPicture, draw_images
 
 __all__ = ["MOST_INLINE", "PICTURE_PX", "WrittenReport", "write_report"]
 
@@ -117,7 +117,7 @@ def write_report(
     )
 
 
-def _as_json(image: SlideImage, folder: Path | None, number: int, index: int) -> dict[str, str]:
+def _as_json(image: DrawnPicture, folder: Path | None, number: int, index: int) -> dict[str, str]:
     """A picture, in itself or in a file of the folder, whose name is made of numbers only."""
     if image.pixels is None:
         return {"kind": image.kind, "text": image.text, "src": ""}
