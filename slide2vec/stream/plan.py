@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,13 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
+class Announcements:
+    """Who tells of a plan, one after the other, and whether anybody has."""
+
+    def __init__(self) -> None:
+        self.lock, self.made = threading.Lock(), False
+
+
 @dataclass(frozen=True)
 class SlidePlan:
     """A slide with its tiles, opened.
@@ -64,6 +71,10 @@ class SlidePlan:
         tally: how they did; None = as planned.
         identity: what the slide's files were before they were read; None where nobody asked.
         given: its tiles (or regions) as they were given; None where they were looked for.
+        announcements: of all plans with just these tiles.
+        refused: why it comes to nothing for some of the streams that it was made for.
+        turn: to be held while one of its blocks is read.
+        ended: called when nobody needs its source any more.
     """
 
     slide: Slide
@@ -79,6 +90,15 @@ class SlidePlan:
     tally: DecodeTally | None = None
     identity: SlideIdentity | None = None
     given: Tiling | None = None
+    announcements: Announcements = field(default_factory=Announcements)
+    refused: Mapping[Hashable, Exception] = field(default_factory=dict)
+    turn: Callable[[], AbstractContextManager[object]] = nullcontext
+    ended: Callable[[], None] = lambda: None
+
+    def close(self) -> None:
+        """Close its source."""
+        self.source.close()
+        self.ended()
 
     def decoded_by(self) -> Mapping[str, int]:
         """Decode path -> tiles that came by it, so far."""
@@ -102,6 +122,11 @@ class PlanRequest:
     output_dir: Path | None = None
     given: Tiling | None = None
     identities: Identities | None = None
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for those that get the same tiles, and files in the same place."""
+        return self.config.model_dump_json(), self.output_dir, id(self.given)
 
 
 def plan_slide(
@@ -208,16 +233,22 @@ def _opened(slide: Slide, requests: Sequence[_Request], stager: InPlace) -> list
             checked: set[int] = set()  # levels
             done = closing.user()
             plans: list[SlidePlan | Exception] = []
+            made: dict[Hashable, SlidePlan] = {}
             for asked, earlier in zip(requests, previous, strict=True):
                 close = closing.user()
                 try:
-                    plan = _plan(reader, slide, asked, staged, earlier, tissue, checked, close)
+                    plan = made.get(asked.key) or _plan(
+                        reader, slide, asked, staged, earlier, tissue, checked, close
+                    )
                 except Contradiction:
                     raise
                 except Exception as error:
                     close()
                     plans.append(error)
                 else:
+                    if asked.key in made:
+                        plan = _again(plan, close)
+                    made[asked.key] = plan
                     if not isinstance(plan.source, SlideSource):
                         close()
                     plans.append(plan)
@@ -232,6 +263,14 @@ def _opened(slide: Slide, requests: Sequence[_Request], stager: InPlace) -> list
         undo.pop_all()
     done()
     return finished
+
+
+def _again(plan: SlidePlan, closed: Callable[[], None]) -> SlidePlan:
+    """The same plan with a source of its own."""
+    if isinstance(plan.source, SlideSource):
+        return replace(plan, source=plan.source.again(closed))
+    assert plan.tiles_tar_path is not None
+    return replace(plan, source=open_archive(plan.tiles_tar_path, plan.tiling))
 
 
 def _finished(
