@@ -6,6 +6,8 @@ torchvision transform on a PIL image, the encoder in fp32, one tile at a time.
 
 from __future__ import annotations
 
+import inspect
+import pickle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -533,3 +535,13 @@ def test_another_input_size(slides_dir: Path) -> None:
 def test_impossible_input_sizes(preset: str, size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Model.from_preset(preset, weights="random", device="cpu", input_size_px=size)
+
+
+def test_methods_written_elsewhere_are_methods_of_model() -> None:
+    public = {name: each for name, each in vars(Model).items() if name[0] != "_" and inspect.isfunction(each)}
+    assert {"embed_slides", "embed_images", "aggregate_tiles", "attention_maps", "embed_patient"} <= {*public}
+    for name, method in public.items():
+        assert (method.__module__, method.__qualname__) == ("slide2vec.model", f"Model.{name}")
+        first = next(iter(inspect.signature(method).parameters.values()))
+        assert (first.name, first.annotation) == ("self", inspect.Parameter.empty) and method.__doc__
+        assert pickle.loads(pickle.dumps(method)) is method
