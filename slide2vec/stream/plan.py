@@ -32,7 +32,7 @@ from slide2vec.stream.tile_sources import (
 from slide2vec.tiling import BadTile, Tiling, TissueMask, TissueOnce, load_coordinates, tile_slide
 from slide2vec.tiling.archives import Block, archive_paths, find_archive, write_archive
 from slide2vec.tiling.coordinates import check_tiling, find_coordinates
-from slide2vec.tiling.previews import write_mask_preview, write_tiling_preview
+from slide2vec.tiling.previews import preview_path, write_previews
 from slide2vec.tiling.previous_files import Previous, find_reusable
 from slide2vec.tiling.types import expand_regions
 
@@ -375,7 +375,7 @@ def _plan(
         centres = np.stack([tiling.x, tiling.y], axis=1) + tiling.geometry.tile_size_lv0 / 2
         compare_with_second_decoder(reader, tiling.geometry.read_level, centres)
         checked.add(tiling.geometry.read_level)
-    mask_path, tiling_path = _previews(reader, tiling, mask, config, output_dir)
+    mask_path, tiling_path = write_previews(reader, tiling, mask, config, output_dir)
     if config.read_tiles_from is not None:
         return replace(
             _plan_archive(slide, config, tiling),
@@ -436,33 +436,8 @@ def _tiles(
 def _may_reuse(slide: Slide, config: PreprocessingConfig, output_dir: Path) -> bool:
     """Not where the tissue itself is still to be drawn, nor where tiles may be skipped: those that a
     previous run skipped are recorded with its embeddings only, and have to be found again."""
-    drawn = _preview_path(output_dir, "mask", slide.sample_id).is_file()
+    drawn = preview_path(output_dir, "mask", slide.sample_id).is_file()
     return config.on_bad_tile == "fail" and (drawn or not config.preview.save_mask_preview)
-
-
-def _preview_path(output_dir: Path, kind: str, sample_id: str) -> Path:
-    return output_dir / "preview" / kind / f"{sample_id}.jpg"
-
-
-def _previews(
-    reader: SlideReader,
-    tiling: Tiling,
-    mask: TissueMask | None,
-    config: PreprocessingConfig,
-    output_dir: Path | None,
-) -> tuple[Path | None, Path | None]:
-    if output_dir is None:
-        return None, None
-    mask_path = _preview_path(output_dir, "mask", tiling.sample_id)
-    if config.preview.save_mask_preview and mask is not None:
-        write_mask_preview(mask_path, reader, mask, config)
-    tiling_path = _preview_path(output_dir, "tiling", tiling.sample_id)
-    if config.preview.save_tiling_preview:
-        write_tiling_preview(tiling_path, reader, tiling, config)
-    return (
-        mask_path if config.preview.save_mask_preview and mask_path.is_file() else None,
-        tiling_path if config.preview.save_tiling_preview else None,
-    )
 
 
 def _with_archive(
