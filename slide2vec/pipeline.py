@@ -180,6 +180,7 @@ class Pipeline:
             readings = [[name] for name, result in alone.items() if result.summary is not None]
             return RunResult.of_several(alone, readings=readings)
         groups = self.models.prepare(slides, configs, self.execution)
+        workers = self.models.workers(self.execution)
         runs: dict[str, EncoderRun] = {}
         for names in self.models.grouped(configs, self.execution):
             for name, after in zip(names, ("", *names), strict=False):
@@ -190,6 +191,7 @@ class Pipeline:
             slides,
             self.execution,
             groups=groups,
+            in_workers=None if workers is None else workers.embed_together,
             on_slide_persisted=on_slide_persisted,
         )
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 from slide2vec.slides import Slide
 from slide2vec.stream.plan import SlidePlan
 from slide2vec.stream.staging import InPlace
 
 __all__ = ["PlanAhead", "PlansSlides", "SlideQueue"]
+
+
+Stream = TypeVar("Stream")
 
 
 class PlansSlides(Protocol):
@@ -26,6 +29,8 @@ class PlansSlides(Protocol):
     def wait(self, slide: Slide) -> None: ...
 
     def plan(self, slide: Slide) -> SlidePlan: ...
+
+    def takers(self, slide: Slide, streams: Sequence[Stream]) -> Sequence[Stream]: ...
 
     def stop(self) -> None: ...
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.slides import Slide
@@ -17,6 +17,8 @@ from slide2vec.stream.staging import IN_PLACE, InPlace, stager_for
 from slide2vec.tiling import Tiling
 
 __all__ = ["Planner"]
+
+Stream = TypeVar("Stream")
 
 
 class Planner:
@@ -96,6 +98,15 @@ class Planner:
         """What is to be planned of a slide."""
         given = self._tilings.get(slide.sample_id)
         return PlanRequest(self._config, self._output_dir, given, self._identities)
+
+    def takers(self, slide: Slide, streams: Sequence[Stream]) -> Sequence[Stream]:
+        """Those of several streams that want the slide."""
+        return streams
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for planners of the same tiles that tell of them in the same place."""
+        return PlanRequest(self._config, self._output_dir).key
 
     def stop(self) -> None:
         """Stage nothing more; whoever waits gets `Stopped`. From any thread."""

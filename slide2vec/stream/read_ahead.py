@@ -60,12 +60,14 @@ class Outlet:
     Attributes:
         consumer: the thread that takes it.
         taken: batches that were handed to it, and that it has not released.
+        slides: that it was told of.
     """
 
     def __init__(self) -> None:
         self.inbox: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self.consumer = threading.current_thread()
         self.taken: set[Batch[SlideJob]] = set()
+        self.slides = 0
 
 
 class ReadAhead:
@@ -121,7 +123,7 @@ class ReadAhead:
 
     # give -------------------------------------------------------------------------------------
 
-    def _tell(self, item: JobPlanned | JobFailed | StreamBroken | EndOfSlides) -> None:
+    def _tell(self, item: JobFailed | StreamBroken) -> None:
         for outlet in self.outlets:
             outlet.inbox.put(item)
 
@@ -165,11 +167,9 @@ class ReadAhead:
                 raise
 
     def _dispatch_all(self) -> None:
-        count = 0
         try:
             with self._planning as planned:
                 for slide, plan in planned:
-                    count += 1
                     self._dispatch(SlideJob(slide), plan)
             self._batches.finish()
         except Stopped:
@@ -180,25 +180,27 @@ class ReadAhead:
         finally:
             for _ in range(self._readers):
                 self._tasks.put(None)
-            self._tell(EndOfSlides(count))
+            for outlet in self.outlets:
+                outlet.inbox.put(EndOfSlides(outlet.slides))
 
     def _dispatch(self, job: SlideJob, planned: Future[SlidePlan]) -> None:
         """Give every supertile of a slide its slots, as room allows."""
-        error = planned.exception()
-        if error is not None:
-            self._tell(JobFailed(job, as_slide_error(error, job.slide.sample_id, "finding its tiles")))
-            return
-        job.plan = plan = planned.result()
-        takers = self.outlets
+        takers = self._planner.takers(job.slide, self.outlets)
+        if (error := planned.exception()) is None:
+            job.plan = planned.result()
         for outlet in takers:
-            if (error := plan.refused.get(outlet)) is None:
+            outlet.slides += 1
+            refused = error if job.plan is None else job.plan.refused.get(outlet)
+            if refused is None:
                 outlet.inbox.put(JobPlanned(job))
-            else:  # of this stream alone; the tiles keep their slots if others take them
-                slide_error = as_slide_error(error, job.slide.sample_id, "finding its tiles")
+            else:  # maybe of this stream alone; the tiles keep their slots if others take them
+                slide_error = as_slide_error(refused, job.slide.sample_id, "finding its tiles")
                 outlet.inbox.put(JobFailed(SlideJob(job.slide), slide_error))
-        job.failed = all(outlet in plan.refused for outlet in takers)
+        if job.plan is None:
+            return
+        job.failed = all(outlet in job.plan.refused for outlet in takers)
         try:
-            for block, tiles in enumerate(plan.source.blocks):
+            for block, tiles in enumerate(job.plan.source.blocks):
                 if job.failed:
                     return
                 with self.timers.waiting("plan"):

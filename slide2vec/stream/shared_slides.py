@@ -20,6 +20,7 @@ from slide2vec.readers.tile_assembly import EXPECTED_BYTES, HostTileReader
 from slide2vec.slides import Slide
 from slide2vec.stream.batches import Stopped
 from slide2vec.stream.plan import PlanRequest, SlidePlan, plan_together
+from slide2vec.stream.plan_ahead import SlideQueue
 from slide2vec.stream.read_ahead import Outlet, ReadAhead, Wanted
 from slide2vec.stream.staging import IN_PLACE, InPlace
 from slide2vec.stream.tile_sources import SlideSource, TileSource
@@ -32,6 +33,9 @@ KEPT_SLIDES = 16
 
 class PlansForOne(Protocol):
     """What one stream wants planned, and does with its plans: what that raises is its own error."""
+
+    @property
+    def key(self) -> Hashable: ...
 
     def request(self, slide: Slide) -> PlanRequest: ...
 
@@ -56,13 +60,34 @@ class SharedSlides:
         self._changed = threading.Condition()
         self._reading = threading.Semaphore((readers or job_cpus()) + 1)
         self._to_come, self._here = set(members), list[Share]()
+        #: Slides that come one by one, and for whom; None: the end of them.
+        self._coming: list[tuple[Slide | None, Collection[str]]] = []
         #: Slides of each reading that nobody has taken up, the first of which is found at once.
         self._todo: dict[_Together, OrderedDict[str, None]] = {}
         self._slides: dict[str, _SharedSlide] = {}
 
-    def share(self, member: str, slides: Sequence[Slide]) -> Share:
-        """The part of the stream that will read these slides."""
+    def share(self, member: str, slides: Sequence[Slide] | None = None) -> Share:
+        """The part of the stream that will read these slides; None: those that it is to `expect`."""
         return Share(self, member, slides)
+
+    def expect(self, slide: Slide, members: Collection[str]) -> None:
+        """One slide more comes, for these streams, after all that any stream has."""
+        with self._changed:
+            self._coming.append((slide, members))
+            self._give_out()
+
+    def end(self) -> None:
+        """No more slides come."""
+        with self._changed:
+            self._coming.append((None, ()))
+            self._give_out()
+
+    def _give_out(self) -> None:
+        """Once all are here: the slides that have come. Under the lock."""
+        while self._coming and not self._to_come:
+            slide, members = self._coming.pop(0)
+            for reads in self._todo:
+                reads.take(slide, members)
 
     # joining and leaving ------------------------------------------------------------------------
 
@@ -71,7 +96,9 @@ class SharedSlides:
             self._here.append(member)
             self._to_come.discard(member.name)
             self._begin()
-            self._changed.wait_for(lambda: member.read_ahead is not None)
+            self._changed.wait_for(lambda: member.read_ahead or member.error)
+        if member.error is not None:
+            raise member.error
         assert member.read_ahead is not None
         return member.read_ahead
 
@@ -79,12 +106,17 @@ class SharedSlides:
         """Once all are here: who reads together with whom. Under the lock."""
         if self._to_come:
             return
-        begun = [_Together(self, each) for each in _grouped(self._here)]
-        self._here.clear()
-        for each in begun:
-            self._todo[each] = OrderedDict.fromkeys(slide.sample_id for slide in each.slides)
-        for each in begun:
-            each.read_ahead.start()
+        here, self._here = self._here, []
+        try:
+            begun = [_Together(self, each) for each in _grouped(here)]
+            for each in begun:
+                self._todo[each] = OrderedDict.fromkeys(slide.sample_id for slide in each.slides or ())
+            self._give_out()
+            for each in begun:
+                each.read_ahead.start()
+        except Exception as error:
+            for member in here:
+                member.error = error
         self._changed.notify_all()
 
     def _absent(self, name: str) -> None:
@@ -236,9 +268,13 @@ class Share:
     wanted: Wanted
     outlet: Outlet
 
-    def __init__(self, shared: SharedSlides, name: str, slides: Sequence[Slide]) -> None:
+    def __init__(self, shared: SharedSlides, name: str, slides: Sequence[Slide] | None) -> None:
         self._shared, self.name, self.slides, self.stager = shared, name, slides, shared.stager
+        #: Slides that came one by one.
+        self.expected: set[str] = set()
         self.read_ahead: ReadAhead | None = None
+        #: Why nothing can be read.
+        self.error: Exception | None = None
 
     def join(self, planner: PlansForOne, wanted: Wanted, outlet: Outlet) -> ReadAhead:
         """What reads the slides for the stream, and maybe for others, too. Waits until all streams have come,
@@ -261,10 +297,10 @@ class Share:
 
     def key(self) -> Hashable:
         """Equal for streams whose tiles are the same, apart from how many of them make a batch."""
-        asked, wanted = [self.planner.request(slide) for slide in self.slides], self.wanted
-        names, given = [slide.sample_id for slide in self.slides], [id(each.given) for each in asked]
-        threads, key = (wanted.readers, wanted.planners), asked[0].key if asked else None
-        return (*names, *given), key, wanted.tile_size_px, threads, wanted.transfer.kind
+        wanted = self.wanted
+        slides = [(slide.sample_id, id(self.planner.request(slide).given)) for slide in self.slides or ()]
+        threads = wanted.readers, wanted.planners
+        return tuple(slides), self.planner.key, wanted.tile_size_px, threads, wanted.transfer.kind
 
 
 def _grouped(members: Sequence[Share]) -> Iterator[list[Share]]:
@@ -284,11 +320,22 @@ class _Together:
 
     def __init__(self, shared: SharedSlides, streams: Sequence[Share]) -> None:
         self._shared, self._streams, self.stager = shared, streams, shared.stager
-        self.slides = streams[0].slides
+        self.slides, self._coming = streams[0].slides, SlideQueue()
         wanted = replace(streams[0].wanted, ahead=max(each.wanted.ahead for each in streams))
-        self.read_ahead = ReadAhead(self.slides, self, wanted, [each.outlet for each in streams])
+        slides = self._coming if self.slides is None else self.slides
+        self.read_ahead = ReadAhead(slides, self, wanted, [each.outlet for each in streams])
         for each in streams:
             each.read_ahead = self.read_ahead
+
+    def take(self, slide: Slide | None, members: Collection[str]) -> None:
+        """A slide that has come, if it is for one of the streams; None: the end of them. Under the lock."""
+        if slide is None:
+            self._coming.end()
+        elif takers := [each for each in self._streams if each.name in members]:
+            for each in takers:
+                each.expected.add(slide.sample_id)
+            self._shared._todo[self][slide.sample_id] = None
+            self._coming.put(slide)
 
     def ahead(self, slides: Iterable[Slide]) -> Iterator[Slide]:
         for slide in slides:
@@ -299,21 +346,29 @@ class _Together:
         self.stager.wait(slide)
 
     def request(self, slide: Slide) -> PlanRequest:
-        return (self._here() or self._streams)[0].planner.request(slide)
+        return (self._here(slide) or self._streams)[0].planner.request(slide)
 
     def plan(self, slide: Slide) -> SlidePlan:
         """With what the streams make of it, each by itself."""
         plan, refused = self._shared._plan(self, slide), dict[Hashable, Exception]()
-        for each in self._here():
+        for each in self._here(slide):
             try:
                 each.planner.announced(plan)
             except Exception as error:
                 refused[each.outlet] = error
         return replace(plan, refused=refused)
 
-    def _here(self) -> list[Share]:
-        """Streams that have not left."""
-        return [each for each in self._streams if each.outlet in self.read_ahead.outlets]
+    def takers(self, slide: Slide, streams: Sequence[Outlet]) -> list[Outlet]:
+        return [each.outlet for each in self._here(slide) if each.outlet in streams]
+
+    def _here(self, slide: Slide) -> list[Share]:
+        """Streams that want the slide, and have not left."""
+        return [
+            each
+            for each in self._streams
+            if each.outlet in self.read_ahead.outlets
+            and (self.slides is not None or slide.sample_id in each.expected)
+        ]
 
     def stop(self) -> None:
         self._shared._leave(self)

@@ -87,6 +87,10 @@ class PlansFor:
         self._config = PreprocessingConfig(requested_tile_size_px=size, requested_spacing_um=0.5)
         self._refuses, self.told = refuses, list[str]()
 
+    @property
+    def key(self) -> Any:
+        return self._config.requested_tile_size_px
+
     def request(self, slide: Slide) -> PlanRequest:
         return PlanRequest(self._config)
 
@@ -384,6 +388,24 @@ def test_what_a_stream_makes_of_a_plan_is_its_own_error(planned: Planned) -> Non
     assert alone.failed == ["b"] and alone.tiles == all_of("a", "c")  # nor has it slots
 
 
+def test_nobody_waits_where_nothing_can_be_read(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no thread can be started any more."""
+
+    def fails(self: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(shared_slides.ReadAhead, "start", fails)
+    todo, shared, raised = slides("a"), SharedSlides("xyz"), []
+
+    def stream(name: str) -> None:
+        with pytest.raises(RuntimeError, match="new thread"):
+            read_all(shared.share(name, todo), todo)
+        raised.append(name)
+
+    in_threads(*(lambda name=name: stream(name) for name in "xyz"))
+    assert sorted(raised) == ["x", "y", "z"]
+
+
 def test_copies_begin_in_an_order_that_is_that_of_every_stream(planned: Planned) -> None:
     """Else those of later slides may take the room of one that another stream waits for."""
 
@@ -460,3 +482,30 @@ def test_streams_that_break_off_at_any_moment(
             assert taken.tiles == all_of("a", "b", "c") and sorted(taken.failed) == ["broken", "unreadable"]
     assert is_over(shared)
     assert all(source.done["closed"] == 1 for made in planned.values() for source in made)
+
+
+def test_slides_that_come_one_by_one_go_to_those_they_are_for(planned: Planned) -> None:
+    """As in workers, where nobody knows beforehand what will come."""
+    a, b, c, d = slides("a", "b", "c", "d")
+    shared = SharedSlides("xyz")
+    shares = {name: shared.share(name) for name in "xyz"}
+    given = {"x": [a, b, d], "y": [a, c, d], "z": [a, b, c, d]}
+
+    def come() -> None:
+        for slide in (a, b, c, d):
+            shared.expect(slide, [name for name, theirs in given.items() if slide in theirs])
+            time.sleep(0.01)
+        shared.end()
+
+    found = in_threads(
+        come, *(lambda n=n: read_all(shares[n], given[n], 16 if n == "z" else 8) for n in given)
+    )
+    assert [each.tiles for each in found[1:]] == [
+        all_of("a", "b", "d"),
+        all_of("a", "c", "d"),
+        all_of(*"abcd"),
+    ]
+    assert {name: [source.done for source in made] for name, made in planned.items()} == {
+        name: [ONCE, ONCE] for name in "abcd"
+    }
+    assert is_over(shared)
