@@ -13,7 +13,7 @@ from slide2vec.slides import Slide
 from slide2vec.stream.plan import SlidePlan
 from slide2vec.stream.staging import InPlace
 
-__all__ = ["PlanAhead", "PlansSlides", "SlideQueue"]
+__all__ = ["PlanAhead", "PlansSlides", "SlideQueue", "Stream"]
 
 
 Stream = TypeVar("Stream")

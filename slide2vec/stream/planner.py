@@ -6,19 +6,18 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Self
 
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.slides import Slide
 from slide2vec.stream.plan import PlanRequest, SlidePlan, plan_slide
+from slide2vec.stream.plan_ahead import Stream
 from slide2vec.stream.shared_slides import Share
 from slide2vec.stream.slide_identity import Identities
 from slide2vec.stream.staging import IN_PLACE, InPlace, stager_for
 from slide2vec.tiling import Tiling
 
 __all__ = ["Planner"]
-
-Stream = TypeVar("Stream")
 
 
 class Planner:

@@ -20,7 +20,7 @@ from slide2vec.readers.tile_assembly import EXPECTED_BYTES, HostTileReader
 from slide2vec.slides import Slide
 from slide2vec.stream.batches import Stopped
 from slide2vec.stream.plan import PlanRequest, SlidePlan, plan_together
-from slide2vec.stream.plan_ahead import SlideQueue
+from slide2vec.stream.plan_ahead import SlideQueue, Stream
 from slide2vec.stream.read_ahead import Outlet, ReadAhead, Wanted
 from slide2vec.stream.staging import IN_PLACE, InPlace
 from slide2vec.stream.tile_sources import SlideSource, TileSource
@@ -358,8 +358,9 @@ class _Together:
                 refused[each.outlet] = error
         return replace(plan, refused=refused)
 
-    def takers(self, slide: Slide, streams: Sequence[Outlet]) -> list[Outlet]:
-        return [each.outlet for each in self._here(slide) if each.outlet in streams]
+    def takers(self, slide: Slide, streams: Sequence[Stream]) -> Sequence[Stream]:
+        wanted = [each.outlet for each in self._here(slide)]
+        return [each for each in streams if each in wanted]
 
     def _here(self, slide: Slide) -> list[Share]:
         """Streams that want the slide, and have not left."""
