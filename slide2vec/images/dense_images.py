@@ -22,7 +22,7 @@ from slide2vec.cohort.lock import output_lock
 from slide2vec.config import ExecutionOptions
 from slide2vec.errors import ConfigError, ImageError, Slide2VecError, SlideOpenError
 from slide2vec.geometry import LevelChoice, select_level
-from slide2vec.images.dense_encoder import GridEncoder, dense_identity, dense_options, geometry_record
+from slide2vec.images.dense_encoder import GridEncoder, dense_options, geometry_record
 from slide2vec.images.dense_options import DenseImageOptions
 from slide2vec.images.dense_run import encode_and_write, grids_in_order, with_output_dir
 from slide2vec.images.pixels import Pixels, rgb
@@ -143,7 +143,7 @@ def embed_images_dense(
     spacing = dense_spacing(model, dense)
     encoder = GridEncoder(model, dense, execution, "embed_images_dense")
     with output_lock(output_dir), live_progress():
-        call = _Call(output_dir, dense, *spacing, encoder, dense_identity(model, dense, execution), model)
+        call = _Call(output_dir, dense, *spacing, encoder, encoder.identity, model)
         planned = [_planned(call, image) for image in asked]
         made = [each if isinstance(each, Exception) else each.done() for each in planned]
         left = [job for job, done in zip(planned, made, strict=True) if done is None]

@@ -25,7 +25,7 @@ from slide2vec.cohort.lock import output_lock
 from slide2vec.config import ExecutionOptions
 from slide2vec.errors import ConfigError, ManifestError, Slide2VecError, as_slide_error
 from slide2vec.geometry import LevelChoice, TileGeometry, tile_geometry
-from slide2vec.images.dense_encoder import GridEncoder, dense_identity, dense_options, geometry_record
+from slide2vec.images.dense_encoder import GridEncoder, dense_options, geometry_record
 from slide2vec.images.dense_options import DenseOptions, SlideRegions
 from slide2vec.images.dense_run import encode_and_write, grids_in_order, with_output_dir
 from slide2vec.images.pixels import Pixels
@@ -211,7 +211,7 @@ def embed_regions_dense(
     model.recipe.check_recommended(dense.spacing_um, model.recipe.tile_size_px, allowed=True)
     with output_lock(output_dir), live_progress():
         plans = {each.slide: _plan(each.slide, dense) for each in asked if len(each.coordinates)}
-        call = _Call(output_dir, dense, encoder, dense_identity(model, dense, execution), plans)
+        call = _Call(output_dir, dense, encoder, encoder.identity, plans)
         found = [
             _Region(call, each.slide, each.annotation, x, y)
             for each in asked
