@@ -17,7 +17,7 @@ from slide2vec.encoders.attention import AttentionEncoder, encode_tiles_attentio
 from slide2vec.encoders.input_size import for_input
 from slide2vec.errors import ConfigError
 from slide2vec.files import atomic_path
-from slide2vec.pictures import attention_map, attention_overlay
+from slide2vec.pictures import attention_key, attention_map, attention_overlay, with_footer
 from slide2vec.readers import open_and_use, open_slide
 from slide2vec.runtime.torch_engine import DTYPES
 from slide2vec.slides import Slide
@@ -133,7 +133,8 @@ def _order(x: NDArray[Any], y: NDArray[Any], at: Sequence[tuple[int, int]]) -> N
 def draw_attention(
     attention: SlideAttention, *, tile: int | None = None, channel: int | None = None, backend: str = "auto"
 ) -> NDArray[np.uint8]:
-    """The tissue with attention over it, (h, w, 3) uint8 RGB of at most 2,048 px a side.
+    """The tissue with attention over it, (h, w, 3) uint8 RGB of at most 2,048 px a side; of a slide, with
+    what its colours mean in a strip below.
 
     Args:
         tile: index of one tile; None = the whole slide with all of them.
@@ -157,7 +158,9 @@ def draw_attention(
             return attention_overlay(_read_square(reader, corner, attention.tile_size_lv0), heat[tile])
         background = thumbnail(reader, max(reader.dimensions) / PICTURE_PX)
         dimensions = reader.dimensions
-    return attention_map(heat, attention.x, attention.y, attention.tile_size_lv0, dimensions, background)
+    drawn = attention_map(heat, attention.x, attention.y, attention.tile_size_lv0, dimensions, background)
+    line = f"attention of {len(attention.maps):,} tiles, the most at the top of the bar"
+    return with_footer(drawn, [line], key=attention_key()) if len(heat) else drawn
 
 
 def write_attention(path: Path, attention: SlideAttention) -> Path:

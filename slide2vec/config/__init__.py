@@ -155,13 +155,22 @@ class QualityConfig(FrozenConfig):
 
 
 class PreviewConfig(FrozenConfig):
-    """Which pictures to write beside the embeddings (needs ExecutionOptions.output_dir)."""
+    """Which pictures to write beside the embeddings (needs ExecutionOptions.output_dir).
+
+    Attributes:
+        save_mask_preview: the slide with its tissue outlined.
+        save_tiling_preview: the slide with its tiles.
+        downsample: of the pictures; less where a slide is small, so that they have 1,000 px at least.
+        tissue_contour_color: (red, green, blue) of the outline.
+        mask_overlay_alpha: opacity of a tint of that colour over the tissue, 0 to 1; 0 leaves the stain as it
+            is.
+    """
 
     save_mask_preview: bool = False
     save_tiling_preview: bool = False
     downsample: Annotated[float, Field(gt=0)] = 32
     tissue_contour_color: tuple[GrayLevel, GrayLevel, GrayLevel] = (157, 219, 129)
-    mask_overlay_alpha: Fraction = 0.5
+    mask_overlay_alpha: Fraction = 0.0
 
 
 class PreprocessingConfig(FrozenConfig):
