@@ -83,7 +83,7 @@ def encode_tiles_dense(encoder: nn.Module, batch: Tensor) -> Tensor:
     if isinstance(encoder, ChannelwiseEncoder):
         tokens = encoder.norm(encoder.tokens(batch))
         grids = _folded(tokens, encoder.prefix_tokens, grid)
-        return grids.unflatten(0, (-1, 3)).flatten(1, 2)
+        return grids.reshape(-1, 3 * grids.shape[1], *grid)
     network = getattr(encoder, "network", None)
     if network is not None:  # of code that came with the weights
         tokens = network(pixel_values=batch).last_hidden_state
@@ -201,4 +201,5 @@ def _folded(tokens: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
             f"the encoder gives tokens of shape {tuple(tokens.shape)}, not {prefix} and one for each of "
             f"{grid[0]} x {grid[1]} patches"
         )
-    return tokens[:, prefix:].transpose(1, 2).unflatten(2, grid)
+    patches = tokens[:, prefix:].transpose(1, 2)
+    return patches.reshape(-1, patches.shape[1], *grid)
