@@ -11,7 +11,7 @@ from slide2vec.cohort import EncoderRun, RunResult, embed_cohort, embed_cohort_t
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ConfigError, EmbedSlidesError, ManifestError
 from slide2vec.files import as_path
-from slide2vec.images import check_patch_tokens, save_patch_tokens
+from slide2vec.images import check_patch_tokens
 from slide2vec.manifests import SlidesLike, by_class, given_slides, read_manifest
 from slide2vec.model import Model
 from slide2vec.models import Models
@@ -180,6 +180,7 @@ class Pipeline:
             readings = [[name] for name, result in alone.items() if result.summary is not None]
             return RunResult.of_several(alone, readings=readings)
         groups = self.models.prepare(slides, configs, self.execution)
+        workers = self.models.workers(self.execution)
         runs: dict[str, EncoderRun] = {}
         for names in self.models.grouped(configs, self.execution):
             for name, after in zip(names, ("", *names), strict=False):
@@ -190,13 +191,14 @@ class Pipeline:
             slides,
             self.execution,
             groups=groups,
+            in_workers=None if workers is None else workers.embed_together,
             on_slide_persisted=on_slide_persisted,
         )
 
     def _with_patch_tokens(self, result: RunResult) -> RunResult:
         """Write the patch tokens of a run's slides; those that have none have failed."""
         try:
-            save_patch_tokens(self.model, result.tile_artifacts, self.execution)
+            self.model.save_patch_tokens(result.tile_artifacts, execution=self.execution)
         except EmbedSlidesError as error:
             return result.with_failed(error.failed, "patch_tokens")
         return result

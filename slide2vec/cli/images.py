@@ -17,6 +17,7 @@ from slide2vec.cli.console import (
     IdSource,
     Json,
     NumGpus,
+    Offline,
     device_names,
     facts,
     note,
@@ -78,6 +79,7 @@ def images(
         typer.Option(help="Where an earlier embedding of an id is of another image: stop, or replace it."),
     ] = "raise",
     trust_remote_code: TrustRemoteCode = False,
+    offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
+from slide2vec.artifacts.places import with_output_dir
 from slide2vec.errors import ConfigError
 from slide2vec.images.ahead import ahead, stopping
 from slide2vec.images.reuse import differing_fields
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
     from slide2vec.config import ExecutionOptions
 
-__all__ = ["LoadedAgain", "check_alike", "check_here", "on_each_device", "spread"]
+__all__ = ["LoadedAgain", "check_alike", "on_each_device", "output_here", "spread"]
 
 
 class LoadedAgain(Protocol):
@@ -40,8 +42,13 @@ _Out = TypeVar("_Out")
 _loaded: WeakKeyDictionary[LoadedAgain, dict[tuple[int, str], Any]] = WeakKeyDictionary()
 
 
-def check_here(execution: ExecutionOptions, method: str) -> None:
-    """Raise ConfigError where a call asks for other machines than this one, which is for slides."""
+def output_here(execution: ExecutionOptions | None, method: str) -> tuple[ExecutionOptions, Path]:
+    """The options of a call that writes files, and where to.
+
+    Raises:
+        ConfigError: they name no directory, or other machines than this one, which are for slides.
+    """
+    execution, output_dir = with_output_dir(execution, method)
     asked = None
     if execution.executor != "local":
         asked = f'executor="{execution.executor}"'
@@ -52,6 +59,7 @@ def check_here(execution: ExecutionOptions, method: str) -> None:
             f"{method} works on the devices of this machine, and {asked} is for slides: leave it out, and "
             "give each machine images and an output_dir of its own"
         )
+    return execution, output_dir
 
 
 def on_each_device(model: _Model, execution: ExecutionOptions, batches: int) -> list[_Model]:

@@ -13,19 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Protocol
 
 import cv2
 import numpy as np
 import torch
 
-from slide2vec.artifacts import (
-    HierarchicalEmbeddingArtifact,
-    TileEmbeddingArtifact,
-    read_metadata,
-    write_json,
-)
+from slide2vec.artifacts import TileEmbeddingArtifact, read_metadata, write_json
 from slide2vec.artifacts.dense_files import sidecar_of
+from slide2vec.artifacts.places import with_output_dir
 from slide2vec.cohort.lock import output_lock
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import (
@@ -75,18 +71,32 @@ class PatchTokensArtifact:
         return read_metadata(self.metadata_path)
 
 
+class PatchTokenModel(Protocol):
+    """A model of any level, as far as patch tokens of its tiles need it."""
+
+    @property
+    def tile_model(self) -> ImageModel: ...
+
+
 def save_patch_tokens(
-    model: ImageModel,
-    artifacts: Iterable[TileEmbeddingArtifact] | Iterable[HierarchicalEmbeddingArtifact],
-    execution: ExecutionOptions | None,
+    self: PatchTokenModel,
+    tile_artifacts: Iterable[TileEmbeddingArtifact],
+    *,
+    execution: ExecutionOptions | None = None,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> list[PatchTokensArtifact]:
-    """See `Model.save_patch_tokens`."""
-    if execution is None or execution.output_dir is None:
-        raise ConfigError("save_patch_tokens writes files: give ExecutionOptions(output_dir=…)")
-    call = _Call(model, execution, execution.output_dir)
-    with output_lock(execution.output_dir, execution.shard):
-        made = _of_slides(call, artifacts)
+    """Write the patch tokens of every tile of slides that `embed_tiles` or a Pipeline has embedded:
+    `patch_tokens/<sample_id>.npy`, (N, d, rows, columns) float16, in the order of their tiles. The slides
+    are read, and the tiles encoded, once more; memory does not grow with their number.
+
+    Raises:
+        EmbedSlidesError: some slides failed, or (`on_error="skip"`) are left out.
+        ConfigError, UnsupportedError: the encoder has no patch tokens of such tiles.
+        OutputLockedError: another process writes into the output directory.
+    """
+    execution, output_dir = with_output_dir(execution, "save_patch_tokens")
+    with output_lock(output_dir, execution.shard):
+        made = _of_slides(_Call(self.tile_model, execution, output_dir), tile_artifacts)
     failed = {name: each for name, each in made.items() if isinstance(each, Exception)}
     if failed and on_error == "raise":
         raise EmbedSlidesError.of(
@@ -138,7 +148,7 @@ class _Call:
 
 
 def _of_slides(
-    call: _Call, artifacts: Iterable[TileEmbeddingArtifact] | Iterable[HierarchicalEmbeddingArtifact]
+    call: _Call, artifacts: Iterable[TileEmbeddingArtifact]
 ) -> dict[str, PatchTokensArtifact | Exception]:
     """What each slide came to, by name."""
     made: dict[str, PatchTokensArtifact | Exception] = {}

@@ -25,6 +25,7 @@ __all__ = [
     "thumbnail",
     "thumbnail_level",
     "tiles_in_words",
+    "tissue_in_words",
     "write_mask_preview",
     "write_tiling_preview",
 ]
@@ -65,7 +66,7 @@ def write_mask_preview(
     """
     picture = draw_tissue(overview(reader, config.preview.downsample), tissue, config.preview)
     spacing = tissue.segmentation.spacing_um / tissue.scale[0]
-    _write(path, picture, reader, spacing, _tissue_in_words(tissue))
+    _write(path, picture, reader, spacing, tissue_in_words(tissue))
 
 
 def write_tiling_preview(
@@ -104,7 +105,8 @@ def artefact_swatches(tiling: Tiling) -> dict[str, tuple[int, int, int]]:
     return {f"{name}: {count:,}": _ARTEFACT_COLORS[name] for name, count in counts.items() if count}
 
 
-def _tissue_in_words(tissue: TissueMask) -> str:
+def tissue_in_words(tissue: TissueMask) -> str:
+    """How it was found, and how much there is: "tissue by hsv: 3 pieces, 40.5% of the slide"."""
     method = tissue.segmentation.method.replace("_", " ")
     count, small = len(tissue.pieces), len(tissue.left_out)
     more = f"; {small:,} smaller left out" if small else ""
@@ -124,12 +126,12 @@ def thumbnail(reader: SlideReader, downsample: float) -> Picture:
     return np.asarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def overview(reader: SlideReader, downsample: float) -> Picture:
-    """As `thumbnail`, but of small slides with at least `LEAST_SIDE_PX` a side: reduced less, or each pixel
-    of level 0 drawn several times."""
+def overview(reader: SlideReader, downsample: float, least_px: int = LEAST_SIDE_PX) -> Picture:
+    """As `thumbnail`, but of small slides with at least so many px on the longer side: reduced less, or each
+    pixel of level 0 drawn several times."""
     side = max(reader.dimensions)
-    picture = thumbnail(reader, min(downsample, side / LEAST_SIDE_PX))
-    times = ceil(LEAST_SIDE_PX / side)
+    picture = thumbnail(reader, min(downsample, side / least_px))
+    times = ceil(least_px / side)
     return picture.repeat(times, axis=0).repeat(times, axis=1)
 
 
