@@ -81,7 +81,7 @@ def test_regions_are_shared_out(
     model.embed_regions_dense(
         regions, dense=dense, execution=ExecutionOptions(output_dir=tmp_path / "one", **ONE_BY_ONE)
     )
-    both, encode, at_work = threading.Barrier(2, timeout=30), GridEncoder.encode, set[int]()
+    both, encode, at_work = threading.Barrier(2, timeout=600), GridEncoder.encode, set[int]()
 
     def together(self: GridEncoder, batch: torch.Tensor) -> torch.Tensor:
         if self not in at_work:
@@ -162,7 +162,7 @@ def test_whoever_is_free_takes_the_next_and_order_stays() -> None:
 
     def work(worker: str, item: int) -> tuple[str, int]:
         if item == 0:
-            slow.wait(30)
+            slow.wait(600)
         if item == 3:
             slow.set()
         return worker, item
