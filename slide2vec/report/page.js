@@ -16,7 +16,8 @@
     return made;
   }
   const number = (value) => (value === null ? "" : value.toLocaleString("en"));
-  const share = (value) => (value === null ? "" : (100 * value).toFixed(value < 0.1 ? 1 : 0) + " %");
+  const share = (value) => (value === null ? "" : (100 * value).toFixed(value > 0 && value < 0.1 ? 1 : 0) + " %");
+  const capital = (text) => text[0].toUpperCase() + text.slice(1);
   const link = ([text, href]) => element("a", { href }, text);
   const spaced = (parts) => parts.flatMap((part, index) => (index ? [" · ", part] : [part]));
 
@@ -48,9 +49,9 @@
     { name: "Tiles", value: (slide) => slide.tiles, cell: (slide) => [number(slide.tiles)], css: "number" },
     { name: "Tissue", title: "mean share of tissue in its tiles", value: (slide) => slide.tissue,
       cell: (slide) => [share(slide.tissue)], css: "number" },
-    ...measured.map((name) => ({ name: name[0].toUpperCase() + name.slice(1), title: "mean share of its tiles",
-      value: (slide) => slide.qc[name] ?? null, cell: (slide) => [share(slide.qc[name] ?? null)], css: "number" })),
-    { name: "State", value: (slide) => slide.state, cell: stateCell },
+    ...(measured.length ? [{ name: "Quality", cell: qualityCell, css: "quality" }] : []),
+    { name: "State", value: (slide) => slide.state, cell: stateCell, css: "state" },
+    ...measured.map((name) => ({ name: capital(name), value: (slide) => slide.qc[name] ?? null, hidden: true })),
     { name: "Warnings", value: (slide) => slide.errors.length * 1000 + slide.warnings.length, hidden: true },
   ];
   const sorts = [{ name: "order of the run" }, ...columns.filter((column) => column.value)];
@@ -102,6 +103,11 @@
     return lines;
   }
 
+  function qualityCell(slide) {
+    return measured.filter((name) => name in slide.qc)
+      .map((name) => element("div", { class: "quiet", title: "mean share of its tiles" }, `${name} ${share(slide.qc[name])}`));
+  }
+
   function compare(column) {
     const side = view.down ? -1 : 1;
     return (a, b) => {
@@ -128,7 +134,7 @@
     at("rows").replaceChildren(...view.found.slice(first, last).map((slide) => element("tr",
       slide.state === "failed" ? { class: "failed" } : {},
       ...shown.map((column) => element("td",
-        { class: column.css || "", ...(column.css === "number" ? { "data-name": column.name } : {}) },
+        { class: column.css || "", ...(["number", "quality"].includes(column.css) ? { "data-name": column.name } : {}) },
         ...column.cell(slide))))));
     at("count").textContent = view.found.length
       ? `${number(view.found.length)} of ${number(slides.length)} slides` +

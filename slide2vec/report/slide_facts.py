@@ -125,11 +125,12 @@ class ReportedSlide:
         }
 
     def _links(self) -> Iterator[list[str]]:
-        for folder in self.tilings:
+        for folder, tiling in self.tilings.items():
+            of = f" of {tiling.geometry.requested_tile_size_px} px" if len(self.tilings) > 1 else ""
             arrays, metadata = coordinate_paths(folder / "tiles", self.name)
             for name, path in (("coordinates", arrays), ("tiling metadata", metadata)):
                 if path.is_file() and (link := self.run.link(path)):
-                    yield [name, link]
+                    yield [f"{name}{of}", link]
 
 
 class ReportedRun:

@@ -45,6 +45,14 @@ class DrawnPicture:
     text: str
     pixels: Picture | None = None
 
+    def same_as(self, other: DrawnPicture) -> bool:
+        """Whether it shows, or says, nothing that the other one does not."""
+        if (self.kind, self.text) != (other.kind, other.text):
+            return False
+        if self.pixels is None or other.pixels is None:
+            return self.pixels is other.pixels
+        return np.array_equal(self.pixels, other.pixels)
+
 
 def draw_images(slide: ReportedSlide, size_px: int) -> list[DrawnPicture]:
     """All pictures of a slide, drawn anew; over white where the slide itself is gone. A slide of which
@@ -53,9 +61,12 @@ def draw_images(slide: ReportedSlide, size_px: int) -> list[DrawnPicture]:
     Args:
         size_px: of the longer side.
     """
-    return [
-        image for folder, tiling in slide.tilings.items() for image in _of(slide, folder, tiling, size_px)
-    ]
+    found: list[DrawnPicture] = []
+    for folder, tiling in slide.tilings.items():
+        for image in _of(slide, folder, tiling, size_px):
+            if not any(image.same_as(other) for other in found):  # tissue is one at most sizes of tiles
+                found.append(image)
+    return found
 
 
 def _of(slide: ReportedSlide, folder: Path, tiling: Tiling, size_px: int) -> Iterator[DrawnPicture]:

@@ -189,7 +189,7 @@ def draw_tissue(picture: Picture, tissue: TissueMask, config: PreviewConfig) -> 
         cv2.drawContours(kept, outlines, -1, 1, thickness=cv2.FILLED)
         inside = (kept > 0) & (mask > 0)
         drawn[inside] = (drawn[inside] * (1 - alpha) + tint * alpha).astype(np.uint8)
-    thickness = _thickness(width, height)
+    thickness = 1 + _thickness(width, height)
     for lines, of in ((outlines, color), (holes, _HOLE_COLOR)):
         # dark on both sides: seen on pale glass and on dark stain
         cv2.drawContours(drawn, lines, -1, _EDGE_COLOR, thickness + 2, cv2.LINE_AA)
