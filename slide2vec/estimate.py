@@ -41,7 +41,7 @@ __all__ = [
 
 #: Bytes of a tile's coordinates on disk: x and y as int64, tissue fraction as float32, index as int32.
 COORDINATES_BYTES = 24
-#: Seconds within which what is told of tiles is of one batch (of several slides).
+#: Events about tiles that come within so many seconds are of one batch (of several slides).
 _ONE_BATCH_S = 0.002
 
 
@@ -157,8 +157,8 @@ class Trial:
 
 
 class _Stopwatch(NullReporter):
-    """Counts the tiles after the first batch, while which caches and clocks settle; ends the trial by raising
-    from where it is told of them."""
+    """Counts the tiles after the first batch, while which caches fill and clocks rise; ends the trial by
+    raising when it is told of more."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
         self._seconds, self._clock = seconds, clock

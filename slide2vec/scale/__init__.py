@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -62,10 +62,5 @@ def workers_for(
     from slide2vec.scale.executor import WorkerExecutor
 
     key: tuple[object, ...] = (*devices, execution.executor, execution.ray_address, execution.num_gpus)
-    return WorkerExecutor(model, _starter(loader, devices, execution), kept.setdefault(key, []))
-
-
-def _starter(
-    loader: Callable[..., Any], devices: Sequence[str], execution: ExecutionOptions
-) -> Callable[[], WorkerPool]:
-    return partial(EXECUTORS[execution.executor].imported(), loader, devices, execution)
+    start = partial(EXECUTORS[execution.executor].imported(), loader, devices, execution)
+    return WorkerExecutor(model, start, kept.setdefault(key, []))

@@ -140,8 +140,8 @@ def find_reusable(previous: Previous, reader: SlideReader, config: Preprocessing
     if recorded.get("masks") != config.masks.identity(slide.sample_id):
         return None
     remarks = recorded.get("remarks")
-    told = tuple(map(str, remarks)) if isinstance(remarks, list) else ()
-    return replace(tiling, remarks=told, qc=config.qc)
+    known = tuple(map(str, remarks)) if isinstance(remarks, list) else ()
+    return replace(tiling, remarks=known, qc=config.qc)
 
 
 def recorded_qc(config: QualityConfig) -> dict[str, Any] | None:
