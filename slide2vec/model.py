@@ -86,7 +86,7 @@ class Model:
         #: patient-level ones; None for tile-level ones.
         self.upstream = upstream
         #: Builds it anew in another process, as `loader(device=…)`; and workers that have.
-        self._loader = loader
+        self.loader = loader
         #: Whether the precision is what somebody asked for, rather than what there is by default.
         self._precision_asked = precision_asked
         self._pools: WorkerPools = {}
@@ -305,15 +305,11 @@ class Model:
         Raises:
             ConfigError: there are not so many devices, or workers cannot load the model.
         """
-        workers = self._workers(sink.execution)
+        workers = self.workers(sink.execution)
         if workers is not None:
             return workers.embed_into(sink, slides)
         active_reporter().emit(RunStarted(len(slides), self.name))
         return self.embed_here(sink, slides)
-
-    def in_workers(self, execution: ExecutionOptions) -> bool:
-        """Whether workers would embed, on several devices or machines, rather than this process."""
-        return self._workers(execution) is not None
 
     def devices_here(self, execution: ExecutionOptions) -> tuple[str, ...]:
         """Devices of this machine that a run uses, "cuda:1" or "cpu"; none where a cluster does it."""
@@ -335,7 +331,7 @@ class Model:
             slides,
             config,
             execution,
-            alone=execution.shard is None and not self.in_workers(execution),
+            alone=execution.shard is None and self.workers(execution) is None,
             precision_asked=self._precision_asked or execution.precision is not None,
         )
 
@@ -364,9 +360,10 @@ class Model:
         """What an engine would bring that `decide_engine` builds where it pays; None where it builds none."""
         return self._tile_embedder.gain_of_build(execution, config.requested_tile_size_px)
 
-    def _workers(self, execution: ExecutionOptions) -> WorkerExecutor | None:
+    def workers(self, execution: ExecutionOptions) -> WorkerExecutor | None:
+        """Who would embed on several devices or machines; None: this process."""
         chosen = is_numbered(self.origin.get("device", "cuda:0"))
-        return workers_for(self, self._loader, self.device, execution, self._pools, chosen=chosen)
+        return workers_for(self, self.loader, self.device, execution, self._pools, chosen=chosen)
 
     def embed_here(
         self, sink: Sink, slides: Iterable[Slide] | SlideQueue

@@ -20,7 +20,7 @@ from slide2vec.cli.console import note
 from slide2vec.cohort.process_list import read_process_list
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import Slide2VecError
-from slide2vec.files import as_path, atomic_path
+from slide2vec.files import as_path
 from slide2vec.pictures import write_picture
 from slide2vec.pipeline import Pipeline
 from slide2vec.progress import (
@@ -33,7 +33,7 @@ from slide2vec.progress.screen import in_terminal
 from slide2vec.readers import open_slide
 from slide2vec.slides import IdFrom, Slide
 from slide2vec.tiling import load_coordinates
-from slide2vec.tiling.embedding_map import draw_embedding_map
+from slide2vec.tiling.slide_pictures import draw_embedding_map
 from slide2vec.tiling.types import expand_regions
 
 if TYPE_CHECKING:
@@ -221,5 +221,4 @@ def _write_map(artifact: TileEmbeddingArtifact | HierarchicalEmbeddingArtifact, 
     except Slide2VecError as error:
         logger.warning("slide %s: no map: %s", name, error)
         return
-    with atomic_path(_map_path(artifact.path, name)) as temporary:
-        write_picture(temporary, picture)
+    write_picture(_map_path(artifact.path, name), picture)

@@ -9,7 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from slide2vec.choices import OutputFormat, Precision
-from slide2vec.cli.console import FORMAT, Debug, Engine, IdSource, Json, facts, note, print_json, stdout
+from slide2vec.cli.console import (
+    FORMAT,
+    Debug,
+    Devices,
+    Engine,
+    IdSource,
+    Json,
+    NumGpus,
+    Offline,
+    device_names,
+    facts,
+    note,
+    print_json,
+    stdout,
+)
 from slide2vec.cli.embed import TrustRemoteCode
 
 if TYPE_CHECKING:
@@ -51,6 +65,8 @@ def images(
         typer.Option(help="By default the preset's on a GPU, fp32 on a CPU.", show_default=False),
     ] = None,
     engine: Engine = "auto",
+    num_gpus: NumGpus = None,
+    devices: Devices = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images per forward pass [by device].")
     ] = None,
@@ -63,6 +79,7 @@ def images(
         typer.Option(help="Where an earlier embedding of an id is of another image: stop, or replace it."),
     ] = "raise",
     trust_remote_code: TrustRemoteCode = False,
+    offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -85,6 +102,8 @@ def images(
         batch_size=batch_size,
         num_workers=num_workers,
         engine=engine,
+        num_gpus=num_gpus,
+        devices=tuple(device_names(devices) or ()) or None,
         on_image_mismatch=on_image_mismatch,
     )
     note(f"loading {preset} …")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.errors import ConfigError
-from slide2vec.files import atomic_path
+from slide2vec.files import as_path, atomic_path
 
 __all__ = ["write_picture"]
 
@@ -17,7 +17,8 @@ _QUALITY = 92
 
 
 def write_picture(path: str | os.PathLike[str], image: NDArray[np.uint8]) -> Path:
-    """Write (h, w, 3) uint8 RGB as PNG or JPEG, by the suffix; the file appears complete or not at all.
+    """Write (h, w, 3) uint8 RGB as PNG or JPEG, by the suffix; the file, which may be behind a URL, appears
+    complete or not at all.
 
     Raises:
         ConfigError: the suffix is neither .png, .jpg nor .jpeg.
@@ -25,7 +26,7 @@ def write_picture(path: str | os.PathLike[str], image: NDArray[np.uint8]) -> Pat
     """
     import cv2
 
-    path = Path(path)
+    path = as_path(path)
     suffix = path.suffix.lower()
     if suffix not in (".png", ".jpg", ".jpeg"):
         raise ConfigError(f"{path}: a picture's suffix must be .png, .jpg or .jpeg, not {path.suffix!r}")

@@ -22,10 +22,13 @@ __all__ = [
     "draw_tiles",
     "draw_tissue",
     "overview",
+    "preview_path",
     "thumbnail",
     "thumbnail_level",
     "tiles_in_words",
+    "tissue_in_words",
     "write_mask_preview",
+    "write_previews",
     "write_tiling_preview",
 ]
 
@@ -54,6 +57,37 @@ _TINT = 0.4
 _MIN_OUTLINED_PX = 6
 
 
+def preview_path(output_dir: Path, kind: str, sample_id: str) -> Path:
+    """Of a "mask" or "tiling" preview."""
+    return output_dir / "preview" / kind / f"{sample_id}.jpg"
+
+
+def write_previews(
+    reader: SlideReader,
+    tiling: Tiling,
+    mask: TissueMask | None,
+    config: PreprocessingConfig,
+    output_dir: Path | None,
+) -> tuple[Path | None, Path | None]:
+    """Those of a slide that the config asks for; their paths, of tissue and of tiles, where they are there.
+
+    Args:
+        mask: None where tissue was not looked for: an earlier picture stays.
+    """
+    if output_dir is None:
+        return None, None
+    mask_path = preview_path(output_dir, "mask", tiling.sample_id)
+    if config.preview.save_mask_preview and mask is not None:
+        write_mask_preview(mask_path, reader, mask, config)
+    tiling_path = preview_path(output_dir, "tiling", tiling.sample_id)
+    if config.preview.save_tiling_preview:
+        write_tiling_preview(tiling_path, reader, tiling, config)
+    return (
+        mask_path if config.preview.save_mask_preview and mask_path.is_file() else None,
+        tiling_path if config.preview.save_tiling_preview else None,
+    )
+
+
 def write_mask_preview(
     path: Path, reader: SlideReader, tissue: TissueMask, config: PreprocessingConfig
 ) -> None:
@@ -65,7 +99,7 @@ def write_mask_preview(
     """
     picture = draw_tissue(overview(reader, config.preview.downsample), tissue, config.preview)
     spacing = tissue.segmentation.spacing_um / tissue.scale[0]
-    _write(path, picture, reader, spacing, _tissue_in_words(tissue))
+    _write(path, picture, reader, spacing, tissue_in_words(tissue))
 
 
 def write_tiling_preview(
@@ -104,7 +138,8 @@ def artefact_swatches(tiling: Tiling) -> dict[str, tuple[int, int, int]]:
     return {f"{name}: {count:,}": _ARTEFACT_COLORS[name] for name, count in counts.items() if count}
 
 
-def _tissue_in_words(tissue: TissueMask) -> str:
+def tissue_in_words(tissue: TissueMask) -> str:
+    """How it was found, and how much there is: "tissue by hsv: 3 pieces, 40.5% of the slide"."""
     method = tissue.segmentation.method.replace("_", " ")
     count, small = len(tissue.pieces), len(tissue.left_out)
     more = f"; {small:,} smaller left out" if small else ""
@@ -124,12 +159,12 @@ def thumbnail(reader: SlideReader, downsample: float) -> Picture:
     return np.asarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def overview(reader: SlideReader, downsample: float) -> Picture:
-    """As `thumbnail`, but of small slides with at least `LEAST_SIDE_PX` a side: reduced less, or each pixel
-    of level 0 drawn several times."""
+def overview(reader: SlideReader, downsample: float, least_px: int = LEAST_SIDE_PX) -> Picture:
+    """As `thumbnail`, but of small slides with at least so many px on the longer side: reduced less, or each
+    pixel of level 0 drawn several times."""
     side = max(reader.dimensions)
-    picture = thumbnail(reader, min(downsample, side / LEAST_SIDE_PX))
-    times = ceil(LEAST_SIDE_PX / side)
+    picture = thumbnail(reader, min(downsample, side / least_px))
+    times = ceil(least_px / side)
     return picture.repeat(times, axis=0).repeat(times, axis=1)
 
 
