@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from slide2vec.choices import Precision, SlideFamily, TileFamily
+from slide2vec.choices import Precision, SlideFamily, TextFamily, TileFamily
 from slide2vec.errors import ConfigError, PresetError, nearest_names
 from slide2vec.files import hub_or_cache
 from slide2vec.lazy import import_timm
@@ -57,7 +57,7 @@ SAME_SPACING = 0.05 + 1e-9
 #: Least cosine of an engine's features to the encoder's in fp32, where a recipe asks for no other.
 MIN_COSINE = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.999, "fp8": 0.99}
 Level = Literal["tile", "slide", "patient"]
-Pool = Literal["none", "cls", "cls_patch_mean", "patch_mean", "token_mean", "base", "diagnostic"]
+Pool = Literal["none", "cls", "cls_patch_mean", "patch_mean", "token_mean", "aligned", "base", "diagnostic"]
 
 
 class _Section(BaseModel):
@@ -150,7 +150,8 @@ class ImageGeometry(_Section):
 class Variant(_Section):
     """One output of the encoder: its dimension, how tokens are pooled into it, and whether the result
     is divided by its Euclidean norm. "none": the encoder's module pools by itself; "patch_mean": without
-    class and register tokens, "token_mean" with them; "base" and "diagnostic" are outputs of Prism2's own
+    class and register tokens, "token_mean" with them; "aligned": by itself, and projected into the space that
+    is shared with texts; "base" and "diagnostic" are outputs of Prism2's own
     code."""
 
     dim: Annotated[int, Field(gt=0)]
@@ -189,12 +190,20 @@ class TileEncoderRef(_Section):
 
 
 class TextSpec(_Section):
-    """The text side of a preset that embeds texts beside tiles: CLIP's, with `kwargs` of
-    `slide2vec.encoders.clip_text.ClipTextEncoder`, from the same weights. `variant` is the output whose space
-    texts are in."""
+    """The text side of a preset, from the same weights: `family` names the module, `kwargs` its arguments.
+
+    `variant` is the output whose space texts are in; `projected` has other outputs that its projection takes
+    there: how many of their first numbers it takes. `tokeniser` has the names of the file beside the weights
+    that cuts texts into tokens (none: CLIP's vocabulary, which open-clip-torch has), and `tokeniser_url` says
+    where it is had where that is not the repository of the weights.
+    """
 
     variant: str
+    family: TextFamily = "clip"
     kwargs: dict[str, Any] = {}
+    projected: dict[str, int] = {}
+    tokeniser: tuple[str, ...] = ()
+    tokeniser_url: str = ""
 
 
 class Licence(_Section):
@@ -282,8 +291,9 @@ class Recipe(_Section):
             raise ValueError(
                 f"default_variant {self.default_variant!r} is not one of {sorted(self.variants)}"
             )
-        if self.text is not None and self.text.variant not in self.variants:
-            raise ValueError(f"text.variant {self.text.variant!r} is not one of {sorted(self.variants)}")
+        for name in (self.text.variant, *self.text.projected) if self.text is not None else ():
+            if name not in self.variants:
+                raise ValueError(f"text: output {name!r} is not one of {sorted(self.variants)}")
         default = self.default_spacing_um
         if self.spacing_um and default is not None and default not in self.spacing_um:
             raise ValueError(f"default_spacing_um {default} is not in spacing_um")

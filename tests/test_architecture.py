@@ -180,6 +180,7 @@ def test_import_stays_light(statement: str, absent: tuple[str, ...]) -> None:
 DISTRIBUTIONS = {
     "pycuda": "pycuda",
     "pynvml": "nvidia-ml-py",
+    "sentencepiece": "sentencepiece",
     "tensorrt": "tensorrt",
     "tensorrt_rtx_bindings": "tensorrt-rtx-cu13-bindings",
 }
