@@ -10,7 +10,15 @@ from typing import Annotated
 import typer
 
 from slide2vec.choices import Backend
-from slide2vec.cli.console import Debug, Json, note, print_json, stdout, table
+from slide2vec.cli.console import (
+    Debug,
+    Json,
+    Offline,
+    note,
+    print_json,
+    stdout,
+    table,
+)
 from slide2vec.errors import ConfigError
 
 __all__ = ["search"]
@@ -48,6 +56,7 @@ def search(
         typer.Option(help="Contact sheet to write, .png or .jpg [RUN/search/….png].", show_default=False),
     ] = None,
     backend: Annotated[Backend, typer.Option(help="What reads the slides.")] = "auto",
+    offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
