@@ -52,6 +52,7 @@ ROOMS = {
     "aggregate": 8,
     "cohort": 8,
     "compile": 8,
+    "report": 9,
     "scale": 9,
     "images": 9,
     "tile_embedder": 9,
