@@ -192,6 +192,10 @@ class Model:
         """
         return cls.from_preset(register_module(module, name, **described), device=device, precision=precision)
 
+    def __repr__(self) -> str:
+        kind = f"{self.level}-level, {self.feature_dim} features"
+        return f"<Model {self.name} ({self.variant}): {kind}, {self.precision} on {self.device}>"
+
     @property
     def name(self) -> str:
         """Name of the preset."""

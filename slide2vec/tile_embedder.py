@@ -21,6 +21,7 @@ from slide2vec.compile import (
     offer_bf16,
     select_engine,
 )
+from slide2vec.compile.batch_size import bytes_per_tile, fitting_batch_size
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.encoders.input_size import for_input
 from slide2vec.encoders.late import AnyEncoder, LateEncoder, weights_bytes
@@ -35,8 +36,6 @@ from slide2vec.stream import (
     SlideQueue,
     Stream,
     TileTransfer,
-    bytes_per_tile,
-    fitting_batch_size,
     tile_transfer,
 )
 from slide2vec.stream.batch_encoder import BatchEncoder
