@@ -53,6 +53,7 @@ ROOMS = {
     "cohort": 7,
     "compile": 7,
     "scale": 8,
+    "segmenters": 8,
     "images": 8,
     "tile_embedder": 8,
     "attention_maps": 9,

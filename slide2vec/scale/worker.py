@@ -65,13 +65,15 @@ def serve(receive: Callable[[], Command], send_report: SendReport, store: Callab
 
 def _serve(receive: Callable[[], Command], send_report: SendReport, store: Callable[[Tensor], Any]) -> None:
     model: Embedder | None = None
+    place = ""
     while True:
         match receive():
             case Load(loader, device):
-                model = loader(device=device)
+                model, place = loader(device=device), str(device)
                 send_report(Ready())
             case StartJob(job):
                 assert model is not None
+                job = replace(job, config=job.config.on_device(place))
                 with _forward_logs(send_report):
                     _Session(model, job, receive, send_report, store).run()
 

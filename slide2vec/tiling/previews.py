@@ -37,6 +37,7 @@ _ARTEFACT_COLORS = {
     "bubble": (20, 150, 160),
     "fold": (150, 60, 200),
     "pen": (240, 140, 0),
+    "spot": (90, 90, 90),
 }
 _SHOWN_FROM = 0.1
 #: Side of a tile in the picture below which outlines would hide it.
@@ -100,7 +101,8 @@ def draw_tissue(picture: Picture, tissue: TissueMask, config: PreviewConfig) -> 
 
 def draw_tiles(picture: Picture, tiling: Tiling) -> Picture:
     """The picture of a whole slide with the outline of every tile; tiny tiles are tinted instead. Blurred
-    tiles are red, those under a bubble turquoise, folded ones violet, those under pen orange."""
+    tiles are red, those under a bubble turquoise, folded ones violet, those under pen orange, with dark
+    spots grey."""
     height, width = picture.shape[:2]
     scale_x, scale_y = width / tiling.dimensions[0], height / tiling.dimensions[1]
     side = tiling.geometry.tile_size_lv0
