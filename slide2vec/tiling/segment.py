@@ -86,8 +86,11 @@ def _by_segmenter(
 ) -> Segmented:
     if isinstance(segmenter, WindowSegmenter):
         labels, overview, step = _labels_by_windows(segmenter, reader, base_spacing_um)
+        shape = labels.shape
     else:
-        labels, overview, step = _labels_of_thumbnail(segmenter, reader, sample_id, base_spacing_um, config)
+        labels, overview, step, shape = _labels_of_thumbnail(segmenter, reader, base_spacing_um)
+    if problem := _wrong_with(labels, shape, segmenter.names):
+        raise SlideError(f"slide {sample_id}: segmentation method {config.method} {problem}")
     downsample = reader.dimensions[0] / labels.shape[1]
     level = thumbnail_level(reader, max(1.0, downsample))
     segmentation = _record(config, level, downsample, base_spacing_um)
@@ -111,28 +114,23 @@ def _labels_by_windows(
 
 
 def _labels_of_thumbnail(
-    segmenter: Segmenter,
-    reader: SlideReader,
-    sample_id: str,
-    base_spacing_um: float,
-    config: SegmentationConfig,
-) -> tuple[Plane, Plane, int]:
-    """The same of a segmenter that looks at all of the slide at once."""
+    segmenter: Segmenter, reader: SlideReader, base_spacing_um: float
+) -> tuple[Plane, Plane, int, tuple[int, ...]]:
+    """The same of a segmenter that looks at all of the slide at once, and the shape that the labels must
+    have."""
     width, height = reader.dimensions
     downsample = max(1.0, segmenter.spacing_um / base_spacing_um, sqrt(width * height / MAX_MASK_PX))
     picture = thumbnail(reader, downsample)
     labels = np.asarray(segmenter.segment(picture, base_spacing_um * width / picture.shape[1]))
-    if problem := _wrong_with(labels, picture, segmenter.names):
-        raise SlideError(f"slide {sample_id}: segmentation method {config.method} {problem}")
     step = max(1, ceil(sqrt(labels.size / _OVERVIEW_PX)))
-    return labels, picture[::step, ::step], step
+    return labels, picture[::step, ::step], step, picture.shape[:2]
 
 
-def _wrong_with(labels: NDArray[Any], picture: Plane, names: tuple[str, ...]) -> str | None:
+def _wrong_with(labels: NDArray[Any], shape: tuple[int, ...], names: tuple[str, ...]) -> str | None:
     if TISSUE not in names:
         return f"has no label {TISSUE!r}, only {', '.join(names)}"
-    if labels.dtype != np.uint8 or labels.shape != picture.shape[:2]:
-        return f"gives labels {labels.dtype} of shape {labels.shape}, not uint8 of {picture.shape[:2]}"
+    if labels.dtype != np.uint8 or labels.shape != shape:
+        return f"gives labels {labels.dtype} of shape {labels.shape}, not uint8 of {shape}"
     if labels.max() >= len(names):
         return f"gives label {labels.max()}, and has names for 0 to {len(names) - 1}"
     return None
