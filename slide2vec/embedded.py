@@ -7,10 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slide2vec.errors import ConfigError
+from slide2vec.labels import class_name
+from slide2vec.slides import Slide
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
+    from PIL.Image import Image
+
+    from slide2vec.tiling.slide_pictures import PictureKind
+    from slide2vec.tiling.types import Tiling
 
 __all__ = ["EmbeddedPatient", "EmbeddedSlide", "SlideAttention"]
 
@@ -34,6 +42,8 @@ class EmbeddedSlide:
         annotation: the class that the tiles are of, where masks sample classes ("merged": all of them); else
             "tissue". One slide then has an EmbeddedSlide per class.
         tile_x, tile_y: (R, m²) int64, top-left corners of the tiles of regions in level-0 px; else None.
+        tiling: how the tiles came about: sizes and spacings, tissue fractions, segmentation; None where they
+            were not made by a model.
     """
 
     sample_id: str
@@ -51,6 +61,50 @@ class EmbeddedSlide:
     tile_x: NDArray[np.int64] | None = None
     tile_y: NDArray[np.int64] | None = None
     annotation: str | None = None
+    tiling: Tiling | None = None
+
+    def plot(self, kind: PictureKind = "map", *, size_px: int = 1024) -> Image:
+        """A picture of the slide, with what it shows, a scale bar and a key below it.
+
+        The slide is opened again. A PIL image is what it gives because that needs nothing else: a notebook
+        shows it, `.save("map.png")` writes it, and `np.asarray` or `plt.imshow` take it.
+
+        Args:
+            kind: "map": tiles coloured by principal components of their embeddings, alike where these are;
+                "tiles": their outlines; "tissue": the outline of what was taken for tissue.
+            size_px: longer side of the picture without the words.
+
+        Raises:
+            ConfigError: there is no such kind, or the slide was made without its tiling.
+            SlideError: the slide cannot be read, or is another one by now.
+        """
+        from PIL import Image
+
+        from slide2vec.tiling.slide_pictures import draw_slide
+
+        tiling = self.tiling
+        if tiling is None:
+            raise ConfigError(
+                f"slide {self.sample_id}: plot needs its tiling, which slides that a model embeds have: "
+                "model.embed_slide(path).plot()"
+            )
+        slide = Slide(
+            sample_id=class_name(tiling.annotation, self.sample_id),
+            image_path=self.image_path,
+            mask_path=self.mask_path,
+            spacing_at_level_0=tiling.spacing_at_level_0,
+        )
+        embeddings = self.tile_embeddings.detach().cpu().float().flatten(0, -2).numpy()
+        return Image.fromarray(draw_slide(kind, slide, tiling, embeddings, size_px))
+
+    def __repr__(self) -> str:
+        of_class = "" if self.annotation in (None, "tissue") else f", annotation={self.annotation!r}"
+        return (
+            f"EmbeddedSlide(sample_id={self.sample_id!r}, num_tiles={self.num_tiles:,}, "
+            f"tile_embeddings={_shape(self.tile_embeddings)}, "
+            f"slide_embedding={_shape(self.slide_embedding)}, "
+            f"tile_size_lv0={self.tile_size_lv0}, image_path={str(self.image_path)!r}{of_class})"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,6 +131,13 @@ class SlideAttention:
     y: NDArray[np.int64]
     tile_size_lv0: int
 
+    def __repr__(self) -> str:
+        return (
+            f"SlideAttention(sample_id={self.sample_id!r}, maps={_shape(self.maps)}, "
+            f"channels=<{len(self.channels)}>, "
+            f"tile_embeddings={_shape(self.tile_embeddings)}, image_path={str(self.image_path)!r})"
+        )
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EmbeddedPatient:
@@ -91,3 +152,17 @@ class EmbeddedPatient:
     patient_id: str
     patient_embedding: torch.Tensor | None
     slide_embeddings: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return (
+            f"EmbeddedPatient(patient_id={self.patient_id!r}, "
+            f"patient_embedding={_shape(self.patient_embedding)}, "
+            f"slide_embeddings=<{len(self.slide_embeddings)}>)"
+        )
+
+
+def _shape(embedding: torch.Tensor | None) -> str:
+    """A tensor by its shape and number type: its numbers fill a screen, and say nothing."""
+    if embedding is None:
+        return "None"
+    return f"<{tuple(embedding.shape)} {str(embedding.dtype).removeprefix('torch.')}>"

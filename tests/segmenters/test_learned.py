@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ from slide2vec.slides import as_slide
 from slide2vec.tiling import tile_slide
 from slide2vec.tiling.previous_files import recorded_qc
 from slide2vec.tiling.tissue_methods import checkpoint_of, chosen
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tools.segmenter_reference import fill
 
 #: ImageNet's, as every published implementation here has them.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -74,6 +79,8 @@ def logits_of(network: torch.nn.Module, picture: NDArray[np.uint8]) -> torch.Ten
 @pytest.mark.parametrize("method", ["grandqc", "grandqc-artefact"])
 def test_labels_are_the_classes_of_the_largest_logits(method: str) -> None:
     made, windows = segmenter(method), np.stack([noise(64, 64), noise(64, 64)[::-1]])
+    usual = logits_of(made._network, windows[0]).view(len(made.names), -1).mean(1)
+    made._network.segmentation_head[0].bias -= usual  # or one class has all of the pixels
     for window, found in zip(windows, made.label(windows), strict=True):
         if method == "grandqc":  # cv2 takes RGB for BGR, and back
             data = cv2.imencode(".jpg", np.ascontiguousarray(window), [cv2.IMWRITE_JPEG_QUALITY, 80])[1]
@@ -100,16 +107,17 @@ def test_names_are_those_of_grandqc() -> None:
 
 def test_sam_is_asked_what_is_in_the_box_of_the_slide() -> None:
     made, picture = segmenter("sam2"), noise(96, 160)
+    fill(made._network)  # or all is inside
     padded = np.full((160, 160, 3), 255, np.uint8)
     padded[:96] = picture
     pixels = F.interpolate(to_tensor(padded)[None], (128, 128), mode="bilinear", antialias=True)
     box = torch.tensor([[0.0, 0.0, 128.0, 96 * 128 / 160]])
     with torch.inference_mode():
         low = made._network(normalize(pixels, MEAN, STD), box).view(1, 1, 32, 32)
-        made._network.sam_mask_decoder.output_hypernetworks_mlps["0"].layers[-1].bias -= 0  # as it is
     mask = (F.interpolate(low, (160, 160), mode="bilinear")[0, 0, :96] > 0).numpy().astype(np.uint8)
     expected = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((4, 4), np.uint8))
-    assert (made.segment(picture, 8.0) == expected).all()
+    found = made.segment(picture, 8.0)
+    assert (found == expected).mean() > 0.999 and 0.01 < found.mean() < 0.99
 
 
 def test_random_weights_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
