@@ -50,12 +50,6 @@ def test_logits_are_those_of_the_published_implementation(kind: type[nn.Module])
     assert said(logits) == pytest.approx(PUBLISHED[kind], abs=ROUNDING)
 
 
-def test_box_without_one_is_the_picture() -> None:
-    network = fill(TissueSam("ab"))
-    with torch.inference_mode():
-        assert torch.equal(network(pictures()[:1]), network(pictures()[:1], box()[:1]))
-
-
 def state(arch: type[nn.Module], **changes: torch.Tensor) -> dict[str, torch.Tensor]:
     return {**fill(arch(CLASSES[arch])).state_dict(), **changes}
 

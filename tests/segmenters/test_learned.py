@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from slide2vec.choices import learned_methods
 from slide2vec.cli import app
 from slide2vec.config import PreprocessingConfig, QualityConfig, SegmentationConfig
-from slide2vec.encoders.segmentation.unet import Unet
+from slide2vec.encoders.segmentation.unet import Unet, UnetPlusPlus
 from slide2vec.errors import ConfigError
 from slide2vec.readers import open_slide
 from slide2vec.recipes import Recipe, segmenter_recipe
@@ -38,6 +38,8 @@ from tools.segmenter_reference import fill
 #: ImageNet's, as every published implementation here has them.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WINDOW_PX = 64
+#: Of a tile's side.
+PIXEL = 1 / 64
 
 
 @pytest.fixture(autouse=True)
@@ -156,13 +158,12 @@ def test_where_weights_are_does_not_count_but_what_they_are(tmp_path: Path) -> N
 
 
 def test_tiles_are_found_anew_with_other_weights(tmp_path: Path, reference_slide: Path) -> None:
-    torch.manual_seed(5)
     weights = tmp_path / "other.pth"
-    torch.save(Unet("abcdefgh").state_dict(), weights)
+    torch.save(fill(UnetPlusPlus("ab")).state_dict(), weights)
     record = tmp_path / "out/tiles/CMU-1-Small-Region.source.json"
 
     def run(weights: str) -> dict[str, Any]:
-        options = ("--spacing", "8", "--tile-size", "32", "--segmentation-method", "grandqc-artefact-2um")
+        options = ("--spacing", "8", "--tile-size", "32", "--segmentation-method", "grandqc")
         asked = ["tile", str(reference_slide), "-o", str(tmp_path / "out"), "--resume", *options]
         result = CliRunner().invoke(app, [*asked, "--segmentation-weights", weights])
         assert result.exit_code == 0, result.output
@@ -172,7 +173,7 @@ def test_tiles_are_found_anew_with_other_weights(tmp_path: Path, reference_slide
     assert first == again
     assert len(first["segmenter"]) == 32 and other["segmenter"] != first["segmenter"]
     meta = json.loads(record.with_name("CMU-1-Small-Region.coordinates.meta.json").read_text())
-    assert meta["segmentation"]["tissue_method"] == "grandqc-artefact-2um"
+    assert meta["segmentation"]["tissue_method"] == "grandqc"
 
 
 def test_artefacts_of_tiles_are_the_networks_labels(
@@ -200,11 +201,15 @@ def test_artefacts_of_tiles_are_the_networks_labels(
     slide = as_slide(reference_slide)
     with open_slide(slide) as reader:
         tiling = tile_slide(reader, slide, 0.5, config.resolved(4.0, 64))[0]
-    bands = tiling.x // (64 * 8)
-    assert seen and set(bands) >= {0, 1, 2} and 3 not in bands
-    one = {0: (0, 0, 0), 1: (0, 1, 0), 2: (1, 0, 0)}
-    for band, (background, blur, spot) in one.items():
-        found = {name: shares[bands == band].tolist() for name, shares in tiling.artefacts.items()}
-        count = int((bands == band).sum())
-        assert found["background"] == [background] * count and found["blur"] == [blur] * count
-        assert found["spot"] == [spot] * count and found["pen"] == found["fold"] == [0] * count
+    left = tiling.x / 8
+
+    def of_band(number: int) -> Any:
+        """How much of every tile lies in a band, 0 to 1."""
+        return np.clip(np.minimum(left + 64, 64 * number + 64) - np.maximum(left, 64 * number), 0, 64) / 64
+
+    assert seen and (of_band(2) > 0.3).any() and (of_band(3) <= 0.5 + PIXEL).all()
+    shares = tiling.artefacts
+    assert shares["background"] == pytest.approx(of_band(2), abs=PIXEL)
+    assert shares["blur"] * (1 - shares["background"]) == pytest.approx(of_band(1), abs=PIXEL)
+    assert shares["spot"] == pytest.approx(of_band(3), abs=PIXEL)
+    assert not shares["pen"].any() and not shares["fold"].any()
