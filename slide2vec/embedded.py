@@ -52,6 +52,15 @@ class EmbeddedSlide:
     tile_y: NDArray[np.int64] | None = None
     annotation: str | None = None
 
+    def __repr__(self) -> str:
+        of_class = "" if self.annotation in (None, "tissue") else f", annotation={self.annotation!r}"
+        return (
+            f"EmbeddedSlide(sample_id={self.sample_id!r}, num_tiles={self.num_tiles:,}, "
+            f"tile_embeddings={_shape(self.tile_embeddings)}, "
+            f"slide_embedding={_shape(self.slide_embedding)}, "
+            f"tile_size_lv0={self.tile_size_lv0}, image_path={str(self.image_path)!r}{of_class})"
+        )
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SlideAttention:
@@ -77,6 +86,13 @@ class SlideAttention:
     y: NDArray[np.int64]
     tile_size_lv0: int
 
+    def __repr__(self) -> str:
+        return (
+            f"SlideAttention(sample_id={self.sample_id!r}, maps={_shape(self.maps)}, "
+            f"channels=<{len(self.channels)}>, "
+            f"tile_embeddings={_shape(self.tile_embeddings)}, image_path={str(self.image_path)!r})"
+        )
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EmbeddedPatient:
@@ -91,3 +107,17 @@ class EmbeddedPatient:
     patient_id: str
     patient_embedding: torch.Tensor | None
     slide_embeddings: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return (
+            f"EmbeddedPatient(patient_id={self.patient_id!r}, "
+            f"patient_embedding={_shape(self.patient_embedding)}, "
+            f"slide_embeddings=<{len(self.slide_embeddings)}>)"
+        )
+
+
+def _shape(embedding: torch.Tensor | None) -> str:
+    """A tensor by its shape and number type: its numbers fill a screen, and say nothing."""
+    if embedding is None:
+        return "None"
+    return f"<{tuple(embedding.shape)} {str(embedding.dtype).removeprefix('torch.')}>"

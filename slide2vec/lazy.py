@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import Lock
@@ -39,7 +40,9 @@ def import_timm() -> Any:
     """
     with _importing:
         if {"timm", _COMPILER}.isdisjoint(sys.modules):
-            with _compiler_when_called():
+            with _compiler_when_called(), warnings.catch_warnings():
+                # tqdm's, in a notebook without ipywidgets: bars of downloads are lines of text then
+                warnings.filterwarnings("ignore", "IProgress not found")
                 importlib.import_module("timm")
     return importlib.import_module("timm")
 

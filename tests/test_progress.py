@@ -308,6 +308,25 @@ def test_notebook_updates_one_cell_per_run(cells: list[list[str]]) -> None:
     assert "finding tissue" in cells[0][0] and "1 failed" in cells[0][-2]
 
 
+def test_an_interrupt_in_a_notebook_shows_three_lines(cells: list[list[str]]) -> None:
+    """IPython shows what `_render_traceback_` gives in place of the traceback."""
+    with pytest.raises(KeyboardInterrupt) as caught, live_progress():
+        for event in RUN[:6]:
+            active_reporter().emit(event)
+        raise KeyboardInterrupt
+    lines = caught.value._render_traceback_()  # type: ignore[attr-defined]
+    assert len(lines) == 3
+    assert lines[0].startswith("KeyboardInterrupt: 1 of 2 slides, 100 of 400 tiles") and "second" in lines[0]
+    assert [cell[-1] for cell in cells] == ["interrupted"]
+
+
+def test_an_interrupt_elsewhere_is_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slide2vec.progress.reporters.in_terminal", lambda: True)
+    with pytest.raises(KeyboardInterrupt) as caught, live_progress():
+        raise KeyboardInterrupt
+    assert not hasattr(caught.value, "_render_traceback_")
+
+
 def test_notebook_is_not_flooded(cells: list[list[str]]) -> None:
     clock = Clock()
     reporter = LiveReporter(NotebookDisplay(clock))

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from slide2vec.cli.attention import attention
 from slide2vec.cli.audit import audit
@@ -21,6 +20,7 @@ from slide2vec.cli.doctor import doctor
 from slide2vec.cli.embed import embed
 from slide2vec.cli.engines import engines
 from slide2vec.cli.export import export
+from slide2vec.cli.help_text import EMBED, LOOK, MAX_WIDTH, SET_UP, GroupedCommand, GroupedCommands
 from slide2vec.cli.images import images
 from slide2vec.cli.info import info
 from slide2vec.cli.merge import merge
@@ -38,7 +38,7 @@ __all__ = ["app", "main"]
 INTERRUPTED = 130  # what shells give for Ctrl-C
 
 
-class _Commands(TyperGroup):
+class _Commands(GroupedCommands):
     """Answers errors made for users with one line, and Ctrl-C quietly; a configuration file alone is run."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -70,26 +70,17 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,  # the framed help takes twice as long to appear
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": MAX_WIDTH},
 )
-app.command()(run)
-app.command()(plan)
-app.command()(embed)
-app.command()(attention)
-app.command()(tile)
-app.command()(images)
-app.command()(merge)
-app.command()(status)
-app.command()(search)
-app.command()(export)
-app.command()(audit)
-app.command()(info)
-app.command()(models)
-app.command()(build_engine)
-app.add_typer(engines, name="engines")
-app.command()(bench)
-app.command()(doctor)
-app.command()(demo)
+_GROUPS = {
+    EMBED: (demo, plan, run, embed, images, attention, status, merge),
+    LOOK: (info, tile, search, export, audit),
+    SET_UP: (doctor, models, build_engine, bench),
+}
+for _group, _commands in _GROUPS.items():
+    for _command in _commands:
+        app.command(cls=GroupedCommand, rich_help_panel=_group)(_command)
+app.add_typer(engines, name="engines", rich_help_panel=SET_UP)
 
 
 def _print_version(asked: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -151,6 +152,35 @@ class RunResult:
         frame = pandas.DataFrame([*self._done(), *self._not_done()], columns=list(_COLUMNS), dtype=object)
         return frame.astype(whole)
 
+    def __repr__(self) -> str:
+        return f"RunResult({self._in_words()}; process_list_path={str(self.process_list_path)!r})"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: failures first, and of a long run its beginning."""
+        rows = [("", row) for row in (*self._not_done(), *self._done())]
+        if self.encoders:
+            by_encoder = self.encoders.items()
+            rows = [(name, row) for name, result in by_encoder for row in result._not_done()]
+            rows += [(name, row) for name, result in by_encoder for row in result._done()]
+        return _html(self, rows)
+
+    def _in_words(self) -> str:
+        """Counts of what is not zero."""
+        counts = {
+            "tile": len(self.tile_artifacts),
+            "region": len(self.hierarchical_artifacts),
+            "slide": len(self.slide_artifacts),
+            "patient": len(self.patient_artifacts),
+        }
+        said = [f"{count:,} {level} artifact{'s' * (count != 1)}" for level, count in counts.items() if count]
+        counts = {
+            "failed": len(self.failed) + len(self.failed_patients),
+            "without tissue": len(self.without_tissue),
+            "with remarks": len(self.remarks),
+            "from an earlier run": self.resumed,
+        }
+        return ", ".join([*(said or ["no artifacts"]), *(f"{n:,} {what}" for what, n in counts.items() if n)])
+
     def _done(self) -> Iterator[dict[str, Any]]:
         levels: Mapping[str, Sequence[Artifact]] = {
             "tile": self.tile_artifacts,
@@ -214,3 +244,45 @@ def _tiles(artifact: Artifact) -> int | None:
     if isinstance(artifact, HierarchicalEmbeddingArtifact):
         return artifact.num_regions * artifact.tiles_per_region
     return getattr(artifact, "num_tiles", None)
+
+
+#: Rows of a run that notebooks show.
+_MOST_ROWS = 20
+
+
+def _html(result: RunResult, rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """Names and errors are other people's text: all of it is escaped."""
+    columns = ["encoder"] * bool(result.encoders) + [
+        "of",
+        "level",
+        "status",
+        "tiles",
+        "file, or what is wrong",
+    ]
+    head = "".join(f'<th style="text-align:left">{each}</th>' for each in columns)
+    body = "".join(map(_html_row, rows[:_MOST_ROWS], [bool(result.encoders)] * len(rows)))
+    more = f"… and {len(rows) - _MOST_ROWS:,} more: see to_frame()<br>" if len(rows) > _MOST_ROWS else ""
+    return (
+        f"<b>{escape(result._in_words())}</b><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{body}</tbody></table>{more}<code>{escape(str(result.process_list_path))}</code>"
+    )
+
+
+def _html_row(row: tuple[str, dict[str, Any]], several: bool) -> str:
+    encoder, values = row
+    tiles = values.get("num_tiles")
+    what = [values.get("path") or values.get("error") or "", values.get("remarks") or ""]
+    if skipped := values.get("skipped_tiles"):
+        what.append(f"{skipped:,} tiles left out that cannot be decoded")
+    cells = [
+        *([encoder] if several else ()),
+        values.get("sample_id") or values.get("patient_id") or "",
+        *(values["level"], values["status"], "" if tiles is None else f"{tiles:,}"),
+        "; ".join(filter(None, what)),
+    ]
+    colour = ' style="color:#c62828"' if values["status"] == "failed" else ""
+    return (
+        f"<tr{colour}>"
+        + "".join(f'<td style="text-align:left">{escape(str(c))}</td>' for c in cells)
+        + "</tr>"
+    )

@@ -20,6 +20,7 @@ from slide2vec.errors import ConfigError, EngineError, ExtraMissingError
 from slide2vec.runtime.base import Engine
 from slide2vec.runtime.loading import load_engine, not_here, runtimes_for
 from slide2vec.runtime.torch_engine import DTYPES
+from slide2vec.version import __version__
 
 __all__ = ["ADVICE", "MatchingEngines", "Selected", "find_engine", "select_engine"]
 
@@ -220,12 +221,15 @@ def _missing(runtime: str, target: EngineTarget, precision: str, problems: dict[
 
 
 def _suggest(store: EngineStore, target: EngineTarget, precision: str) -> None:
-    """Say, once per preset and precision, what could be done instead, and what it would bring."""
+    """Say, once per preset and precision on this machine, what could be done instead, and its gain."""
     name = target.recipe.name
-    suggested_before = (name, precision) in _suggested
-    if suggested_before or not runtimes_for(target.device) or not target.recipe.engine.advised:
+    if not logger.isEnabledFor(logging.INFO) or (name, precision) in _suggested:
         return
     _suggested.add((name, precision))
+    if not runtimes_for(target.device) or not target.recipe.engine.advised:
+        return
+    if not store.takes_note(f"advice {__version__} {name} {precision} {target.device.type}"):
+        return
     if not target.recipe.compile:
         logger.info("%s cannot be compiled: %s", name, target.recipe.compile_note)
         return

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 #: The variable that names another folder than the user's cache.
 VARIABLE = "SLIDE2VEC_ENGINES"
 LICENCE_NAME = "LICENCE.txt"
+#: The folder of what users of this store were told, a file each.
+NOTES = ".notes"
 _LICENCE = """\
 {preset}: {licence}
 This folder holds a compiled copy of that encoder, made on and for this machine. What its licence says
@@ -116,6 +118,19 @@ class EngineStore:
         if not found:
             raise EngineError(f"no engine {name!r} in {self.root}: `slide2vec engines list` shows them")
         raise EngineError(f"{name!r} may be any of {', '.join(engine.name for engine in found)}")
+
+    def takes_note(self, what: str) -> bool:
+        """Whether nobody has noted this here before; it then is, unless the folder cannot be written to."""
+        note = self.root / NOTES / hashlib.sha256(what.encode()).hexdigest()[:16]
+        try:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            with note.open("x") as file:
+                file.write(f"{what}\n")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            logger.debug("%s cannot be written: %s", note, error)
+        return True
 
     def remove(self, engine: StoredEngine) -> None:
         """Delete an engine; it disappears at once, also to those who look meanwhile."""

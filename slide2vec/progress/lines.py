@@ -9,7 +9,7 @@ from datetime import timedelta
 from slide2vec.progress.events import ProgressEvent, RunFinished, RunStarted, SlideFailed
 from slide2vec.progress.state import RunState, failure
 
-__all__ = ["LineReporter"]
+__all__ = ["LineReporter", "in_words"]
 
 #: Seconds between two lines.
 EVERY_S = 30.0

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slide2vec.progress.events import ProgressEvent, RunFinished, RunStarted, RunSummary, SlideFailed
+from slide2vec.progress.lines import in_words
 from slide2vec.progress.screen import in_notebook
 from slide2vec.progress.state import RunState, failure
 
@@ -204,6 +205,20 @@ class LiveReporter:
         self._state = None
         if self._summary:
             self._display.say("\n".join([*_listed(self._failed), str(summary)]))
+
+    def interrupt(self, error: KeyboardInterrupt) -> None:
+        """Take the display away, and have a notebook show three lines instead of the traceback."""
+        state, self._state = self._state, None
+        self.close()
+        if not isinstance(self._display, NotebookDisplay):
+            return
+        self._display.say("interrupted")
+        lines = [
+            f"KeyboardInterrupt: {in_words(state) if state else 'before the first slide'}",
+            "Nothing goes on in the background; the model can be used again.",
+            "What was written below an output_dir is kept: the same call goes on from there.",
+        ]
+        vars(error)["_render_traceback_"] = lambda: lines  # asked for by IPython
 
     def close(self) -> None:
         """Take the display away."""

@@ -73,5 +73,10 @@ def live_progress() -> Iterator[None]:
         return
     from slide2vec.progress.live import LiveReporter  # here, because only a display needs rich
 
-    with activate_progress_reporter(LiveReporter()):
-        yield
+    reporter = LiveReporter()
+    with activate_progress_reporter(reporter):
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            reporter.interrupt(error)
+            raise

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from rich.console import Console, Group
 
 from slide2vec import __version__
+from slide2vec.cli import app
 from slide2vec.cli.console import log_to_stderr, note
+from slide2vec.cli.help_text import _GROUPS, EMBED, LOOK, MAX_WIDTH, SET_UP
 from slide2vec.progress.live import TerminalDisplay
 from slide2vec.version import PROJECT
 
@@ -61,9 +66,46 @@ def test_python_dash_m() -> None:
     assert ran.stdout.strip() == f"slide2vec {__version__} ({PROJECT})"
 
 
-def test_help_names_every_command(run) -> None:
+def test_help_names_every_command_in_a_group_with_a_sentence(run) -> None:
     text = run("--help").stdout
-    assert all(f" {name} " in text for name in ("embed", "info", "models", "doctor", "demo"))
+    assert all(f" {name} " in text for name in _commands())
+    assert [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")] == [
+        *("Options:", f"{EMBED}:", f"{LOOK}:", f"{SET_UP}:")
+    ]
+    assert "..." not in text.replace("[ARGS]...", "")
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_long_help_is_in_groups(run) -> None:
+    """What is required comes first in its group; nobody's option is forgotten, and no name is of the past."""
+    text = run("run", "--help").stdout
+    headings = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert headings == ["Arguments:", *(f"{name}:" for name in _GROUPS), "Others:"]
+    assert text.count("\n  -") == len(_options("run"))
+    assert text.index("Output:") < text.index("  -o, ") < text.index("Others:") < text.index("  --json")
+    assert "Slides:" not in run("export", "--help").stdout  # of few options
+    listed = [option for options in _GROUPS.values() for option in options]
+    known = {option for name in _commands() for option in _options(name)}
+    assert len(listed) == len(set(listed)) and set(listed) <= known
+
+
+@pytest.mark.parametrize(("columns", "widest"), [(60, 60), (300, MAX_WIDTH)])
+def test_help_is_as_wide_as_the_terminal(columns: int, widest: int) -> None:
+    command = [sys.executable, "-m", "slide2vec", "run", "--help"]
+    environment = {**os.environ, "COLUMNS": str(columns)}
+    text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    sentences = [line for line in text.splitlines() if line.startswith(10 * " ")]
+    assert widest - 15 < max(map(len, sentences)) <= widest
+
+
+def _commands() -> dict[str, Any]:
+    return typer.main.get_command(app).commands  # type: ignore[attr-defined,no-any-return]
+
+
+def _options(command: str) -> list[str]:
+    """By parameter, those that are shown."""
+    shown = [each for each in _commands()[command].params if not getattr(each, "hidden", False)]
+    return [*(str(each.name) for each in shown if each.param_type_name == "option"), "help"]
 
 
 def test_errors_are_one_line_without_traceback(run) -> None:

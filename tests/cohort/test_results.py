@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -61,3 +62,29 @@ def test_nothing_is_a_table_with_columns() -> None:
     frame = RunResult(process_list_path=Path("p.csv")).to_frame()
     assert isinstance(frame, pd.DataFrame) and len(frame) == 0
     assert {"sample_id", "status", "path", "error"} <= set(frame.columns)
+
+
+def test_in_words_and_as_html() -> None:
+    """Failures come first; names and errors are text, whatever they hold; a long run is not a long table."""
+    made = [
+        TileEmbeddingArtifact(sample_id=f"s{i}", num_tiles=1234, feature_dim=3, **FILES) for i in range(40)
+    ]
+    error = SlideOpenError("<script>alert(1)</script>")
+    result = RunResult(
+        tile_artifacts=made,
+        process_list_path=Path("/out/p.csv"),
+        failed=(FailedSlide("bad & ugly", Path("/bad.svs"), "embedding", error),),
+        remarks={"s1": ("Much glass.",)},
+        resumed=7,
+    )
+    said = "40 tile artifacts, 1 failed, 1 with remarks, 7 from an earlier run"
+    assert repr(result) == f"RunResult({said}; process_list_path='/out/p.csv')"
+    shown = result._repr_html_()
+    assert said in shown and "<script>" not in shown and "&lt;script&gt;alert(1)&lt;/script&gt;" in shown
+    rows = re.findall("<tr.*?</tr>", shown)[1:]
+    assert len(rows) == 20 and "bad &amp; ugly" in rows[0] and "color" in rows[0]
+    assert "Much glass." in rows[2] and "1,234" in rows[2] and "color" not in rows[2]
+    assert "and 21 more: see to_frame()" in shown
+    both = RunResult.of_several({"uni": result, "b": RunResult(process_list_path=Path("/out/p.csv"))})
+    assert '<td style="text-align:left">uni</td>' in both._repr_html_()
+    assert repr(RunResult(process_list_path=Path("p"))) == "RunResult(no artifacts; process_list_path='p')"
