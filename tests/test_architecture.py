@@ -36,9 +36,10 @@ ROOMS = {
     "slides": 2,
     "progress": 2,
     "recipes": 2,
-    "embedded": 2,
+    "frames": 2,
     "pictures": 2,
     "synthetic": 2,
+    "embedded": 3,
     "manifests": 3,
     "settings": 3,
     "readers": 3,
@@ -47,6 +48,8 @@ ROOMS = {
     "tiling": 4,
     "prepare": 4,
     "artifacts": 5,
+    "bags": 6,
+    "layouts": 6,
     "search": 6,
     "stream": 6,
     "aggregate": 7,
@@ -178,13 +181,17 @@ def test_import_stays_light(statement: str, absent: tuple[str, ...]) -> None:
 
 #: Imported name -> distribution, where it cannot be asked for: those that need not be installed here.
 DISTRIBUTIONS = {
+    "anndata": "anndata",
+    "pyarrow": "pyarrow",
     "pycuda": "pycuda",
     "pynvml": "nvidia-ml-py",
+    "spatialdata": "spatialdata",
     "tensorrt": "tensorrt",
     "tensorrt_rtx_bindings": "tensorrt-rtx-cu13-bindings",
+    "zarr": "zarr",
 }
-#: Imported where something else has brought it: PyTorch, timm, or the notebook that we run in.
-BROUGHT = {"IPython", "torchvision", "triton"}
+#: Imported where something else has brought it: PyTorch, timm, the notebook that we run in, or SpatialData.
+BROUGHT = {"IPython", "geopandas", "shapely", "torchvision", "triton"}
 
 
 def libraries_in(package: Path) -> set[str]:

@@ -27,7 +27,7 @@ __all__ = [
     "Dtype",
     "Exported",
     "NotExported",
-    "Source",
+    "RunSource",
     "check_tiles",
     "described",
     "export_run",
@@ -39,7 +39,7 @@ Dtype = Literal["fp16", "fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class RunSource:
     """Where the embeddings of an encoder come from, and where they go.
 
     Attributes:
@@ -127,7 +127,7 @@ def export_run(
     return done, failed
 
 
-def found_in(run: Path, output: Path, encoder: str | None) -> list[tuple[Source, Kind, str]]:
+def found_in(run: Path, output: Path, encoder: str | None) -> list[tuple[RunSource, Kind, str]]:
     """What there is to export, by encoder, kind and name.
 
     Raises:
@@ -148,7 +148,7 @@ def found_in(run: Path, output: Path, encoder: str | None) -> list[tuple[Source,
     return found
 
 
-def _sources(run: Path, output: Path, encoder: str | None) -> list[Source]:
+def _sources(run: Path, output: Path, encoder: str | None) -> list[RunSource]:
     """The encoders of a run; its own folder, where none of its sidecars can be read."""
     there = owners(run)
     chosen = [owner for owner in there if encoder in (None, owner.name, owner.folder.name)]
@@ -156,7 +156,7 @@ def _sources(run: Path, output: Path, encoder: str | None) -> list[Source]:
         names = ", ".join(owner.name for owner in there) or "none that can be read"
         raise ConfigError(f"{run} has no embeddings of {encoder!r}; it has: {names}")
     found = [
-        Source(
+        RunSource(
             encoder=owner.name,
             features=owner.folder,
             tiles=owner.tiling / "tiles",
@@ -165,7 +165,7 @@ def _sources(run: Path, output: Path, encoder: str | None) -> list[Source]:
         for owner in chosen
     ]
     if encoder is None and all(source.features != run for source in found):
-        found.insert(0, Source(encoder="", features=run, tiles=run / "tiles", output=output))
+        found.insert(0, RunSource(encoder="", features=run, tiles=run / "tiles", output=output))
     return found
 
 
@@ -186,7 +186,7 @@ def _below(output: Path, folder: Path, run: Path) -> Path:
 
 
 def _export_tiles(
-    source: Source, sample_id: str, file_format: OutputFormat, dtype: Dtype | None
+    source: RunSource, sample_id: str, file_format: OutputFormat, dtype: Dtype | None
 ) -> Exported:
     metadata, path = described(source.features / "tile_embeddings", sample_id)
     values = loaded(path, sample_id, dtype)
@@ -199,7 +199,7 @@ def _export_tiles(
 
 
 def _export_regions(
-    source: Source, sample_id: str, file_format: OutputFormat, dtype: Dtype | None
+    source: RunSource, sample_id: str, file_format: OutputFormat, dtype: Dtype | None
 ) -> Exported:
     metadata, path = described(source.features / "hierarchical_embeddings", sample_id)
     values = loaded(path, sample_id, dtype)
@@ -228,7 +228,7 @@ def _embedded(tiling: Tiling, values: torch.Tensor) -> EmbeddedSlide:
     )
 
 
-def _as_it_was(metadata: dict[str, Any], source: Source, tiling: Tiling) -> dict[str, Any]:
+def _as_it_was(metadata: dict[str, Any], source: RunSource, tiling: Tiling) -> dict[str, Any]:
     """What the sidecar of tiles or regions says besides."""
     arrays, coordinates = coordinate_paths(source.tiles, tiling.sample_id)
     archive, skipped = metadata.get("tiles_tar_path"), metadata.get("skipped_tiles")
@@ -242,7 +242,7 @@ def _as_it_was(metadata: dict[str, Any], source: Source, tiling: Tiling) -> dict
 
 
 def _export_slide(
-    source: Source, sample_id: str, file_format: OutputFormat, dtype: Dtype | None
+    source: RunSource, sample_id: str, file_format: OutputFormat, dtype: Dtype | None
 ) -> Exported:
     metadata, path = described(source.features / "slide_embeddings", sample_id)
     values = loaded(path, sample_id, dtype)
@@ -261,7 +261,7 @@ def _export_slide(
 
 
 def _export_patient(
-    source: Source, patient_id: str, file_format: OutputFormat, dtype: Dtype | None
+    source: RunSource, patient_id: str, file_format: OutputFormat, dtype: Dtype | None
 ) -> Exported:
     metadata, path = described(source.features / "patient_embeddings", patient_id)
     values = loaded(path, patient_id, dtype)
@@ -279,7 +279,7 @@ def _export_patient(
 
 
 def _exported(
-    source: Source, sample_id: str, kind: Kind, path: Path, values: torch.Tensor, num_tiles: int | None
+    source: RunSource, sample_id: str, kind: Kind, path: Path, values: torch.Tensor, num_tiles: int | None
 ) -> Exported:
     return Exported(
         sample_id=sample_id,
@@ -350,8 +350,8 @@ def _mapping(value: object) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else {}
 
 
-#: Source, name, format, dtype (None = as it is) -> what was written.
-_EXPORTERS: Mapping[Kind, Callable[[Source, str, OutputFormat, Dtype | None], Exported]] = {
+#: RunSource, name, format, dtype (None = as it is) -> what was written.
+_EXPORTERS: Mapping[Kind, Callable[[RunSource, str, OutputFormat, Dtype | None], Exported]] = {
     "tile": _export_tiles,
     "hierarchical": _export_regions,
     "slide": _export_slide,

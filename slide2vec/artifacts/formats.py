@@ -11,7 +11,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
-import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.choices import OUTPUT_FORMATS, OutputFormat

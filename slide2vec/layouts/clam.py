@@ -56,7 +56,8 @@ def _attributes(item: Item) -> Mapping[str, int | float]:
     side = size * downsamples[level] if level < len(downsamples) else float("nan")
     if not abs(side - geometry.tile_size_lv0) <= 1:  # rounding
         raise ArtifactError(
-            f"slide {item.name}: its tiles are {geometry.tile_size_lv0} px at level 0, and {size} px at level "
-            f"{level}, which CLAM would read, are {side:.1f}: no patch_size is right for CLAM; tile it anew"
+            f"slide {item.name}: its tiles are {geometry.tile_size_lv0} px at level 0, and {size} px at "
+            f"level {level}, which CLAM would read, are {side:.1f}: no patch_size is right for CLAM; tile "
+            "it anew"
         )
     return {"patch_size": size, "patch_level": level, "downsample": downsamples[level]}

@@ -12,12 +12,13 @@ from slide2vec.artifacts.export import (
     Dtype,
     Exported,
     NotExported,
-    Source,
+    RunSource,
     check_tiles,
     described,
     found_in,
     loaded,
 )
+from slide2vec.artifacts.finite import rows_not_finite
 from slide2vec.artifacts.places import Kind
 from slide2vec.choices import LAYOUTS
 from slide2vec.errors import ArtifactError, ConfigError, ExtraMissingError, OutputError, Slide2VecError
@@ -35,7 +36,7 @@ _KINDS: dict[Kind, str] = {
     "slide": "embeddings of slides",
     "patient": "embeddings of patients",
 }
-_Found = tuple[Source, Kind, str]
+_Found = tuple[RunSource, Kind, str]
 
 
 def export_layout(
@@ -46,7 +47,8 @@ def export_layout(
     *,
     encoder: str | None = None,
 ) -> tuple[list[Exported], list[NotExported]]:
-    """Write the embeddings of a run as another tool expects them; what cannot be exported does not stop the rest.
+    """Write the embeddings of a run as another tool expects them; what cannot be exported does not stop the
+    rest.
 
     Args:
         run: output directory of a run, or its URL.
@@ -60,8 +62,8 @@ def export_layout(
         place for it.
 
     Raises:
-        ConfigError: the output is the run itself, there is no such encoder or layout, or the tool takes no such
-            dtype.
+        ConfigError: the output is the run itself, there is no such encoder or layout, or the tool takes no
+            such dtype.
         ArtifactError: the run has no embeddings.
         ExtraMissingError: a package is missing.
         OutputError: a file cannot be written.
@@ -70,7 +72,9 @@ def export_layout(
         raise ConfigError(f"layout is one of {', '.join(LAYOUTS)}, got {layout!r}")
     module = cast(LayoutModule, import_module(LAYOUTS[layout].module))
     if module.DTYPE is not None and dtype not in (None, module.DTYPE):
-        raise ConfigError(f"the layout {layout} has embeddings in {module.DTYPE} only: leave out --dtype {dtype}")
+        raise ConfigError(
+            f"the layout {layout} has embeddings in {module.DTYPE} only: leave out --dtype {dtype}"
+        )
     target = as_path(output)
     done: list[Exported] = []
     failed: list[NotExported] = []
@@ -110,13 +114,18 @@ def _item(found: _Found, run: Path, module: LayoutModule, layout: str, dtype: Dt
         if not isinstance(metadata.get(key), str):
             raise ArtifactError(f"slide {name}: its sidecar does not name {key}")
     values = loaded(path, name, dtype or module.DTYPE)
+    wrong = rows_not_finite(values)
+    if len(wrong):
+        raise ArtifactError(
+            f"{kind} {name}: its embedding {int(wrong[0])} holds NaN or infinities: embed it again"
+        )
     tiling = None if kind == "patient" else _tiling(source, kind, name, metadata)
     if tiling is not None and kind in ("tile", "hierarchical"):
         check_tiles(tiling, values, metadata)
         if not len(tiling) and not module.EMPTY:
             raise NoPlace(f"slide {name}: it has no tiles, and the layout {layout} no files of such slides")
     return Item(
-        encoder=source.encoder,
+        encoder=source.encoder or str(metadata["encoder_name"]),
         kind=kind,
         name=name,
         values=values,
@@ -127,13 +136,15 @@ def _item(found: _Found, run: Path, module: LayoutModule, layout: str, dtype: Dt
     )
 
 
-def _tiling(source: Source, kind: Kind, name: str, metadata: dict[str, Any]) -> Tiling | None:
+def _tiling(source: RunSource, kind: Kind, name: str, metadata: dict[str, Any]) -> Tiling | None:
     """The tiles of a slide; None of a slide embedding whose coordinates are not there."""
     if kind == "slide" and not coordinate_paths(source.tiles, name)[1].is_file():
         return None
     tiling = load_coordinates(source.tiles, name)
     multiple = metadata.get("region_tile_multiple")
-    return expand_regions(tiling, multiple) if kind == "hierarchical" and isinstance(multiple, int) else tiling
+    return (
+        expand_regions(tiling, multiple) if kind == "hierarchical" and isinstance(multiple, int) else tiling
+    )
 
 
 def _done(item: Item, path: Path) -> Exported:

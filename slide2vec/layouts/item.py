@@ -91,14 +91,16 @@ class LayoutModule(Protocol):
         KINDS: what the tool has a place for.
         DTYPE: of embeddings, where the tool takes one only; else None, as they are.
         EMPTY: whether it has files of slides without tiles.
+        TOGETHER: whether all encoders of a slide are in one file.
     """
 
     KINDS: Sequence[Kind]
     DTYPE: Dtype | None
     EMPTY: bool
+    TOGETHER: bool
 
     def write(self, items: Sequence[Item]) -> Path:
-        """Write what several encoders give of one slide (or patient); of one where `TOGETHER` is False.
+        """Write what an encoder gives of one slide (or patient); with `TOGETHER` what all of them give.
 
         Returns:
             The main file.
@@ -113,8 +115,8 @@ class LayoutModule(Protocol):
 
 
 def name_elsewhere(item: Item, names: Mapping[tuple[str, int], str], taken: Sequence[str] = ()) -> str:
-    """What a tool calls an encoder, so that it takes the features for its own; else a name that is none of the
-    tool's: features of another variant under its name would be taken for what they are not.
+    """What a tool calls an encoder, so that it takes the features for its own; else a name that is none of
+    the tool's: features of another variant under its name would be taken for what they are not.
 
     Args:
         names: (preset, dimension) -> the tool's name.

@@ -1,8 +1,8 @@
 """STAMP: `<encoder>/<slide>.h5`, `<encoder>-slide/<slide>.h5`, `<encoder>-pat/<patient>.h5`.
 
-Each folder is a `feature_dir` (src/stamp/modeling/data.py of version 2.5): `feats`, and of tiles `coords` in µm of
-the slide, with `unit`, `tile_size_um`, `tile_size_px` (of a tile as it was encoded) and `feat_type` at the root.
-`stamp_version` is not written: these are none of STAMP's files.
+Each folder is a `feature_dir` (src/stamp/modeling/data.py, version 2.5): `feats`, and of tiles `coords` in
+µm, `unit`, `tile_size_um`, `tile_size_px` (of a tile as it was encoded), `feat_type`. `stamp_version` is not
+written: these are none of STAMP's files.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""TRIDENT: `<mag>x_<size>px_<overlap>px_overlap/`, with `patches/<slide>_patches.h5`, `features_<encoder>/<slide>.h5`
-and `slide_features_<encoder>/<slide>.h5`.
+"""TRIDENT: `<mag>x_<size>px_<overlap>px_overlap/`, with `patches/<slide>_patches.h5`,
+`features_<encoder>/<slide>.h5` and `slide_features_<encoder>/<slide>.h5`.
 
-A `--job_dir` (trident/Processor.py), whose later tasks take what is there for done. `patch_size` is the side in
-px at the target magnification, which is 10 / µm per px; sizes at level 0 follow from the ratio of magnifications
-(trident/wsi_objects/WSIPatcher.py), so that they are written such that this gives the true one.
+A `--job_dir` (trident/Processor.py), whose later tasks take what is there for done. `patch_size` is the side
+in px at the target magnification, which is 10 / µm per px; sizes at level 0 follow from the ratio of
+magnifications (trident/wsi_objects/WSIPatcher.py): these are written such that it gives the true one.
 """
 
 from __future__ import annotations
