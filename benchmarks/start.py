@@ -39,14 +39,25 @@ FIGURES = {
 
 
 class FirstTile:
-    """A reporter that notes when the first tiles are encoded, and the seconds of the CPU until then."""
+    """A reporter that notes when the first batch is encoded, the seconds of the CPU until then, and the tiles
+    and seconds of the batches after it."""
 
     def __init__(self) -> None:
+        from slide2vec.progress import TilesEncoded
+
         self.found: Row = {}
+        self._encoded = TilesEncoded
 
     def emit(self, event: object) -> None:
-        if type(event).__name__ == "TilesEncoded" and not self.found:
-            self.found = {"first_tile_at": time.monotonic(), "first_tile_cpu_s": time.process_time()}
+        if not isinstance(event, self._encoded):
+            return
+        now, found = time.monotonic(), self.found
+        if not found:
+            cpu_s = time.process_time()
+            found.update(first_tile_at=now, first_tile_cpu_s=cpu_s, later_tiles=0, later_s=0.0)
+            return
+        found["later_tiles"] += event.count
+        found["later_s"] = now - found["first_tile_at"]
 
     def close(self) -> None:
         pass

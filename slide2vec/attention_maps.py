@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -13,43 +13,115 @@ import torch
 from slide2vec.cohort.sink import MemorySink
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import SlideAttention
-from slide2vec.encoders.attention import AttentionEncoder, encode_tiles_attention
+from slide2vec.encoders import attention
+from slide2vec.encoders.attention import AttentionEncoder
 from slide2vec.encoders.input_size import for_input
 from slide2vec.errors import ConfigError
 from slide2vec.files import atomic_path
-from slide2vec.pictures import attention_map, attention_overlay
+from slide2vec.pictures import attention_key, attention_map, attention_overlay, with_footer
 from slide2vec.readers import open_and_use, open_slide
 from slide2vec.runtime.torch_engine import DTYPES
-from slide2vec.slides import Slide
+from slide2vec.slides import Slide, SlideLike, as_slide
 from slide2vec.tiling.given import tiling_at
 from slide2vec.tiling.previews import thumbnail
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from slide2vec.readers import SlideReader
     from slide2vec.tile_embedder import TileEmbedder
     from slide2vec.tiling import Tiling
 
-__all__ = ["attention_of_batch", "attention_of_slide", "draw_attention", "with_attention", "write_attention"]
+__all__ = [
+    "attention_maps",
+    "attention_of_slide",
+    "draw_attention",
+    "encode_tiles_attention",
+    "with_attention",
+    "write_attention",
+]
 
 #: Longer side of a picture.
 PICTURE_PX = 2048
 
 
-def attention_of_batch(embedder: TileEmbedder, batch: Tensor, **asked: Any) -> Tensor:
-    """Maps (B, K, h, w) float32 of normalised tiles (B, 3, H, W), on the encoder's device.
+class TileModel(Protocol):
+    """A model of tiles, as far as attention maps need it."""
 
-    Raises:
-        UnsupportedError, ConfigError: as of `encode_tiles_attention`; or the backbone takes no such tiles.
+    def resolve_preprocessing(self, config: PreprocessingConfig | None = None) -> PreprocessingConfig: ...
+
+
+class AttentionModel(Protocol):
+    """A model of any level, as far as attention maps of its tiles need it."""
+
+    @property
+    def tile_model(self) -> TileModel: ...
+
+    @property
+    def tile_encoding(self) -> TileEmbedder: ...
+
+
+def encode_tiles_attention(
+    self: AttentionModel,
+    batch: torch.Tensor,
+    *,
+    blocks: Sequence[int] = (-1,),
+    include_registers: bool = False,
+    mean_heads: bool = False,
+) -> torch.Tensor:
+    """Attention of the class token to the patches of normalised tiles: (B, 3, H, W) -> (B, K, h, w).
+
+    See `slide2vec.encoders.attention.encode_tiles_attention`, also for the errors.
     """
+    embedder = self.tile_encoding
     encoder, device, precision = embedder.encoder, embedder.device, embedder.precision
     for side in dict.fromkeys(batch.shape[2:]):
         for_input(embedder.recipe, encoder, side, f"a batch of {tuple(batch.shape)}")
     converts = torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
     with torch.inference_mode(), converts:
-        return encode_tiles_attention(encoder.to(device), batch.to(device), **asked)
+        return attention.encode_tiles_attention(
+            encoder.to(device),
+            batch.to(device),
+            blocks=blocks,
+            include_registers=include_registers,
+            mean_heads=mean_heads,
+        )
+
+
+def attention_maps(
+    self: AttentionModel,
+    slide: SlideLike,
+    preprocessing: PreprocessingConfig | None = None,
+    execution: ExecutionOptions | None = None,
+    *,
+    at: Sequence[tuple[int, int]] | None = None,
+    blocks: Sequence[int] = (-1,),
+    include_registers: bool = False,
+    mean_heads: bool = True,
+) -> SlideAttention:
+    """Attention maps of a slide's tiles, with their embeddings from the same pass; on the model's device.
+
+    Args:
+        slide, preprocessing, execution: as for `embed_slide`; larger tiles, where the backbone takes
+            them, are asked for as `requested_tile_size_px`.
+        at: (x, y) of the tiles wanted, level-0 px of their top-left corners; None = all that hold
+            tissue. A map of 16 x 16 patches takes 1 KB of memory per tile and channel.
+        blocks, include_registers, mean_heads: see `encode_tiles_attention`.
+
+    Raises:
+        UnsupportedError, ConfigError: as of `encode_tiles_attention`.
+        SlideError: the slide cannot be embedded, or a place is not on it.
+    """
+    return attention_of_slide(
+        self.tile_encoding,
+        as_slide(slide),
+        self.tile_model.resolve_preprocessing(preprocessing),
+        execution or ExecutionOptions(),
+        at,
+        blocks=blocks,
+        include_registers=include_registers,
+        mean_heads=mean_heads,
+    )
 
 
 def attention_of_slide(
@@ -64,10 +136,10 @@ def attention_of_slide(
 
     Args:
         config: with requested_spacing_um and requested_tile_size_px resolved.
-        at: see `Model.attention_maps`.
+        at: see `attention_maps`.
 
     Raises:
-        UnsupportedError, ConfigError, SlideError: as of `Model.attention_maps`.
+        UnsupportedError, ConfigError, SlideError: as of `attention_maps`.
     """
     size = config.requested_tile_size_px
     assert size is not None
@@ -133,7 +205,8 @@ def _order(x: NDArray[Any], y: NDArray[Any], at: Sequence[tuple[int, int]]) -> N
 def draw_attention(
     attention: SlideAttention, *, tile: int | None = None, channel: int | None = None, backend: str = "auto"
 ) -> NDArray[np.uint8]:
-    """The tissue with attention over it, (h, w, 3) uint8 RGB of at most 2,048 px a side.
+    """The tissue with attention over it, (h, w, 3) uint8 RGB of at most 2,048 px a side; of a slide, with
+    what its colours mean in a strip below.
 
     Args:
         tile: index of one tile; None = the whole slide with all of them.
@@ -157,7 +230,9 @@ def draw_attention(
             return attention_overlay(_read_square(reader, corner, attention.tile_size_lv0), heat[tile])
         background = thumbnail(reader, max(reader.dimensions) / PICTURE_PX)
         dimensions = reader.dimensions
-    return attention_map(heat, attention.x, attention.y, attention.tile_size_lv0, dimensions, background)
+    drawn = attention_map(heat, attention.x, attention.y, attention.tile_size_lv0, dimensions, background)
+    line = f"attention of {len(attention.maps):,} tiles, the most at the top of the bar"
+    return with_footer(drawn, [line], key=attention_key()) if len(heat) else drawn
 
 
 def write_attention(path: Path, attention: SlideAttention) -> Path:

@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from slide2vec.errors import ConfigError
+from slide2vec.frames import SlideFrame, anndata_of, spatialdata_of
+from slide2vec.labels import class_name
+from slide2vec.slides import Slide
 
 if TYPE_CHECKING:
-    import numpy as np
+    import anndata
+    import spatialdata
     import torch
     from numpy.typing import NDArray
+    from PIL.Image import Image
+
+    from slide2vec.tiling.slide_pictures import PictureKind
+    from slide2vec.tiling.types import Tiling
 
 __all__ = ["EmbeddedPatient", "EmbeddedSlide", "SlideAttention"]
 
@@ -34,6 +46,8 @@ class EmbeddedSlide:
         annotation: the class that the tiles are of, where masks sample classes ("merged": all of them); else
             "tissue". One slide then has an EmbeddedSlide per class.
         tile_x, tile_y: (R, m²) int64, top-left corners of the tiles of regions in level-0 px; else None.
+        tiling: how the tiles came about: sizes and spacings, tissue fractions, segmentation; None where they
+            were not made by a model.
     """
 
     sample_id: str
@@ -51,6 +65,88 @@ class EmbeddedSlide:
     tile_x: NDArray[np.int64] | None = None
     tile_y: NDArray[np.int64] | None = None
     annotation: str | None = None
+    tiling: Tiling | None = None
+
+    def plot(self, kind: PictureKind = "map", *, size_px: int = 1024) -> Image:
+        """A picture of the slide, with what it shows, a scale bar and a key below it.
+
+        The slide is opened again. A PIL image is what it gives because that needs nothing else: a notebook
+        shows it, `.save("map.png")` writes it, and `np.asarray` or `plt.imshow` take it.
+
+        Args:
+            kind: "map": tiles coloured by principal components of their embeddings, alike where these are;
+                "tiles": their outlines; "tissue": the outline of what was taken for tissue.
+            size_px: longer side of the picture without the words.
+
+        Raises:
+            ConfigError: there is no such kind, or the slide was made without its tiling.
+            SlideError: the slide cannot be read, or is another one by now.
+        """
+        from PIL import Image
+
+        from slide2vec.tiling.slide_pictures import draw_slide
+
+        tiling = self.tiling
+        if tiling is None:
+            raise ConfigError(
+                f"slide {self.sample_id}: plot needs its tiling, which slides that a model embeds have: "
+                "model.embed_slide(path).plot()"
+            )
+        slide = Slide(
+            sample_id=class_name(tiling.annotation, self.sample_id),
+            image_path=self.image_path,
+            mask_path=self.mask_path,
+            spacing_at_level_0=tiling.spacing_at_level_0,
+        )
+        embeddings = self.tile_embeddings.detach().cpu().float().flatten(0, -2).numpy()
+        return Image.fromarray(draw_slide(kind, slide, tiling, embeddings, size_px))
+
+    def to_anndata(self) -> anndata.AnnData:
+        """The tiles as an AnnData: `X` (N, D) float32; `obs` with sample_id, x, y, tile_size_lv0, and where they are
+        known tissue_fraction, region and what `qc` measured; `obsm["spatial"]` (N, 2), the centres of the tiles in
+        level-0 px; `uns["slides"]` what is known of the slide, `uns["slide_embedding"]` where there is one.
+
+        Raises:
+            ExtraMissingError: anndata is not installed (extra `anndata`).
+        """
+        return anndata_of([self._frame()], self._own_vector())
+
+    def to_spatialdata(self) -> spatialdata.SpatialData:
+        """The tiles as a SpatialData: `shapes["tiles"]`, squares in level-0 px (coordinate system "global"), and the
+        table "embeddings", as `to_anndata` has it. Empty where there are no tiles.
+
+        Raises:
+            ExtraMissingError: spatialdata is not installed (extra `spatialdata`).
+        """
+        return spatialdata_of([self._frame()], self._own_vector())
+
+    def _own_vector(self) -> dict[str, Any]:
+        vector = self.slide_embedding
+        return {} if vector is None else {"slide_embedding": vector.detach().cpu().float().numpy()}
+
+    def _frame(self) -> SlideFrame:
+        x, y = (self.x, self.y) if self.tile_x is None else (self.tile_x, self.tile_y)
+        columns: dict[str, NDArray[Any]] = {}
+        about: dict[str, Any] = {"image_path": str(self.image_path), "annotation": self.annotation}
+        if self.tile_x is not None:
+            columns["region"] = np.arange(len(self.tile_x)).repeat(self.tile_x.shape[1])
+        if self.tiling is not None:
+            geometry = self.tiling.geometry
+            columns |= {"tissue_fraction": self.tiling.tissue_fractions, **self.tiling.artefacts}
+            about |= {
+                "base_spacing_um": geometry.base_spacing_um,
+                "requested_spacing_um": geometry.requested_spacing_um,
+                "requested_tile_size_px": geometry.requested_tile_size_px,
+            }
+        return SlideFrame(
+            sample_id=class_name(self.annotation, self.sample_id),
+            features=self.tile_embeddings.detach().cpu().float().flatten(0, -2).numpy(),
+            x=x.ravel(),
+            y=y.ravel(),
+            tile_size_lv0=self.tile_size_lv0,
+            columns={name: values for name, values in columns.items() if len(values) == x.size},
+            about=about,
+        )
 
     def __repr__(self) -> str:
         of_class = "" if self.annotation in (None, "tissue") else f", annotation={self.annotation!r}"

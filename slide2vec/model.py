@@ -5,53 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal, Self, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
 import torch
 
-from slide2vec.aggregate import (
-    Aggregator,
-    aggregate_stored,
-    embed_groups,
-    embed_in_order,
-    embed_one,
-    embed_or_raise,
-    group_slides,
-    one_patient,
-    patient_embedding,
-    with_slide_embedding,
-)
-from slide2vec.attention_maps import attention_of_batch, attention_of_slide
+import slide2vec.attention_maps as attention
+from slide2vec import aggregate, images
+from slide2vec.aggregate import patient_embedding, require_patient_level, with_slide_embedding
+from slide2vec.artifacts.places import with_output_dir
 from slide2vec.cohort import embed_tiles
 from slide2vec.cohort.sink import MemorySink
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
-from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide, SlideAttention
+from slide2vec.embedded import EmbeddedSlide
 from slide2vec.encoders.clip_text import ClipTextEncoder, embed_texts, load_text_encoder
 from slide2vec.encoders.given_module import register_module
 from slide2vec.encoders.late import AnyEncoder, as_module, handed_over, held_bytes, release, weights_bytes
 from slide2vec.encoders.preset_chain import PartsWeights, load_parts, loader_of, tile_recipe
 from slide2vec.encoders.registered import code_identity, refuse_overlap
 from slide2vec.encoders.weights import weights_digest
-from slide2vec.errors import ConfigError, ModelLevelError
-from slide2vec.images import (
-    DenseImageOptions,
-    DenseOptions,
-    ImageLike,
-    SlideRegions,
-    dense_identity_differences,
-    embed_images,
-    embed_images_dense,
-    embed_regions_dense,
-    pooled_identity_differences,
-    prepare_dense_encoder,
-    save_patch_tokens,
-)
-from slide2vec.manifests import SlidesLike, by_class, classes_of, given_slides
+from slide2vec.errors import ConfigError
+from slide2vec.manifests import SlidesLike, by_class, given_slides
 from slide2vec.progress import RunStarted, active_reporter, live_progress, metered
 from slide2vec.recipes import Recipe, load_recipe
 from slide2vec.runtime import devices_for, is_numbered, pick_device, resolve_precision
 from slide2vec.scale import workers_for
-from slide2vec.slides import Slide, SlideLike, as_slide
+from slide2vec.slides import Slide
 from slide2vec.stream import SlideOutcome, SlideQueue
 from slide2vec.stream.plan import check_archives_here
 from slide2vec.tile_embedder import TileEmbedder
@@ -59,23 +37,23 @@ from slide2vec.tile_embedder import TileEmbedder
 if TYPE_CHECKING:
     from torch import nn
 
-    from slide2vec.artifacts import (
-        DenseImageArtifact,
-        DenseRegionArtifact,
-        ImageEmbeddingArtifact,
-        PatientEmbeddingArtifact,
-        SlideEmbeddingArtifact,
-        TileEmbeddingArtifact,
-        TileFeaturesLike,
-    )
+    from slide2vec.artifacts import TileEmbeddingArtifact
     from slide2vec.cohort.run import OnPersisted
     from slide2vec.cohort.sink import Sink
     from slide2vec.compile.gain import Gain
-    from slide2vec.images import DenseEncodeKit, PatchTokensArtifact
     from slide2vec.scale import WorkerExecutor, WorkerPools
     from slide2vec.tiling import Tiling
 
 __all__ = ["Model"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _method(function: _Function) -> _Function:
+    """A function of another room as a method of Model, which help(), tracebacks and pickle show as such."""
+    function.__module__, function.__qualname__ = __name__, f"Model.{function.__name__}"
+    function.__annotations__.pop("self", None)
+    return function
 
 
 class Model:
@@ -250,9 +228,9 @@ class Model:
         return self._tile_embedder
 
     @property
-    def _tile_model(self) -> Model:
+    def tile_model(self) -> Model:
         """The model of tiles at its bottom: itself, for tile-level presets."""
-        return self if self.upstream is None else self.upstream._tile_model
+        return self if self.upstream is None else self.upstream.tile_model
 
     def identity(
         self, execution: ExecutionOptions | None = None, tile_size_px: int | None = None
@@ -294,83 +272,6 @@ class Model:
         """Wait until the weights of tiles are certainly what `identity` says; raises WeightsError else."""
         self._tile_embedder.confirm_weights()
 
-    @overload
-    def embed_slide(
-        self,
-        slide: SlideLike,
-        preprocessing: PreprocessingConfig | None = None,
-        execution: ExecutionOptions | None = None,
-        *,
-        annotation: str | None = None,
-        spacing_at_level_0: float | None = None,
-    ) -> EmbeddedSlide: ...
-    @overload
-    def embed_slide(
-        self,
-        slide: SlideLike,
-        preprocessing: PreprocessingConfig | None = None,
-        execution: ExecutionOptions | None = None,
-        *,
-        annotation: list[str],
-        spacing_at_level_0: float | None = None,
-    ) -> list[EmbeddedSlide]: ...
-    def embed_slide(
-        self,
-        slide: SlideLike,
-        preprocessing: PreprocessingConfig | None = None,
-        execution: ExecutionOptions | None = None,
-        *,
-        annotation: str | list[str] | None = None,
-        spacing_at_level_0: float | None = None,
-    ) -> EmbeddedSlide | list[EmbeddedSlide]:
-        """Embed one slide.
-
-        Args:
-            slide: a path, a mapping (image_path, and optionally sample_id, mask_path,
-                spacing_at_level_0, patient_id) or a Slide.
-            preprocessing: tiling and reading; None = the preset's spacing and tile size.
-            execution: batch size, precision, threads, output directory.
-            annotation: which class, where `preprocessing.masks` samples several; of a list, an EmbeddedSlide
-                for each, in its order.
-            spacing_at_level_0: µm/px, where the file's own is missing or wrong.
-
-        Raises:
-            SlideError: the slide cannot be embedded, and why.
-            ConfigError: the class is not sampled, or several are and none is named.
-        """
-        masks = self.resolve_preprocessing(preprocessing).masks
-        asked = classes_of(as_slide(slide, spacing_at_level_0), masks, annotation)
-        found = embed_or_raise(asked, self.iter_slides(asked, preprocessing, execution))
-        return found if isinstance(annotation, list) else found[0]
-
-    def embed_slides(
-        self,
-        slides: SlidesLike,
-        preprocessing: PreprocessingConfig | None = None,
-        execution: ExecutionOptions | None = None,
-        *,
-        annotations: Sequence[str] | None = None,
-        on_error: Literal["raise", "skip"] = "raise",
-    ) -> list[EmbeddedSlide]:
-        """Embed several slides, packed into common batches; results in input order.
-
-        A slide without tissue is there with (0, D) embeddings. A slide that fails never stops the
-        others. Where `preprocessing.masks` samples several classes, a slide has one result for each, one
-        after the other, in the order of `masks.min_coverage`; `EmbeddedSlide.annotation` says which.
-
-        Args:
-            slides: as for `embed_slide`; or a pandas.DataFrame with the columns of a manifest.
-            annotations: only these classes, in this order; None = all that are sampled.
-            on_error: "raise" an EmbedSlidesError after all slides are complete, which carries the
-                results of the good ones; or "skip" the failed ones (they are logged).
-
-        Raises:
-            EmbedSlidesError: some slides failed, or the run itself broke off after some were finished.
-            ManifestError: a slide is not well given, or two have one sample_id.
-        """
-        asked = by_class(given_slides(slides), self.resolve_preprocessing(preprocessing).masks, annotations)
-        return embed_in_order(asked, self.iter_slides(asked, preprocessing, execution), on_error)
-
     def iter_slides(
         self,
         slides: SlidesLike,
@@ -385,7 +286,7 @@ class Model:
         execution = execution or ExecutionOptions()
         config = self.resolve_preprocessing(preprocessing)
         if not config.on_the_fly or config.save_tiles:
-            _require_output_dir(execution, "on_the_fly=False" if not config.on_the_fly else "save_tiles=True")
+            with_output_dir(execution, "on_the_fly=False" if not config.on_the_fly else "save_tiles=True")
         check_archives_here(config, execution.output_dir)
         todo = by_class(given_slides(slides), config.masks)
         self.decide_engine(todo, config, execution)
@@ -404,15 +305,11 @@ class Model:
         Raises:
             ConfigError: there are not so many devices, or workers cannot load the model.
         """
-        workers = self._workers(sink.execution)
+        workers = self.workers(sink.execution)
         if workers is not None:
             return workers.embed_into(sink, slides)
         active_reporter().emit(RunStarted(len(slides), self.name))
         return self.embed_here(sink, slides)
-
-    def in_workers(self, execution: ExecutionOptions) -> bool:
-        """Whether workers would embed, on several devices or machines, rather than this process."""
-        return self._workers(execution) is not None
 
     def devices_here(self, execution: ExecutionOptions) -> tuple[str, ...]:
         """Devices of this machine that a run uses, "cuda:1" or "cpu"; none where a cluster does it."""
@@ -434,7 +331,7 @@ class Model:
             slides,
             config,
             execution,
-            alone=execution.shard is None and not self.in_workers(execution),
+            alone=execution.shard is None and self.workers(execution) is None,
             precision_asked=self._precision_asked or execution.precision is not None,
         )
 
@@ -463,7 +360,8 @@ class Model:
         """What an engine would bring that `decide_engine` builds where it pays; None where it builds none."""
         return self._tile_embedder.gain_of_build(execution, config.requested_tile_size_px)
 
-    def _workers(self, execution: ExecutionOptions) -> WorkerExecutor | None:
+    def workers(self, execution: ExecutionOptions) -> WorkerExecutor | None:
+        """Who would embed on several devices or machines; None: this process."""
         chosen = is_numbered(self.origin.get("device", "cuda:0"))
         return workers_for(self, self._loader, self.device, execution, self._pools, chosen=chosen)
 
@@ -492,7 +390,7 @@ class Model:
             ModelLevelError: the preset is none of patients.
             PatientError: the patient encoder failed.
         """
-        self._require_patient_level("patient_embedding")
+        require_patient_level(self, "patient_embedding")
         return patient_embedding(slides, self._on_device, self.device, preset=self.name)
 
     def resolve_preprocessing(self, config: PreprocessingConfig | None = None) -> PreprocessingConfig:
@@ -508,7 +406,7 @@ class Model:
             raise ConfigError(
                 f"preset {self.name} is {self.level}-level and takes all tiles of a slide: regions "
                 f"(region_tile_multiple, requested_region_size_px) are for tile-level presets, such as "
-                f"{self._tile_model.name}"
+                f"{self.tile_model.name}"
             )
         if self.level == "patient" and config.masks.by_class and config.masks.output_mode != "merged":
             raise ConfigError(
@@ -550,202 +448,29 @@ class Model:
             OutputError, OutputLockedError: the output directory cannot be written to.
         """
         todo, config = given_slides(slides), self.resolve_preprocessing(preprocessing)
-        execution = _require_output_dir(execution, "embed_tiles")
+        execution, _ = with_output_dir(execution, "embed_tiles")
         self.decide_engine(todo, config, execution)
-        made = embed_tiles(self._tile_model, todo, config, execution, tiling_results, on_slide_persisted)
+        made = embed_tiles(self.tile_model, todo, config, execution, tiling_results, on_slide_persisted)
+        tiles = cast("list[TileEmbeddingArtifact]", made)
         if execution.save_patch_tokens:
-            save_patch_tokens(self._tile_model, made, execution)
-        return cast("list[TileEmbeddingArtifact]", made)
+            self.save_patch_tokens(tiles, execution=execution)
+        return tiles
 
-    def save_patch_tokens(
-        self,
-        tile_artifacts: Iterable[TileEmbeddingArtifact],
-        *,
-        execution: ExecutionOptions | None = None,
-        on_error: Literal["raise", "skip"] = "raise",
-    ) -> list[PatchTokensArtifact]:
-        """Write the patch tokens of every tile of slides that `embed_tiles` or a Pipeline has embedded:
-        `patch_tokens/<sample_id>.npy`, (N, d, rows, columns) float16, in the order of their tiles. The slides
-        are read, and the tiles encoded, once more; memory does not grow with their number.
-
-        Raises:
-            EmbedSlidesError: some slides failed, or (`on_error="skip"`) are left out.
-            ConfigError, UnsupportedError: the encoder has no patch tokens of such tiles.
-        """
-        return save_patch_tokens(self._tile_model, tile_artifacts, execution, on_error)
-
-    def aggregate_tiles(
-        self,
-        tile_artifacts: Iterable[TileFeaturesLike],
-        *,
-        preprocessing: PreprocessingConfig | None = None,
-        execution: ExecutionOptions | None = None,
-        aggregator: Aggregator | None = None,
-        patient_id_map: Mapping[str, str] | None = None,
-    ) -> list[SlideEmbeddingArtifact] | list[PatientEmbeddingArtifact]:
-        """Slide (or patient) embeddings from tile embeddings that are on disk, without reading a slide.
-
-        Args:
-            tile_artifacts: of `embed_tiles` or `Pipeline.run`; or what other tools wrote: paths, or
-                `TileFeatures` that say where coordinates are and how large tiles are.
-            preprocessing: not needed; accepted for symmetry.
-            execution: its output_dir is where `slide_embeddings/` or `patient_embeddings/` goes.
-            aggregator: instead of a slide encoder, for embeddings of any tile preset: "mean" or "max" over
-                the tiles, or "top_tissue", the mean of the tiles with the most tissue.
-            patient_id_map: sample_id -> patient_id, for patient-level models; else `TileFeatures` say it,
-                else every slide is a patient of its own.
-
-        Returns:
-            An artifact per slide, in input order; of patient-level models one per patient, in order of
-            first appearance.
-
-        Raises:
-            ModelLevelError: a tile-level model and no aggregator.
-            ArtifactError: tile embeddings cannot be read or are not of the preset's tile encoder, or there
-                are none (a slide without tissue).
-            SlideError, PatientError: an encoder failed.
-        """
-        execution = _require_output_dir(execution, "aggregate_tiles")
-        return aggregate_stored(self, tile_artifacts, execution, aggregator, patient_id_map)
-
-    def embed_images(
-        self,
-        images: Iterable[ImageLike],
-        *,
-        execution: ExecutionOptions | None = None,
-        on_error: Literal["raise", "skip"] = "raise",
-    ) -> list[ImageEmbeddingArtifact]:
-        """Embed ready images onto disk, each with the transform that the encoder was published with, to
-        `image_embeddings/<sample_id>`; in input order. What an earlier call did in the same way stays.
-
-        Args:
-            images: `ImageSpec`s, paths, or mappings with the fields of ImageSpec; on disk or in memory.
-            execution: its output_dir is where files go.
-            on_error: "raise" an EmbedImagesError when all others are there, or "skip" failed images.
-
-        Raises:
-            EmbedImagesError: some images cannot be read, or have no finite embedding.
-            ConfigError: a ValueError: an earlier embedding of a sample_id was made in another way, or of
-                another image (see `ExecutionOptions.on_image_mismatch`).
-            ManifestError: a ValueError: ids are not unique, or there is a spacing, which means nothing here.
-            ModelLevelError: a ValueError: the preset is not tile-level.
-        """
-        return embed_images(self, images, execution, on_error)
-
-    def embed_regions_dense(
-        self,
-        regions: Iterable[SlideRegions],
-        *,
-        dense: DenseOptions,
-        execution: ExecutionOptions | None = None,
-        on_error: Literal["raise", "skip"] = "raise",
-    ) -> list[DenseRegionArtifact]:
-        """Write a grid of patch tokens (d, rows, columns) of each region of slides, to
-        `dense_embeddings/[<class>/]<sample_id>/<x>_<y>.pt`; in input order. What an earlier call did in the
-        same way stays.
-
-        Raises:
-            EmbedImagesError: some regions cannot be read; the others are there. See `embed_images`.
-            ConfigError: a ValueError: the encoder does not take such regions or windows.
-            UnsupportedError: a NotImplementedError: it has no such tokens.
-            ManifestError, ModelLevelError: ValueErrors, as for `embed_images`.
-        """
-        return embed_regions_dense(self, regions, dense, execution, on_error)
-
-    def embed_images_dense(
-        self,
-        images: Iterable[ImageLike],
-        *,
-        dense: DenseImageOptions,
-        execution: ExecutionOptions | None = None,
-        on_error: Literal["raise", "skip"] = "raise",
-    ) -> list[DenseImageArtifact]:
-        """As `embed_regions_dense`, of whole ready images, to `dense_image_embeddings/<sample_id>.pt`. They
-        are normalised, never cropped or enlarged; PNG, JPEG and pixels in memory need a spacing."""
-        return embed_images_dense(self, images, dense, execution, on_error)
-
-    def prepare_dense_encoder(
-        self, *, dense: DenseOptions | DenseImageOptions, execution: ExecutionOptions | None = None
-    ) -> DenseEncodeKit:
-        """Dense features of pictures in memory, batch by batch; nothing is written. What `dense` says of
-        reading (spacing, tolerance, backend) is ignored; errors are as for `embed_regions_dense`."""
-        return prepare_dense_encoder(self, dense, execution)
-
-    def pooled_identity_differences(
-        self,
-        recorded: Mapping[str, Any],
-        *,
-        preprocessing: PreprocessingConfig | None,
-        execution: ExecutionOptions | None = None,
-        encoded_pixels: bool = True,
-    ) -> dict[str, tuple[Any, Any]]:
-        """Where the `compatibility` of a sidecar of tiles, slides or (preprocessing=None) ready images
-        differs from what would be made now: {field: (recorded, current)}, `MISSING_FIELD` for one that is
-        not recorded.
-        What is of a single slide (its file, its spacing) is left out; the transform, too, where nothing was
-        encoded (encoded_pixels=False)."""
-        return pooled_identity_differences(self, recorded, preprocessing, execution, encoded_pixels)
-
-    def dense_identity_differences(
-        self,
-        recorded: Mapping[str, Any],
-        *,
-        dense: DenseOptions | DenseImageOptions,
-        execution: ExecutionOptions | None = None,
-    ) -> dict[str, tuple[Any, Any]]:
-        """As `pooled_identity_differences`, of sidecars of dense features. Raises what making them would."""
-        return dense_identity_differences(self, recorded, dense, execution)
-
-    def attention_maps(
-        self,
-        slide: SlideLike,
-        preprocessing: PreprocessingConfig | None = None,
-        execution: ExecutionOptions | None = None,
-        *,
-        at: Sequence[tuple[int, int]] | None = None,
-        blocks: Sequence[int] = (-1,),
-        include_registers: bool = False,
-        mean_heads: bool = True,
-    ) -> SlideAttention:
-        """Attention maps of a slide's tiles, with their embeddings from the same pass; on the model's device.
-
-        Args:
-            slide, preprocessing, execution: as for `embed_slide`; larger tiles, where the backbone takes
-                them, are asked for as `requested_tile_size_px`.
-            at: (x, y) of the tiles wanted, level-0 px of their top-left corners; None = all that hold
-                tissue. A map of 16 x 16 patches takes 1 KB of memory per tile and channel.
-            blocks, include_registers, mean_heads: see `encode_tiles_attention`.
-
-        Raises:
-            UnsupportedError, ConfigError: as of `encode_tiles_attention`.
-            SlideError: the slide cannot be embedded, or a place is not on it.
-        """
-        config, asked = self._tile_model.resolve_preprocessing(preprocessing), as_slide(slide)
-        return attention_of_slide(
-            self._tile_embedder,
-            asked,
-            config,
-            execution or ExecutionOptions(),
-            at,
-            blocks=blocks,
-            include_registers=include_registers,
-            mean_heads=mean_heads,
-        )
-
-    def encode_tiles_attention(
-        self,
-        batch: torch.Tensor,
-        *,
-        blocks: Sequence[int] = (-1,),
-        include_registers: bool = False,
-        mean_heads: bool = False,
-    ) -> torch.Tensor:
-        """Attention of the class token to the patches of normalised tiles: (B, 3, H, W) -> (B, K, h, w).
-
-        See `slide2vec.encoders.attention.encode_tiles_attention`, also for the errors.
-        """
-        asked = {"blocks": blocks, "include_registers": include_registers, "mean_heads": mean_heads}
-        return attention_of_batch(self._tile_embedder, batch, **asked)
+    # Each is written in the room that does the work, for what it needs of a model.
+    embed_slide = _method(aggregate.embed_slide)
+    embed_slides = _method(aggregate.embed_slides)
+    save_patch_tokens = _method(images.save_patch_tokens)
+    aggregate_tiles = _method(aggregate.aggregate_tiles)
+    embed_patient = _method(aggregate.embed_patient)
+    embed_patients = _method(aggregate.embed_patients)
+    embed_images = _method(images.embed_images)
+    embed_images_dense = _method(images.embed_images_dense)
+    embed_regions_dense = _method(images.embed_regions_dense)
+    prepare_dense_encoder = _method(images.prepare_dense_encoder)
+    dense_identity_differences = _method(images.dense_identity_differences)
+    pooled_identity_differences = _method(images.pooled_identity_differences)
+    attention_maps = _method(attention.attention_maps)
+    encode_tiles_attention = _method(attention.encode_tiles_attention)
 
     def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
         """Embed texts into the space of the tile embeddings, for presets with a text side.
@@ -765,69 +490,3 @@ class Model:
     def _text_encoder(self) -> ClipTextEncoder:
         weights, seed = self.origin.get("weights"), self.origin.get("seed", 0)
         return load_text_encoder(self.recipe, self.variant, weights, seed).to(self.device)
-
-    def embed_patient(
-        self,
-        slides: SlidesLike,
-        patient_id: str | None = None,
-        *,
-        preprocessing: PreprocessingConfig | None = None,
-        execution: ExecutionOptions | None = None,
-        on_error: Literal["raise", "skip"] = "raise",
-    ) -> EmbeddedPatient:
-        """Embed one patient from all their slides.
-
-        Args:
-            slides: as for `embed_slides`.
-            patient_id: None = that of the slides, else the sample_id of the first.
-            on_error: "raise" when a slide fails, or "skip" it and embed the patient from the others.
-
-        Raises:
-            ModelLevelError: a ValueError, on a model that is not patient-level.
-            ManifestError: a ValueError: slides name different patients, or two have one sample_id.
-            PatientError: slides failed.
-        """
-        self._require_patient_level("embed_patient")
-        theirs = one_patient(given_slides(slides), patient_id)
-        outcomes = self.iter_slides(theirs, preprocessing, execution)
-        return embed_one(theirs, outcomes, self.patient_embedding, on_error)
-
-    def embed_patients(
-        self,
-        slides: SlidesLike,
-        patient_id_map: Mapping[str, str] | None = None,
-        *,
-        preprocessing: PreprocessingConfig | None = None,
-        execution: ExecutionOptions | None = None,
-        on_error: Literal["raise", "skip"] = "raise",
-    ) -> list[EmbeddedPatient]:
-        """Embed several patients, each from all their slides; one result each, in order of first appearance.
-
-        Args:
-            slides: as for `embed_slides`; their patient_id counts, and without one their sample_id.
-            patient_id_map: sample_id -> patient_id, which counts over that of the slides.
-            on_error: "raise" an EmbedPatientsError at the end when slides failed, which carries the other
-                patients; or "skip" these slides, and the patients who have no other.
-
-        Raises:
-            ModelLevelError: a ValueError, on a model that is not patient-level.
-            ManifestError: a ValueError: two slides have one sample_id, or the map names others.
-            EmbedPatientsError: some patients failed.
-        """
-        self._require_patient_level("embed_patients")
-        asked = group_slides(given_slides(slides), patient_id_map)
-        outcomes = self.iter_slides(asked, preprocessing, execution)
-        return embed_groups(asked, outcomes, self.patient_embedding, on_error)
-
-    def _require_patient_level(self, method: str) -> None:
-        if self.level != "patient":
-            raise ModelLevelError(
-                f"{method} needs a patient-level preset; {self.name} is {self.level}-level: use "
-                "embed_slide(s)"
-            )
-
-
-def _require_output_dir(execution: ExecutionOptions | None, what: str) -> ExecutionOptions:
-    if execution is None or execution.output_dir is None:
-        raise ConfigError(f"{what} writes files: give ExecutionOptions(output_dir=…)")
-    return execution

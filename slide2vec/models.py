@@ -24,6 +24,7 @@ from slide2vec.progress import active_reporter, live_progress, metered
 from slide2vec.progress.together import TogetherReporter
 from slide2vec.recipes import load_recipe
 from slide2vec.runtime import pick_device
+from slide2vec.scale import in_one_pool
 from slide2vec.slides import SlideLike, as_slide
 from slide2vec.stream import SlideOutcome
 from slide2vec.tile_embedder import batch_bytes
@@ -31,6 +32,7 @@ from slide2vec.tile_embedder import batch_bytes
 if TYPE_CHECKING:
     import torch
 
+    from slide2vec.scale import WorkerExecutor, WorkerPools
     from slide2vec.slides import Slide
     from slide2vec.stream.shared_slides import Share
 
@@ -57,6 +59,8 @@ class Models(Mapping[str, Model]):
         if not named:
             raise ConfigError("no model was given")
         self._models = dict(named)
+        #: Workers that have all of them, and wait for the next call.
+        self._pools: WorkerPools = models._pools if isinstance(models, Models) else {}
 
     @classmethod
     def from_presets(
@@ -218,15 +222,26 @@ class Models(Mapping[str, Model]):
             )
         return groups
 
-    def take_turns(self, execution: ExecutionOptions) -> bool:
-        """Whether the models embed one after the other, each reading the slides for itself: where workers do,
-        on several devices or machines. Says so in the log."""
-        if len(self) == 1 or not any(model.in_workers(execution) for model in self.values()):
+    def workers(self, execution: ExecutionOptions) -> WorkerExecutor | None:
+        """Who would embed on several devices or machines, with all of the models in each worker; None: this
+        process."""
+        return in_one_pool({name: model.workers(execution) for name, model in self.items()}, self._pools)
+
+    def take_turns(self, execution: ExecutionOptions, slides: int | None = None) -> bool:
+        """Whether the models embed one after the other, each reading the slides for itself: in workers that
+        are not the same for all, or a single slide in memory, which workers share out among them. Says so in
+        the log.
+
+        Args:
+            slides: how many, in memory; None: on disk.
+        """
+        alone = [model.workers(execution) for model in self.values()]
+        if len(self) == 1 or not any(alone) or (slides != 1 and self.workers(execution) is not None):
             return False
         logger.warning(
-            "%s embed on several devices: they take turns, and each reads the slides. On one device each "
-            '(num_gpus=1; Model.from_preset(…, device="cuda:1")) the slides are read once for all',
+            "%s embed %s: they take turns, and each reads the slides",
             ", ".join(self),
+            "parts of the slide in workers" if all(alone) else "on different devices, some in workers",
         )
         return True
 
@@ -242,7 +257,7 @@ class Models(Mapping[str, Model]):
         execution: ExecutionOptions | None,
     ) -> dict[str, list[SlideOutcome] | Exception]:
         execution = execution or ExecutionOptions()
-        if self.take_turns(execution):
+        if self.take_turns(execution, len(slides)):
             return {
                 name: list(model.iter_slides(slides, preprocessing, execution))
                 for name, model in self.items()
@@ -266,18 +281,44 @@ class Models(Mapping[str, Model]):
     ) -> dict[str, list[SlideOutcome] | Exception]:
         """The outcomes of models that are in memory together."""
         groups = Models({name: self[name] for name in turn}).grouped(configs, execution)
+        sample_ids = [slide.sample_id for slide in slides]
+        reporter = TogetherReporter(active_reporter(), {names[0]: sample_ids for names in groups})
+        reporter.start(turn)
+        found: dict[str, list[SlideOutcome] | Exception] = {}
+        if (workers := self.workers(execution)) is not None:
+            return self._in_workers(workers, groups, slides, configs, execution, reporter)
         tasks = {
             names[0]: partial(self._embed, names, slides, configs[names[0]], execution) for names in groups
         }
-        reporter = TogetherReporter(
-            active_reporter(), {name: [slide.sample_id for slide in slides] for name in tasks}
-        )
-        reporter.start(turn)
         done = run_side_by_side(tasks, dict.fromkeys(tasks, slides), execution, reporter)
-        found: dict[str, list[SlideOutcome] | Exception] = {}
         for names in groups:
             made = done[names[0]]
             found |= dict.fromkeys(names, made) if isinstance(made, Exception) else made
+        return found
+
+    def _in_workers(
+        self,
+        workers: WorkerExecutor,
+        groups: Sequence[Sequence[str]],
+        slides: Sequence[Slide],
+        configs: Mapping[str, PreprocessingConfig],
+        execution: ExecutionOptions,
+        reporter: TogetherReporter,
+    ) -> dict[str, list[SlideOutcome] | Exception]:
+        sinks = {names[0]: MemorySink(configs[names[0]], execution) for names in groups}
+        bare = [names[0] for names in groups if len(names) > 1]  # slide encoders differ
+        done = workers.embed_together(sinks, dict.fromkeys(sinks, slides), reporter, bare=bare)
+        reporter.end(done)
+        found: dict[str, list[SlideOutcome] | Exception] = {}
+        for names in groups:
+            made = done[names[0]]
+            for name in names:
+                aggregate = partial(self[name].aggregated, latents=execution.save_latents)
+                found[name] = (
+                    made
+                    if isinstance(made, Exception)
+                    else [aggregated_outcome(outcome, aggregate) for outcome in made]
+                )
         return found
 
     def _embed(
@@ -342,11 +383,15 @@ def _fitting(
     """
     needs: dict[_Name, Need] = {}
     held: Counter[str] = Counter()
+    workers: dict[str, int] = {}
     for name, model in models.items():
-        size = None if sizes is None else sizes[name]
-        needs[name] = Need(str(model.device), model.memory_bytes(execution, size))
-        held[str(model.device)] += model.held_bytes
-    limits = {name: limit_bytes(name, execution.encoders_gb, taken) for name, taken in held.items()}
+        size, device = None if sizes is None else sizes[name], str(model.device)
+        needs[name] = Need(device, model.memory_bytes(execution, size))
+        held[device] += model.held_bytes
+        workers[device] = max(1, model.devices_here(execution).count(device))  # that share a CPU's memory
+    limits = {
+        name: limit_bytes(name, execution.encoders_gb, taken) / workers[name] for name, taken in held.items()
+    }
     return together(needs, limits)
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from slide2vec.cohort import EncoderRun, RunResult, embed_cohort, embed_cohort_together, tile_cohort
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ConfigError, ManifestError
 from slide2vec.files import as_path
-from slide2vec.images import save_patch_tokens
 from slide2vec.manifests import SlidesLike, by_class, given_slides, read_manifest
 from slide2vec.model import Model
 from slide2vec.models import Models
@@ -20,6 +19,7 @@ from slide2vec.slides import IdFrom, Slide
 from slide2vec.tiling.previous_files import recorded_slides
 
 if TYPE_CHECKING:
+    from slide2vec.artifacts import TileEmbeddingArtifact
     from slide2vec.cohort.run import OnPersisted
 
 __all__ = ["Pipeline"]
@@ -173,12 +173,14 @@ class Pipeline:
             }
             if self.execution.save_patch_tokens:
                 made = alone[self.model.name].tile_artifacts or alone[self.model.name].hierarchical_artifacts
-                save_patch_tokens(self.model, made, self.execution, on_error="skip")
+                tiles = cast("list[TileEmbeddingArtifact]", made)
+                self.model.save_patch_tokens(tiles, execution=self.execution, on_error="skip")
             if len(alone) == 1:
                 return next(iter(alone.values()))
             readings = [[name] for name, result in alone.items() if result.summary is not None]
             return RunResult.of_several(alone, readings=readings)
         groups = self.models.prepare(slides, configs, self.execution)
+        workers = self.models.workers(self.execution)
         runs: dict[str, EncoderRun] = {}
         for names in self.models.grouped(configs, self.execution):
             for name, after in zip(names, ("", *names), strict=False):
@@ -189,6 +191,7 @@ class Pipeline:
             slides,
             self.execution,
             groups=groups,
+            in_workers=None if workers is None else workers.embed_together,
             on_slide_persisted=on_slide_persisted,
         )
 

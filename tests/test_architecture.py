@@ -39,7 +39,6 @@ ROOMS = {
     "frames": 2,
     "pictures": 2,
     "synthetic": 2,
-    "embedded": 3,
     "manifests": 3,
     "settings": 3,
     "readers": 3,
@@ -47,24 +46,25 @@ ROOMS = {
     "runtime": 3,
     "tiling": 4,
     "prepare": 4,
-    "artifacts": 5,
-    "bags": 6,
-    "layouts": 6,
-    "search": 6,
-    "stream": 6,
-    "aggregate": 7,
-    "cohort": 7,
-    "compile": 7,
-    "scale": 8,
-    "images": 8,
-    "tile_embedder": 8,
-    "attention_maps": 9,
-    "model": 10,
-    "audit": 11,
-    "estimate": 11,
-    "models": 11,
-    "pipeline": 12,
-    "cli": 13,
+    "embedded": 5,
+    "artifacts": 6,
+    "bags": 7,
+    "layouts": 7,
+    "search": 7,
+    "stream": 7,
+    "aggregate": 8,
+    "cohort": 8,
+    "compile": 8,
+    "scale": 9,
+    "images": 9,
+    "tile_embedder": 9,
+    "attention_maps": 10,
+    "model": 11,
+    "audit": 12,
+    "estimate": 12,
+    "models": 12,
+    "pipeline": 13,
+    "cli": 14,
 }
 #: Files at the top that may import from anywhere; so may the package itself.
 ENTRANCES = {"__main__"}
@@ -277,6 +277,18 @@ def test_same_names_are_noticed(tmp_path: Path) -> None:
     (tmp_path / "readers/base.py").write_text("class Job: ...\n")
     assert same_names(tmp_path) == {"base": ["readers", "runtime"]}
     assert same_classes(tmp_path) == {"Job": ["readers/base.py", "runtime/base.py"]}
+
+
+#: Lines of a file, docstrings included. More are two rooms: part it by what it is for.
+MOST_FILE_LINES = 500
+#: Files that are longer yet, and their limit; none may be added.
+LONGER_FILES = {"stream/shared_slides.py": 510}
+
+
+def test_files_are_short() -> None:
+    lines = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
+    long = {name: len(path.read_text().splitlines()) for name, path in lines.items()}
+    assert {name for name, n in long.items() if n > LONGER_FILES.get(name, MOST_FILE_LINES)} == set()
 
 
 def test_core_is_small() -> None:

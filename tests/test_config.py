@@ -28,7 +28,7 @@ def test_preprocessing_defaults() -> None:
         "qc_spacing_um": 2.0,
     }  # fmt: skip
     assert config.preview.tissue_contour_color == (157, 219, 129)
-    assert (config.preview.downsample, config.preview.mask_overlay_alpha) == (32, 0.5)
+    assert (config.preview.downsample, config.preview.mask_overlay_alpha) == (32, 0)
 
 
 def test_execution_defaults() -> None:

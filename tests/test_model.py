@@ -6,6 +6,9 @@ torchvision transform on a PIL image, the encoder in fp32, one tile at a time.
 
 from __future__ import annotations
 
+import inspect
+import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +24,7 @@ from torchvision import transforms
 
 from slide2vec import EmbedSlidesError, ExecutionOptions, Model, PreprocessingConfig
 from slide2vec.errors import ConfigError, ModelLevelError, PresetError, SlideError, WeightsError
+from slide2vec.pictures import write_picture
 from slide2vec.prepare.torch_preparer import TorchPreparer
 from slide2vec.progress import RunFinished, activate_progress_reporter
 from slide2vec.recipes import load_recipe
@@ -226,9 +230,39 @@ def test_previews_are_written_and_named(slides_dir: Path, tmp_path: Path, scatte
     )
     assert found.mask_preview_path == tmp_path / "preview" / "mask" / "CMU-1-Small-Region.jpg"
     assert found.tiling_preview_path == tmp_path / "preview" / "tiling" / "CMU-1-Small-Region.jpg"
-    for path in (found.mask_preview_path, found.tiling_preview_path):
+    for path, kind in ((found.mask_preview_path, "tissue"), (found.tiling_preview_path, "tiles")):
         with Image.open(path) as picture:
-            assert picture.size == (278, 371)  # ceil of the slide's size over 8
+            assert picture.width == 748 and picture.height > 1000  # at least 1,000 px, and words below
+        plotted = np.asarray(found.plot(kind, size_px=1000))
+        assert write_picture(tmp_path / f"{kind}.jpg", plotted).read_bytes() == path.read_bytes()
+
+
+def test_plots_are_of_what_was_embedded(slides_dir: Path, scattering: Model) -> None:
+    path = slides_dir / "CMU-1-Small-Region.svs"
+    found = scattering.embed_slide(path, PreprocessingConfig(requested_spacing_um=2.0, tissue_threshold=0.5))
+    plotted = found.plot()
+    height = 1024
+    assert (plotted.width, plotted.mode) == (766, "RGB") and height < plotted.height < 1300
+    pixels = np.asarray(plotted)[:height].astype(int)
+    coloured = pixels.max(-1) - pixels.min(-1) > 12  # the slide itself is grey
+    scale = height / 2967
+    for x, y in zip(found.x * scale, found.y * scale, strict=True):
+        middle = round(y + 0.5 * found.tile_size_lv0 * scale), round(x + 0.5 * found.tile_size_lv0 * scale)
+        if middle[0] < height:
+            assert coloured[middle]
+    whole = len(found.x) * (found.tile_size_lv0 * scale) ** 2
+    assert 0.6 * whole < coloured.sum() < 1.05 * whole
+    regions = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=2.0, region_tile_multiple=2)
+    assert scattering.embed_slide(path, regions).plot("tiles").width == 766
+    moved = replace(found, image_path=slides_dir / "XYC-half-mpp.tiff")
+    for slide, kind, error, words in (
+        (found, "heat", ConfigError, "map, tiles, tissue"),
+        (replace(found, tiling=None), "map", ConfigError, "embed_slide"),
+        (replace(found, image_path=Path("gone.svs")), "map", SlideError, "gone.svs"),
+        (moved, "tiles", SlideError, "2220, 2967"),
+    ):
+        with pytest.raises(error, match=words):
+            slide.plot(kind)  # type: ignore[arg-type]
 
 
 def test_installed_reporter_gets_the_events_and_stays(slides_dir: Path, scattering: Model) -> None:
@@ -533,3 +567,13 @@ def test_another_input_size(slides_dir: Path) -> None:
 def test_impossible_input_sizes(preset: str, size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Model.from_preset(preset, weights="random", device="cpu", input_size_px=size)
+
+
+def test_methods_written_elsewhere_are_methods_of_model() -> None:
+    public = {name: each for name, each in vars(Model).items() if name[0] != "_" and inspect.isfunction(each)}
+    assert {"embed_slides", "embed_images", "aggregate_tiles", "attention_maps", "embed_patient"} <= {*public}
+    for name, method in public.items():
+        assert (method.__module__, method.__qualname__) == ("slide2vec.model", f"Model.{name}")
+        first = next(iter(inspect.signature(method).parameters.values()))
+        assert (first.name, first.annotation) == ("self", inspect.Parameter.empty) and method.__doc__
+        assert pickle.loads(pickle.dumps(method)) is method

@@ -164,7 +164,8 @@ def test_the_originals_default_file(load: Load, caplog: pytest.LogCaptureFixture
         manifest_path=Path("slides.csv"),
         preset="uni",
         preprocessing=PreprocessingConfig(
-            gpu_decode=False, preview=PreviewConfig(save_mask_preview=True, save_tiling_preview=True)
+            gpu_decode=False,
+            preview=PreviewConfig(save_mask_preview=True, save_tiling_preview=True, mask_overlay_alpha=0.5),
         ),
         execution=ExecutionOptions(output_dir=Path("output"), batch_size=32),
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from slide2vec.aggregate.disk import aggregate_stored
-from slide2vec.aggregate.gather import embed_in_order, embed_or_raise
+from slide2vec.aggregate.disk import aggregate_tiles
+from slide2vec.aggregate.gather import embed_slide, embed_slides
 from slide2vec.aggregate.patient_embedding import (
-    embed_groups,
-    embed_one,
-    group_slides,
-    one_patient,
+    embed_patient,
+    embed_patients,
     patient_embedding,
+    require_patient_level,
 )
 from slide2vec.aggregate.pooling import Aggregator, aggregate
 from slide2vec.aggregate.regions import regrouped
@@ -18,14 +17,13 @@ from slide2vec.aggregate.slide_embedding import with_slide_embedding
 __all__ = [
     "Aggregator",
     "aggregate",
-    "aggregate_stored",
-    "embed_groups",
-    "embed_in_order",
-    "embed_one",
-    "embed_or_raise",
-    "group_slides",
-    "one_patient",
+    "aggregate_tiles",
+    "embed_patient",
+    "embed_patients",
+    "embed_slide",
+    "embed_slides",
     "patient_embedding",
     "regrouped",
+    "require_patient_level",
     "with_slide_embedding",
 ]

@@ -20,8 +20,8 @@ from slide2vec.artifacts import (
     write_patient_embedding,
     write_slide_embedding,
 )
-from slide2vec.artifacts.places import Kind, features_place, owners
-from slide2vec.config import ExecutionOptions
+from slide2vec.artifacts.places import Kind, features_place, owners, with_output_dir
+from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import ArtifactError, ManifestError, ModelLevelError
 from slide2vec.files import as_path
@@ -32,7 +32,7 @@ from slide2vec.slides import Slide
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["aggregate_stored"]
+__all__ = ["aggregate_tiles"]
 
 
 class Aggregating(Protocol):
@@ -57,22 +57,46 @@ class Aggregating(Protocol):
     def patient_embedding(self, slides: Mapping[str, Tensor]) -> Tensor: ...
 
 
-def aggregate_stored(
-    model: Aggregating,
-    given: Iterable[TileFeaturesLike],
-    execution: ExecutionOptions,
+def aggregate_tiles(
+    self: Aggregating,
+    tile_artifacts: Iterable[TileFeaturesLike],
+    *,
+    preprocessing: PreprocessingConfig | None = None,
+    execution: ExecutionOptions | None = None,
     aggregator: Aggregator | None = None,
     patient_id_map: Mapping[str, str] | None = None,
 ) -> list[SlideEmbeddingArtifact] | list[PatientEmbeddingArtifact]:
-    """See `Model.aggregate_tiles`."""
+    """Slide (or patient) embeddings from tile embeddings that are on disk, without reading a slide.
+
+    Args:
+        tile_artifacts: of `embed_tiles` or `Pipeline.run`; or what other tools wrote: paths, or
+            `TileFeatures` that say where coordinates are and how large tiles are.
+        preprocessing: not needed; accepted for symmetry.
+        execution: its output_dir is where `slide_embeddings/` or `patient_embeddings/` goes.
+        aggregator: instead of a slide encoder, for embeddings of any tile preset: "mean" or "max" over
+            the tiles, or "top_tissue", the mean of the tiles with the most tissue.
+        patient_id_map: sample_id -> patient_id, for patient-level models; else `TileFeatures` say it,
+            else every slide is a patient of its own.
+
+    Returns:
+        An artifact per slide, in input order; of patient-level models one per patient, in order of
+        first appearance.
+
+    Raises:
+        ModelLevelError: a tile-level model and no aggregator.
+        ArtifactError: tile embeddings cannot be read or are not of the preset's tile encoder, or there
+            are none (a slide without tissue).
+        SlideError, PatientError: an encoder failed.
+    """
+    execution, _ = with_output_dir(execution, "aggregate_tiles")
     if aggregator is not None:
-        return _pool_slides(given, aggregator, execution)
-    if model.level == "slide":
-        return _aggregate_slides(model, given, execution)
-    if model.level == "patient":
-        return _aggregate_patients(model, given, execution, patient_id_map)
+        return _pool_slides(tile_artifacts, aggregator, execution)
+    if self.level == "slide":
+        return _aggregate_slides(self, tile_artifacts, execution)
+    if self.level == "patient":
+        return _aggregate_patients(self, tile_artifacts, execution, patient_id_map)
     raise ModelLevelError(
-        f"preset {model.name} is tile-level and has no slide encoder; "
+        f"preset {self.name} is tile-level and has no slide encoder; "
         'aggregate_tiles(…, aggregator="mean"), "max" or "top_tissue" need none'
     )
 

@@ -1,19 +1,124 @@
-"""The slides of a call, gathered in their order."""
+"""The calls for slides of a model: their results, gathered in the order of the slides."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, Protocol, overload
 
+from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import ConfigError, EmbedSlidesError
-from slide2vec.slides import Slide
+from slide2vec.manifests import SlidesLike, by_class, classes_of, given_slides
+from slide2vec.slides import Slide, SlideLike, as_slide
 from slide2vec.stream import SlideOutcome
 
-__all__ = ["check_on_error", "collect_outcomes", "embed_in_order", "embed_or_raise"]
+__all__ = [
+    "SlideModel",
+    "check_on_error",
+    "collect_outcomes",
+    "embed_in_order",
+    "embed_slide",
+    "embed_slides",
+]
 
 logger = logging.getLogger(__name__)
+
+
+class SlideModel(Protocol):
+    """A model, as far as the calls for slides need it."""
+
+    def resolve_preprocessing(self, config: PreprocessingConfig | None = None) -> PreprocessingConfig: ...
+
+    def iter_slides(
+        self,
+        slides: SlidesLike,
+        preprocessing: PreprocessingConfig | None = None,
+        execution: ExecutionOptions | None = None,
+    ) -> Iterable[SlideOutcome]: ...
+
+
+@overload
+def embed_slide(
+    self: SlideModel,
+    slide: SlideLike,
+    preprocessing: PreprocessingConfig | None = None,
+    execution: ExecutionOptions | None = None,
+    *,
+    annotation: str | None = None,
+    spacing_at_level_0: float | None = None,
+) -> EmbeddedSlide: ...
+
+
+@overload
+def embed_slide(
+    self: SlideModel,
+    slide: SlideLike,
+    preprocessing: PreprocessingConfig | None = None,
+    execution: ExecutionOptions | None = None,
+    *,
+    annotation: list[str],
+    spacing_at_level_0: float | None = None,
+) -> list[EmbeddedSlide]: ...
+
+
+def embed_slide(
+    self: SlideModel,
+    slide: SlideLike,
+    preprocessing: PreprocessingConfig | None = None,
+    execution: ExecutionOptions | None = None,
+    *,
+    annotation: str | list[str] | None = None,
+    spacing_at_level_0: float | None = None,
+) -> EmbeddedSlide | list[EmbeddedSlide]:
+    """Embed one slide.
+
+    Args:
+        slide: a path, a mapping (image_path, and optionally sample_id, mask_path,
+            spacing_at_level_0, patient_id) or a Slide.
+        preprocessing: tiling and reading; None = the preset's spacing and tile size.
+        execution: batch size, precision, threads, output directory.
+        annotation: which class, where `preprocessing.masks` samples several; of a list, an EmbeddedSlide
+            for each, in its order.
+        spacing_at_level_0: µm/px, where the file's own is missing or wrong.
+
+    Raises:
+        SlideError: the slide cannot be embedded, and why.
+        ConfigError: the class is not sampled, or several are and none is named.
+    """
+    masks = self.resolve_preprocessing(preprocessing).masks
+    asked = classes_of(as_slide(slide, spacing_at_level_0), masks, annotation)
+    found = _embed_or_raise(asked, self.iter_slides(asked, preprocessing, execution))
+    return found if isinstance(annotation, list) else found[0]
+
+
+def embed_slides(
+    self: SlideModel,
+    slides: SlidesLike,
+    preprocessing: PreprocessingConfig | None = None,
+    execution: ExecutionOptions | None = None,
+    *,
+    annotations: Sequence[str] | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+) -> list[EmbeddedSlide]:
+    """Embed several slides, packed into common batches; results in input order.
+
+    A slide without tissue is there with (0, D) embeddings. A slide that fails never stops the
+    others. Where `preprocessing.masks` samples several classes, a slide has one result for each, one
+    after the other, in the order of `masks.min_coverage`; `EmbeddedSlide.annotation` says which.
+
+    Args:
+        slides: as for `embed_slide`; or a pandas.DataFrame with the columns of a manifest.
+        annotations: only these classes, in this order; None = all that are sampled.
+        on_error: "raise" an EmbedSlidesError after all slides are complete, which carries the
+            results of the good ones; or "skip" the failed ones (they are logged).
+
+    Raises:
+        EmbedSlidesError: some slides failed, or the run itself broke off after some were finished.
+        ManifestError: a slide is not well given, or two have one sample_id.
+    """
+    asked = by_class(given_slides(slides), self.resolve_preprocessing(preprocessing).masks, annotations)
+    return embed_in_order(asked, self.iter_slides(asked, preprocessing, execution), on_error)
 
 
 def embed_in_order(
@@ -41,7 +146,7 @@ def embed_in_order(
     return [result for result in results if result is not None]
 
 
-def embed_or_raise(slides: Sequence[Slide], outcomes: Iterable[SlideOutcome]) -> list[EmbeddedSlide]:
+def _embed_or_raise(slides: Sequence[Slide], outcomes: Iterable[SlideOutcome]) -> list[EmbeddedSlide]:
     """As `embed_in_order`; raises the error of the first that fails, as it is."""
     found = {outcome.slide.sample_id: outcome for outcome in outcomes}
     for slide in slides:

@@ -5,21 +5,30 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from slide2vec.aggregate.gather import check_on_error, collect_outcomes
+from slide2vec.aggregate.gather import SlideModel, check_on_error, collect_outcomes
 from slide2vec.artifacts.finite import remedy
+from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.cpus import Budget
 from slide2vec.embedded import EmbeddedPatient
-from slide2vec.errors import EmbedPatientsError, ManifestError, PatientError, Slide2VecError
+from slide2vec.errors import (
+    EmbedPatientsError,
+    ManifestError,
+    ModelLevelError,
+    PatientError,
+    Slide2VecError,
+)
+from slide2vec.manifests import SlidesLike, given_slides
+from slide2vec.recipes import Level
 from slide2vec.runtime.threads import torch_threads
 from slide2vec.slides import Slide
 from slide2vec.stream import SlideOutcome
 
-__all__ = ["embed_groups", "embed_one", "group_slides", "one_patient", "patient_embedding"]
+__all__ = ["embed_patient", "embed_patients", "patient_embedding", "require_patient_level"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +63,81 @@ def patient_embedding(
             f"PyTorch computed them in fp32: {remedy('fp32')}"
         )
     return made
+
+
+class PatientModel(SlideModel, Protocol):
+    """A model, as far as the calls for patients need it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def level(self) -> Level: ...
+
+    def patient_embedding(self, slides: Mapping[str, Tensor]) -> Tensor: ...
+
+
+def embed_patient(
+    self: PatientModel,
+    slides: SlidesLike,
+    patient_id: str | None = None,
+    *,
+    preprocessing: PreprocessingConfig | None = None,
+    execution: ExecutionOptions | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+) -> EmbeddedPatient:
+    """Embed one patient from all their slides.
+
+    Args:
+        slides: as for `embed_slides`.
+        patient_id: None = that of the slides, else the sample_id of the first.
+        on_error: "raise" when a slide fails, or "skip" it and embed the patient from the others.
+
+    Raises:
+        ModelLevelError: a ValueError, on a model that is not patient-level.
+        ManifestError: a ValueError: slides name different patients, or two have one sample_id.
+        PatientError: slides failed.
+    """
+    require_patient_level(self, "embed_patient")
+    theirs = one_patient(given_slides(slides), patient_id)
+    outcomes = self.iter_slides(theirs, preprocessing, execution)
+    return embed_one(theirs, outcomes, self.patient_embedding, on_error)
+
+
+def embed_patients(
+    self: PatientModel,
+    slides: SlidesLike,
+    patient_id_map: Mapping[str, str] | None = None,
+    *,
+    preprocessing: PreprocessingConfig | None = None,
+    execution: ExecutionOptions | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+) -> list[EmbeddedPatient]:
+    """Embed several patients, each from all their slides; one result each, in order of first appearance.
+
+    Args:
+        slides: as for `embed_slides`; their patient_id counts, and without one their sample_id.
+        patient_id_map: sample_id -> patient_id, which counts over that of the slides.
+        on_error: "raise" an EmbedPatientsError at the end when slides failed, which carries the other
+            patients; or "skip" these slides, and the patients who have no other.
+
+    Raises:
+        ModelLevelError: a ValueError, on a model that is not patient-level.
+        ManifestError: a ValueError: two slides have one sample_id, or the map names others.
+        EmbedPatientsError: some patients failed.
+    """
+    require_patient_level(self, "embed_patients")
+    asked = group_slides(given_slides(slides), patient_id_map)
+    outcomes = self.iter_slides(asked, preprocessing, execution)
+    return embed_groups(asked, outcomes, self.patient_embedding, on_error)
+
+
+def require_patient_level(model: PatientModel, method: str) -> None:
+    """Raises ModelLevelError for a model of anything but patients."""
+    if model.level != "patient":
+        raise ModelLevelError(
+            f"{method} needs a patient-level preset; {model.name} is {model.level}-level: use embed_slide(s)"
+        )
 
 
 def one_patient(slides: Sequence[Slide], patient_id: str | None) -> list[Slide]:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from slide2vec.artifacts.records import SIDECAR, read_metadata
-from slide2vec.errors import ArtifactError
+from slide2vec.config import ExecutionOptions
+from slide2vec.errors import ArtifactError, ConfigError
 from slide2vec.files import as_path, entries, names_below
 from slide2vec.labels import class_folder
 
@@ -34,6 +35,7 @@ __all__ = [
     "owners",
     "tiling_folders",
     "unlike",
+    "with_output_dir",
 ]
 
 Kind: TypeAlias = Literal["tile", "hierarchical", "slide", "patient"]
@@ -49,6 +51,17 @@ _ENCODER = ("name", "aggregator", "output_variant", "precision", "runtime", "inp
 Geometry: TypeAlias = Mapping[str, Any]
 #: Sidecars that are tried before a folder counts as one without any that can be read.
 _TRIES = 16
+
+
+def with_output_dir(execution: ExecutionOptions | None, method: str) -> tuple[ExecutionOptions, Path]:
+    """The options of a call that writes files, and where to.
+
+    Raises:
+        ConfigError: they name no directory.
+    """
+    if execution is None or execution.output_dir is None:
+        raise ConfigError(f"{method} writes files: give ExecutionOptions(output_dir=…)")
+    return execution, execution.output_dir
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from slide2vec.cli.doctor import doctor
 from slide2vec.cli.embed import embed
 from slide2vec.cli.engines import engines
 from slide2vec.cli.export import export
+from slide2vec.cli.fetch_weights import fetch_weights
 from slide2vec.cli.help_text import EMBED, LOOK, MAX_WIDTH, SET_UP, GroupedCommand, GroupedCommands
 from slide2vec.cli.images import images
 from slide2vec.cli.info import info
@@ -75,7 +76,7 @@ app = typer.Typer(
 _GROUPS = {
     EMBED: (demo, plan, run, embed, images, attention, status, merge),
     LOOK: (info, tile, search, export, audit),
-    SET_UP: (doctor, models, build_engine, bench),
+    SET_UP: (doctor, models, fetch_weights, build_engine, bench),
 }
 for _group, _commands in _GROUPS.items():
     for _command in _commands:

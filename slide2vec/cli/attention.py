@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from slide2vec.choices import Backend
-from slide2vec.cli.console import Debug, Json, given, note, print_json, stdout
+from slide2vec.cli.console import (
+    Debug,
+    Json,
+    Offline,
+    given,
+    note,
+    print_json,
+    stdout,
+)
 from slide2vec.cli.embed import NonRecommended, TrustRemoteCode
 from slide2vec.errors import ConfigError
 
@@ -56,6 +64,7 @@ def attention(
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu; by default the best.")] = None,
     allow_non_recommended_settings: NonRecommended = False,
     trust_remote_code: TrustRemoteCode = False,
+    offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

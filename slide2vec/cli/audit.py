@@ -8,7 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from slide2vec.cli.console import Debug, Json, facts, note, print_json, stdout, table
+from slide2vec.cli.console import (
+    Debug,
+    Json,
+    Offline,
+    facts,
+    note,
+    print_json,
+    stdout,
+    table,
+)
 from slide2vec.cli.embed import TrustRemoteCode
 from slide2vec.errors import ConfigError
 
@@ -44,6 +53,7 @@ def audit(
     verify: Annotated[
         bool, typer.Option("--verify", help="Only check a certificate, and that its files are unchanged.")
     ] = False,
+    offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

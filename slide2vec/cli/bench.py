@@ -9,7 +9,15 @@ import typer
 
 from slide2vec.choices import Precision, Runtime
 from slide2vec.cli.build_engine import EnginesDir, building
-from slide2vec.cli.console import Debug, Json, note, print_json, stdout, table
+from slide2vec.cli.console import (
+    Debug,
+    Json,
+    Offline,
+    note,
+    print_json,
+    stdout,
+    table,
+)
 from slide2vec.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
@@ -55,6 +63,7 @@ def bench(
     seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu; by default the best.")] = None,
     engines: EnginesDir = None,
+    offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from slide2vec.choices import Precision, Runtime
-from slide2vec.cli.console import Debug, Json, note, print_error, print_json, stdout, table
+from slide2vec.cli.console import (
+    Debug,
+    Json,
+    Offline,
+    note,
+    print_error,
+    print_json,
+    stdout,
+    table,
+)
 from slide2vec.cli.embed import TrustRemoteCode
 from slide2vec.errors import ConfigError, Slide2VecError
 
@@ -101,6 +110,7 @@ def build_engine(
         bool, typer.Option("--attention-heads", help="A map of each head, rather than their mean.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
+    offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -39,6 +39,7 @@ __all__ = [
     "Method",
     "MinPiece",
     "NumGpus",
+    "Offline",
     "Overlap",
     "SegmentationDownsample",
     "SlidesDir",
@@ -96,6 +97,13 @@ def _debug(asked: bool) -> None:
     if asked:
         _logger.setLevel(logging.DEBUG)
         log_to_stderr(logging.DEBUG)
+
+
+def _offline(asked: bool) -> None:
+    if asked:
+        from slide2vec.files.hub import go_offline
+
+        go_offline()
 
 
 def debugging() -> bool:
@@ -188,6 +196,15 @@ Masks = Annotated[
 Debug = Annotated[
     bool,
     typer.Option("--debug", callback=_debug, is_eager=True, help="Log more; show tracebacks of errors."),
+]
+Offline = Annotated[
+    bool,
+    typer.Option(
+        "--offline",
+        callback=_offline,
+        is_eager=True,
+        help="Never ask the Hugging Face hub: weights are in its cache (see fetch-weights), or nowhere.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 

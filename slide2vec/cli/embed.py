@@ -21,6 +21,7 @@ from slide2vec.cli.console import (
     Method,
     MinPiece,
     NumGpus,
+    Offline,
     Overlap,
     Qc,
     SegmentationDownsample,
@@ -131,6 +132,7 @@ def embed(
     ] = None,
     allow_non_recommended_settings: NonRecommended = False,
     trust_remote_code: TrustRemoteCode = False,
+    offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

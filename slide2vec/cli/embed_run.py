@@ -20,8 +20,8 @@ from slide2vec.cli.console import note
 from slide2vec.cohort.process_list import read_process_list
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import Slide2VecError
-from slide2vec.files import as_path, atomic_path
-from slide2vec.pictures import pca_map, write_picture
+from slide2vec.files import as_path
+from slide2vec.pictures import write_picture
 from slide2vec.pipeline import Pipeline
 from slide2vec.progress import (
     ProgressReporter,
@@ -33,7 +33,7 @@ from slide2vec.progress.screen import in_terminal
 from slide2vec.readers import open_slide
 from slide2vec.slides import IdFrom, Slide
 from slide2vec.tiling import load_coordinates
-from slide2vec.tiling.previews import thumbnail
+from slide2vec.tiling.slide_pictures import draw_embedding_map
 from slide2vec.tiling.types import expand_regions
 
 if TYPE_CHECKING:
@@ -45,9 +45,6 @@ if TYPE_CHECKING:
 __all__ = ["EmbeddedFiles", "Report", "embed_and_write", "failures_json", "live_display"]
 
 logger = logging.getLogger(__name__)
-
-#: Longer side of a PCA map.
-MAP_PX = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,17 +216,9 @@ def _write_map(artifact: TileEmbeddingArtifact | HierarchicalEmbeddingArtifact, 
         if isinstance(artifact, HierarchicalEmbeddingArtifact):
             tiling = expand_regions(tiling, math.isqrt(artifact.tiles_per_region))
         with open_slide(slide, tiling.backend) as reader:
-            background = thumbnail(reader, max(reader.dimensions) / MAP_PX)
+            embeddings = load_embeddings(artifact.path).float().flatten(0, -2).numpy()
+            picture = draw_embedding_map(reader, tiling, embeddings, artifact.metadata["encoder_name"])
     except Slide2VecError as error:
         logger.warning("slide %s: no map: %s", name, error)
         return
-    picture = pca_map(
-        load_embeddings(artifact.path).float().flatten(0, -2).numpy(),
-        tiling.x,
-        tiling.y,
-        tiling.geometry.tile_size_lv0,
-        tiling.dimensions,
-        background,
-    )
-    with atomic_path(_map_path(artifact.path, name)) as temporary:
-        write_picture(temporary, picture)
+    write_picture(_map_path(artifact.path, name), picture)

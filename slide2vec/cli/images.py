@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from slide2vec.choices import OutputFormat, Precision
-from slide2vec.cli.console import FORMAT, Debug, Engine, IdSource, Json, facts, note, print_json, stdout
+from slide2vec.cli.console import (
+    FORMAT,
+    Debug,
+    Engine,
+    IdSource,
+    Json,
+    Offline,
+    facts,
+    note,
+    print_json,
+    stdout,
+)
 from slide2vec.cli.embed import TrustRemoteCode
 
 if TYPE_CHECKING:
@@ -63,6 +74,7 @@ def images(
         typer.Option(help="Where an earlier embedding of an id is of another image: stop, or replace it."),
     ] = "raise",
     trust_remote_code: TrustRemoteCode = False,
+    offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -17,6 +17,7 @@ from slide2vec.cli.console import (
     Json,
     Method,
     MinPiece,
+    Offline,
     Overlap,
     SegmentationDownsample,
     SlidesDir,
@@ -103,6 +104,7 @@ def plan(
         bool, typer.Option("--allow-non-recommended-settings", help="Other spacings and tile sizes.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
+    offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -19,6 +19,7 @@ from slide2vec.cli.console import (
     Method,
     MinPiece,
     NumGpus,
+    Offline,
     Qc,
     SegmentationDownsample,
     SlidesDir,
@@ -213,6 +214,7 @@ def run(
         bool, typer.Option("--run-on-cpu", help="The same as --device cpu --precision fp32.")
     ] = False,
     skip_datetime: Annotated[bool, typer.Option("--skip-datetime", hidden=True)] = False,
+    offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -324,7 +326,8 @@ def _run(settings: RunSettings, *, tiling_only: bool, trust_remote_code: bool, a
                     name: {"encoder": model[name].identity(execution, tile_size), **each.as_json()}
                     for name, each in report.encoders.items()
                 }
-                print_json({"output_dir": output_dir, "encoders": encoders})
+                summary = report.as_json()["summary"]  # of all of them, for time and energy
+                print_json({"output_dir": output_dir, "encoders": encoders, "summary": summary})
             else:
                 print_report_of_several(report, model, execution)
         elif as_json:

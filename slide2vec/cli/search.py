@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slide2vec.choices import Backend
-from slide2vec.cli.console import Debug, Json, note, print_json, stdout, table
+from slide2vec.cli.console import (
+    Debug,
+    Json,
+    Offline,
+    note,
+    print_json,
+    stdout,
+    table,
+)
 from slide2vec.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,6 +60,7 @@ def search(
         typer.Option(help="Contact sheet to write, .png or .jpg [RUN/search/….png].", show_default=False),
     ] = None,
     backend: Annotated[Backend, typer.Option(help="What reads the slides.")] = "auto",
+    offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

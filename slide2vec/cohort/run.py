@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 from slide2vec.artifacts import HierarchicalEmbeddingArtifact, TileEmbeddingArtifact
 from slide2vec.cohort.bill import write_bill
@@ -43,6 +43,7 @@ __all__ = [
     "embed_tiles",
     "embed_what_is_left",
     "left_in_words",
+    "sink_of_run",
     "tile_cohort",
 ]
 
@@ -105,6 +106,22 @@ def embed_what_is_left(
     if not todo:
         embedder.confirm_weights()  # that all is finished is said of these weights
         return
+    with sink_of_run(cohort, recorder, embedder, todo, on_slide_persisted) as sink:
+        if todo.slides:
+            with closing(embed_into(sink, todo.slides)) as outcomes:
+                for _ in outcomes:  # nothing comes back: it goes onto disk
+                    pass
+
+
+@contextmanager
+def sink_of_run(
+    cohort: Cohort,
+    recorder: RunRecorder,
+    embedder: Embedder,
+    todo: ResumePlan,
+    on_slide_persisted: OnPersisted | None,
+) -> Iterator[DiskSink]:
+    """Where the slides of a run go; what an earlier one has left to aggregate has been put there."""
     on_slide_completed: OnSlideCompleted = without_patient
     if cohort.kind == "patient":
         on_slide_completed = PatientWriter(cohort, recorder, embedder, todo).on_slide_completed
@@ -113,10 +130,7 @@ def embed_what_is_left(
             sink.put_tiles(slide, tiles)
         for slide, embedding in todo.embeddings:
             sink.put_embedding(slide, embedding)
-        if todo.slides:
-            with closing(embed_into(sink, todo.slides)) as outcomes:
-                for _ in outcomes:  # nothing comes back: it goes onto disk
-                    pass
+        yield sink
 
 
 def embed_tiles(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextvars
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from slide2vec.artifacts import TileEmbeddingArtifact
 from slide2vec.cohort.bill import write_bill
@@ -21,22 +21,30 @@ from slide2vec.cohort.pending_patients import Patient, by_patient
 from slide2vec.cohort.recorder import RunRecorder
 from slide2vec.cohort.results import Artifact, RunResult
 from slide2vec.cohort.resume import ResumePlan, plan_everything, resume_run
-from slide2vec.cohort.run import embed_what_is_left, left_in_words
+from slide2vec.cohort.run import embed_what_is_left, left_in_words, sink_of_run
+from slide2vec.cohort.sink import Sink
 from slide2vec.cohort.slide_writer import OnPersisted
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import OutputError, PatientError
 from slide2vec.manifests import by_class
-from slide2vec.progress import RunSummary, activate_progress_reporter
+from slide2vec.progress import ProgressReporter, RunSummary, activate_progress_reporter
 from slide2vec.progress.together import TogetherReporter
 from slide2vec.slides import Slide
+from slide2vec.stream import SlideOutcome
 from slide2vec.stream.shared_slides import Share, SharedSlides
 from slide2vec.stream.staging import stager_for
 
-__all__ = ["EncoderRun", "embed_cohort_together", "run_side_by_side"]
+__all__ = ["EncoderRun", "InWorkers", "embed_cohort_together", "run_in_threads", "run_side_by_side"]
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+#: Embeds slides with several encoders in workers: `WorkerExecutor.embed_together`.
+InWorkers: TypeAlias = Callable[
+    [Mapping[str, Sink], Mapping[str, Sequence[Slide]], TogetherReporter],
+    Mapping[str, list[SlideOutcome] | Exception],
+]
 
 
 @dataclass(frozen=True)
@@ -62,9 +70,10 @@ def embed_cohort_together(
     execution: ExecutionOptions,
     *,
     groups: Sequence[Sequence[str]] = (),
+    in_workers: InWorkers | None = None,
     on_slide_persisted: OnPersisted | None = None,
 ) -> RunResult:
-    """As `embed_cohort`, with several encoders in this process: slides are read once for all that take their
+    """As `embed_cohort`, with several encoders: slides are read once for all that take their
     turn together. Each writes what it would write alone, one run after the other, into the same directory.
 
     An encoder that breaks off fails the slides that it has not finished; the others go on. The result of each
@@ -74,6 +83,7 @@ def embed_cohort_together(
         runs: by name.
         groups: names of those that are in memory together, where they are not all; each is released after its
             turn.
+        in_workers: None: in this process.
         on_slide_persisted: as for `embed_cohort`, one call at a time. What it raises ends the run.
 
     Raises:
@@ -89,7 +99,7 @@ def embed_cohort_together(
     with shared_output_directory(cohorts, slides) as (opened, log):
         whole = dict(zip(opened_as, opened, strict=True))
         summaries: dict[str, RunSummary] = {}
-        turns = list(_turns(runs, whole, groups))
+        turns = list(_turns(runs, whole, groups, ordered=in_workers is None))
         for names in turns:
             todo = {}
             for name in names:
@@ -106,15 +116,19 @@ def embed_cohort_together(
             )
             if any(todo.values()):
                 reporter.start(names)
-            tasks = {
-                name: partial(_embed_shared, *whole[name], runs[name].embedder, left, on_slide_persisted)
+            to_do = {
+                name: (*whole[name], runs[name].embedder, left, on_slide_persisted)
                 for name, left in todo.items()
                 if left
             }
-            planned = {name: todo[name].slides for name in tasks}
-            for name, ended in run_side_by_side(tasks, planned, execution, reporter).items():
-                if isinstance(ended, Exception):
-                    _break_off(whole[name][0], whole[name][1], todo[name], ended)
+            if in_workers is not None:
+                broken = _embed_in_workers(to_do, in_workers, reporter)
+            else:
+                tasks = {name: partial(_embed_shared, *each) for name, each in to_do.items()}
+                planned = {name: todo[name].slides for name in tasks}
+                broken = _errors(run_side_by_side(tasks, planned, execution, reporter))
+            for name, error in broken.items():
+                _break_off(whole[name][0], whole[name][1], todo[name], error)
             summaries |= reporter.summaries
             for name in names if len(groups) > 1 else ():
                 runs[name].embedder.release()
@@ -128,9 +142,11 @@ def _turns(
     runs: Mapping[str, EncoderRun],
     whole: Mapping[str, tuple[Cohort, RunRecorder]],
     groups: Sequence[Sequence[str]],
+    ordered: bool,
 ) -> Iterator[list[str]]:
     """Names that run side by side: of one of the groups, and first those that come after none. Encoders of
-    patients, which take slides patient by patient, have a turn of their own if that is another order."""
+    patients, which take slides patient by patient, have a turn of their own if that is another order (and
+    slides are `ordered`)."""
     orders = {
         name: tuple(slide.sample_id for slide in plan_everything(recorder.slides, cohort.kind).slides)
         for name, (cohort, recorder) in whole.items()
@@ -141,7 +157,7 @@ def _turns(
         ready = [name for name in left if runs[name].after in done]
         beside = next((group for group in groups if ready[0] in group), ready)
         ready = [name for name in ready if name in beside]
-        now = [name for name in ready if orders[name] == orders[ready[0]]]
+        now = [name for name in ready if not ordered or orders[name] == orders[ready[0]]]
         if apart := [name for name in ready if name not in now]:
             logger.warning(
                 "%s and %s take slides in different orders, so that each reads them: a manifest in which the "
@@ -182,6 +198,43 @@ def _one_at_a_time(call: OnPersisted) -> OnPersisted:
                 raise _CallbackFailed from error
 
     return locked
+
+
+def _errors(found: Mapping[str, Any]) -> dict[str, Exception]:
+    return {name: each for name, each in found.items() if isinstance(each, Exception)}
+
+
+def _embed_in_workers(
+    to_do: Mapping[str, tuple[Cohort, RunRecorder, Embedder, ResumePlan, OnPersisted | None]],
+    in_workers: InWorkers,
+    reporter: TogetherReporter,
+) -> dict[str, Exception]:
+    """Embed in workers what is left to each encoder; the errors of those that broke off."""
+    found: dict[str, Any] = {}
+
+    @contextmanager
+    def apart(name: str) -> Iterator[None]:
+        """What its sink raises at the end is the encoder's own error; whatever comes before is the run's."""
+        try:
+            yield
+        except Exception as error:
+            if name not in found or isinstance(error, OutputError):
+                raise
+            found[name] = error
+
+    try:
+        with ExitStack() as opened:
+            sinks: dict[str, Sink] = {}
+            for name, each in to_do.items():
+                opened.enter_context(apart(name))
+                sinks[name] = opened.enter_context(sink_of_run(*each))
+            slides = {name: todo.slides for name, (_, _, _, todo, _) in to_do.items()}
+            done = in_workers(sinks, slides, reporter) if any(slides.values()) else {}
+            found = {**dict.fromkeys(to_do), **done}
+    except _CallbackFailed as error:
+        raise error.__cause__ or error from None
+    reporter.end(found)
+    return _errors(found)
 
 
 def _embed_shared(
@@ -227,37 +280,54 @@ def run_side_by_side(
         OutputError: one of them cannot write a file; the others are stopped.
         ConfigError: nothing can be written into stage_dir.
     """
-    started = time.perf_counter()
     with stager_for(execution) as stager:
         shared = SharedSlides(tasks, stager, readers=execution.num_workers)
+        shares = {name: shared.share(name, slides[name]) for name in tasks}
 
-        def run(name: str, task: Callable[[Share], Result]) -> Result:
-            share = shared.share(name, slides[name])
-            with share.membership(), activate_progress_reporter(reporter.of(name)):
-                return task(share)
+        def cancel() -> None:
+            reporter.cancel()
+            stager.stop()
 
-        with ThreadPoolExecutor(max(1, len(tasks)), thread_name_prefix="encoder") as pool:
-            running: dict[str, Future[Result]] = {
-                name: pool.submit(contextvars.copy_context().run, run, name, task)
-                for name, task in tasks.items()
-            }
-            try:
-                left = set(running.values())
-                while left:
-                    done, left = wait(left, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        if isinstance(error := _result(future), OutputError):  # nobody can write
-                            raise error
-            except BaseException:  # an interrupt, say: no thread would notice it
-                reporter.cancel()
-                stager.stop()
-                raise
-    found: dict[str, Result | Exception] = {name: _result(future) for name, future in running.items()}
-    for name, result in found.items():
-        if isinstance(result, Exception):
-            reporter.broken(name, result)
-    reporter.finish(time.perf_counter() - started)
+        found = run_in_threads(tasks, shares, {name: reporter.of(name) for name in tasks}, cancel)
+    reporter.end(found)
     return found
+
+
+def run_in_threads(
+    tasks: Mapping[str, Callable[[Share], Result]],
+    shares: Mapping[str, Share],
+    reporters: Mapping[str, ProgressReporter],
+    cancel: Callable[[], None],
+) -> dict[str, Result | Exception]:
+    """Do what each encoder has to do, in threads; what it gave, or its error.
+
+    Args:
+        tasks: of each encoder, called with its part in the slides.
+        cancel: has all of them end, when something ends the call.
+
+    Raises:
+        OutputError: one of them cannot write a file; the others are stopped.
+    """
+
+    def run(name: str, task: Callable[[Share], Result]) -> Result:
+        with shares[name].membership(), activate_progress_reporter(reporters[name]):
+            return task(shares[name])
+
+    with ThreadPoolExecutor(max(1, len(tasks)), thread_name_prefix="encoder") as pool:
+        running: dict[str, Future[Result]] = {
+            name: pool.submit(contextvars.copy_context().run, run, name, task) for name, task in tasks.items()
+        }
+        try:
+            left = set(running.values())
+            while left:
+                done, left = wait(left, return_when=FIRST_COMPLETED)
+                for future in done:
+                    if isinstance(error := _result(future), OutputError):  # nobody can write
+                        raise error
+        except BaseException:  # an interrupt, say: no thread would notice it
+            cancel()
+            raise
+    return {name: _result(future) for name, future in running.items()}
 
 
 def _result(future: Future[Any]) -> Any:

@@ -117,12 +117,13 @@ class MemorySink:
 
 
 def _as_given(outcome: SlideOutcome) -> SlideOutcome:
-    """With the sample_id that the user gave, and the class beside it."""
+    """With the sample_id that the user gave, and the class and the tiling beside it."""
     if outcome.embedded is None:
         return outcome
     _, sample_id = split_class_name(outcome.slide.sample_id)
     annotation = outcome.slide.annotation or TISSUE
-    return replace(outcome, embedded=replace(outcome.embedded, sample_id=sample_id, annotation=annotation))
+    given = replace(outcome.embedded, sample_id=sample_id, annotation=annotation, tiling=outcome.tiling)
+    return replace(outcome, embedded=given)
 
 
 def aggregated_outcome(

@@ -31,6 +31,7 @@ __all__ = [
     "WeightsChoice",
     "find_weights",
     "load_weights",
+    "no_access",
     "read_checkpoint",
     "seeded",
     "weights_digest",
@@ -196,7 +197,7 @@ def _downloaded(preset: str, source: WeightsSource) -> Path:
         except errors.EntryNotFoundError as error:
             problem = problem or error
         except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
-            raise _no_access(preset, source, error) from error
+            raise no_access(preset, source, error) from error
         except (errors.HfHubHTTPError, errors.RevisionNotFoundError, OSError, ValueError) as error:
             problem = error
             break
@@ -229,7 +230,8 @@ def _fetched(source: WeightsSource, name: str, cached_only: bool) -> Path:
     return path
 
 
-def _no_access(preset: str, source: WeightsSource, error: Exception) -> WeightsError:
+def no_access(preset: str, source: WeightsSource, error: Exception) -> WeightsError:
+    """What the hub's refusal of a repository means, and what to do about it."""
     page = source.page
     if not source.gated and not _is_gate(error):
         return WeightsError(

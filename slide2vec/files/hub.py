@@ -1,16 +1,20 @@
-"""Whether the Hugging Face hub can be reached: its own clients take half a minute, and five tries, to see."""
+"""Whether the Hugging Face hub can be reached: its own clients take half a minute, and five tries, to see.
+And whether it is to be asked at all."""
 
 from __future__ import annotations
 
 import logging
+import os
 import ssl
+import sys
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-__all__ = ["ANSWER_S", "hub_or_cache"]
+__all__ = ["ANSWER_S", "go_offline", "hub_or_cache", "keep_hub_files_in"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +37,23 @@ def hub_or_cache() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = False
+
+
+def go_offline() -> None:
+    """Never ask the hub, in this process and those that it starts."""
+    _set("HF_HUB_OFFLINE", "1", HF_HUB_OFFLINE=True)
+
+
+def keep_hub_files_in(folder: Path) -> None:
+    """Have a folder as the hub's cache, in this process and those that it starts."""
+    _set("HF_HUB_CACHE", str(folder), HF_HUB_CACHE=str(folder))
+
+
+def _set(variable: str, value: str, **known: str | bool) -> None:
+    """huggingface_hub looks at its variables when it is imported."""
+    os.environ[variable] = value
+    if (constants := sys.modules.get("huggingface_hub.constants")) is not None:
+        vars(constants).update(known)
 
 
 def _answers(endpoint: str) -> bool:

@@ -235,12 +235,13 @@ class DenseEncodeKit:
 
 
 def prepare_dense_encoder(
-    model: ImageModel, dense: DenseLike, execution: ExecutionOptions | None
+    self: ImageModel, *, dense: DenseOptions | DenseImageOptions, execution: ExecutionOptions | None = None
 ) -> DenseEncodeKit:
-    """See `Model.prepare_dense_encoder`."""
+    """Dense features of pictures in memory, batch by batch; nothing is written. What `dense` says of
+    reading (spacing, tolerance, backend) is ignored; errors are as for `embed_regions_dense`."""
     if not isinstance(dense, DenseOptions | DenseImageOptions):
         raise ConfigError(f"dense must be DenseOptions or DenseImageOptions, got {type(dense).__name__}")
-    return DenseEncodeKit(GridEncoder(model, dense, execution or ExecutionOptions(), "prepare_dense_encoder"))
+    return DenseEncodeKit(GridEncoder(self, dense, execution or ExecutionOptions(), "prepare_dense_encoder"))
 
 
 def _in_words(item: Any) -> str:

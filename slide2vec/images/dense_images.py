@@ -18,13 +18,14 @@ from slide2vec.artifacts.dense_files import (
     sidecar_of,
     write_grid,
 )
+from slide2vec.artifacts.places import with_output_dir
 from slide2vec.cohort.lock import output_lock
 from slide2vec.config import ExecutionOptions
 from slide2vec.errors import ConfigError, ImageError, Slide2VecError, SlideOpenError
 from slide2vec.geometry import LevelChoice, select_level
 from slide2vec.images.dense_encoder import GridEncoder, dense_identity, dense_options, geometry_record
 from slide2vec.images.dense_options import DenseImageOptions
-from slide2vec.images.dense_run import encode_and_write, grids_in_order, with_output_dir
+from slide2vec.images.dense_run import encode_and_write, grids_in_order
 from slide2vec.images.pixels import Pixels, rgb
 from slide2vec.images.pooled import ImageModel
 from slide2vec.images.read_record import read_record
@@ -129,26 +130,28 @@ class _ImageJob:
 
 
 def embed_images_dense(
-    model: ImageModel,
+    self: ImageModel,
     images: Iterable[ImageLike],
+    *,
     dense: DenseImageOptions,
-    execution: ExecutionOptions | None,
+    execution: ExecutionOptions | None = None,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> list[DenseImageArtifact]:
-    """See `Model.embed_images_dense`."""
+    """As `embed_regions_dense`, of whole ready images, to `dense_image_embeddings/<sample_id>.pt`. They
+    are normalised, never cropped or enlarged; PNG, JPEG and pixels in memory need a spacing."""
     if not isinstance(dense, DenseImageOptions):
         raise ConfigError(f"embed_images_dense takes dense=DenseImageOptions(…), got {type(dense).__name__}")
     execution, output_dir = with_output_dir(execution, "embed_images_dense")
     asked = as_images(images, "embed_images_dense")
-    spacing = dense_spacing(model, dense)
-    encoder = GridEncoder(model, dense, execution, "embed_images_dense")
+    spacing = dense_spacing(self, dense)
+    encoder = GridEncoder(self, dense, execution, "embed_images_dense")
     with output_lock(output_dir), live_progress():
-        call = _Call(output_dir, dense, *spacing, encoder, dense_identity(model, dense, execution), model)
+        call = _Call(output_dir, dense, *spacing, encoder, dense_identity(self, dense, execution), self)
         planned = [_planned(call, image) for image in asked]
         made = [each if isinstance(each, Exception) else each.done() for each in planned]
         left = [job for job, done in zip(planned, made, strict=True) if done is None]
         jobs = [job for job in left if not isinstance(job, Exception)]
-        done_now = iter(encode_and_write(jobs, encoder, execution, model.name, "images") if jobs else ())
+        done_now = iter(encode_and_write(jobs, encoder, execution, self.name, "images") if jobs else ())
         results: Sequence[DenseImageArtifact | Exception] = [
             next(done_now) if done is None else done for done in made
         ]

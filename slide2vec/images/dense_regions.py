@@ -21,13 +21,14 @@ from slide2vec.artifacts.dense_files import (
     sidecar_of,
     write_grid,
 )
+from slide2vec.artifacts.places import with_output_dir
 from slide2vec.cohort.lock import output_lock
 from slide2vec.config import ExecutionOptions
 from slide2vec.errors import ConfigError, ManifestError, Slide2VecError, as_slide_error
 from slide2vec.geometry import LevelChoice, TileGeometry, tile_geometry
 from slide2vec.images.dense_encoder import GridEncoder, dense_identity, dense_options, geometry_record
 from slide2vec.images.dense_options import DenseOptions, SlideRegions
-from slide2vec.images.dense_run import encode_and_write, grids_in_order, with_output_dir
+from slide2vec.images.dense_run import encode_and_write, grids_in_order
 from slide2vec.images.pixels import Pixels
 from slide2vec.images.pooled import ImageModel
 from slide2vec.images.read_record import read_record
@@ -196,22 +197,32 @@ class _RegionJob:
 
 
 def embed_regions_dense(
-    model: ImageModel,
+    self: ImageModel,
     regions: Iterable[SlideRegions],
+    *,
     dense: DenseOptions,
-    execution: ExecutionOptions | None,
+    execution: ExecutionOptions | None = None,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> list[DenseRegionArtifact]:
-    """See `Model.embed_regions_dense`."""
+    """Write a grid of patch tokens (d, rows, columns) of each region of slides, to
+    `dense_embeddings/[<class>/]<sample_id>/<x>_<y>.pt`; in input order. What an earlier call did in the
+    same way stays.
+
+    Raises:
+        EmbedImagesError: some regions cannot be read; the others are there. See `embed_images`.
+        ConfigError: a ValueError: the encoder does not take such regions or windows.
+        UnsupportedError: a NotImplementedError: it has no such tokens.
+        ManifestError, ModelLevelError: ValueErrors, as for `embed_images`.
+    """
     if not isinstance(dense, DenseOptions):
         raise ConfigError(f"embed_regions_dense takes dense=DenseOptions(…), got {type(dense).__name__}")
     execution, output_dir = with_output_dir(execution, "embed_regions_dense")
     asked = _checked(regions)
-    encoder = GridEncoder(model, dense, execution, "embed_regions_dense")
-    model.recipe.check_recommended(dense.spacing_um, model.recipe.tile_size_px, allowed=True)
+    encoder = GridEncoder(self, dense, execution, "embed_regions_dense")
+    self.recipe.check_recommended(dense.spacing_um, self.recipe.tile_size_px, allowed=True)
     with output_lock(output_dir), live_progress():
         plans = {each.slide: _plan(each.slide, dense) for each in asked if len(each.coordinates)}
-        call = _Call(output_dir, dense, encoder, dense_identity(model, dense, execution), plans)
+        call = _Call(output_dir, dense, encoder, dense_identity(self, dense, execution), plans)
         found = [
             _Region(call, each.slide, each.annotation, x, y)
             for each in asked
@@ -219,7 +230,7 @@ def embed_regions_dense(
         ]
         made = _made_before(found)
         made |= _make(
-            {each.path: each for each in found if each.path not in made}, call, execution, model.name
+            {each.path: each for each in found if each.path not in made}, call, execution, self.name
         )
     names = [f"{each.slide.sample_id} {each.x},{each.y}" for each in found]
     return grids_in_order(names, [made[each.path] for each in found], on_error)

@@ -7,21 +7,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
-from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from slide2vec.config import ExecutionOptions
-from slide2vec.errors import ConfigError, EmbedImagesError, ImageError, Slide2VecError
+from slide2vec.errors import EmbedImagesError, ImageError, Slide2VecError
 from slide2vec.images.ahead import WRITERS, ahead, stopping
 from slide2vec.images.dense_encoder import GridEncoder
 from slide2vec.images.pixels import Pixels
 from slide2vec.progress import RunStarted, SlideFinished, SlidePlanned, TilesEncoded, active_reporter
 from slide2vec.runtime import batch_size_for
 
-__all__ = ["GridJob", "batch_size_of", "encode_and_write", "grids_in_order", "with_output_dir"]
+__all__ = ["GridJob", "batch_size_of", "encode_and_write", "grids_in_order"]
 
 logger = logging.getLogger(__name__)
 
@@ -137,14 +136,3 @@ def grids_in_order(names: Sequence[str], made: Sequence[Done | Exception], on_er
     if failed and on_error == "raise":
         raise EmbedImagesError.of(failed, [None if isinstance(each, Exception) else each for each in made])
     return [each for each in made if not isinstance(each, Exception)]
-
-
-def with_output_dir(execution: ExecutionOptions | None, method: str) -> tuple[ExecutionOptions, Path]:
-    """The options of a call that writes files, and where to.
-
-    Raises:
-        ConfigError: they name no directory.
-    """
-    if execution is None or execution.output_dir is None:
-        raise ConfigError(f"{method} writes files: give ExecutionOptions(output_dir=…)")
-    return execution, execution.output_dir

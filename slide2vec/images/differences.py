@@ -11,7 +11,7 @@ from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ConfigError
 from slide2vec.images.dense_encoder import GridEncoder, dense_identity
 from slide2vec.images.dense_images import dense_spacing
-from slide2vec.images.dense_options import DenseImageOptions, DenseLike, DenseOptions
+from slide2vec.images.dense_options import DenseImageOptions, DenseOptions
 from slide2vec.images.pooled import ImageModel, image_identity
 from slide2vec.images.reuse import differing_fields
 from slide2vec.slides import Slide
@@ -29,22 +29,27 @@ class TiledModel(ImageModel, Protocol):
 
 
 def pooled_identity_differences(
-    model: TiledModel,
+    self: TiledModel,
     recorded: Mapping[str, Any],
+    *,
     preprocessing: PreprocessingConfig | None,
-    execution: ExecutionOptions | None,
-    encoded_pixels: bool,
+    execution: ExecutionOptions | None = None,
+    encoded_pixels: bool = True,
 ) -> dict[str, tuple[Any, Any]]:
-    """See `Model.pooled_identity_differences`."""
+    """Where the `compatibility` of a sidecar of tiles, slides or (preprocessing=None) ready images
+    differs from what would be made now: {field: (recorded, current)}, `MISSING_FIELD` for one that is
+    not recorded.
+    What is of a single slide (its file, its spacing) is left out; the transform, too, where nothing was
+    encoded (encoded_pixels=False)."""
     execution = execution or ExecutionOptions()
     if preprocessing is None:
-        current = image_identity(model, execution)
+        current = image_identity(self, execution)
         if not encoded_pixels:
             del current["transform"]
         return differing_fields(recorded, current)
-    config = model.resolve_preprocessing(preprocessing)
+    config = self.resolve_preprocessing(preprocessing)
     any_slide = Slide(sample_id="any", image_path=Path("any"))
-    made = compatibility(any_slide, config, model.identity(execution, config.requested_tile_size_px), {})
+    made = compatibility(any_slide, config, self.identity(execution, config.requested_tile_size_px), {})
     geometry = recorded.get("geometry")
     if isinstance(geometry, Mapping) and "coordinates" in geometry:
         made["geometry"] = {k: v for k, v in made["geometry"].items() if k in _OF_GIVEN_TILES}
@@ -65,13 +70,17 @@ def _leaves(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def dense_identity_differences(
-    model: ImageModel, recorded: Mapping[str, Any], dense: DenseLike, execution: ExecutionOptions | None
+    self: ImageModel,
+    recorded: Mapping[str, Any],
+    *,
+    dense: DenseOptions | DenseImageOptions,
+    execution: ExecutionOptions | None = None,
 ) -> dict[str, tuple[Any, Any]]:
-    """See `Model.dense_identity_differences`."""
+    """As `pooled_identity_differences`, of sidecars of dense features. Raises what making them would."""
     if not isinstance(dense, DenseOptions | DenseImageOptions):
         raise ConfigError(f"dense must be DenseOptions or DenseImageOptions, got {type(dense).__name__}")
     execution = execution or ExecutionOptions()
     if isinstance(dense, DenseImageOptions):
-        dense_spacing(model, dense)
-    GridEncoder(model, dense, execution, "dense_identity_differences")
-    return differing_fields(recorded, dense_identity(model, dense, execution))
+        dense_spacing(self, dense)
+    GridEncoder(self, dense, execution, "dense_identity_differences")
+    return differing_fields(recorded, dense_identity(self, dense, execution))

@@ -20,10 +20,10 @@ import torch
 from slide2vec.artifacts import ImageEmbeddingArtifact
 from slide2vec.artifacts.finite import remedy
 from slide2vec.artifacts.image_files import write_image_embedding
+from slide2vec.artifacts.places import with_output_dir
 from slide2vec.cohort.lock import output_lock
 from slide2vec.config import ExecutionOptions
 from slide2vec.errors import (
-    ConfigError,
     EmbedImagesError,
     ImageError,
     ManifestError,
@@ -126,23 +126,38 @@ def _feature_dtype(execution: ExecutionOptions, precision: str) -> str:
 
 
 def embed_images(
-    model: ImageModel,
+    self: ImageModel,
     images: Iterable[ImageLike],
-    execution: ExecutionOptions | None,
+    *,
+    execution: ExecutionOptions | None = None,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> list[ImageEmbeddingArtifact]:
-    """See `Model.embed_images`."""
-    asked, execution, output_dir = _checked(model, images, execution)
+    """Embed ready images onto disk, each with the transform that the encoder was published with, to
+    `image_embeddings/<sample_id>`; in input order. What an earlier call did in the same way stays.
+
+    Args:
+        images: `ImageSpec`s, paths, or mappings with the fields of ImageSpec; on disk or in memory.
+        execution: its output_dir is where files go.
+        on_error: "raise" an EmbedImagesError when all others are there, or "skip" failed images.
+
+    Raises:
+        EmbedImagesError: some images cannot be read, or have no finite embedding.
+        ConfigError: a ValueError: an earlier embedding of a sample_id was made in another way, or of
+            another image (see `ExecutionOptions.on_image_mismatch`).
+        ManifestError: a ValueError: ids are not unique, or there is a spacing, which means nothing here.
+        ModelLevelError: a ValueError: the preset is not tile-level.
+    """
+    asked, execution, output_dir = _checked(self, images, execution)
     with output_lock(output_dir), live_progress():
-        identity = image_identity(model, execution)
+        identity = image_identity(self, execution)
         reused = find_done(asked, output_dir, identity, execution)
         if reused.done:
             logger.info("%d of %d images are embedded already", len(reused.done), len(asked))
         made: dict[str, ImageEmbeddingArtifact | Exception] = dict(reused.done)
         if not reused.left:
-            model.tile_encoding.confirm_weights()  # that all is there is said of these weights
+            self.tile_encoding.confirm_weights()  # that all is there is said of these weights
         else:
-            made |= _embed(model, reused.left, execution, output_dir, identity)
+            made |= _embed(self, reused.left, execution, output_dir, identity)
     return _in_order(asked, made, on_error)
 
 
@@ -160,9 +175,7 @@ def _checked(
             f"embed_images: image {spaced[0]} has spacing_at_level_0, which decides nothing here: leave it "
             "out, or use embed_images_dense"
         )
-    if execution is None or execution.output_dir is None:
-        raise ConfigError("embed_images writes files: give ExecutionOptions(output_dir=…)")
-    return asked, execution, execution.output_dir
+    return asked, *with_output_dir(execution, "embed_images")
 
 
 def _in_order(

@@ -13,19 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Protocol
 
 import cv2
 import numpy as np
 import torch
 
-from slide2vec.artifacts import (
-    HierarchicalEmbeddingArtifact,
-    TileEmbeddingArtifact,
-    read_metadata,
-    write_json,
-)
+from slide2vec.artifacts import TileEmbeddingArtifact, read_metadata, write_json
 from slide2vec.artifacts.dense_files import sidecar_of
+from slide2vec.artifacts.places import with_output_dir
 from slide2vec.config import ExecutionOptions
 from slide2vec.errors import (
     ArtifactError,
@@ -40,7 +36,7 @@ from slide2vec.files import as_path, atomic_path, remove
 from slide2vec.images.ahead import ahead, stopping
 from slide2vec.images.dense_encoder import GridEncoder, dense_identity, geometry_record
 from slide2vec.images.dense_options import DenseImageOptions
-from slide2vec.images.dense_run import batch_size_of, with_output_dir
+from slide2vec.images.dense_run import batch_size_of
 from slide2vec.images.pixels import Pixels
 from slide2vec.images.pooled import ImageModel
 from slide2vec.progress import RunStarted, SlideFinished, SlidePlanned, TilesEncoded, active_reporter
@@ -73,16 +69,32 @@ class PatchTokensArtifact:
         return read_metadata(self.metadata_path)
 
 
+class PatchTokenModel(Protocol):
+    """A model of any level, as far as patch tokens of its tiles need it."""
+
+    @property
+    def tile_model(self) -> ImageModel: ...
+
+
 def save_patch_tokens(
-    model: ImageModel,
-    artifacts: Iterable[TileEmbeddingArtifact] | Iterable[HierarchicalEmbeddingArtifact],
-    execution: ExecutionOptions | None,
+    self: PatchTokenModel,
+    tile_artifacts: Iterable[TileEmbeddingArtifact],
+    *,
+    execution: ExecutionOptions | None = None,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> list[PatchTokensArtifact]:
-    """See `Model.save_patch_tokens`."""
+    """Write the patch tokens of every tile of slides that `embed_tiles` or a Pipeline has embedded:
+    `patch_tokens/<sample_id>.npy`, (N, d, rows, columns) float16, in the order of their tiles. The slides
+    are read, and the tiles encoded, once more; memory does not grow with their number.
+
+    Raises:
+        EmbedSlidesError: some slides failed, or (`on_error="skip"`) are left out.
+        ConfigError, UnsupportedError: the encoder has no patch tokens of such tiles.
+    """
+    model = self.tile_model
     execution, output_dir = with_output_dir(execution, "save_patch_tokens")
     made: dict[str, PatchTokensArtifact | Exception] = {}
-    given = list(artifacts)
+    given = list(tile_artifacts)
     reporter = active_reporter()
     reporter.emit(RunStarted(len(given), model.name))
     for artifact in given:

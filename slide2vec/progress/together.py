@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -60,9 +61,11 @@ class TogetherReporter:
         self._slides = {name: _OfSlide() for name in self._encoders}
         self._finished = self._failed = 0
         self._is_cancelled = False
+        self._started = time.perf_counter()
 
     def start(self, encoders: Collection[str]) -> None:
         """The run begins."""
+        self._started = time.perf_counter()
         self._inner.emit(RunStarted(len(self._slides), " + ".join(encoders)))
 
     def of(self, encoder: str) -> ProgressReporter:
@@ -73,18 +76,29 @@ class TogetherReporter:
         """Every encoder is stopped when it next reports something."""
         self._is_cancelled = True
 
-    def broken(self, encoder: str, error: Exception) -> None:
+    def end(self, found: Mapping[str, object]) -> None:
+        """The run is over.
+
+        Args:
+            found: what each encoder gave, or its error.
+        """
+        for encoder, result in found.items():
+            if isinstance(result, Exception):
+                self._break_off(encoder, result)
+        if not self.summaries:
+            return
+        whole = replace(
+            of_encoders(self.summaries, time.perf_counter() - self._started),
+            slides=self._finished,
+            failed=self._failed,
+        )
+        self._inner.emit(RunFinished(whole))
+
+    def _break_off(self, encoder: str, error: Exception) -> None:
         """An encoder has stopped early: slides that it has not finished failed with it."""
         for name, encoders in self._encoders.items():
             if encoder in encoders and encoder not in self._slides[name].ended:
                 self.take(encoder, SlideFailed(name, error))
-
-    def finish(self, seconds: float) -> None:
-        """The run is over, after so many seconds."""
-        if not self.summaries:
-            return
-        whole = replace(of_encoders(self.summaries, seconds), slides=self._finished, failed=self._failed)
-        self._inner.emit(RunFinished(whole))
 
     def take(self, encoder: str, event: ProgressEvent) -> None:
         """An event of one encoder. Raises Cancelled."""

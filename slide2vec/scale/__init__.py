@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from slide2vec.choices import EXECUTORS
 from slide2vec.errors import ConfigError
@@ -15,13 +15,9 @@ if TYPE_CHECKING:
 
     from slide2vec.cohort.embedder import Encoder
     from slide2vec.config import ExecutionOptions
-    from slide2vec.scale.executor import WorkerExecutor
-    from slide2vec.scale.pool import WorkerPool
+    from slide2vec.scale.executor import WorkerExecutor, WorkerPools
 
-__all__ = ["WorkerExecutor", "WorkerPools", "workers_for"]
-
-#: Fleets that wait for the next call, by what decides their workers.
-WorkerPools: TypeAlias = "dict[tuple[object, ...], list[WorkerPool]]"
+__all__ = ["WorkerExecutor", "WorkerPools", "in_one_pool", "workers_for"]
 
 
 def workers_for(
@@ -60,12 +56,26 @@ def workers_for(
             f"was made otherwise say {alone}"
         )
     from slide2vec.scale.executor import WorkerExecutor
+    from slide2vec.scale.messages import ALONE
 
     key: tuple[object, ...] = (*devices, execution.executor, execution.ray_address, execution.num_gpus)
-    return WorkerExecutor(model, _starter(loader, devices, execution), kept.setdefault(key, []))
+    start = partial(EXECUTORS[execution.executor].imported(), devices=devices, execution=execution)
+    return WorkerExecutor({ALONE: model}, loader, start, key, kept)
 
 
-def _starter(
-    loader: Callable[..., Any], devices: Sequence[str], execution: ExecutionOptions
-) -> Callable[[], WorkerPool]:
-    return partial(EXECUTORS[execution.executor].imported(), loader, devices, execution)
+def in_one_pool(alone: Mapping[str, WorkerExecutor | None], kept: WorkerPools) -> WorkerExecutor | None:
+    """Who embeds with several models side by side, in workers that each have all of them.
+
+    Args:
+        alone: who would with each model, by name.
+        kept: pools of earlier calls.
+
+    Returns:
+        None: they are not all for the same workers.
+    """
+    found = {name: each for name, each in alone.items() if each is not None}
+    if len(found) < len(alone) or len({each.key for each in found.values()}) > 1:
+        return None
+    from slide2vec.scale.executor import WorkerExecutor
+
+    return WorkerExecutor.of_several(found, kept)

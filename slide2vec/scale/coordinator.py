@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from slide2vec.errors import OutputError, Slide2VecError, WorkerLostError
 from slide2vec.progress import RunSummary, SlidePlanned, TilesEncoded
 from slide2vec.scale.messages import (
+    ALONE,
     Broken,
     Done,
     EndOfJob,
@@ -39,10 +40,10 @@ MAX_CONSECUTIVE_LOSSES = 2
 
 
 class TaskFailed:
-    """A task that no worker has survived."""
+    """A task that no worker has survived, and the encoders that were left to do."""
 
-    def __init__(self, name: str, reason: str) -> None:
-        self.name = name
+    def __init__(self, name: str, reason: str, encoders: Collection[str] = (ALONE,)) -> None:
+        self.name, self.encoders = name, encoders
         self.error = WorkerLostError(
             f"slide {name}: the worker that embedded it died, and so did the next, which had no other slide "
             f"({reason})"
@@ -57,7 +58,7 @@ class Coordinator:
 
     Attributes:
         lost: workers lost.
-        summaries: of the workers' streams.
+        summaries: of the workers' streams, each with its encoder.
     """
 
     def __init__(self, pool: WorkerPool, job: Job, tasks: Sequence[Task], sizes: Mapping[str, float]) -> None:
@@ -65,7 +66,8 @@ class Coordinator:
         self._tasks = {task.name: task for task in tasks}
         self._scheduler = Scheduler(sizes, depth=DEPTH, expected=pool.size)
         self._drained: set[str] = set()
-        self._planned: set[str] = set()
+        #: Tiles of each task, by encoder, as far as they have told.
+        self._planned: dict[str, dict[str, int]] = {name: {} for name in self._tasks}
         self._working: set[str] = set()
         #: Tasks that were sent to a worker and have not come to it, as far as it has said.
         self._untaken: dict[str, set[str]] = {}
@@ -75,7 +77,7 @@ class Coordinator:
         self._cannot_begin: Exception | None = None
         self._without_success = 0
         self.lost = 0
-        self.summaries: list[RunSummary] = []
+        self.summaries: list[tuple[str, RunSummary]] = []
 
     def run(self) -> Iterator[Report | TaskFailed]:
         """Reports of the workers that are not about the coordination itself, and failures.
@@ -131,16 +133,20 @@ class Coordinator:
                     raise error
             case Lost(reason):
                 yield from self._lose(worker, reason)
-            case Done(name):
+            case Done(name, encoder):
                 self._without_success = 0
-                self._scheduler.done(name)
+                self._tasks[name] = self._tasks[name].without(encoder)
+                if not self._tasks[name].known:
+                    self._scheduler.done(name)
                 self._assign_next(worker)
-            case ProgressMessage(SlidePlanned(name, tiles, _)):
-                self._scheduler.planned(name, tiles)
+            case ProgressMessage(SlidePlanned(name, tiles, _), encoder):
+                known, left = self._planned[name], self._tasks[name].known
+                is_first = encoder not in known
+                known[encoder] = tiles
+                self._scheduler.planned(name, sum(known.get(each, 0) for each in left))
                 self._assign_next(worker)
-                if name not in self._planned:
+                if is_first:
                     yield report
-                self._planned.add(name)
             case ProgressMessage(TilesEncoded(count, name)):
                 if name is not None:
                     self._scheduler.encoded(name, count)
@@ -189,6 +195,6 @@ class Coordinator:
             return
         untaken = self._untaken.pop(worker, set()) if self._pool.keeps_last_words else ()
         for name in self._scheduler.lost(worker, untaken):
-            yield TaskFailed(name, reason)
+            yield TaskFailed(name, reason, self._tasks[name].known)
         for other in self._scheduler.workers:
             self._assign_next(other)

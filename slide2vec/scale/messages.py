@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from slide2vec.errors import Slide2VecError
@@ -20,20 +20,25 @@ if TYPE_CHECKING:
     from slide2vec.tiling import Tiling
 
 __all__ = [
+    "ALONE",
     "Broken",
     "Command",
     "Done",
     "Embedded",
+    "EncoderBroken",
     "EndOfJob",
     "Flush",
     "Job",
     "JobFinished",
+    "JobPart",
     "JobStarted",
+    "Known",
     "Load",
     "Logged",
     "Lost",
     "ProgressMessage",
     "Ready",
+    "Recorded",
     "Report",
     "StartJob",
     "Taken",
@@ -42,20 +47,23 @@ __all__ = [
 ]
 
 
+#: Name of an encoder that is the only one of a job.
+ALONE = ""
+
 # to a worker ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Load:
-    """Load the model: `loader(device=…)`."""
+    """Load the model, or several by name: `loader(device=…)`."""
 
     loader: Callable[..., Any]
     device: str | None
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is the same for all slides of a call.
+class JobPart:
+    """What one encoder of a job does; the same for all slides of a call.
 
     Attributes:
         config: resolved for the model.
@@ -72,6 +80,13 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Job:
+    """What each encoder does, by name. Several embed slides side by side, which are read once for them."""
+
+    parts: Mapping[str, JobPart]
+
+
+@dataclass(frozen=True)
 class StartJob:
     """Slides of this job follow."""
 
@@ -79,16 +94,27 @@ class StartJob:
 
 
 @dataclass(frozen=True)
-class Task:
-    """A slide to embed, named by its sample_id, with its tiles and what its files are, if they are known."""
+class Known:
+    """What an encoder knows of a slide: its tiles, and what its files are."""
 
-    slide: Slide
     tiling: Tiling | None = None
     identity: SlideIdentity | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A slide to embed, named by its sample_id, with the encoders that do, and what each knows of it."""
+
+    slide: Slide
+    known: Mapping[str, Known] = field(default_factory=lambda: {ALONE: Known()})
 
     @property
     def name(self) -> str:
         return self.slide.sample_id
+
+    def without(self, encoder: str) -> Task:
+        """What is left of it when an encoder is done."""
+        return replace(self, known={name: each for name, each in self.known.items() if name != encoder})
 
 
 @dataclass(frozen=True)
@@ -129,6 +155,15 @@ class ProgressMessage:
     """Something for the progress reporter."""
 
     event: ProgressEvent
+    encoder: str = ALONE
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Something for the recorder of a run on disk."""
+
+    entry: RecordEvent | SlideCompleted
+    encoder: str = ALONE
 
 
 @dataclass(frozen=True)
@@ -137,20 +172,30 @@ class Embedded:
 
     outcome: SlideOutcome
     features: Any
+    encoder: str = ALONE
 
 
 @dataclass(frozen=True)
 class Done:
-    """A slide is complete or has failed, and everything about it has been reported."""
+    """A slide is complete or has failed with an encoder, and everything about it has been reported."""
 
     name: str
+    encoder: str = ALONE
+
+
+@dataclass(frozen=True)
+class EncoderBroken:
+    """One of several encoders has broken off, and not done slides that the worker had for it."""
+
+    encoder: str
+    error: Exception
 
 
 @dataclass(frozen=True)
 class JobFinished:
-    """The job is finished; a summary per stream that had anything to do."""
+    """The job is finished; encoder and summary of each stream that had anything to do."""
 
-    summaries: tuple[RunSummary, ...]
+    summaries: tuple[tuple[str, RunSummary], ...]
 
 
 @dataclass(frozen=True)
@@ -177,8 +222,8 @@ class Lost:
 
 
 Report: TypeAlias = (
-    "Ready | JobStarted | Taken | ProgressMessage | RecordEvent | SlideCompleted | Embedded "
-    "| Done | JobFinished | Logged | Broken | Lost"
+    "Ready | JobStarted | Taken | ProgressMessage | Recorded | Embedded | Done | EncoderBroken "
+    "| JobFinished | Logged | Broken | Lost"
 )
 
 

@@ -72,8 +72,9 @@ class RayWorker:
 def _check_shared(job: Job) -> None:
     """Raises ConfigError where the output directory is another one than that of the coordinator, which has
     locked its own."""
-    folder = job.execution.output_dir
-    if job.place is None or folder is None or "://" in str(folder) or (Path(folder) / LOCK_NAME).exists():
+    part = next(iter(job.parts.values()))
+    folder = part.execution.output_dir
+    if part.place is None or folder is None or "://" in str(folder) or (Path(folder) / LOCK_NAME).exists():
         return
     raise ConfigError(
         f"output_dir {folder} on node {os.uname().nodename} is not that of the run: the nodes of a Ray "

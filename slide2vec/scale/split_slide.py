@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from slide2vec.config import PreprocessingConfig
 from slide2vec.embedded import EmbeddedSlide
-from slide2vec.scale.messages import Task
+from slide2vec.scale.messages import ALONE, Known, Task
 from slide2vec.stream import SlideOutcome, SlidePlan
 from slide2vec.tiling import BadTile, Tiling
 
@@ -50,7 +50,7 @@ class SplitSlide:
             y=self._all.y[indices],
             tissue_fractions=self._all.tissue_fractions[indices],
         )
-        return Task(replace(slide, sample_id=name), tiling)
+        return Task(replace(slide, sample_id=name), {ALONE: Known(tiling)})
 
     def joined(self, outcomes: Sequence[SlideOutcome]) -> SlideOutcome:
         """The slide's own outcome from those of its parts, in their order."""

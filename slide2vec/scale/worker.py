@@ -1,22 +1,26 @@
-"""A worker: one device, one model, and the slides that it is given, one stream at a time."""
+"""A worker: one device, one model or several side by side, and the slides that it is given."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from slide2vec.errors import ConfigError
 from slide2vec.progress import ProgressEvent, RunFinished, RunSummary, SlideFailed, activate_progress_reporter
+from slide2vec.progress.together import Cancelled
 from slide2vec.scale.messages import (
+    ALONE,
     Broken,
     Command,
     Done,
     Embedded,
+    EncoderBroken,
     EndOfJob,
     Flush,
     Job,
@@ -26,6 +30,7 @@ from slide2vec.scale.messages import (
     Logged,
     ProgressMessage,
     Ready,
+    Recorded,
     Report,
     StartJob,
     Taken,
@@ -38,11 +43,14 @@ if TYPE_CHECKING:
 
     from slide2vec.cohort.embedder import Embedder
     from slide2vec.cohort.sink import Sink
+    from slide2vec.slides import Slide
     from slide2vec.stream import SlideOutcome
+    from slide2vec.stream.shared_slides import Share
     from slide2vec.stream.slide_identity import SlideIdentity
+    from slide2vec.stream.staging import InPlace
     from slide2vec.tiling import Tiling
 
-__all__ = ["serve"]
+__all__ = ["load_several", "serve"]
 
 SendReport = Callable[[Report], None]
 
@@ -63,17 +71,69 @@ def serve(receive: Callable[[], Command], send_report: SendReport, store: Callab
         send_report(Broken(portable(error)))
 
 
+def load_several(
+    loaders: Mapping[str, Callable[..., Embedder]], *, device: str | None
+) -> dict[str, Embedder]:
+    """Several models, by name, on one device."""
+    return {name: loader(device=device) for name, loader in loaders.items()}
+
+
 def _serve(receive: Callable[[], Command], send_report: SendReport, store: Callable[[Tensor], Any]) -> None:
-    model: Embedder | None = None
+    models: Mapping[str, Embedder] = {}
     while True:
         match receive():
             case Load(loader, device):
-                model = loader(device=device)
+                loaded = loader(device=device)
+                models = loaded if isinstance(loaded, Mapping) else {ALONE: loaded}
                 send_report(Ready())
             case StartJob(job):
-                assert model is not None
+                for name in models.keys() - job.parts.keys():  # another group's turn
+                    models[name].release()
                 with _forward_logs(send_report):
-                    _Session(model, job, receive, send_report, store).run()
+                    _Session(
+                        {name: models[name] for name in job.parts}, job, receive, send_report, store
+                    ).run()
+
+
+class _Round:
+    """Slides for one stream of each encoder, side by side where there are several: up to a flush.
+
+    Attributes:
+        broken: what has broken off encoders.
+    """
+
+    def __init__(self, encoders: Collection[str], stager: InPlace, readers: int | None) -> None:
+        from slide2vec.stream import SlideQueue
+        from slide2vec.stream.shared_slides import SharedSlides
+
+        self.queues = {name: SlideQueue() for name in encoders}
+        self.left: dict[str, set[str]] = {name: set() for name in encoders}
+        self.broken: dict[str, Exception] = {}
+        self._shared = SharedSlides(encoders, stager, readers=readers)
+        self.shares = {name: self._shared.share(name) for name in encoders}
+        self._is_cancelled = False
+
+    def put(self, slide: Slide, encoders: Collection[str]) -> None:
+        """One more slide, for these encoders."""
+        self._shared.expect(slide.sample_id, encoders)
+        for name in encoders:
+            self.left[name].add(slide.sample_id)
+            self.queues[name].put(slide)
+
+    def end(self) -> None:
+        """No more slides come."""
+        for each in self.queues.values():
+            each.end()
+
+    def cancel(self) -> None:
+        """Every stream ends when it next reports something, or waits for a slide."""
+        self._is_cancelled = True
+        self.end()
+
+    def check(self) -> None:
+        """Raises Cancelled."""
+        if self._is_cancelled:
+            raise Cancelled
 
 
 class _Session:
@@ -81,76 +141,121 @@ class _Session:
 
     def __init__(
         self,
-        model: Embedder,
+        models: Mapping[str, Embedder],
         job: Job,
         receive: Callable[[], Command],
         send_report: SendReport,
         store: Callable[[Tensor], Any],
     ) -> None:
-        from slide2vec.stream import SlideQueue
-
-        self._model, self._job, self._send_report, self._store = model, job, send_report, store
-        self._arrivals, self._tilings = SlideQueue(), dict[str, "Tiling"]()
-        self._identities = dict[str, "SlideIdentity"]()
-        self._reporter = EventForwarder(send_report)
-        self._receive, self._finishing = receive, False
+        self._models, self._job, self._send_report, self._store = models, job, send_report, store
+        self._tilings: dict[str, dict[str, Tiling]] = {name: {} for name in models}
+        self._identities: dict[str, dict[str, SlideIdentity]] = {name: {} for name in models}
+        self._summaries: list[tuple[str, RunSummary]] = []
+        self._receive = receive
+        self._rounds: SimpleQueue[_Round | None] = SimpleQueue()
 
     def run(self) -> None:
-        """Stream after stream: each ends where the coordinator has nothing more at the moment."""
-        tile_size = self._job.config.requested_tile_size_px
-        _check_identity(self._model.identity(self._job.execution, tile_size), self._job.identity)
-        commands = threading.Thread(target=self._obey, name="commands", daemon=True)
-        commands.start()
-        self._send_report(JobStarted())
-        with activate_progress_reporter(self._reporter):
-            while not self._finishing:
-                self._embed()
-        commands.join()
-        self._send_report(JobFinished(tuple(self._reporter.summaries)))
+        """Round after round: each ends where the coordinator has nothing more at the moment."""
+        from slide2vec.stream.staging import IN_PLACE, stager_for
 
-    def _obey(self) -> None:
-        """Take commands while the stream runs."""
-        while not self._finishing:
+        for name, part in self._job.parts.items():
+            tile_size = part.config.requested_tile_size_px
+            _check_identity(self._models[name].identity(part.execution, tile_size), part.identity)
+        execution = next(iter(self._job.parts.values())).execution
+        several = len(self._models) > 1  # one stages for itself
+        with stager_for(execution) if several else nullcontext(IN_PLACE) as stager:
+            begin = partial(_Round, self._models, stager, execution.num_workers)
+            commands = threading.Thread(target=self._obey, args=(begin,), name="commands", daemon=True)
+            commands.start()
+            self._send_report(JobStarted())
+            while (now := self._rounds.get()) is not None:
+                self._embed_round(now)
+            commands.join()
+        self._send_report(JobFinished(tuple(self._summaries)))
+
+    def _obey(self, begin: Callable[[], _Round]) -> None:
+        """Take commands while streams run."""
+        now: _Round | None = begin()
+        while now is not None:
+            self._rounds.put(now)
+            now = self._fill(now, begin)
+        self._rounds.put(None)
+
+    def _fill(self, now: _Round, begin: Callable[[], _Round]) -> _Round | None:
+        """Put slides into a round until it ends; gives the next one, if there is to be one."""
+        while True:
             match self._receive():
-                case Task(slide, tiling, identity):
+                case Task(slide, known):
                     self._send_report(Taken(slide.sample_id))
-                    if tiling is not None:
-                        self._tilings[slide.sample_id] = tiling
-                    if identity is not None:
-                        self._identities[slide.sample_id] = identity
-                    self._arrivals.put(slide)
+                    for name, each in known.items():
+                        if each.tiling is not None:
+                            self._tilings[name][slide.sample_id] = each.tiling
+                        if each.identity is not None:
+                            self._identities[name][slide.sample_id] = each.identity
+                    now.put(slide, known)
                 case Flush():
-                    self._arrivals.end()
+                    now.end()
+                    return begin()
                 case EndOfJob():
-                    self._finishing = True
-                    self._arrivals.end()
+                    now.end()
+                    return None
 
-    def _embed(self) -> None:
+    def _embed_round(self, now: _Round) -> None:
+        """A stream of each encoder. One of several that breaks off leaves the others alone."""
+        from slide2vec.cohort.side_by_side import run_in_threads
+
+        if len(self._models) == 1:
+            (name,) = self._models
+            with activate_progress_reporter(EventForwarder(name, now, self._send_report, self._summaries)):
+                self._embed(name, now)
+            return
+        tasks = {name: partial(self._embed, name, now) for name in self._models}
+        reporters = {
+            name: EventForwarder(name, now, self._send_report, self._summaries) for name in self._models
+        }
+        found = run_in_threads(tasks, now.shares, reporters, now.cancel)
+        broken = {name: error for name, error in found.items() if isinstance(error, Exception)}
+        if len(broken) == len(self._models):  # as if there were one
+            raise next(iter(broken.values()))
+        for name, error in broken.items():
+            self._send_report(EncoderBroken(name, portable(error)))
+            for sample_id in now.left[name]:
+                self._send_report(Done(sample_id, name))
+
+    def _embed(self, name: str, now: _Round, share: Share | None = None) -> None:
         """One stream: embeddings go back, or files are written and what there is to say of them goes back."""
-        with self._sink() as sink, closing(self._model.embed_here(sink, self._arrivals)) as outcomes:
+        with (
+            self._sink(name, now, share) as sink,
+            closing(self._models[name].embed_here(sink, now.queues[name])) as outcomes,
+        ):
             for outcome in outcomes:
-                self._report_outcome(outcome)
+                self._report_outcome(name, now, outcome)
 
     @contextmanager
-    def _sink(self) -> Iterator[Sink]:
+    def _sink(self, name: str, now: _Round, share: Share | None) -> Iterator[Sink]:
         from slide2vec.cohort.context import Cohort
         from slide2vec.cohort.disk_sink import DiskSink
         from slide2vec.cohort.record_events import ForwardingRecorder
         from slide2vec.cohort.sink import MemorySink
 
-        job, execution = self._job, self._job.execution
-        if job.place is None:
-            aggregate = partial(self._model.aggregated, latents=execution.save_latents)
-            yield MemorySink(job.config, execution, aggregate if job.aggregate else None, self._tilings)
+        part, model, tilings = self._job.parts[name], self._models[name], self._tilings[name]
+        execution = part.execution
+        if part.place is None:
+            aggregate = partial(model.aggregated, latents=execution.save_latents) if part.aggregate else None
+            yield MemorySink(part.config, execution, aggregate, tilings, share)
             return
-        cohort = Cohort(job.config, execution, self._model, self._tilings, job.place, self._identities)
-        cohort.recorder = ForwardingRecorder(self._report_record)
-        with DiskSink(
-            cohort, self._model, self._on_slide_completed, on_done=lambda name: self._send_report(Done(name))
-        ) as sink:
+        cohort = Cohort(part.config, execution, model, tilings, part.place, self._identities[name])
+        cohort.share = share
+        cohort.recorder = ForwardingRecorder(partial(self._report_record, name))
+        completed, done = partial(self._on_slide_completed, name), partial(self._done, name, now)
+        with DiskSink(cohort, model, completed, on_done=done) as sink:
             yield sink
 
-    def _report_outcome(self, outcome: SlideOutcome) -> None:
+    def _done(self, name: str, now: _Round, sample_id: str) -> None:
+        now.left[name].discard(sample_id)
+        self._send_report(Done(sample_id, name))
+
+    def _report_outcome(self, name: str, now: _Round, outcome: SlideOutcome) -> None:
         import torch
 
         embedded, features = outcome.embedded, None
@@ -162,19 +267,19 @@ class _Session:
                 outcome = replace(outcome, embedded=None, tiling=None, error=error)
         if outcome.error is not None:
             outcome = replace(outcome, error=portable(outcome.error))
-        self._send_report(Embedded(outcome, features))
-        self._send_report(Done(outcome.slide.sample_id))
+        self._send_report(Embedded(outcome, features, name))
+        self._done(name, now, outcome.slide.sample_id)
 
-    def _report_record(self, entry: Any) -> None:
+    def _report_record(self, name: str, entry: Any) -> None:
         if entry.what == "fail":
             failed, traceback = entry.values
             entry = replace(entry, values=(replace(failed, error=portable(failed.error)), traceback))
-        self._send_report(entry)
+        self._send_report(Recorded(entry, name))
 
-    def _on_slide_completed(self, completed_slide: Any) -> tuple[()]:
+    def _on_slide_completed(self, name: str, completed_slide: Any) -> tuple[()]:
         if completed_slide.error is not None:
             completed_slide = replace(completed_slide, error=portable(completed_slide.error))
-        self._send_report(completed_slide)
+        self._send_report(Recorded(completed_slide, name))
         return ()
 
 
@@ -192,21 +297,23 @@ def _check_identity(own: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
 
 
 class EventForwarder:
-    """A reporter that sends events on, and keeps the summaries of streams that did anything."""
+    """A reporter that sends events of an encoder on, and keeps the summaries of streams that did anything."""
 
-    def __init__(self, send_report: SendReport) -> None:
-        self._send_report = send_report
-        self.summaries: list[RunSummary] = []
+    def __init__(
+        self, encoder: str, now: _Round, send_report: SendReport, summaries: list[tuple[str, RunSummary]]
+    ) -> None:
+        self._encoder, self._now, self._send_report, self._summaries = encoder, now, send_report, summaries
 
     def emit(self, event: ProgressEvent) -> None:
         """See `ProgressReporter`."""
+        self._now.check()
         if isinstance(event, RunFinished):
             if event.summary.slides or event.summary.failed:
-                self.summaries.append(event.summary)
+                self._summaries.append((self._encoder, event.summary))
             return
         if isinstance(event, SlideFailed):
             event = replace(event, error=portable(event.error))
-        self._send_report(ProgressMessage(event))
+        self._send_report(ProgressMessage(event, self._encoder))
 
     def close(self) -> None:
         """Do nothing."""

@@ -416,10 +416,10 @@ def _previews(
         return None, None
     mask_path = _preview_path(output_dir, "mask", tiling.sample_id)
     if config.preview.save_mask_preview and mask is not None:
-        write_mask_preview(mask_path, reader, mask, config.preview)
+        write_mask_preview(mask_path, reader, mask, config)
     tiling_path = _preview_path(output_dir, "tiling", tiling.sample_id)
     if config.preview.save_tiling_preview:
-        write_tiling_preview(tiling_path, reader, tiling, config.preview)
+        write_tiling_preview(tiling_path, reader, tiling, config)
     return (
         mask_path if config.preview.save_mask_preview and mask_path.is_file() else None,
         tiling_path if config.preview.save_tiling_preview else None,

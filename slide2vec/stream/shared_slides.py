@@ -67,26 +67,32 @@ class SharedSlides:
         self.reading = threading.Semaphore((readers or job_cpus()) + 1)
         self._to_begin = set(members)
         self._kept_bytes = kept_bytes
-        #: Of each begun stream: how it plans, and the slides that nobody has taken up (first found at once).
-        self._planning: dict[_Member, tuple[Callable[[Slide], PlanRequest], OrderedDict[str, None]]] = {}
+        #: Of each stream, slides that nobody has taken up (first found at once); how each begun one plans.
+        self._todo: dict[_Member, OrderedDict[str, None]] = {}
+        self._planning: dict[_Member, Callable[[Slide], PlanRequest]] = {}
         self._slides: dict[str, _SharedSlide] = {}
         #: Blocks, and planned slides, that are there and not yet taken, by the stream that will.
         self._blocks_kept: Counter[_Member] = Counter()
         self._plans_kept: Counter[_Member] = Counter()
         self._bytes = 0
 
-    def share(self, member: _Member, slides: Sequence[Slide]) -> Share:
-        """The part of the stream that will plan these slides."""
-        return Share(self, member, [slide.sample_id for slide in slides])
+    def share(self, member: _Member, slides: Iterable[Slide] = ()) -> Share:
+        """The part of the stream that will plan these slides, and those that it is to `expect`."""
+        self._todo[member] = OrderedDict.fromkeys(slide.sample_id for slide in slides)
+        return Share(self, member)
+
+    def expect(self, name: str, members: Iterable[_Member]) -> None:
+        """One slide more comes, for these streams, after all that any stream has."""
+        with self._lock:
+            for member in members:
+                self._todo[member][name] = None
 
     # joining and leaving ------------------------------------------------------------------------
 
-    def _begin(
-        self, member: _Member, request: Callable[[Slide], PlanRequest], slides: Collection[str]
-    ) -> None:
+    def _begin(self, member: _Member, request: Callable[[Slide], PlanRequest]) -> None:
         with self._changed:
             if member in self._to_begin:
-                self._planning[member] = request, OrderedDict.fromkeys(slides)
+                self._planning[member] = request
                 self._to_begin.discard(member)
                 self._changed.notify_all()
             self._wait(member, lambda: not self._to_begin)
@@ -130,10 +136,10 @@ class SharedSlides:
                 member, lambda: name in self._slides or (self._is_next(name) and not self._is_ahead(member))
             )
             if name not in self._slides:
-                takers = {each for each, (_, todo) in self._planning.items() if name in todo}
+                takers = {each for each in self._planning if name in self._todo[each]}
                 self._slides[name] = _SharedSlide(takers | {member})
-                for _, todo in self._planning.values():
-                    todo.pop(name, None)
+                for each in takers:
+                    del self._todo[each][name]
                 for _ in self.stager.ahead([slide]):  # its copy begins
                     pass
                 self._changed.notify_all()
@@ -141,7 +147,8 @@ class SharedSlides:
 
     def _is_next(self, name: str) -> bool:
         """Whether every slide that comes before it in a stream has been taken up."""
-        return all(next(iter(todo)) == name for _, todo in self._planning.values() if name in todo)
+        todo = (self._todo[each] for each in self._planning)
+        return all(next(iter(each)) == name for each in todo if name in each)
 
     def _plan(self, member: _Member, slide: Slide) -> SlidePlan:
         name, shared = slide.sample_id, self._take_up(member, slide)
@@ -170,9 +177,7 @@ class SharedSlides:
 
     def _plan_for_all(self, shared: _SharedSlide, slide: Slide) -> None:
         with self._changed:
-            asking = {
-                each: self._planning[each][0] for each in sorted(shared.members & self._planning.keys())
-            }
+            asking = {each: self._planning[each] for each in sorted(shared.members & self._planning.keys())}
         requests: dict[_Key, PlanRequest] = {}
         keys: dict[_Member, _Key] = {}
         plans: dict[_Key, _Blocks | Exception] = {}
@@ -337,8 +342,8 @@ class SharedSlides:
 class Share:
     """The part of one stream in `SharedSlides`. Used from several threads."""
 
-    def __init__(self, shared: SharedSlides, member: _Member, slides: Collection[str]) -> None:
-        self._shared, self.member, self._slides = shared, member, slides
+    def __init__(self, shared: SharedSlides, member: _Member) -> None:
+        self._shared, self.member = shared, member
 
     @property
     def stager(self) -> InPlace:
@@ -356,8 +361,8 @@ class Share:
         Raises:
             Stopped: the stream has left.
         """
+        self._shared._begin(self.member, request)
         for slide in slides:
-            self._shared._begin(self.member, request, self._slides)
             self._shared._take_up(self.member, slide)
             yield slide
 
@@ -367,7 +372,7 @@ class Share:
         Raises:
             Stopped: the stream has left.
         """
-        self._shared._begin(self.member, request, self._slides)
+        self._shared._begin(self.member, request)
         return self._shared._plan(self.member, slide)
 
     @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from typer.testing import CliRunner, Result
 
 from slide2vec.cli import app
 from slide2vec.synthetic import write_synthetic_slide
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests import `hub_server`
 
 Run = Callable[..., Result]
 

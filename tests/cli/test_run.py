@@ -283,6 +283,20 @@ def test_json_is_all_there_is_on_stdout(run, small_slide: Path, tmp_path: Path) 
         assert len(list(csv.reader(file))) == 3
 
 
+def test_json_of_several_encoders_has_their_common_bill(run, small_slide: Path, tmp_path: Path) -> None:
+    manifest = _manifest(tmp_path / "slides.csv", [("good", small_slide)])
+    several = ("--preset", "scattering,timm:resnet10t", *FAST[2:], "--weights", "random")
+    options = ("--engine", "torch", "--allow-non-recommended-settings", "-o", tmp_path / "out", "--json")
+    result = run("run", "-m", manifest, *several, *options)
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    whole, each = content["summary"], [part["summary"] for part in content["encoders"].values()]
+    assert len(each) == 2 and whole["slides"] == 1
+    assert whole["tiles"] == sum(part["tiles"] for part in each) == 2 * each[0]["tiles"] > 0
+    assert max(part["seconds"] for part in each) <= whole["seconds"]
+    assert whole["per_slide"]["seconds"] == whole["seconds"] and whole["measured_by"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -40,7 +40,7 @@ SIZE, SPACING, SIDE = 96, 0.6, 230
 
 @pytest.fixture(scope="module")
 def slide(generated_slide: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return generated_slide(tmp_path_factory.mktemp("slides") / "a.svs", size_px=2400, seed=3, levels=2)
+    return generated_slide(tmp_path_factory.mktemp("slides") / "a.svs", size_px=1500, seed=3, levels=2)
 
 
 def tiled(slide: Path, **settings: Any) -> Tiling:
@@ -49,8 +49,8 @@ def tiled(slide: Path, **settings: Any) -> Tiling:
     )
     own = Slide(sample_id="a", image_path=slide)
     with open_slide(own) as reader:
-        found, _ = tile_slide(reader, own, 0.1, config)
-    assert len(found) > 3
+        found, _ = tile_slide(reader, own, 0.25, config)
+    assert len(found) > 5
     return found
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from slide2vec import EmbeddedSlide, ExecutionOptions, Model, RunResult
 from slide2vec.encoders.slide import SlideFeatures, TileBag
+from slide2vec.readers import decoders
 from slide2vec.slides import Slide
 from slide2vec.stream import SlidePlan
 
@@ -44,6 +45,40 @@ class Deadly(Model):
             return plan(slide)
 
         return super().embed_here(planning_by(sink, deadly), slides)
+
+
+class Counting(Deadly):
+    """Loaded in a worker, it has that write a byte for each compressed tile that it decodes."""
+
+    @classmethod
+    def from_preset(cls, *args: Any, **options: Any) -> Self:
+        folder = os.environ.get("SLIDE2VEC_TEST_FOLDER")
+        if os.environ.get("SLIDE2VEC_CPUS") and folder and not hasattr(decoders, "uncounted"):
+            decode = vars(decoders)["uncounted"] = decoders.decode_tile
+            count = os.open(Path(folder) / f"{os.getpid()}.decoded", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+
+            def counted(*args: Any, **options: Any) -> Any:
+                os.write(count, b".")
+                return decode(*args, **options)
+
+            decoders.decode_tile = counted
+        return super().from_preset(*args, **options)
+
+
+class Breaking(Counting):
+    """Breaks off, as an encoder does, when slide s1 is complete while there is a file "broken" beside it."""
+
+    def embed_here(self, sink: Any, slides: Any) -> Generator[Any, None, None]:
+        put = sink.put
+
+        def breaking(outcome: Any) -> Any:
+            slide = outcome.slide
+            if slide.sample_id == "s1" and (slide.image_path.parent / "broken").exists():
+                raise RuntimeError("the device is gone")
+            return put(outcome)
+
+        sink.put = breaking
+        return super().embed_here(sink, slides)
 
 
 class Different(Model):

@@ -12,12 +12,14 @@ from slide2vec.errors import Slide2VecError
 from slide2vec.progress import SlidePlanned, TilesEncoded
 from slide2vec.scale.coordinator import Coordinator, TaskFailed
 from slide2vec.scale.messages import (
+    ALONE,
     Broken,
     Done,
     EndOfJob,
     Flush,
     Job,
     JobFinished,
+    JobPart,
     JobStarted,
     Lost,
     ProgressMessage,
@@ -29,7 +31,7 @@ from slide2vec.scale.messages import (
 )
 from slide2vec.slides import Slide
 
-JOB = Job(PreprocessingConfig(), ExecutionOptions(), aggregate=True, identity={})
+JOB = Job({ALONE: JobPart(PreprocessingConfig(), ExecutionOptions(), aggregate=True, identity={})})
 
 
 class Scripted:

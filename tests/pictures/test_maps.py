@@ -10,7 +10,16 @@ import pytest
 from numpy.typing import NDArray
 
 from slide2vec.errors import ConfigError
-from slide2vec.pictures import attention_map, attention_overlay, pca_map, principal_components, write_picture
+from slide2vec.pictures import (
+    attention_key,
+    attention_map,
+    attention_overlay,
+    pca_key,
+    pca_map,
+    principal_components,
+    variance_shares,
+    write_picture,
+)
 
 THUMBNAIL = np.full((100, 200, 3), 230, np.uint8)
 DIMENSIONS = (2000, 1000)
@@ -124,3 +133,27 @@ def test_attention_of_a_tile_at_the_edge_and_of_one_value() -> None:
     )  # its hot corner is outside
     even = attention_overlay(THUMBNAIL[:50, :50], np.ones((2, 2)))
     assert even.shape == (50, 50, 3) and len(np.unique(even.reshape(-1, 3), axis=0)) == 1
+
+
+def test_shares_of_variance_add_up() -> None:
+    embeddings = np.random.default_rng(3).standard_normal((30, 4)) * (8, 4, 2, 1)
+    shares = variance_shares(embeddings, principal_components(embeddings, 4))
+    expected = np.linalg.svd(embeddings - embeddings.mean(axis=0), compute_uv=False) ** 2
+    np.testing.assert_allclose(shares, expected / expected.sum(), atol=1e-9)
+    for few in (embeddings[:0], embeddings[:1], np.ones((5, 4))):
+        assert variance_shares(few, principal_components(few, 3)) == [0.0, 0.0, 0.0]
+
+
+def test_the_key_has_the_colours_of_the_map() -> None:
+    """A tile with the largest scores of the first two components has the colour of the upper right corner."""
+    x = np.arange(9) * 100
+    first, second = (v.ravel().astype(float) for v in np.meshgrid([-3, 0, 3], [-1, 0, 1]))
+    embeddings = np.stack([first, second], axis=1)
+    picture = pca_map(embeddings, x, x * 0, 100, DIMENSIONS, THUMBNAIL, strength=1.0)
+    scores, key = principal_components(embeddings, 2), pca_key(101)
+    for number, (a, b) in enumerate(np.sign(scores.round(6)).astype(int)):
+        expected = key[50 - 50 * b, 50 + 50 * a].astype(int)
+        assert np.abs(picture[5, 10 * number + 5] - expected).max() <= 1
+    assert (np.diff(key[:, -1, 0].astype(int)) <= 0).all() and key[0, -1, 0] > key[-1, -1, 0] + 40
+    heat = attention_key().astype(int).sum(-1)
+    assert (np.diff(heat[:, 0]) <= 3).all() and heat[0, 0] > heat[-1, 0] + 300

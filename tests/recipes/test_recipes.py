@@ -72,7 +72,7 @@ def test_presets_above_the_tile_level() -> None:
 def test_what_feeds_a_preset_must_be_there(
     name: str, change: tuple[str, str], message: str, tmp_path: Path
 ) -> None:
-    for source in (Path(__file__).parents[1] / "engines").glob("*.toml"):
+    for source in (Path(__file__).parents[2] / "engines").glob("*.toml"):
         (tmp_path / source.name).write_text(source.read_text())
     path = tmp_path / f"{name}.toml"
     assert change[0] in path.read_text()
@@ -143,7 +143,7 @@ def test_an_alias_means_one_preset() -> None:
 
 
 def test_the_page_of_encoders_has_all_of_them() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "encoders.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "encoders.md").read_text()
     rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
     assert list(rows) == list_models()
     for name, row in rows.items():
@@ -167,7 +167,7 @@ def test_the_page_of_encoders_has_all_of_them() -> None:
     ],
 )
 def test_where_weights_are_must_be_clear(tmp_path: Path, change: tuple[str, str], message: str) -> None:
-    text = (Path(__file__).parents[1] / "engines" / "prost40m.toml").read_text()
+    text = (Path(__file__).parents[2] / "engines" / "prost40m.toml").read_text()
     assert change[0] in text
     (tmp_path / "prost40m.toml").write_text(text.replace(*change))
     with pytest.raises(PresetError, match=message):
@@ -198,7 +198,7 @@ def test_unknown_variant_and_level() -> None:
     ],
 )
 def test_broken_recipe_names_file_and_key(tmp_path: Path, change: tuple[str, str], message: str) -> None:
-    source = Path(__file__).parents[1] / "engines" / "prost40m.toml"
+    source = Path(__file__).parents[2] / "engines" / "prost40m.toml"
     path = tmp_path / "broken.toml"
     path.write_text(source.read_text().replace(*change))
     with pytest.raises(PresetError, match=message):
@@ -212,7 +212,7 @@ def test_scattering_gives_the_dimension_that_its_recipe_says() -> None:
 
 
 def test_what_cannot_be_compiled_says_why(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[1] / "engines" / "lunit.toml").read_text()
+    text = (Path(__file__).parents[2] / "engines" / "lunit.toml").read_text()
     path = tmp_path / "lunit.toml"
     path.write_text(f"compile = false\n{text}")
     with pytest.raises(PresetError, match="compile_note"):

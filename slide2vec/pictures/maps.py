@@ -1,22 +1,27 @@
-"""Pictures: maps of a slide coloured by principal components or by attention, and writing them to files."""
+"""Maps of a slide: its tiles coloured by principal components of their embeddings, or by attention."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.errors import ConfigError
-from slide2vec.files import atomic_path
+from slide2vec.pictures.squares import lay_squares
 
-__all__ = ["attention_map", "attention_overlay", "pca_map", "principal_components", "write_picture"]
+__all__ = [
+    "attention_key",
+    "attention_map",
+    "attention_overlay",
+    "pca_key",
+    "pca_map",
+    "principal_components",
+    "variance_shares",
+]
 
 _COMPONENTS = 3
 _PERCENTILES = (2.0, 98.0)  # of a component become its darkest and brightest colour
-_QUALITY = 92
 _HEAT = 0.6  # share of the colours of attention over the tissue
 
 _OKLAB_TO_CONES = np.array(
@@ -74,16 +79,8 @@ def pca_map(
             f"y {np.shape(y)} of length N"
         )
     colours = _colours(principal_components(embeddings, _COMPONENTS))
-    height, width = thumbnail.shape[:2]
-    scale = np.array([width / dimensions[0], height / dimensions[1]])
-    starts = np.round(np.stack([x, y], axis=1) * scale).astype(int)
-    ends = np.round((np.stack([x, y], axis=1) + tile_size_lv0) * scale).astype(int)
-    ends = np.maximum(ends, starts + 1)  # a tile smaller than a pixel is still seen
-    paint = np.zeros((height, width, 3), np.float32)
-    covered = np.zeros((height, width, 1), np.float32)
-    for colour, (left, top), (right, bottom) in zip(colours, starts, ends, strict=True):
-        paint[top:bottom, left:right] = colour
-        covered[top:bottom, left:right] = strength
+    paint, covered = lay_squares(thumbnail.shape[:2], x, y, tile_size_lv0, dimensions, colours)
+    covered *= strength
     grey = thumbnail.astype(np.float32).mean(axis=2, keepdims=True)
     # darker tissue darkens the colour a little, so that its structure stays visible
     shade = 0.7 + 0.3 * grey / max(1.0, float(grey.max()))
@@ -170,38 +167,48 @@ def principal_components(embeddings: NDArray[np.floating[Any]], count: int) -> F
     return scores
 
 
-def write_picture(path: str | os.PathLike[str], image: Pixels) -> Path:
-    """Write (h, w, 3) uint8 RGB as PNG or JPEG, by the suffix; the file appears complete or not at all.
+def variance_shares(embeddings: NDArray[np.floating[Any]], scores: Floats) -> list[float]:
+    """How much of the variance of embeddings (N, D) each of their components holds, 0 to 1; `scores` are
+    what `principal_components` gives."""
+    centred = np.asarray(embeddings, np.float64)
+    total = float(((centred - centred.mean(axis=0)) ** 2).sum()) if len(centred) else 0.0
+    return [float(share) for share in (scores**2).sum(axis=0) / (total or 1.0)]
 
-    Raises:
-        ConfigError: the suffix is neither .png, .jpg nor .jpeg.
-    """
-    import cv2
 
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in (".png", ".jpg", ".jpeg"):
-        raise ConfigError(f"{path}: a picture's suffix must be .png, .jpg or .jpeg, not {path.suffix!r}")
-    options = [] if suffix == ".png" else [cv2.IMWRITE_JPEG_QUALITY, _QUALITY]
-    encoded = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)[1]
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(encoded.tobytes())
-    return path
+def pca_key(side: int = 128) -> Pixels:
+    """The colours of `pca_map`: a square in which the first component grows to the right and the second
+    upwards, and beside it a column in which the third does; (side, w, 3) uint8 RGB."""
+    along = np.linspace(-1.0, 1.0, side)
+    first, second = np.meshgrid(along, along[::-1])
+    plane = _in_colour(np.stack([first, second, np.zeros_like(first)], axis=-1))
+    column = _in_colour(np.stack([np.zeros(side), np.zeros(side), along[::-1]], axis=-1))
+    gap, broad = np.full((side, side // 8, 3), 255.0), np.repeat(column[:, None], side // 6, axis=1)
+    return np.hstack([plane, gap, broad]).round().astype(np.uint8)
+
+
+def attention_key(side: int = 128) -> Pixels:
+    """The colours of attention, least at the bottom: (side, side // 4, 3) uint8 RGB."""
+    levels = np.repeat(np.linspace(255, 0, side).round().astype(np.uint8)[:, None], side // 4, axis=1)
+    return _inferno(levels)
 
 
 def _colours(scores: Floats) -> Floats:
-    """Scores (N, 3) -> sRGB colours (N, 3), 0 to 255.
-
-    The first two components span the colour plane of Oklab (Ottosson, A perceptual color space for
-    image processing, 2020) and the third its lightness, so that equal differences look equal.
-    """
+    """Scores (N, 3) -> sRGB colours (N, 3), 0 to 255."""
     if not len(scores):
         return np.zeros((0, 3))
     low, high = np.percentile(scores, _PERCENTILES, axis=0)
     spread = high - low
     unit = np.clip((scores - low) / np.where(spread > 0, spread, 1.0), 0.0, 1.0)
-    centred = np.where(spread > 0, 2.0 * unit - 1.0, 0.0)
-    lab = centred[:, [2, 0, 1]] * (0.10, 0.17, 0.15) + (0.70, 0.0, 0.0)
+    return _in_colour(np.where(spread > 0, 2.0 * unit - 1.0, 0.0))
+
+
+def _in_colour(components: Floats) -> Floats:
+    """Components (…, 3) from -1 to 1 -> sRGB colours (…, 3), 0 to 255.
+
+    The first two components span the colour plane of Oklab (Ottosson, A perceptual color space for
+    image processing, 2020) and the third its lightness, so that equal differences look equal.
+    """
+    lab = components[..., [2, 0, 1]] * (0.10, 0.17, 0.15) + (0.70, 0.0, 0.0)
     cones = (lab @ _OKLAB_TO_CONES.T) ** 3
     linear: Floats = np.clip(cones @ _CONES_TO_RGB.T, 0.0, 1.0)
     gamma: Floats = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
@@ -211,18 +218,22 @@ def _colours(scores: Floats) -> Floats:
 def _heated(pixels: Pixels, heat: NDArray[np.float32]) -> Pixels:
     """Grey pixels under the colours of their heat (h, w), dark violet for the 2nd percentile of its values
     and yellow for the 98th; where it is NaN the pixels as they are."""
-    import cv2
-
     there = np.isfinite(heat)
     if not there.any():
         return pixels.copy()
     low, high = np.percentile(heat[there], _PERCENTILES)
     unit = np.clip((np.where(there, heat, low) - low) / (high - low if high > low else 1.0), 0.0, 1.0)
     levels = np.round(255 * unit).astype(np.uint8)
-    colours = cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
     grey = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
-    mixed = np.round((1 - _HEAT) * grey + _HEAT * colours).astype(np.uint8)
+    mixed = np.round((1 - _HEAT) * grey + _HEAT * _inferno(levels)).astype(np.uint8)
     return np.where(there[..., None], mixed, pixels)
+
+
+def _inferno(levels: Pixels) -> Pixels:
+    import cv2
+
+    colours = cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO)
+    return np.asarray(cv2.cvtColor(colours, cv2.COLOR_BGR2RGB), np.uint8)
 
 
 def _faded(grey: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -15,7 +15,7 @@ from slide2vec.errors import PresetError, WeightsError
 from slide2vec.pipeline import Pipeline
 from slide2vec.recipes import load_recipe
 
-OURS = Path(__file__).parents[1] / "engines"
+OURS = Path(__file__).parents[2] / "engines"
 
 
 @pytest.fixture
