@@ -102,9 +102,10 @@ class EmbeddedSlide:
         return Image.fromarray(draw_slide(kind, slide, tiling, embeddings, size_px))
 
     def to_anndata(self) -> anndata.AnnData:
-        """The tiles as an AnnData: `X` (N, D) float32; `obs` with sample_id, x, y, tile_size_lv0, and where they are
-        known tissue_fraction, region and what `qc` measured; `obsm["spatial"]` (N, 2), the centres of the tiles in
-        level-0 px; `uns["slides"]` what is known of the slide, `uns["slide_embedding"]` where there is one.
+        """The tiles as an AnnData: `X` (N, D) float32; `obs` with sample_id, x, y, tile_size_lv0, and where
+        known tissue_fraction, region and what `qc` measured; `obsm["spatial"]` (N, 2), the centres of the
+        tiles in level-0 px; `uns["slides"]` what is known of the slide; `uns["slide_embedding"]` of models of
+        slides.
 
         Raises:
             ExtraMissingError: anndata is not installed (extra `anndata`).
@@ -112,8 +113,8 @@ class EmbeddedSlide:
         return anndata_of([self._frame()], self._own_vector())
 
     def to_spatialdata(self) -> spatialdata.SpatialData:
-        """The tiles as a SpatialData: `shapes["tiles"]`, squares in level-0 px (coordinate system "global"), and the
-        table "embeddings", as `to_anndata` has it. Empty where there are no tiles.
+        """The tiles as a SpatialData: `shapes["tiles"]`, squares in level-0 px (coordinate system "global"),
+        and the table "embeddings", as `to_anndata` has it. Empty where there are no tiles.
 
         Raises:
             ExtraMissingError: spatialdata is not installed (extra `spatialdata`).

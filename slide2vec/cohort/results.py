@@ -140,22 +140,23 @@ class RunResult:
         )
 
     def to_anndata(self, sample_ids: Sequence[str] | None = None) -> anndata.AnnData:
-        """The tiles of the run's slides as one AnnData, read from the artifacts; all of them in memory at once.
+        """The tiles of the run's slides as one AnnData, read from the artifacts, all in memory at once.
         `EmbeddedSlide.to_anndata` says what is in it; `uns["slides"]` has a row for each slide.
 
         Args:
             sample_ids: only of these slides ("tumor/a" of a class); None = of all.
 
         Raises:
-            ArtifactError: the run has no tile embeddings, none of a slide that is asked for, or they cannot be read.
+            ArtifactError: the run has no tile embeddings, or none of a slide that is asked for, or they
+                cannot be read.
             ConfigError: the run has several encoders: ask `result.encoders[name]`.
             ExtraMissingError: anndata is not installed (extra `anndata`).
         """
         return anndata_of(self._frames(sample_ids))
 
     def to_spatialdata(self, sample_ids: Sequence[str] | None = None) -> spatialdata.SpatialData:
-        """The tiles of the run's slides as one SpatialData: `shapes["<sample_id>_tiles"]`, squares in level-0 px, each
-        in a coordinate system called as the slide, and one table "embeddings", as `to_anndata` has it.
+        """The tiles of the run's slides as one SpatialData: `shapes["<sample_id>_tiles"]`, squares in level-0
+        px, each in a coordinate system called as the slide, and a table "embeddings", as of `to_anndata`.
 
         Args:
             sample_ids: as for `to_anndata`.
