@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from slide2vec.artifacts.places import encoder_of, owners
 from slide2vec.compile.build import BuildOptions, build_engine
 from slide2vec.compile.builders import default_runtime
 from slide2vec.compile.engine_choice import ADVICE, find_engine
-from slide2vec.compile.engine_key import EngineTarget, cpu_instructions
+from slide2vec.compile.engine_key import EngineTarget, cpu_instructions, device_here, library_versions
 from slide2vec.compile.export_module import torch_engine
 from slide2vec.compile.gain import Gain, expected_gain
 from slide2vec.compile.parity import for_layout
@@ -67,7 +68,8 @@ def build_where_it_pays(
     batch_size: int | None = None,
 ) -> None:
     """Build an engine into the user's store where a run over these slides ends sooner with it, the build
-    included; says so in one line. A build that fails is a warning.
+    included; says so in one line. A build that fails is a warning, and is not tried again with the same
+    weights, libraries and machine: runs say so.
 
     Args:
         slides: of the run.
@@ -92,11 +94,21 @@ def build_where_it_pays(
     speed = _torch_speed(module, target, precision)
     if not gain.pays(tiles, speed):
         return
+    store, attempt = EngineStore(), _attempt(target, precision, gain.runtime)
+    if store.has_note(attempt):
+        advice.info(
+            "%s runs in PyTorch: an earlier build of its %s engine failed here, and "
+            "`slide2vec build-engine --preset %s --precision %s` tries again",
+            *(recipe.name, gain.runtime, recipe.name, precision),
+        )
+        return
     advice.info("%s", _announced(recipe.name, gain, tiles, speed))
     options = BuildOptions(runtime=gain.runtime, precision=precision, batch_size=batch_size, steps_down=False)
     try:
-        build_engine(module, recipe, target.variant, target.device, options, store=EngineStore())
+        build_engine(module, recipe, target.variant, target.device, options, store=store)
     except Exception as error:  # of the exporter, a compiler, a disk that is full: the run goes on without
+        if isinstance(error, EngineError):
+            store.takes_note(attempt)
         logger.warning("no %s engine of %s was built, PyTorch runs it: %s", gain.runtime, recipe.name, error)
 
 
@@ -111,6 +123,20 @@ def gain_of_build(target: EngineTarget, precision: str) -> Gain | None:
         return expected_gain(store, target, precision, default_runtime(precision, target.device))
     except EngineError:  # PyTorch runs it, and says why
         return None
+
+
+def _attempt(target: EngineTarget, precision: str, runtime: str) -> str:
+    """A build, as noted in the store: what would make another one of it."""
+    what = {
+        "encoder": target.recipe.encoder.model_dump(mode="json"),
+        "input_size_px": target.recipe.transform.crop,
+        "output": target.variant,
+        "weights": target.weights(),
+        "precision": precision,
+        "device": device_here(target.device, runtime),
+        "versions": library_versions(runtime),
+    }
+    return f"failed build {json.dumps(what, sort_keys=True, default=str)}"
 
 
 def _may_be_built(target: EngineTarget, precision: str) -> bool:

@@ -52,6 +52,8 @@ STEPS_DOWN = {
 }
 #: Tiles that an engine is compared on.
 TILES = 16
+#: Bytes that a build takes in the store, by bytes of the encoder's weights.
+ROOM = 2.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,8 @@ def build_engine(
     encoder = encoder.cpu()
     target = EngineTarget(recipe, variant, plan.device, cache(lambda: weights_digest(encoder)))
     store = store or EngineStore()
-    with store.building(plan.name(target)) as folder:
+    weights = sum(value.nbytes for value in encoder.state_dict().values())
+    with store.building(plan.name(target), round(ROOM * weights)) as folder:
         there = _there(store, target, plan)
         if there is not None and not options.force:
             logger.warning("engine %s is there already", there.name)

@@ -121,7 +121,7 @@ class EngineStore:
 
     def takes_note(self, what: str) -> bool:
         """Whether nobody has noted this here before; it then is, unless the folder cannot be written to."""
-        note = self.root / NOTES / hashlib.sha256(what.encode()).hexdigest()[:16]
+        note = self._note(what)
         try:
             note.parent.mkdir(parents=True, exist_ok=True)
             with note.open("x") as file:
@@ -132,6 +132,13 @@ class EngineStore:
             logger.debug("%s cannot be written: %s", note, error)
         return True
 
+    def has_note(self, what: str) -> bool:
+        """Whether somebody has noted this here."""
+        return self._note(what).is_file()
+
+    def _note(self, what: str) -> Path:
+        return self.root / NOTES / hashlib.sha256(what.encode()).hexdigest()[:16]
+
     def remove(self, engine: StoredEngine) -> None:
         """Delete an engine; it disappears at once, also to those who look meanwhile."""
         with _as_output_error(engine.directory):
@@ -140,18 +147,27 @@ class EngineStore:
         shutil.rmtree(gone, ignore_errors=True)
 
     @contextmanager
-    def building(self, name: str) -> Iterator[Path]:
+    def building(self, name: str, needs: int = 0) -> Iterator[Path]:
         """An empty folder to build an engine in, deleted when the block ends. Only one process builds
         an engine of a name: others wait, and may then find it built.
 
+        Args:
+            needs: bytes that a build takes there.
+
         Raises:
-            OutputError: the store cannot be written to.
+            OutputError: the store cannot be written to, or its disk has no room.
         """
         with _as_output_error(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
         with _lock(self.root / f".{name}.lock"), _as_output_error(self.root):
             for left in self.root.glob(f".{name}.*.partial"):  # by a build that was killed
                 shutil.rmtree(left, ignore_errors=True)
+            if not (self.root / name).exists() and (free := shutil.disk_usage(self.root).free) < needs:
+                raise OutputError(
+                    f"the disk of {self.root} has {free / 1e6:,.0f} MB free, and the build of an engine "
+                    f"takes about {needs / 1e6:,.0f} MB there: make room, or name another folder in "
+                    "SLIDE2VEC_ENGINES"
+                )
             folder = Path(tempfile.mkdtemp(dir=self.root, prefix=f".{name}.", suffix=".partial"))
             try:
                 yield folder

@@ -27,7 +27,7 @@ from slide2vec.compile.auto_build import (
 )
 from slide2vec.compile.gain import Gain
 from slide2vec.encoders.weights import weights_digest
-from slide2vec.errors import EngineError
+from slide2vec.errors import EngineError, OutputError
 from slide2vec.recipes import EnginePolicy, Recipe, load_recipe
 from slide2vec.slides import Slide
 from slide2vec.stream.plan import plan_slide
@@ -60,6 +60,7 @@ def run(monkeypatch: pytest.MonkeyPatch, slides: list[Slide], tmp_path: Path) ->
         recipe: Recipe = VIT_S,
         fails: Exception | None = None,
         precision: str = "fp32",
+        weights: str = "w",
         **more: Any,
     ) -> list[Any]:
         built: list[Any] = []
@@ -76,7 +77,7 @@ def run(monkeypatch: pytest.MonkeyPatch, slides: list[Slide], tmp_path: Path) ->
             for counted in ("expected_tiles", "most_tiles_by_area"):
                 patch.setattr(auto_build, counted, lambda slides, config: tiles)
             patch.setattr(auto_build, "_torch_speed", lambda *args: speed)
-            target = EngineTarget(recipe, "default", CPU, lambda: "w")
+            target = EngineTarget(recipe, "default", CPU, lambda: weights)
             build_where_it_pays(nn.Identity(), target, precision, slides, CONFIG, **more)
         return built
 
@@ -133,6 +134,20 @@ def test_a_build_that_fails_is_a_warning(
     assert len(run(50_000, fails=error)) == 1
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warning == f"no openvino engine of prost40m was built, PyTorch runs it: {error}"
+
+
+def test_a_failed_build_is_not_tried_again_with_the_same_weights(
+    run: Callable[..., list[Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    run(50_000, fails=EngineError("it is too odd"))
+    with caplog.at_level(logging.INFO, "slide2vec"):
+        assert run(50_000) == []
+    assert "an earlier build of its openvino engine failed here, and `slide2vec build-engine" in caplog.text
+    assert run(50_000, weights="others") and run(50_000, precision="bf16")
+
+
+def test_a_build_without_room_is_tried_again(run: Callable[..., list[Any]]) -> None:
+    assert run(50_000, fails=OutputError("no room")) and run(50_000)
 
 
 def test_what_is_not_built(run: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ from slide2vec.compile.builders import BuildJob, Built
 from slide2vec.compile.comparison_tiles import tissue_pixels
 from slide2vec.compile.parity import verify_engine
 from slide2vec.encoders.weights import weights_digest
-from slide2vec.errors import ConfigError, EngineError
+from slide2vec.errors import ConfigError, EngineError, OutputError
 from slide2vec.recipes import EnginePolicy, Recipe
 from slide2vec.runtime.openvino_engine import capabilities
 from slide2vec.runtime.record import RECORD_NAME, SCHEMA, key_of, read_record
@@ -222,6 +223,18 @@ def test_names(store: EngineStore) -> None:
     with pytest.raises(EngineError, match="may be any of"):
         store.named("tiny-both")
     assert store.named(engine.name).name == engine.name
+
+
+def test_a_disk_without_room_is_told_before_the_build(
+    recipe: Recipe, encoder: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = sum(value.nbytes for value in encoder.state_dict().values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * weights))
+    with pytest.raises(
+        OutputError, match=r"the disk of .* MB free, and .* make room, or .*SLIDE2VEC_ENGINES"
+    ):
+        build_engine(encoder, recipe, "both", CPU, FP32, store=EngineStore(tmp_path))
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_remove(store: EngineStore) -> None:
