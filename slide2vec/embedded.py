@@ -126,7 +126,8 @@ class EmbeddedSlide:
         return {} if vector is None else {"slide_embedding": vector.detach().cpu().float().numpy()}
 
     def _frame(self) -> SlideFrame:
-        x, y = (self.x, self.y) if self.tile_x is None else (self.tile_x, self.tile_y)
+        x = self.x if self.tile_x is None else self.tile_x
+        y = self.y if self.tile_y is None else self.tile_y
         columns: dict[str, NDArray[Any]] = {}
         about: dict[str, Any] = {"image_path": str(self.image_path), "annotation": self.annotation}
         if self.tile_x is not None:

@@ -6,13 +6,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.errors import ArtifactError, ExtraMissingError
 from slide2vec.installation import add_extra
+
+if TYPE_CHECKING:
+    import anndata
+    import spatialdata
 
 __all__ = ["SlideFrame", "anndata_of", "element_name", "needing", "spatialdata_of", "squares", "table_of"]
 
@@ -55,7 +59,7 @@ def needing(extra: str, what: str) -> Iterator[None]:
         raise ExtraMissingError(f"{what} needs an optional package ({error}): {add_extra(extra)}") from error
 
 
-def anndata_of(tables: Sequence[SlideFrame], uns: Mapping[str, Any] | None = None) -> Any:
+def anndata_of(tables: Sequence[SlideFrame], uns: Mapping[str, Any] | None = None) -> anndata.AnnData:
     """One AnnData of all tiles: `X` (N, D) float32; `obs` with sample_id, x, y, tile_size_lv0 and the columns
     of the tables; `obsm["spatial"]` (N, 2) float64, the centres of the tiles in level-0 px; `uns["slides"]` a
     table of what is known of each slide.
@@ -68,7 +72,7 @@ def anndata_of(tables: Sequence[SlideFrame], uns: Mapping[str, Any] | None = Non
         ExtraMissingError: anndata is not installed.
     """
     with needing("anndata", "an AnnData"):
-        import anndata
+        from anndata import AnnData
     import pandas
 
     dims = {table.features.shape[1] for table in tables}
@@ -77,10 +81,10 @@ def anndata_of(tables: Sequence[SlideFrame], uns: Mapping[str, Any] | None = Non
             f"embeddings have {', '.join(map(str, sorted(dims)))} dimensions: take one encoder"
         )
     names = [table.sample_id for table in tables]
-    slides = pandas.DataFrame(
-        [_known(table) for table in tables], index=pandas.Index(names, name="sample_id")
-    )
-    return anndata.AnnData(
+    known = pandas.DataFrame([_known(table) for table in tables], index=pandas.Index(names, name="sample_id"))
+    texts = [name for name in known if not pandas.api.types.is_numeric_dtype(known[name])]
+    slides = known.fillna(dict.fromkeys(texts, ""))  # files of AnnData have no text that is missing
+    return AnnData(
         X=np.concatenate([np.asarray(table.features, np.float32) for table in tables]),
         obs=pandas.concat([_obs(table) for table in tables]).astype(
             {"sample_id": pandas.CategoricalDtype(list(dict.fromkeys(names)))}
@@ -110,10 +114,12 @@ def _obs(table: SlideFrame) -> Any:
 
 
 def _centres(table: SlideFrame) -> NDArray[np.float64]:
-    return np.stack([table.x, table.y], axis=1) + table.tile_size_lv0 / 2
+    return np.stack([table.x, table.y], axis=1).astype(np.float64) + table.tile_size_lv0 / 2
 
 
-def spatialdata_of(tables: Sequence[SlideFrame], uns: Mapping[str, Any] | None = None) -> Any:
+def spatialdata_of(
+    tables: Sequence[SlideFrame], uns: Mapping[str, Any] | None = None
+) -> spatialdata.SpatialData:
     """A SpatialData: of every slide its tiles as squares in level-0 px, `shapes["tiles"]` of one slide and
     `shapes["<sample_id>_tiles"]` of several, each in a coordinate system of its own (of one "global", else
     the sample_id); and one table, `tables["embeddings"]`, as `anndata_of` has it, of all of them.

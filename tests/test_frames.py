@@ -14,7 +14,7 @@ import torch
 
 from slide2vec import EmbeddedSlide, ExecutionOptions, Model, Pipeline, PreprocessingConfig, RunResult
 from slide2vec.errors import ArtifactError, ConfigError, ExtraMissingError
-from slide2vec.frames import SlideFrame, element_name, spatialdata_of
+from slide2vec.frames import SlideFrame, anndata_of, element_name, spatialdata_of
 
 
 def embedded(count: int = 5, **more: object) -> EmbeddedSlide:
@@ -56,6 +56,18 @@ def test_regions_are_their_tiles() -> None:
 
 def test_a_slide_without_tiles() -> None:
     assert embedded(0).to_anndata().shape == (0, 3)
+
+
+def test_classes_and_tissue_in_one_table(tmp_path: Path) -> None:
+    one = {"features": np.ones((1, 2)), "x": np.zeros(1, int), "y": np.zeros(1, int), "tile_size_lv0": 1}
+    frames = [
+        SlideFrame(sample_id="a", **one, about={"annotation": None}),
+        SlideFrame(sample_id="tumor/a", **one, about={"annotation": "tumor"}),
+    ]
+    anndata_of(frames).write_h5ad(tmp_path / "a.h5ad")
+    found = anndata.read_h5ad(tmp_path / "a.h5ad")
+    assert found.uns["slides"]["annotation"].tolist() == ["", "tumor"]
+    assert found.obs["sample_id"].tolist() == ["a", "tumor/a"]
 
 
 @pytest.fixture(scope="module")

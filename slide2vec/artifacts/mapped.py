@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ _MOST_HEADER = 2**24
 
 
 def map_embeddings(path: str | Path, shape: tuple[int, ...]) -> torch.Tensor:
-    """The embeddings in a file that a run wrote, mapped into memory where its format allows that (pt, npz,
+    """The embeddings in a file that a run wrote, mapped into memory where its format allows that (pt,
     safetensors and h5 as slide2vec writes them, on local storage), else loaded.
 
     Writing into the tensor changes nothing in the file.
@@ -41,7 +40,7 @@ def map_embeddings(path: str | Path, shape: tuple[int, ...]) -> torch.Tensor:
     path = as_path(path)
     try:
         found = None if is_remote(path) or 0 in shape else _mapped(path)
-    except (OSError, ValueError, KeyError, struct.error, zipfile.BadZipFile, RuntimeError):
+    except (OSError, ValueError, KeyError, struct.error, RuntimeError):
         found = None  # whatever is wrong, loading says
     found = load_embeddings(path, most=math.prod(shape)) if found is None else found
     if tuple(found.shape) != shape:
@@ -57,7 +56,7 @@ def _mapped(path: Path) -> torch.Tensor | None:
     if path.suffix == ".pt":
         found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         return found if isinstance(found, torch.Tensor) and found.is_floating_point() else None
-    find = {".npz": _in_npz, ".safetensors": _in_safetensors, ".h5": _in_h5}.get(path.suffix)
+    find = {".safetensors": _in_safetensors, ".h5": _in_h5}.get(path.suffix)
     place = find(path) if find else None
     if place is None:
         return None
@@ -65,27 +64,6 @@ def _mapped(path: Path) -> torch.Tensor | None:
     if offset % np.dtype(dtype).itemsize:  # PyTorch reckons with aligned numbers
         return None
     return torch.from_numpy(np.memmap(path, dtype, "c", offset, shape))
-
-
-def _in_npz(path: Path) -> tuple[int, Any, tuple[int, ...]] | None:
-    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-        entry = archive.getinfo("features.npy")
-        if entry.compress_type != zipfile.ZIP_STORED:
-            return None
-        with archive.open(entry) as member:
-            version = np.lib.format.read_magic(member)
-            read = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
-            shape, fortran, dtype = read(member)
-            header = member.tell()
-        file.seek(entry.header_offset + 26)
-        name, extra = struct.unpack("<HH", file.read(4))
-    if fortran or dtype.kind != "f":
-        return None
-    return entry.header_offset + 30 + name + extra + header, dtype, shape
 
 
 def _in_safetensors(path: Path) -> tuple[int, Any, tuple[int, ...]] | None:
