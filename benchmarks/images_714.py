@@ -33,14 +33,19 @@ DEPTH = 2
 OTHER = {"compatibility", "image_path"}
 TIMM = (
     *("dinov2-vitb14", "gigapath", "gpfm", "h-optimus-0", "h-optimus-1", "h0-mini", "lunit", "mstar"),
-    *("prost40m", "uni", "uni2", "virchow", "virchow2", "conch", "conchv15"),
+    *("prost40m", "uni", "uni2", "virchow", "virchow2", "conch", "conchv15", "dinov3-vitb16", "mettle"),
 )
+#: Interpolation of 7.1.4 for ready images where ours, the one of the model's card, is another.
+OTHER_IMAGES = {"mstar": "bicubic"}
 #: Of transformers: class, configuration, its arguments.
 TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phikon": (
         "ViTModel",
         "ViTConfig",
-        {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
+        {  # the epsilon of the hub's configuration; transformers' own default is 1e-12
+            **{"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
+            "layer_norm_eps": 1e-6,
+        },
     ),
     "phikonv2": (
         *("Dinov2Model", "Dinov2Config"),
@@ -63,12 +68,50 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "use_swiglu_ffn": True,
         },
     ),
+    "hibou-l": (
+        *("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig"),
+        {
+            "hidden_size": 1024,
+            "num_attention_heads": 16,
+            "image_size": 224,
+            "patch_size": 14,
+            "use_swiglu_ffn": True,
+        },
+    ),
+    "phaet": (
+        *("Dinov2Model", "Dinov2Config"),
+        {"hidden_size": 1024, "num_attention_heads": 16, "image_size": 224, "patch_size": 16},
+    ),
+    "mascaret": (
+        *("Dinov2Model", "Dinov2Config"),
+        {
+            **{"hidden_size": 1536, "num_attention_heads": 24, "image_size": 518, "patch_size": 14},
+            **{"use_swiglu_ffn": True},
+        },
+    ),
+    "isight": (
+        *("CLIPModel", "CLIPConfig"),
+        {
+            "vision_config": {
+                **{"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16},
+                **{"image_size": 336, "patch_size": 14, "num_hidden_layers": DEPTH},
+            },
+            "text_config": {"num_hidden_layers": 1},
+        },
+    ),
 }
+#: Whose class holds more than a network of timm; ours loads the keys that are published.
+HEADED = ("mettle",)
+#: Resampled by code of the hub, which is not here: the stand-in for it does so as transformers 4.35 to 4.44.
+SHIFTED = ("conchv15", "hibou-b", "hibou-l")
 
 
 def shallow(recipe: Recipe) -> Recipe:
     kwargs = {**recipe.encoder.kwargs, "depth": DEPTH}
-    return recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"kwargs": kwargs})})
+    made = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"kwargs": kwargs})})
+    if (theirs := OTHER_IMAGES.get(recipe.name)) is None or made.images is None:
+        return made
+    return made.model_copy(update={"images": made.images.model_copy(update={"interpolation": theirs})})
 
 
 def job_of(recipe: Recipe, weights: Path) -> dict[str, Any]:
@@ -83,6 +126,7 @@ def job_of(recipe: Recipe, weights: Path) -> dict[str, Any]:
         "crop_mode": "center",
     }
     job = {"preset": recipe.name, "weights": str(weights), "data": data, "variant": recipe.default_variant}
+    job["shifted"] = recipe.name in SHIFTED
     if recipe.name in TRANSFORMERS:
         kind, config, kwargs = TRANSFORMERS[recipe.name]
         return {
@@ -91,7 +135,8 @@ def job_of(recipe: Recipe, weights: Path) -> dict[str, Any]:
             "config": config,
             "kwargs": {**kwargs, "num_hidden_layers": DEPTH},
         }
-    kwargs = {k: v for k, v in shallow(recipe).encoder.kwargs.items() if k not in ("pool_heads", "pool_bias")}
+    ours = ("pool_heads", "pool_bias", "head", "head_dim")
+    kwargs = {k: v for k, v in shallow(recipe).encoder.kwargs.items() if k not in ours}
     return {**job, "timm": recipe.encoder.arch, "kwargs": kwargs}
 
 
@@ -100,7 +145,7 @@ def model_of(name: str, weights: Path) -> Model:
     recipe = shallow(load_recipe(name))
     key, variant = recipe.variant(None)
     state = torch.load(weights, weights_only=True)
-    if name in TRANSFORMERS:
+    if name in TRANSFORMERS or name in HEADED:
         encoder = build_encoder(recipe, variant, weights)
     else:
         encoder = build_encoder(recipe, variant, "random")

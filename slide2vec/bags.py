@@ -35,10 +35,10 @@ class BagDataset(Dataset[dict[str, Any]]):
     """A bag for each slide of a run: its tile embeddings, where its tiles are, and its label.
 
     Embeddings are read when a bag is asked for, and mapped into memory where they are in a pt, safetensors
-    or h5 file on local storage: of a bag of which few tiles are used, few are read. It can be pickled (workers
-    of a `DataLoader`). `bags[i]` is a dict: `sample_id`; `features` (N, D), a tensor, as stored; `coords` (N, 2)
-    int64, x and y of the tiles in level-0 px; `label`, a tensor of one number, where labels were given. Bags
-    differ in N: use `DataLoader(bags, batch_size=None)`.
+    or h5 file on local storage: of a bag of which few tiles are used, few are read. It can be pickled
+    (workers of a `DataLoader`). `bags[i]` is a dict: `sample_id`; `features` (N, D), a tensor, as stored;
+    `coords` (N, 2) int64, x and y of the tiles in level-0 px; `label`, a tensor of one number, where labels
+    were given. Bags differ in N: use `DataLoader(bags, batch_size=None)`.
 
     Args:
         run: output directory of a run.

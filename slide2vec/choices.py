@@ -108,7 +108,7 @@ class Home(NamedTuple):
             return getattr(import_module(self.module), self.name)
         try:
             return getattr(import_module(self.module), self.name)
-        except Exception as error:  # whatever other packages do
+        except (Exception, SystemExit) as error:  # whatever other packages do
             raise ExtraMissingError(
                 f"{self.brought_by} cannot be loaded: {type(error).__name__}: {error}"
             ) from error

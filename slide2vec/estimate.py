@@ -41,8 +41,8 @@ __all__ = [
 
 #: Bytes of a tile's coordinates on disk: x and y as int64, tissue fraction as float32, index as int32.
 COORDINATES_BYTES = 24
-#: Seconds within which what is told of tiles is of one batch (of several slides).
-_ONE_BATCH_S = 0.002
+#: What is told of another slide within this share of the time until the first tiles is of their batch.
+_ONE_BATCH = 0.25
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Trial:
 
     Attributes:
         tiles_per_s: once it is under way.
-        start_s: until it is: weights are loaded, the first slide is planned and read.
+        start_s: until it is: libraries and weights are loaded, the first slide is planned and read.
         build_s: of an engine, before that; 0 where none is built.
     """
 
@@ -166,6 +166,7 @@ class _Stopwatch(NullReporter):
         self.began: float | None = None
         self.ended = 0.0
         self.tiles = self._first = 0
+        self._slides: set[str | None] = set()
 
     def emit(self, event: ProgressEvent) -> None:
         if isinstance(event, RunStarted):
@@ -173,12 +174,19 @@ class _Stopwatch(NullReporter):
         if not isinstance(event, TilesEncoded):
             return
         self.ended = self._clock()
-        if self.began is None or (not self.tiles and self.ended - self.began < _ONE_BATCH_S):
+        if self.began is None or (not self.tiles and self._is_of_first_batch(event)):
             self.began, self._first = self.ended, self._first + event.count
+            self._slides.add(event.sample_id)
             return
         self.tiles += event.count
         if self.ended - self.began >= self._seconds:
             raise _Enough
+
+    def _is_of_first_batch(self, event: TilesEncoded) -> bool:
+        """A batch is told slide by slide."""
+        assert self.began is not None
+        soon = self.ended - self.began < _ONE_BATCH * (self.began - self._started)
+        return soon and event.sample_id not in self._slides
 
     @property
     def found(self) -> Trial | None:

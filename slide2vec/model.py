@@ -86,7 +86,7 @@ class Model:
         #: patient-level ones; None for tile-level ones.
         self.upstream = upstream
         #: Builds it anew in another process, as `loader(device=…)`; and workers that have.
-        self._loader = loader
+        self.loader = loader
         #: Whether the precision is what somebody asked for, rather than what there is by default.
         self._precision_asked = precision_asked
         self._pools: WorkerPools = {}
@@ -191,6 +191,10 @@ class Model:
             PresetError: a ValueError: the module or what is said of it does not fit; see there.
         """
         return cls.from_preset(register_module(module, name, **described), device=device, precision=precision)
+
+    def __repr__(self) -> str:
+        kind = f"{self.level}-level, {self.feature_dim} features"
+        return f"<Model {self.name} ({self.variant}): {kind}, {self.precision} on {self.device}>"
 
     @property
     def name(self) -> str:
@@ -363,7 +367,7 @@ class Model:
     def workers(self, execution: ExecutionOptions) -> WorkerExecutor | None:
         """Who would embed on several devices or machines; None: this process."""
         chosen = is_numbered(self.origin.get("device", "cuda:0"))
-        return workers_for(self, self._loader, self.device, execution, self._pools, chosen=chosen)
+        return workers_for(self, self.loader, self.device, execution, self._pools, chosen=chosen)
 
     def embed_here(
         self, sink: Sink, slides: Iterable[Slide] | SlideQueue

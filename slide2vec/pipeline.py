@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from slide2vec.cohort import EncoderRun, RunResult, embed_cohort, embed_cohort_together, tile_cohort
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
-from slide2vec.errors import ConfigError, ManifestError
+from slide2vec.errors import ConfigError, EmbedSlidesError, ManifestError
 from slide2vec.files import as_path
+from slide2vec.images import check_patch_tokens
 from slide2vec.manifests import SlidesLike, by_class, given_slides, read_manifest
 from slide2vec.model import Model
 from slide2vec.models import Models
@@ -19,7 +20,6 @@ from slide2vec.slides import IdFrom, Slide
 from slide2vec.tiling.previous_files import recorded_slides
 
 if TYPE_CHECKING:
-    from slide2vec.artifacts import TileEmbeddingArtifact
     from slide2vec.cohort.run import OnPersisted
 
 __all__ = ["Pipeline"]
@@ -157,6 +157,8 @@ class Pipeline:
         settings: Callable[[Model, PreprocessingConfig], str],
         on_slide_persisted: OnPersisted | None,
     ) -> RunResult:
+        if self.execution.save_patch_tokens:
+            check_patch_tokens(self.model, self.preprocessing, self.execution)
         if len(self.models) == 1 or self.models.take_turns(self.execution):
             for name, model in self.models.items():
                 model.decide_engine(slides, configs[name], self.execution)
@@ -172,9 +174,7 @@ class Pipeline:
                 for name, model in self.models.items()
             }
             if self.execution.save_patch_tokens:
-                made = alone[self.model.name].tile_artifacts or alone[self.model.name].hierarchical_artifacts
-                tiles = cast("list[TileEmbeddingArtifact]", made)
-                self.model.save_patch_tokens(tiles, execution=self.execution, on_error="skip")
+                alone[self.model.name] = self._with_patch_tokens(alone[self.model.name])
             if len(alone) == 1:
                 return next(iter(alone.values()))
             readings = [[name] for name, result in alone.items() if result.summary is not None]
@@ -194,6 +194,14 @@ class Pipeline:
             in_workers=None if workers is None else workers.embed_together,
             on_slide_persisted=on_slide_persisted,
         )
+
+    def _with_patch_tokens(self, result: RunResult) -> RunResult:
+        """Write the patch tokens of a run's slides; those that have none have failed."""
+        try:
+            self.model.save_patch_tokens(result.tile_artifacts, execution=self.execution)
+        except EmbedSlidesError as error:
+            return result.with_failed(error.failed, "patch_tokens")
+        return result
 
     def _check_patients(self, slides: Sequence[Slide], where: str) -> None:
         """Raises ManifestError where slides of a patient-level model have no patient_id."""

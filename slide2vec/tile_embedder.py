@@ -21,6 +21,7 @@ from slide2vec.compile import (
     offer_bf16,
     select_engine,
 )
+from slide2vec.compile.batch_size import bytes_per_tile, fitting_batch_size
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.encoders.input_size import for_input
 from slide2vec.encoders.late import AnyEncoder, LateEncoder, weights_bytes
@@ -35,8 +36,6 @@ from slide2vec.stream import (
     SlideQueue,
     Stream,
     TileTransfer,
-    bytes_per_tile,
-    fitting_batch_size,
     tile_transfer,
 )
 from slide2vec.stream.batch_encoder import BatchEncoder
@@ -144,15 +143,20 @@ class TileEmbedder:
             self._recipes[tile_size_px] = for_input(self.recipe, self._late.module, tile_size_px, asked)
         return self._recipes[tile_size_px]
 
-    def with_encoder(self, encoder: nn.Module, name: str, dim: int, tile_size_px: int) -> TileEmbedder:
+    def with_encoder(
+        self, encoder: nn.Module, name: str, dim: int, tile_size_px: int, *, normalised: bool = False
+    ) -> TileEmbedder:
         """One that runs another module over tiles of a size, which are prepared as for its own encoder.
 
         Args:
             name, dim: of the module's output.
+            normalised: engines of it are built for normalised pixels.
         """
         recipe = self.recipe_for(tile_size_px)
         variant = recipe.variants[self.variant].model_copy(update={"dim": dim})
-        quiet = recipe.engine.model_copy(update={"advised": False})
+        quiet = recipe.engine.model_copy(
+            update={"advised": False} | ({"layout": "float32_nchw"} if normalised else {})
+        )
         recipe = recipe.model_copy(
             update={"variants": {name: variant}, "tile_size_px": tile_size_px, "engine": quiet}
         )

@@ -55,6 +55,7 @@ ROOMS = {
     "aggregate": 8,
     "cohort": 8,
     "compile": 8,
+    "report": 9,
     "scale": 9,
     "images": 9,
     "tile_embedder": 9,
@@ -281,14 +282,12 @@ def test_same_names_are_noticed(tmp_path: Path) -> None:
 
 #: Lines of a file, docstrings included. More are two rooms: part it by what it is for.
 MOST_FILE_LINES = 500
-#: Files that are longer yet, and their limit; none may be added.
-LONGER_FILES = {"stream/shared_slides.py": 510}
 
 
 def test_files_are_short() -> None:
     lines = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
     long = {name: len(path.read_text().splitlines()) for name, path in lines.items()}
-    assert {name for name, n in long.items() if n > LONGER_FILES.get(name, MOST_FILE_LINES)} == set()
+    assert {name for name, n in long.items() if n > MOST_FILE_LINES} == set()
 
 
 def test_core_is_small() -> None:

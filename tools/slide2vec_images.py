@@ -26,6 +26,9 @@ from slide2vec.encoders.registry import encoder_registry
 
 from slide2vec import api
 
+#: Of the keys of the network in a checkpoint that has others, too.
+PREFIXES = {"isight": "patch_encoder.", "mettle": "backbone."}
+
 
 def network(job: dict[str, Any], dynamic: bool) -> torch.nn.Module:
     """The network of a job, with random weights."""
@@ -44,13 +47,47 @@ def network(job: dict[str, Any], dynamic: bool) -> torch.nn.Module:
     return kind(getattr(transformers, job["config"])(**job["kwargs"])).eval()
 
 
+def resample_as_published(made: torch.nn.Module) -> None:
+    """Have a stand-in resample its position embeddings as the code of DINO, and of transformers 4.35 to 4.44,
+    does: bicubic by a scale of the side plus 0.1."""
+
+    def resampled(table: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        side = round((table.shape[1] - 1) ** 0.5)
+        if grid == (side, side):
+            return table
+        patches = table[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        scale = tuple((length + 0.1) / side for length in grid)
+        patches = torch.nn.functional.interpolate(patches, scale_factor=scale, mode="bicubic")
+        return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+
+    for module in made.modules():
+        if hasattr(module, "interpolate_pos_encoding"):
+            module.interpolate_pos_encoding = (  # type: ignore[assignment]
+                lambda embeddings, height, width, module=module: resampled(
+                    module.position_embeddings,
+                    (height // module.config.patch_size, width // module.config.patch_size),
+                )
+            )
+    if hasattr(made, "_pos_embed"):
+
+        def embed(patches: torch.Tensor) -> torch.Tensor:
+            trunk: Any = made
+            table = resampled(trunk.pos_embed, (patches.shape[1], patches.shape[2]))
+            first = trunk.cls_token.expand(len(patches), -1, -1)
+            return torch.cat([first, patches.flatten(1, 2)], dim=1) + table
+
+        made._pos_embed = embed  # type: ignore[assignment]
+
+
 def loaded(job: dict[str, Any], dynamic: bool) -> torch.nn.Module:
     """The same with the weights of the job."""
     made = network(job, dynamic)
     state = torch.load(job["weights"], weights_only=True)
-    if job["preset"] == "isight":
-        state = {k.removeprefix("clip."): v for k, v in state.items() if k.startswith("clip.")}
+    if (prefix := PREFIXES.get(job["preset"])) is not None:
+        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     made.load_state_dict(state, strict=True)
+    if job.get("shifted"):
+        resample_as_published(made)
     return made
 
 
@@ -77,24 +114,49 @@ def install(job: dict[str, Any]) -> None:
         elif job["preset"] == "isight":
             self._clip, self._vision = made, made.vision_model
             state = torch.load(job["weights"], weights_only=True)
-            weight = state["projection.weight"]
+            weight, bias = (state[f"visual_token_projection.{name}"] for name in ("weight", "bias"))
             self._projection = torch.nn.Linear(weight.shape[1], weight.shape[0])
-            self._projection.load_state_dict({"weight": weight, "bias": state["projection.bias"]})
+            self._projection.load_state_dict({"weight": weight, "bias": bias})
             self._processor = processor(job)
             self._output_variant, self._device = output_variant or "token_mean", torch.device("cpu")
+        elif job["preset"] == "mettle":
+            self._output_variant = output_variant or "cls_patch_mean"
+            self._attach_model(made, output_variant="default")
+            self._output_variant = output_variant or "cls_patch_mean"
+            self._head = mettle_head()
+            state = torch.load(job["weights"], weights_only=True)
+            self._head.load_state_dict(
+                {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
+            )
         elif "timm" in job:
             self._attach_model(made, output_variant=output_variant)
         else:
             self._model, self._device = made, torch.device("cpu")
             self._output_variant = output_variant or "default"
             self._processor = processor(job)
+            if job["preset"] in ("phaet", "mascaret"):  # what the code of its repository adds
+                made.encode = lambda batch: made(pixel_values=batch).last_hidden_state[:, 0]
+                made.config.pixel_mean, made.config.pixel_std = job["data"]["mean"], job["data"]["std"]
 
     kind.__init__ = init
+
+
+def mettle_head() -> Any:
+    from slide2vec.encoders.models.mettle import MettleRefineHead
+
+    return MettleRefineHead(dim=1536, num_atoms=16, rank=8, hidden_size=256)
 
 
 def processor(job: dict[str, Any]) -> Any:
     data = job["data"]
     side, common = data["input_size"][1], {"image_mean": data["mean"], "image_std": data["std"]}
+    if job["preset"] == "isight":
+        return transformers.CLIPProcessor(
+            transformers.CLIPImageProcessorFast(
+                size={"shortest_edge": side}, crop_size={"height": side, "width": side}, **common
+            ),
+            types.SimpleNamespace(),
+        )
     if job["preset"] == "phikonv2":
         return transformers.BitImageProcessorFast(
             size={"shortest_edge": side}, crop_size={"height": side, "width": side}, resample=3, **common
@@ -115,10 +177,13 @@ def main() -> None:
             if parameter.ndim < 2 or "token" in name or "pos" in name:
                 parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
         state = made.state_dict()
+        state = {f"{PREFIXES.get(job['preset'], '')}{k}": v for k, v in state.items()}
         if job["preset"] == "isight":
-            state = {f"clip.{k}": v for k, v in state.items()}
-            state["projection.weight"] = torch.randn(1024, 1024, generator=generator) * 0.03
-            state["projection.bias"] = torch.randn(1024, generator=generator) * 0.03
+            state["visual_token_projection.weight"] = torch.randn(1024, 1024, generator=generator) * 0.03
+            state["visual_token_projection.bias"] = torch.randn(1024, generator=generator) * 0.03
+        if job["preset"] == "mettle":
+            for name, value in mettle_head().state_dict().items():
+                state[f"head.{name}"] = torch.randn(value.shape, generator=generator) * 0.02
         torch.save(state, job["weights"])
         return
     install(job)

@@ -26,6 +26,7 @@ from slide2vec.errors import ConfigError, Slide2VecError
 if TYPE_CHECKING:
     from slide2vec.compile import BuildOptions, EngineStore, StoredEngine
     from slide2vec.compile.builders import Progress
+    from slide2vec.encoders.patch_tokens import TokenKind
     from slide2vec.model import Model
     from slide2vec.tile_embedder import TileEmbedder
 
@@ -109,6 +110,14 @@ def build_engine(
     attention_heads: Annotated[
         bool, typer.Option("--attention-heads", help="A map of each head, rather than their mean.")
     ] = False,
+    patch_tokens: Annotated[
+        Literal["patch_features", "patch_features_prenorm"] | None,
+        typer.Option(
+            help="Of patch tokens instead of features, for dense features; --input-size is then the side of "
+            "a window, or of a region that is encoded at once.",
+            show_default=False,
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     offline: Offline = False,
     as_json: Json = False,
@@ -152,13 +161,15 @@ def build_engine(
             "include_registers": attention_registers,
             "mean_heads": not attention_heads,
         }
+    if attention and patch_tokens:
+        raise ConfigError("an engine is of attention maps or of patch tokens: give one of the two options")
     store = EngineStore(engines)
     names = [preset] if preset else _compilable()
     built: list[StoredEngine] = []
     failed: dict[str, Exception] = {}
     for name in names:
         try:
-            built.append(_build(name, model, options, store, attention))
+            built.append(_build(name, model, options, store, attention, patch_tokens))
         except (Slide2VecError, OSError) as error:
             if not every or debug:
                 raise
@@ -180,6 +191,7 @@ def _build(
     options: BuildOptions,
     store: EngineStore,
     attention: dict[str, Any] | None,
+    patch_tokens: TokenKind | None,
 ) -> StoredEngine:
     from slide2vec.compile.build import check_possible
     from slide2vec.recipes import load_recipe
@@ -192,6 +204,8 @@ def _build(
     from slide2vec.model import Model
 
     loaded = Model.from_preset(preset, **model)
+    if patch_tokens is not None:
+        return building(_of_patch_tokens(loaded, patch_tokens), store, options)
     if attention is None:
         return building(loaded, store, options)
     from slide2vec.attention_maps import with_attention
@@ -201,6 +215,14 @@ def _build(
     return building(
         with_attention(own, AttentionEncoder(own.encoder, **attention), recipe.tile_size_px), store, options
     )
+
+
+def _of_patch_tokens(model: Model, kind: TokenKind) -> TileEmbedder:
+    from slide2vec.encoders.patch_tokens import PatchTokenEncoder
+    from slide2vec.images.token_engine import with_patch_tokens
+
+    own = model.tile_encoding
+    return with_patch_tokens(own, PatchTokenEncoder(own.encoder, kind), own.recipe.transform.crop)
 
 
 def building(model: Model | TileEmbedder, store: EngineStore, options: BuildOptions) -> StoredEngine:

@@ -18,6 +18,7 @@ from typing import Any
 
 from slide2vec.choices import BACKENDS, EXECUTORS, PREPARERS, RUNTIMES, OptionalPackage
 from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
+from slide2vec.cli.doctor_plugins import plugins
 from slide2vec.cli.doctor_runtimes import missing_command, runtimes
 from slide2vec.installation import add_extra
 from slide2vec.version import PROJECT, __version__
@@ -58,6 +59,7 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
         "runtimes": runtimes(_nvidia(gpus), _version),
         "huggingface": _huggingface(),
         "weights": _weights(),
+        "plugins": plugins(),
     }
     if as_json:
         print_json(found)
@@ -265,6 +267,9 @@ def _print(found: dict[str, Any]) -> None:
     if extras:
         command = add_extra(*extras)
         console.print(f"\nTo add them: {command}", markup=False, soft_wrap=True)
+    if found["plugins"]:
+        section("Plug-ins of installed packages")
+        console.print(facts(map(_plugin_fact, found["plugins"])))
     section("Compiled encoders")
     console.print(facts(_engine_facts(found["engines"])))
     console.print(table(("engines of", "built here", "run here", ""), _runtime_rows(found["runtimes"])))
@@ -296,6 +301,15 @@ def _state(part: dict[str, str | None]) -> object:
     if part["version"]:
         return Text(part["version"], "green")
     return Text(f"missing, extra [{part['extra']}]", "yellow")
+
+
+def _plugin_fact(plugin: dict[str, str | None]) -> tuple[str, object]:
+    from rich.text import Text
+
+    name, of = f"{plugin['kind']} {plugin['name']}", plugin["package"] or plugin["provider"]
+    if plugin["problem"] is None:
+        return name, Text(f"ready, of {of}", "green")
+    return name, Text(f"left out: {plugin['problem']} ({of}, {plugin['provider']})", "yellow")
 
 
 def _machine_facts(machine: dict[str, Any], gpus: dict[str, Any]) -> Iterable[tuple[str, str]]:

@@ -145,7 +145,7 @@ def _as_json(item: NotExported) -> dict[str, object]:
 def _print(done: Sequence[Exported], failed: Sequence[NotExported], output: Path, *, tree: bool) -> None:
     from rich.text import Text
 
-    from slide2vec.cli.report import MOST_ROWS
+    from slide2vec.cli.outcome import MOST_ROWS
 
     console = stdout()
     if done:

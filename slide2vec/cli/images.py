@@ -12,10 +12,13 @@ from slide2vec.choices import OutputFormat, Precision
 from slide2vec.cli.console import (
     FORMAT,
     Debug,
+    Devices,
     Engine,
     IdSource,
     Json,
+    NumGpus,
     Offline,
+    device_names,
     facts,
     note,
     print_json,
@@ -62,6 +65,8 @@ def images(
         typer.Option(help="By default the preset's on a GPU, fp32 on a CPU.", show_default=False),
     ] = None,
     engine: Engine = "auto",
+    num_gpus: NumGpus = None,
+    devices: Devices = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images per forward pass [by device].")
     ] = None,
@@ -97,6 +102,8 @@ def images(
         batch_size=batch_size,
         num_workers=num_workers,
         engine=engine,
+        num_gpus=num_gpus,
+        devices=tuple(device_names(devices) or ()) or None,
         on_image_mismatch=on_image_mismatch,
     )
     note(f"loading {preset} …")

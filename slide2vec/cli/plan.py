@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -113,6 +115,7 @@ def plan(
     Tissue is found as in a run, on a coarse level; no tile is read and nothing is embedded but for the trial.
     The exit status is 1 when a slide cannot be planned.
     """
+    began = time.perf_counter()
     from slide2vec.cli.inputs import find_slides
     from slide2vec.config import ExecutionOptions, PreprocessingConfig
     from slide2vec.cpus import job_cpus
@@ -147,7 +150,9 @@ def plan(
     )
     outputs = {name: _output(recipe, asked, execution) for name, recipe in recipes.items()}
     note(f"finding the tissue of {len(found):,} slides …")
+    counting = time.perf_counter()
     estimates = list(count_tiles(found, outputs, job_cpus()))
+    counting = time.perf_counter() - counting
     tiles = {name: sum(each.tiles.get(name, 0) for each in estimates) for name in names}
     if output is not None:
         _write_csv(output, estimates, names)
@@ -163,9 +168,13 @@ def plan(
             trust_remote_code=trust_remote_code,
             encoders_gb=encoders_gb,
         )
+        loading = time.perf_counter() - began - counting  # which a run does, too
         devices = {name: str(model.device) for name, model in models.items()}
         slides_with_tiles = [each.slide for each in estimates if any(each.tiles.values())]
-        trials = _tried(models, slides_with_tiles, tiles, asked, execution)
+        trials = {
+            name: replace(each, start_s=each.start_s + loading)
+            for name, each in _tried(models, slides_with_tiles, tiles, asked, execution).items()
+        }
     groups = _groups(recipes, execution, device)
     rows = list(_machines(tiles, trials, devices, _gflops(recipes), per_hour))
     failed = [each for each in estimates if each.errors]

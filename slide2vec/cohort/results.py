@@ -17,6 +17,7 @@ from slide2vec.artifacts import (
     load_stored,
 )
 from slide2vec.errors import ArtifactError, ConfigError
+from slide2vec.files import as_path
 from slide2vec.frames import SlideFrame, anndata_of, spatialdata_of
 from slide2vec.progress import RunSummary, in_turn, of_encoders
 
@@ -31,7 +32,8 @@ Artifact: TypeAlias = (
     TileEmbeddingArtifact | HierarchicalEmbeddingArtifact | SlideEmbeddingArtifact | PatientEmbeddingArtifact
 )
 
-Stage: TypeAlias = Literal["tiling", "embedding", "aggregation"]
+#: "patch_tokens": the slide is embedded, and has no patch tokens (`ExecutionOptions.save_patch_tokens`).
+Stage: TypeAlias = Literal["tiling", "embedding", "aggregation", "patch_tokens"]
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,19 @@ class RunResult:
         if unknown := [name for name in sample_ids or () if name not in there]:
             raise ArtifactError(f"the run has no tile embeddings of {', '.join(unknown)}")
         return [_frame(there[name]) for name in (there if sample_ids is None else sample_ids)]
+
+    def with_failed(self, errors: Mapping[str, Exception], stage: Stage) -> RunResult:
+        """The result of a run some of whose slides failed at what came after their embeddings.
+
+        Args:
+            errors: by name of the slide.
+        """
+        paths = {each.name: as_path(each.metadata["image_path"]) for each in self.tile_artifacts}
+        failed = [FailedSlide(name, paths[name], stage, error) for name, error in errors.items()]
+        summary = self.summary
+        if summary is not None:
+            summary = replace(summary, failed=summary.failed + len(failed))
+        return replace(self, failed=(*self.failed, *failed), summary=summary)
 
     def to_frame(self) -> pandas.DataFrame:
         """A row for each artifact, for each failure, and for each slide without tissue that has no artifact.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, TypeAlias, cast
 
 from torch import Tensor, nn
 
@@ -12,7 +12,50 @@ from slide2vec.encoders.input_size import for_input
 from slide2vec.errors import ConfigError, UnsupportedError
 from slide2vec.recipes import Recipe
 
-__all__ = ["encode_tiles_dense", "encode_tiles_dense_prenorm", "patch_size", "ready_for"]
+__all__ = [
+    "PatchTokenEncoder",
+    "TokenKind",
+    "encode_tiles_dense",
+    "encode_tiles_dense_prenorm",
+    "patch_size",
+    "ready_for",
+]
+
+#: After the closing norm, or before it.
+TokenKind: TypeAlias = Literal["patch_features", "patch_features_prenorm"]
+
+
+class PatchTokenEncoder(nn.Module):
+    """The patch tokens of an encoder as one row of features: what runs features runs it, engines too.
+
+    `forward` takes normalised pixels (B, 3, S, S) float and returns (B, d · h · w) float32.
+
+    Args:
+        encoder: of `build_encoder`.
+        kind: which tokens.
+
+    Raises:
+        UnsupportedError: a NotImplementedError: it has no such tokens, or only code of a user's class knows
+            them.
+    """
+
+    def __init__(self, encoder: nn.Module, kind: TokenKind) -> None:
+        super().__init__()
+        self.encoder, self.kind = encoder, kind
+        self._dim = _token_dim(encoder)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, d · h · w)."""
+        encode = encode_tiles_dense if self.kind == "patch_features" else encode_tiles_dense_prenorm
+        return encode(self.encoder, pixels).float().flatten(1)
+
+    def grid(self, size_px: int) -> tuple[int, int, int]:
+        """(d, h, w) of tiles of a size."""
+        height, width = patch_size(self.encoder)
+        dim = self._dim
+        if self.kind == "patch_features_prenorm":
+            dim = int(_trunk(self.encoder).num_features)
+        return dim, size_px // height, size_px // width
 
 
 def encode_tiles_dense(encoder: nn.Module, batch: Tensor) -> Tensor:
@@ -40,7 +83,7 @@ def encode_tiles_dense(encoder: nn.Module, batch: Tensor) -> Tensor:
     if isinstance(encoder, ChannelwiseEncoder):
         tokens = encoder.norm(encoder.tokens(batch))
         grids = _folded(tokens, encoder.prefix_tokens, grid)
-        return grids.reshape(len(batch), 3 * grids.shape[1], *grid)
+        return grids.reshape(-1, 3 * grids.shape[1], *grid)
     network = getattr(encoder, "network", None)
     if network is not None:  # of code that came with the weights
         tokens = network(pixel_values=batch).last_hidden_state
@@ -106,6 +149,19 @@ def ready_for(encoder: nn.Module, recipe: Recipe, size: tuple[int, int], asked: 
         raise ConfigError(f"{asked}: preset {recipe.name} takes inputs of {recipe.transform.crop} px only")
 
 
+def _token_dim(encoder: nn.Module) -> int:
+    """d of tokens after the closing norm."""
+    from slide2vec.encoders.clip_linear import ClipLinearEncoder  # imports timm
+
+    if _theirs(encoder, "encode_tiles_dense") is not None or getattr(encoder, "network", None) is not None:
+        raise UnsupportedError(f"patch tokens of {type(encoder).__name__} are made by code of its own")
+    if isinstance(encoder, ChannelwiseEncoder):
+        return 3 * int(encoder.norm.normalized_shape[0])
+    if isinstance(encoder, ClipLinearEncoder):
+        return encoder.projection.out_features
+    return int(_trunk(encoder).num_features)
+
+
 def _theirs(encoder: nn.Module, name: str) -> Any:
     """What the class of an encoder that a user brought has of its own; None where there is none."""
     own = getattr(encoder, "own", None)
@@ -145,4 +201,5 @@ def _folded(tokens: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
             f"the encoder gives tokens of shape {tuple(tokens.shape)}, not {prefix} and one for each of "
             f"{grid[0]} x {grid[1]} patches"
         )
-    return tokens[:, prefix:].transpose(1, 2).reshape(len(tokens), -1, *grid)
+    patches = tokens[:, prefix:].transpose(1, 2)
+    return patches.reshape(-1, patches.shape[1], *grid)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from slide2vec.images.differences import dense_identity_differences, pooled_identity_differences
     from slide2vec.images.pooled import embed_images
     from slide2vec.images.reuse import MISSING_FIELD
-    from slide2vec.images.slide_tokens import PatchTokensArtifact, save_patch_tokens
+    from slide2vec.images.slide_tokens import PatchTokensArtifact, check_patch_tokens, save_patch_tokens
     from slide2vec.images.specs import ImageLike, ImageSpec, as_images
     from slide2vec.images.windows import DenseEncodeGeometry
 
@@ -35,6 +35,7 @@ __all__ = [
     "PatchTokensArtifact",
     "SlideRegions",
     "as_images",
+    "check_patch_tokens",
     "dense_identity_differences",
     "embed_images",
     "embed_images_dense",
@@ -56,6 +57,7 @@ _HOMES = {
     "PatchTokensArtifact": "slide_tokens",
     "SlideRegions": "dense_options",
     "as_images": "specs",
+    "check_patch_tokens": "slide_tokens",
     "dense_identity_differences": "differences",
     "embed_images": "pooled",
     "embed_images_dense": "dense_images",

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,8 +22,10 @@ from slide2vec.encoders.patch_tokens import (
 )
 from slide2vec.errors import ConfigError, ModelLevelError
 from slide2vec.images.dense_options import DenseImageOptions, DenseLike, DenseOptions
+from slide2vec.images.devices import check_alike, on_each_device
 from slide2vec.images.pixels import transform_record
 from slide2vec.images.pooled import ImageModel
+from slide2vec.images.token_engine import TokenEngine
 from slide2vec.images.windows import DenseEncodeGeometry, blended, dense_geometry, padded, windows_of
 from slide2vec.runtime import resolve_precision
 from slide2vec.runtime.threads import torch_threads
@@ -71,12 +73,12 @@ class DensePreprocessor:
 
 
 class GridEncoder:
-    """An encoder that gives grids of tokens of pictures of one size, in PyTorch.
+    """An encoder that gives grids of tokens of pictures of one size, in PyTorch or by an engine of the store.
 
     Attributes:
         geometry: of the pictures.
         dtype: of the grids.
-        precision: that it computes in.
+        runtime, precision: that it computes in.
     """
 
     def __init__(self, model: ImageModel, dense: DenseLike, execution: ExecutionOptions, method: str) -> None:
@@ -85,21 +87,26 @@ class GridEncoder:
                 f"{method} needs a tile-level preset; {model.name} is {model.level}-level: take its tile "
                 "encoder"
             )
-        self._encoder, self.device, self._dense = model.encoder, model.device, dense
+        self._model, self._execution, self._method = model, execution, method
+        self._others: dict[ImageModel, GridEncoder] = {}
+        self._share = 1  # of this machine's CPUs: one in so many
+        self.device, self._dense = model.device, dense
         self.geometry = dense_geometry(dense.size, patch_size(model.encoder))
         self._windows = windows_of(self.geometry, dense.window_size, dense.overlap)
         asked = f"target_size={dense.target_size}"
         if dense.window_size is not None:
             asked += f", window_size={dense.window_size}"
         ready_for(model.encoder, model.recipe, self._windows.size, asked)
-        self.precision = dense_precision(model, execution)
+        engine = TokenEngine.of(model.tile_encoding, model.encoder, dense, self._windows.size, execution)
+        self.runtime = "torch" if engine is None else engine.runtime
+        self.precision = dense_precision(model, execution) if engine is None else engine.precision
         self.dtype = getattr(torch, execution.feature_dtype(self.precision))
         transform = model.recipe.transform
         self.preprocessor = DensePreprocessor(
             self.geometry, transform.mean, transform.std, dense.pad_mode, dense.image_pad_value
         )
         padded(torch.zeros((3, *dense.size)), self.geometry, dense.pad_mode, None)  # says now what cannot be
-        self._tokens = self._tap(model.encoder)
+        self._tokens = engine or self._tap(model.encoder)
         self._threads = execution.budget(self.device.type, model.recipe.gflops).encoder_threads
         area = self._windows.size[0] * self._windows.size[1] / model.recipe.transform.crop**2
         #: GFLOP of a window.
@@ -120,9 +127,36 @@ class GridEncoder:
         attention_channels(encoder, **asked)
         return partial(encode_tiles_attention, encoder, **asked)
 
+    def on_each_device(self, batches: int) -> list[GridEncoder]:
+        """This one, and others like it on the other devices of a call, of which there are not more than
+        batches.
+
+        Raises:
+            ConfigError: a device is not there, or would make other grids.
+        """
+        models = on_each_device(self._model, self._execution, batches)
+        found = [self if model is self._model else self._like_it(model) for model in models]
+        for each in found:
+            each._share = len(found)
+        return found
+
+    def _like_it(self, model: ImageModel) -> GridEncoder:
+        """One of the same model on another device."""
+        if model not in self._others:
+            other = GridEncoder(model, self._dense, self._execution, self._method)
+            check_alike(other.device, self.identity, other.identity)
+            self._others[model] = other
+        return self._others[model]
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """See `dense_identity`."""
+        return dense_identity(self._model, self._dense, self._execution, self.runtime, self.precision)
+
     def encode(self, batch: Tensor) -> Tensor:
         """(B, 3, H + pad, W + pad) prepared, on the device -> (B, d, rows, columns) of `dtype` there."""
-        with torch.no_grad(), self._autocast(), torch_threads(self._threads):
+        threads = max(1, self._threads // self._share)
+        with torch.no_grad(), self._autocast(), torch_threads(threads):
             grids = blended(batch, self.geometry, self._windows, self._tokens)
         return grids.detach().to(self.dtype)
 
@@ -150,23 +184,25 @@ def dense_precision(model: ImageModel, execution: ExecutionOptions) -> str:
     asked = execution.precision
     found = model.precision if asked is None else resolve_precision(asked, "fp32", model.device)
     if found not in DTYPES:
-        raise ConfigError(f"dense features are made in PyTorch, which does not compute in {found}: use bf16")
+        raise ConfigError(f"PyTorch makes these dense features, and does not compute in {found}: use bf16")
     return found
 
 
-def dense_identity(model: ImageModel, dense: DenseLike, execution: ExecutionOptions) -> dict[str, Any]:
+def dense_identity(
+    model: ImageModel, dense: DenseLike, execution: ExecutionOptions, runtime: str, precision: str
+) -> dict[str, Any]:
     """What of a call decides its grids, besides what each is of; JSON-ready.
 
     Raises:
         WeightsError: the weights are not those that they were known as; grids are compared with these, and
             made with them.
     """
-    precision = dense_precision(model, execution)
     made = {
         "encoder_name": model.name,
         "output_variant": model.variant,
         "weights": model.tile_encoding.weights_digest,
         "precision": precision,
+        "runtime": runtime,
         **dense_options(dense),
         "dtype": execution.feature_dtype(precision),
         "transform": transform_record(model.recipe),

@@ -18,14 +18,14 @@ from slide2vec.artifacts.dense_files import (
     sidecar_of,
     write_grid,
 )
-from slide2vec.artifacts.places import with_output_dir
 from slide2vec.cohort.lock import output_lock
 from slide2vec.config import ExecutionOptions
 from slide2vec.errors import ConfigError, ImageError, Slide2VecError, SlideOpenError
 from slide2vec.geometry import LevelChoice, select_level
-from slide2vec.images.dense_encoder import GridEncoder, dense_identity, dense_options, geometry_record
+from slide2vec.images.dense_encoder import GridEncoder, dense_options, geometry_record
 from slide2vec.images.dense_options import DenseImageOptions
 from slide2vec.images.dense_run import encode_and_write, grids_in_order
+from slide2vec.images.devices import output_here
 from slide2vec.images.pixels import Pixels, rgb
 from slide2vec.images.pooled import ImageModel
 from slide2vec.images.read_record import read_record
@@ -141,12 +141,12 @@ def embed_images_dense(
     are normalised, never cropped or enlarged; PNG, JPEG and pixels in memory need a spacing."""
     if not isinstance(dense, DenseImageOptions):
         raise ConfigError(f"embed_images_dense takes dense=DenseImageOptions(…), got {type(dense).__name__}")
-    execution, output_dir = with_output_dir(execution, "embed_images_dense")
+    execution, output_dir = output_here(execution, "embed_images_dense")
     asked = as_images(images, "embed_images_dense")
     spacing = dense_spacing(self, dense)
     encoder = GridEncoder(self, dense, execution, "embed_images_dense")
     with output_lock(output_dir), live_progress():
-        call = _Call(output_dir, dense, *spacing, encoder, dense_identity(self, dense, execution), self)
+        call = _Call(output_dir, dense, *spacing, encoder, encoder.identity, self)
         planned = [_planned(call, image) for image in asked]
         made = [each if isinstance(each, Exception) else each.done() for each in planned]
         left = [job for job, done in zip(planned, made, strict=True) if done is None]

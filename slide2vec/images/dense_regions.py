@@ -21,14 +21,14 @@ from slide2vec.artifacts.dense_files import (
     sidecar_of,
     write_grid,
 )
-from slide2vec.artifacts.places import with_output_dir
 from slide2vec.cohort.lock import output_lock
 from slide2vec.config import ExecutionOptions
 from slide2vec.errors import ConfigError, ManifestError, Slide2VecError, as_slide_error
 from slide2vec.geometry import LevelChoice, TileGeometry, tile_geometry
-from slide2vec.images.dense_encoder import GridEncoder, dense_identity, dense_options, geometry_record
+from slide2vec.images.dense_encoder import GridEncoder, dense_options, geometry_record
 from slide2vec.images.dense_options import DenseOptions, SlideRegions
 from slide2vec.images.dense_run import encode_and_write, grids_in_order
+from slide2vec.images.devices import output_here
 from slide2vec.images.pixels import Pixels
 from slide2vec.images.pooled import ImageModel
 from slide2vec.images.read_record import read_record
@@ -216,13 +216,13 @@ def embed_regions_dense(
     """
     if not isinstance(dense, DenseOptions):
         raise ConfigError(f"embed_regions_dense takes dense=DenseOptions(…), got {type(dense).__name__}")
-    execution, output_dir = with_output_dir(execution, "embed_regions_dense")
+    execution, output_dir = output_here(execution, "embed_regions_dense")
     asked = _checked(regions)
     encoder = GridEncoder(self, dense, execution, "embed_regions_dense")
     self.recipe.check_recommended(dense.spacing_um, self.recipe.tile_size_px, allowed=True)
     with output_lock(output_dir), live_progress():
         plans = {each.slide: _plan(each.slide, dense) for each in asked if len(each.coordinates)}
-        call = _Call(output_dir, dense, encoder, dense_identity(self, dense, execution), plans)
+        call = _Call(output_dir, dense, encoder, encoder.identity, plans)
         found = [
             _Region(call, each.slide, each.annotation, x, y)
             for each in asked

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
@@ -16,6 +16,7 @@ from slide2vec.config import ExecutionOptions
 from slide2vec.errors import EmbedImagesError, ImageError, Slide2VecError
 from slide2vec.images.ahead import WRITERS, ahead, stopping
 from slide2vec.images.dense_encoder import GridEncoder
+from slide2vec.images.devices import spread
 from slide2vec.images.pixels import Pixels
 from slide2vec.progress import RunStarted, SlideFinished, SlidePlanned, TilesEncoded, active_reporter
 from slide2vec.runtime import batch_size_for
@@ -83,10 +84,13 @@ def _encoded(jobs: Sequence[GridJob[Done]], encoder: GridEncoder, execution: Exe
     """Each job with its grid, or with why it has none."""
     size = batch_size_of(encoder, execution)
     readers = execution.budget(encoder.device.type).reading_threads
+    encoders = encoder.on_each_device(-(-len(jobs) // size))
+    room = readers + 2 * size * len(encoders)
     with stopping(ThreadPoolExecutor(readers, "slide2vec-read")) as pool:
-        pictures = ((job, future.result()) for job, future in ahead(pool, _read, jobs, readers + 2 * size))
-        while batch := list(islice(pictures, size)):
-            yield from _grids(batch, encoder)
+        pictures = ((job, future.result()) for job, future in ahead(pool, _read, jobs, room))
+        batches = iter(lambda: list(islice(pictures, size)), [])
+        for grids in spread(encoders, _grids, batches):
+            yield from grids
 
 
 def batch_size_of(encoder: GridEncoder, execution: ExecutionOptions) -> int:
@@ -102,16 +106,18 @@ def _read(job: GridJob[Any]) -> Pixels | Exception:
 
 
 def _grids(
-    batch: Sequence[tuple[GridJob[Done], Pixels | Exception]], encoder: GridEncoder
-) -> Iterator[tuple[GridJob[Done], torch.Tensor | Exception]]:
+    encoder: GridEncoder, batch: Sequence[tuple[GridJob[Done], Pixels | Exception]]
+) -> list[tuple[GridJob[Done], torch.Tensor | Exception]]:
     good = [pixels for _, pixels in batch if not isinstance(pixels, Exception)]
     grids = iter(encoder.grids(torch.from_numpy(np.stack(good))) if good else ())
+    made: list[tuple[GridJob[Done], torch.Tensor | Exception]] = []
     for job, pixels in batch:
         if isinstance(pixels, Exception):
-            yield job, pixels
+            made.append((job, pixels))
             continue
         grid = next(grids).clone()  # a view would be stored with all of its batch
-        yield job, grid if bool(grid.isfinite().all()) else _not_finite(job, encoder)
+        made.append((job, grid if bool(grid.isfinite().all()) else _not_finite(job, encoder)))
+    return made
 
 
 def _not_finite(job: GridJob[Any], encoder: GridEncoder) -> ImageError:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from slide2vec.cohort.identity import compatibility
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ConfigError
-from slide2vec.images.dense_encoder import GridEncoder, dense_identity
+from slide2vec.images.dense_encoder import GridEncoder
 from slide2vec.images.dense_images import dense_spacing
 from slide2vec.images.dense_options import DenseImageOptions, DenseOptions
 from slide2vec.images.pooled import ImageModel, image_identity
@@ -82,5 +82,5 @@ def dense_identity_differences(
     execution = execution or ExecutionOptions()
     if isinstance(dense, DenseImageOptions):
         dense_spacing(self, dense)
-    GridEncoder(self, dense, execution, "dense_identity_differences")
-    return differing_fields(recorded, dense_identity(self, dense, execution))
+    encoder = GridEncoder(self, dense, execution, "dense_identity_differences")
+    return differing_fields(recorded, encoder.identity)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -20,7 +21,6 @@ import torch
 from slide2vec.artifacts import ImageEmbeddingArtifact
 from slide2vec.artifacts.finite import remedy
 from slide2vec.artifacts.image_files import write_image_embedding
-from slide2vec.artifacts.places import with_output_dir
 from slide2vec.cohort.lock import output_lock
 from slide2vec.config import ExecutionOptions
 from slide2vec.errors import (
@@ -30,6 +30,7 @@ from slide2vec.errors import (
     ModelLevelError,
 )
 from slide2vec.images.ahead import WRITERS, ahead, stopping
+from slide2vec.images.devices import check_alike, on_each_device, output_here
 from slide2vec.images.pixels import Pixels, fitted, image_geometry, rgb, transform_record
 from slide2vec.images.reuse import find_done
 from slide2vec.images.specs import ImageLike, ImageSpec, as_images
@@ -59,7 +60,9 @@ _ALL = "images"
 
 
 class BatchSource(Protocol):
-    """What encodes batches of pictures: a `TileEmbedder`."""
+    """What encodes batches of pictures, or has another module do so: a `TileEmbedder`."""
+
+    recipe: Recipe
 
     @property
     def weights_digest(self) -> str:
@@ -78,6 +81,12 @@ class BatchSource(Protocol):
         """An engine, and what puts batches of (n, side_px, side_px, 3) uint8 through it."""
         ...
 
+    def with_encoder(
+        self, encoder: nn.Module, name: str, dim: int, tile_size_px: int, *, normalised: bool = False
+    ) -> Self: ...
+
+    def select(self, execution: ExecutionOptions, tile_size_px: int | None = None) -> Any: ...
+
 
 class ImageModel(Protocol):
     """A model, as far as ready images need it."""
@@ -87,6 +96,10 @@ class ImageModel(Protocol):
     device: torch.device
     precision: str
     origin: Mapping[str, Any]
+    #: Builds it anew, as `loader(device=…)`; None where it was not made by `Model.from_preset`.
+    loader: Callable[..., Any] | None
+
+    def devices_here(self, execution: ExecutionOptions) -> tuple[str, ...]: ...
 
     @property
     def name(self) -> str: ...
@@ -175,7 +188,7 @@ def _checked(
             f"embed_images: image {spaced[0]} has spacing_at_level_0, which decides nothing here: leave it "
             "out, or use embed_images_dense"
         )
-    return asked, *with_output_dir(execution, "embed_images")
+    return asked, *output_here(execution, "embed_images")
 
 
 def _in_order(
@@ -252,27 +265,48 @@ def _metadata(
 
 
 def embedded_images(
-    model: ImageModel, images: Iterable[ImageSpec], execution: ExecutionOptions
+    model: ImageModel, images: Sequence[ImageSpec], execution: ExecutionOptions
 ) -> Generator[tuple[ImageSpec, torch.Tensor | Exception], None, None]:
     """Images in their order, each with its embedding (D,) float16 or float32, or with why it has none."""
     geometry = image_geometry(model.recipe)
-    engine, encoder = model.tile_encoding.encoding(execution, geometry.crop)
+    encoders = _encoders(model, len(images), execution, geometry.crop)
+    engine, encoder = encoders[0]
     dtype = getattr(torch, execution.feature_dtype(engine.precision))
     readers = execution.budget(model.device.type).reading_threads
-    flight: deque[tuple[list[tuple[ImageSpec, Pixels | Exception]], InFlightBatch | None]] = deque()
+    flight: deque[tuple[BatchEncoder, list[tuple[ImageSpec, Pixels | Exception]], InFlightBatch | None]]
+    flight = deque()
     with stopping(ThreadPoolExecutor(readers, "slide2vec-decode")) as pool:
-        room = readers + execution.prefetch_factor * encoder.most
+        room = readers + execution.prefetch_factor * encoder.most * len(encoders)
         decoded = (
             (image, future.result())
             for image, future in ahead(pool, partial(_pixels, geometry), images, room)
         )
-        while batch := _batch(decoded, encoder.most):
+        for _, encoder in cycle(encoders):
+            if not (batch := _batch(decoded, encoder.most)):
+                break
             tiles = [pixels for _, pixels in batch if not isinstance(pixels, Exception)]
-            flight.append((batch, encoder.submit(torch.from_numpy(np.stack(tiles)), ()) if tiles else None))
-            if len(flight) >= IN_FLIGHT:
-                yield from _collected(*flight.popleft(), encoder, engine, dtype)
+            submitted = encoder.submit(torch.from_numpy(np.stack(tiles)), ()) if tiles else None
+            flight.append((encoder, batch, submitted))
+            if len(flight) >= IN_FLIGHT * len(encoders):
+                yield from _collected(*flight.popleft(), engine, dtype)
         while flight:
-            yield from _collected(*flight.popleft(), encoder, engine, dtype)
+            yield from _collected(*flight.popleft(), engine, dtype)
+
+
+def _encoders(
+    model: ImageModel, count: int, execution: ExecutionOptions, side: int
+) -> list[tuple[Engine, BatchEncoder]]:
+    """What encodes images, on each device of a call; they take batches in turn."""
+    first = model.tile_encoding.encoding(execution, side)
+    models = on_each_device(model, execution, -(-count // first[1].most))
+    identity = image_identity(model, execution)
+    found = []
+    for each in models:
+        if each is not model:
+            check_alike(each.device, identity, image_identity(each, execution))
+            each.tile_encoding.confirm_weights()
+        found.append(first if each is model else each.tile_encoding.encoding(execution, side))
+    return found
 
 
 def _pixels(geometry: ImageGeometry, image: ImageSpec) -> Pixels | Exception:
@@ -296,9 +330,9 @@ def _batch(
 
 
 def _collected(
+    encoder: BatchEncoder,
     batch: Sequence[tuple[ImageSpec, Pixels | Exception]],
     in_flight: InFlightBatch | None,
-    encoder: BatchEncoder,
     engine: Engine,
     dtype: torch.dtype,
 ) -> Iterator[tuple[ImageSpec, torch.Tensor | Exception]]:

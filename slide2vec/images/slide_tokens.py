@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
@@ -22,7 +22,8 @@ import torch
 from slide2vec.artifacts import TileEmbeddingArtifact, read_metadata, write_json
 from slide2vec.artifacts.dense_files import sidecar_of
 from slide2vec.artifacts.places import with_output_dir
-from slide2vec.config import ExecutionOptions
+from slide2vec.cohort.lock import output_lock
+from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import (
     ArtifactError,
     ConfigError,
@@ -34,9 +35,10 @@ from slide2vec.errors import (
 )
 from slide2vec.files import as_path, atomic_path, remove
 from slide2vec.images.ahead import ahead, stopping
-from slide2vec.images.dense_encoder import GridEncoder, dense_identity, geometry_record
+from slide2vec.images.dense_encoder import GridEncoder, geometry_record
 from slide2vec.images.dense_options import DenseImageOptions
 from slide2vec.images.dense_run import batch_size_of
+from slide2vec.images.devices import spread
 from slide2vec.images.pixels import Pixels
 from slide2vec.images.pooled import ImageModel
 from slide2vec.progress import RunStarted, SlideFinished, SlidePlanned, TilesEncoded, active_reporter
@@ -44,7 +46,7 @@ from slide2vec.readers import SlideReader, open_slide
 from slide2vec.slides import Slide
 from slide2vec.tiling import Tiling, load_coordinates
 
-__all__ = ["PatchTokensArtifact", "save_patch_tokens"]
+__all__ = ["PatchTokensArtifact", "check_patch_tokens", "save_patch_tokens"]
 
 logger = logging.getLogger(__name__)
 
@@ -90,27 +92,11 @@ def save_patch_tokens(
     Raises:
         EmbedSlidesError: some slides failed, or (`on_error="skip"`) are left out.
         ConfigError, UnsupportedError: the encoder has no patch tokens of such tiles.
+        OutputLockedError: another process writes into the output directory.
     """
-    model = self.tile_model
     execution, output_dir = with_output_dir(execution, "save_patch_tokens")
-    made: dict[str, PatchTokensArtifact | Exception] = {}
-    given = list(tile_artifacts)
-    reporter = active_reporter()
-    reporter.emit(RunStarted(len(given), model.name))
-    for artifact in given:
-        if not isinstance(artifact, TileEmbeddingArtifact):
-            raise ManifestError(
-                f"save_patch_tokens takes artifacts of embed_tiles, got {type(artifact).__name__}: regions "
-                "and embeddings of slides have no tiles of their own"
-            )
-        try:
-            made[artifact.name] = _of_slide(model, artifact, execution, output_dir)
-        except Exception as error:  # of libraries, on a damaged slide
-            if isinstance(error, ConfigError | OutputError | NotImplementedError):
-                raise
-            made[artifact.name] = as_slide_error(error, artifact.sample_id, "making patch tokens")
-            logger.warning("%s", made[artifact.name])
-        reporter.emit(SlideFinished(artifact.sample_id, artifact.num_tiles))
+    with output_lock(output_dir, execution.shard):
+        made = _of_slides(_Call(self.tile_model, execution, output_dir), tile_artifacts)
     failed = {name: each for name, each in made.items() if isinstance(each, Exception)}
     if failed and on_error == "raise":
         raise EmbedSlidesError.of(
@@ -119,24 +105,82 @@ def save_patch_tokens(
     return [each for each in made.values() if not isinstance(each, Exception)]
 
 
-def _of_slide(
-    model: ImageModel, artifact: TileEmbeddingArtifact, execution: ExecutionOptions, output_dir: Path
-) -> PatchTokensArtifact:
+def check_patch_tokens(model: ImageModel, config: PreprocessingConfig, execution: ExecutionOptions) -> None:
+    """Before slides are embedded, whose patch tokens are to be written then.
+
+    Args:
+        config: with requested_tile_size_px resolved.
+
+    Raises:
+        ConfigError, UnsupportedError: the encoder has no patch tokens of such tiles, or regions are embedded.
+    """
+    assert config.requested_tile_size_px is not None
+    if config.hierarchical:
+        raise ConfigError(
+            "save_patch_tokens=True is of tiles, and regions are embedded: leave region_tile_multiple and "
+            "requested_region_size_px out"
+        )
+    _Call(model, execution, Path()).encoder(config.requested_tile_size_px)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the slides of a call have in common."""
+
+    model: ImageModel
+    execution: ExecutionOptions
+    output_dir: Path
+    encoders: dict[int, GridEncoder] = field(default_factory=dict)
+
+    def encoder(self, side: int) -> GridEncoder:
+        """Of tiles of a size."""
+        resized_to = self.model.origin.get("input_size_px")
+        if resized_to not in (None, side):
+            raise ConfigError(
+                f"save_patch_tokens: tiles of {side} px are resized to input_size_px={resized_to}; leave "
+                "input_size_px out, or embed tiles of that size"
+            )
+        if side not in self.encoders:
+            half = self.execution.updated(output_dtype="fp16")
+            dense = DenseImageOptions(target_size=side)
+            self.encoders[side] = GridEncoder(self.model, dense, half, "save_patch_tokens")
+        return self.encoders[side]
+
+
+def _of_slides(
+    call: _Call, artifacts: Iterable[TileEmbeddingArtifact]
+) -> dict[str, PatchTokensArtifact | Exception]:
+    """What each slide came to, by name."""
+    made: dict[str, PatchTokensArtifact | Exception] = {}
+    given = list(artifacts)
+    reporter = active_reporter()
+    reporter.emit(RunStarted(len(given), call.model.name))
+    for artifact in given:
+        if not isinstance(artifact, TileEmbeddingArtifact):
+            raise ManifestError(
+                f"save_patch_tokens takes artifacts of embed_tiles, got {type(artifact).__name__}: regions "
+                "and embeddings of slides have no tiles of their own"
+            )
+        try:
+            made[artifact.name] = _of_slide(call, artifact)
+        except Exception as error:  # of libraries, on a damaged slide
+            if isinstance(error, ConfigError | OutputError | NotImplementedError):
+                raise
+            made[artifact.name] = as_slide_error(error, artifact.sample_id, "making patch tokens")
+            logger.warning("%s", made[artifact.name])
+        reporter.emit(SlideFinished(artifact.sample_id, artifact.num_tiles))
+    return made
+
+
+def _of_slide(call: _Call, artifact: TileEmbeddingArtifact) -> PatchTokensArtifact:
     sidecar = artifact.metadata
     tiling = _tiling(artifact, sidecar)
-    side = tiling.geometry.requested_tile_size_px
-    if model.origin.get("input_size_px") not in (None, side):
-        raise ConfigError(
-            f"save_patch_tokens: tiles of {side} px are resized to input_size_px="
-            f"{model.origin['input_size_px']}; leave input_size_px out, or embed tiles of that size"
-        )
-    dense, half = DenseImageOptions(target_size=side), execution.updated(output_dtype="fp16")
-    identity = {"tiles": sidecar.get("compatibility"), **dense_identity(model, dense, half)}
-    path = output_dir / PATCH_TOKENS / f"{artifact.name}.npy"
+    encoder = call.encoder(tiling.geometry.requested_tile_size_px)
+    identity = {"tiles": sidecar.get("compatibility"), **encoder.identity}
+    path = call.output_dir / PATCH_TOKENS / f"{artifact.name}.npy"
     if (done := _done(path, artifact, identity)) is not None:
         return done
     active_reporter().emit(SlidePlanned(artifact.sample_id, len(tiling), tiling.backend))
-    encoder = GridEncoder(model, dense, half, "save_patch_tokens")
     slide = Slide(
         sample_id=artifact.sample_id,
         image_path=as_path(sidecar["image_path"]),
@@ -144,7 +188,7 @@ def _of_slide(
     )
     with open_slide(slide, "auto") as reader, atomic_path(path) as temporary:
         with temporary.open("wb") as file:
-            dim = _write(file, _grids(reader, tiling, encoder, half), len(tiling), encoder)
+            dim = _write(file, _grids(reader, tiling, encoder, call.execution), len(tiling), encoder)
         remove(sidecar_of(path))
     metadata = {
         "artifact_type": PATCH_TOKENS,
@@ -236,24 +280,30 @@ def _grids(
     size = batch_size_of(encoder, execution)
     readers = execution.budget(encoder.device.type).reading_threads
     places = zip(tiling.x.tolist(), tiling.y.tolist(), strict=True)
+    encoders = encoder.on_each_device(-(-len(tiling) // size))
 
     def read(place: tuple[int, int]) -> Pixels:
         return _tile(reader, tiling, place)
 
     with stopping(ThreadPoolExecutor(readers, "slide2vec-read")) as pool:
-        tiles = (future.result() for _, future in ahead(pool, read, places, readers + 2 * size))
+        room = readers + 2 * size * len(encoders)
+        tiles = (future.result() for _, future in ahead(pool, read, places, room))
+        batches = iter(lambda: list(islice(tiles, size)), [])
         first = 0
-        while batch := list(islice(tiles, size)):
-            grids = encoder.grids(torch.from_numpy(np.stack(batch)))
+        for grids in spread(encoders, _encoded, batches):
             if not bool(grids.isfinite().all()):
-                last = first + len(batch) - 1
+                last = first + len(grids) - 1
                 raise SlideReadError(
                     f"slide {tiling.sample_id}: patch tokens of tiles {first} to {last} hold NaN, or do not "
                     f"fit into float16, in {encoder.precision}"
                 )
             yield grids
-            active_reporter().emit(TilesEncoded(len(batch), tiling.sample_id))
-            first += len(batch)
+            active_reporter().emit(TilesEncoded(len(grids), tiling.sample_id))
+            first += len(grids)
+
+
+def _encoded(encoder: GridEncoder, batch: list[Pixels]) -> torch.Tensor:
+    return encoder.grids(torch.from_numpy(np.stack(batch)))
 
 
 def _tile(reader: SlideReader, tiling: Tiling, place: tuple[int, int]) -> Pixels:

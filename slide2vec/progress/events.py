@@ -17,6 +17,7 @@ __all__ = [
     "SlidePlanned",
     "StationTime",
     "TilesEncoded",
+    "find_bottleneck",
     "in_turn",
     "merged",
 ]
@@ -39,8 +40,8 @@ class StationTime:
     waiting_s: float
 
     def utilisation(self, seconds: float) -> float:
-        """Share of `seconds` its workers were busy, 0 to 1."""
-        return min(1.0, self.busy_s / (self.workers * seconds)) if seconds > 0 else 0.0
+        """Share of `seconds` its workers were busy, 0 to 1. It has none where another stream's are told."""
+        return min(1.0, self.busy_s / (max(1, self.workers) * seconds)) if seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,22 @@ def of_encoders(summaries: Mapping[str, RunSummary], seconds: float) -> RunSumma
 
 def _named(station: StationTime, encoder: str) -> StationTime:
     return replace(station, name=f"encode of {encoder}") if station.name == "encode" else station
+
+
+def find_bottleneck(stations: tuple[StationTime, ...], seconds: float) -> str:
+    """The station whose workers were busiest. Read and prepare share threads: the larger of the two
+    answers for both."""
+    by_name = {station.name: station for station in stations}
+    read, prepare = by_name["read"], by_name["prepare"]
+    feeding = max((read, prepare), key=lambda station: station.busy_s).name
+    busy = {
+        "encode": by_name["encode"].utilisation(seconds),
+        feeding: read.utilisation(seconds) + prepare.utilisation(seconds),
+        "plan": by_name["plan"].utilisation(seconds),
+    }
+    if "stage" in by_name:
+        busy["stage"] = by_name["stage"].utilisation(seconds)
+    return max(busy, key=lambda name: busy[name])
 
 
 @dataclass(frozen=True)

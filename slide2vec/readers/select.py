@@ -54,7 +54,7 @@ def _unloadable(home: Home) -> str | None:
     try:
         home.imported()
         return cast("str | None", getattr(import_module(home.module), "unavailable", lambda: None)())
-    except ExtraMissingError as error:
+    except (Exception, SystemExit) as error:  # whatever other packages do
         return str(error)
 
 

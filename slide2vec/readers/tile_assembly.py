@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import cv2
@@ -33,7 +33,7 @@ _Part: TypeAlias = tuple[slice, slice]
 _Box: TypeAlias = tuple[int, int, int, int]
 #: Level, tile, ratio that it was reduced by.
 _Key: TypeAlias = tuple[int, int, int]
-_Reserved: TypeAlias = tuple[TilePlace, Future[Any]]
+_Reserved: TypeAlias = tuple[TilePlace, "_SharedTile"]
 
 
 class HostTileReader(PyramidReader):
@@ -110,6 +110,14 @@ class HostTileReader(PyramidReader):
         self._boxes.close()
 
 
+@dataclass(eq=False)
+class _SharedTile:
+    """A tile that a thread decodes for others, too: it `is_over` with no pixels where that failed."""
+
+    pixels: Any = None
+    is_over: bool = False
+
+
 class TileAssembler:
     """Boxes of a slide's levels. Safe to use from several threads: a tile that two boxes share is decoded by
     one of them and kept for the other.
@@ -122,8 +130,10 @@ class TileAssembler:
     def __init__(self, tiles: TileTable, decoder: HostDecoder) -> None:
         self._tiles, self._decoder = tiles, decoder
         self._lock = threading.Lock()
-        self._kept: OrderedDict[_Key, Future[Any]] = OrderedDict()
-        self._working: dict[_Key, Future[Any]] = {}
+        #: Notified once for all tiles that a thread has decoded for others, too.
+        self._decoded = threading.Condition(self._lock)
+        self._kept: OrderedDict[_Key, _SharedTile] = OrderedDict()
+        self._working: dict[_Key, _SharedTile] = {}
         #: How often tiles will still be asked for, where that was said and is more than once.
         self._uses: dict[_Key, int] = {}
 
@@ -212,17 +222,17 @@ class TileAssembler:
                     continue
                 kept = pixels if ratio == 1 else _reduced(pixels, ratio)
                 canvas[_divided(place.in_box, ratio)] = kept[_divided(place.in_tile, ratio)]
-                wanted.pop(place.tile)[1].set_result(kept)
+                wanted.pop(place.tile)[1].pixels = kept
         finally:
             self._publish(level, reserved, ratio)
-        for place, future in reversed(wanted.values()):  # when the last is there, so are those before it
-            found = self._result(level, place, future, ratio)
+        for place, tile in wanted.values():
+            found = self._result(level, place, tile, ratio)
             canvas[_divided(place.in_box, ratio)] = found[_divided(place.in_tile, ratio)]
 
     def _claim(
         self, level: int, places: Sequence[TilePlace], ratio: int
     ) -> tuple[dict[int, _Reserved], list[TilePlace], list[_Reserved]]:
-        """The pixels (as futures) of tiles that are shared; the tiles that are neither decoded nor being
+        """The tiles that are shared; the tiles that are neither decoded nor being
         decoded, and those of them that are reserved for others, too."""
         wanted: dict[int, _Reserved] = {}
         mine, reserved = [], []
@@ -235,7 +245,7 @@ class TileAssembler:
                     mine.append(place)
                     if place.is_whole and not again:
                         continue
-                    found = self._working[key] = Future()
+                    found = self._working[key] = _SharedTile()
                     reserved.append((place, found))
                 wanted[place.tile] = place, found
         return wanted, mine, reserved
@@ -271,22 +281,25 @@ class TileAssembler:
                 raise self._tiles.damaged(level, place, f"damaged tile ({channels} channels instead of 3)")
             yield pixels
 
-    def _result(self, level: int, place: TilePlace, future: Future[Any], ratio: int) -> Any:
-        try:
-            return future.result()
-        except _FailedElsewhere:
+    def _result(self, level: int, place: TilePlace, tile: _SharedTile, ratio: int) -> Any:
+        if not tile.is_over:
+            with self._decoded:
+                self._decoded.wait_for(lambda: tile.is_over)
+        if tile.pixels is None:  # the thread that decoded it failed, at it or at another one of its step
             pixels = next(self._decode(level, [place], ratio, {place.tile}))
             return pixels if ratio == 1 else _reduced(pixels, ratio)
+        return tile.pixels
 
     def _publish(self, level: int, reserved: Sequence[_Reserved], ratio: int) -> None:
         """Keep what a neighbouring box will need; threads that wait for what failed try it themselves."""
         with self._lock:
-            for place, future in reserved:
+            for place, tile in reserved:
                 del self._working[key := (level, place.tile, ratio)]
-                if not future.done():
-                    future.set_exception(_FailedElsewhere())
-                elif not place.is_whole or key in self._uses:
-                    self._kept[key] = future
+                tile.is_over = True
+                if tile.pixels is not None and (not place.is_whole or key in self._uses):
+                    self._kept[key] = tile
+            if reserved:
+                self._decoded.notify_all()
             self._shrink(level, ratio)
 
     def _shrink(self, level: int, ratio: int) -> None:
@@ -345,7 +358,3 @@ def _reduced(pixels: NDArray[np.uint8], ratio: int) -> NDArray[np.uint8]:
     cells = pixels[: height * ratio, : width * ratio]
     averaged: Any = cv2.resize(cells, (width, height), interpolation=cv2.INTER_AREA)
     return averaged  # type: ignore[no-any-return]
-
-
-class _FailedElsewhere(Exception):
-    """The thread that decoded this tile failed, at it or at another one of its step."""

@@ -115,13 +115,14 @@ class _Round:
 
     def put(self, slide: Slide, encoders: Collection[str]) -> None:
         """One more slide, for these encoders."""
-        self._shared.expect(slide.sample_id, encoders)
+        self._shared.expect(slide, encoders)
         for name in encoders:
             self.left[name].add(slide.sample_id)
             self.queues[name].put(slide)
 
     def end(self) -> None:
         """No more slides come."""
+        self._shared.end()
         for each in self.queues.values():
             each.end()
 

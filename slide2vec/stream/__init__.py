@@ -1,6 +1,5 @@
 """The stream: plan, read, prepare, encode, collect, on one device."""
 
-from slide2vec.stream.batch_size import bytes_per_tile, fitting_batch_size
 from slide2vec.stream.decode_paths import tile_transfer
 from slide2vec.stream.jobs import SlideOutcome
 from slide2vec.stream.plan import SlidePlan, coordinates_dir, plan_slide
@@ -17,9 +16,7 @@ __all__ = [
     "SlideQueue",
     "Stream",
     "TileTransfer",
-    "bytes_per_tile",
     "coordinates_dir",
-    "fitting_batch_size",
     "plan_slide",
     "stager_for",
     "tile_transfer",

@@ -91,10 +91,10 @@ class BatchEncoder:
         return self._most
 
     def submit(self, tiles: Tensor, written: Iterable[Event]) -> InFlightBatch:
-        """Enqueue the work of a batch.
+        """Enqueue the work of a batch, or of several at once.
 
         Args:
-            tiles: (n, S, S, 3) uint8.
+            tiles: (n, S, S, 3) uint8; the forward passes take `batch_size` of them, one after the other.
             written: after which they are.
 
         Raises:
@@ -118,7 +118,7 @@ class BatchEncoder:
             whole = features[0] if len(features) == 1 else torch.cat(features)
         read = self._encode.record()
         self._copy.wait([read])
-        memory = self._memory()
+        memory = self._memory(len(tiles))
         on_host = self._copy.to_host(whole, memory)
         kept += [*features, whole]
         return InFlightBatch(on_host, read, self._copy.record(), memory, kept, spans)
@@ -155,13 +155,14 @@ class BatchEncoder:
         if self._engine.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _memory(self) -> Tensor:
-        """Host memory for the features of a batch."""
-        if self._ring:
-            return self._ring.popleft()
+    def _memory(self, tiles: int) -> Tensor:
+        """Host memory for the features of so many tiles."""
         cuda = self._engine.device.type == "cuda"
+        if self._ring and (len(self._ring[0]) >= tiles or not cuda):
+            return self._ring.popleft()
+        size = max(self._size, tiles) if cuda else 0
         with self._copy.current():  # or it opens a context on another GPU
-            return torch.empty((self._size if cuda else 0, self._engine.feature_dim), pin_memory=cuda)
+            return torch.empty((size, self._engine.feature_dim), pin_memory=cuda)
 
     def release(self, in_flight: InFlightBatch) -> None:
         """Its features are collected; their memory is used again."""

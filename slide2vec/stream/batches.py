@@ -56,15 +56,19 @@ class Batch(Generic[Owner]):
     Attributes:
         free: after which they may be written: whoever read them before has done so.
         written: after which they are, as far as they are `filled`.
+        takers: that have yet to release it.
+        read: after which those that have released it have read it.
     """
 
     pixels: torch.Tensor
-    free: Event | None = None
+    free: tuple[Event, ...] = ()
     written: list[Event] = field(default_factory=list)
     pieces: list[BatchSlice[Owner]] = field(default_factory=list)
     reserved: int = 0
     filled: int = 0
     sealed: bool = False
+    takers: int = 1
+    read: list[Event] = field(default_factory=list)
 
     @property
     def is_ready(self) -> bool:
@@ -104,7 +108,7 @@ class Batches(Generic[Owner]):
         self._ready = ready
         self._abandoned = abandoned
         self._allocate = allocate
-        self._free: list[tuple[torch.Tensor, Event | None]] = []
+        self._free: list[tuple[torch.Tensor, tuple[Event, ...]]] = []
         self._open: Batch[Owner] | None = None
         self._unreleased = 0
         self._stopped = False
@@ -159,9 +163,14 @@ class Batches(Generic[Owner]):
             self._ready(piece.batch)
 
     def release(self, batch: Batch[Owner], read: Event | None = None) -> None:
-        """The batch's pixels have been read, once the event comes; its memory is used again."""
+        """The batch's pixels have been read, once the event comes, by one of its takers; after the last of
+        them its memory is used again."""
         with self._room:
-            self._free.append((batch.pixels, read))
+            batch.read += [read] if read else []
+            batch.takers -= 1
+            if batch.takers > 0:
+                return
+            self._free.append((batch.pixels, tuple(batch.read)))
             del batch.pixels  # its pieces, which hold it, would keep them until Python looks for circles
             self._unreleased -= 1
             self._room.notify_all()

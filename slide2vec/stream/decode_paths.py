@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -126,6 +126,7 @@ class DeviceTransfer:
         self._order = (
             [*AUTO, *(others if gpu_decode is True else ())] if decode_paths is None else decode_paths
         )
+        self.kind: Hashable = (device, gpu_decode, tuple(self._order))
         self._decode_paths: dict[str, DecodePath] = {}
         self._missing: dict[str, str] = {}
         self._told: set[str] = set()

@@ -21,6 +21,7 @@ from slide2vec.stream.tile_sources import bad_tiles, damaged, not_finite
 from slide2vec.tiling import BadTile, Tiling
 
 __all__ = [
+    "Collected",
     "EndOfSlides",
     "Item",
     "JobFailed",
@@ -52,11 +53,10 @@ class SlideOutcome:
 
 
 class SlideJob:
-    """One slide on its way through the stream.
+    """One slide on its way to the encoder, or to all that encode its tiles.
 
     Attributes:
-        missing: tiles whose features have not been collected.
-        reported: its outcome has been given to the caller.
+        plan: None until it is planned, or where that failed.
         failed: an error of it is under way: its tiles need not be read any more.
         bad: tiles that cannot be decoded, with why.
     """
@@ -64,13 +64,8 @@ class SlideJob:
     def __init__(self, slide: Slide) -> None:
         self.slide = slide
         self.plan: SlidePlan | None = None
-        self.embeddings: Tensor | None = None
-        self.missing = 0
-        self.reported = False
         self.failed = False
         self.bad: dict[int, SlideReadError] = {}
-        #: Tiles whose embeddings hold NaN or infinities -> whether they were finite before the cast.
-        self._overflowed: dict[int, bool] = {}
         self._reads = 1  # one for the dispatcher, so that the reader stays open while it works
         self._lock = threading.Lock()
 
@@ -85,7 +80,7 @@ class SlideJob:
             self._reads -= 1
             done = self._reads == 0
         if done and self.plan is not None:
-            self.plan.source.close()
+            self.plan.close()
 
     def reject(self, bad: dict[int, SlideReadError]) -> None:
         """Leave tiles out, or fail the slide, as its plan says."""
@@ -95,50 +90,67 @@ class SlideJob:
         with self._lock:
             self.bad.update(bad)
 
-    def collect(self, tiles: Tensor, features: Tensor, dtype: torch.dtype) -> None:
+
+class Collected:
+    """What one stream has collected of a slide that is planned.
+
+    Attributes:
+        missing: tiles whose features have not been collected.
+    """
+
+    def __init__(self, job: SlideJob, engine: Engine, dtype: torch.dtype) -> None:
+        assert job.plan is not None
+        self.job, self.plan, self._engine = job, job.plan, engine
+        self.missing = len(self.plan.tiling.x)
+        self._dtype = dtype
+        self._embeddings: Tensor | None = None
+        #: Tiles whose embeddings hold NaN or infinities -> whether they were finite before the cast.
+        self._overflowed: dict[int, bool] = {}
+
+    def collect(self, tiles: Tensor, features: Tensor) -> None:
         """Keep the features of tiles, (n, D)."""
-        assert self.plan is not None
-        if self.embeddings is None:
-            self.embeddings = torch.empty((len(self.plan.tiling.x), features.shape[1]), dtype=dtype)
-        values = features.to(dtype)
-        self.embeddings[tiles] = values
+        if self._embeddings is None:
+            self._embeddings = torch.empty((len(self.plan.tiling.x), features.shape[1]), dtype=self._dtype)
+        values = features.to(self._dtype)
+        self._embeddings[tiles] = values
         self.missing -= len(tiles)
         for row in rows_not_finite(values).tolist():
             self._overflowed[int(tiles[row])] = bool(features[row].isfinite().all())
 
-    def problem(self, engine: Engine) -> Exception | None:
+    def problem(self) -> Exception | None:
         """Why a slide is of no use though all its features are there: no tile of it could be decoded, or
         embeddings of tiles that could hold NaN or infinities."""
-        assert self.plan is not None
-        if self.bad and not self.plan.tiling.kept(self.bad).any():
-            return damaged(self.plan.tiling, self.bad)
-        wrong = {tile: fits for tile, fits in self._overflowed.items() if tile not in self.bad}
-        return not_finite(self.plan.tiling, wrong, engine) if wrong else None
+        tiling, bad = self.plan.tiling, self.job.bad
+        if bad and not tiling.kept(bad).any():
+            return damaged(tiling, bad)
+        wrong = {tile: fits for tile, fits in self._overflowed.items() if tile not in bad}
+        return not_finite(tiling, wrong, self._engine) if wrong else None
 
     def outcome(self) -> SlideOutcome:
         """What there is of the slide, without its bad tiles."""
-        plan, embeddings = self.plan, self.embeddings
-        assert plan is not None and embeddings is not None
+        plan, slide, embeddings, bad = self.plan, self.job.slide, self._embeddings, self.job.bad
+        if embeddings is None:
+            embeddings = torch.empty((0, self._engine.feature_dim), dtype=self._dtype)
         tiling, skipped = plan.tiling, plan.skipped
-        if self.bad:
-            skipped += tuple(bad_tiles(tiling, self.bad))
-            embeddings = embeddings[torch.from_numpy(tiling.kept(self.bad))]
-            tiling = tiling.without(self.bad)
+        if bad:
+            skipped += tuple(bad_tiles(tiling, bad))
+            embeddings = embeddings[torch.from_numpy(tiling.kept(bad))]
+            tiling = tiling.without(bad)
         embedded = EmbeddedSlide(
-            sample_id=self.slide.sample_id,
+            sample_id=slide.sample_id,
             tile_embeddings=embeddings,
             slide_embedding=None,
             x=tiling.x,
             y=tiling.y,
             tile_size_lv0=tiling.geometry.tile_size_lv0,
-            image_path=self.slide.image_path,
-            mask_path=self.slide.mask_path,
+            image_path=slide.image_path,
+            mask_path=slide.mask_path,
             num_tiles=len(embeddings),
             mask_preview_path=plan.mask_preview_path,
             tiling_preview_path=plan.tiling_preview_path,
         )
         return SlideOutcome(
-            self.slide,
+            slide,
             embedded=embedded,
             tiling=tiling,
             backend=plan.source.backend,
@@ -165,7 +177,7 @@ class JobPlanned:
 
 @dataclass(frozen=True)
 class JobFailed:
-    """A slide cannot be planned or read."""
+    """A slide cannot be planned (then its job has no plan) or read."""
 
     job: SlideJob
     error: Exception

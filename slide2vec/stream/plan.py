@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ from slide2vec.stream.tile_sources import (
 from slide2vec.tiling import BadTile, Tiling, TissueMask, TissueOnce, load_coordinates, tile_slide
 from slide2vec.tiling.archives import Block, archive_paths, find_archive, write_archive
 from slide2vec.tiling.coordinates import check_tiling, find_coordinates
-from slide2vec.tiling.previews import write_mask_preview, write_tiling_preview
+from slide2vec.tiling.previews import preview_path, write_previews
 from slide2vec.tiling.previous_files import Previous, find_reusable
 from slide2vec.tiling.types import expand_regions
 
@@ -46,6 +46,13 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+
+class Announcements:
+    """Who tells of a plan, one after the other, and whether anybody has."""
+
+    def __init__(self) -> None:
+        self.lock, self.made = threading.Lock(), False
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,10 @@ class SlidePlan:
         tally: how they did; None = as planned.
         identity: what the slide's files were before they were read; None where nobody asked.
         given: its tiles (or regions) as they were given; None where they were looked for.
+        announcements: of all plans with just these tiles.
+        refused: why it comes to nothing for some of the streams that it was made for.
+        turn: to be held while one of its blocks is read.
+        ended: called when nobody needs its source any more.
     """
 
     slide: Slide
@@ -79,6 +90,15 @@ class SlidePlan:
     tally: DecodeTally | None = None
     identity: SlideIdentity | None = None
     given: Tiling | None = None
+    announcements: Announcements = field(default_factory=Announcements)
+    refused: Mapping[Hashable, Exception] = field(default_factory=dict)
+    turn: Callable[[], AbstractContextManager[object]] = nullcontext
+    ended: Callable[[], None] = lambda: None
+
+    def close(self) -> None:
+        """Close its source."""
+        self.source.close()
+        self.ended()
 
     def decoded_by(self) -> Mapping[str, int]:
         """Decode path -> tiles that came by it, so far."""
@@ -102,6 +122,11 @@ class PlanRequest:
     output_dir: Path | None = None
     given: Tiling | None = None
     identities: Identities | None = None
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for those that get the same tiles, and files in the same place."""
+        return self.config.model_dump_json(), self.output_dir, id(self.given)
 
 
 def plan_slide(
@@ -208,16 +233,22 @@ def _opened(slide: Slide, requests: Sequence[_Request], stager: InPlace) -> list
             checked: set[int] = set()  # levels
             done = closing.user()
             plans: list[SlidePlan | Exception] = []
+            made: dict[Hashable, SlidePlan] = {}
             for asked, earlier in zip(requests, previous, strict=True):
                 close = closing.user()
                 try:
-                    plan = _plan(reader, slide, asked, staged, earlier, tissue, checked, close)
+                    plan = made.get(asked.key) or _plan(
+                        reader, slide, asked, staged, earlier, tissue, checked, close
+                    )
                 except Contradiction:
                     raise
                 except Exception as error:
                     close()
                     plans.append(error)
                 else:
+                    if asked.key in made:
+                        plan = _again(plan, close)
+                    made[asked.key] = plan
                     if not isinstance(plan.source, SlideSource):
                         close()
                     plans.append(plan)
@@ -232,6 +263,14 @@ def _opened(slide: Slide, requests: Sequence[_Request], stager: InPlace) -> list
         undo.pop_all()
     done()
     return finished
+
+
+def _again(plan: SlidePlan, closed: Callable[[], None]) -> SlidePlan:
+    """The same plan with a source of its own."""
+    if isinstance(plan.source, SlideSource):
+        return replace(plan, source=plan.source.again(closed))
+    assert plan.tiles_tar_path is not None
+    return replace(plan, source=open_archive(plan.tiles_tar_path, plan.tiling))
 
 
 def _finished(
@@ -336,7 +375,7 @@ def _plan(
         centres = np.stack([tiling.x, tiling.y], axis=1) + tiling.geometry.tile_size_lv0 / 2
         compare_with_second_decoder(reader, tiling.geometry.read_level, centres)
         checked.add(tiling.geometry.read_level)
-    mask_path, tiling_path = _previews(reader, tiling, mask, config, output_dir)
+    mask_path, tiling_path = write_previews(reader, tiling, mask, config, output_dir)
     if config.read_tiles_from is not None:
         return replace(
             _plan_archive(slide, config, tiling),
@@ -397,33 +436,8 @@ def _tiles(
 def _may_reuse(slide: Slide, config: PreprocessingConfig, output_dir: Path) -> bool:
     """Not where the tissue itself is still to be drawn, nor where tiles may be skipped: those that a
     previous run skipped are recorded with its embeddings only, and have to be found again."""
-    drawn = _preview_path(output_dir, "mask", slide.sample_id).is_file()
+    drawn = preview_path(output_dir, "mask", slide.sample_id).is_file()
     return config.on_bad_tile == "fail" and (drawn or not config.preview.save_mask_preview)
-
-
-def _preview_path(output_dir: Path, kind: str, sample_id: str) -> Path:
-    return output_dir / "preview" / kind / f"{sample_id}.jpg"
-
-
-def _previews(
-    reader: SlideReader,
-    tiling: Tiling,
-    mask: TissueMask | None,
-    config: PreprocessingConfig,
-    output_dir: Path | None,
-) -> tuple[Path | None, Path | None]:
-    if output_dir is None:
-        return None, None
-    mask_path = _preview_path(output_dir, "mask", tiling.sample_id)
-    if config.preview.save_mask_preview and mask is not None:
-        write_mask_preview(mask_path, reader, mask, config)
-    tiling_path = _preview_path(output_dir, "tiling", tiling.sample_id)
-    if config.preview.save_tiling_preview:
-        write_tiling_preview(tiling_path, reader, tiling, config)
-    return (
-        mask_path if config.preview.save_mask_preview and mask_path.is_file() else None,
-        tiling_path if config.preview.save_tiling_preview else None,
-    )
 
 
 def _with_archive(

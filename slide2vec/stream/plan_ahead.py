@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self, TypeVar
 
 from slide2vec.slides import Slide
 from slide2vec.stream.plan import SlidePlan
-from slide2vec.stream.planner import Planner
+from slide2vec.stream.staging import InPlace
 
-__all__ = ["PlanAhead", "SlideQueue"]
+__all__ = ["PlanAhead", "PlansSlides", "SlideQueue", "Stream"]
+
+
+Stream = TypeVar("Stream")
+
+
+class PlansSlides(Protocol):
+    """What plans the slides of a stream, or of several; see `Planner`."""
+
+    stager: InPlace
+
+    def ahead(self, slides: Iterable[Slide]) -> Iterator[Slide]: ...
+
+    def wait(self, slide: Slide) -> None: ...
+
+    def plan(self, slide: Slide) -> SlidePlan: ...
+
+    def takers(self, slide: Slide, streams: Sequence[Stream]) -> Sequence[Stream]: ...
+
+    def stop(self) -> None: ...
 
 
 class _Mark:
@@ -66,7 +85,7 @@ class PlanAhead:
     def __init__(
         self,
         slides: Iterable[Slide] | SlideQueue,
-        planner: Planner,
+        planner: PlansSlides,
         plan: Callable[[Slide], SlidePlan],
         threads: int,
     ) -> None:
@@ -125,5 +144,5 @@ class PlanAhead:
         while not self._waiting.empty():
             match self._waiting.get():
                 case (_, planned) if not planned.cancel() and planned.exception() is None:
-                    planned.result().source.close()
+                    planned.result().close()
         self._pool.shutdown()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Self
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.slides import Slide
 from slide2vec.stream.plan import PlanRequest, SlidePlan, plan_slide
+from slide2vec.stream.plan_ahead import Stream
 from slide2vec.stream.shared_slides import Share
 from slide2vec.stream.slide_identity import Identities
 from slide2vec.stream.staging import IN_PLACE, InPlace, stager_for
@@ -31,7 +32,7 @@ class Planner:
         tilings: of slides whose tiles are known, by sample_id; may grow meanwhile.
         identities: of the run; None where nobody asks later whether its slides are still the same.
         planned: called with each plan, in the thread that made it; what it raises is the slide's error.
-        share: the part in slides that other streams read, too.
+        share: the part in slides that other streams read, too: they are planned for all of them.
 
     Raises:
         ConfigError: when it is entered: nothing can be written into stage_dir.
@@ -50,13 +51,13 @@ class Planner:
     ) -> None:
         self._config, self._execution, self._output_dir = config, execution, output_dir
         self._tilings: Mapping[str, Tiling] = {} if tilings is None else tilings
-        self._identities, self._planned, self._share = identities, planned, share
+        self._identities, self._planned, self.share = identities, planned, share
         self._opened = ExitStack()
         self.stager: InPlace = IN_PLACE if share is None else share.stager
 
     def ahead(self, slides: Iterable[Slide]) -> Iterator[Slide]:
         """The slides; the staging of each begins as it is taken."""
-        return self.stager.ahead(slides) if self._share is None else self._share.ahead(slides, self._request)
+        return self.stager.ahead(slides)
 
     def wait(self, slide: Slide) -> None:
         """Wait until its files are there to be read."""
@@ -68,41 +69,50 @@ class Planner:
         Raises:
             SlideError, ManifestError, OutputError: as `plan_slide`, and as `planned`.
         """
-        if self._share is None:
-            given = self._tilings.get(slide.sample_id)
-            return self._announced(
-                plan_slide(slide, self._config, self._output_dir, given, self.stager, self._identities)
-            )
-        plan = self._share.plan(slide, self._request)
-        if self._identities is not None and plan.identity is not None:
-            self._identities.take_over(slide.sample_id, plan.identity)
-        with self._share.announcing(plan) as is_announced:  # its coordinates are there since
-            if is_announced and plan.coordinates_dir is None and self._output_dir is not None:
-                plan = replace(plan, coordinates_dir=self._output_dir / "tiles")
-            return self._announced(plan)
-
-    def _announced(self, plan: SlidePlan) -> SlidePlan:
+        asked = self.request(slide)
+        plan = plan_slide(slide, asked.config, asked.output_dir, asked.given, self.stager, asked.identities)
         try:
+            return self.announced(plan)
+        except BaseException:
+            plan.close()
+            raise
+
+    def announced(self, plan: SlidePlan) -> SlidePlan:
+        """Tell of a plan that was made for this stream, be it for others, too.
+
+        Raises:
+            SlideError, OutputError: as `planned`.
+        """
+        if self._identities is not None and plan.identity is not None:
+            self._identities.take_over(plan.slide.sample_id, plan.identity)
+        with plan.announcements.lock:
+            if plan.announcements.made and plan.coordinates_dir is None and self._output_dir is not None:
+                plan = replace(plan, coordinates_dir=self._output_dir / "tiles")  # since then
             if self._planned is not None:
                 self._planned(plan)
-        except BaseException:
-            plan.source.close()
-            raise
+            plan.announcements.made = True
         return plan
 
-    def _request(self, slide: Slide) -> PlanRequest:
+    def request(self, slide: Slide) -> PlanRequest:
+        """What is to be planned of a slide."""
         given = self._tilings.get(slide.sample_id)
         return PlanRequest(self._config, self._output_dir, given, self._identities)
 
+    def takers(self, slide: Slide, streams: Sequence[Stream]) -> Sequence[Stream]:
+        """Those of several streams that want the slide."""
+        return streams
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for planners of the same tiles that tell of them in the same place."""
+        return PlanRequest(self._config, self._output_dir).key
+
     def stop(self) -> None:
         """Stage nothing more; whoever waits gets `Stopped`. From any thread."""
-        if self._share is None:
-            self.stager.stop()
-        else:
-            self._share.leave()
+        self.stager.stop()
 
     def __enter__(self) -> Self:
-        if self._share is None:
+        if self.share is None:
             self.stager = self._opened.enter_context(stager_for(self._execution))
         return self
 

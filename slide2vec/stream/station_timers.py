@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from slide2vec.progress import StationTime
 
-__all__ = ["StationTimers", "find_bottleneck"]
+__all__ = ["StationTimers"]
 
 
 class StationTimers:
@@ -45,6 +45,13 @@ class StationTimers:
         """Seconds of work that a device did for a station."""
         self._add(self._busy, station, spent)
 
+    def add(self, other: StationTimers) -> None:
+        """All that another one has measured."""
+        with self._lock, other._lock:
+            for mine, theirs in ((self._busy, other._busy), (self._waiting, other._waiting)):
+                for station, spent in theirs.items():
+                    mine[station] += spent
+
     def _add(self, seconds: defaultdict[str, float], station: str, spent: float) -> None:
         with self._lock:
             seconds[station] += spent
@@ -56,19 +63,3 @@ class StationTimers:
                 StationTime(name, count, self._busy[name], self._waiting[name])
                 for name, count in workers.items()
             )
-
-
-def find_bottleneck(stations: tuple[StationTime, ...], seconds: float) -> str:
-    """The station whose workers were busiest. Read and prepare share threads: the larger of the two
-    answers for both."""
-    by_name = {station.name: station for station in stations}
-    read, prepare = by_name["read"], by_name["prepare"]
-    feeding = max((read, prepare), key=lambda station: station.busy_s).name
-    busy = {
-        "encode": by_name["encode"].utilisation(seconds),
-        feeding: read.utilisation(seconds) + prepare.utilisation(seconds),
-        "plan": by_name["plan"].utilisation(seconds),
-    }
-    if "stage" in by_name:
-        busy["stage"] = by_name["stage"].utilisation(seconds)
-    return max(busy, key=lambda name: busy[name])

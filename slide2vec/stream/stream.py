@@ -10,7 +10,6 @@ import contextlib
 import queue
 import threading
 import time
-import weakref
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
@@ -27,13 +26,14 @@ from slide2vec.progress import (
     SlidePlanned,
     TilesEncoded,
 )
+from slide2vec.progress.events import find_bottleneck
 from slide2vec.runtime import Engine
 from slide2vec.slides import Slide
 from slide2vec.stream.batch_encoder import IN_FLIGHT, BatchEncoder, InFlightBatch
-from slide2vec.stream.batches import Batch, Batches
+from slide2vec.stream.batches import Batch
 from slide2vec.stream.jobs import (
+    Collected,
     EndOfSlides,
-    Item,
     JobFailed,
     JobPlanned,
     SlideJob,
@@ -42,15 +42,13 @@ from slide2vec.stream.jobs import (
 )
 from slide2vec.stream.plan_ahead import SlideQueue
 from slide2vec.stream.planner import Planner
-from slide2vec.stream.read_ahead import ReadAhead
+from slide2vec.stream.read_ahead import Outlet, ReadAhead, Wanted
 from slide2vec.stream.staging import InPlace
-from slide2vec.stream.station_timers import StationTimers, find_bottleneck
+from slide2vec.stream.station_timers import StationTimers
 from slide2vec.stream.transfer import HOST_TRANSFER, TileTransfer
 
 __all__ = ["Stream"]
 
-#: Tiles of a typical supertile: readers need slots for about two each to stay busy.
-TILES_PER_READ = 64
 #: Seconds between checks for features that are there, while no batch comes.
 LOOK_UP_S = 0.001
 
@@ -70,6 +68,8 @@ class Stream:
         transfer: where tiles are kept, and how they get there.
     """
 
+    _read_ahead: ReadAhead
+
     def __init__(
         self,
         engine: Engine,
@@ -85,24 +85,15 @@ class Stream:
         reporter: ProgressReporter,
         transfer: TileTransfer = HOST_TRANSFER,
     ) -> None:
-        self._engine, self._dtype, self._transfer = engine, dtype, transfer
-        self._readers, self._planners, self._reporter = readers, planners, reporter
-        self._inbox: queue.SimpleQueue[Item] = queue.SimpleQueue()
-        itself = weakref.ref(self)  # held by nothing that it holds, it goes, and its memory, when it is done
-        self._batches: Batches[SlideJob] = Batches(
-            batch_size,
-            tile_size_px,
-            ahead=max(ahead, 2 * readers * TILES_PER_READ // batch_size),
-            ready=self._inbox.put,
-            abandoned=lambda: (stream := itself()) is None or not stream._consumer.is_alive(),
-            allocate=transfer.allocate,
-        )
-        self._consumer = threading.current_thread()
-        self._timers = StationTimers()
+        self._engine, self._dtype, self._reporter = engine, dtype, reporter
+        self._wanted = Wanted(batch_size, tile_size_px, readers, planners, ahead, transfer)
+        self._outlet, self._timers = Outlet(), StationTimers()
         self._encoder = BatchEncoder(
             engine, preparer, self._timers, batch_size=batch_size, threads=encoder_threads
         )
         self._flight: deque[tuple[Batch[SlideJob], InFlightBatch]] = deque()
+        #: Slides that are planned, neither complete nor failed.
+        self._slides: dict[SlideJob, Collected] = {}
         self._decode_paths: Counter[str] = Counter()
         self._tiles = 0
 
@@ -114,27 +105,31 @@ class Stream:
         Memory does not grow with the number of slides.
         """
         started = time.perf_counter()
-        work = self._batches, self._inbox, self._transfer, self._timers
-        read_ahead = ReadAhead(slides, planner, *work, readers=self._readers, planners=self._planners)
-        read_ahead.start()
+        if planner.share is None:
+            self._read_ahead = ReadAhead(slides, planner, self._wanted, [self._outlet])
+            self._read_ahead.start()
+        else:
+            self._read_ahead = planner.share.join(planner, self._wanted, self._outlet)
         embedded = failed = 0
         try:
             for outcome in self._encode_all():
                 embedded, failed = embedded + (outcome.error is None), failed + (outcome.error is not None)
                 yield outcome
         finally:
-            read_ahead.stop()
-            self._drain()
-            self._batches.close()
+            try:
+                self._drain()
+            finally:
+                is_last = self._read_ahead.leave(self._outlet)
+        fed_by = self._read_ahead.timers if is_last else None
         seconds = time.perf_counter() - started
-        self._reporter.emit(RunFinished(self._summary(planner.stager, embedded, failed, seconds)))
+        self._reporter.emit(RunFinished(self._summary(planner.stager, fed_by, embedded, failed, seconds)))
 
     # encode -----------------------------------------------------------------------------------
 
     def _encode_all(self) -> Iterator[SlideOutcome]:
         reported, expected = 0, None
         while reported != expected:
-            self._consumer = threading.current_thread()
+            self._outlet.consumer = threading.current_thread()
             outcomes: Iterable[SlideOutcome] = ()
             match self._next():
                 case EndOfSlides(slides):
@@ -164,14 +159,14 @@ class Stream:
                     self._flight[0][1].done.synchronize()
                     return self._flight.popleft()
                 with contextlib.suppress(queue.Empty):
-                    return self._inbox.get(timeout=LOOK_UP_S if self._flight else None)
+                    return self._outlet.inbox.get(timeout=LOOK_UP_S if self._flight else None)
 
     def _submit(self, batch: Batch[SlideJob]) -> None:
-        if all(piece.owner.failed for piece in batch.pieces):
-            self._batches.release(batch)
+        if all(piece.owner.failed or piece.owner not in self._slides for piece in batch.pieces):
+            self._read_ahead.release(self._outlet, batch)
             return
         in_flight = self._encoder.submit(batch.pixels[: batch.reserved], batch.written)
-        self._batches.release(batch, in_flight.read)
+        self._read_ahead.release(self._outlet, batch, in_flight.read)
         self._flight.append((batch, in_flight))
 
     def _drain(self) -> None:
@@ -183,45 +178,49 @@ class Stream:
 
     def _collect(self, batch: Batch[SlideJob], in_flight: InFlightBatch) -> Iterator[SlideOutcome]:
         for piece in batch.pieces:
-            job = piece.owner
-            if job.failed:
+            slide = self._slides.get(piece.owner)
+            if slide is None or piece.owner.failed:
                 continue
             with self._timers.busy("collect"):
-                job.collect(torch.from_numpy(piece.tiles), in_flight.features[piece.slots], self._dtype)
-            self._reporter.emit(TilesEncoded(len(piece.tiles), job.slide.sample_id))
-            if not job.missing:
-                problem = job.problem(self._engine)
-                yield from self._finish(job) if problem is None else self._fail(job, problem)
+                slide.collect(torch.from_numpy(piece.tiles), in_flight.features[piece.slots])
+            self._reporter.emit(TilesEncoded(len(piece.tiles), piece.owner.slide.sample_id))
+            if not slide.missing:
+                problem = slide.problem()
+                yield from self._finish(slide) if problem is None else self._fail(piece.owner, problem)
         self._encoder.release(in_flight)
 
     def _planned(self, job: SlideJob) -> Iterator[SlideOutcome]:
-        assert job.plan is not None
-        decode_path = job.plan.decode_path or job.plan.source.backend
-        self._reporter.emit(SlidePlanned(job.slide.sample_id, job.missing, decode_path))
-        if not job.missing:
-            job.embeddings = torch.empty((0, self._engine.feature_dim), dtype=self._dtype)
-            yield from self._finish(job)
+        self._slides[job] = slide = Collected(job, self._engine, self._dtype)
+        decode_path = slide.plan.decode_path or slide.plan.source.backend
+        self._reporter.emit(SlidePlanned(job.slide.sample_id, slide.missing, decode_path))
+        if not slide.missing:
+            yield from self._finish(slide)
 
-    def _finish(self, job: SlideJob) -> Iterator[SlideOutcome]:
-        outcome = job.outcome()
+    def _finish(self, slide: Collected) -> Iterator[SlideOutcome]:
+        del self._slides[slide.job]
+        outcome = slide.outcome()
         assert outcome.embedded is not None
-        job.reported = True
-        assert job.plan is not None
-        self._decode_paths.update(job.plan.decoded_by())
+        self._decode_paths.update(slide.plan.decoded_by())
         self._tiles += outcome.embedded.num_tiles
-        self._reporter.emit(SlideFinished(job.slide.sample_id, outcome.embedded.num_tiles))
+        self._reporter.emit(SlideFinished(outcome.slide.sample_id, outcome.embedded.num_tiles))
+        del slide  # the memory of its embeddings, while the next one is waited for
         yield outcome
 
     def _fail(self, job: SlideJob, error: Exception) -> Iterator[SlideOutcome]:
-        if not job.reported:
-            job.reported = True
+        """Once, however many of its blocks cannot be read."""
+        if job.plan is None or self._slides.pop(job, None) is not None:
             self._reporter.emit(SlideFailed(job.slide.sample_id, error))
             yield SlideOutcome(job.slide, error=error)
 
-    def _summary(self, stager: InPlace, embedded: int, failed: int, seconds: float) -> RunSummary:
-        read_ahead = {"plan": self._planners, "read": self._readers, "prepare": self._readers}
-        workers = {**read_ahead, "encode": 1, "collect": 1}
-        if stager.threads:
+    def _summary(
+        self, stager: InPlace, fed_by: StationTimers | None, embedded: int, failed: int, seconds: float
+    ) -> RunSummary:
+        """What feeds several streams is told by the last of them only."""
+        readers, planners = (self._wanted.readers, self._wanted.planners) if fed_by else (0, 0)
+        workers = {"plan": planners, "read": readers, "prepare": readers, "encode": 1, "collect": 1}
+        if fed_by is not None:
+            self._timers.add(fed_by)
+        if fed_by is not None and stager.threads:
             workers["stage"] = stager.threads
             self._timers.add_busy("stage", stager.busy_s)
         stations = self._timers.times(workers)

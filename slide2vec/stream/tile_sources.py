@@ -191,6 +191,12 @@ class SlideSource:
         other._cut = self._cut
         return other
 
+    def again(self, closed: Callable[[], None]) -> SlideSource:
+        """The same tiles by the same reader, for somebody else, who closes it by itself."""
+        other = copy(self)
+        other._closed = closed
+        return other
+
     def over(self, tiling: Tiling, *, grouped: bool) -> SlideSource:
         """Other tiles of the same slide, by the same reader."""
         return SlideSource(self.reader, tiling, grouped=grouped, closed=self._closed)

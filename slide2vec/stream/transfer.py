@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Protocol
 
 import torch
@@ -19,10 +20,12 @@ class TileTransfer(Protocol):
     Attributes:
         device: that keeps batches of tiles.
         stream: the device stream that writes them.
+        kind: equal for those that bring the same pixels to the same device.
     """
 
     device: torch.device
     stream: DeviceStream
+    kind: Hashable
 
     def allocate(self, shape: tuple[int, ...]) -> Tensor:
         """Memory of the device for tiles, uint8, in the order of the device stream."""
@@ -44,6 +47,7 @@ class HostTransfer:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.stream: DeviceStream = HostStream(self.device)
+        self.kind: Hashable = "host"
 
     def allocate(self, shape: tuple[int, ...]) -> Tensor:
         """See `TileTransfer.allocate`."""

@@ -22,11 +22,13 @@ __all__ = [
     "draw_tiles",
     "draw_tissue",
     "overview",
+    "preview_path",
     "thumbnail",
     "thumbnail_level",
     "tiles_in_words",
     "tissue_in_words",
     "write_mask_preview",
+    "write_previews",
     "write_tiling_preview",
 ]
 
@@ -53,6 +55,37 @@ _SHOWN_FROM = 0.1
 _TINT = 0.4
 #: Side of a tile in the picture below which outlines would hide it.
 _MIN_OUTLINED_PX = 6
+
+
+def preview_path(output_dir: Path, kind: str, sample_id: str) -> Path:
+    """Of a "mask" or "tiling" preview."""
+    return output_dir / "preview" / kind / f"{sample_id}.jpg"
+
+
+def write_previews(
+    reader: SlideReader,
+    tiling: Tiling,
+    mask: TissueMask | None,
+    config: PreprocessingConfig,
+    output_dir: Path | None,
+) -> tuple[Path | None, Path | None]:
+    """Those of a slide that the config asks for; their paths, of tissue and of tiles, where they are there.
+
+    Args:
+        mask: None where tissue was not looked for: an earlier picture stays.
+    """
+    if output_dir is None:
+        return None, None
+    mask_path = preview_path(output_dir, "mask", tiling.sample_id)
+    if config.preview.save_mask_preview and mask is not None:
+        write_mask_preview(mask_path, reader, mask, config)
+    tiling_path = preview_path(output_dir, "tiling", tiling.sample_id)
+    if config.preview.save_tiling_preview:
+        write_tiling_preview(tiling_path, reader, tiling, config)
+    return (
+        mask_path if config.preview.save_mask_preview and mask_path.is_file() else None,
+        tiling_path if config.preview.save_tiling_preview else None,
+    )
 
 
 def write_mask_preview(

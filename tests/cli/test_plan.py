@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from slide2vec.estimate import Trial
 
 ONE = ("--spacing", "2", "--tile-size", "64", "--allow-non-recommended-settings", "--device", "cpu")
 
@@ -35,6 +39,20 @@ def test_without_weights_it_says_what_known_gpus_take(run, small_slide: Path) ->
     assert result.exit_code == 0, result.output
     assert "RTX 4090" in result.stdout and "this machine" not in result.stdout
     assert "timm's published inference benchmark" in " ".join(result.stdout.split())
+
+
+def test_loading_counts_and_finding_tissue_does_not(
+    run, small_slide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = import_module("slide2vec.cli.plan")
+    times = iter([100.0, 110.0, 113.0, 120.0])  # at the start; tissue is looked for; found; models are loaded
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    monkeypatch.setattr(module, "_tried", lambda *args: {"scattering": Trial(2.0, start_s=1.0)})
+    result = run("plan", small_slide, "-p", "scattering", *ONE, "--json")
+    content = json.loads(result.stdout)
+    assert content["start_s"] == {"scattering": 1 + 20 - 3}
+    here = content["machines"][0]
+    assert here["hours"] * 3600 == pytest.approx(18 + content["tiles"]["scattering"] / 2)
 
 
 def test_encoders_that_take_turns_are_said(run, small_slide: Path) -> None:

@@ -15,10 +15,11 @@ import torch
 from openslide import OpenSlide
 
 from slide2vec import EmbedSlidesError, ExecutionOptions, Model, Pipeline, PreprocessingConfig
-from slide2vec.errors import ArtifactError, ConfigError, ManifestError
+from slide2vec.cohort.lock import output_lock
+from slide2vec.errors import ArtifactError, ConfigError, ManifestError, OutputLockedError, UnsupportedError
 from slide2vec.images import slide_tokens
 from slide2vec.readers import PyramidReader
-from slide2vec.tiling import load_coordinates
+from slide2vec.tiling import Tiling, load_coordinates
 
 #: Of float16.
 HALF = 1e-3
@@ -113,6 +114,50 @@ def test_a_slide_that_cannot_be_read_is_its_own_failure(
     with pytest.raises(EmbedSlidesError) as caught:
         ours.save_patch_tokens(artifacts, execution=execution)
     assert list(caught.value.failed) == ["b"]
+
+
+def test_failures_count_in_a_run(
+    model: Model, slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "b.svs"
+    other.write_bytes(slide.read_bytes())
+    tile = slide_tokens._tile
+
+    def broken(reader: Any, tiling: Tiling, place: tuple[int, int]) -> Any:
+        return 1 / 0 if tiling.sample_id == "b" else tile(reader, tiling, place)
+
+    monkeypatch.setattr(slide_tokens, "_tile", broken)
+    execution = ExecutionOptions(output_dir=tmp_path / "out", save_patch_tokens=True, engine="torch")
+    result = Pipeline(loose(model), CONFIG, execution).run([other, slide])
+    assert [(each.sample_id, each.stage, each.image_path) for each in result.failed] == [
+        ("b", "patch_tokens", other)
+    ]
+    assert result.summary is not None and (result.summary.slides, result.summary.failed) == (2, 1)
+    assert len(result.tile_artifacts) == 2  # embedded it is
+    rows = result.to_frame().query("status == 'failed'")
+    assert rows[["sample_id", "stage"]].values.tolist() == [["b", "patch_tokens"]]
+    monkeypatch.setattr(slide_tokens, "_tile", tile)
+    result = Pipeline(loose(model), CONFIG.updated(resume=True), execution).run([other, slide])
+    assert (result.resumed, result.failed) == (2, ())
+    assert {path.stem for path in (tmp_path / "out/patch_tokens").glob("*.npy")} == {"a", "b"}
+
+
+def test_one_writes_at_a_time(model: Model, slide: Path, tmp_path: Path) -> None:
+    execution = ExecutionOptions(output_dir=tmp_path)
+    artifacts = loose(model).embed_tiles([slide], preprocessing=CONFIG, execution=execution)
+    with output_lock(tmp_path), pytest.raises(OutputLockedError, match="is writing into"):
+        loose(model).save_patch_tokens(artifacts, execution=execution)
+    assert not (tmp_path / "patch_tokens").exists()
+
+
+def test_what_a_run_cannot_write_is_said_before_it(model: Model, slide: Path, tmp_path: Path) -> None:
+    execution = ExecutionOptions(output_dir=tmp_path / "out", save_patch_tokens=True)
+    pipeline = Pipeline(loose(model), CONFIG.updated(region_tile_multiple=2), execution)
+    with pytest.raises(ConfigError, match="regions are embedded"):
+        pipeline.run([slide])
+    with pytest.raises(UnsupportedError, match="no patch"):
+        Pipeline(Model.from_preset("scattering", device="cpu"), execution=execution).run([slide])
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_has_none_is_refused(model: Model, slide: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from forked import fork_workers
-from scale_helpers import SIZES, Breaking, Counting, Recorder, end_workers, files, rows
+from scale_helpers import SIZES, Breaking, Counting, Recorder, Small, end_workers, files, rows
 
 from slide2vec import EmbedSlidesError, ExecutionOptions, Models, Pipeline, PreprocessingConfig, RunResult
 from slide2vec.cohort.process_list import read_process_list
@@ -149,6 +149,39 @@ def test_what_a_lost_worker_had_finished_counts(
     (bill,) = json.loads((tmp_path / "bill.json").read_text())["runs"]
     assert (bill["slides"], bill["tiles"]) == (6, 2 * tiles)
     assert {each["sample_id"] for each in bill["of_slides"]} == {path.stem for path in slides}
+
+
+def test_encoders_that_do_not_fit_take_turns_in_the_same_workers(
+    models: Models, slides: list[Path], alone: RunResult, caplog: pytest.LogCaptureFixture
+) -> None:
+    least = min(model.memory_bytes(TWO, 64) for model in models.values())
+    found = models.embed_slides(slides, CONFIG, TWO.updated(encoders_gb=2.1 * least / 1e9))
+    assert "take turns, and each group reads the slides: scattering; then resnet" in caplog.text
+    assert len(processes(models)) == 2
+    for name, each in alone.encoders.items():
+        for one, other in zip(found[name], each.tile_artifacts, strict=True):
+            torch.testing.assert_close(one.tile_embeddings, torch.load(other.path), rtol=1e-5, atol=1e-5)
+
+
+def test_patients_in_any_order_beside_another_encoder(
+    models: Models, slides: list[Path], folder: Path, decoded: int, tmp_path: Path
+) -> None:
+    patients = Small.from_preset("moozy", weights="random", device="cpu", allow_non_recommended_settings=True)
+    given = [
+        {"sample_id": path.stem, "image_path": path, "patient_id": "pq"[number % 2]}
+        for number, path in enumerate(slides)
+    ]
+    both = {"patients": patients, "scattering": models["scattering"]}
+    expected = Pipeline(patients, CONFIG, ALONE.updated(output_dir=tmp_path / "alone")).run(given)
+    before, pipeline = count(folder), Pipeline(both, CONFIG, TWO.updated(output_dir=tmp_path / "both"))
+    result = pipeline.run(given)
+    assert count(folder) - before == decoded
+    assert len(result.encoders["scattering"].tile_artifacts) == 6 and not result.failed_patients
+    made = result.encoders["patients"].patient_artifacts
+    assert [each.patient_id for each in made] == ["p", "q"]
+    for one, other in zip(made, expected.patient_artifacts, strict=True):
+        torch.testing.assert_close(torch.load(one.path), torch.load(other.path), rtol=1e-5, atol=1e-5)
+    end_workers(pipeline.models)  # type: ignore[arg-type]
 
 
 def test_an_encoder_that_breaks_off_fails_alone(

@@ -82,11 +82,24 @@ def test_events_are_kept_with_the_pixels_that_they_are_of() -> None:
     first, second = (*batches.reserve("a", np.arange(1)), *batches.reserve("a", np.arange(1)))
     batches.fill(first)
     batches.fill(second, written)  # type: ignore[arg-type]
-    assert ready[0].written == [written] and ready[0].free is None
+    assert ready[0].written == [written] and ready[0].free == ()
     pixels = ready[0].pixels
     batches.release(ready[0], read)  # type: ignore[arg-type]
     (piece,) = batches.reserve("b", np.arange(1))
-    assert piece.batch.free is read and piece.batch.pixels is pixels and not piece.batch.written
+    assert piece.batch.free == (read,) and piece.batch.pixels is pixels and not piece.batch.written
+
+
+def test_memory_is_used_again_after_the_last_taker() -> None:
+    batches, ready = make(2)
+    (piece,) = batches.reserve("a", np.arange(2))
+    batches.fill(piece)
+    ready[0].takers, pixels = 3, ready[0].pixels
+    for read in (None, event := object()):
+        batches.release(ready[0], read)  # type: ignore[arg-type]
+        assert not batches._free and batches._unreleased == 1
+    batches.release(ready[0])
+    (piece,) = batches.reserve("b", np.arange(2))
+    assert piece.batch.pixels is pixels and piece.batch.free == (event,)
 
 
 def test_a_stream_that_nobody_takes_from_turns_its_threads_away(monkeypatch: pytest.MonkeyPatch) -> None:

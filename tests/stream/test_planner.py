@@ -13,6 +13,7 @@ from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import OutputError
 from slide2vec.slides import Slide
 from slide2vec.stream import Planner
+from slide2vec.stream.plan import Announcements
 
 CONFIG = PreprocessingConfig(requested_tile_size_px=8, requested_spacing_um=0.5)
 SLIDE = Slide(sample_id="s", image_path=Path("s.svs"))
@@ -24,8 +25,8 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     made: list[Any] = []
 
     def plan(slide: Slide, config: Any, output_dir: Any, given: Any, *rest: Any) -> Any:
-        made.append(SimpleNamespace(given=given, closed=False))
-        made[-1].source = SimpleNamespace(close=lambda: setattr(made[-1], "closed", True))
+        made.append(SimpleNamespace(given=given, closed=False, announcements=Announcements()))
+        made[-1].close = lambda: setattr(made[-1], "closed", True)
         return made[-1]
 
     monkeypatch.setattr("slide2vec.stream.planner.plan_slide", plan)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from slide2vec.progress import StationTime
-from slide2vec.stream.station_timers import StationTimers, find_bottleneck
+from slide2vec.progress.events import find_bottleneck
+from slide2vec.stream.station_timers import StationTimers
 
 SECONDS = 10.0
 

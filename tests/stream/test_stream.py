@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,11 +29,12 @@ from slide2vec.progress import (
     StationTime,
     TilesEncoded,
 )
+from slide2vec.progress.events import find_bottleneck
 from slide2vec.runtime.base import Layout
 from slide2vec.slides import Slide
-from slide2vec.stream import SlideOutcome, SlidePlan, SlideQueue, Stream, batch_encoder
+from slide2vec.stream import SlideOutcome, SlidePlan, SlideQueue, Stream, batch_encoder, shared_slides
+from slide2vec.stream.batches import Batches
 from slide2vec.stream.cuda_streams import HostStream
-from slide2vec.stream.station_timers import find_bottleneck
 from slide2vec.stream.tile_sources import SlideSource
 from slide2vec.stream.transfer import HostTransfer
 from slide2vec.tiling import Segmentation, Tiling
@@ -348,7 +350,7 @@ def test_features_that_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Reader.open_now == 0
 
 
-def test_memory_is_written_again_only_after_it_was_read() -> None:
+def test_memory_is_written_again_only_after_it_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Readers wait for the event of the batch that had their slots before."""
     waited: list[Any] = []
     read: list[Any] = []
@@ -359,9 +361,14 @@ def test_memory_is_written_again_only_after_it_was_read() -> None:
 
     transfer = HostTransfer()
     transfer.stream = DeviceStream(transfer.device)
+    release = Batches.release
+
+    def noted(batches: Any, batch: Any, event: Any = None) -> None:
+        read.append(event)
+        release(batches, batch, event)
+
+    monkeypatch.setattr(Batches, "release", noted)
     run = stream(Engine(), transfer=transfer)
-    release = run._batches.release
-    run._batches.release = lambda batch, event=None: (read.append(event), release(batch, event))  # type: ignore
     list(run.run(map(slide, range(2)), plan_of({0: (30, 20), 1: (30, 20)})))
     assert waited and set(map(id, waited)) <= set(map(id, read))
 
@@ -519,3 +526,49 @@ def test_a_stream_that_is_closed_does_not_wait_for_slides_that_might_come() -> N
     outcomes = stream(Engine(), batch_size=7).run(slide_queue, plan_of({0: (7, 2)}))
     next(outcomes)
     outcomes.close()
+
+
+def test_streams_that_share_batches_encode_what_they_would_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward passes of 12, 6 and 4 tiles out of batches of 12, around a slide that cannot be planned and one
+    without tiles; the feeding is told by the last stream only."""
+    shapes = {0: (5, 4), 1: (1, 1), 2: (20, 13), 3: (0, 0), 5: (7, 9)}
+    todo = [slide(number) for number in range(6)]
+    plan = plan_of(shapes)
+    sizes = {"x": 6, "y": 12, "z": 4}
+    alone, together = ({name: Engine() for name in sizes} for _ in range(2))
+    expected = {}
+    for name, size in sizes.items():
+        expected[name] = by_number(stream(alone[name], batch_size=size).run(todo, plan))
+
+    def plans(given: Slide, requests: list[Any], stager: object) -> list[SlidePlan]:
+        assert len(requests) == 1
+        return [plan.plan(given)]
+
+    monkeypatch.setattr(shared_slides, "plan_together", plans)
+    shared, reporters = shared_slides.SharedSlides(sizes), {name: Reporter() for name in sizes}
+
+    def run(name: str) -> dict[int, SlideOutcome]:
+        share = shared.share(name, todo)
+        planner = plan_of(shapes)
+        planner.share = share
+        with share.membership():
+            made = stream(together[name], reporters[name], batch_size=sizes[name])
+            return by_number(made.run(todo, planner))
+
+    with ThreadPoolExecutor(3) as pool:
+        found = dict(zip(sizes, pool.map(run, sizes), strict=True))
+    for name in sizes:
+        ours, theirs = together[name].batches, alone[name].batches
+        assert sorted(map(len, ours)) == sorted(map(len, theirs))
+        assert {batch.numpy().tobytes() for batch in ours} == {batch.numpy().tobytes() for batch in theirs}
+        assert found[name].keys() == expected[name].keys()
+        for number, shape in shapes.items():
+            check(found[name][number], number, shape)
+        assert isinstance(found[name][4].error, SpacingError)
+    fed = [
+        sum(station.workers for station in event.summary.stations if station.name in ("plan", "read"))
+        for reporter in reporters.values()
+        for event in reporter.events
+        if isinstance(event, RunFinished)
+    ]
+    assert sorted(fed) == [0, 0, 5] and Reader.open_now == 0

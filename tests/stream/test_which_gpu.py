@@ -15,13 +15,13 @@ import torch
 from stream_helpers import StandInDecoder
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from slide2vec.compile.batch_size import bytes_per_tile
 from slide2vec.config import PreprocessingConfig
 from slide2vec.prepare.gather_tiles import gather_by_torch
 from slide2vec.runtime.device import pick_device
 from slide2vec.runtime.inductor_engine import InductorEngine
 from slide2vec.slides import Slide
 from slide2vec.stream import decode_paths, plan_slide
-from slide2vec.stream.batch_size import bytes_per_tile
 from slide2vec.stream.cuda_streams import HostStream
 from slide2vec.stream.decode_paths import DecodePath, DeviceTransfer, jpeg_path
 from slide2vec.stream.device_sources import Uploaded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from slide2vec.stream.batch_size import SHARE, fitting
+from slide2vec.compile.batch_size import SHARE, fitting
 
 
 @pytest.mark.parametrize(
