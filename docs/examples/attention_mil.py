@@ -20,7 +20,7 @@ options.add_argument("--slides", type=int, default=40)
 options.add_argument("--epochs", type=int, default=30)
 args = options.parse_args()
 
-tiles = PreprocessingConfig(requested_spacing_um=0.5, requested_tile_size_px=128)
+tiles = PreprocessingConfig(requested_spacing_um=0.5, requested_tile_size_px=64)
 model = Model.from_preset("scattering", device="cpu", allow_non_recommended_settings=True)
 bags = {}
 for part, seed in (("train", 1), ("test", 2)):

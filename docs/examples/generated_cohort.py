@@ -10,7 +10,7 @@ import numpy as np
 import tifffile
 
 #: Tiles a side, px of a tile, µm/px.
-SIDE, TILE_PX, SPACING_UM = 6, 128, 0.5
+SIDE, TILE_PX, SPACING_UM = 6, 64, 0.5
 
 
 def write_cohort(folder: Path, slides: int, seed: int) -> Path:
@@ -38,8 +38,8 @@ def _tile(rng: np.random.Generator, *, dense: bool) -> np.ndarray:
     picture = np.full((TILE_PX, TILE_PX, 3), (225, 160, 195), np.int16) + rng.integers(-15, 16)
     picture += rng.integers(-12, 13, picture.shape, dtype=np.int16)
     picture = np.ascontiguousarray(picture.clip(0, 255).astype(np.uint8))
-    for x, y in rng.integers(0, TILE_PX, (60 if dense else 15, 2)).tolist():
-        cv2.circle(picture, (x, y), int(rng.integers(3, 6)), (95, 60, 140), -1)
+    for x, y in rng.integers(0, TILE_PX, (24 if dense else 6, 2)).tolist():
+        cv2.circle(picture, (x, y), int(rng.integers(2, 5)), (95, 60, 140), -1)
     return picture
 
 
