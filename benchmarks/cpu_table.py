@@ -2,7 +2,7 @@
 
     python -m benchmarks.cpu_table --slide2vec-python PY --trident-python PY --lazyslide-python PY
 
-Whole processes in turns, each of which embeds one generated slide of 225 tiles with a ViT-S, whose weights
+Whole processes in turns, each of which embeds one generated slide of 226 tiles with a ViT-S, whose weights
 are in a file: ours in PyTorch and with an engine of the store (OpenVINO, fp32 and bf16; built first where
 there is none), slide2vec 7.1.4, TRIDENT and LazySlide in environments of their own (those given), and a loop
 by hand around OpenVINO over the engine's own files, on tiles that are in memory. "Tiles/s" is that of the
@@ -29,8 +29,8 @@ from pathlib import Path
 from benchmarks.common import HERE, PRESET, RESULTS, TILE_PX, Row, generated, machine
 from benchmarks.start import build, embed, weights_of, whole_process
 
-#: Side of the slide at 0.25 µm/px: 15 x 15 tiles.
-SIZE_PX = 6720
+#: Side of the slide, whose tissue has 226 tiles.
+SIZE_PX = 8832
 PRECISIONS = ("fp32", "bf16")
 PEERS = {"slide2vec": "slide2vec 7.1.4", "trident": "TRIDENT", "lazyslide": "LazySlide"}
 

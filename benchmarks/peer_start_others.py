@@ -43,7 +43,7 @@ def lazyslide(slide: str, folder: Path, model: Any) -> int:
 
     wsi = open_wsi(slide, store=str(folder / "slide.zarr"))
     zs.pp.find_tissues(wsi)
-    zs.pp.tile_tissues(wsi, TILE_PX, mpp=SPACING_UM)
+    zs.pp.tile_tissues(wsi, TILE_PX, mpp=SPACING_UM, background_filter=False)  # else a third of the tiles
     zs.tl.feature_extraction(
         wsi, model, transform=transform(), model_name="vit", batch_size=BATCH, device="cpu", pbar=False
     )

@@ -27,6 +27,7 @@ __all__ = [
     "RUNTIMES",
     "SEGMENTATION_METHODS",
     "SLIDE_ENCODERS",
+    "TEXT_ENCODERS",
     "TILE_ENCODERS",
     "Backend",
     "Choices",
@@ -42,6 +43,7 @@ __all__ = [
     "Runtime",
     "SegmentationMethod",
     "SlideFamily",
+    "TextFamily",
     "TileFamily",
 ]
 
@@ -59,6 +61,7 @@ TileFamily: TypeAlias = Literal[
 SlideFamily: TypeAlias = Literal[
     "titan", "prism", "longnet", "feather", "madeleine", "chief", "moozy_slide", "moozy_case"
 ]
+TextFamily: TypeAlias = Literal["clip", "coca", "bert", "beit3"]
 
 
 class OptionalPackage(NamedTuple):
@@ -242,6 +245,15 @@ SLIDE_ENCODERS: Mapping[str, Home] = {
     "chief": Home("slide2vec.encoders.slide.abmil", "ChiefEncoder"),
     "moozy_slide": Home("slide2vec.encoders.slide.moozy", "MoozySlideEncoder"),
     "moozy_case": Home("slide2vec.encoders.slide.moozy", "MoozyCaseTransformer"),
+}
+
+
+#: Modules of PyTorch that embed texts, made of the keyword arguments of a recipe's text side.
+TEXT_ENCODERS: Mapping[str, Home] = {
+    "clip": Home("slide2vec.encoders.text.clip", "ClipTextEncoder"),
+    "coca": Home("slide2vec.encoders.text.coca", "CocaTextEncoder"),
+    "bert": Home("slide2vec.encoders.text.bert", "BertTextEncoder"),
+    "beit3": Home("slide2vec.encoders.text.beit3", "Beit3TextEncoder"),
 }
 
 

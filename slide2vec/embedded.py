@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from html import escape
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slide2vec.errors import ConfigError
+from slide2vec.errors import ConfigError, Slide2VecError
 from slide2vec.labels import class_name
 from slide2vec.slides import Slide
 
@@ -21,6 +24,10 @@ if TYPE_CHECKING:
     from slide2vec.tiling.types import Tiling
 
 __all__ = ["EmbeddedPatient", "EmbeddedSlide", "SlideAttention"]
+
+#: Pictures of a slide in a notebook, and their longer side in px.
+_NOTEBOOK_KINDS: tuple[PictureKind, ...] = ("tiles", "map")
+_NOTEBOOK_PX = 480
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,6 +104,14 @@ class EmbeddedSlide:
         embeddings = self.tile_embeddings.detach().cpu().float().flatten(0, -2).numpy()
         return Image.fromarray(draw_slide(kind, slide, tiling, embeddings, size_px))
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the words, and where the slide can be read its tiles and map."""
+        try:
+            shown = "".join(_html_image(self.plot(kind, size_px=_NOTEBOOK_PX)) for kind in _NOTEBOOK_KINDS)
+        except Slide2VecError as error:
+            shown = f"<i>{escape(str(error))}</i>"
+        return f"<code>{escape(repr(self))}</code><br>{shown}"
+
     def __repr__(self) -> str:
         of_class = "" if self.annotation in (None, "tissue") else f", annotation={self.annotation!r}"
         return (
@@ -166,3 +181,10 @@ def _shape(embedding: torch.Tensor | None) -> str:
     if embedding is None:
         return "None"
     return f"<{tuple(embedding.shape)} {str(embedding.dtype).removeprefix('torch.')}>"
+
+
+def _html_image(picture: Image) -> str:
+    file = BytesIO()
+    picture.save(file, "JPEG", quality=90)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img style="vertical-align:top; margin:4px" src="data:image/jpeg;base64,{data}">'

@@ -52,6 +52,7 @@ ROOMS = {
     "aggregate": 8,
     "cohort": 8,
     "compile": 8,
+    "report": 9,
     "scale": 9,
     "images": 9,
     "tile_embedder": 9,
@@ -180,6 +181,7 @@ def test_import_stays_light(statement: str, absent: tuple[str, ...]) -> None:
 DISTRIBUTIONS = {
     "pycuda": "pycuda",
     "pynvml": "nvidia-ml-py",
+    "sentencepiece": "sentencepiece",
     "tensorrt": "tensorrt",
     "tensorrt_rtx_bindings": "tensorrt-rtx-cu13-bindings",
 }

@@ -1,5 +1,5 @@
 """The command line: `slide2vec run`, `plan`, `embed`, `attention`, `tile`, `images`, `merge`, `status`,
-`search`, `export`, `info`, `models`, `build-engine`, `engines`, `bench`, `doctor`, `demo`.
+`search`, `report`, `export`, `info`, `models`, `build-engine`, `engines`, `bench`, `doctor`, `demo`.
 
 Subcommands import what they need when they run, so that `--help` answers at once.
 """
@@ -27,6 +27,7 @@ from slide2vec.cli.info import info
 from slide2vec.cli.merge import merge
 from slide2vec.cli.models import models
 from slide2vec.cli.plan import plan
+from slide2vec.cli.report import report
 from slide2vec.cli.run import CONFIG_SUFFIXES, run
 from slide2vec.cli.search import search
 from slide2vec.cli.status import status
@@ -75,7 +76,7 @@ app = typer.Typer(
 )
 _GROUPS = {
     EMBED: (demo, plan, run, embed, images, attention, status, merge),
-    LOOK: (info, tile, search, export, audit),
+    LOOK: (info, tile, search, report, export, audit),
     SET_UP: (doctor, models, fetch_weights, build_engine, bench),
 }
 for _group, _commands in _GROUPS.items():

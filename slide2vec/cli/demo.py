@@ -37,7 +37,7 @@ def demo(
     slide_path = _slide(output / f"synthetic-{size}-{SEED}.svs", size)
     note(f"loading {preset} …")
     from slide2vec.cli.embed_run import embed_and_write
-    from slide2vec.cli.report import print_report
+    from slide2vec.cli.outcome import print_report
     from slide2vec.config import ExecutionOptions, PreprocessingConfig, PreviewConfig
     from slide2vec.model import Model
     from slide2vec.slides import as_slide

@@ -190,7 +190,7 @@ def embed(
         output_dir.mkdir(parents=True, exist_ok=True)
     note(f"loading {preset} …")
     from slide2vec.cli.embed_run import embed_and_write
-    from slide2vec.cli.report import print_report
+    from slide2vec.cli.outcome import print_report
     from slide2vec.model import Model
 
     model = Model.from_preset(

@@ -122,7 +122,7 @@ def _as_json(item: NotExported) -> dict[str, str]:
 def _print(done: Sequence[Exported], failed: Sequence[NotExported], output: Path) -> None:
     from rich.text import Text
 
-    from slide2vec.cli.report import MOST_ROWS
+    from slide2vec.cli.outcome import MOST_ROWS
 
     console = stdout()
     if done:

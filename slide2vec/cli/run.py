@@ -293,7 +293,7 @@ def _file_and_overrides(given: list[str]) -> tuple[Path | None, list[str]]:
 
 def _run(settings: RunSettings, *, tiling_only: bool, trust_remote_code: bool, as_json: bool) -> None:
     from slide2vec.cli.embed_run import embed_and_write
-    from slide2vec.cli.report import print_report, print_report_of_several
+    from slide2vec.cli.outcome import print_report, print_report_of_several
     from slide2vec.cli.tile import print_tiled, resolved, tile_and_report
     from slide2vec.models import Models
 

@@ -183,7 +183,7 @@ def tile_and_report(slides: Sequence[Slide], settings: RunSettings) -> RunResult
 def print_tiled(result: RunResult, output_dir: Path, *, as_json: bool) -> None:
     """Say what was tiled and what was not."""
     from slide2vec.cli.embed_run import failures_json
-    from slide2vec.cli.report import counted, print_outcome
+    from slide2vec.cli.outcome import counted, print_outcome
 
     summary = result.summary
     assert summary is not None

@@ -94,6 +94,7 @@ DINOV2: Rules = (
 #: BEiT-3 of torchscale: expert A is for pixels, B for text.
 BEIT3: Rules = (
     (r"^beit3\.", ""),
+    (r"^vision_head\.", "projection."),
     (r"^vision_embed\.cls_token$", "vit.cls_token"),
     (r"^vision_embed\.proj\.", "vit.patch_embed.proj."),
     (r"^encoder\.embed_positions\.A\.weight$", "vit.pos_embed"),
@@ -123,6 +124,8 @@ def conch(state: State, spec: EncoderSpec) -> State:
     key_value = [f"pool.attn.{part}_proj_weight" for part in "kv"]
     if all(name in state for name in key_value):
         state["pool.kv.weight"] = torch.cat([state.pop(name) for name in key_value])
+    if "visual.proj_contrast" in state:
+        state["projection.weight"] = state.pop("visual.proj_contrast").t().contiguous()
     return state
 
 

@@ -10,13 +10,14 @@ from slide2vec.pictures.maps import (
     principal_components,
     variance_shares,
 )
-from slide2vec.pictures.picture_files import write_picture
+from slide2vec.pictures.picture_files import encoded_picture, write_picture
 from slide2vec.pictures.squares import lay_squares
 
 __all__ = [
     "attention_key",
     "attention_map",
     "attention_overlay",
+    "encoded_picture",
     "lay_squares",
     "pca_key",
     "pca_map",
