@@ -55,6 +55,7 @@ ROOMS = {
     "report": 9,
     "scale": 9,
     "images": 9,
+    "segmenters": 9,
     "tile_embedder": 9,
     "attention_maps": 10,
     "model": 11,

@@ -278,14 +278,21 @@ def test_what_has_no_effect_is_said(load: Load, override: str, caplog: pytest.Lo
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("tiling.seg_params.method=sam2", "'hsv', 'otsu', 'threshold' or 'auto', got 'sam2'"),
-        ("tiling.seg_params.sam2_checkpoint_path=a.pt", "SAM2 segmentation is not supported"),
+        ("tiling.seg_params.method=sam3", "'grandqc-artefact-2um' or 'sam2', got 'sam3'"),
+        ("tiling.seg_params.sam2_config_path=a.yaml", "SAM 2.1 with Hiera-T"),
     ],
 )
 def test_what_is_not_supported_is_an_error(load: Load, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         load(NEWEST, override)
     assert override.partition("=")[0] in str(caught.value)
+
+
+def test_sam2_of_the_original_is_ours(load: Load) -> None:
+    found = load(NEWEST, "tiling.seg_params.method=sam2", "tiling.seg_params.sam2_checkpoint_path=a.pth")
+    assert found.preprocessing.segmentation == SegmentationConfig(method="sam2", weights="a.pth")
+    with pytest.raises(ConfigError, match=r"weights=a\.pth is for methods that are networks"):
+        load(NEWEST, "tiling.seg_params.sam2_checkpoint_path=a.pth")
 
 
 # labels of masks ----------------------------------------------------------------------------------
