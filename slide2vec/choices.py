@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 __all__ = [
     "BACKENDS",
     "EXECUTORS",
+    "LAYOUTS",
     "OUTPUT_FORMATS",
     "PREPARERS",
     "RUNTIMES",
     "SEGMENTATION_METHODS",
     "SLIDE_ENCODERS",
+    "TEXT_ENCODERS",
     "TILE_ENCODERS",
     "Backend",
     "Choices",
@@ -42,23 +44,46 @@ __all__ = [
     "Runtime",
     "SegmentationMethod",
     "SlideFamily",
+    "TextFamily",
     "TileFamily",
+    "learned_methods",
 ]
 
 Precision: TypeAlias = Literal["fp16", "bf16", "fp32", "fp8"]
 Backend: TypeAlias = Literal["auto", "tiff", "dicom", "cucim", "vips", "openslide", "asap"]
 OutputFormat: TypeAlias = Literal["pt", "npz", "safetensors", "h5"]
-SegmentationMethod: TypeAlias = Literal["hsv", "otsu", "threshold", "auto"]
+SegmentationMethod: TypeAlias = Literal[
+    "hsv",
+    "otsu",
+    "threshold",
+    "auto",
+    "hest",
+    "grandqc",
+    "grandqc-artefact",
+    "grandqc-artefact-1um",
+    "grandqc-artefact-2um",
+    "sam2",
+]
 PreparerChoice: TypeAlias = Literal["auto", "torch", "dali", "triton"]
 Executor: TypeAlias = Literal["local", "ray"]
 Runtime: TypeAlias = Literal["tensorrt", "tensorrt-rtx", "openvino", "inductor"]
 EngineChoice: TypeAlias = Literal["auto", "torch", Runtime]
 TileFamily: TypeAlias = Literal[
-    "timm", "headed", "scattering", "coca", "clip_linear", "musk", "channelwise", "remote", "registered"
+    "timm",
+    "headed",
+    "scattering",
+    "coca",
+    "clip_linear",
+    "musk",
+    "channelwise",
+    "segmentation",
+    "remote",
+    "registered",
 ]
 SlideFamily: TypeAlias = Literal[
     "titan", "prism", "longnet", "feather", "madeleine", "chief", "moozy_slide", "moozy_case"
 ]
+TextFamily: TypeAlias = Literal["clip", "coca", "bert", "beit3"]
 
 
 class OptionalPackage(NamedTuple):
@@ -194,17 +219,30 @@ BACKENDS = Choices(
     "auto",
 )
 
-#: Each a `TissueMethod` or a `Segmenter`.
+#: Each a `TissueMethod`, a `Segmenter`, or a `LearnedMethod`, which makes one of its weights.
 SEGMENTATION_METHODS = Choices(
     {
         "hsv": Home("slide2vec.tiling.tissue_methods", "HSV"),
         "otsu": Home("slide2vec.tiling.tissue_methods", "OTSU"),
         "threshold": Home("slide2vec.tiling.tissue_methods", "THRESHOLD"),
         "auto": Home("slide2vec.tiling.auto_tissue", "AUTO"),
+        "hest": Home("slide2vec.segmenters.learned", "HEST"),
+        "grandqc": Home("slide2vec.segmenters.learned", "GRANDQC"),
+        "grandqc-artefact": Home("slide2vec.segmenters.learned", "GRANDQC_ARTEFACT"),
+        "grandqc-artefact-1um": Home("slide2vec.segmenters.learned", "GRANDQC_ARTEFACT_1UM"),
+        "grandqc-artefact-2um": Home("slide2vec.segmenters.learned", "GRANDQC_ARTEFACT_2UM"),
+        "sam2": Home("slide2vec.segmenters.learned", "SAM2"),
     },
     "slide2vec.segmenters",
     _home,
 )
+
+
+def learned_methods() -> tuple[str, ...]:
+    """Methods of segmentation of ours that have weights."""
+    ours = SEGMENTATION_METHODS.ours.items()
+    return tuple(name for name, home in ours if home.module.startswith("slide2vec.segmenters."))
+
 
 #: Each makes a `slide2vec.prepare.choose.Preparer` of a transform, a device and a layout.
 PREPARERS: Mapping[str, Home] = {
@@ -231,6 +269,7 @@ TILE_ENCODERS: Mapping[str, Home] = {
     "clip_linear": Home("slide2vec.encoders.clip_linear", "ClipLinearEncoder"),
     "musk": Home("slide2vec.encoders.musk", "MuskEncoder"),
     "channelwise": Home("slide2vec.encoders.channelwise", "ChannelwiseEncoder"),
+    "segmentation": Home("slide2vec.encoders.segmentation.networks", "segmentation_network"),
 }
 #: Modules of PyTorch, made of the keyword arguments of a recipe.
 SLIDE_ENCODERS: Mapping[str, Home] = {
@@ -242,6 +281,15 @@ SLIDE_ENCODERS: Mapping[str, Home] = {
     "chief": Home("slide2vec.encoders.slide.abmil", "ChiefEncoder"),
     "moozy_slide": Home("slide2vec.encoders.slide.moozy", "MoozySlideEncoder"),
     "moozy_case": Home("slide2vec.encoders.slide.moozy", "MoozyCaseTransformer"),
+}
+
+
+#: Modules of PyTorch that embed texts, made of the keyword arguments of a recipe's text side.
+TEXT_ENCODERS: Mapping[str, Home] = {
+    "clip": Home("slide2vec.encoders.text.clip", "ClipTextEncoder"),
+    "coca": Home("slide2vec.encoders.text.coca", "CocaTextEncoder"),
+    "bert": Home("slide2vec.encoders.text.bert", "BertTextEncoder"),
+    "beit3": Home("slide2vec.encoders.text.beit3", "Beit3TextEncoder"),
 }
 
 
@@ -294,6 +342,23 @@ OUTPUT_FORMATS = Choices(
     "slide2vec.formats",
     _format,
 )
+
+#: `slide2vec.layouts.item.LayoutModule`s: the folders and keys of other tools, and Zarr.
+LAYOUTS: Mapping[str, Home] = {
+    "clam": Home("slide2vec.layouts.clam", "write"),
+    "trident": Home("slide2vec.layouts.trident", "write"),
+    "stamp": Home("slide2vec.layouts.stamp", "write"),
+    "lazyslide": Home(
+        "slide2vec.layouts.lazyslide",
+        "write",
+        OptionalPackage("SpatialData", "LazySlide's stores, to_spatialdata", "spatialdata", ("spatialdata",)),
+    ),
+    "zarr": Home(
+        "slide2vec.layouts.zarr_folders",
+        "write",
+        OptionalPackage("Zarr", "embeddings as folders", "zarr", ("zarr",)),
+    ),
+}
 
 _TENSORRT = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 _RTX = ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings")

@@ -17,11 +17,11 @@ from slide2vec.cohort import embed_tiles
 from slide2vec.cohort.sink import MemorySink
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedSlide
-from slide2vec.encoders.clip_text import ClipTextEncoder, embed_texts, load_text_encoder
 from slide2vec.encoders.given_module import register_module
 from slide2vec.encoders.late import AnyEncoder, as_module, handed_over, held_bytes, release, weights_bytes
 from slide2vec.encoders.preset_chain import PartsWeights, load_parts, loader_of, tile_recipe
 from slide2vec.encoders.registered import code_identity, refuse_overlap
+from slide2vec.encoders.text import TextSide, load_text_side
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError
 from slide2vec.manifests import SlidesLike, by_class, given_slides
@@ -191,6 +191,10 @@ class Model:
             PresetError: a ValueError: the module or what is said of it does not fit; see there.
         """
         return cls.from_preset(register_module(module, name, **described), device=device, precision=precision)
+
+    def __repr__(self) -> str:
+        kind = f"{self.level}-level, {self.feature_dim} features"
+        return f"<Model {self.name} ({self.variant}): {kind}, {self.precision} on {self.device}>"
 
     @property
     def name(self) -> str:
@@ -473,7 +477,8 @@ class Model:
     encode_tiles_attention = _method(attention.encode_tiles_attention)
 
     def embed_text(self, texts: Sequence[str]) -> torch.Tensor:
-        """Embed texts into the space of the tile embeddings, for presets with a text side.
+        """Embed texts into the space of the embeddings (of tiles; titan's of slides), for presets with a text
+        side.
 
         Returns:
             (N, D) float32, on the CPU, in the order of the texts; to be compared by their cosine.
@@ -481,12 +486,12 @@ class Model:
         Raises:
             UnsupportedError: a NotImplementedError: the preset has no text side, or its space is that of
                 another output variant; says which.
-            WeightsError: the weights have no text side. ConfigError: a text is empty or too long.
-            ExtraMissingError: the vocabulary, which open-clip-torch has, is not installed.
+            WeightsError: the weights have no text side, or there is no tokeniser beside them.
+            ConfigError: a text is empty or too long. ExtraMissingError: the extra [text] is not installed.
         """
-        return embed_texts(self._text_encoder, texts)
+        return self._text_side.embed(texts)
 
     @cached_property
-    def _text_encoder(self) -> ClipTextEncoder:
+    def _text_side(self) -> TextSide:
         weights, seed = self.origin.get("weights"), self.origin.get("seed", 0)
-        return load_text_encoder(self.recipe, self.variant, weights, seed).to(self.device)
+        return load_text_side(self.recipe, self.variant, weights, seed).to(self.device)

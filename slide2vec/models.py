@@ -62,6 +62,9 @@ class Models(Mapping[str, Model]):
         #: Workers that have all of them, and wait for the next call.
         self._pools: WorkerPools = models._pools if isinstance(models, Models) else {}
 
+    def __repr__(self) -> str:
+        return f"<Models: {', '.join(map(repr, self._models.values()))}>"
+
     @classmethod
     def from_presets(
         cls,

@@ -60,6 +60,7 @@ def test_names_are_said_once() -> None:
         ("Runtime", choices.RUNTIMES, set()),
         ("TileFamily", choices.TILE_ENCODERS, {"remote", "registered"}),
         ("SlideFamily", choices.SLIDE_ENCODERS, set()),
+        ("TextFamily", choices.TEXT_ENCODERS, set()),
     ],
 )
 def test_every_name_has_a_row(kind: str, table: Mapping[str, object], others: set[str]) -> None:

@@ -255,6 +255,10 @@ def test_plots_are_of_what_was_embedded(slides_dir: Path, scattering: Model) -> 
     regions = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=2.0, region_tile_multiple=2)
     assert scattering.embed_slide(path, regions).plot("tiles").width == 766
     moved = replace(found, image_path=slides_dir / "XYC-half-mpp.tiff")
+    shown = found._repr_html_()
+    assert shown.count("<img ") == 2 and "num_tiles=" in shown and "data:image/jpeg" in shown
+    gone = replace(found, image_path=Path("<gone>.svs"))._repr_html_()
+    assert "<img" not in gone and "&lt;gone&gt;.svs" in gone and "<gone>" not in gone
     for slide, kind, error, words in (
         (found, "heat", ConfigError, "map, tiles, tissue"),
         (replace(found, tiling=None), "map", ConfigError, "embed_slide"),

@@ -128,6 +128,9 @@ def install(job: dict[str, Any]) -> None:
             self._head.load_state_dict(
                 {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
             )
+        elif job["preset"] == "dinov3-vitb16":
+            self._attach_model(made, output_variant="default")
+            self._output_variant = output_variant or "patch_mean"
         elif "timm" in job:
             self._attach_model(made, output_variant=output_variant)
         else:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -21,9 +20,6 @@ from slide2vec.cli.console import (
     table,
 )
 from slide2vec.errors import ConfigError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["search"]
 
@@ -46,8 +42,8 @@ def search(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="With --text: the encoder's weights file or directory, as in the run; by default from "
-            "Hugging Face."
+            help="With --text: the encoder's weights file or directory (with its tokeniser), as in the run; "
+            "by default from Hugging Face."
         ),
     ] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many tiles.")] = 20,
@@ -72,7 +68,7 @@ def search(
         raise ConfigError("say what to search for: either --tile SLIDE:X,Y or --text")
     place = None if tile is None else _place(tile)
     from slide2vec.pictures import write_picture
-    from slide2vec.search import draw_sheet, searched_run
+    from slide2vec.search import draw_sheet, nearest_to_text, searched_run
 
     opened = searched_run(run, encoder)
     if place is not None:
@@ -81,7 +77,7 @@ def search(
         name, shown = f"{asked.sample_id}_{asked.x}_{asked.y}", [asked, *found]
     else:
         asked, name = None, re.sub(r"[^\w-]+", "-", str(text)).strip("-")[:60] or "text"
-        shown = found = opened.nearest(_embedded(str(text), opened.encoder, weights), count)
+        shown = found = nearest_to_text(opened, str(text), count, weights=weights)
     picture, problems = draw_sheet(shown, backend=backend)
     path = write_picture(sheet or run / "search" / f"{name}.png", picture)
     for problem in problems:
@@ -101,18 +97,6 @@ def search(
     ]
     stdout().print(table(("", "slide", "x,y", "cosine"), rows, numbers=("cosine",)))
     stdout().print(f"contact sheet: {path}")
-
-
-def _embedded(text: str, encoder: Mapping[str, Any], weights: str | None) -> Tensor:
-    """A text in the space of a run's embeddings, with the text side of the same preset."""
-    from slide2vec.encoders.clip_text import embed_texts, load_text_encoder
-    from slide2vec.recipes import load_recipe
-
-    recipe, recorded, seed = load_recipe(str(encoder.get("name"))), str(encoder.get("weights")), 0
-    if weights is None and recorded.startswith("random:"):
-        weights, seed = "random", int(recorded.removeprefix("random:"))
-    variant = str(encoder.get("output_variant") or recipe.default_variant)
-    return embed_texts(load_text_encoder(recipe, variant, weights, seed), [text])[0]
 
 
 def _place(text: str) -> tuple[str, int, int]:

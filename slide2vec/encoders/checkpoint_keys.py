@@ -94,6 +94,7 @@ DINOV2: Rules = (
 #: BEiT-3 of torchscale: expert A is for pixels, B for text.
 BEIT3: Rules = (
     (r"^beit3\.", ""),
+    (r"^vision_head\.", "projection."),
     (r"^vision_embed\.cls_token$", "vit.cls_token"),
     (r"^vision_embed\.proj\.", "vit.patch_embed.proj."),
     (r"^encoder\.embed_positions\.A\.weight$", "vit.pos_embed"),
@@ -106,6 +107,11 @@ BEIT3: Rules = (
     (r"^(vit\.blocks\.\d+)\.self_attn\.([qkv])_proj\.A\.", r"\1.attn.\2_proj."),
     (r"^(vit\.blocks\.\d+)\.ffn\.A\.ffn_layernorm\.", r"\1.mlp.norm."),
     (r"^(vit\.blocks\.\d+)\.ffn\.A\.", r"\1.mlp."),
+)
+#: SAM 2 calls the layers of its transformer's perceptrons by their numbers.
+SAM2: Rules = (
+    (r"^(image_encoder\.trunk\.blocks\.\d+\.mlp)\.layers\.0\.", r"\1.fc1."),
+    (r"^(image_encoder\.trunk\.blocks\.\d+\.mlp)\.layers\.1\.", r"\1.fc2."),
 )
 #: Rows of BEiT-3's position table that are never used (it counts from 2, as fairseq does).
 BEIT3_UNUSED_ROWS = 2
@@ -123,6 +129,8 @@ def conch(state: State, spec: EncoderSpec) -> State:
     key_value = [f"pool.attn.{part}_proj_weight" for part in "kv"]
     if all(name in state for name in key_value):
         state["pool.kv.weight"] = torch.cat([state.pop(name) for name in key_value])
+    if "visual.proj_contrast" in state:
+        state["projection.weight"] = state.pop("visual.proj_contrast").t().contiguous()
     return state
 
 
@@ -275,5 +283,6 @@ RENAMES: Mapping[str, Callable[[State, EncoderSpec], State]] = MappingProxyType(
         "lora": lora,
         "keep": _by(KEEP),
         "mettle": _by(METTLE),
+        "sam2": _by(SAM2),
     }
 )

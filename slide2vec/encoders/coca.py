@@ -52,7 +52,8 @@ class AttentionPool(nn.Module):
 
 
 class CocaEncoder(nn.Module):
-    """The image side of a CoCa model, before its projection into the space shared with text.
+    """The image side of a CoCa model, before its projection into the space shared with text, or ("aligned")
+    in it.
 
     Besides timm's arguments, the recipe's kwargs hold `pool_heads` and `pool_bias`. `forward` takes
     normalised pixels (B, 3, H, W) float and returns features (B, variant.dim).
@@ -65,8 +66,14 @@ class CocaEncoder(nn.Module):
         self.vit: nn.Module = timm.create_model(spec.arch, pretrained=False, **kwargs)
         self.pool = AttentionPool(variant.dim, cast("int", self.vit.embed_dim), heads, bias)
         self.norm = nn.LayerNorm(variant.dim)
+        if variant.pool == "aligned":
+            self.projection = nn.Linear(variant.dim, variant.dim, bias=False)
+        self.aligned, self.normalise = variant.pool == "aligned", variant.normalise
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D)."""
         tokens = self.vit.forward_features(pixels)  # type: ignore[operator]
-        return cast("Tensor", self.norm(self.pool(tokens)[:, 0]))
+        features = self.norm(self.pool(tokens)[:, 0])
+        if self.aligned:
+            features = self.projection(features)
+        return F.normalize(features, dim=-1) if self.normalise else cast("Tensor", features)

@@ -17,7 +17,8 @@ timm = import_timm()
 
 
 class MuskEncoder(nn.Module):
-    """Class token of the tile ("cls"), or of the tile and of its quadrants ("none": pools by itself).
+    """Class token of the tile ("cls"; "aligned": projected into the space that is shared with texts), or of
+    the tile and of its quadrants ("none": pools by itself).
 
     At two scales the tile is passed as it is, then twice as large in four quadrants whose class
     tokens are averaged; the two are concatenated. The five images go through the trunk as one
@@ -30,9 +31,14 @@ class MuskEncoder(nn.Module):
         #: Images that go through the trunk for each tile, the first of them the tile as it is.
         self.passes_per_tile = 5 if self.two_scales else 1
         self.vit: nn.Module = timm.create_model(spec.arch, pretrained=False, **spec.kwargs)
+        self.aligned = variant.pool == "aligned"
+        if self.aligned:
+            self.projection = nn.Linear(cast("int", self.vit.embed_dim), variant.dim, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, D)."""
+        if self.aligned:
+            return F.normalize(self.projection(self._class_tokens(pixels)), dim=-1)
         if not self.two_scales:
             return self._class_tokens(pixels)
         five = torch.cat([pixels[:, None], quadrants(pixels)], dim=1)  # (B, 5, 3, S, S)

@@ -8,10 +8,11 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from slide2vec.encoders.checkpoint_keys import PUBLISHED
 from slide2vec.encoders.checkpoints import convert
+from slide2vec.encoders.pickled_modules import state_of_pickled_module
 from slide2vec.encoders.published_files import check_download, check_own_file
 from slide2vec.encoders.wrapped import fitting, unwrapped
 from slide2vec.errors import GatedWeightsError, WeightsError
@@ -29,6 +31,10 @@ from slide2vec.recipes import Recipe, WeightsSource
 
 __all__ = [
     "WeightsChoice",
+    "assign_strictly",
+    "check_weights_file",
+    "compute_tables",
+    "find_beside",
     "find_weights",
     "load_weights",
     "no_access",
@@ -87,7 +93,7 @@ def load_weights(build: Callable[[], nn.Module], recipe: Recipe, weights: Weight
         GatedWeightsError: the repository is gated and access is missing.
     """
     path = find_weights(recipe, weights)
-    (check_download if weights is None else check_own_file)(path, recipe)
+    check_weights_file(path, recipe, weights)
     assert recipe.weights is not None
     name, spec = recipe.weights.convert, recipe.encoder
     with torch.device("meta"), _Undrawn():
@@ -97,7 +103,7 @@ def load_weights(build: Callable[[], nn.Module], recipe: Recipe, weights: Weight
         _state(path, recipe), lambda part: convert(name, part, spec), module.state_dict().keys(), path
     )
     published = state.pop(PUBLISHED, None)
-    _compute_tables(encoder, build)
+    compute_tables(encoder, build)
     _load_strictly(module, state, recipe, path)
     if published is not None:  # inputs of other sizes resample it, see `input_size`
         trunk: nn.Module = getattr(module, "vit", module)
@@ -105,7 +111,12 @@ def load_weights(build: Callable[[], nn.Module], recipe: Recipe, weights: Weight
     return encoder
 
 
-def _compute_tables(encoder: nn.Module, build: Callable[[], nn.Module]) -> None:
+def check_weights_file(path: Path, recipe: Recipe, weights: WeightsChoice) -> None:
+    """Refuse the file of `find_weights` that is another's; see `check_download` and `check_own_file`."""
+    (check_download if weights is None else check_own_file)(path, recipe)
+
+
+def compute_tables(encoder: nn.Module, build: Callable[[], nn.Module]) -> None:
     """Give an encoder on the meta device the buffers that follow from its sizes and are in no checkpoint,
     such as the angles of rotary positions."""
     saved = encoder.state_dict().keys()
@@ -148,6 +159,37 @@ def find_weights(recipe: Recipe, weights: WeightsChoice) -> Path:
         if (path / name).is_file():
             return path / name
     raise WeightsError(f"directory {path} has none of {', '.join(dict.fromkeys(names))}")
+
+
+def find_beside(recipe: Recipe, names: Sequence[str], url: str, weights: WeightsChoice) -> Path | None:
+    """A small file that belongs to a recipe's weights: beside them, else in their repository on the hub.
+
+    Args:
+        names: tried in order; none: there is nothing to find.
+        url: where a user gets it that is not in the repository.
+
+    Raises:
+        WeightsError: it is not there; GatedWeightsError: access is missing.
+    """
+    if not names:
+        return None
+    if weights != "random":
+        folder = find_weights(recipe, weights).parent
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+    problem = f"preset {recipe.name} needs {' or '.join(names)}, its tokeniser, beside its weights"
+    source = recipe.weights
+    if weights not in (None, "random") or source is None or not source.repo:
+        where = url or (source.page if source else "")
+        raise WeightsError(f"{problem}: get it from {where} and put it into the folder of the weights file")
+    try:
+        return _from_hub(recipe.name, source.model_copy(update={"files": tuple(names)}))
+    except GatedWeightsError:
+        raise
+    except WeightsError as error:
+        hint = f". It is at {url}: give weights as a folder that has both" if url else ""
+        raise WeightsError(f"{problem}: {error}{hint}") from error
 
 
 def weights_files(path: Path) -> list[Path]:
@@ -309,7 +351,17 @@ def _unpickled(path: Path) -> object:
             check_sums(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        if isinstance(error, UnpicklingError) and (module := _of_module(path)) is not None:
+            return module
         raise WeightsError(f"weights file {path} cannot be read: {_first_line(error)}") from error
+
+
+def _of_module(path: Path) -> dict[str, Tensor] | None:
+    """The weights of a file that holds a whole module; None where it does not."""
+    try:
+        return state_of_pickled_module(path)
+    except Exception:  # of damaged files any; what is wrong was found out before
+        return None
 
 
 def _tensors(content: object, path: Path) -> dict[str, Tensor]:
@@ -351,8 +403,21 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _load_strictly(module: nn.Module, state: dict[str, Tensor], recipe: Recipe, path: Path) -> None:
     """Load every key in fp32; anything missing, unexpected or of another shape is an error."""
     assert recipe.weights is not None
-    ignored = recipe.weights.ignore
-    kept = {k: v for k, v in state.items() if not any(fnmatchcase(k, pattern) for pattern in ignored)}
+    ignored, own = recipe.weights.ignore, module.state_dict()
+    kept = {
+        key: value
+        for key, value in state.items()
+        if key in own or not any(fnmatchcase(key, pattern) for pattern in ignored)
+    }
+    assign_strictly(module, kept, f"weights file {path} is not for preset {recipe.name}")
+
+
+def assign_strictly(module: nn.Module, kept: Mapping[str, Tensor], problem: str) -> None:
+    """Give a module without memory these weights, in fp32.
+
+    Raises:
+        WeightsError: a key is missing, not the module's, or of another shape; begins with `problem`.
+    """
     own = module.state_dict()
     missing, unexpected = sorted(own.keys() - kept.keys()), sorted(kept.keys() - own.keys())
     shapes = [
@@ -366,14 +431,12 @@ def _load_strictly(module: nn.Module, state: dict[str, Tensor], recipe: Recipe, 
         if keys
     ]
     if problems:
-        raise WeightsError(f"weights file {path} is not for preset {recipe.name}; {'; '.join(problems)}")
+        raise WeightsError(f"{problem}; {'; '.join(problems)}")
     floats = {k: v.float() if v.is_floating_point() else v for k, v in kept.items()}
     module.load_state_dict(floats, strict=True, assign=True)
     left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if left:
-        raise WeightsError(
-            f"preset {recipe.name}: {left[0]} is not in the checkpoint and was not initialised"
-        )
+        raise WeightsError(f"{problem}; not in it and not initialised: {left[0]}")
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -110,8 +110,9 @@ class Recipe(Section):
             raise ValueError(
                 f"default_variant {self.default_variant!r} is not one of {sorted(self.variants)}"
             )
-        if self.text is not None and self.text.variant not in self.variants:
-            raise ValueError(f"text.variant {self.text.variant!r} is not one of {sorted(self.variants)}")
+        for name in (self.text.variant, *self.text.projected) if self.text is not None else ():
+            if name not in self.variants:
+                raise ValueError(f"text: output {name!r} is not one of {sorted(self.variants)}")
         default = self.default_spacing_um
         if self.spacing_um and default is not None and default not in self.spacing_um:
             raise ValueError(f"default_spacing_um {default} is not in spacing_um")

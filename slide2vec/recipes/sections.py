@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from slide2vec.choices import Precision, SlideFamily, TileFamily
+from slide2vec.choices import Precision, SlideFamily, TextFamily, TileFamily
 
 __all__ = [
     "MIN_COSINE",
@@ -24,7 +24,7 @@ __all__ = [
 
 #: Least cosine of an engine's features to the encoder's in fp32, where a recipe asks for no other.
 MIN_COSINE = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.999, "fp8": 0.99}
-Pool = Literal["none", "cls", "cls_patch_mean", "patch_mean", "token_mean", "base", "diagnostic"]
+Pool = Literal["none", "cls", "cls_patch_mean", "patch_mean", "token_mean", "aligned", "base", "diagnostic"]
 
 
 class Section(BaseModel):
@@ -107,19 +107,23 @@ class Transform(Section):
 class ImageGeometry(Section):
     """How the authors bring a ready image to the encoder's input, where that is not as its tiles are: see
     `Transform`. `square` resizes both sides, whatever the image's aspect. `tensor`: PyTorch resizes, not
-    Pillow, which differ by a grey level here and there."""
+    Pillow, which differ by a grey level here and there. `odd_margin`: which whole number of pixels is cut off
+    at the left and the top where half the margin is none: the even one, as torchvision's CenterCrop does, or
+    the smaller one ("down"), as image processors of transformers do."""
 
     resize: Annotated[int, Field(gt=0)]
     crop: Annotated[int, Field(gt=0)]
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     square: bool = False
     tensor: bool = False
+    odd_margin: Literal["even", "down"] = "even"
 
 
 class Variant(Section):
     """One output of the encoder: its dimension, how tokens are pooled into it, and whether the result
     is divided by its Euclidean norm. "none": the encoder's module pools by itself; "patch_mean": without
-    class and register tokens, "token_mean" with them; "base" and "diagnostic" are outputs of Prism2's own
+    class and register tokens, "token_mean" with them; "aligned": by itself, and projected into the space that
+    is shared with texts; "base" and "diagnostic" are outputs of Prism2's own
     code."""
 
     dim: Annotated[int, Field(gt=0)]
@@ -158,12 +162,20 @@ class TileEncoderRef(Section):
 
 
 class TextSpec(Section):
-    """The text side of a preset that embeds texts beside tiles: CLIP's, with `kwargs` of
-    `slide2vec.encoders.clip_text.ClipTextEncoder`, from the same weights. `variant` is the output whose space
-    texts are in."""
+    """The text side of a preset, from the same weights: `family` names the module, `kwargs` its arguments.
+
+    `variant` is the output whose space texts are in; `projected` has other outputs that its projection takes
+    there: how many of their first numbers it takes. `tokeniser` has the names of the file beside the weights
+    that cuts texts into tokens (none: CLIP's vocabulary, which open-clip-torch has), and `tokeniser_url` says
+    where it is had where that is not the repository of the weights.
+    """
 
     variant: str
+    family: TextFamily = "clip"
     kwargs: dict[str, Any] = {}
+    projected: dict[str, int] = {}
+    tokeniser: tuple[str, ...] = ()
+    tokeniser_url: str = ""
 
 
 class Licence(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,24 @@ from slide2vec.search.index import FoundTile, TileIndex
 __all__ = ["Run", "searched_run"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """The tile embeddings of one encoder in an output directory, ready to be searched.
 
     Attributes:
+        features: the folder of `tile_embeddings/`.
         encoder: what they are of: "name", "output_variant" and more, as sidecars record it.
+        projection: (k, D) float32, see `TileIndex.of`; None: they are searched as they are.
     """
 
-    index: TileIndex
+    features: Path
     encoder: Mapping[str, Any]
+    projection: torch.Tensor | None = None
+
+    @cached_property
+    def index(self) -> TileIndex:
+        """Gathered now where it is not yet; errors as of `TileIndex.of`."""
+        return TileIndex.of(self.features, self.projection)
 
     def nearest(
         self, query: torch.Tensor, count: int = 20, *, without: FoundTile | None = None
@@ -43,6 +52,7 @@ class Run:
         Raises:
             ConfigError: the query has another dimension.
             ArtifactError: embeddings or coordinates cannot be read.
+            OutputError: the index, `search/` beside the embeddings, cannot be written.
         """
         if tuple(query.shape) != (self.index.dim,):
             raise ConfigError(
@@ -57,7 +67,7 @@ class Run:
 
 
 def searched_run(output_dir: str | Path, encoder: str | None = None) -> Run:
-    """The tile embeddings of a run, gathered for searching where they are not yet.
+    """The tile embeddings of a run, which are gathered for searching at the first search.
 
     Args:
         output_dir: of `Pipeline.run`, `slide2vec run`, `slide2vec embed`; on local storage.
@@ -65,8 +75,7 @@ def searched_run(output_dir: str | Path, encoder: str | None = None) -> Run:
 
     Raises:
         ConfigError: the run has several encoders and none was named, or no such one; or it is behind a URL.
-        ArtifactError: there are no tile embeddings, or they cannot be read.
-        OutputError: the index, `search/` beside the embeddings, cannot be written.
+        ArtifactError: there are no tile embeddings.
     """
     root = as_path(output_dir)
     if is_remote(root):
@@ -83,4 +92,4 @@ def searched_run(output_dir: str | Path, encoder: str | None = None) -> Run:
         raise ConfigError(f"{root} has tile embeddings of {', '.join(there)}: say which (--encoder)")
     owner = there[encoder] if encoder is not None else next(iter(there.values()))
     sidecar = owner.sidecars["tile"]
-    return Run(TileIndex.of(owner.folder), encoder_of(sidecar))
+    return Run(owner.folder, encoder_of(sidecar))

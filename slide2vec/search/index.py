@@ -1,6 +1,7 @@
 """All tile embeddings of an encoder in a run, gathered to be searched from front to back.
 
-In `search/` beside `tile_embeddings/`, slide after slide: `halves`, rows of unit length in half precision,
+In `search/` beside `tile_embeddings/` (`search/texts/` for embeddings that are projected into the space of
+texts), slide after slide: `halves`, rows of unit length in half precision,
 which a search reads; `rows`, the embeddings in single precision, of which it reads those that may be the
 nearest, so that its results are those of comparing with every tile in double precision; `places`, where the
 tiles are; and `index.json`, which says whose they are. Made at the first search, and anew when a slide has
@@ -9,6 +10,7 @@ changed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -38,6 +40,8 @@ logger = logging.getLogger(__name__)
 SCHEMA = 1
 #: Of the rows in half precision that a thread has in hand: they stay in a core's cache.
 BLOCK_BYTES = 2**20
+#: Rows that are brought to double precision at once.
+EXACT_ROWS = 2**14
 #: Beyond so many threads memory is what they wait for.
 MOST_THREADS = 8
 #: What half precision changes a cosine of unit rows by, at most: each number by 2^-11 of itself, the smallest
@@ -81,16 +85,21 @@ class TileIndex:
     """See the module. Built, or found, by `of`.
 
     Attributes:
+        features: the folder of `tile_embeddings/`.
+        folder: of the index.
         dim: of the embeddings.
     """
 
-    def __init__(self, features: Path, dim: int, slides: list[_Slide]) -> None:
-        self.features, self.dim, self._slides = features, dim, slides
+    def __init__(self, features: Path, folder: Path, dim: int, slides: list[_Slide]) -> None:
+        self.features, self.folder, self.dim, self._slides = features, folder, dim, slides
         self._ends = np.cumsum([slide.rows for slide in slides])
 
     @classmethod
-    def of(cls, features: Path) -> TileIndex:
+    def of(cls, features: Path, projection: torch.Tensor | None = None) -> TileIndex:
         """That of the tile embeddings in a folder of `tile_embeddings/`.
+
+        Args:
+            projection: (k, D) float32: what is searched are the first k numbers of the embeddings times it.
 
         Raises:
             ArtifactError: there are none, some cannot be read or have no coordinates, or they have several
@@ -103,7 +112,7 @@ class TileIndex:
                 f"{features} has no tile embeddings to search (tile_embeddings/ of a run; models of slides "
                 "write them with save_tile_embeddings)"
             )
-        return _read(features, there) or _built(features, there)
+        return _read(features, projection, there) or _built(features, projection, there)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -140,9 +149,18 @@ class TileIndex:
             return []
         last = np.partition(scores, len(scores) - count)[len(scores) - count]
         rows = np.flatnonzero(scores >= last - 2 * HALF_ERROR)
-        exact = _unit(torch.from_numpy(self._mapped("rows", np.float32, self.dim)[rows])) @ query
+        exact = self._exact(rows, query)
         order = np.argsort(-exact.numpy(), kind="stable")[:count]
         return [self._tile(int(rows[place]), float(exact[place])) for place in order]
+
+    def _exact(self, rows: NDArray[np.int64], query: torch.Tensor) -> torch.Tensor:
+        """Cosines of some rows in double precision; not all in memory at once, for many may be alike."""
+        values = self._mapped("rows", np.float32, self.dim)
+        parts = [
+            _unit(torch.from_numpy(values[rows[start : start + EXACT_ROWS]])) @ query
+            for start in range(0, len(rows), EXACT_ROWS)
+        ]
+        return torch.cat(parts)
 
     def _scores(self, query: torch.Tensor) -> NDArray[np.float32]:
         """Cosines of all rows to a query of unit length, up to HALF_ERROR."""
@@ -167,9 +185,7 @@ class TileIndex:
             while start < stop:
                 count = min(rows, stop - start)
                 if file.readinto(memory[: 2 * self.dim * count]) != 2 * self.dim * count:
-                    raise ArtifactError(
-                        f"{self._path('halves')} is too short: delete {self._path('').parent}"
-                    )
+                    raise ArtifactError(f"{self._path('halves')} is too short: delete {self.folder}")
                 floats[:count].copy_(halves[:count])
                 torch.mv(floats[:count], query, out=scores[start : start + count])
                 start += count
@@ -192,7 +208,7 @@ class TileIndex:
         return int(self._ends[number]) - self._slides[number].rows
 
     def _path(self, name: str) -> Path:
-        return self.features / "search" / name
+        return self.folder / name
 
     def _mapped(self, name: str, dtype: Any, columns: int) -> NDArray[Any]:
         return np.memmap(self._path(name), dtype, "r", shape=(len(self), columns))
@@ -210,15 +226,28 @@ def _sidecars(features: Path) -> dict[str, list[int]]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
-def _read(features: Path, there: Mapping[str, list[int]]) -> TileIndex | None:
+def _folder(features: Path, projection: torch.Tensor | None) -> Path:
+    return features / "search" if projection is None else features / "search" / "texts"
+
+
+def _digest(projection: torch.Tensor | None) -> str | None:
+    if projection is None:
+        return None
+    return hashlib.sha256(projection.contiguous().numpy().tobytes()).hexdigest()[:32]
+
+
+def _read(
+    features: Path, projection: torch.Tensor | None, there: Mapping[str, list[int]]
+) -> TileIndex | None:
     """The index that is there; None where it is not of just these files."""
+    folder = _folder(features, projection)
     try:
-        kept: dict[str, Any] = json.loads((features / "search/index.json").read_text())
-        if kept["schema_version"] != SCHEMA:
+        kept: dict[str, Any] = json.loads((folder / "index.json").read_text())
+        if kept["schema_version"] != SCHEMA or kept.get("projection") != _digest(projection):
             return None
         slides = [_Slide(**each) for each in kept["slides"]]
-        index = TileIndex(features, kept["dim"], slides)
-        sizes = [(features / "search" / name).stat().st_size for name in ("halves", "rows", "places")]
+        index = TileIndex(features, folder, kept["dim"], slides)
+        sizes = [(folder / name).stat().st_size for name in ("halves", "rows", "places")]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     expected = [len(index) * number for number in (2 * index.dim, 4 * index.dim, 16)]
@@ -226,15 +255,15 @@ def _read(features: Path, there: Mapping[str, list[int]]) -> TileIndex | None:
     return index if same and sizes == expected else None
 
 
-def _built(features: Path, there: Mapping[str, list[int]]) -> TileIndex:
+def _built(features: Path, projection: torch.Tensor | None, there: Mapping[str, list[int]]) -> TileIndex:
     """A new index, written."""
     logger.info("%s: the tile embeddings of %d slides are gathered for searching", features, len(there))
     slides: list[_Slide] = []
-    dim = 0
-    (features / "search/index.json").unlink(missing_ok=True)
+    dim, folder = 0, _folder(features, projection)
+    (folder / "index.json").unlink(missing_ok=True)
     with ExitStack() as opened:
         halves, rows, places = (
-            opened.enter_context(opened.enter_context(atomic_path(features / "search" / name)).open("wb"))
+            opened.enter_context(opened.enter_context(atomic_path(folder / name)).open("wb"))
             for name in ("halves", "rows", "places")
         )
         for artifact in tile_artifacts(features):
@@ -250,8 +279,11 @@ def _built(features: Path, there: Mapping[str, list[int]]) -> TileIndex:
                     f"slide {artifact.sample_id}: no coordinate files say where its tiles are: tiles/ of the "
                     "run is missing"
                 )
-            _unit(stored.features).half().numpy().tofile(halves)
-            stored.features.float().numpy().tofile(rows)
+            for start in range(0, len(stored.features), EXACT_ROWS):
+                part = stored.features[start : start + EXACT_ROWS]
+                found = part.float() if projection is None else _projected(part, projection)
+                _unit(found).half().numpy().tofile(halves)
+                found.numpy().tofile(rows)
             stored.coords.tofile(places)
             slides.append(
                 _Slide(
@@ -262,6 +294,12 @@ def _built(features: Path, there: Mapping[str, list[int]]) -> TileIndex:
                     sidecar=there.get(artifact.name, [0, 0]),
                 )
             )
-    described = [vars(slide) for slide in slides]
-    write_json(features / "search/index.json", {"schema_version": SCHEMA, "dim": dim, "slides": described})
-    return TileIndex(features, dim, slides)
+    dim = dim if projection is None else projection.shape[1]
+    described = {"schema_version": SCHEMA, "dim": dim, "slides": [vars(slide) for slide in slides]}
+    write_json(folder / "index.json", {**described, "projection": _digest(projection)})
+    return TileIndex(features, folder, dim, slides)
+
+
+def _projected(features: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+    """(N, D) -> (N, D') float32."""
+    return features[:, : len(projection)].float() @ projection

@@ -100,14 +100,21 @@ def test_conch_equals_dense_reference(tmp_path: Any) -> None:
     reference = Tower("vit_base_patch16_224", ConchPooler(), 512, img_size=448).eval()
     random_parameters(reference, 1)
     state = {f"visual.{key}": value for key, value in reference.state_dict().items()}
-    unused = ["text.positional_embedding", "text_decoder.x", "logit_scale", "visual.proj_contrast"]
+    projection = torch.randn(512, 512, generator=torch.Generator().manual_seed(6)) * 0.05
+    state["visual.proj_contrast"] = projection
+    unused = ["text.positional_embedding", "text_decoder.x", "logit_scale"]
     unused += ["visual.attn_pool_caption.attn.in_proj_bias", "visual.ln_caption.weight"]
-    ours = loaded(shallow("conch"), {**state, **{key: torch.ones(3) for key in unused}}, tmp_path)
+    recipe = shallow("conch")
+    ours = loaded(recipe, {**state, **{key: torch.ones(3) for key in unused}}, tmp_path)
+    aligned = build_encoder(recipe, recipe.variants["aligned"], tmp_path / "w.bin")
     pixels = torch.randn(2, 3, 448, 448, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         expected = reference(pixels)
         torch.testing.assert_close(ours(pixels), expected, atol=TOLERANCE, rtol=0)
+        shared = F.normalize(expected @ projection, dim=-1)
+        torch.testing.assert_close(aligned(pixels), shared, atol=TOLERANCE, rtol=0)
     assert expected.shape == (2, 512)
+    assert "projection.weight" not in ours.state_dict()  # its digest is that of what it uses
     assert not torch.allclose(expected[0], expected[1], atol=1e-3)  # the pixels matter
 
 

@@ -132,13 +132,18 @@ def test_equals_beit3(reference: Run, tmp_path: Path) -> None:
     state = checkpoint()
     torch.save(state, tmp_path / "w.pt")
     recipe = shallow()
-    one, two = (build_encoder(recipe, recipe.variants[name], tmp_path / "w.pt") for name in ("cls", "ms_aug"))
+    outputs = {**recipe.variants, "aligned": recipe.variants["aligned"].model_copy(update={"dim": WIDTH})}
+    one, two, aligned = (
+        build_encoder(recipe, outputs[name], tmp_path / "w.pt") for name in ("cls", "ms_aug", "aligned")
+    )
     tokens = reference(state)
     pixels = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         all_tokens = one.vit.forward_features(pixels)  # type: ignore[union-attr, operator]
         torch.testing.assert_close(all_tokens, tokens(pixels), atol=TOLERANCE, rtol=0)
         torch.testing.assert_close(one(pixels), tokens(pixels)[:, 0], atol=TOLERANCE, rtol=0)
+        shared = F.normalize(tokens(pixels)[:, 0] @ state["vision_head.weight"].T, dim=-1)
+        torch.testing.assert_close(aligned(pixels), shared, atol=TOLERANCE, rtol=0)
         # As the authors do it: one pass after the other, quadrants of an enlarged tile.
         large = F.interpolate(pixels, size=2 * SIDE, mode="bicubic")
         cuts = [(r, c) for r in (0, SIDE) for c in (0, SIDE)]

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig
 from slide2vec.cli import app
-from slide2vec.encoders.clip_text import ClipTextEncoder
+from slide2vec.encoders.text.clip import ClipTextEncoder
 from slide2vec.errors import ArtifactError, ConfigError
 from slide2vec.recipes import TextSpec, load_recipe
 from slide2vec.search import draw_sheet, searched_run
@@ -237,8 +237,10 @@ def test_by_a_text(made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.Mo
     )
     recipe = load_recipe("scattering").model_copy(update={"text": small})
     assert recipe.default_variant == "default"
-    monkeypatch.setattr("slide2vec.recipes.load_recipe", lambda name: recipe)
-    monkeypatch.setattr("slide2vec.encoders.clip_text.clip_vocabulary", lambda: tmp_path / "merges.txt.gz")
+    monkeypatch.setattr("slide2vec.search.words.load_recipe", lambda name: recipe)
+    monkeypatch.setattr(
+        "slide2vec.encoders.text.tokenisers.clip_vocabulary", lambda: tmp_path / "merges.txt.gz"
+    )
     done = CliRunner().invoke(app, [*common, "--weights", "random", "-n", "3"])
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout)
@@ -250,6 +252,36 @@ def test_by_a_text(made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.Mo
     assert [(tile["sample_id"], tile["row"]) for tile in said["tiles"]] == [
         (tile.sample_id, tile.row) for tile in expected
     ]
+
+
+def test_many_tiles_that_are_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a run may be as near as half precision tells: they are compared a few at a time."""
+    monkeypatch.setattr(index_module, "EXACT_ROWS", 16)
+    rng = np.random.default_rng(0)
+    rows = (1 + 1e-5 * rng.standard_normal((300, DIM))).astype(np.float32)
+    index = TileIndex.of(write_run(tmp_path / "run", {"a": rows}, torch.float32))
+    sizes: list[int] = []
+    unit = index_module._unit
+    monkeypatch.setattr(index_module, "_unit", lambda values: sizes.append(len(values)) or unit(values))
+    found = index.nearest(torch.ones(DIM), 5)
+    assert [(hit.sample_id, hit.row) for hit in found] == nearest_in_double({"a": rows}, np.ones(DIM))[:5]
+    assert max(sizes) == 16 and sum(sizes) == 301
+
+
+def test_projected(tmp_path: Path) -> None:
+    """The first numbers of the embeddings times a matrix; gathered apart from the embeddings as they are, and
+    anew for another matrix."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((50, DIM)).astype(np.float32)
+    run = write_run(tmp_path / "run", {"a": rows}, torch.float32)
+    first, second = (torch.from_numpy(rng.standard_normal((40, 8)).astype(np.float32)) for _ in range(2))
+    query = rng.standard_normal(8).astype(np.float32)
+    for matrix in (first, second, first):
+        index = TileIndex.of(run, matrix)
+        assert (index.dim, len(index)) == (8, 50)
+        expected = nearest_in_double({"a": rows[:, :40] @ matrix.numpy()}, query)[:5]
+        assert [(hit.sample_id, hit.row) for hit in index.nearest(torch.from_numpy(query), 5)] == expected
+    assert TileIndex.of(run).dim == DIM and (run / "search/texts/halves").is_file()
 
 
 @pytest.mark.parametrize("name", ["plip", "quiltnet-b32", "quiltnet-b16"])

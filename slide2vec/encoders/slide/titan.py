@@ -17,16 +17,19 @@ __all__ = ["TitanEncoder", "grid_cells"]
 
 
 class TitanEncoder(nn.Module):
-    """The vision side of TITAN (Ding et al., Nature Medicine 2025), without its projection to text.
+    """The vision side of TITAN (Ding et al., Nature Medicine 2025).
 
     Parameters have the names of the published checkpoint. The arguments are those of the recipe:
     `in_dim` of the tile embeddings, `dim` and `heads` of the blocks, `hidden` of their MLPs,
-    `pool_heads` of the pooling.
+    `pool_heads` of the pooling; `pool`: "aligned" = projected into the space that is shared with texts.
     """
 
-    def __init__(self, in_dim: int, dim: int, depth: int, heads: int, hidden: int, pool_heads: int) -> None:
+    def __init__(
+        self, in_dim: int, dim: int, depth: int, heads: int, hidden: int, pool_heads: int, pool: str = "none"
+    ) -> None:
         super().__init__()
-        self.vision_encoder = _Tower(in_dim, dim, depth, heads, hidden, pool_heads)
+        self.aligned = pool == "aligned"
+        self.vision_encoder = _Tower(in_dim, dim, depth, heads, hidden, pool_heads, self.aligned)
 
     def forward(self, bag: TileBag) -> SlideFeatures:
         """The tiles of a slide -> embedding (dim,).
@@ -38,7 +41,8 @@ class TitanEncoder(nn.Module):
         tower = self.vision_encoder
         features = checked_features(bag, tower.in_dim, tower.cls_token)
         cells, places = grid_cells(features.float(), bag.coords.to(features.device), bag.tile_size_lv0)
-        return SlideFeatures(tower(cells.to(features.dtype), places).float())
+        found = tower(cells.to(features.dtype), places).float()
+        return SlideFeatures(F.normalize(found, dim=-1) if self.aligned else found)
 
 
 def grid_cells(features: Tensor, coords: Tensor, tile_size_lv0: int) -> tuple[Tensor, Tensor]:
@@ -64,7 +68,9 @@ def grid_cells(features: Tensor, coords: Tensor, tile_size_lv0: int) -> tuple[Te
 
 
 class _Tower(nn.Module):
-    def __init__(self, in_dim: int, dim: int, depth: int, heads: int, hidden: int, pool_heads: int) -> None:
+    def __init__(
+        self, in_dim: int, dim: int, depth: int, heads: int, hidden: int, pool_heads: int, projects: bool
+    ) -> None:
         super().__init__()
         self.in_dim, self.slopes = in_dim, alibi_slopes(heads)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
@@ -74,13 +80,15 @@ class _Tower(nn.Module):
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.attn_pool_contrastive = _Pool(dim, pool_heads)
+        self.proj = nn.Parameter(torch.randn(dim, dim) * dim**-0.5) if projects else None
 
     def forward(self, cells: Tensor, places: Tensor) -> Tensor:
         """(C, in_dim), (C, 2) -> (dim,)."""
         tokens = torch.cat([self.cls_token[0], self.patch_embed(cells)])
         for block in cast("nn.ModuleList", self.blocks["modules_list"]):
             tokens = block(tokens, places, self.slopes)
-        return cast("Tensor", self.attn_pool_contrastive(self.norm(tokens)))
+        pooled = cast("Tensor", self.attn_pool_contrastive(self.norm(tokens)))
+        return pooled if self.proj is None else pooled @ self.proj
 
 
 class _Block(nn.Module):

@@ -84,6 +84,18 @@ def test_outputs_of_gigapath_flash(variant: str | None, mean: bool, tmp_path: Pa
     assert (expected - other).abs().max() > 0.1
 
 
+def test_titan_in_the_space_of_its_texts(tmp_path: Path) -> None:
+    recipe = small("titan")
+    state = random_state(recipe)
+    bag = a_bag(recipe, 50)
+    path = write_checkpoint(recipe, state, tmp_path)
+    encoder = build_slide_encoder(recipe, recipe.variants["aligned"], path)
+    given = (recipe.encoder.kwargs, bag.features, bag.coords, bag.tile_size_lv0)
+    projected = dense.titan(state, *given) @ state["vision_encoder.proj"].double()
+    expected = projected / projected.norm()
+    torch.testing.assert_close(embed(encoder, bag).embedding.double(), expected, atol=DENSE, rtol=0)
+
+
 def test_latents_of_prism(tmp_path: Path) -> None:
     recipe = small("prism")
     encoder, state = loaded(recipe, tmp_path)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import gzip
 import importlib.util
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from slide2vec.encoders.clip_text import ClipTextEncoder, embed_texts, load_text_encoder
-from slide2vec.encoders.clip_tokens import ClipTokeniser, clip_vocabulary
+from slide2vec.encoders.text import TextSide, load_text_side, text_spec
+from slide2vec.encoders.text.clip import ClipTextEncoder
+from slide2vec.encoders.text.clip_tokens import ClipTokeniser, clip_vocabulary
 from slide2vec.errors import ConfigError, ExtraMissingError, UnsupportedError, WeightsError
 from slide2vec.recipes import Recipe, TextSpec, load_recipe
 
@@ -145,50 +145,77 @@ def as_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return made
 
 
+@pytest.fixture
+def small_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ClipTokeniser:
+    """Stands in for the one of open-clip-torch."""
+    path = vocabulary(tmp_path)
+    monkeypatch.setattr("slide2vec.encoders.text.tokenisers.clip_vocabulary", lambda: path)
+    monkeypatch.setattr("slide2vec.encoders.text.clip_tokens.MERGES", len(MERGES))
+    monkeypatch.setattr(ClipTokeniser.__init__, "__defaults__", (len(MERGES),))
+    return ClipTokeniser(path, len(MERGES))
+
+
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize("layout", ["transformers", "open_clip"])
-def test_embeddings_are_those_of_transformers(tmp_path: Path, activation: str, layout: str) -> None:
-    tokenise = ClipTokeniser(vocabulary(tmp_path), len(MERGES))
+def test_embeddings_are_those_of_transformers(
+    tmp_path: Path, small_vocabulary: ClipTokeniser, activation: str, layout: str
+) -> None:
     model = their_model(activation)
     state = model.state_dict()
     if layout == "open_clip":
         state = as_open_clip(state)
     torch.save({"vision_model.x": torch.zeros(1), **state}, tmp_path / "w.pt")
-    ours = load_text_encoder(recipe_with(activation), "shared", tmp_path / "w.pt")
+    ours = load_text_side(recipe_with(activation), "shared", tmp_path / "w.pt")
     texts = ["tumor cells", "a", "nerve 12"]
     with torch.inference_mode():
-        expected = model(input_ids=tokenise(texts, 16)).text_embeds
-    found = embed_texts(ours, texts, tokenise)
+        expected = model(input_ids=small_vocabulary(texts, 16)).text_embeds
+    found = ours.embed(texts)
     assert found.shape == (3, 24) and expected.std() > 0.1
     assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
     assert (found[0] - found[1]).abs().max() > 0.1
-    alone = embed_texts(ours, texts[1:2], tokenise)
-    torch.testing.assert_close(alone, found[1:2])
+    torch.testing.assert_close(ours.embed(texts[1:2]), found[1:2])
 
 
-def test_what_is_no_text_side_is_said(tmp_path: Path) -> None:
+def test_what_is_no_text_side_is_said(tmp_path: Path, small_vocabulary: ClipTokeniser) -> None:
     recipe = recipe_with("gelu")
-    with pytest.raises(UnsupportedError, match="preset uni has no text side"):
-        load_text_encoder(load_recipe("uni"), "default", "random")
-    with pytest.raises(NotImplementedError, match="in the space of its output 'shared', not of 'other'"):
-        load_text_encoder(recipe, "other", "random")
-    torch.save({"visual.x": torch.zeros(2)}, tmp_path / "w.pt")
-    with pytest.raises(WeightsError, match=r"no text side of preset phikon: .* is missing"):
-        load_text_encoder(recipe, "shared", tmp_path / "w.pt")
-    whole = gzip.compress("\n".join(["#", *MERGES, "x y", ""]).encode())
-    (tmp_path / "m.txt.gz").write_bytes(whole)
-    encoder = load_text_encoder(recipe, "shared", "random")
     with pytest.raises(
-        ConfigError, match="the vocabulary has 526 tokens, and the encoder was trained on 525"
+        UnsupportedError, match=r"preset uni has no text side .* \(those that have: conch, .*titan"
     ):
-        embed_texts(encoder, ["tumor"], ClipTokeniser(tmp_path / "m.txt.gz"))
+        text_spec(load_recipe("uni"))
+    with pytest.raises(
+        UnsupportedError, match=r"conchv15 .*texts of titan.* compared with embeddings of slides"
+    ):
+        text_spec(load_recipe("conchv15"))
+    with pytest.raises(NotImplementedError, match="in the space of its output 'shared', not of 'other'"):
+        load_text_side(recipe, "other", "random")
+    torch.save({"visual.x": torch.zeros(2)}, tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match=r"no text side of preset phikon; missing: "):
+        load_text_side(recipe, "shared", tmp_path / "w.pt")
+    torch.save({**their_model("gelu").state_dict(), "transformer.new": torch.zeros(2)}, tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match=r"no text side of preset phikon; unexpected: transformer.new"):
+        load_text_side(recipe, "shared", tmp_path / "w.pt")
+    side = load_text_side(recipe, "shared", "random")
     with pytest.raises(ConfigError, match=r"give a list of texts, \['tumor'\]"):
-        embed_texts(SimpleNamespace(), "tumor")  # type: ignore[arg-type]
+        side.embed("tumor")
 
 
-def test_random_weights_are_seeded() -> None:
+@pytest.mark.parametrize(("rows", "trained"), [(524, 524), (541, 541)])
+def test_a_vocabulary_of_another_model_is_refused(
+    small_vocabulary: ClipTokeniser, rows: int, trained: int
+) -> None:
     recipe = recipe_with("gelu")
-    one, two, other = (load_text_encoder(recipe, "shared", "random", seed) for seed in (1, 1, 2))
-    assert torch.equal(one.text_projection, two.text_projection)
-    assert not torch.equal(one.text_projection, other.text_projection)
-    assert isinstance(one, ClipTextEncoder) and not one.training
+    assert recipe.text is not None
+    text = recipe.text.model_copy(update={"kwargs": {**recipe.text.kwargs, "vocabulary": rows}})
+    wrong = f"the vocabulary has 525 tokens, and the encoder was trained on {trained}"
+    with pytest.raises(ConfigError, match=wrong):
+        load_text_side(recipe.model_copy(update={"text": text}), "shared", "random")
+
+
+def test_random_weights_are_seeded(small_vocabulary: ClipTokeniser) -> None:
+    def projection(seed: int) -> torch.Tensor:
+        side = load_text_side(recipe_with("gelu"), "shared", "random", seed)
+        assert isinstance(side, TextSide) and isinstance(side.encoder, ClipTextEncoder)
+        assert not side.encoder.training
+        return side.encoder.text_projection
+
+    assert torch.equal(projection(1), projection(1)) and not torch.equal(projection(1), projection(2))

@@ -17,7 +17,7 @@ from torch import Tensor
 from slide2vec.errors import ConfigError, ExtraMissingError
 from slide2vec.installation import add_extra
 
-__all__ = ["ClipTokeniser", "clip_vocabulary"]
+__all__ = ["ClipTokeniser", "as_rows", "clip_vocabulary"]
 
 #: Of the file, which holds more; a vocabulary is 2 * 256 single bytes, these, and two marks: 49,408 in all.
 MERGES = 49_152 - 256 - 2
@@ -60,25 +60,12 @@ class ClipTokeniser:
         self._numbers = {piece: number for number, piece in enumerate(pieces)}
         self._ranks = {pair: rank for rank, pair in enumerate(pairs)}
         self.start, self.end = len(pieces), len(pieces) + 1
+        self.size = self.end + 1
 
     def __call__(self, texts: Sequence[str], length: int) -> Tensor:
-        """(N, length) int64: start, the text's tokens, end, zeros. Longer texts are errors: their end would
-        be lost.
-
-        Raises:
-            ConfigError: a text is empty or too long; says which.
-        """
-        made = torch.zeros(len(texts), length, dtype=torch.int64)
-        for row, text in zip(made, texts, strict=True):
-            tokens = self.tokens(text)
-            if not tokens:
-                raise ConfigError(f"text {text!r} is empty: say what to look for")
-            if len(tokens) + 2 > length:
-                raise ConfigError(
-                    f"text {text[:60]!r}… has {len(tokens)} tokens; the encoder takes {length - 2}"
-                )
-            row[: len(tokens) + 2] = torch.tensor([self.start, *tokens, self.end])
-        return made
+        """(N, length) int64: start, the text's tokens, end, zeros; errors as of `as_rows`."""
+        marked = [[self.start, *self.tokens(text), self.end] for text in texts]
+        return as_rows(texts, marked, length, 0)
 
     def tokens(self, text: str) -> list[int]:
         """Numbers of a text's pieces, without the marks of start and end."""
@@ -101,6 +88,25 @@ class ClipTokeniser:
                 break
             pieces = _joined(pieces, best)
         return pieces
+
+
+def as_rows(texts: Sequence[str], marked: Sequence[list[int]], length: int, pad: int) -> Tensor:
+    """(N, length) int64: the tokens of each text between its two marks, then `pad`. Longer texts are errors:
+    their end would be lost.
+
+    Raises:
+        ConfigError: a text is empty or too long; says which.
+    """
+    made = torch.full((len(texts), length), pad, dtype=torch.int64)
+    for row, text, tokens in zip(made, texts, marked, strict=True):
+        if len(tokens) <= 2:
+            raise ConfigError(f"text {text!r} is empty: say what to look for")
+        if len(tokens) > length:
+            raise ConfigError(
+                f"text {text[:60]!r}… has {len(tokens) - 2} tokens; the encoder takes {length - 2}"
+            )
+        row[: len(tokens)] = torch.tensor(tokens)
+    return made
 
 
 def _joined(pieces: list[str], pair: tuple[str, str]) -> list[str]:
