@@ -87,6 +87,7 @@
       element("p", { class: "name" }, slide.id),
       element("img", { src: picture.src, alt: `${slide.id}: ${picture.text}` }),
       element("p", {}, picture.text),
+      ...(picture.kind === "map" ? [element("img", { class: "key", src: at("key").src, alt: at("key").alt })] : []),
       ...[...slide.tiled, slide.size].filter(Boolean).map((text) => element("p", { class: "quiet" }, text)),
       close,
     );

@@ -101,7 +101,7 @@ class ReportedSlide:
             "tiled": [tiles_in_words(tiling) for tiling in self.tilings.values()],
             "tissue": _mean(first.tissue_fractions) if first else None,
             "qc": {name: _mean(share) for name, share in sorted(first.artefacts.items())} if first else {},
-            "errors": list(dict.fromkeys(f"{_by(row, self.rows)}{row['error']}" for row in failed)),
+            "errors": _errors(failed),
             "warnings": list(dict.fromkeys([*remarks, *self.problems])),
             "encoders": [fact for row in self.rows if (fact := self._of_encoder(row)) is not None],
             "links": list(self._links()),
@@ -193,5 +193,9 @@ def _mean(values: Any) -> float | None:
     return round(float(values.mean()), 5) if len(values) else None
 
 
-def _by(row: Row, rows: Sequence[Row]) -> str:
-    return f"{row['encoder_name']}: " if len(rows) > 1 else ""
+def _errors(failed: Sequence[Row]) -> list[str]:
+    """Each once; of which encoder, where they differ."""
+    texts = list(dict.fromkeys(row["error"] for row in failed))
+    if len(texts) < 2:
+        return texts
+    return [f"{row['encoder_name']}: {row['error']}" for row in failed]

@@ -90,7 +90,8 @@ def test_every_slide_is_there_with_what_became_of_it(run: Path, page: Path) -> N
         assert name == "tile embeddings" and (page.parent / link).is_file() and encoder["dim"] > 0
     assert all((page.parent / link).is_file() for _, link in (*first["links"], *found["run"]["links"]))
     failed = slides["broken"]
-    assert failed["state"] == "failed" and "broken.svs" in failed["errors"][0] and failed["pictures"] == []
+    assert failed["state"] == "failed" and failed["pictures"] == []
+    assert len(failed["errors"]) == 1 and "broken.svs" in failed["errors"][0]  # both encoders say the same
 
 
 def test_pictures_show_contour_tiles_and_maps(page: Path) -> None:
