@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BACKENDS",
     "EXECUTORS",
+    "LAYOUTS",
     "OUTPUT_FORMATS",
     "PREPARERS",
     "RUNTIMES",
@@ -341,6 +342,23 @@ OUTPUT_FORMATS = Choices(
     "slide2vec.formats",
     _format,
 )
+
+#: `slide2vec.layouts.item.LayoutModule`s: the folders and keys of other tools, and Zarr.
+LAYOUTS: Mapping[str, Home] = {
+    "clam": Home("slide2vec.layouts.clam", "write"),
+    "trident": Home("slide2vec.layouts.trident", "write"),
+    "stamp": Home("slide2vec.layouts.stamp", "write"),
+    "lazyslide": Home(
+        "slide2vec.layouts.lazyslide",
+        "write",
+        OptionalPackage("SpatialData", "LazySlide's stores, to_spatialdata", "spatialdata", ("spatialdata",)),
+    ),
+    "zarr": Home(
+        "slide2vec.layouts.zarr_folders",
+        "write",
+        OptionalPackage("Zarr", "embeddings as folders", "zarr", ("zarr",)),
+    ),
+}
 
 _TENSORRT = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 _RTX = ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings")

@@ -279,13 +279,13 @@ def _progress() -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import Progress
 
-    told: set[str] = set()  # phases of TensorRT nest: each is told once
+    noted: set[str] = set()  # phases of TensorRT nest: each is noted once
     with Progress(console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task("", visible=False)
 
         def show(what: str, step: int, steps: int) -> None:
-            if what not in told:
-                told.add(what)
+            if what not in noted:
+                noted.add(what)
                 note(f"{what} …")
             bars.update(task, description=what, completed=step, total=steps or None, visible=steps > 0)
 

@@ -155,7 +155,7 @@ def _by_name(table: Choices[Any], *others: str) -> dict[str, Any]:
 
 BACKEND = _by_name(BACKENDS, "auto")
 FORMAT = _by_name(OUTPUT_FORMATS)
-EXPORT_FORMAT = _by_name(OUTPUT_FORMATS, "geojson")
+EXPORT_FORMAT = _by_name(OUTPUT_FORMATS, "geojson", "parquet", "zarr")
 Method = Annotated[
     SegmentationMethod | None,
     typer.Option(

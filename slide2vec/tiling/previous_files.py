@@ -149,8 +149,8 @@ def find_reusable(previous: Previous, reader: SlideReader, config: Preprocessing
         return None
     tiling = replace(tiling, segmentation=replace(tiling.segmentation, checkpoint=checkpoint))
     remarks = recorded.get("remarks")
-    told = tuple(map(str, remarks)) if isinstance(remarks, list) else ()
-    return replace(tiling, remarks=told, qc=config.qc)
+    known = tuple(map(str, remarks)) if isinstance(remarks, list) else ()
+    return replace(tiling, remarks=known, qc=config.qc)
 
 
 def recorded_qc(config: QualityConfig) -> dict[str, Any] | None:
