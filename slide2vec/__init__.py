@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         TileEmbeddingArtifact,
         TileFeatures,
     )
+    from slide2vec.bags import BagDataset
     from slide2vec.cohort import RunResult
     from slide2vec.config import ExecutionOptions, MaskSamplingConfig, PreprocessingConfig
     from slide2vec.embedded import EmbeddedPatient, EmbeddedSlide, SlideAttention
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MISSING_FIELD",
+    "BagDataset",
     "DenseEncodeGeometry",
     "DenseEncodeKit",
     "DenseImageArtifact",
@@ -91,6 +93,7 @@ __all__ = [
 
 #: Loaded on first use, so that `import slide2vec` costs nothing.
 _HOMES = {
+    "BagDataset": "bags",
     "DenseEncodeGeometry": "images",
     "DenseEncodeKit": "images",
     "DenseImageArtifact": "artifacts",

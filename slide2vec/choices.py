@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BACKENDS",
     "EXECUTORS",
+    "LAYOUTS",
     "OUTPUT_FORMATS",
     "PREPARERS",
     "RUNTIMES",
@@ -45,18 +46,39 @@ __all__ = [
     "SlideFamily",
     "TextFamily",
     "TileFamily",
+    "learned_methods",
 ]
 
 Precision: TypeAlias = Literal["fp16", "bf16", "fp32", "fp8"]
 Backend: TypeAlias = Literal["auto", "tiff", "dicom", "cucim", "vips", "openslide", "asap"]
 OutputFormat: TypeAlias = Literal["pt", "npz", "safetensors", "h5"]
-SegmentationMethod: TypeAlias = Literal["hsv", "otsu", "threshold", "auto"]
+SegmentationMethod: TypeAlias = Literal[
+    "hsv",
+    "otsu",
+    "threshold",
+    "auto",
+    "hest",
+    "grandqc",
+    "grandqc-artefact",
+    "grandqc-artefact-1um",
+    "grandqc-artefact-2um",
+    "sam2",
+]
 PreparerChoice: TypeAlias = Literal["auto", "torch", "dali", "triton"]
 Executor: TypeAlias = Literal["local", "ray"]
 Runtime: TypeAlias = Literal["tensorrt", "tensorrt-rtx", "openvino", "inductor"]
 EngineChoice: TypeAlias = Literal["auto", "torch", Runtime]
 TileFamily: TypeAlias = Literal[
-    "timm", "headed", "scattering", "coca", "clip_linear", "musk", "channelwise", "remote", "registered"
+    "timm",
+    "headed",
+    "scattering",
+    "coca",
+    "clip_linear",
+    "musk",
+    "channelwise",
+    "segmentation",
+    "remote",
+    "registered",
 ]
 SlideFamily: TypeAlias = Literal[
     "titan", "prism", "longnet", "feather", "madeleine", "chief", "moozy_slide", "moozy_case"
@@ -197,17 +219,30 @@ BACKENDS = Choices(
     "auto",
 )
 
-#: Each a `TissueMethod` or a `Segmenter`.
+#: Each a `TissueMethod`, a `Segmenter`, or a `LearnedMethod`, which makes one of its weights.
 SEGMENTATION_METHODS = Choices(
     {
         "hsv": Home("slide2vec.tiling.tissue_methods", "HSV"),
         "otsu": Home("slide2vec.tiling.tissue_methods", "OTSU"),
         "threshold": Home("slide2vec.tiling.tissue_methods", "THRESHOLD"),
         "auto": Home("slide2vec.tiling.auto_tissue", "AUTO"),
+        "hest": Home("slide2vec.segmenters.learned", "HEST"),
+        "grandqc": Home("slide2vec.segmenters.learned", "GRANDQC"),
+        "grandqc-artefact": Home("slide2vec.segmenters.learned", "GRANDQC_ARTEFACT"),
+        "grandqc-artefact-1um": Home("slide2vec.segmenters.learned", "GRANDQC_ARTEFACT_1UM"),
+        "grandqc-artefact-2um": Home("slide2vec.segmenters.learned", "GRANDQC_ARTEFACT_2UM"),
+        "sam2": Home("slide2vec.segmenters.learned", "SAM2"),
     },
     "slide2vec.segmenters",
     _home,
 )
+
+
+def learned_methods() -> tuple[str, ...]:
+    """Methods of segmentation of ours that have weights."""
+    ours = SEGMENTATION_METHODS.ours.items()
+    return tuple(name for name, home in ours if home.module.startswith("slide2vec.segmenters."))
+
 
 #: Each makes a `slide2vec.prepare.choose.Preparer` of a transform, a device and a layout.
 PREPARERS: Mapping[str, Home] = {
@@ -234,6 +269,7 @@ TILE_ENCODERS: Mapping[str, Home] = {
     "clip_linear": Home("slide2vec.encoders.clip_linear", "ClipLinearEncoder"),
     "musk": Home("slide2vec.encoders.musk", "MuskEncoder"),
     "channelwise": Home("slide2vec.encoders.channelwise", "ChannelwiseEncoder"),
+    "segmentation": Home("slide2vec.encoders.segmentation.networks", "segmentation_network"),
 }
 #: Modules of PyTorch, made of the keyword arguments of a recipe.
 SLIDE_ENCODERS: Mapping[str, Home] = {
@@ -306,6 +342,23 @@ OUTPUT_FORMATS = Choices(
     "slide2vec.formats",
     _format,
 )
+
+#: `slide2vec.layouts.item.LayoutModule`s: the folders and keys of other tools, and Zarr.
+LAYOUTS: Mapping[str, Home] = {
+    "clam": Home("slide2vec.layouts.clam", "write"),
+    "trident": Home("slide2vec.layouts.trident", "write"),
+    "stamp": Home("slide2vec.layouts.stamp", "write"),
+    "lazyslide": Home(
+        "slide2vec.layouts.lazyslide",
+        "write",
+        OptionalPackage("SpatialData", "LazySlide's stores, to_spatialdata", "spatialdata", ("spatialdata",)),
+    ),
+    "zarr": Home(
+        "slide2vec.layouts.zarr_folders",
+        "write",
+        OptionalPackage("Zarr", "embeddings as folders", "zarr", ("zarr",)),
+    ),
+}
 
 _TENSORRT = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 _RTX = ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings")

@@ -10,12 +10,16 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from slide2vec.errors import ConfigError, Slide2VecError
+from slide2vec.frames import SlideFrame, anndata_of, spatialdata_of
 from slide2vec.labels import class_name
 from slide2vec.slides import Slide
 
 if TYPE_CHECKING:
-    import numpy as np
+    import anndata
+    import spatialdata
     import torch
     from numpy.typing import NDArray
     from PIL.Image import Image
@@ -107,6 +111,55 @@ class EmbeddedSlide:
         )
         embeddings = self.tile_embeddings.detach().cpu().float().flatten(0, -2).numpy()
         return Image.fromarray(draw_slide(kind, slide, tiling, embeddings, size_px))
+
+    def to_anndata(self) -> anndata.AnnData:
+        """The tiles as an AnnData: `X` (N, D) float32; `obs` with sample_id, x, y, tile_size_lv0, and where
+        known tissue_fraction, region and what `qc` measured; `obsm["spatial"]` (N, 2), the centres of the
+        tiles in level-0 px; `uns["slides"]` what is known of the slide; `uns["slide_embedding"]` of models of
+        slides.
+
+        Raises:
+            ExtraMissingError: anndata is not installed (extra `anndata`).
+        """
+        return anndata_of([self._frame()], self._own_vector())
+
+    def to_spatialdata(self) -> spatialdata.SpatialData:
+        """The tiles as a SpatialData: `shapes["tiles"]`, squares in level-0 px (coordinate system "global"),
+        and the table "embeddings", as `to_anndata` has it. Empty where there are no tiles.
+
+        Raises:
+            ExtraMissingError: spatialdata is not installed (extra `spatialdata`).
+        """
+        return spatialdata_of([self._frame()], self._own_vector())
+
+    def _own_vector(self) -> dict[str, Any]:
+        vector = self.slide_embedding
+        return {} if vector is None else {"slide_embedding": vector.detach().cpu().float().numpy()}
+
+    def _frame(self) -> SlideFrame:
+        x = self.x if self.tile_x is None else self.tile_x
+        y = self.y if self.tile_y is None else self.tile_y
+        columns: dict[str, NDArray[Any]] = {}
+        about: dict[str, Any] = {"image_path": str(self.image_path), "annotation": self.annotation}
+        if self.tile_x is not None:
+            columns["region"] = np.arange(len(self.tile_x)).repeat(self.tile_x.shape[1])
+        if self.tiling is not None:
+            geometry = self.tiling.geometry
+            columns |= {"tissue_fraction": self.tiling.tissue_fractions, **self.tiling.artefacts}
+            about |= {
+                "base_spacing_um": geometry.base_spacing_um,
+                "requested_spacing_um": geometry.requested_spacing_um,
+                "requested_tile_size_px": geometry.requested_tile_size_px,
+            }
+        return SlideFrame(
+            sample_id=class_name(self.annotation, self.sample_id),
+            features=self.tile_embeddings.detach().cpu().float().flatten(0, -2).numpy(),
+            x=x.ravel(),
+            y=y.ravel(),
+            tile_size_lv0=self.tile_size_lv0,
+            columns={name: values for name, values in columns.items() if len(values) == x.size},
+            about=about,
+        )
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the words, and where the slide can be read its tiles and map."""

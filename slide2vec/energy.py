@@ -38,7 +38,7 @@ class EnergyMeter:
     GPUs named: other processes there count, too.
 
     GPUs need nvidia-ml-py (extra cuda); processors need counters that may be read (by root only on most
-    machines). What cannot be measured is told in the log, and in no other way.
+    machines). What cannot be measured is logged, and is no error.
 
     Args:
         devices: that the run uses, as PyTorch names them; without any, nothing is measured.

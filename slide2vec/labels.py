@@ -24,7 +24,19 @@ TISSUE, MERGED = "tissue", "merged"
 #: Bytes; file systems allow 255.
 _LONGEST = 100
 #: How files beside the folders of classes end, so that none has the name of such a folder.
-_SUFFIXES = (".csv", ".h5", ".jpg", ".json", ".npz", ".pt", ".png", ".safetensors", ".tar")
+_SUFFIXES = (
+    ".csv",
+    ".h5",
+    ".jpg",
+    ".json",
+    ".npz",
+    ".parquet",
+    ".pt",
+    ".png",
+    ".safetensors",
+    ".tar",
+    ".zarr",
+)
 
 
 def class_folder(annotation: str | None) -> str | None:

@@ -129,7 +129,9 @@ def id_of(path: Path, id_from: IdFrom = "name") -> str:
 
 
 #: Columns and keys that go into `Slide.tiling`.
-_TILING_OPTION = re.compile(r"tissue_threshold|(segmentation|filtering)_\w+|qc_(measure|max_\w+)")
+_TILING_OPTION = re.compile(
+    r"tissue_threshold|(segmentation|filtering)_\w+|qc_(measure|method|weights|device|max_\w+)"
+)
 
 
 def is_tiling_option(name: object) -> bool:

@@ -36,6 +36,7 @@ ROOMS = {
     "slides": 2,
     "progress": 2,
     "recipes": 2,
+    "frames": 2,
     "pictures": 2,
     "synthetic": 2,
     "manifests": 3,
@@ -47,6 +48,8 @@ ROOMS = {
     "prepare": 4,
     "embedded": 5,
     "artifacts": 6,
+    "bags": 7,
+    "layouts": 7,
     "search": 7,
     "stream": 7,
     "aggregate": 8,
@@ -55,6 +58,7 @@ ROOMS = {
     "report": 9,
     "scale": 9,
     "images": 9,
+    "segmenters": 9,
     "tile_embedder": 9,
     "attention_maps": 10,
     "model": 11,
@@ -179,14 +183,18 @@ def test_import_stays_light(statement: str, absent: tuple[str, ...]) -> None:
 
 #: Imported name -> distribution, where it cannot be asked for: those that need not be installed here.
 DISTRIBUTIONS = {
+    "anndata": "anndata",
+    "pyarrow": "pyarrow",
     "pycuda": "pycuda",
     "pynvml": "nvidia-ml-py",
     "sentencepiece": "sentencepiece",
+    "spatialdata": "spatialdata",
     "tensorrt": "tensorrt",
     "tensorrt_rtx_bindings": "tensorrt-rtx-cu13-bindings",
+    "zarr": "zarr",
 }
-#: Imported where something else has brought it: PyTorch, timm, or the notebook that we run in.
-BROUGHT = {"IPython", "torchvision", "triton"}
+#: Imported where something else has brought it: PyTorch, timm, the notebook that we run in, or SpatialData.
+BROUGHT = {"IPython", "geopandas", "shapely", "torchvision", "triton"}
 
 
 def libraries_in(package: Path) -> set[str]:

@@ -58,8 +58,11 @@ MODULES = {
     "cut": ("slide2vec/prepare/cut.py", "tests/prepare/test_prepare.py -k cut"),
     "tile-sources": ("slide2vec/stream/tile_sources.py", "tests/stream/test_tile_sources.py"),
 }
-#: A mutant that makes the tests hang is noticed, too: after this many times what they take without it.
+#: A mutant that makes the tests compute without end is noticed, too: after this many times the CPU time that
+#: they take without it. Or wait without end: after as many times the time, and half a minute, for a machine
+#: with other work is slower at times.
 PATIENCE = 5
+WAIT_S = 30.0
 #: Or ask for memory without end.
 MEMORY_BYTES = 16 * 2**30
 
@@ -97,7 +100,7 @@ def _try_module(name: str) -> int:
 
 def _survivors(name: str, module: str, tests: str, mutants: list[str]) -> list[tuple[str, str]]:
     """What survives, as `_change` has it."""
-    source, patience_s = Path(module).read_text(encoding="utf-8"), _warm_up(tests)
+    source, limits_s = Path(module).read_text(encoding="utf-8"), _warm_up(tests)
     noticed_file = FOLDER / f"{name}.noticed"
     noticed_file.touch()
     noticed = set(noticed_file.read_text(encoding="utf-8").split())
@@ -106,7 +109,7 @@ def _survivors(name: str, module: str, tests: str, mutants: list[str]) -> list[t
         key = hashlib.sha256(mutant.encode()).hexdigest()
         if key in noticed:
             continue
-        if _forked(partial(_test, tests, module, mutant), patience_s):
+        if _forked(partial(_test, tests, module, mutant), *limits_s):
             with noticed_file.open("a", encoding="utf-8") as file:
                 file.write(f"{key}\n")
         else:
@@ -128,8 +131,9 @@ def _mutants(module: str) -> list[str]:
     return mutants
 
 
-def _warm_up(tests: str) -> float:
-    """Import what the tests import from elsewhere; returns the seconds that they may take."""
+def _warm_up(tests: str) -> tuple[float, float]:
+    """Import what the tests import from elsewhere; returns the seconds of CPU time that they may take, and
+    those that may pass."""
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
         listing = Path(folder) / "modules"
 
@@ -138,16 +142,22 @@ def _warm_up(tests: str) -> float:
             listing.write_text("\n".join(filter(_is_from_elsewhere, list(sys.modules))), encoding="utf-8")
             return failed
 
-        if _forked(listed, patience_s=600):
+        if _forked(listed, 600, 600):
             raise SystemExit(f"{tests}: fails without a mutant")
         for name in listing.read_text(encoding="utf-8").split():
             with suppress(Exception):  # names that libraries give to what is no file
                 importlib.import_module(name)
     gc.collect()
     gc.freeze()  # pytest collects what is no longer used, again and again
-    begun = time.monotonic()
-    _forked(lambda: _test(tests), patience_s=600)
-    return 5.0 + PATIENCE * (time.monotonic() - begun)
+    begun, used = time.monotonic(), _cpu_s_of_children()
+    _forked(lambda: _test(tests), 600, 600)
+    cpu_s = 5.0 + PATIENCE * (_cpu_s_of_children() - used)
+    return cpu_s, cpu_s + WAIT_S + PATIENCE * (time.monotonic() - begun)
+
+
+def _cpu_s_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _is_from_elsewhere(name: str) -> bool:
@@ -155,12 +165,13 @@ def _is_from_elsewhere(name: str) -> bool:
     return file is not None and ("site-packages" in file or not Path(file).is_relative_to(ROOT))
 
 
-def _forked(work: Callable[[], int], patience_s: float) -> bool:
+def _forked(work: Callable[[], int], cpu_s: float, wait_s: float) -> bool:
     """Whether the work failed in a process of its own."""
     pid = os.fork()
     if not pid:
         os.setsid()
-        signal.setitimer(signal.ITIMER_REAL, patience_s)
+        signal.setitimer(signal.ITIMER_PROF, cpu_s)
+        signal.setitimer(signal.ITIMER_REAL, wait_s)
         code = 1
         try:
             code = work()

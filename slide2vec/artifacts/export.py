@@ -23,13 +23,23 @@ from slide2vec.tiling import Tiling
 from slide2vec.tiling.coordinates import coordinate_paths, load_coordinates
 from slide2vec.tiling.types import expand_regions
 
-__all__ = ["Dtype", "Exported", "NotExported", "export_run"]
+__all__ = [
+    "Dtype",
+    "Exported",
+    "NotExported",
+    "RunSource",
+    "check_tiles",
+    "described",
+    "export_run",
+    "found_in",
+    "loaded",
+]
 
 Dtype = Literal["fp16", "fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Source:
+class RunSource:
     """Where the embeddings of an encoder come from, and where they go.
 
     Attributes:
@@ -68,12 +78,17 @@ class Exported:
 
 @dataclass(frozen=True, kw_only=True)
 class NotExported:
-    """An artifact that cannot be exported, and why."""
+    """An artifact that is not exported, and why.
+
+    Attributes:
+        left_out: nothing is wrong with it: the tool that the files are for has no place for such a thing.
+    """
 
     sample_id: str
     encoder: str
     kind: Kind
     error: Slide2VecError
+    left_out: bool = False
 
 
 def export_run(
@@ -102,7 +117,7 @@ def export_run(
     """
     done: list[Exported] = []
     failed: list[NotExported] = []
-    for source, kind, name in _found(as_path(run), as_path(output), encoder):
+    for source, kind, name in found_in(as_path(run), as_path(output), encoder):
         try:
             done.append(_EXPORTERS[kind](source, name, file_format, dtype))
         except OutputError:
@@ -112,7 +127,7 @@ def export_run(
     return done, failed
 
 
-def _found(run: Path, output: Path, encoder: str | None) -> list[tuple[_Source, Kind, str]]:
+def found_in(run: Path, output: Path, encoder: str | None) -> list[tuple[RunSource, Kind, str]]:
     """What there is to export, by encoder, kind and name.
 
     Raises:
@@ -133,7 +148,7 @@ def _found(run: Path, output: Path, encoder: str | None) -> list[tuple[_Source, 
     return found
 
 
-def _sources(run: Path, output: Path, encoder: str | None) -> list[_Source]:
+def _sources(run: Path, output: Path, encoder: str | None) -> list[RunSource]:
     """The encoders of a run; its own folder, where none of its sidecars can be read."""
     there = owners(run)
     chosen = [owner for owner in there if encoder in (None, owner.name, owner.folder.name)]
@@ -141,7 +156,7 @@ def _sources(run: Path, output: Path, encoder: str | None) -> list[_Source]:
         names = ", ".join(owner.name for owner in there) or "none that can be read"
         raise ConfigError(f"{run} has no embeddings of {encoder!r}; it has: {names}")
     found = [
-        _Source(
+        RunSource(
             encoder=owner.name,
             features=owner.folder,
             tiles=owner.tiling / "tiles",
@@ -150,7 +165,7 @@ def _sources(run: Path, output: Path, encoder: str | None) -> list[_Source]:
         for owner in chosen
     ]
     if encoder is None and all(source.features != run for source in found):
-        found.insert(0, _Source(encoder="", features=run, tiles=run / "tiles", output=output))
+        found.insert(0, RunSource(encoder="", features=run, tiles=run / "tiles", output=output))
     return found
 
 
@@ -171,12 +186,12 @@ def _below(output: Path, folder: Path, run: Path) -> Path:
 
 
 def _export_tiles(
-    source: _Source, sample_id: str, file_format: OutputFormat, dtype: Dtype | None
+    source: RunSource, sample_id: str, file_format: OutputFormat, dtype: Dtype | None
 ) -> Exported:
-    metadata, path = _described(source.features / "tile_embeddings", sample_id)
-    values = _loaded(path, sample_id, dtype)
+    metadata, path = described(source.features / "tile_embeddings", sample_id)
+    values = loaded(path, sample_id, dtype)
     tiling = load_coordinates(source.tiles, sample_id)
-    _check_tiles(tiling, values, metadata)
+    check_tiles(tiling, values, metadata)
     embedded = _embedded(tiling, values)
     more = _as_it_was(metadata, source, tiling)
     artifact = write_tile_embeddings(source.output, embedded, tiling, file_format=file_format, **more)
@@ -184,15 +199,15 @@ def _export_tiles(
 
 
 def _export_regions(
-    source: _Source, sample_id: str, file_format: OutputFormat, dtype: Dtype | None
+    source: RunSource, sample_id: str, file_format: OutputFormat, dtype: Dtype | None
 ) -> Exported:
-    metadata, path = _described(source.features / "hierarchical_embeddings", sample_id)
-    values = _loaded(path, sample_id, dtype)
+    metadata, path = described(source.features / "hierarchical_embeddings", sample_id)
+    values = loaded(path, sample_id, dtype)
     multiple = metadata.get("region_tile_multiple")
     if type(multiple) is not int or multiple < 2:
         raise ArtifactError(f"slide {sample_id}: its sidecar has region_tile_multiple {multiple!r}")
     tiling = expand_regions(load_coordinates(source.tiles, sample_id), multiple)
-    _check_tiles(tiling, values, metadata)
+    check_tiles(tiling, values, metadata)
     embedded = _embedded(tiling, values)
     more = _as_it_was(metadata, source, tiling)
     artifact = write_hierarchical_embeddings(source.output, embedded, tiling, file_format=file_format, **more)
@@ -213,7 +228,7 @@ def _embedded(tiling: Tiling, values: torch.Tensor) -> EmbeddedSlide:
     )
 
 
-def _as_it_was(metadata: dict[str, Any], source: _Source, tiling: Tiling) -> dict[str, Any]:
+def _as_it_was(metadata: dict[str, Any], source: RunSource, tiling: Tiling) -> dict[str, Any]:
     """What the sidecar of tiles or regions says besides."""
     arrays, coordinates = coordinate_paths(source.tiles, tiling.sample_id)
     archive, skipped = metadata.get("tiles_tar_path"), metadata.get("skipped_tiles")
@@ -227,10 +242,10 @@ def _as_it_was(metadata: dict[str, Any], source: _Source, tiling: Tiling) -> dic
 
 
 def _export_slide(
-    source: _Source, sample_id: str, file_format: OutputFormat, dtype: Dtype | None
+    source: RunSource, sample_id: str, file_format: OutputFormat, dtype: Dtype | None
 ) -> Exported:
-    metadata, path = _described(source.features / "slide_embeddings", sample_id)
-    values = _loaded(path, sample_id, dtype)
+    metadata, path = described(source.features / "slide_embeddings", sample_id)
+    values = loaded(path, sample_id, dtype)
     latents = source.features / "slide_latents" / f"{sample_id}{path.suffix}"
     artifact = write_slide_embedding(
         source.output,
@@ -240,16 +255,16 @@ def _export_slide(
         encoder=_encoder(metadata, sample_id),
         metadata=metadata,
         compatibility=_mapping(metadata.get("compatibility")),
-        latents=_loaded(latents, sample_id, dtype) if latents.exists() else None,
+        latents=loaded(latents, sample_id, dtype) if latents.exists() else None,
     )
     return _exported(source, sample_id, "slide", artifact.path, values, None)
 
 
 def _export_patient(
-    source: _Source, patient_id: str, file_format: OutputFormat, dtype: Dtype | None
+    source: RunSource, patient_id: str, file_format: OutputFormat, dtype: Dtype | None
 ) -> Exported:
-    metadata, path = _described(source.features / "patient_embeddings", patient_id)
-    values = _loaded(path, patient_id, dtype)
+    metadata, path = described(source.features / "patient_embeddings", patient_id)
+    values = loaded(path, patient_id, dtype)
     artifact = write_patient_embedding(
         source.output,
         patient_id,
@@ -264,7 +279,7 @@ def _export_patient(
 
 
 def _exported(
-    source: _Source, sample_id: str, kind: Kind, path: Path, values: torch.Tensor, num_tiles: int | None
+    source: RunSource, sample_id: str, kind: Kind, path: Path, values: torch.Tensor, num_tiles: int | None
 ) -> Exported:
     return Exported(
         sample_id=sample_id,
@@ -277,7 +292,7 @@ def _exported(
     )
 
 
-def _described(folder: Path, sample_id: str) -> tuple[dict[str, Any], Path]:
+def described(folder: Path, sample_id: str) -> tuple[dict[str, Any], Path]:
     """The sidecar of an artifact, ours or the original slide2vec's, and its features file."""
     metadata = read_metadata(folder / f"{sample_id}{SIDECAR}")
     version, file_format = metadata.get("schema_version", 1), metadata.get("format")
@@ -296,7 +311,7 @@ def _described(folder: Path, sample_id: str) -> tuple[dict[str, Any], Path]:
     return metadata, path
 
 
-def _loaded(path: Path, sample_id: str, dtype: Dtype | None) -> torch.Tensor:
+def loaded(path: Path, sample_id: str, dtype: Dtype | None) -> torch.Tensor:
     values = load_embeddings(path)
     if dtype is None:
         return values
@@ -309,7 +324,7 @@ def _loaded(path: Path, sample_id: str, dtype: Dtype | None) -> torch.Tensor:
     return made
 
 
-def _check_tiles(tiling: Tiling, values: torch.Tensor, metadata: dict[str, Any]) -> None:
+def check_tiles(tiling: Tiling, values: torch.Tensor, metadata: dict[str, Any]) -> None:
     """Refuse coordinates that are not those of the embeddings (the slide was tiled anew since)."""
     geometry = tiling.geometry
     checks = [("tiles", values.shape[:-1].numel(), len(tiling))]
@@ -335,8 +350,8 @@ def _mapping(value: object) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else {}
 
 
-#: _Source, name, format, dtype (None = as it is) -> what was written.
-_EXPORTERS: Mapping[Kind, Callable[[_Source, str, OutputFormat, Dtype | None], Exported]] = {
+#: RunSource, name, format, dtype (None = as it is) -> what was written.
+_EXPORTERS: Mapping[Kind, Callable[[RunSource, str, OutputFormat, Dtype | None], Exported]] = {
     "tile": _export_tiles,
     "hierarchical": _export_regions,
     "slide": _export_slide,

@@ -11,7 +11,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
-import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.choices import OUTPUT_FORMATS, OutputFormat
@@ -39,17 +38,20 @@ class FeatureFile:
     Attributes:
         name: of the array, "features" or "latents".
         values: any shape, float16, bfloat16, float32 or float64.
-        coords: (N, 2) int64, x and y of the tiles (or regions) in level-0 px; None where there are none.
+        coords: (N, 2) int64, x and y of the tiles (or regions) in level-0 px; None where there are none. In
+            files for other tools they may be in µm, float32.
         metadata: metadata of a safetensors file.
-        values_attributes, coords_attributes: attributes of the two datasets of an h5 file.
+        values_attributes, coords_attributes, file_attributes: of the two datasets of an h5 file, and of the
+            file itself.
     """
 
     name: str
     values: torch.Tensor
-    coords: NDArray[np.int64] | None = None
+    coords: NDArray[Any] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
-    values_attributes: Mapping[str, str] = field(default_factory=dict)
+    values_attributes: Mapping[str, str | int | float] = field(default_factory=dict)
     coords_attributes: Mapping[str, str | int | float] = field(default_factory=dict)
+    file_attributes: Mapping[str, str | int | float] = field(default_factory=dict)
 
 
 class FormatModule(Protocol):

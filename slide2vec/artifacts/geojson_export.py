@@ -22,7 +22,7 @@ from slide2vec.tiling.outlines import tile_features, tissue_features
 from slide2vec.tiling.previous_files import recorded_masks
 from slide2vec.tiling.tile import tissue_again
 
-__all__ = ["AreasNotWritten", "WrittenAreas", "export_areas"]
+__all__ = ["AreasNotWritten", "WrittenAreas", "export_areas", "tiled_in"]
 
 _COORDINATES = ".coordinates.meta.json"
 #: What a file holds.
@@ -72,14 +72,9 @@ def export_areas(
         ArtifactError: the run has no coordinate files.
         OutputError: a file cannot be written.
     """
-    folder, target = as_path(run), as_path(output)
-    if folder.resolve() == target.resolve():
-        raise ConfigError(
-            f"--output {target} is the run itself, among whose files these would be: name another"
-        )
     done: list[WrittenAreas] = []
     failed: list[AreasNotWritten] = []
-    for place, directory, name in _tiled(folder, target):
+    for place, directory, name in tiled_in(as_path(run), as_path(output)):
         try:
             tiling, masks = load_coordinates(directory, name), recorded_masks(directory, name)
         except Slide2VecError as error:
@@ -99,12 +94,17 @@ def export_areas(
     return done, failed
 
 
-def _tiled(run: Path, output: Path) -> list[tuple[Path, Path, str]]:
+def tiled_in(run: Path, output: Path) -> list[tuple[Path, Path, str]]:
     """Where files go, where coordinate files are, and of which slides.
 
     Raises:
+        ConfigError: the output is the run itself.
         ArtifactError: there are none.
     """
+    if run.resolve() == output.resolve():
+        raise ConfigError(
+            f"--output {output} is the run itself, among whose files these would be: name another"
+        )
     found = [
         (output.joinpath(*folder.parts[len(run.parts) :]), folder / "tiles", name)
         for folder in tiling_folders(run)

@@ -18,6 +18,7 @@ def write(file: BinaryIO, content: FeatureFile) -> None:
     import h5py
 
     with h5py.File(file, "w") as target:
+        target.attrs.update(content.file_attributes)
         values = target.create_dataset(content.name, data=as_array(content), track_times=False)
         values.attrs.update(content.values_attributes)
         if content.coords is not None:

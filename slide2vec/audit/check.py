@@ -82,7 +82,7 @@ def audit_run(
         encoder: only of this one, by its name in the run.
         slides_dir: where slides are looked for, by their file names; None = where they were.
         trust_remote_code: let a preset that needs it run the Python code of its repository.
-        progress: is told of every slide.
+        progress: called with every slide.
 
     Returns:
         What `write_certificate` writes. Its "verdict" is "agrees", "differs", or "not audited" where no slide

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from slide2vec.choices import Precision, Runtime
+from slide2vec.choices import Precision, Runtime, learned_methods
 from slide2vec.cli.console import (
     Debug,
     Json,
@@ -48,6 +48,10 @@ COLUMNS = ("engine", "runtime", "precision", "tiles/s", "PyTorch", "times", "cos
 def build_engine(
     preset: Annotated[
         str | None, typer.Option("--preset", "-p", help="The encoder; see `slide2vec models`.")
+    ] = None,
+    segmenter: Annotated[
+        str | None,
+        typer.Option(help="In place of an encoder: a method of segmentation that is a network."),
     ] = None,
     every: Annotated[
         bool, typer.Option("--all", help="Every preset that can be compiled and whose weights are there.")
@@ -131,8 +135,8 @@ def build_engine(
     """
     from slide2vec.compile import BuildOptions, EngineStore
 
-    if (preset is None) == (not every):
-        raise ConfigError("build-engine takes either --preset NAME or --all")
+    if [preset is not None, segmenter is not None, every].count(True) != 1:
+        raise ConfigError("build-engine takes one of --preset NAME, --segmenter NAME and --all")
     options = BuildOptions(
         runtime=runtime,
         precision=precision,
@@ -164,6 +168,9 @@ def build_engine(
     if attention and patch_tokens:
         raise ConfigError("an engine is of attention maps or of patch tokens: give one of the two options")
     store = EngineStore(engines)
+    if segmenter is not None:
+        _print([_build_segmenter(segmenter, weights, seed, device, options, store)], {}, as_json)
+        return
     names = [preset] if preset else _compilable()
     built: list[StoredEngine] = []
     failed: dict[str, Exception] = {}
@@ -217,6 +224,37 @@ def _build(
     )
 
 
+def _build_segmenter(
+    name: str,
+    weights: str | None,
+    seed: int,
+    device: str | None,
+    options: BuildOptions,
+    store: EngineStore,
+) -> StoredEngine:
+    """An engine of a learned segmenter: its features are the logits of every pixel.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    from slide2vec.compile import build_engine
+    from slide2vec.compile.build import check_possible
+    from slide2vec.encoders import build_encoder
+    from slide2vec.recipes import segmenter_recipe
+    from slide2vec.runtime import pick_device
+
+    if name not in learned_methods():
+        raise ConfigError(f"--segmenter {name} is not one of {', '.join(learned_methods())}")
+    recipe, place = segmenter_recipe(name), pick_device(device)
+    check_possible(recipe, place, options)
+    note(f"loading {name} …")
+    network = build_encoder(recipe, recipe.variants[recipe.default_variant], weights, seed)
+    with _progress() as progress:
+        return build_engine(
+            network, recipe, recipe.default_variant, place, options, store=store, progress=progress
+        )
+
+
 def _of_patch_tokens(model: Model, kind: TokenKind) -> TileEmbedder:
     from slide2vec.encoders.patch_tokens import PatchTokenEncoder
     from slide2vec.images.token_engine import with_patch_tokens
@@ -241,13 +279,13 @@ def _progress() -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import Progress
 
-    told: set[str] = set()  # phases of TensorRT nest: each is told once
+    noted: set[str] = set()  # phases of TensorRT nest: each is noted once
     with Progress(console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task("", visible=False)
 
         def show(what: str, step: int, steps: int) -> None:
-            if what not in told:
-                told.add(what)
+            if what not in noted:
+                noted.add(what)
                 note(f"{what} …")
             bars.update(task, description=what, completed=step, total=steps or None, visible=steps > 0)
 

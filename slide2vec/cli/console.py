@@ -42,6 +42,7 @@ __all__ = [
     "Offline",
     "Overlap",
     "SegmentationDownsample",
+    "SegmentationWeights",
     "SlidesDir",
     "Sthresh",
     "TissueThreshold",
@@ -154,13 +155,20 @@ def _by_name(table: Choices[Any], *others: str) -> dict[str, Any]:
 
 BACKEND = _by_name(BACKENDS, "auto")
 FORMAT = _by_name(OUTPUT_FORMATS)
-EXPORT_FORMAT = _by_name(OUTPUT_FORMATS, "geojson")
+EXPORT_FORMAT = _by_name(OUTPUT_FORMATS, "geojson", "parquet", "zarr")
 Method = Annotated[
     SegmentationMethod | None,
     typer.Option(
         help="How tissue is distinguished from glass; auto finds any stain, and leaves pen out [hsv].",
         show_default=False,
         **_by_name(SEGMENTATION_METHODS),
+    ),
+]
+SegmentationWeights = Annotated[
+    str | None,
+    typer.Option(
+        help='Of methods that are networks: a file or directory, or "random"; by default from Hugging Face.',
+        show_default=False,
     ),
 ]
 SegmentationDownsample = Annotated[
@@ -181,7 +189,8 @@ Qc = Annotated[
     str | None,
     typer.Option(
         help="Measure background, blur, bubble, fold and pen in every tile, and leave out tiles with more: "
-        "pen=0.1,blur=0.5; or measure, which leaves none out.",
+        "pen=0.1,blur=0.5; or measure, which leaves none out. By a network: grandqc-artefact,spot=0.1, with "
+        "its weights=FILE.",
         show_default=False,
     ),
 ]
@@ -215,10 +224,14 @@ def given(**options: Any) -> dict[str, Any]:
 
 
 def tissue_options(
-    method: str | None, downsample: float | None, sthresh: int | None, min_piece: float | None
+    method: str | None,
+    downsample: float | None,
+    sthresh: int | None,
+    min_piece: float | None,
+    weights: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """`segmentation` and `filtering` of a PreprocessingConfig, from what was given of the options above."""
-    segmentation = {"method": method, "downsample": downsample, "sthresh": sthresh}
+    segmentation = {"method": method, "downsample": downsample, "sthresh": sthresh, "weights": weights}
     return {
         "segmentation": given(**segmentation),
         "filtering": {} if min_piece is None else {"a_t": min_piece},
@@ -229,11 +242,17 @@ def quality_limits(given: str | None) -> dict[str, Any]:
     """What `--qc` says, as fields of QualityConfig.
 
     Raises:
-        typer.BadParameter: it is neither "measure" nor shares of artefacts.
+        typer.BadParameter: it is neither "measure", a network, nor shares of artefacts.
     """
     found: dict[str, Any] = {}
     for part in (given or "").split(",") if given is not None else ():
         name, equals, share = part.strip().partition("=")
+        if not equals and name.startswith("grandqc"):
+            found |= {"measure": True, "method": name}
+            continue
+        if name == "weights":
+            found["weights"] = share
+            continue
         try:
             found |= (
                 {f"max_{name.strip()}": float(share)} if equals or name != "measure" else {"measure": True}

@@ -25,6 +25,7 @@ from slide2vec.cli.console import (
     Overlap,
     Qc,
     SegmentationDownsample,
+    SegmentationWeights,
     SlidesDir,
     Sthresh,
     TissueThreshold,
@@ -79,6 +80,7 @@ def embed(
     tissue_threshold: TissueThreshold = None,
     segmentation_method: Method = None,
     segmentation_downsample: SegmentationDownsample = None,
+    segmentation_weights: SegmentationWeights = None,
     sthresh: Sthresh = None,
     min_piece: MinPiece = None,
     qc: Qc = None,
@@ -164,7 +166,9 @@ def embed(
             tissue_threshold=tissue_threshold,
             masks=masks_option(masks),
         ),
-        **tissue_options(segmentation_method, segmentation_downsample, sthresh, min_piece),
+        **tissue_options(
+            segmentation_method, segmentation_downsample, sthresh, min_piece, segmentation_weights
+        ),
         qc=quality_limits(qc),
         preview=PreviewConfig(save_mask_preview=previews, save_tiling_preview=previews),
         on_bad_tile=on_bad_tile,

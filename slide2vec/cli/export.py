@@ -1,4 +1,4 @@
-"""`slide2vec export`: the embeddings of a run in another format or precision."""
+"""`slide2vec export`: the embeddings of a run in another format or precision, or as other tools have them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from slide2vec.cli.console import (
     stdout,
     table,
 )
+from slide2vec.errors import ConfigError
 from slide2vec.files import as_path
 
 if TYPE_CHECKING:
@@ -34,13 +35,22 @@ def export(
         str, typer.Option("--output", "-o", help="Directory (or URL) for the files; another one.")
     ],
     file_format: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--format",
-            help="h5 is what CLAM and TRIDENT read; geojson: tissue and tiles, for QuPath.",
+            help="h5 is what CLAM and TRIDENT read; geojson: tissue and tiles, for QuPath; parquet: tiles "
+            "and their quality.  [default: h5]",
+            show_default=False,
             **EXPORT_FORMAT,
         ),
-    ] = "h5",
+    ] = None,
+    layout: Annotated[
+        Literal["clam", "trident", "stamp", "lazyslide"] | None,
+        typer.Option(
+            help="The folders, formats and keys that one of these tools expects, in place of a format.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[
         Literal["fp16", "fp32"] | None,
         typer.Option(help="Of the embeddings; by default as they are.", show_default=False),
@@ -52,39 +62,50 @@ def export(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write the embeddings of a run in another format, or its tissue and tiles as GeoJSON.
+    """Write the embeddings of a run in another format or for another tool, or its tissue and tiles.
 
     Of a run with several encoders the folders are as in the run; with --encoder, those of that one alone.
     h5 and safetensors files hold the tiles' coordinates too, from the run's tiles/. A slide that
     cannot be exported does not stop the others; the exit status is then 1.
     """
     run_dir, output_dir = as_path(run), as_path(output)
-    if file_format == "geojson":
-        _export_areas(run_dir, output_dir, as_json=as_json)
+    if layout is not None and file_format is not None:
+        raise ConfigError(f"--layout {layout} has its own formats: leave out --format {file_format}")
+    if file_format in ("geojson", "parquet"):
+        _export_areas(run_dir, output_dir, file_format, as_json=as_json)
         return
-    from slide2vec.artifacts.export import export_run
+    if layout is not None or file_format == "zarr":
+        from slide2vec.layouts import export_layout
 
-    done, failed = export_run(run_dir, output_dir, cast("OutputFormat", file_format), dtype, encoder=encoder)
+        done, failed = export_layout(run_dir, output_dir, layout or "zarr", dtype, encoder=encoder)
+    else:
+        from slide2vec.artifacts.export import export_run
+
+        known = cast("OutputFormat", file_format or "h5")
+        done, failed = export_run(run_dir, output_dir, known, dtype, encoder=encoder)
     if as_json:
         print_json(
             {
                 "run": run_dir,
                 "output_dir": output_dir,
-                "format": file_format,
+                "format": None if layout else file_format or "h5",
+                "layout": layout,
                 "exported": [asdict(item) for item in done],
                 "failed": [_as_json(item) for item in failed],
             }
         )
     else:
-        _print(done, failed, output_dir)
-    if failed:
+        _print(done, failed, output_dir, tree=layout is not None)
+    if not done or not all(item.left_out for item in failed):
         raise typer.Exit(1)
 
 
-def _export_areas(run_dir: Path, output_dir: Path, *, as_json: bool) -> None:
-    from slide2vec.artifacts.geojson_export import export_areas
-
-    done, failed = export_areas(run_dir, output_dir)
+def _export_areas(run_dir: Path, output_dir: Path, file_format: str, *, as_json: bool) -> None:
+    if file_format == "geojson":
+        from slide2vec.artifacts.geojson_export import export_areas as write
+    else:
+        from slide2vec.artifacts.parquet_export import export_tiles as write
+    done, failed = write(run_dir, output_dir)
     if as_json:
         wrong = [
             {"sample_id": item.sample_id, "what": item.what, "error": str(item.error)} for item in failed
@@ -93,7 +114,7 @@ def _export_areas(run_dir: Path, output_dir: Path, *, as_json: bool) -> None:
             {
                 "run": run_dir,
                 "output_dir": output_dir,
-                "format": "geojson",
+                "format": file_format,
                 "exported": [asdict(item) for item in done],
                 "failed": wrong,
             }
@@ -102,15 +123,17 @@ def _export_areas(run_dir: Path, output_dir: Path, *, as_json: bool) -> None:
         for what in ("tissue", "tiles"):
             made = [item for item in done if item.what == what]
             areas = sum(item.count for item in made)
-            stdout().print(f"{what}: {areas:,} areas of {len(made):,} slides in {output_dir / what}/")
+            if made or file_format == "geojson":
+                stdout().print(f"{what}: {areas:,} areas of {len(made):,} slides in {output_dir / what}/")
         for item in failed:
             print_error(f"{item.what} of {item.sample_id} not exported: {item.error}")
     if failed:
         raise typer.Exit(1)
 
 
-def _as_json(item: NotExported) -> dict[str, str]:
+def _as_json(item: NotExported) -> dict[str, object]:
     return {
+        "left_out": item.left_out,
         "sample_id": item.sample_id,
         "encoder": item.encoder,
         "kind": item.kind,
@@ -119,7 +142,7 @@ def _as_json(item: NotExported) -> dict[str, str]:
     }
 
 
-def _print(done: Sequence[Exported], failed: Sequence[NotExported], output: Path) -> None:
+def _print(done: Sequence[Exported], failed: Sequence[NotExported], output: Path, *, tree: bool) -> None:
     from rich.text import Text
 
     from slide2vec.cli.outcome import MOST_ROWS
@@ -133,7 +156,7 @@ def _print(done: Sequence[Exported], failed: Sequence[NotExported], output: Path
         if len(done) > MOST_ROWS:
             console.print(Text(f"… and {len(done) - MOST_ROWS:,} more", "dim"))
         console.print()
-        console.print(facts(_places(done, output)))
+        console.print(facts([("written to", f"{output}/")] if tree else _places(done, output)))
     if failed:
         console.print()
         console.print(Text(f"{len(failed):,} not exported", "bold red"))

@@ -16,6 +16,7 @@ from slide2vec.cli.console import (
     Method,
     MinPiece,
     SegmentationDownsample,
+    SegmentationWeights,
     Sthresh,
     facts,
     print_json,
@@ -51,6 +52,7 @@ def info(
     ] = 0.01,
     segmentation_method: Method = None,
     segmentation_downsample: SegmentationDownsample = None,
+    segmentation_weights: SegmentationWeights = None,
     sthresh: Sthresh = None,
     min_piece: MinPiece = None,
     spacing_at_level_0: Annotated[
@@ -72,7 +74,9 @@ def info(
         requested_spacing_um=spacing or (recipe.default_spacing_um if recipe else USUAL_SPACING_UM),
         requested_tile_size_px=tile_size or (recipe.tile_size_px if recipe else USUAL_TILE_PX),
         tissue_threshold=tissue_threshold,
-        **tissue_options(segmentation_method, segmentation_downsample, sthresh, min_piece),
+        **tissue_options(
+            segmentation_method, segmentation_downsample, sthresh, min_piece, segmentation_weights
+        ),
     )
     found = _look(as_slide(slide, spacing_at_level_0), config)
     if as_json:

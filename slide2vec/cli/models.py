@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -31,7 +31,7 @@ def models(
 
     recipes = [load_recipe(name)] if name else [load_recipe(each) for each in list_models(level)]
     if as_json:
-        content = [_as_json(recipe) for recipe in recipes]
+        content = [{**each.model_dump(mode="json"), "checked": _checked(each)} for each in recipes]
         print_json(content[0] if name else content)
         return
     if name:
@@ -80,10 +80,6 @@ def _is_registered(recipe: Recipe) -> bool:
     return recipe.encoder.family == "registered"
 
 
-def _params(recipe: Recipe) -> str:
-    return f"{recipe.params_m:,.0f} M" if recipe.params_m else "none"
-
-
 def _spacing_range(recipe: Recipe) -> str:
     known = recipe.spacing_um
     return f"{min(known):g}-{max(known):g}" if len(known) > 1 else _spacings(recipe)
@@ -128,7 +124,8 @@ def _details(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "", "the rest is known when it is built"
         return
     work = f", {recipe.gflops:.4g} GFLOP per tile" if recipe.level == "tile" else ""
-    yield "size", f"{_params(recipe)} parameters{work}"
+    parameters = f"{recipe.params_m:,.0f} M" if recipe.params_m else "none"
+    yield "size", f"{parameters} parameters{work}"
     if recipe.params_m:
         yield "memory", ", ".join(f"{_memory(recipe, bits)} in {name}" for name, bits in _PRECISIONS.items())
     on_cpu = "" if recipe.encoder.arch == "prism2" else ", fp32 on a CPU"
@@ -207,7 +204,3 @@ def _transform(recipe: Recipe) -> str:
 def _compiling(recipe: Recipe) -> str:
     can = "possible" if recipe.compile else "not possible"
     return f"{can}: {recipe.compile_note}" if recipe.compile_note else can
-
-
-def _as_json(recipe: Recipe) -> dict[str, Any]:
-    return {**recipe.model_dump(mode="json"), "checked": _checked(recipe)}

@@ -22,6 +22,7 @@ from slide2vec.cli.console import (
     Offline,
     Overlap,
     SegmentationDownsample,
+    SegmentationWeights,
     SlidesDir,
     Sthresh,
     TissueThreshold,
@@ -86,6 +87,7 @@ def plan(
     tissue_threshold: TissueThreshold = None,
     segmentation_method: Method = None,
     segmentation_downsample: SegmentationDownsample = None,
+    segmentation_weights: SegmentationWeights = None,
     sthresh: Sthresh = None,
     min_piece: MinPiece = None,
     slides_dir: SlidesDir = None,
@@ -136,7 +138,9 @@ def plan(
             overlap=overlap,
             tissue_threshold=tissue_threshold,
         ),
-        **tissue_options(segmentation_method, segmentation_downsample, sthresh, min_piece),
+        **tissue_options(
+            segmentation_method, segmentation_downsample, sthresh, min_piece, segmentation_weights
+        ),
     )
     execution = ExecutionOptions(
         engine=engine, precision=precision, batch_size=batch_size, encoders_gb=encoders_gb

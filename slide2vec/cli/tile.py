@@ -21,6 +21,7 @@ from slide2vec.cli.console import (
     Overlap,
     Qc,
     SegmentationDownsample,
+    SegmentationWeights,
     SlidesDir,
     Sthresh,
     TissueThreshold,
@@ -66,6 +67,7 @@ def tile(
     tissue_threshold: TissueThreshold = None,
     segmentation_method: Method = None,
     segmentation_downsample: SegmentationDownsample = None,
+    segmentation_weights: SegmentationWeights = None,
     sthresh: Sthresh = None,
     min_piece: MinPiece = None,
     qc: Qc = None,
@@ -115,7 +117,9 @@ def tile(
             tissue_threshold=tissue_threshold,
             masks=masks_option(masks),
         ),
-        **tissue_options(segmentation_method, segmentation_downsample, sthresh, min_piece),
+        **tissue_options(
+            segmentation_method, segmentation_downsample, sthresh, min_piece, segmentation_weights
+        ),
         qc=quality_limits(qc),
         preview=PreviewConfig(save_mask_preview=previews, save_tiling_preview=previews),
     )

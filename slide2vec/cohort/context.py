@@ -201,7 +201,8 @@ class Cohort:
         # Metadata mean that all is there: a process that is killed must leave neither coordinates of an
         # unknown state of the slide, nor its record beside coordinates of another state.
         remove(coordinate_paths(folder, tiling.sample_id)[1])
-        entered = {"coordinates": files.content, "remarks": remarks or None, "qc": qc}
+        entered: dict[str, Any] = {"coordinates": files.content, "remarks": remarks or None, "qc": qc}
+        entered["segmenter"] = tiling.recorded.segmentation.checkpoint
         masks = None if tiling.strategy is None else self.config.masks.identity(tiling.sample_id)
         record_source(folder, tiling.sample_id, {**entered, "masks": masks})
         return write_coordinates(folder, tiling.recorded)

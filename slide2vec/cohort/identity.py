@@ -31,6 +31,8 @@ from slide2vec.slides import Slide
 from slide2vec.stream import coordinates_dir
 from slide2vec.stream.slide_identity import Identities, SlideIdentity
 from slide2vec.tiling import Tiling, load_coordinates
+from slide2vec.tiling.previous_files import recorded_qc
+from slide2vec.tiling.tissue_methods import checkpoint_of
 
 __all__ = ["CompletedArtifacts", "compatibility", "difference", "encoder_identity"]
 
@@ -93,10 +95,13 @@ def _geometry(slide: Slide, config: PreprocessingConfig, given: Tiling | None) -
         return {**asked, "coordinates": _digest(given)}
     if config.masks.by_class:
         asked["masks"] = config.masks.identity(slide.sample_id)
-    measured = {"qc": config.qc.model_dump(mode="json")} if config.qc.on else {}
+    measured = {"qc": recorded_qc(config.qc)} if config.qc.on else {}
+    checkpoint = None if slide.mask_path is not None else checkpoint_of(config.segmentation)
+    found_by = {} if checkpoint is None else {"segmenter": checkpoint}
     return {
         **asked,
         **measured,
+        **found_by,
         "tolerance": config.tolerance,
         "overlap": config.overlap,
         "tissue_threshold": config.tissue_threshold,

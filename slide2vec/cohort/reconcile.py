@@ -16,6 +16,7 @@ from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import ConfigError
 from slide2vec.slides import Slide
 from slide2vec.tiling.previous_settings import (
+    CHECKPOINT,
     PreviousTiles,
     any_previous,
     differences,
@@ -231,6 +232,8 @@ def _take_over(
                 "directory"
             )
         given = given_options(config, slide) | {"mask_path"}
+        if others and method == config.segmentation.method:
+            given = given | {CHECKPOINT}
         if slide.spacing_at_level_0 is not None:
             given = given | {"spacing_at_level_0"}
         differing = differences(earlier, slide, config)

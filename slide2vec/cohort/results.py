@@ -14,12 +14,17 @@ from slide2vec.artifacts import (
     PatientEmbeddingArtifact,
     SlideEmbeddingArtifact,
     TileEmbeddingArtifact,
+    load_stored,
 )
+from slide2vec.errors import ArtifactError, ConfigError
 from slide2vec.files import as_path
+from slide2vec.frames import SlideFrame, anndata_of, spatialdata_of
 from slide2vec.progress import RunSummary, in_turn, of_encoders
 
 if TYPE_CHECKING:
+    import anndata
     import pandas
+    import spatialdata
 
 __all__ = ["Artifact", "FailedPatient", "FailedSlide", "RunResult", "Stage"]
 
@@ -135,6 +140,48 @@ class RunResult:
             summary=summary,
             encoders=dict(encoders),
         )
+
+    def to_anndata(self, sample_ids: Sequence[str] | None = None) -> anndata.AnnData:
+        """The tiles of the run's slides as one AnnData, read from the artifacts, all in memory at once.
+        `EmbeddedSlide.to_anndata` says what is in it; `uns["slides"]` has a row for each slide.
+
+        Args:
+            sample_ids: only of these slides ("tumor/a" of a class); None = of all.
+
+        Raises:
+            ArtifactError: the run has no tile embeddings, or none of a slide that is asked for, or they
+                cannot be read.
+            ConfigError: the run has several encoders: ask `result.encoders[name]`.
+            ExtraMissingError: anndata is not installed (extra `anndata`).
+        """
+        return anndata_of(self._frames(sample_ids))
+
+    def to_spatialdata(self, sample_ids: Sequence[str] | None = None) -> spatialdata.SpatialData:
+        """The tiles of the run's slides as one SpatialData: `shapes["<sample_id>_tiles"]`, squares in level-0
+        px, each in a coordinate system called as the slide, and a table "embeddings", as of `to_anndata`.
+
+        Args:
+            sample_ids: as for `to_anndata`.
+
+        Raises:
+            ArtifactError, ConfigError: as `to_anndata`.
+            ExtraMissingError: spatialdata is not installed (extra `spatialdata`).
+        """
+        return spatialdata_of(self._frames(sample_ids))
+
+    def _frames(self, sample_ids: Sequence[str] | None) -> list[SlideFrame]:
+        if len(self.encoders) > 1:
+            raise ConfigError(
+                f"the run has embeddings of {', '.join(self.encoders)}: take one, result.encoders[name]"
+            )
+        there = {artifact.name: artifact for artifact in self.tile_artifacts}
+        if not there:
+            raise ArtifactError(
+                "the run has no tile embeddings; models of slides write them with save_tile_embeddings=True"
+            )
+        if unknown := [name for name in sample_ids or () if name not in there]:
+            raise ArtifactError(f"the run has no tile embeddings of {', '.join(unknown)}")
+        return [_frame(there[name]) for name in (there if sample_ids is None else sample_ids)]
 
     def with_failed(self, errors: Mapping[str, Exception], stage: Stage) -> RunResult:
         """The result of a run some of whose slides failed at what came after their embeddings.
@@ -300,4 +347,22 @@ def _html_row(row: tuple[str, dict[str, Any]], several: bool) -> str:
         f"<tr{colour}>"
         + "".join(f'<td style="text-align:left">{escape(str(c))}</td>' for c in cells)
         + "</tr>"
+    )
+
+
+def _frame(artifact: TileEmbeddingArtifact) -> SlideFrame:
+    """Raises ArtifactError where the run has no coordinates of the slide any more."""
+    stored = load_stored(artifact)
+    if stored.coords is None or stored.tile_size_lv0 is None:
+        raise ArtifactError(f"slide {artifact.name}: the run has no coordinates of its tiles")
+    kept = ("image_path", "annotation", "requested_spacing_um", "requested_tile_size_px", "encoder_name")
+    fractions = stored.tissue_fractions
+    return SlideFrame(
+        sample_id=artifact.name,
+        features=stored.features.float().numpy(),
+        x=stored.coords[:, 0],
+        y=stored.coords[:, 1],
+        tile_size_lv0=stored.tile_size_lv0,
+        columns={} if fractions is None else {"tissue_fraction": fractions},
+        about={name: stored.metadata.get(name) for name in kept},
     )

@@ -87,7 +87,9 @@ class MergedProcessList:
     def not_run(self) -> tuple[str, ...]:
         """Shards without a list, as long as slides are missing: later all is in the common list."""
         counts = {shard.split("/")[1] for shard in self.by_shard} if self.missing else set()
-        every = (f"{number}/{count}" for count in sorted(counts, key=int) for number in _up_to(count))
+        every = (
+            f"{number}/{count}" for count in sorted(counts, key=int) for number in range(1, int(count) + 1)
+        )
         return tuple(shard for shard in every if shard not in self.by_shard)
 
     @property
@@ -100,10 +102,6 @@ class MergedProcessList:
                 if times[name] > 1:
                     where[name].append(shard)
         return {name: tuple(shards) for name, shards in where.items()}
-
-
-def _up_to(count: str) -> range:
-    return range(1, int(count) + 1)
 
 
 def merged_process_list(output_dir: Path) -> MergedProcessList:

@@ -274,7 +274,7 @@ def run_side_by_side(
         tasks: of each encoder, called with its part in the slides.
         slides: that each encoder will plan, in one order that they have in common.
         execution: says where slides are staged, if they are.
-        reporter: is told of all of them.
+        reporter: gets the events of all of them.
 
     Raises:
         OutputError: one of them cannot write a file; the others are stopped.

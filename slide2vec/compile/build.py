@@ -339,7 +339,8 @@ class _Build:
             speed = self._speed(engine, pixels)
         finally:
             engine.close()
-        return replace(record, parity=_as_json(parity), speed=speed, build_seconds=self._seconds())
+        compared = {**asdict(parity), "batch_sizes": list(parity.batch_sizes)}
+        return replace(record, parity=compared, speed=speed, build_seconds=self._seconds())
 
     def _seconds(self) -> float:
         return round(time.perf_counter() - self.started, 1)
@@ -395,10 +396,6 @@ class _Build:
         """Tiles/s of the engine and, in the same minute, of PyTorch in the same precision."""
         self.progress("measuring", 0, 0)
         return beside_torch(engine, self.encoder, self.recipe, pixels, self.plan.profile.opt)
-
-
-def _as_json(parity: Parity) -> dict[str, Any]:
-    return {**asdict(parity), "batch_sizes": list(parity.batch_sizes)}
 
 
 def _empty(folder: Path) -> None:

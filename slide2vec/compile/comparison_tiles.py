@@ -41,6 +41,8 @@ def tissue_pixels(recipe: Recipe, count: int, slide: Path | None = None) -> Tens
         EngineError: it has too little tissue.
     """
     spacing, size = recipe.default_spacing_um or SPACING_UM, recipe.tile_size_px
+    if recipe.encoder.family == "segmentation":  # at 10 µm/px no slide has so many tiles
+        spacing = SPACING_UM
     tiles = _generated(spacing, size, count) if slide is None else _tiles_of(slide, spacing, size, count)
     return TorchPreparer(recipe.transform, torch.device("cpu"), "uint8_nhwc").prepare(tiles)
 

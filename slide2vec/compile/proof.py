@@ -116,7 +116,8 @@ def prove(
     Raises:
         EngineError: the engine does not run.
     """
-    logger.info("engine %s is used for the first time on %s: comparing it", engine.name, _gpu(loaded))
+    gpu = torch.cuda.get_device_name(loaded.device)
+    logger.info("engine %s is used for the first time on %s: comparing it", engine.name, gpu)
     parity = parity_of(engine, loaded)
     if encoder is not None and recipe is not None and not parity.problem():
         speed = _timed(engine, loaded, encoder, recipe)
@@ -164,10 +165,6 @@ def write_proof(engine: StoredEngine, device: torch.device, parity: Parity, spee
 def proven(engine: StoredEngine, proof: Proof) -> StoredEngine:
     """The engine as it is on the GPU of a proof: with parity and speed there."""
     return replace(engine, record=replace(engine.record, parity=proof.parity, speed=proof.speed))
-
-
-def _gpu(loaded: Engine) -> str:
-    return torch.cuda.get_device_name(loaded.device)
 
 
 def _timed(engine: StoredEngine, loaded: Engine, encoder: nn.Module, recipe: Recipe) -> dict[str, float]:

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 #: The variable that names another folder than the user's cache.
 VARIABLE = "SLIDE2VEC_ENGINES"
 LICENCE_NAME = "LICENCE.txt"
-#: The folder of what users of this store were told, a file each.
+#: The folder of the notes that users of this store have seen, a file each.
 NOTES = ".notes"
 _LICENCE = """\
 {preset}: {licence}

@@ -19,6 +19,7 @@ from slide2vec.choices import (
     Backend,
     PreparerChoice,
     SegmentationMethod,
+    learned_methods,
 )
 from slide2vec.config.execution import ExecutionOptions, shard_numbers
 from slide2vec.config.frozen import FrozenConfig
@@ -63,11 +64,16 @@ class SegmentationConfig(FrozenConfig):
         method: "hsv", "otsu" and "threshold" are HS2P's: colours in the range of stained tissue; saturation
             above Otsu's threshold; above `sthresh`. "auto" compares with the light through the slide's own
             glass, at 8 µm/px: any stain, pale tissue, tinted glass, fluorescence, without pen; it takes no
-            other option.
+            other option. "hest", "grandqc", "grandqc-artefact" (at 1.5 µm/px; "-1um", "-2um") and "sam2" are
+            networks (docs/tissue.md), and take weights and device.
         downsample: of the level on which tissue is looked for, about.
         sthresh, sthresh_up: saturation from and to which "threshold" takes tissue, 0 to 255.
         mthresh: side of the median kernel of "otsu" and "threshold", px, odd.
         close: side of the kernel that closes gaps, px.
+        weights: of a network: a file or directory; "random" to try it (what it finds means nothing); None =
+            those published, from the Hugging Face hub.
+        device: that a network runs on, "cpu" or "cuda:1"; None = the device of a worker's encoder, else a GPU
+            where there is one.
     """
 
     method: Annotated[SegmentationMethod, PlainValidator(SEGMENTATION_METHODS.checked)] = "hsv"
@@ -76,6 +82,9 @@ class SegmentationConfig(FrozenConfig):
     sthresh_up: GrayLevel = 255
     mthresh: Annotated[int, Field(gt=0, description="odd median kernel")] = 7
     close: Annotated[int, Field(ge=0)] = 4
+    # Not what decides where tissue is: the digest of the weights is, wherever they are.
+    weights: Annotated[str | Path | None, Field(exclude=True)] = None
+    device: Annotated[str | None, Field(exclude=True)] = None
 
     @field_validator("mthresh")
     @classmethod
@@ -88,6 +97,13 @@ class SegmentationConfig(FrozenConfig):
     def _segmenters_decide_themselves(self) -> Self:
         others = [name for name in type(self).model_fields if name != "method"]
         changed = [name for name in others if getattr(self, name) != type(self).model_fields[name].default]
+        for name in ("weights", "device"):
+            if name in changed and self.method not in learned_methods():
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} is for methods that are networks, "
+                    f"{', '.join(learned_methods())}; {self.method} has none"
+                )
+        changed = [name for name in changed if name not in ("weights", "device")]
         if self.method not in _WITH_OPTIONS and changed:
             name = changed[0]
             raise ConfigError(
@@ -125,17 +141,43 @@ class QualityConfig(FrozenConfig):
 
     Attributes:
         measure: write what was measured into the coordinate files; a limit measures, too.
+        method: "classical", or GrandQC's network at 1.5, 1 or 2 µm/px (docs/tissue.md).
         max_background, max_bubble, max_fold, max_pen: the largest share of a tile that is kept, 0 to 1; None
             keeps all.
         max_blur: the same, of its tissue.
+        max_spot: the same of dark spots and foreign objects, which only a network finds.
+        weights: of the network, as `SegmentationConfig.weights`.
+        device: that it runs on, as `SegmentationConfig.device`.
     """
 
     measure: bool = False
+    method: Literal["classical", "grandqc-artefact", "grandqc-artefact-1um", "grandqc-artefact-2um"] = (
+        "classical"
+    )
     max_background: Fraction | None = None
     max_blur: Fraction | None = None
     max_bubble: Fraction | None = None
     max_fold: Fraction | None = None
     max_pen: Fraction | None = None
+    max_spot: Fraction | None = None
+    weights: Annotated[str | Path | None, Field(exclude=True)] = None
+    device: Annotated[str | None, Field(exclude=True)] = None
+
+    @model_validator(mode="after")
+    def _a_network_for_what_is_its_own(self) -> Self:
+        for name in ("max_spot", "weights", "device"):
+            if self.method == "classical" and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} is for a network, and method is {self.method}: say "
+                    'method="grandqc-artefact", or leave it out'
+                )
+        return self
+
+    def network(self) -> SegmentationConfig | None:
+        """The segmenter that finds the artefacts; None where none does."""
+        if self.method == "classical":
+            return None
+        return SegmentationConfig(method=self.method, weights=self.weights, device=self.device)
 
     @property
     def on(self) -> bool:
@@ -312,6 +354,15 @@ class PreprocessingConfig(FrozenConfig):
             )
         except ConfigError as error:
             raise ManifestError(f"slide {sample_id}: {error}") from None
+
+    def on_device(self, device: str) -> Self:
+        """With networks that find tissue or artefacts on a device, where nobody says another."""
+        made: dict[str, Any] = {}
+        if self.segmentation.method in learned_methods() and self.segmentation.device is None:
+            made["segmentation"] = self.segmentation.updated(device=device)
+        if self.qc.network() is not None and self.qc.device is None:
+            made["qc"] = self.qc.updated(device=device)
+        return self.updated(**made).set_only(self.model_fields_set) if made else self
 
     @model_validator(mode="after")
     def _tiles_that_are_there_are_not_measured(self) -> Self:

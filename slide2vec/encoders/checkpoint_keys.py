@@ -108,6 +108,11 @@ BEIT3: Rules = (
     (r"^(vit\.blocks\.\d+)\.ffn\.A\.ffn_layernorm\.", r"\1.mlp.norm."),
     (r"^(vit\.blocks\.\d+)\.ffn\.A\.", r"\1.mlp."),
 )
+#: SAM 2 calls the layers of its transformer's perceptrons by their numbers.
+SAM2: Rules = (
+    (r"^(image_encoder\.trunk\.blocks\.\d+\.mlp)\.layers\.0\.", r"\1.fc1."),
+    (r"^(image_encoder\.trunk\.blocks\.\d+\.mlp)\.layers\.1\.", r"\1.fc2."),
+)
 #: Rows of BEiT-3's position table that are never used (it counts from 2, as fairseq does).
 BEIT3_UNUSED_ROWS = 2
 
@@ -278,5 +283,6 @@ RENAMES: Mapping[str, Callable[[State, EncoderSpec], State]] = MappingProxyType(
         "lora": lora,
         "keep": _by(KEEP),
         "mettle": _by(METTLE),
+        "sam2": _by(SAM2),
     }
 )

@@ -142,7 +142,7 @@ def brought_encoder(recipe: Recipe, variant: Variant, weights: object) -> Brough
 
 
 def _constructed(found: Registered, variant: str, more: Mapping[str, Any]) -> BaseEncoder:
-    """An instance of the class, which has `allow_non_recommended_settings` where it can be told."""
+    """An instance of the class, which is given `allow_non_recommended_settings` where it takes that."""
     taken = inspect.signature(found.encoder).parameters
     given = {"output_variant": variant, **more}
     if "allow_non_recommended_settings" in taken:

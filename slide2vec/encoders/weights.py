@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from slide2vec.encoders.checkpoint_keys import PUBLISHED
 from slide2vec.encoders.checkpoints import convert
+from slide2vec.encoders.pickled_modules import state_of_pickled_module
 from slide2vec.encoders.published_files import check_download, check_own_file
 from slide2vec.encoders.wrapped import fitting, unwrapped
 from slide2vec.errors import GatedWeightsError, WeightsError
@@ -349,7 +351,17 @@ def _unpickled(path: Path) -> object:
             check_sums(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        if isinstance(error, UnpicklingError) and (module := _of_module(path)) is not None:
+            return module
         raise WeightsError(f"weights file {path} cannot be read: {_first_line(error)}") from error
+
+
+def _of_module(path: Path) -> dict[str, Tensor] | None:
+    """The weights of a file that holds a whole module; None where it does not."""
+    try:
+        return state_of_pickled_module(path)
+    except Exception:  # of damaged files any; what is wrong was found out before
+        return None
 
 
 def _tensors(content: object, path: Path) -> dict[str, Tensor]:

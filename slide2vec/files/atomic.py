@@ -14,7 +14,7 @@ from typing import Any
 from slide2vec.errors import OutputError
 from slide2vec.files.remote import as_os_errors, is_remote, upload
 
-__all__ = ["READING_ARRAYS", "atomic_path", "remove", "remove_partial"]
+__all__ = ["READING_ARRAYS", "atomic_folder", "atomic_path", "remove", "remove_partial"]
 
 #: Held while headers of NumPy's arrays are read. NumPy parses them with `ast`, whose counter of nesting is
 #: shared by all threads (in Python 3.11, at least): where a garbage collection lets in another thread that
@@ -64,6 +64,32 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
         folder.rmdir()
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder's temporary name beside `path`, for the block to make; renamed to `path` when the block ends,
+    removed if the block fails. A folder that is there is moved aside first: between the two there is none.
+
+    Raises:
+        OutputError: for any OSError on the way: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        holder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.stem[:64]}.", suffix=_SUFFIX))
+        try:
+            yield holder / path.name
+            for file in filter(Path.is_file, (holder / path.name).rglob("*")):
+                _flush(file)
+            if path.exists():
+                path.replace(holder / "former")
+            (holder / path.name).replace(path)
+        finally:
+            shutil.rmtree(holder, ignore_errors=True)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError.of(path, error) from error
 
 
 def _flush(path: Path) -> None:

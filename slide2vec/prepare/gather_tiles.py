@@ -57,7 +57,8 @@ def gather_by_kernel(
     ratio, rest = divmod(side, size)
     first, weights = area_taps(side, size, device) if rest else (on_device, on_device)
     grid = (-(-size * size * 3 // _BLOCK), len(targets))
-    _kernel()[grid](
+    gather = import_module("slide2vec.prepare.triton_kernel").gather
+    gather[grid](
         pixels,
         on_device,
         first,
@@ -73,10 +74,6 @@ def gather_by_kernel(
         block=_BLOCK,
         enable_fp_fusion=False,
     )
-
-
-def _kernel() -> Any:
-    return import_module("slide2vec.prepare.triton_kernel").gather
 
 
 def _addresses(targets: Sequence[Any]) -> list[int]:

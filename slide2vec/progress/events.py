@@ -117,10 +117,10 @@ class RunSummary:
         return f"{self.watt_hours:.3g} Wh by {self.measured_by}{': ' if rates else ''}{rates}"
 
     def _read_by(self) -> str:
-        roads = ", ".join(
-            f"{road} ({count:,} tile{'' if count == 1 else 's'})" for road, count in self.roads.items()
+        ways = ", ".join(
+            f"{name} ({count:,} tile{'' if count == 1 else 's'})" for name, count in self.roads.items()
         )
-        return f"; read by {roads}" if roads else ""
+        return f"; read by {ways}" if ways else ""
 
     def _readings(self) -> str:
         if len(self.readings) < 2:

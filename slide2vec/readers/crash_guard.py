@@ -20,7 +20,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import IO, Any
 
 from slide2vec.errors import BackendError
 from slide2vec.readers.probe import Probe
@@ -181,14 +180,11 @@ def serve() -> None:
     replies = os.dup(1)
     os.dup2(2, 1)  # libraries may print
     while head := sys.stdin.buffer.read(_LENGTH.size):
-        module, reader, probe = _received(sys.stdin.buffer, _LENGTH.unpack(head)[0])
+        message = sys.stdin.buffer.read(_LENGTH.unpack(head)[0])
+        module, reader, probe = pickle.loads(message)  # from the process that started this one
         with contextlib.suppress(Exception):  # the parent raises it again
             _touch(module, reader, probe)
         os.write(replies, b".")
-
-
-def _received(stream: IO[bytes], length: int) -> Any:
-    return pickle.loads(stream.read(length))  # from the process that started this one
 
 
 def _touch(module: str, reader: str, probe: Probe) -> None:

@@ -147,10 +147,10 @@ class NvimgcodecDecoder:
                 images = memory.images[: len(streams)]
                 found: Sequence[Any] = self._decoder.decode(streams, images=images, **more)
             except (TypeError, ValueError) as error:
-                self._writes_there = self._told(error)
+                self._writes_there = self._warned(error)
             else:
                 if self._writes_there is None and any(found):
-                    self._writes_there = _is_in(memory.pixels, found) or self._told("it wrote elsewhere")
+                    self._writes_there = _is_in(memory.pixels, found) or self._warned("it wrote elsewhere")
                 if self._writes_there is not False:
                     return found
         found = self._decoder.decode(streams, **more)
@@ -162,7 +162,7 @@ class NvimgcodecDecoder:
                 memory.pixels[slot, :height, :width].copy_(self._torch.as_tensor(pixels))
         return found
 
-    def _told(self, why: object) -> bool:
+    def _warned(self, why: object) -> bool:
         logger.warning(
             "nvImageCodec does not decode into memory of %s that it is given, which costs time (%s)",
             self._device,

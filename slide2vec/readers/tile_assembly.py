@@ -133,6 +133,7 @@ class TileAssembler:
         #: Notified once for all tiles that a thread has decoded for others, too.
         self._decoded = threading.Condition(self._lock)
         self._kept: OrderedDict[_Key, _SharedTile] = OrderedDict()
+        self._kept_bytes = 0
         self._working: dict[_Key, _SharedTile] = {}
         #: How often tiles will still be asked for, where that was said and is more than once.
         self._uses: dict[_Key, int] = {}
@@ -199,8 +200,7 @@ class TileAssembler:
     @property
     def kept_bytes(self) -> int:
         """Of the tiles that are kept."""
-        with self._lock:
-            return sum(self._size(level, ratio) for level, _, ratio in self._kept) if self._uses else 0
+        return self._kept_bytes if self._uses else 0
 
     def reduces(self, level: int, x: int, y: int, ratio: int) -> bool:
         """Whether a box that begins there has no averaged cell that reaches over two tiles."""
@@ -255,8 +255,8 @@ class TileAssembler:
         left = self._uses.get(key, 1) - 1
         if left > 0:
             self._uses[key] = left
-        elif self._uses.pop(key, None) is not None:
-            self._kept.pop(key, None)
+        elif self._uses.pop(key, None) is not None and self._kept.pop(key, None) is not None:
+            self._kept_bytes -= self._size(*key)
         return left > 0
 
     def _decode(
@@ -298,16 +298,17 @@ class TileAssembler:
                 tile.is_over = True
                 if tile.pixels is not None and (not place.is_whole or key in self._uses):
                     self._kept[key] = tile
+                    self._kept_bytes += self._size(*key)
             if reserved:
                 self._decoded.notify_all()
-            self._shrink(level, ratio)
+            self._shrink()
 
-    def _shrink(self, level: int, ratio: int) -> None:
+    def _shrink(self) -> None:
         most = EXPECTED_BYTES if self._uses else KEPT_BYTES
-        while len(self._kept) > max(1, most // self._size(level, ratio)):
-            self._kept.popitem(last=False)
+        while self._kept_bytes > most and len(self._kept) > 1:
+            self._kept_bytes -= self._size(*self._kept.popitem(last=False)[0])
 
-    def _size(self, level: int, ratio: int) -> int:
+    def _size(self, level: int, tile: int, ratio: int) -> int:
         """Bytes of a tile that is kept."""
         form = self._tiles.format(level)
         return form.width * form.height * 3 // ratio**2
@@ -317,6 +318,7 @@ class TileAssembler:
         self._tiles.close()
         with self._lock:
             self._kept.clear()
+            self._kept_bytes = 0
 
 
 def _under_squares(places: Sequence[TilePlace], form: TileFormat, squares: Squares) -> list[TilePlace]:

@@ -18,6 +18,7 @@ from slide2vec.recipes.catalogue import (
     list_models,
     load_recipe,
     read_recipe,
+    segmenter_recipe,
 )
 from slide2vec.recipes.recipe import Level, Recipe
 from slide2vec.recipes.sections import (
@@ -54,4 +55,5 @@ __all__ = [
     "list_models",
     "load_recipe",
     "read_recipe",
+    "segmenter_recipe",
 ]

@@ -30,6 +30,7 @@ __all__ = [
     "list_models",
     "load_recipe",
     "read_recipe",
+    "segmenter_recipe",
 ]
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def read_recipe(path: Path) -> Recipe:
     try:
         with path.open("rb") as file:
             content = tomllib.load(file)
-        where = {} if path.parent == _recipe_dir() else {"file": str(path.absolute())}
+        where = {} if _recipe_dir() in path.parents else {"file": str(path.absolute())}
         return Recipe(name=path.stem, **where, **_with_transform(content, path))
     except (OSError, tomllib.TOMLDecodeError, TypeError) as error:
         raise PresetError(f"recipe {path}: {error}") from error
@@ -104,6 +105,13 @@ def all_recipes() -> dict[str, Recipe]:
     """The recipes of all presets by name, sorted."""
     paths = sorted(_recipe_dir().glob("*.toml"), key=lambda path: path.stem)
     return {path.stem: read_recipe(path) for path in paths}
+
+
+@functools.cache
+def segmenter_recipe(name: str) -> Recipe:
+    """The recipe of a learned method of segmentation. Its "features" are logits of every pixel, so that it is
+    none of the presets."""
+    return read_recipe(_recipe_dir() / "segmenters" / f"{name}{SUFFIX}")
 
 
 class Registered(NamedTuple):

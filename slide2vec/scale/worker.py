@@ -80,19 +80,28 @@ def load_several(
 
 def _serve(receive: Callable[[], Command], send_report: SendReport, store: Callable[[Tensor], Any]) -> None:
     models: Mapping[str, Embedder] = {}
+    place: str | None = None
     while True:
         match receive():
             case Load(loader, device):
-                loaded = loader(device=device)
+                loaded, place = loader(device=device), device
                 models = loaded if isinstance(loaded, Mapping) else {ALONE: loaded}
                 send_report(Ready())
             case StartJob(job):
+                job = _on_device(job, place)
                 for name in models.keys() - job.parts.keys():  # another group's turn
                     models[name].release()
                 with _forward_logs(send_report):
                     _Session(
                         {name: models[name] for name in job.parts}, job, receive, send_report, store
                     ).run()
+
+
+def _on_device(job: Job, device: str | None) -> Job:
+    """With networks that find tissue on the device of the encoders."""
+    if device is None:
+        return job
+    return Job({name: replace(p, config=p.config.on_device(device)) for name, p in job.parts.items()})
 
 
 class _Round:

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from slide2vec.choices import SEGMENTATION_METHODS
 from slide2vec.config import (
     ExecutionOptions,
     FilterConfig,
@@ -181,6 +180,7 @@ OLDER: Mapping[str, tuple[str, ...]] = {
     "tiling.params.target_region_size_px": ("tiling.params.requested_region_size_px",),
     "tiling.preview.mask_overlay_color": ("tiling.preview.tissue_contour_color",),
     "tiling.preview.save": ("tiling.preview.save_mask_preview", "tiling.preview.save_tiling_preview"),
+    "tiling.seg_params.sam2_checkpoint_path": ("tiling.seg_params.weights",),
     "speed.num_workers": ("speed.num_dataloader_workers",),
     "speed.num_workers_embedding": ("speed.num_dataloader_workers",),
     "speed.prefetch_factor": ("speed.prefetch_factor_embedding",),
@@ -197,13 +197,11 @@ WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {
 }
 
 #: Keys of the original for what is not supported: the only value allowed, and what to say of others.
-_NO_SAM2 = (
-    "SAM2 segmentation is not supported; use another tiling.seg_params.method: "
-    f"{', '.join(SEGMENTATION_METHODS.ours)}"
-)
 FIXED: Mapping[str, tuple[Any, str]] = {
-    "tiling.seg_params.sam2_checkpoint_path": (None, _NO_SAM2),
-    "tiling.seg_params.sam2_config_path": (None, _NO_SAM2),
+    "tiling.seg_params.sam2_config_path": (
+        None,
+        "the method sam2 is SAM 2.1 with Hiera-T, as AtlasPatch has it, and no other",
+    ),
 }
 
 #: Sections whose keys are labels of masks, by the field that they make.

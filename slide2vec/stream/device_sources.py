@@ -73,7 +73,7 @@ class ArchiveOnDevice(OnDevice):
     """A tile archive that DALI decodes on a device, and the CPU where DALI was given up. See `TileSource`.
 
     Args:
-        tally: is told of every tile.
+        tally: called with the tiles of every block.
     """
 
     decode_path = "archive, dali on the device"
@@ -172,7 +172,7 @@ class DecodedOnDevice:
         on_device: gives some of the slide's tiles, by their indices, decoded there; for all of them: None.
         uploaded: gives them decoded on the CPU.
         refused: how many compressed tiles the device's decoder has refused so far.
-        tally: is told of every tile.
+        tally: called with the tiles of every block.
         is_shared: a thread that finds the device busy with `TURNS` blocks has the CPU decode its own. Which
             tiles the CPU decodes depends on the time that others take then.
         close: what else is to be closed.
@@ -290,8 +290,8 @@ class DecodedOnDevice:
     def _make_room(self, tiles: int) -> None:
         with self._lock:
             most = max(1, tiles // 2)
-            told, self._most = self._most is not None, most if self._most is None else min(self._most, most)
-        if not told:
+            warned, self._most = self._most is not None, most if self._most is None else min(self._most, most)
+        if not warned:
             logger.warning(
                 "slide %s: %d tiles at once do not fit into the memory of %s: they are decoded in halves, "
                 "or on the CPU",
@@ -311,6 +311,6 @@ class DecodedOnDevice:
 
     def _give_up(self, why: str) -> None:
         with self._lock:
-            told, self._given_up = self._given_up, True
-        if not told:
+            warned, self._given_up = self._given_up, True
+        if not warned:
             logger.warning("slide %s: the rest of it is decoded on the CPU: %s", self._name, why)

@@ -57,7 +57,7 @@ _MOST_BYTES = 16 * 2**20
 #: The arrays; HS2P 3.0 and 3.1 have `coordinates`, (N, 2), for x and y.
 _ARRAYS = ("tile_index", "x", "y", "tissue_fractions", "coordinates")
 #: Shares of tiles that `qc` measures; HS2P has none, and passes over them.
-ARTEFACTS = ("background", "blur", "bubble", "fold", "pen")
+ARTEFACTS = ("background", "blur", "bubble", "fold", "pen", "spot")
 
 
 def coordinate_paths(directory: Path, sample_id: str) -> tuple[Path, Path]:

@@ -49,6 +49,7 @@ _ARTEFACT_COLORS = {
     "bubble": (20, 150, 160),
     "fold": (150, 60, 200),
     "pen": (240, 140, 0),
+    "spot": (90, 90, 90),
 }
 _SHOWN_FROM = 0.1
 #: Opacity of tiles that are too small for outlines.
@@ -199,7 +200,8 @@ def draw_tissue(picture: Picture, tissue: TissueMask, config: PreviewConfig) -> 
 
 def draw_tiles(picture: Picture, tiling: Tiling) -> Picture:
     """The picture of a whole slide with the outline of every tile; tiny tiles are tinted instead. Blurred
-    tiles are red, those under a bubble turquoise, folded ones violet, those under pen orange."""
+    tiles are red, those under a bubble turquoise, folded ones violet, those under pen orange, with dark
+    spots grey."""
     height, width = picture.shape[:2]
     scale_x, scale_y = width / tiling.dimensions[0], height / tiling.dimensions[1]
     side, colours = tiling.geometry.tile_size_lv0, _colours(tiling)

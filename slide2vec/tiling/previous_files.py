@@ -19,6 +19,7 @@ from slide2vec.readers.known_misreads import misread_by_earlier_versions
 from slide2vec.readers.probe import probe
 from slide2vec.slides import Slide
 from slide2vec.tiling.coordinates import check_tiling, coordinate_paths, load_coordinates
+from slide2vec.tiling.tissue_methods import checkpoint_of
 from slide2vec.tiling.types import PRECOMPUTED, Segmentation, Tiling
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "recorded_masks",
     "recorded_qc",
     "recorded_slides",
+    "segmenter_of",
     "source_path",
 ]
 
@@ -37,6 +39,9 @@ _SUFFIX = ".coordinates.meta.json"
 _SCHEMA = 1
 #: A source record has a few hundred bytes; what else it may come to hold is not much.
 _MOST_BYTES = 2**20
+
+#: Fields of `qc` that came later: records of runs without them stay as they were.
+_LATER_QC = ("method", "max_spot")
 
 #: What a source record is of: the coordinate files, the tile archive.
 What: TypeAlias = Literal["coordinates", "tiles_tar"]
@@ -139,14 +144,36 @@ def find_reusable(previous: Previous, reader: SlideReader, config: Preprocessing
     recorded = _read_source(directory, slide.sample_id)
     if recorded.get("masks") != config.masks.identity(slide.sample_id):
         return None
+    checkpoint = None if slide.mask_path is not None else checkpoint_of(config.segmentation)
+    if recorded.get("segmenter") != checkpoint:
+        return None
+    tiling = replace(tiling, segmentation=replace(tiling.segmentation, checkpoint=checkpoint))
     remarks = recorded.get("remarks")
-    told = tuple(map(str, remarks)) if isinstance(remarks, list) else ()
-    return replace(tiling, remarks=told, qc=config.qc)
+    known = tuple(map(str, remarks)) if isinstance(remarks, list) else ()
+    return replace(tiling, remarks=known, qc=config.qc)
 
 
 def recorded_qc(config: QualityConfig) -> dict[str, Any] | None:
-    """What a source record says of `qc`: nothing where it is off."""
-    return config.model_dump(mode="json") if config.on else None
+    """What a source record says of `qc`: nothing where it is off; with a network, the digest of its weights.
+
+    Raises:
+        WeightsError: they cannot be had.
+    """
+    if not config.on:
+        return None
+    made = {
+        name: value
+        for name, value in config.model_dump(mode="json").items()
+        if name not in _LATER_QC or value != QualityConfig.model_fields[name].default
+    }
+    network = config.network()
+    return made if network is None else {**made, "checkpoint": checkpoint_of(network)}
+
+
+def segmenter_of(directory: Path, sample_id: str) -> str | None:
+    """The digest of the weights with which a slide's tissue was found; None of methods without."""
+    found = _read_source(directory, sample_id).get("segmenter")
+    return None if found is None else str(found)
 
 
 def qc_of(directory: Path, sample_id: str) -> Any:

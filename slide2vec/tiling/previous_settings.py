@@ -15,10 +15,12 @@ from slide2vec.errors import TilingError
 from slide2vec.files import names_below
 from slide2vec.slides import Slide
 from slide2vec.tiling.coordinates import load_header
-from slide2vec.tiling.previous_files import qc_of
+from slide2vec.tiling.previous_files import qc_of, segmenter_of
+from slide2vec.tiling.tissue_methods import checkpoint_of
 from slide2vec.tiling.types import PRECOMPUTED, Tiling
 
 __all__ = [
+    "CHECKPOINT",
     "PreviousTiles",
     "any_previous",
     "differences",
@@ -33,6 +35,9 @@ _LOOKERS = 16
 #: Metadata files that are tried before a folder counts as one without any that can be read.
 _TRIES = 16
 _SEGMENTATION = ("method", "sthresh", "sthresh_up", "mthresh", "close")
+
+#: The digest of a segmenter's weights: no option, but tiles that were found with others are others.
+CHECKPOINT = "segmentation weights"
 
 #: By option, what was found and what is asked for.
 Differences = Mapping[str, tuple[Any, Any]]
@@ -114,6 +119,7 @@ def _asked(config: PreprocessingConfig, sample_id: str) -> dict[str, Any]:
     own = config.masks.class_of(sample_id) if config.masks.by_class else None
     found["masks"] = _sampled_as(own, config.masks.strategy if config.masks.by_class else None)
     found |= {f"segmentation_{name}": value for name, value in config.segmentation.model_dump().items()}
+    found[CHECKPOINT] = checkpoint_of(config.segmentation)
     found |= {f"qc_{name}": value for name, value in config.qc.model_dump().items()}
     return found | {f"filtering_{name}": value for name, value in config.filtering.model_dump().items()}
 
@@ -149,6 +155,7 @@ def _earlier(directory: Path, sample_id: str, config: PreprocessingConfig) -> Pr
     options = {
         f"qc_{name}": measured.get(name, usual) for name, usual in QualityConfig().model_dump().items()
     }
+    options[CHECKPOINT] = segmenter_of(directory, sample_id)
     return replace(found, options={**found.options, **options})
 
 
@@ -169,7 +176,7 @@ def differences(earlier: PreviousTiles, slide: Slide, config: PreprocessingConfi
         masked = {True: "with a mask", False: "without a mask"}
         return {"mask_path": (masked[earlier.with_mask], masked[with_mask])}
     if with_mask:  # the segmentation options have no effect then
-        found = {name: both for name, both in found.items() if not name.startswith("segmentation_")}
+        found = {name: both for name, both in found.items() if not name.startswith("segmentation")}
     given, now = earlier.spacing_at_level_0, slide.spacing_at_level_0
     if given != now and not (given is None and now is not None and isclose(now, earlier.base_spacing_um)):
         found["spacing_at_level_0"] = given, now
@@ -239,6 +246,6 @@ def _own(slide: Slide, config: PreprocessingConfig, earlier: PreviousTiles | Non
     own = {
         name: was
         for name, (was, _) in found.items()
-        if name in earlier.options and name not in given and name != "tolerance"
+        if name in earlier.options and name not in given and name not in ("tolerance", CHECKPOINT)
     }
     return replace(slide, tiling={**slide.tiling, **own}) if own else slide

@@ -1,14 +1,14 @@
 """Where tissue is: a mask from the pixels of a coarse level.
 
 By one of the methods of `tissue_methods.py`: HS2P's, followed by a morphological closing of `close` px, or a
-segmenter on a thumbnail of its spacing.
+segmenter on a thumbnail of its spacing, or on windows of the slide at that.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, sqrt
 from typing import Any
 
@@ -21,9 +21,10 @@ from slide2vec.errors import SlideError
 from slide2vec.geometry import nearest_downsample_level
 from slide2vec.readers import SlideReader
 from slide2vec.readers.reader import planning_downsamples
+from slide2vec.tiling.label_windows import WindowSegmenter, label_map, slide_windows
 from slide2vec.tiling.levels import read_blocks, reduced_size
 from slide2vec.tiling.previews import thumbnail, thumbnail_level
-from slide2vec.tiling.tissue_methods import Plane, Segmenter, TissueMethod, method_of
+from slide2vec.tiling.tissue_methods import Plane, Segmenter, TissueMethod, chosen
 from slide2vec.tiling.types import Segmentation
 
 __all__ = ["MAX_MASK_PX", "Segmented", "segment_tissue"]
@@ -68,8 +69,9 @@ def segment_tissue(
     Raises:
         SlideReadError: pixels cannot be decoded.
         SlideError: a segmenter of somebody else's gives no labels.
+        WeightsError: a learned method's weights cannot be had.
     """
-    method = method_of(config.method)
+    method = chosen(config)
     if isinstance(method, TissueMethod):
         return _by_method(method, reader, sample_id, base_spacing_um, config)
     return _by_segmenter(method, reader, sample_id, base_spacing_um, config)
@@ -82,29 +84,53 @@ def _by_segmenter(
     base_spacing_um: float,
     config: SegmentationConfig,
 ) -> Segmented:
-    width, height = reader.dimensions
-    downsample = max(1.0, segmenter.spacing_um / base_spacing_um, sqrt(width * height / MAX_MASK_PX))
-    picture = thumbnail(reader, downsample)
-    downsample = width / picture.shape[1]
-    labels = np.asarray(segmenter.segment(picture, base_spacing_um * downsample))
-    if problem := _wrong_with(labels, picture, segmenter.names):
+    if isinstance(segmenter, WindowSegmenter):
+        labels, overview, step = _labels_by_windows(segmenter, reader, base_spacing_um)
+        shape = labels.shape
+    else:
+        labels, overview, step, shape = _labels_of_thumbnail(segmenter, reader, base_spacing_um)
+    if problem := _wrong_with(labels, shape, segmenter.names):
         raise SlideError(f"slide {sample_id}: segmentation method {config.method} {problem}")
-    step = max(1, ceil(sqrt(labels.size / _OVERVIEW_PX)))
+    downsample = reader.dimensions[0] / labels.shape[1]
+    level = thumbnail_level(reader, max(1.0, downsample))
+    segmentation = _record(config, level, downsample, base_spacing_um)
     return Segmented(
         mask=np.isin(labels, _numbers_of_tissue(segmenter)).astype(np.uint8),
-        segmentation=_record(config, thumbnail_level(reader, downsample), downsample, base_spacing_um),
-        overview=picture[::step, ::step],
+        segmentation=replace(segmentation, checkpoint=getattr(segmenter, "checkpoint", None)),
+        overview=overview,
         step=step,
         labels=labels,
         names=segmenter.names,
     )
 
 
-def _wrong_with(labels: NDArray[Any], picture: Plane, names: tuple[str, ...]) -> str | None:
+def _labels_by_windows(
+    segmenter: WindowSegmenter, reader: SlideReader, base_spacing_um: float
+) -> tuple[Plane, Plane, int]:
+    """Labels, RGB of every n-th of their pixels, and n."""
+    size, read = slide_windows(reader, segmenter.spacing_um / base_spacing_um, segmenter.window_px)
+    found = label_map(segmenter, size, read, most_px=MAX_MASK_PX, most_overview_px=_OVERVIEW_PX)
+    return found.labels, found.overview, found.overview_step
+
+
+def _labels_of_thumbnail(
+    segmenter: Segmenter, reader: SlideReader, base_spacing_um: float
+) -> tuple[Plane, Plane, int, tuple[int, ...]]:
+    """The same of a segmenter that looks at all of the slide at once, and the shape that the labels must
+    have."""
+    width, height = reader.dimensions
+    downsample = max(1.0, segmenter.spacing_um / base_spacing_um, sqrt(width * height / MAX_MASK_PX))
+    picture = thumbnail(reader, downsample)
+    labels = np.asarray(segmenter.segment(picture, base_spacing_um * width / picture.shape[1]))
+    step = max(1, ceil(sqrt(labels.size / _OVERVIEW_PX)))
+    return labels, picture[::step, ::step], step, picture.shape[:2]
+
+
+def _wrong_with(labels: NDArray[Any], shape: tuple[int, ...], names: tuple[str, ...]) -> str | None:
     if TISSUE not in names:
         return f"has no label {TISSUE!r}, only {', '.join(names)}"
-    if labels.dtype != np.uint8 or labels.shape != picture.shape[:2]:
-        return f"gives labels {labels.dtype} of shape {labels.shape}, not uint8 of {picture.shape[:2]}"
+    if labels.dtype != np.uint8 or labels.shape != shape:
+        return f"gives labels {labels.dtype} of shape {labels.shape}, not uint8 of {shape}"
     if labels.max() >= len(names):
         return f"gives label {labels.max()}, and has names for 0 to {len(names) - 1}"
     return None

@@ -146,8 +146,6 @@ def _split(group: _Group, columns: list[int], rows: list[int], cost: _Cost) -> l
     middle = (first + last + 1) / 2
     low = [tile for tile in group.tiles if along[tile] < middle]
     high = [tile for tile in group.tiles if along[tile] >= middle]
-    if not low or not high:
-        return [group]
     parts = [
         part for half in (low, high) for part in _split(_group(half, columns, rows), columns, rows, cost)
     ]

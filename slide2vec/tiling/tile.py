@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.config import MaskSamplingConfig, PreprocessingConfig, SegmentationConfig
-from slide2vec.errors import ConfigError, SpacingError
+from slide2vec.errors import ConfigError, SpacingError, TilingError
 from slide2vec.geometry import TileGeometry, region_geometry, tile_geometry
 from slide2vec.readers import SlideReader
 from slide2vec.readers.reader import planning_downsamples
@@ -22,6 +22,7 @@ from slide2vec.tiling.quality import good_tiles
 from slide2vec.tiling.remarks import TilingFacts, remarks
 from slide2vec.tiling.segment import Segmented, segment_tissue
 from slide2vec.tiling.tile_quality import measure_tiles, within_limits
+from slide2vec.tiling.tissue_methods import checkpoint_of
 from slide2vec.tiling.types import PRECOMPUTED, Tiling, TissueMask
 from slide2vec.tiling.user_masks import read_labels
 
@@ -36,7 +37,7 @@ class TissueOnce:
 
     def mask(self, settings: SegmentationConfig, find: Callable[[], Segmented]) -> Segmented:
         """The mask found with these settings; found now, if it is the first time."""
-        key = settings.model_dump_json()
+        key = f"{settings.model_dump_json()} {settings.weights}"
         if key not in self._found:
             self._found[key] = find()
         return self._found[key]
@@ -88,7 +89,7 @@ def tile_slide(
         tissue = as_tissue(raw.mask)
         x, y, fractions = tissue_tiles(tissue, geometry, reader.dimensions, threshold)
     good = good_tiles(reader, x, y, geometry, filtering)
-    artefacts = measure_tiles(reader, x, y, geometry) if config.qc.on else {}
+    artefacts = measure_tiles(reader, x, y, geometry, config.qc) if config.qc.on else {}
     good &= within_limits(artefacts, config.qc, len(x))
     found = TilingFacts(
         tissue=tissue,
@@ -134,6 +135,7 @@ def tissue_again(reader: SlideReader, slide: Slide, tiling: Tiling, masks: MaskS
 
     Raises:
         ConfigError: it was found with a method that is not known here.
+        TilingError: it was found by a network with other weights than those published.
         MaskError, SlideReadError: as `tile_slide`.
     """
     made = tiling.segmentation
@@ -146,6 +148,11 @@ def tissue_again(reader: SlideReader, slide: Slide, tiling: Tiling, masks: MaskS
         filtering=tiling.filtering,
         segmentation={"downsample": made.requested_downsample, **own},
     )
+    if made.checkpoint is not None and (now := checkpoint_of(config.segmentation)) != made.checkpoint:
+        raise TilingError(
+            f"slide {slide.sample_id}: its tissue was found by {made.method} with weights {made.checkpoint}, "
+            f"and those that are published are {now}"
+        )
     geometry = tiling.geometry
     raw = _raw_tissue(reader, slide, geometry.base_spacing_um, config, None, None)
     if masks.by_class:

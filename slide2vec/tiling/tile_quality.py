@@ -2,7 +2,7 @@
 
 Pen, folds, bubbles and background are looked for at 8 µm/px; focus in each tile at 1 µm/px, by cells of 32
 µm: what is out of focus has lost its fine contrast in relation to its coarse one, or all of it, whatever the
-stain.
+stain. Or GrandQC's network says what each pixel is (`QualityConfig.method`).
 """
 
 from __future__ import annotations
@@ -22,14 +22,20 @@ from slide2vec.tiling.areas import morphed, without_specks
 from slide2vec.tiling.auto_tissue import AUTO, optical_density
 from slide2vec.tiling.bubbles import find_bubbles
 from slide2vec.tiling.coordinates import ARTEFACTS
+from slide2vec.tiling.label_windows import label_map, slide_windows
 from slide2vec.tiling.previews import thumbnail
 from slide2vec.tiling.quality import tiles_at
 from slide2vec.tiling.scanned import is_dark
+from slide2vec.tiling.tissue_methods import chosen
 
 __all__ = ["artefact_maps", "blurred_share", "measure_tiles", "within_limits"]
 
 Plane: TypeAlias = NDArray[Any]
 
+#: What is measured without a network.
+CLASSICAL = tuple(name for name in ARTEFACTS if name != "spot")
+#: Labels of a network that are kept of a slide; of a larger one every n-th along both axes.
+MOST_LABELS = 64_000_000
 #: A fold has so many times the density of the tissue within so many µm, at least so much more, not less
 #: coloured (difference of the channels, as a share); its area.
 FOLD, FOLD_MORE, GREY, FOLD_AROUND_UM, FOLD_UM2 = 1.6, 0.15, 0.2, 500.0, 6_000.0
@@ -47,8 +53,10 @@ def measure_tiles(
     x: NDArray[np.int64],
     y: NDArray[np.int64],
     geometry: TileGeometry,
+    config: QualityConfig,
 ) -> dict[str, NDArray[np.float32]]:
-    """The share of every tile that each of `ARTEFACTS` takes, (N,) float32 from 0 to 1.
+    """The share of every tile that each of `ARTEFACTS` takes, (N,) float32 from 0 to 1; of dark spots only
+    where a network finds them.
 
     Of blur it is the share of its tissue.
 
@@ -57,9 +65,13 @@ def measure_tiles(
 
     Raises:
         SlideReadError: pixels cannot be decoded.
+        WeightsError: the network's weights cannot be had.
     """
+    network = config.network()
+    if network is not None:
+        return _by_network(chosen(network), reader, x, y, geometry)
     if not len(x):
-        return {name: np.zeros(0, np.float32) for name in ARTEFACTS}
+        return {name: np.zeros(0, np.float32) for name in CLASSICAL}
     base = geometry.base_spacing_um
     picture = thumbnail(reader, max(1.0, AUTO.spacing_um / base))
     scale = reader.dimensions[0] / picture.shape[1]
@@ -75,6 +87,39 @@ def measure_tiles(
             part = tissue[top : ceil(top + side), left : ceil(left + side)]
             found["blur"][index] = blurred_share(tile, part, spacing)
     return found
+
+
+def _by_network(
+    segmenter: Any,
+    reader: SlideReader,
+    x: NDArray[np.int64],
+    y: NDArray[np.int64],
+    geometry: TileGeometry,
+) -> dict[str, NDArray[np.float32]]:
+    """The shares of the labels that a segmenter of windows has for artefacts; only windows with tiles are
+    looked at."""
+    downsample = segmenter.spacing_um / geometry.base_spacing_um
+    size, read = slide_windows(reader, downsample, segmenter.window_px)
+    left, top = x / downsample, y / downsample
+    side, window = geometry.tile_size_lv0 / downsample, segmenter.window_px
+
+    def has_tiles(column: int, row: int) -> bool:
+        beside = (left + side > column) & (left < column + window)
+        return bool((beside & (top + side > row) & (top < row + window)).any())
+
+    found = label_map(segmenter, size, read, most_px=MOST_LABELS, most_overview_px=1, wanted=has_tiles)
+    scale = downsample * found.step
+    places = x / scale, y / scale, geometry.tile_size_lv0 / scale
+    shares = {
+        name: _shares(np.isin(found.labels, _numbers(segmenter.names, name)), *places) for name in ARTEFACTS
+    }
+    tissue = 1 - shares["background"]
+    shares["blur"] = np.divide(shares["blur"], tissue, out=np.zeros_like(tissue), where=tissue > 0).clip(0, 1)
+    return shares
+
+
+def _numbers(names: tuple[str, ...], name: str) -> list[int]:
+    return [number for number, each in enumerate(names) if each == name]
 
 
 def within_limits(

@@ -1,7 +1,8 @@
 """Methods of telling tissue from glass (values of SegmentationConfig.method).
 
 A `TissueMethod` is one of HS2P's, on the level that HS2P takes; a `Segmenter` labels a thumbnail at a spacing
-of its own ("auto", in `auto_tissue.py`).
+of its own ("auto", in `auto_tissue.py`); a `LearnedMethod` makes one of weights (`slide2vec/segmenters`), for
+thumbnails, or for windows of the slide (`WindowSegmenter` in `label_windows.py`).
 
 hsv: hue, saturation and value within the range of stained tissue.
 otsu: saturation, smoothed by a median, above Otsu's threshold.
@@ -11,16 +12,29 @@ threshold: saturation, smoothed by a median, above `sthresh`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeAlias, cast
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeAlias, cast, runtime_checkable
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from slide2vec.choices import SEGMENTATION_METHODS
+from slide2vec.choices import SEGMENTATION_METHODS, learned_methods
 from slide2vec.config import SegmentationConfig
 
-__all__ = ["HSV", "OTSU", "THRESHOLD", "TISSUE_HSV", "Plane", "Segmenter", "TissueMethod", "method_of"]
+__all__ = [
+    "HSV",
+    "OTSU",
+    "THRESHOLD",
+    "TISSUE_HSV",
+    "LearnedMethod",
+    "Plane",
+    "Segmenter",
+    "TissueMethod",
+    "checkpoint_of",
+    "chosen",
+    "method_of",
+]
 
 Plane: TypeAlias = NDArray[np.uint8]
 
@@ -55,9 +69,33 @@ class Segmenter(Protocol):
         """Labels, (H, W) uint8, of an (H, W, 3) uint8 RGB thumbnail of `spacing_um` µm/px."""
 
 
-def method_of(name: str) -> TissueMethod | Segmenter:
+@runtime_checkable
+class LearnedMethod(Protocol):
+    """What needs weights to be a `Segmenter`."""
+
+    def loaded(self, weights: str | Path | None, device: str | None) -> Segmenter:
+        """With its weights, see `SegmentationConfig`; the same object when it is asked for again. It has the
+        digest of its weights as `checkpoint`.
+
+        Raises:
+            WeightsError, ConfigError: the weights, or the device, cannot be had.
+        """
+
+
+def method_of(name: str) -> TissueMethod | Segmenter | LearnedMethod:
     """A method by its name."""
-    return cast("TissueMethod | Segmenter", SEGMENTATION_METHODS[name].imported())
+    return cast("TissueMethod | Segmenter | LearnedMethod", SEGMENTATION_METHODS[name].imported())
+
+
+def chosen(config: SegmentationConfig) -> TissueMethod | Segmenter:
+    """The method of a configuration, loaded if it has weights; raises as `LearnedMethod.loaded`."""
+    method = method_of(config.method)
+    return method.loaded(config.weights, config.device) if isinstance(method, LearnedMethod) else method
+
+
+def checkpoint_of(config: SegmentationConfig) -> str | None:
+    """The digest of the weights of a configuration's method; None of one without. Raises as `chosen`."""
+    return getattr(chosen(config), "checkpoint", None) if config.method in learned_methods() else None
 
 
 def _in_range(hsv: Plane) -> Plane:

@@ -24,12 +24,14 @@ class Segmentation:
     """How a slide's tissue mask came about; what a coordinate file records of it.
 
     Attributes:
-        method: "hsv", "otsu", "threshold", "auto", or "precomputed_mask" for a mask raster.
+        method: the name of one of `SegmentationConfig`, or "precomputed_mask" for a mask raster.
         requested_downsample: of the mask, as configured.
         downsample: of the mask, as it is (rounded).
         level: of the slide that was segmented, or whose size the mask raster was brought to.
         spacing_um: of the mask, µm/px.
         sthresh, sthresh_up, mthresh, close: as applied; None with a mask raster.
+        checkpoint: the digest of a learned method's weights; coordinate files have no place for it, and the
+            source record beside them has.
         tissue_value, mask_level, mask_spacing_um, mask_backend, requested_mask_backend: how a mask
             raster was read; None without one.
     """
@@ -43,6 +45,7 @@ class Segmentation:
     sthresh_up: int | None = None
     mthresh: int | None = None
     close: int | None = None
+    checkpoint: str | None = None
     tissue_value: int | None = None
     mask_level: int | None = None
     mask_spacing_um: float | None = None

@@ -36,6 +36,43 @@ def test_cut_equals_area_averaging_of_each_tile(read: int, offsets: list[tuple[i
         assert np.array_equal(target, cv2.resize(tile, (224, 224), interpolation=cv2.INTER_AREA))
 
 
+EVEN, ODD, BY_THREE = [(0, 0), (16, 32), (34, 2)], [(0, 0), (16, 32), (34, 3)], [(0, 0), (33, 3), (9, 45)]
+
+
+@pytest.mark.parametrize(
+    ("read", "offsets", "resized"),
+    [
+        (8, EVEN, []),
+        (16, EVEN, [((70, 60), (30, 35))]),
+        (24, BY_THREE, [((69, 60), (20, 23))]),
+        (16, ODD, [((16, 16), (8, 8))] * 3),
+        (24, EVEN, [((24, 24), (8, 8))] * 3),
+        (12, EVEN, [((12, 12), (8, 8))] * 3),
+        (4, EVEN, [((4, 4), (8, 8))] * 3),
+    ],
+)
+def test_cut_reduces_a_block_at_once_where_the_pixels_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+    read: int,
+    offsets: list[tuple[int, int]],
+    resized: list[tuple[tuple[int, int], tuple[int, int]]],
+) -> None:
+    """Tiles of 8 px out of 61 x 70 px: what OpenCV is asked to resize, (rows, columns) -> (width, height)."""
+    pixels, resize, calls = image(70, 61), cv2.resize, []
+
+    def recorded(given: np.ndarray, size: tuple[int, int], **more: object) -> np.ndarray:
+        calls.append((given.shape[:2], tuple(size)))
+        return resize(given, size, **more)  # type: ignore[no-any-return,call-overload]
+
+    targets = np.zeros((3, 8, 8, 3), np.uint8)
+    monkeypatch.setattr(cv2, "resize", recorded)
+    cut_tiles(pixels, np.array(offsets), read, list(targets))
+    assert calls == resized
+    for (x, y), target in zip(offsets, targets, strict=True):
+        tile = np.ascontiguousarray(pixels[y : y + read, x : x + read])
+        assert np.array_equal(target, resize(tile, (8, 8), interpolation=cv2.INTER_AREA))
+
+
 @pytest.mark.parametrize(("resize", "crop"), [(224, 224), (248, 224), (256, 224)])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("side", [224, 256, 300])

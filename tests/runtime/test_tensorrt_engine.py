@@ -125,19 +125,19 @@ def test_streams_are_ordered_by_events_and_the_host_waits_for_nothing(
     fakes.clear()
     made.run(tiles(2))
     ready, begin, run, done, end = fakes
-    lane = run[1]
-    assert lane != caller
-    assert ready[:2] == ("record", caller) and begin == ("wait", lane, ready[2])
-    assert run == ("execute", lane, 2)
-    assert done[:2] == ("record", lane) and end == ("wait", caller, done[2])
+    stream = run[1]
+    assert stream != caller
+    assert ready[:2] == ("record", caller) and begin == ("wait", stream, ready[2])
+    assert run == ("execute", stream, 2)
+    assert done[:2] == ("record", stream) and end == ("wait", caller, done[2])
 
 
 def test_lanes_are_used_in_turn(make: Callable[..., TensorRTEngine], fakes: Journal) -> None:
     made = make(cuda_graphs=False, contexts=2)
     fakes.clear()
     made.run(tiles(32))
-    lanes = [entry[1] for entry in executed(fakes)]
-    assert len(set(lanes)) == 2 and lanes[:2] == lanes[2:]
+    streams = [entry[1] for entry in executed(fakes)]
+    assert len(set(streams)) == 2 and streams[:2] == streams[2:]
 
 
 def test_a_batch_below_the_profile_is_padded(make: Callable[..., TensorRTEngine], fakes: Journal) -> None:

@@ -107,6 +107,7 @@ def flat(tile: int, overlap: float = 0.0) -> TileGeometry:
         (200, 0.0, 33, [16, 16, 1]),  # 16 tiles are 3200
         (128, 0.0, 40, [16, 16, 8]),  # no more than 16, though 25 would fit
         (1600, 0.0, 5, [2, 2, 1]),
+        (1067, 0.0, 3, [2, 1]),  # 3 would be 3201 px
         (1601, 0.0, 3, [1, 1, 1]),
         (3200, 0.0, 2, [1, 1]),
         (5000, 0.0, 2, [1, 1]),
@@ -129,6 +130,7 @@ def test_blocks_go_from_top_to_bottom_in_each_column_of_blocks() -> None:
     assert {s.size for s in supertiles} == {(3200, 3200)}
     assert supertiles[0].tiles.tolist() == [0, 1, 6, 7]
     assert supertiles[0].offsets.tolist() == [[0, 0], [0, 1600], [1600, 0], [1600, 1600]]
+    assert len(plan_supertiles(*grid(4, 4, 1600), flat(1600), 1.0)) == 4
 
 
 @pytest.mark.parametrize(
@@ -160,6 +162,8 @@ def test_a_block_with_hardly_a_gap_is_read_whole() -> None:
     of_file = {"file_tile": (200, 200)}
     for corner in (0, 4, 45, 49):
         assert len(plan_supertiles(*without(x, y, corner), flat(200), 1.0, **of_file)) == 1  # type: ignore[arg-type]
+    wider = without(*grid(12, 5, 200), 0)
+    assert len(plan_supertiles(*wider, flat(200), 1.0, **of_file)) == 1  # type: ignore[arg-type]
     parts = plan_supertiles(*without(x, y, 0, 1), flat(200), 1.0, **of_file)  # type: ignore[arg-type]
     assert len(parts) > 1
     decoded = sum(width * height for width, height in (part.size for part in parts))
@@ -167,15 +171,27 @@ def test_a_block_with_hardly_a_gap_is_read_whole() -> None:
 
 
 def test_a_group_is_cut_at_the_middle_of_its_longer_side() -> None:
-    """Tiles of 10 px at 0 to 1001, the middle of which is 501: one there belongs to the second half."""
-    for middle, halves in ((500, [[0, 1], [2]]), (501, [[0], [1, 2]])):
-        at = [0, middle, 1001]
+    """One that begins behind the middle, 500.5, belongs to the second half: of tiles of 10 px at 0 to 1001,
+    and at 0 to 1000."""
+    first_half, second_half = [[0, 1], [2]], [[0], [1, 2]]
+    for at, halves in (
+        ([0, 500, 1001], first_half),
+        ([0, 501, 1001], second_half),
+        ([0, 500, 1000], first_half),
+        ([0, 501, 1000], second_half),
+    ):
         for columns, rows in ((at, [0, 300, 0]), ([0, 300, 0], at)):
             group = _group([0, 1, 2], columns, rows)
             free = _Cost(10, (1, 1))
             assert [part.tiles for part in _split(group, columns, rows, free)] == [[0], [1], [2]]
             whole = [part.tiles for part in _split(group, columns, rows, OneCut())]
             assert whole == halves
+
+
+def test_a_square_group_is_cut_into_left_and_right() -> None:
+    columns, rows = [0, 0, 1001], [0, 1001, 1001]
+    halves = _split(_group([0, 1, 2], columns, rows), columns, rows, OneCut())
+    assert [part.tiles for part in halves] == [[0, 1], [2]]
 
 
 class OneCut(_Cost):
@@ -207,6 +223,12 @@ def test_tiles_are_read_apart_where_that_saves_more_than_a_read_costs(gap: int, 
     x, y = np.array([0, 64 + gap]), np.array([0, 0])
     for first, second in ((x, y), (y, x)):
         assert len(plan_supertiles(first, second, flat(64), 1.0, file_tile=(16, 16))) == reads
+
+
+def test_a_read_costs_4096_px() -> None:
+    """A gap of 17 x 241 px is a pixel more."""
+    x, y = np.array([0, 17 + 241]), np.array([0, 0])
+    assert len(plan_supertiles(x, y, flat(17), 1.0, file_tile=(1, 1))) == 2
 
 
 def test_reads_less_than_tile_by_tile_where_tissue_is_ragged() -> None:

@@ -20,10 +20,9 @@ from slide2vec.readers import open_slide
 from slide2vec.slides import as_slide
 from slide2vec.synthetic.thumbnails import make_thumbnail
 from slide2vec.tiling import Tiling, load_coordinates, tile_slide, write_coordinates
-from slide2vec.tiling.coordinates import ARTEFACTS
 from slide2vec.tiling.previews import draw_tiles
 from slide2vec.tiling.previous_settings import differences, previous_tiles, with_previous_options
-from slide2vec.tiling.tile_quality import artefact_maps, blurred_share
+from slide2vec.tiling.tile_quality import CLASSICAL, artefact_maps, blurred_share
 from slide2vec.tiling.types import expand_regions
 
 TILE_PX = 16
@@ -95,7 +94,7 @@ def test_background_is_what_is_neither_tissue_nor_pen() -> None:
 def test_off_changes_nothing_and_measuring_no_tile() -> None:
     picture = generated("pen").pixels
     off, on = tiled(picture), tiled(picture, qc={"measure": True})
-    assert off.artefacts == {} and set(on.artefacts) == set(ARTEFACTS)
+    assert off.artefacts == {} and set(on.artefacts) == set(CLASSICAL)
     assert np.array_equal(off.x, on.x) and np.array_equal(off.y, on.y)
     for share in on.artefacts.values():
         assert (
@@ -123,10 +122,10 @@ def test_coordinate_files_keep_what_was_measured(tmp_path: Path) -> None:
     measured = tiled(generated("pen").pixels, qc={"measure": True})
     arrays, metadata = write_coordinates(tmp_path, measured)
     with np.load(arrays) as found:
-        assert set(found.files) == {"tile_index", "x", "y", "tissue_fractions", *ARTEFACTS}
+        assert set(found.files) == {"tile_index", "x", "y", "tissue_fractions", *CLASSICAL}
         damaged = {**found, "blur": found["blur"][:-1]}
     loaded = load_coordinates(tmp_path, "s")
-    for name in ARTEFACTS:
+    for name in CLASSICAL:
         assert np.array_equal(loaded.artefacts[name], measured.artefacts[name])
     np.savez_compressed(arrays, **damaged)
     with pytest.raises(TilingError, match=r"blur in .* is not a share from 0 to 1 of each of"):
