@@ -3,6 +3,9 @@ side.
 
     python -m benchmarks.tissue --folder FOLDER --peer-python peer/bin/python --trident CHECKOUT
 
+`--networks hest=/models/ grandqc=` has learned methods beside them, by who has their weights ("random" shows
+that they run, and nothing else).
+
 Seeds 0 to 19 are for this; method auto was made on seeds from 100. Slides, masks and truth stay in the
 folder, so that a second run is quick. Truth: blurred and folded tissue is tissue, pen is not, even over
 tissue; pixels of outlines are ignored; all at 8 µm/px. Results and contact sheets go to results/.
@@ -14,9 +17,10 @@ import argparse
 import json
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -26,11 +30,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.common import HERE, RESULTS, Row, machine
+from slide2vec.choices import learned_methods
 from slide2vec.config import SegmentationConfig
 from slide2vec.readers import open_slide
 from slide2vec.slides import as_slide
 from slide2vec.synthetic.thumbnails import CASES, THUMBNAIL_SPACING_UM, make_thumbnail
 from slide2vec.tiling.segment import segment_tissue
+from slide2vec.tiling.tissue_methods import chosen
 
 Mask = NDArray[np.bool_]
 
@@ -96,10 +102,14 @@ def _write(path: Path, pixels: NDArray[np.uint8]) -> None:
             )
 
 
-def found_by_us(slide: Slide, method: str) -> tuple[Mask, float]:
+def found_by_us(slide: Slide, method: str, weights: str | None = None) -> tuple[Mask, float]:
     """The mask of a method of ours at 8 µm/px, and its CPU seconds, the reading included."""
-    downsample = 64.0 if method == "auto" else DOWNSAMPLE
-    config = SegmentationConfig(method=method, downsample=downsample)
+    if method in learned_methods():
+        config = SegmentationConfig(method=method, weights=weights, device="cpu")
+        chosen(config)  # loaded once, and not counted
+    else:
+        downsample = 64.0 if method == "auto" else DOWNSAMPLE
+        config = SegmentationConfig(method=method, downsample=downsample)
     with open_slide(as_slide(slide.path, THUMBNAIL_SPACING_UM)) as reader:
         begun = time.process_time()
         mask = segment_tissue(reader, slide.path.stem, THUMBNAIL_SPACING_UM, config).mask
@@ -246,6 +256,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for slides and masks: 1 MB each")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument(
+        "--networks",
+        nargs="*",
+        default=[],
+        metavar="METHOD=WEIGHTS",
+        help="learned methods; METHOD= of the hub",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes; times are of the CPU")
     parser.add_argument("--peer-python", help="a Python with lazyslide, scikit-image, tifffile and OpenCV")
     parser.add_argument("--trident", type=Path, help="a checkout of mahmoodlab/TRIDENT")
@@ -255,8 +272,11 @@ def main() -> None:
     masks: dict[tuple[str, str, int], Mask] = {}
     rows: list[Row] = []
     failed: Row = {}
+    networks = {
+        name: weights or None for name, _, weights in (each.partition("=") for each in asked.networks)
+    }
     with ProcessPoolExecutor(asked.jobs) as pool:
-        for slide, found in zip(made, pool.map(_found_by_ours, made), strict=True):
+        for slide, found in zip(made, pool.map(partial(_found_by_ours, networks), made), strict=True):
             for method, (mask, seconds) in found.items():
                 masks[method, slide.case, slide.seed] = mask
                 rows.append(_row(slide, method, mask, seconds))
@@ -271,7 +291,7 @@ def main() -> None:
             mask = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE) > 0 if name in done["seconds"] else empty
             masks[PEERS[tool], slide.case, slide.seed] = mask
             rows.append(_row(slide, PEERS[tool], mask, done["seconds"].get(name, 0.0)))
-    methods = [*OURS, *(PEERS[tool] for tool in tools)]
+    methods = [*OURS, *networks, *(PEERS[tool] for tool in tools)]
     stem = RESULTS / f"tissue-{date.today()}"
     contact_sheets(made, masks, rows, methods, stem)
     stem.with_suffix(".json").write_text(json.dumps({"machine": machine(), "rows": rows}, default=float))
@@ -280,9 +300,10 @@ def main() -> None:
     print(text)
 
 
-def _found_by_ours(slide: Slide) -> dict[str, tuple[Mask, float]]:
+def _found_by_ours(networks: Mapping[str, str | None], slide: Slide) -> dict[str, tuple[Mask, float]]:
     cv2.setNumThreads(1)
-    return {method: found_by_us(slide, method) for method in OURS}
+    asked = {**dict.fromkeys(OURS), **networks}
+    return {method: found_by_us(slide, method, weights) for method, weights in asked.items()}
 
 
 def _row(slide: Slide, method: str, mask: Mask, seconds: float) -> Row:

@@ -55,6 +55,8 @@ class EmbeddedSlide:
         tile_x, tile_y: (R, m²) int64, top-left corners of the tiles of regions in level-0 px; else None.
         tiling: how the tiles came about: sizes and spacings, tissue fractions, segmentation; None where they
             were not made by a model.
+        encoder_input_size_px: side of what the encoder was handed, px; None where no model embedded it here.
+        transform: from a tile to that, as the recipe and the sidecars have it; JSON-ready.
     """
 
     sample_id: str
@@ -73,6 +75,8 @@ class EmbeddedSlide:
     tile_y: NDArray[np.int64] | None = None
     annotation: str | None = None
     tiling: Tiling | None = None
+    encoder_input_size_px: int | None = None
+    transform: Mapping[str, Any] | None = None
 
     def plot(self, kind: PictureKind = "map", *, size_px: int = 1024) -> Image:
         """A picture of the slide, with what it shows, a scale bar and a key below it.

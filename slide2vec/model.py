@@ -294,7 +294,8 @@ class Model:
         check_archives_here(config, execution.output_dir)
         todo = by_class(given_slides(slides), config.masks)
         self.decide_engine(todo, config, execution)
-        sink = MemorySink(config, execution, partial(self.aggregated, latents=execution.save_latents))
+        aggregate = partial(self.aggregated, latents=execution.save_latents)
+        sink = MemorySink(config, execution, aggregate, inputs=self.tile_encoding.recipe_for)
         with (
             live_progress(),
             metered(partial(self.devices_here, execution)),

@@ -308,7 +308,10 @@ class Models(Mapping[str, Model]):
         execution: ExecutionOptions,
         reporter: TogetherReporter,
     ) -> dict[str, list[SlideOutcome] | Exception]:
-        sinks = {names[0]: MemorySink(configs[names[0]], execution) for names in groups}
+        sinks = {
+            first: MemorySink(configs[first], execution, inputs=self[first].tile_encoding.recipe_for)
+            for first, *_ in groups
+        }
         bare = [names[0] for names in groups if len(names) > 1]  # slide encoders differ
         done = workers.embed_together(sinks, dict.fromkeys(sinks, slides), reporter, bare=bare)
         reporter.end(done)
@@ -334,7 +337,8 @@ class Models(Mapping[str, Model]):
     ) -> dict[str, list[SlideOutcome]]:
         """The outcomes of models that have one tile encoder."""
         found: dict[str, list[SlideOutcome]] = {name: [] for name in names}
-        sink = MemorySink(config, execution, share=share)
+        inputs = self[names[0]].tile_encoding.recipe_for
+        sink = MemorySink(config, execution, share=share, inputs=inputs)
         with closing(self[names[0]].embed_here(sink, slides)) as outcomes:
             for outcome in outcomes:
                 for name in names:

@@ -581,3 +581,13 @@ def test_methods_written_elsewhere_are_methods_of_model() -> None:
         first = next(iter(inspect.signature(method).parameters.values()))
         assert (first.name, first.annotation) == ("self", inspect.Parameter.empty) and method.__doc__
         assert pickle.loads(pickle.dumps(method)) is method
+
+
+def test_an_embedded_slide_says_what_the_encoder_was_handed(generated_slide: Any, tmp_path: Path) -> None:
+    slide = generated_slide(tmp_path / "s.svs", size_px=512, seed=0, levels=1)
+    model = Model.from_preset("scattering", device="cpu", allow_non_recommended_settings=True)
+    config = PreprocessingConfig(requested_spacing_um=0.25, requested_tile_size_px=96, filtering={"a_t": 1})
+    made = model.embed_slide(slide, config)
+    recorded = model.identity(tile_size_px=96)
+    assert made.encoder_input_size_px == recorded["input_size_px"] == 96
+    assert made.transform == recorded["transform"] and made.transform["crop"] == 96

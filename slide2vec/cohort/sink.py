@@ -18,6 +18,7 @@ from slide2vec.stream.slide_identity import Identities, SlideIdentity
 
 if TYPE_CHECKING:
     from slide2vec.artifacts.places import Place
+    from slide2vec.recipes import Recipe
     from slide2vec.stream.shared_slides import Share
     from slide2vec.tiling import Tiling
 
@@ -66,6 +67,7 @@ class MemorySink:
             they come.
         tilings: of slides whose tiles are known, by sample_id; may grow meanwhile.
         share: the part in slides that other encoders read, too.
+        inputs: gives the recipe for tiles of a size, which says what the encoder is handed.
     """
 
     place: Place | None = None
@@ -77,8 +79,9 @@ class MemorySink:
         aggregate: Callable[[EmbeddedSlide], EmbeddedSlide] | None = None,
         tilings: Mapping[str, Tiling] | None = None,
         share: Share | None = None,
+        inputs: Callable[[int | None], Recipe] | None = None,
     ) -> None:
-        self.config, self.execution = config, execution
+        self.config, self.execution, self._inputs = config, execution, inputs
         self._aggregate, self._tilings, self._share = aggregate, tilings, share
         self._files = Identities(config)
 
@@ -107,7 +110,9 @@ class MemorySink:
                 files.check(slide)
         except Slide2VecError as error:
             outcome = SlideOutcome(slide, error=error)
-        yield _as_given(outcome if self._aggregate is None else aggregated_outcome(outcome, self._aggregate))
+        made = outcome if self._aggregate is None else aggregated_outcome(outcome, self._aggregate)
+        recipe = self._inputs(self.config.requested_tile_size_px) if self._inputs and made.embedded else None
+        yield _as_given(made, recipe)
 
     def take_report(self, event: RecordEvent | SlideCompleted) -> None:
         """See `Sink`: no worker writes files."""
@@ -116,13 +121,16 @@ class MemorySink:
         """See `Sink`: nothing is written."""
 
 
-def _as_given(outcome: SlideOutcome) -> SlideOutcome:
-    """With the sample_id that the user gave, and the class and the tiling beside it."""
+def _as_given(outcome: SlideOutcome, recipe: Recipe | None) -> SlideOutcome:
+    """With the sample_id that the user gave, the class, the tiling and the encoder's input beside it."""
     if outcome.embedded is None:
         return outcome
     _, sample_id = split_class_name(outcome.slide.sample_id)
     annotation = outcome.slide.annotation or TISSUE
     given = replace(outcome.embedded, sample_id=sample_id, annotation=annotation, tiling=outcome.tiling)
+    if recipe is not None:
+        transform = recipe.transform.model_dump(mode="json")
+        given = replace(given, encoder_input_size_px=recipe.transform.crop, transform=transform)
     return replace(outcome, embedded=given)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 from typing import Any, TypeAlias, cast
 
@@ -46,10 +47,11 @@ def transform_record(recipe: Recipe, geometry: ImageGeometry | None = None) -> d
     if geometry is None:
         return {"normalize": statistics, "resize": None, "center_crop": None}
     resize = [geometry.resize] * (2 if geometry.square else 1)
+    margin = {} if geometry.odd_margin == "even" else {"odd_margin": geometry.odd_margin}
     return {
         "normalize": statistics,
         "resize": {"size": resize, "interpolation": geometry.interpolation},
-        "center_crop": {"size": [geometry.crop] * 2},
+        "center_crop": {"size": [geometry.crop] * 2, **margin},
     }
 
 
@@ -118,7 +120,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def fitted(image: Image.Image, geometry: ImageGeometry) -> Pixels:
-    """Resized (antialiased) and cropped, with torchvision's rounding: (crop, crop, 3) uint8."""
+    """Resized (antialiased) and cropped: (crop, crop, 3) uint8."""
     target = _resized_size(image.size, geometry)
     if image.size == target:
         pixels = np.asarray(image)
@@ -126,7 +128,8 @@ def fitted(image: Image.Image, geometry: ImageGeometry) -> Pixels:
         pixels = _resized_by_torch(image, target, geometry.interpolation)
     else:
         pixels = np.asarray(image.resize(target, _RESAMPLING[geometry.interpolation]))
-    left, top = (round((side - geometry.crop) / 2) for side in target)
+    whole = math.floor if geometry.odd_margin == "down" else round
+    left, top = (whole((side - geometry.crop) / 2) for side in target)
     return cast("Pixels", pixels[top : top + geometry.crop, left : left + geometry.crop])
 
 

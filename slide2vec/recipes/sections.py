@@ -107,13 +107,16 @@ class Transform(Section):
 class ImageGeometry(Section):
     """How the authors bring a ready image to the encoder's input, where that is not as its tiles are: see
     `Transform`. `square` resizes both sides, whatever the image's aspect. `tensor`: PyTorch resizes, not
-    Pillow, which differ by a grey level here and there."""
+    Pillow, which differ by a grey level here and there. `odd_margin`: which whole number of pixels is cut off
+    at the left and the top where half the margin is none: the even one, as torchvision's CenterCrop does, or
+    the smaller one ("down"), as image processors of transformers do."""
 
     resize: Annotated[int, Field(gt=0)]
     crop: Annotated[int, Field(gt=0)]
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     square: bool = False
     tensor: bool = False
+    odd_margin: Literal["even", "down"] = "even"
 
 
 class Variant(Section):

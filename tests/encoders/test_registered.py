@@ -319,7 +319,7 @@ def test_a_module_goes_along_to_workers(registry: None, slide: Path, monkeypatch
     model = Model.from_module(
         brought.net(8), "tests-module", tile_size_px=64, mean=brought.MEAN, std=brought.STD, device="cpu"
     )
-    sent = pickle.dumps(model._loader)
+    sent = pickle.dumps(model.loader)
     monkeypatch.setattr(REGISTERED, "_items", {})  # as it is in another process
     assert pickle.loads(sent)(device="cpu").identity() == model.identity()
 

@@ -42,6 +42,19 @@ def test_resized_and_cropped_as_torchvision_does(
     np.testing.assert_array_equal(fitted(image, geometry), np.asarray(CenterCrop(224)(resized)))
 
 
+@pytest.mark.parametrize("preset", ["isight", "phikonv2"])
+def test_odd_margins_are_cropped_as_processors_of_transformers_do(preset: str) -> None:
+    """Margins of 1 and 3 px: half of them is rounded down, where torchvision's even number is 2 of 1.5."""
+    from transformers.image_transforms import center_crop
+
+    geometry = image_geometry(load_recipe(preset))
+    for sides in ((geometry.crop + 3, geometry.crop), (geometry.crop, geometry.crop + 1)):
+        pixels = picture(*sides, 3)
+        cropped = center_crop(pixels, (geometry.crop, geometry.crop), input_data_format="channels_last")
+        np.testing.assert_array_equal(fitted(Image.fromarray(pixels), geometry), cropped)
+    assert transform_record(load_recipe(preset), geometry)["center_crop"]["odd_margin"] == "down"
+
+
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [(411, 300), (261, 640), (120, 97)])
 def test_resized_as_torchvision_resizes_tensors(size: tuple[int, int], interpolation: Any) -> None:

@@ -58,7 +58,7 @@ def test_workers_and_settings_of_a_run_have_the_path(
     written = pipeline._settings(model, PreprocessingConfig())
     assert f"name: {recipe_file}" in written
     monkeypatch.chdir(recipe_file.parents[1])
-    again = pickle.loads(pickle.dumps(model._loader))(device="cpu")
+    again = pickle.loads(pickle.dumps(model.loader))(device="cpu")
     assert again.identity() == model.identity()
 
 
