@@ -28,8 +28,8 @@ def export_tiles(
 
     Columns: `sample_id` (text), `annotation` (text, null where tiles are of tissue), `tile_index` (int32),
     `x`, `y` (int64, level-0 px), `tissue_fraction` (float32), and `background`, `blur`, `bubble`, `fold`,
-    `pen` (float32, null where they were not measured). The key "slide2vec" of the schema's metadata has the
-    slide's size and µm/px, and the sizes of the tiles, as JSON.
+    `pen`, `spot` (float32, null where they were not measured). The key "slide2vec" of the schema's metadata
+    has the slide's size and µm/px, and the sizes of the tiles, as JSON.
 
     Args:
         run: output directory of a run or of `slide2vec tile`, or its URL.

@@ -159,6 +159,17 @@ def test_trident(run: Path, tiling: Tiling, tmp_path: Path) -> None:
         assert file["features"].shape == (0, 1024)
 
 
+def test_trident_takes_sizes_from_magnifications_that_give_the_true_one(
+    tiling: Tiling, tmp_path: Path
+) -> None:
+    """A slide of 0.2526 um/px is 40x by its name, which would make tiles of 230 px."""
+    odd = replace(tiling.geometry, base_spacing_um=0.2526, tile_size_lv0=228)
+    write(tmp_path / "run", replace(tiling, geometry=odd))
+    (done,), _ = export_layout(tmp_path / "run", tmp_path / "out", "trident")
+    with h5py.File(done.path) as file:
+        assert patcher(file["coords"].attrs) == 228
+
+
 def test_trident_of_slides(tiling: Tiling, tmp_path: Path) -> None:
     write_coordinates(tmp_path / "run/tiles", tiling)
     vector = torch.arange(768.0)
