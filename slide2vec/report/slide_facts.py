@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import isqrt
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -98,7 +99,7 @@ class ReportedSlide:
             "tiles": max((int(float(count)) for count in counts if count), default=None),
             "backend": self.rows[0]["backend"],
             "size": slide_size(first.dimensions, first.geometry.base_spacing_um) if first else "",
-            "tiled": [tiles_in_words(tiling) for tiling in self.tilings.values()],
+            "tiled": [tiles_in_words(each, self._multiple(at)) for at, each in self.tilings.items()],
             "tissue": _mean(first.tissue_fractions) if first else None,
             "qc": {name: _mean(share) for name, share in sorted(first.artefacts.items())} if first else {},
             "errors": _errors(failed),
@@ -106,6 +107,14 @@ class ReportedSlide:
             "encoders": [fact for row in self.rows if (fact := self._of_encoder(row)) is not None],
             "links": list(self._links()),
         }
+
+    def _multiple(self, folder: Path) -> int | None:
+        """Tiles along a side of the regions whose coordinates are in a folder; None for those of tiles."""
+        there = (name for name, owner in self.run.owners.items() if owner.tiling == folder)
+        for artifact in (found for name in there for found in self.artifacts(name)):
+            if isinstance(artifact, HierarchicalEmbeddingArtifact):
+                return isqrt(artifact.tiles_per_region)
+        return None
 
     def _of_encoder(self, row: Row) -> dict[str, Any] | None:
         name = row["encoder_name"]

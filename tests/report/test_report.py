@@ -248,3 +248,16 @@ each.dispatchEvent(new Event(each.type === 'search' ? 'input' : 'change')); }})(
         tab.run(choose.format("text", "nothing like it"))
         assert tab.run(counted).startswith("No slide fits") and shown(tab) == []
         assert tab.problems == []
+
+
+def test_regions_are_called_so(generated_slide: Callable[..., Path], tmp_path: Path) -> None:
+    slide = generated_slide(tmp_path / "s.svs", size_px=1536, seed=0, levels=2)
+    model = Model.from_preset("scattering", device="cpu", allow_non_recommended_settings=True)
+    config = PreprocessingConfig(
+        requested_tile_size_px=64, requested_spacing_um=0.5, region_tile_multiple=2, tissue_threshold=0.5
+    )
+    Pipeline(model, config, ExecutionOptions(output_dir=tmp_path / "out", num_gpus=1)).run([slide])
+    made = write_report(tmp_path / "out", picture_px=100)
+    (found,) = data_of(made.path)["slides"]
+    assert re.fullmatch(r"\d+ regions of 128 px at 0.5 µm/px .*, each 2 x 2 tiles", found["tiled"][0])
+    assert [picture["kind"] for picture in found["pictures"]] == ["tissue", "tiles", "map"]
