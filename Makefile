@@ -10,7 +10,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo wheel test test-slow lint bench fuzz mutants gpu-check clean
+.PHONY: help setup demo wheel test test-slow lint docs bench fuzz mutants gpu-check clean
 
 help:  ## show this list
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ lint: $(STAMP)  ## ruff (lint and format) and mypy --strict
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+docs: $(STAMP)  ## build the documentation into site/, strictly; open site/index.html, no server is needed
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict -f tools/docs/mkdocs.yml
+	@echo "site/index.html"
+
 bench: $(STAMP)  ## CPU benchmarks, side by side; results under benchmarks/results/
 	@$(BIN)/python -m benchmarks.cpu $(ARGS)
 
@@ -57,4 +61,4 @@ gpu-check:  ## tests and benchmarks on an NVIDIA GPU, with what is installed (.v
 	@$(GPU_PYTHON) tools/gpu_check.py $(ARGS)
 
 clean:  ## remove the environment and what the demo wrote
-	rm -rf $(VENV) $(DEMO_DIR) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DEMO_DIR) site .pytest_cache .mypy_cache .ruff_cache

@@ -109,7 +109,7 @@ class ReportedSlide:
         }
 
     def _multiple(self, folder: Path) -> int | None:
-        """Tiles along a side of the regions whose coordinates are in a folder; None where they are of tiles."""
+        """Tiles along a side of the regions whose coordinates are in a folder; None for those of tiles."""
         there = (name for name, owner in self.run.owners.items() if owner.tiling == folder)
         for artifact in (found for name in there for found in self.artifacts(name)):
             if isinstance(artifact, HierarchicalEmbeddingArtifact):

@@ -1,0 +1,92 @@
+"""The documentation is built strictly, asks no network, and has every public name."""
+
+from __future__ import annotations
+
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from browser import open_page
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
+
+import slide2vec
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_MKDOCS_2_WARNING", "1")
+        build(load_config(str(ROOT / "tools/docs/mkdocs.yml"), site_dir=str(folder), strict=True))
+    sys.modules.pop("reference")  # imported by its hook, beside which it lies
+    return folder
+
+
+class _Loaded(HTMLParser):
+    """What a browser loads by itself for a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if tag in ("script", "img", "iframe", "source") and given.get("src"):
+            self.addresses.append(str(given["src"]))
+        if tag == "link" and given.get("rel") not in ("canonical", "prev", "next"):
+            self.addresses.append(str(given.get("href")))
+
+
+def test_nothing_is_loaded_from_a_network(site: Path) -> None:
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 20
+    for page in pages:
+        loaded = _Loaded()
+        loaded.feed(page.read_text(encoding="utf-8"))
+        assert loaded.addresses
+        for address in loaded.addresses:
+            assert not re.match(r"(https?:)?//", address), (page, address)
+            file = page.parent / address.partition("?")[0]
+            assert page.name == "404.html" or file.exists(), (page, address)
+
+
+def test_every_public_name_is_in_the_reference(site: Path) -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in (site / "reference").glob("*.html"))
+    found = re.findall(r'<h2 id="slide2vec\.(\w+)">', text)
+    assert sorted(found) == sorted(name.strip("_") for name in slide2vec.__all__)
+    for name in ("Model.embed_images", "Model.from_preset", "Pipeline.run", "PreprocessingConfig.resolved"):
+        assert f'<h3 id="slide2vec.{name}">' in text
+    assert "hf-hub:&lt;owner&gt;/&lt;repo&gt;" in text
+
+
+def test_search_knows_the_pages(site: Path) -> None:
+    """Of a script, so that no server is needed."""
+    index = (site / "search/search_index.js").read_text(encoding="utf-8")
+    assert index.startswith("var __index = ") and "grandqc-artefact" in index
+
+
+def test_a_page_is_searched_without_a_server(site: Path) -> None:
+    """In the first screen of a telephone nothing reaches over its side."""
+    find = """new Promise((resolve) => {
+        const field = document.querySelector("[data-md-component=search-query]");
+        const found = document.querySelector("[data-md-component=search-result]");
+        new MutationObserver(() => {
+            if (found.querySelector("li")) resolve(found.textContent);
+        }).observe(found, {childList: true, subtree: true});
+        document.querySelector("label[for=__search]").click();
+        field.focus();
+        field.value = "shard";
+        field.dispatchEvent(new Event("keyup", {bubbles: true}));
+        setTimeout(() => resolve(found.textContent), 10000);
+    })"""
+    with open_page() as tab:
+        tab.size(400, 800)
+        tab.open((site / "cluster.html").as_uri())
+        assert tab.run("document.documentElement.scrollWidth") <= 400
+        assert "From one machine to many" in tab.run(find)
+        assert tab.problems == []
