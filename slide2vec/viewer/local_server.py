@@ -110,6 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "slide2vec", ""
     timeout = _IDLE_S
+    disable_nagle_algorithm = True  # headers and body are two packets: the second waited 40 ms for the first
 
     def do_GET(self) -> None:
         try:

@@ -31,7 +31,7 @@ from slide2vec.tiling.previous_files import recorded_masks
 from slide2vec.tiling.slide_pictures import open_tiled
 from slide2vec.tiling.tile import tissue_again
 from slide2vec.viewer.deep_zoom import PICTURE_SIDE, DeepZoom
-from slide2vec.viewer.open_slides import OpenSlides
+from slide2vec.viewer.kept_readers import KeptReaders
 from slide2vec.viewer.tile_colours import (
     as_hex,
     cluster_colours,
@@ -94,7 +94,7 @@ class ViewedRun:
         self.encoders: Sequence[str] = names
         self._numbers = {slide.name: number for number, slide in enumerate(self._run.slides)}
         self._computing = threading.RLock()
-        self._open = OpenSlides(self._open_slide)
+        self._open = KeptReaders(self._open_slide)
         self._picture = lru_cache(KEPT_PICTURES)(self._cut)
         self._loaded = lru_cache(32)(self._load)
         self._tiles = lru_cache(2)(self._read_tiles)

@@ -90,8 +90,8 @@ def test_sizes_that_are_no_powers_of_two(real_slide: Callable[[str], Path]) -> N
             found = zoom.picture(level, columns - 1, rows - 1)
             assert found.shape == pixels.shape
             assert np.abs(found - pixels).mean() < 4  # they average by another filter
-        found = ElementTree.fromstring(zoom.descriptor())
-        assert found.attrib["TileSize"] == "256" and found[0].attrib == {
+        said = ElementTree.fromstring(zoom.descriptor())
+        assert said.attrib["TileSize"] == "256" and said[0].attrib == {
             "Width": str(reader.dimensions[0]),
             "Height": str(reader.dimensions[1]),
         }

@@ -196,7 +196,8 @@ def test_similar_tiles_are_those_that_a_search_finds(server: ViewerServer, viewe
     ]
     status, body, headers = get(server, "slides/0/tiles/3.jpg")
     assert status == 200 and headers["content-type"] == "image/jpeg"
-    assert cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR).shape == (224, 224, 3)
+    picture = cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR)
+    assert picture is not None and picture.shape == (224, 224, 3)
 
 
 def test_tissue_is_outlined_in_pixels_of_level_0(server: ViewerServer, viewed: Path) -> None:

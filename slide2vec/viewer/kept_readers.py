@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from slide2vec.readers import SlideReader
 
-__all__ = ["OpenSlides"]
+__all__ = ["KeptReaders"]
 
 
 @dataclass
@@ -22,7 +22,7 @@ class _Place:
     opening: threading.Lock = field(default_factory=threading.Lock)
 
 
-class OpenSlides:
+class KeptReaders:
     """Opens slides by their number, and closes those that were not asked for lately.
 
     Args:
