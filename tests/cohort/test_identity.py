@@ -29,7 +29,7 @@ from slide2vec.errors import EmbedSlidesError, OutputError
 from slide2vec.geometry import tile_geometry
 from slide2vec.readers import fingerprint as fingerprints
 from slide2vec.readers.fingerprint import FileIdentity, fingerprint, same_content
-from slide2vec.scale.messages import Task
+from slide2vec.scale.messages import ALONE, Known, Task
 from slide2vec.slides import Slide, as_slide
 from slide2vec.stream.slide_identity import Identities
 from slide2vec.tiling.types import Segmentation, Tiling
@@ -110,10 +110,10 @@ def test_a_worker_takes_what_resume_has_seen(
 ) -> None:
     slide = as_slide(slides[0])
     seen = Identities(CONFIG).of(slide)
-    task = pickle.loads(pickle.dumps(Task(slide, None, seen)))
+    task = pickle.loads(pickle.dumps(Task(slide, {ALONE: Known(identity=seen)})))
     looked_at.clear()
     config, execution = model.resolve_preprocessing(CONFIG), ExecutionOptions(output_dir=tmp_path / "out")
-    worker = Cohort(config, execution, model, identities={slide.sample_id: task.identity})
+    worker = Cohort(config, execution, model, identities={slide.sample_id: task.known[ALONE].identity})
     worker.recorder = ForwardingRecorder(lambda entry: None)
     worker.planner().plan(slide).source.close()
     assert not looked_at

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,7 +74,8 @@ def _a_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def kernel(device: torch.device) -> Any:
         return jpeg_path(NvimgcodecDecoder(device), gather_tiles.gather_by_kernel)
 
-    monkeypatch.setattr(gather_tiles, "_kernel", Launched)
+    kernels = SimpleNamespace(gather=Launched())
+    monkeypatch.setitem(sys.modules, "slide2vec.prepare.triton_kernel", kernels)
     monkeypatch.setattr(decode_paths, "DECODE_PATHS", {**DECODE_PATHS, "kernel": kernel})
     return
 
