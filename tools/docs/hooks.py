@@ -18,5 +18,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, (title, names) in PAGES.items():
         files.append(File.generated(config, f"reference/{name}.md", content=page(title, names)))
     for name in _ASSETS:
-        files.append(File.generated(config, f"assets/{name}", abs_src_path=str(Path(__file__).with_name(name))))
+        source = str(Path(__file__).with_name(name))
+        files.append(File.generated(config, f"assets/{name}", abs_src_path=source))
     return files
