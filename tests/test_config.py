@@ -100,3 +100,9 @@ def test_embeddings_are_in_fp16_where_it_is_asked_for(
     options: dict[str, Any], computed_in: str, stored_in: str
 ) -> None:
     assert ExecutionOptions(**options).feature_dtype(computed_in) == stored_in
+
+
+def test_locations_behind_urls_are_text_in_json() -> None:
+    """By which plans of one configuration are known."""
+    written = PreprocessingConfig(read_coordinates_from="memory://bucket/tiles").model_dump_json()  # type: ignore[arg-type]
+    assert '"read_coordinates_from":"memory://bucket/tiles"' in written

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PlainValidator, field_validator, model_validator
+from pydantic import Field, PlainSerializer, PlainValidator, field_validator, model_validator
 
 from slide2vec.choices import (
     BACKENDS,
@@ -44,7 +44,7 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 GrayLevel = Annotated[int, Field(ge=0, le=255)]
 #: A path of this machine, or a URL: then a `upath.UPath`, see `slide2vec.files.as_path`.
-Location = Annotated[Path, PlainValidator(as_path)]
+Location = Annotated[Path, PlainValidator(as_path), PlainSerializer(str, when_used="json")]
 
 
 def _on_this_machine(given: object) -> Path:

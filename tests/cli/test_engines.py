@@ -125,8 +125,8 @@ def test_engine_that_is_not_there(run, small_slide: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "either --preset NAME or --all"),
-        (("--preset", "virchow2", "--all"), "either --preset NAME or --all"),
+        ((), "one of --preset NAME, --segmenter NAME and --all"),
+        (("--preset", "virchow2", "--all"), "one of --preset NAME, --segmenter NAME and --all"),
         (("--preset", "virchow3"), "Did you mean virchow"),
         (("--preset", "rudolfv2"), "rudolfv2 cannot be compiled: its architecture is code of its repository"),
         (

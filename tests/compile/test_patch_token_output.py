@@ -17,7 +17,6 @@ from slide2vec.compile.export_module import ExportedEncoder
 from slide2vec.compile.onnx import export_onnx
 from slide2vec.encoders.patch_tokens import PatchTokenEncoder, encode_tiles_dense
 from slide2vec.errors import ConfigError, EngineError, UnsupportedError
-from slide2vec.images import prepare_dense_encoder
 from slide2vec.images.token_engine import with_patch_tokens
 from slide2vec.runtime.record import EngineRecord
 
@@ -66,7 +65,7 @@ def stored(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_grids_by_an_engine(model: Model, options: dict[str, object], choice: str) -> None:
     dense = DenseOptions(spacing_um=0.5, **options)  # type: ignore[arg-type]
     kits = {
-        engine: prepare_dense_encoder(model, dense, ExecutionOptions(engine=engine))  # type: ignore[arg-type]
+        engine: model.prepare_dense_encoder(dense=dense, execution=ExecutionOptions(engine=engine))  # type: ignore[arg-type]
         for engine in (choice, "torch")
     }
     assert [kit._encoder.runtime for kit in kits.values()] == ["openvino", "torch"]
@@ -113,8 +112,8 @@ def test_what_no_engine_does(
 ) -> None:
     dense = DenseImageOptions(**{"target_size": SIDE, **options})  # type: ignore[arg-type]
     with pytest.raises(error, match=message):
-        prepare_dense_encoder(model, dense, ExecutionOptions(engine="openvino"))
-    assert prepare_dense_encoder(model, dense, ExecutionOptions())._encoder.runtime == "torch"
+        model.prepare_dense_encoder(dense=dense, execution=ExecutionOptions(engine="openvino"))
+    assert model.prepare_dense_encoder(dense=dense)._encoder.runtime == "torch"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import re
 import sys
 from html.parser import HTMLParser
@@ -13,6 +15,7 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
 import slide2vec
+from slide2vec import list_models
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,3 +93,29 @@ def test_a_page_is_searched_without_a_server(site: Path) -> None:
         assert tab.run("document.documentElement.scrollWidth") <= 400
         assert "From one machine to many" in tab.run(find)
         assert tab.problems == []
+
+
+def test_messages_of_troubleshooting_are_ours() -> None:
+    """What the code says, … for what is filled in."""
+    said = set()
+    for path in (ROOT / "slide2vec").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.add(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                said.add("".join(p.value if isinstance(p, ast.Constant) else "…" for p in node.values))
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(messages) > 30
+    assert [message for message in messages if not any(message in text for text in said)] == []
+
+
+def test_tables_of_encoders_are_those_of_the_recipes() -> None:
+    """`python tools/docs/presets.py` makes them anew."""
+    spec = importlib.util.spec_from_file_location("presets_of_the_page", ROOT / "tools/docs/presets.py")
+    assert spec is not None and spec.loader is not None
+    presets = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(presets)
+    page = presets.PAGE.read_text(encoding="utf-8")
+    assert page == presets.with_tables(page)
+    assert set(re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE)) == set(list_models())

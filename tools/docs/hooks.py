@@ -10,13 +10,14 @@ from reference import PAGES, page
 
 __all__ = ["on_files"]
 
-#: In place of the one that mkdocs-material would fetch from a network (`extra.polyfills`).
-_SHIM = "assets/iframe-worker.js"
+#: Beside this file. The script replaces one that mkdocs-material would fetch from a network.
+_ASSETS = ("iframe-worker.js", "site.css")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, (title, names) in PAGES.items():
         files.append(File.generated(config, f"reference/{name}.md", content=page(title, names)))
-    shim = Path(__file__).with_name(Path(_SHIM).name)
-    files.append(File.generated(config, _SHIM, abs_src_path=str(shim)))
+    for name in _ASSETS:
+        source = str(Path(__file__).with_name(name))
+        files.append(File.generated(config, f"assets/{name}", abs_src_path=source))
     return files
