@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,11 +28,13 @@ class Page:
 
     Attributes:
         problems: what the console has said that is no mere note: errors, warnings, exceptions, refusals.
+        allowed: beginnings of the addresses that may be asked for; others are problems.
     """
 
     def __init__(self, to: Any, of: Any) -> None:
         self._to, self._of, self._numbers, self._session = to, of, itertools.count(1), ""
         self.problems: list[str] = []
+        self.allowed: tuple[str, ...] = ("file:", "data:")
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for name in ("Page", "Runtime", "Log", "Network"):
@@ -60,6 +63,18 @@ class Page:
         )
         liked = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._call("Emulation.setEmulatedMedia", features=[liked])
+
+    def click(self, x: float, y: float) -> None:
+        """With the mouse, px of the window."""
+        for kind in ("mousePressed", "mouseReleased"):
+            self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def wait(self, script: str) -> None:
+        """Until a JavaScript expression is true; fails after a minute."""
+        until = time.monotonic() + 60
+        while not self.run(script):
+            assert time.monotonic() < until, f"{script} does not come true; {self.problems}"
+            time.sleep(0.05)
 
     def shoot(self, path: Path) -> None:
         """A PNG of what is seen."""
@@ -91,7 +106,7 @@ class Page:
                 self.problems.append(json.dumps(about["args"]))
             case "Log.entryAdded" if about["entry"]["level"] in ("error", "warning"):
                 self.problems.append(about["entry"]["text"])
-            case "Network.requestWillBeSent" if not about["request"]["url"].startswith(("file:", "data:")):
+            case "Network.requestWillBeSent" if not about["request"]["url"].startswith(self.allowed):
                 self.problems.append(f"a request to {about['request']['url']}")
         return message
 

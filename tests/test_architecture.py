@@ -61,6 +61,7 @@ ROOMS = {
     "segmenters": 9,
     "tile_embedder": 9,
     "attention_maps": 10,
+    "viewer": 10,
     "model": 11,
     "audit": 12,
     "estimate": 12,

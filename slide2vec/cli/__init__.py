@@ -1,5 +1,5 @@
 """The command line: `slide2vec run`, `plan`, `embed`, `attention`, `tile`, `images`, `merge`, `status`,
-`search`, `report`, `export`, `info`, `models`, `build-engine`, `engines`, `bench`, `doctor`, `demo`.
+`view`, `search`, `report`, `export`, `info`, `models`, `build-engine`, `engines`, `bench`, `doctor`, `demo`.
 
 Subcommands import what they need when they run, so that `--help` answers at once.
 """
@@ -32,6 +32,7 @@ from slide2vec.cli.run import CONFIG_SUFFIXES, run
 from slide2vec.cli.search import search
 from slide2vec.cli.status import status
 from slide2vec.cli.tile import tile
+from slide2vec.cli.view import view
 from slide2vec.errors import Slide2VecError
 from slide2vec.version import PROJECT, __version__
 
@@ -76,7 +77,7 @@ app = typer.Typer(
 )
 _GROUPS = {
     EMBED: (demo, plan, run, embed, images, attention, status, merge),
-    LOOK: (info, tile, search, report, export, audit),
+    LOOK: (info, tile, view, search, report, export, audit),
     SET_UP: (doctor, models, fetch_weights, build_engine, bench),
 }
 for _group, _commands in _GROUPS.items():

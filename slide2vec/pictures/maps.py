@@ -14,6 +14,8 @@ __all__ = [
     "attention_key",
     "attention_map",
     "attention_overlay",
+    "heat_colours",
+    "pca_colours",
     "pca_key",
     "pca_map",
     "principal_components",
@@ -78,7 +80,7 @@ def pca_map(
             f"pca_map: embeddings {embeddings.shape} must be (N, D), with x {np.shape(x)} and "
             f"y {np.shape(y)} of length N"
         )
-    colours = _colours(principal_components(embeddings, _COMPONENTS))
+    colours = pca_colours(embeddings)
     paint, covered = lay_squares(thumbnail.shape[:2], x, y, tile_size_lv0, dimensions, colours)
     covered *= strength
     grey = thumbnail.astype(np.float32).mean(axis=2, keepdims=True)
@@ -175,6 +177,17 @@ def variance_shares(embeddings: NDArray[np.floating[Any]], scores: Floats) -> li
     return [float(share) for share in (scores**2).sum(axis=0) / (total or 1.0)]
 
 
+def pca_colours(embeddings: NDArray[np.floating[Any]]) -> Floats:
+    """The colours of `pca_map` for embeddings (N, D): (N, 3) sRGB, 0 to 255."""
+    return _colours(principal_components(embeddings, _COMPONENTS))
+
+
+def heat_colours(values: NDArray[np.floating[Any]]) -> Pixels:
+    """Numbers (N,) in the colours of `attention_key`, from their 2nd to their 98th percentile: (N, 3) uint8
+    sRGB."""
+    return _inferno(_heat_levels(np.asarray(values, np.float32))[:, None])[:, 0]
+
+
 def pca_key(side: int = 128) -> Pixels:
     """The colours of `pca_map`: a square in which the first component grows to the right and the second
     upwards, and beside it a column in which the third does; (side, w, 3) uint8 RGB."""
@@ -221,12 +234,18 @@ def _heated(pixels: Pixels, heat: NDArray[np.float32]) -> Pixels:
     there = np.isfinite(heat)
     if not there.any():
         return pixels.copy()
-    low, high = np.percentile(heat[there], _PERCENTILES)
-    unit = np.clip((np.where(there, heat, low) - low) / (high - low if high > low else 1.0), 0.0, 1.0)
-    levels = np.round(255 * unit).astype(np.uint8)
+    levels = _heat_levels(heat)
     grey = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
     mixed = np.round((1 - _HEAT) * grey + _HEAT * _inferno(levels)).astype(np.uint8)
     return np.where(there[..., None], mixed, pixels)
+
+
+def _heat_levels(heat: NDArray[np.float32]) -> Pixels:
+    """0 for the 2nd percentile of numbers, and for what is NaN; 255 for the 98th."""
+    there = np.isfinite(heat)
+    low, high = np.percentile(heat[there], _PERCENTILES) if there.any() else (0.0, 1.0)
+    unit = np.clip((np.where(there, heat, low) - low) / (high - low if high > low else 1.0), 0.0, 1.0)
+    return np.round(255 * unit).astype(np.uint8)
 
 
 def _inferno(levels: Pixels) -> Pixels:

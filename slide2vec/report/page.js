@@ -4,17 +4,6 @@
   const PER_PAGE = 50, MOST_KINDS = 40;
   const at = (id) => document.getElementById(id);
 
-  // Text is always text: sample ids, paths and errors are other people's.
-  function element(name, attributes = {}, ...children) {
-    const made = document.createElement(name);
-    for (const [key, value] of Object.entries(attributes)) {
-      if (key === "class") made.className = value;
-      else if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
-      else made.setAttribute(key, value);
-    }
-    made.append(...children);
-    return made;
-  }
   const number = (value) => (value === null ? "" : value.toLocaleString("en"));
   const share = (value) => (value === null ? "" : (100 * value).toFixed(value > 0 && value < 0.1 ? 1 : 0) + " %");
   const capital = (text) => text[0].toUpperCase() + text.slice(1);

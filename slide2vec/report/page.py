@@ -16,7 +16,7 @@ from typing import Any
 from slide2vec.pictures import encoded_picture, pca_key
 from slide2vec.version import __version__
 
-__all__ = ["page_of"]
+__all__ = ["own_file", "page_of"]
 
 
 def page_of(run: Mapping[str, Any], slides: Sequence[Mapping[str, Any]]) -> str:
@@ -28,16 +28,17 @@ def page_of(run: Mapping[str, Any], slides: Sequence[Mapping[str, Any]]) -> str:
     """
     data = json.dumps({"run": run, "slides": slides}, ensure_ascii=False, separators=(",", ":"))
     key = base64.b64encode(encoded_picture(pca_key(92), ".png")).decode()
-    return Template(_own("page.html")).substitute(
+    return Template(own_file("page.html")).substitute(
         version=__version__,
         title=escape(f"Report of {run['directory']}"),
-        style=_own("page.css"),
-        script=_own("page.js"),
+        style=own_file("page.css"),
+        script=own_file("elements.js") + own_file("page.js"),
         key=f"data:image/png;base64,{key}",
         # within a script element nothing but its end is markup
         data=data.replace("<", "\\u003c"),
     )
 
 
-def _own(name: str) -> str:
+def own_file(name: str) -> str:
+    """A file of this room, as text: "page.css" and "elements.js" are the viewer's, too."""
     return files("slide2vec.report").joinpath(name).read_text(encoding="utf-8")

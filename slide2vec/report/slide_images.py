@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from slide2vec.artifacts.reading import load_embeddings
 from slide2vec.artifacts.records import HierarchicalEmbeddingArtifact, TileEmbeddingArtifact
 from slide2vec.config import PreviewConfig
-from slide2vec.errors import Slide2VecError
+from slide2vec.errors import ArtifactError, Slide2VecError
 from slide2vec.labels import TISSUE, class_folder
 from slide2vec.pictures import pca_map, principal_components, variance_shares
 from slide2vec.report.slide_facts import ReportedSlide
@@ -26,7 +26,7 @@ from slide2vec.tiling.slide_pictures import open_tiled
 from slide2vec.tiling.tile import tissue_again
 from slide2vec.tiling.types import expand_regions
 
-__all__ = ["DrawnPicture", "draw_images"]
+__all__ = ["DrawnPicture", "draw_images", "embedded_tiles", "tiled_slide"]
 
 Picture = NDArray[np.uint8]
 
@@ -89,13 +89,7 @@ def _of(slide: ReportedSlide, folder: Path, tiling: Tiling, size_px: int) -> Ite
 def _read(slide: ReportedSlide, folder: Path, tiling: Tiling, size_px: int) -> tuple[Picture, Picture]:
     """The slide, and the slide with its tissue outlined."""
     masks = recorded_masks(folder / "tiles", slide.name)
-    given = Slide(
-        sample_id=slide.name,
-        image_path=slide.image_path,
-        mask_path=slide.mask_path,
-        spacing_at_level_0=tiling.spacing_at_level_0,
-        annotation=class_folder(tiling.annotation or TISSUE),
-    )
+    given = tiled_slide(slide, tiling)
     with open_tiled(given, tiling) as reader:
         background = overview(reader, max(reader.dimensions) / size_px, size_px)
         tissue = tissue_again(reader, given, tiling, masks)
@@ -105,15 +99,11 @@ def _read(slide: ReportedSlide, folder: Path, tiling: Tiling, size_px: int) -> t
 
 
 def _map(slide: ReportedSlide, encoder: str, tiling: Tiling, background: Picture) -> Iterator[DrawnPicture]:
-    bags = (TileEmbeddingArtifact, HierarchicalEmbeddingArtifact)
-    found = [artifact for artifact in slide.artifacts(encoder) if isinstance(artifact, bags)]
-    if not found or not len(tiling):
-        return
-    artifact = found[0]
     try:
-        embeddings = load_embeddings(artifact.path).float().flatten(0, -2).numpy()
-        if isinstance(artifact, HierarchicalEmbeddingArtifact):
-            tiling = expand_regions(tiling, isqrt(artifact.tiles_per_region))
+        found = embedded_tiles(slide, encoder, tiling)
+        if found is None:
+            return
+        embeddings, tiling = found
         shares = variance_shares(embeddings, principal_components(embeddings, 3))
         side = tiling.geometry.tile_size_lv0
         drawn = pca_map(embeddings, tiling.x, tiling.y, side, tiling.dimensions, background)
@@ -121,6 +111,43 @@ def _map(slide: ReportedSlide, encoder: str, tiling: Tiling, background: Picture
         yield DrawnPicture("map", f"no map by {encoder}: {error}")
         return
     yield DrawnPicture("map", f"map by {encoder}: {' / '.join(f'{share:.0%}' for share in shares)}", drawn)
+
+
+def embedded_tiles(
+    slide: ReportedSlide, encoder: str, tiling: Tiling
+) -> tuple[NDArray[np.float32], Tiling] | None:
+    """The (N, D) embeddings of a slide's tiles by an encoder, and the tiles; None where there are none.
+
+    Args:
+        tiling: of the encoder's coordinates; where these are of regions, their tiles are given.
+
+    Raises:
+        ArtifactError: they cannot be read, or are of other tiles.
+    """
+    bags = (TileEmbeddingArtifact, HierarchicalEmbeddingArtifact)
+    found = next((artifact for artifact in slide.artifacts(encoder) if isinstance(artifact, bags)), None)
+    if found is None or not len(tiling):
+        return None
+    embeddings = load_embeddings(found.path).float().flatten(0, -2).numpy()
+    if isinstance(found, HierarchicalEmbeddingArtifact):
+        tiling = expand_regions(tiling, isqrt(found.tiles_per_region))
+    if len(embeddings) != len(tiling):
+        raise ArtifactError(
+            f"slide {slide.name}: {found.path} has {len(embeddings):,} embeddings, and its coordinate files "
+            f"{len(tiling):,} tiles: embed it anew"
+        )
+    return embeddings, tiling
+
+
+def tiled_slide(slide: ReportedSlide, tiling: Tiling) -> Slide:
+    """A slide of a run as it was tiled."""
+    return Slide(
+        sample_id=slide.name,
+        image_path=slide.image_path,
+        mask_path=slide.mask_path,
+        spacing_at_level_0=tiling.spacing_at_level_0,
+        annotation=class_folder(tiling.annotation or TISSUE),
+    )
 
 
 def _blank(tiling: Tiling, size_px: int) -> Any:

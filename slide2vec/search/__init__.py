@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from slide2vec.search.find import Run, searched_run
 from slide2vec.search.index import FoundTile
-from slide2vec.search.sheet import draw_sheet
-from slide2vec.search.words import nearest_to_text
+from slide2vec.search.sheet import draw_sheet, tile_pixels
+from slide2vec.search.words import nearest_to_text, text_query
 
-__all__ = ["FoundTile", "Run", "draw_sheet", "nearest_to_text", "searched_run"]
+__all__ = ["FoundTile", "Run", "draw_sheet", "nearest_to_text", "searched_run", "text_query", "tile_pixels"]

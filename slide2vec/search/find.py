@@ -65,6 +65,12 @@ class Run:
             found = [tile for tile in found if (tile.sample_id, tile.row) != same]
         return found[:count]
 
+    def projected(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Embeddings (N, D) of the run's encoder as they are searched: (N, k) float32."""
+        if self.projection is None:
+            return embeddings.float()
+        return embeddings[:, : len(self.projection)].float() @ self.projection
+
 
 def searched_run(output_dir: str | Path, encoder: str | None = None) -> Run:
     """The tile embeddings of a run, which are gathered for searching at the first search.

@@ -15,7 +15,7 @@ from slide2vec.readers import SlideReader, open_slide
 from slide2vec.search.index import FoundTile
 from slide2vec.slides import Slide
 
-__all__ = ["draw_sheet"]
+__all__ = ["draw_sheet", "tile_pixels"]
 
 #: Side of a picture, the line under it, and the white around both, px.
 SIDE, LINE, GAP = 224, 16, 8
@@ -39,7 +39,7 @@ def draw_sheet(tiles: Sequence[FoundTile], *, backend: str = "auto") -> tuple[ND
         path = as_path(of_slide[0][1].image_path)
         try:
             with open_slide(Slide(sample_id=name, image_path=path), backend) as reader:
-                pictures = [_pixels(reader, tile) for _, tile in of_slide]
+                pictures = [tile_pixels(reader, (tile.x, tile.y), tile.tile_size_lv0) for _, tile in of_slide]
         except (Slide2VecError, OSError) as error:
             problems.append(f"slide {name}: no pictures of its tiles: {error}")
             pictures = [np.full((SIDE, SIDE, 3), 230, np.uint8)] * len(of_slide)
@@ -51,12 +51,17 @@ def draw_sheet(tiles: Sequence[FoundTile], *, backend: str = "auto") -> tuple[ND
     return sheet, problems
 
 
-def _pixels(reader: SlideReader, tile: FoundTile) -> NDArray[np.uint8]:
-    """A tile at the size of the sheet, from the coarsest level that has its pixels."""
-    enough = [level for level, ds in enumerate(reader.downsamples) if tile.tile_size_lv0 / ds >= SIDE]
+def tile_pixels(reader: SlideReader, corner: tuple[int, int], size_lv0: int) -> NDArray[np.uint8]:
+    """A tile (its corner and side in level-0 px) at the size of the sheet, (SIDE, SIDE, 3) uint8 RGB, from
+    the coarsest level that has its pixels.
+
+    Raises:
+        SlideReadError: they cannot be decoded.
+    """
+    enough = [level for level, ds in enumerate(reader.downsamples) if size_lv0 / ds >= SIDE]
     level = enough[-1] if enough else 0
-    side = max(1, round(tile.tile_size_lv0 / reader.downsamples[level]))
-    pixels = reader.read_region((tile.x, tile.y), level, (side, side))
+    side = max(1, round(size_lv0 / reader.downsamples[level]))
+    pixels = reader.read_region(corner, level, (side, side))
     how = cv2.INTER_AREA if side > SIDE else cv2.INTER_CUBIC
     return np.asarray(cv2.resize(pixels, (SIDE, SIDE), interpolation=how), np.uint8)
 

@@ -17,7 +17,7 @@ from slide2vec.recipes import Recipe, load_recipe
 from slide2vec.search.find import Run
 from slide2vec.search.index import FoundTile
 
-__all__ = ["nearest_to_text"]
+__all__ = ["nearest_to_text", "text_query"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,19 @@ def nearest_to_text(
     run: Run, text: str, count: int = 20, *, weights: WeightsChoice = None
 ) -> list[FoundTile]:
     """The tiles whose embeddings have the largest cosine to a text, the nearest first.
+
+    Args:
+        weights: see `text_query`.
+
+    Raises:
+        ArtifactError, OutputError: as of `Run.nearest`. Others: as of `text_query`.
+    """
+    run, query = text_query(run, text, weights=weights)
+    return run.nearest(query, count)
+
+
+def text_query(run: Run, text: str, *, weights: WeightsChoice = None) -> tuple[Run, torch.Tensor]:
+    """A text's embedding (D,), and the run with its embeddings in the space of texts, to compare with it.
 
     Embeddings that lack only a linear projection into the space of texts (those of conch and of musk, as they
     are by default) are projected for that, exactly; others that are not in it are refused.
@@ -37,7 +50,6 @@ def nearest_to_text(
         UnsupportedError: the run's encoder has no text side, or its embeddings are of another output.
         WeightsError: the weights cannot be had, or are not those that the embeddings were made with.
         ConfigError: the text is empty or too long. PresetError: the encoder is no preset.
-        ArtifactError, OutputError: as of `Run.nearest`.
     """
     recipe = load_recipe(str(run.encoder.get("name")))
     spec = text_spec(recipe)
@@ -62,7 +74,7 @@ def nearest_to_text(
             raise UnsupportedError(f"preset {recipe.name}: text.projected is not what its projection takes")
         run = replace(run, projection=matrix.contiguous())
     (query,) = load_text_side(recipe, spec.variant, weights, seed).embed([text])
-    return run.nearest(query, count)
+    return run, query
 
 
 def _check_weights(recipe: Recipe, options: dict[str, Any], recorded: str) -> None:

@@ -20,6 +20,7 @@ from slide2vec.encoders.text.coca import CocaTextEncoder
 from slide2vec.errors import UnsupportedError, WeightsError
 from slide2vec.recipes import load_recipe
 from slide2vec.search import Run, nearest_to_text, searched_run
+from slide2vec.viewer.viewed_run import ViewedRun
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -175,6 +176,22 @@ def test_by_a_text_in_its_own_space(made: SimpleNamespace) -> None:
             assert tile.score == pytest.approx(expected[tile.x, tile.y], abs=1e-5)
     apart = made.runs["default"].nearest(torch.load(made.folder / "default/tile_embeddings/s.pt")[0], 1)
     assert apart[0].score == pytest.approx(1)  # tiles are searched for as they are
+
+
+@pytest.mark.parametrize("output", ["default", "aligned"])
+def test_tiles_are_coloured_by_a_text(made: SimpleNamespace, output: str) -> None:
+    """In the viewer: every tile's cosine, and the nearest of the run."""
+    run = ViewedRun(made.folder / output, weights=str(made.weights))
+    expected = cosines(made)
+    tiles = run.slide(0, 0)["tiles"]
+    places = list(zip(tiles["x"], tiles["y"], strict=True))
+    found = run.colours(0, 0, "text", text=TEXT)
+    assert found["cosines"] == pytest.approx([expected[place] for place in places], abs=1e-4)
+    near = run.similar(0, 3, text=TEXT)
+    wanted = sorted(expected, key=lambda place: -expected[place])[:3]
+    assert [(each["x"], each["y"]) for each in near] == wanted
+    assert [places[each["row"]] for each in near] == wanted
+    run.close()
 
 
 def test_other_spaces_are_refused(made: SimpleNamespace) -> None:
