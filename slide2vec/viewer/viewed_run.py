@@ -329,4 +329,9 @@ class ViewedRun:
         return text_query(self._searched(encoder), text, weights=self._weights)
 
     def _search(self, encoder: int) -> Run:
-        return searched_run(self.directory, self._encoder(encoder))
+        name = self._encoder(encoder)
+        if "tile" not in self._run.owners[name].sidecars:
+            raise ArtifactError(
+                f"the embeddings by {name} are of regions: runs without region_tile_multiple can be searched"
+            )
+        return searched_run(self.directory, name)
