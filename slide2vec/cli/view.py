@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +15,7 @@ __all__ = ["view"]
 
 
 def view(
-    run: Annotated[Path, typer.Argument(help="Output directory of a run.", show_default=False)],
+    run: Annotated[str, typer.Argument(help="Output directory of a run.", show_default=False)],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of 127.0.0.1; 0: one that is free.")] = 0,
     browser: Annotated[
         bool,
@@ -46,9 +48,14 @@ def view(
     with viewer_server(run, port=port, encoder=encoder, slides_dir=slides_dir, weights=weights) as server:
         stdout().print(server.address, soft_wrap=True, highlight=False)
         note("the page is there until Ctrl-C")
-        if browser:
+        if browser and _has_screen():
             webbrowser.open(server.address)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
             note("the page is closed")
+
+
+def _has_screen() -> bool:
+    """Without one, what opens on Linux is a browser in this very terminal."""
+    return not sys.platform.startswith("linux") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ))

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from slide2vec.errors import ConfigError, Slide2VecError
+from slide2vec.files import as_path, is_remote
 from slide2vec.pictures import attention_key, encoded_picture, pca_key
 from slide2vec.report.page import own_file
 from slide2vec.viewer.viewed_run import ViewedRun
@@ -94,9 +95,12 @@ def viewer_server(
 
     Raises:
         ArtifactError: it is no output directory of a run.
-        ConfigError: the run has no such encoder, or the port cannot be had.
+        ConfigError: the run has no such encoder or is behind a URL, or the port cannot be had.
     """
-    viewed = ViewedRun(Path(run), encoder, slides_dir, weights)
+    directory = as_path(run)
+    if is_remote(directory):
+        raise ConfigError(f"{directory} is behind a URL: copy the run to local storage to view it")
+    viewed = ViewedRun(directory, encoder, slides_dir, weights)
     try:
         return ViewerServer(viewed, port)
     except OSError as error:

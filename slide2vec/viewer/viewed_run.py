@@ -293,7 +293,12 @@ class ViewedRun:
         return _Tiles(tiling) if found is None else _Tiles(found[1], found[0])
 
     def _tiling(self, number: int, encoder: int) -> Tiling:
-        found = self._tiles(number, encoder).tiling
+        """Its tiles; embeddings are read only where it takes them to know, for tiles of regions."""
+        owner = self._run.owners[self._encoder(encoder)] if self.encoders else None
+        if owner is not None and "tile" in owner.sidecars:
+            found = self._loaded(number).tilings.get(owner.tiling)
+        else:
+            found = self._tiles(number, encoder).tiling
         if found is None:
             raise ArtifactError(f"slide {self._name(number)} has no tiles")
         return found

@@ -1,3 +1,5 @@
+// Drawn on a canvas without a library: nothing to fetch when a wheel is built, and tiles, colours and slide are
+// one picture, however many tiles there are.
 (() => {
   const at = (id) => document.getElementById(id);
   const canvas = at("slide"), context = canvas.getContext("2d");
@@ -307,6 +309,7 @@
       at("about").textContent = [found.text, found.tiles ? found.tiles.text : "no tiles"].filter(Boolean).join(" · ");
       const problems = [...run.slides[index].problems, ...found.problems];
       at("problems").replaceChildren(...[...new Set(problems)].map((text) => element("p", { class: "warning" }, text)));
+      at("by").disabled = !(current.tiles && current.tiles.embedded);
       seeAll();
       await Promise.all([recolour(), findTissue()]);
     } catch (error) { tell(error); }
@@ -327,7 +330,7 @@
     const fits = run.slides.map((slide, index) => [slide, index])
       .filter(([slide]) => words.every((word) => slide.id.toLowerCase().includes(word)));
     at("count").textContent = fits.length > MOST_LISTED
-      ? `${number(MOST_LISTED)} of ${number(fits.length)} slides: find others by name` : `${number(fits.length)} slides`;
+      ? `${number(MOST_LISTED)} of ${number(fits.length)} slides: find others by name` : `${number(fits.length)} slide${fits.length === 1 ? "" : "s"}`;
     at("slides").replaceChildren(...fits.slice(0, MOST_LISTED).map(([slide, index]) => {
       const note = slide.gone ? "the file is gone" : slide.state === "failed" ? "failed" : slide.tiles === null ? slide.state : `${number(slide.tiles)} tiles`;
       const made = element("button", { type: "button", "data-number": index, title: slide.problems.join("\n"), onclick: () => show(index) },

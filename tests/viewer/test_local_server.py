@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,16 @@ import cv2
 import numpy as np
 import pytest
 from browser import open_page
+from typer.testing import CliRunner
 
 from slide2vec.artifacts.reading import load_embeddings
+from slide2vec.cli import app
 from slide2vec.errors import ArtifactError, ConfigError
 from slide2vec.pictures import pca_colours
 from slide2vec.search import searched_run
 from slide2vec.tiling.coordinates import load_coordinates
 from slide2vec.viewer import ViewerServer, viewer_server
+from slide2vec.viewer.viewed_run import ViewedRun
 
 HOSTILE = "<img src=x onerror=document.title='owned'>&\"'<script>"
 
@@ -211,6 +217,49 @@ def test_tissue_is_outlined_in_pixels_of_level_0(server: ViewerServer, viewed: P
     full = tiling.tissue_fractions > 0.99
     assert full.any() and np.mean(np.array(inside)[full]) > 0.97
     assert drawn.mean() < 0.95
+
+
+def test_pictures_of_tiles_read_no_embeddings(viewed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a whole run's like tiles would read those of every slide."""
+
+    def none(*_: Any) -> Any:
+        raise AssertionError("embeddings are read")
+
+    monkeypatch.setattr("slide2vec.viewer.viewed_run.embedded_tiles", none)
+    run = ViewedRun(viewed)
+    assert run.tile(0, 0, 1)[:2] == b"\xff\xd8"
+    run.close()
+
+
+@pytest.mark.parametrize("screen", [True, False])
+def test_command_line(viewed: Path, monkeypatch: pytest.MonkeyPatch, screen: bool) -> None:
+    """It prints an address that answers, opens it where there is a screen, and ends quietly with Ctrl-C."""
+    opened: list[str] = []
+    answered: list[int] = []
+
+    def interrupted(self: ViewerServer) -> None:
+        thread = threading.Thread(target=self.handle_request)
+        thread.start()
+        answered.append(get(self, "run.json")[0])
+        thread.join()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ViewerServer, "serve_forever", interrupted)
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    if screen:
+        monkeypatch.setenv("DISPLAY", ":0")
+    else:
+        monkeypatch.delenv("DISPLAY", raising=False)
+    done = CliRunner().invoke(app, ["view", str(viewed), "--encoder", "scattering"])
+    assert done.exit_code == 0, done.output
+    (address,) = done.stdout.split()
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/[\w-]{32}/", address) and answered == [200]
+    assert opened == ([address] if screen or sys.platform != "linux" else [])
+    assert CliRunner().invoke(app, ["view", str(viewed), "--no-browser"]).exit_code == 0
+    assert len(opened) <= 1
+    done = CliRunner().invoke(app, ["view", "memory://run"])
+    assert done.exit_code == 1 and "copy the run to local storage" in done.stderr
 
 
 def test_what_cannot_be_viewed_is_said(tmp_path: Path, viewed: Path, server: ViewerServer) -> None:
