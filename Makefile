@@ -45,7 +45,7 @@ lint: $(STAMP)  ## ruff (lint and format) and mypy --strict
 	@$(BIN)/mypy
 
 docs: $(STAMP)  ## build the documentation into site/, strictly; open site/index.html, no server is needed
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict -f tools/docs/mkdocs.yml
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f tools/docs/mkdocs.yml
 	@echo "site/index.html"
 
 bench: $(STAMP)  ## CPU benchmarks, side by side; results under benchmarks/results/

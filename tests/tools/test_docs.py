@@ -119,3 +119,13 @@ def test_tables_of_encoders_are_those_of_the_recipes() -> None:
     page = presets.PAGE.read_text(encoding="utf-8")
     assert page == presets.with_tables(page)
     assert set(re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE)) == set(list_models())
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', text)
+    files = [(first or second).partition("#")[0] for first, second in links]
+    missing = [file for file in files if not file.startswith("https://") and not (ROOT / file).is_file()]
+    assert len(files) > 30 and missing == []
+    pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
+    assert pages - set(files) <= {"docs/index.md", "docs/design.md", "docs/dicom.md", "docs/gpu.md"}
