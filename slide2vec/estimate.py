@@ -273,6 +273,9 @@ class Hardware:
 
 #: GFLOP (2 x MAC) of timm's vit_huge_patch14_224, whose speed is published for many GPUs.
 VIT_HUGE_GFLOP = 334.6
+#: GFLOP of the smallest encoder whose speed is taken from that one's: of smaller ones launches and memory
+#: decide (ViT-S/16 has 9, ResNet-50 8).
+LEAST_GFLOPS = 4.0
 _TIMM = "timm's published inference benchmark, ViT-H/14 at 224 px, compiled: {} images/s"
 HARDWARE = (
     Hardware("RTX 4090", 398 * VIT_HUGE_GFLOP / 1000, 450, _TIMM.format(398)),

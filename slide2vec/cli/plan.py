@@ -263,7 +263,7 @@ def _machines(
     per_hour: float | None,
 ) -> Iterator[dict[str, Any]]:
     """Hours, energy and price on this machine and on known GPUs."""
-    from slide2vec.estimate import HARDWARE, on_hardware, seconds_for
+    from slide2vec.estimate import HARDWARE, LEAST_GFLOPS, on_hardware, seconds_for
 
     def row(machine: str, seconds: float, watts: float | None, source: str) -> dict[str, Any]:
         hours = seconds / 3600
@@ -278,7 +278,7 @@ def _machines(
 
     if tiles.keys() <= trials.keys():
         yield row("this machine", seconds_for(tiles, trials, devices), None, "tried now, or as given")
-    if all(gflops.values()):
+    if min(gflops.values()) >= LEAST_GFLOPS:
         for gpu in HARDWARE:
             yield row(gpu.name, on_hardware(gpu, tiles, gflops), gpu.watts, gpu.source)
 

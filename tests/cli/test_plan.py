@@ -51,7 +51,7 @@ def test_loading_counts_and_finding_tissue_does_not(
     result = run("plan", small_slide, "-p", "scattering", *ONE, "--json")
     content = json.loads(result.stdout)
     assert content["start_s"] == {"scattering": 1 + 20 - 3}
-    here = content["machines"][0]
+    (here,) = content["machines"]  # an encoder so small says nothing of known GPUs
     assert here["hours"] * 3600 == pytest.approx(18 + content["tiles"]["scattering"] / 2)
 
 
