@@ -29,18 +29,18 @@ def digest_of(path: Path) -> str:
     return found.hexdigest()
 
 
-def write_certificate(path: Path, content: Mapping[str, Any]) -> None:
+def write_certificate(path: Path | str, content: Mapping[str, Any]) -> None:
     """Write a certificate, sealed with its own digest.
 
     Raises:
         OutputError: it cannot be written.
     """
     sealed = {**content, "digest": _seal(content)}
-    with atomic_path(path) as temporary:
+    with atomic_path(Path(path)) as temporary:
         temporary.write_text(json.dumps(sealed, indent=1) + "\n")
 
 
-def verify_certificate(path: Path, run: Path | None = None) -> list[str]:
+def verify_certificate(path: Path | str, run: Path | str | None = None) -> list[str]:
     """What differs from when it was written: in itself, and in the files that it is about; none if it holds.
 
     No slide is read, and nothing but the certificate and the run is needed.
@@ -51,12 +51,13 @@ def verify_certificate(path: Path, run: Path | None = None) -> list[str]:
     Raises:
         ArtifactError: it is no certificate.
     """
+    path = Path(path)
     content = _read(path)
     problems = []
     sealed = content.pop("digest", None)
     if sealed != _seal(content):
         problems.append(f"{path}: it was changed after it was written (its own digest differs)")
-    folder = path.parent if run is None else run
+    folder = path.parent if run is None else Path(run)
     try:
         files = list(_files(content))
     except (KeyError, TypeError, AttributeError):

@@ -55,14 +55,14 @@ Progress = Callable[[int, int], None]
 
 
 def audit_run(
-    run: Path,
+    run: Path | str,
     *,
     sample: float = 0.005,
     seed: int = 0,
     device: str | None = None,
     weights: str | None = None,
     encoder: str | None = None,
-    slides_dir: Path | None = None,
+    slides_dir: Path | str | None = None,
     trust_remote_code: bool = False,
     progress: Progress = lambda done, count: None,
 ) -> Row:
@@ -95,6 +95,7 @@ def audit_run(
     """
     if not 0 < sample <= 1:
         raise ConfigError(f"sample={sample:g} is no part of the tiles: give more than 0, at most 1 (100%)")
+    run, slides_dir = Path(run), None if slides_dir is None else Path(slides_dir)
     there = owners(run)
     chosen = [owner for owner in there if encoder in (None, owner.name, owner.folder.name)]
     if not chosen:

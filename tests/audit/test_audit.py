@@ -202,7 +202,8 @@ def test_a_slide_that_is_gone_is_counted_and_named(run: Path, slides: list[Path]
     found = audited(run)
     assert found["verdict"] == "agrees" and found["slides"] == {"agrees": 1, "not audited": 1}
     assert "/gone/b.svs does not exist" in rows_of(found)["b"]["why"]
-    assert audited(run, slides_dir=slides[0].parent)["slides"] == {"agrees": 2}
+    again = audit_run(str(run), slides_dir=str(slides[0].parent), sample=0.02, device="cpu")
+    assert again["slides"] == {"agrees": 2}
     with pytest.raises(ArtifactError, match="no embeddings"):
         audited(tmp_path / "nothing")
 
