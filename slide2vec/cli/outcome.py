@@ -140,13 +140,17 @@ def _patients_table(patients: Sequence[PatientEmbeddingArtifact]) -> Table:
     return table(("patient", "slides"), rows, numbers=("slides",))
 
 
+def _encoder_and_folder(model: Model, execution: ExecutionOptions) -> Iterator[tuple[str, str]]:
+    yield "encoder", f"{model.name} ({model.variant}), {model.engine_in_words(execution)}"
+    yield "written to", f"{execution.output_dir}/"
+
+
 def _patient_places(
     patients: Sequence[PatientEmbeddingArtifact], model: Model, execution: ExecutionOptions
 ) -> Iterator[tuple[str, str]]:
     output_dir = execution.output_dir
     assert output_dir is not None
-    yield "encoder", f"{model.name} ({model.variant}), {model.engine_in_words(execution)}"
-    yield "written to", f"{output_dir}/"
+    yield from _encoder_and_folder(model, execution)
     each = "" if len(patients) == 1 else "each "
     yield "patients", f"{_below(patients[0].path.parent, output_dir)}/, {each}({model.feature_dim},)"
 
@@ -157,8 +161,7 @@ def _places(
     """Where the files are, one line per kind: the file of a single slide, the folder of several."""
     output_dir = execution.output_dir
     assert output_dir is not None
-    yield "encoder", f"{model.name} ({model.variant}), {model.engine_in_words(execution)}"
-    yield "written to", f"{output_dir}/"
+    yield from _encoder_and_folder(model, execution)
     files: dict[str, list[Path | None]] = {
         "embeddings": [item.embeddings_path for item in made],
         "coordinates": [item.coordinates_meta_path for item in made],

@@ -115,6 +115,7 @@ class SharedSlides:
             for each in begun:
                 each.read_ahead.start()
         except Exception as error:
+            self._todo.clear()  # what has begun ends
             for member in here:
                 member.error = error
         self._changed.notify_all()

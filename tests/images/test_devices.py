@@ -115,6 +115,7 @@ def test_patch_tokens_of_tiles_are_shared_out_and_in_order(
     model.save_patch_tokens(artifacts, execution=execution)
     model.save_patch_tokens(artifacts, execution=execution.updated(output_dir=tmp_path / "two", devices=TWO))
     one, two = (np.load(tmp_path / name / "patch_tokens/a.npy") for name in ("one", "two"))
+    # They are stored in float16, whose numbers between 2 and 4 are 2e-3 apart.
     np.testing.assert_allclose(one, two, atol=2e-3)
     assert len(loaded) == 1
 

@@ -406,6 +406,32 @@ def test_nobody_waits_where_nothing_can_be_read(planned: Planned, monkeypatch: p
     assert sorted(raised) == ["x", "y", "z"]
 
 
+def test_readings_that_have_begun_end_where_another_cannot(
+    planned: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else their threads wait for ever, and so does the process for its end."""
+    start, begun = shared_slides.ReadAhead.start, list[Any]()
+
+    def fails_second(self: Any) -> None:
+        begun.append(self)
+        if len(begun) > 1:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(shared_slides.ReadAhead, "start", fails_second)
+    todo, shared = slides(*(f"s{number}" for number in range(100))), SharedSlides("xy")
+
+    def stream(name: str, size: int) -> None:
+        with pytest.raises(RuntimeError, match="new thread"):
+            read_all(shared.share(name, todo), todo, size)
+        for thread in begun[0]._threads:  # while whoever asked for it is alive
+            thread.join(timeout=10)
+        assert not any(thread.is_alive() for thread in begun[0]._threads)
+
+    in_threads(lambda: stream("x", 8), lambda: stream("y", 16))
+    assert len(begun) == 2 and is_over(shared)
+
+
 def test_copies_begin_in_an_order_that_is_that_of_every_stream(planned: Planned) -> None:
     """Else those of later slides may take the room of one that another stream waits for."""
 
