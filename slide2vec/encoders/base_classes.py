@@ -201,6 +201,18 @@ class TimmTileEncoder(TorchTileEncoder):
         """timm's own for evaluation."""
         return cast("Callable[[Any], Tensor]", import_timm().data.create_transform(**self._data))
 
+    def encode_tiles_dense(self, batch: Tensor) -> Tensor:
+        """Of a vision transformer: see `slide2vec.encoders.patch_tokens`."""
+        from slide2vec.encoders.patch_tokens import encode_tiles_dense
+
+        return encode_tiles_dense(self._model, batch)
+
+    def encode_tiles_dense_prenorm(self, batch: Tensor) -> Tensor:
+        """Of a vision transformer: see `slide2vec.encoders.patch_tokens`."""
+        from slide2vec.encoders.patch_tokens import encode_tiles_dense_prenorm
+
+        return encode_tiles_dense_prenorm(self._model, batch)
+
     @property
     def patch_size(self) -> tuple[int, int]:
         """Of its patch embedding."""
