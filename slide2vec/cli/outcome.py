@@ -98,7 +98,7 @@ def _print_next(report: Report, execution: ExecutionOptions) -> None:
     made = [report, *report.encoders.values()]
     if folder is not None and not is_remote(folder) and any(each.made for each in made):
         name = shlex.quote(str(folder))
-        said = f"Look at it: slide2vec view {name}, or slide2vec report {name} (a page)"
+        said = f"Look at it: slide2vec view {name}\nAs a page:  slide2vec report {name}"
         stdout().print(Text(said, "dim"), soft_wrap=True)
 
 

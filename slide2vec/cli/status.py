@@ -200,5 +200,5 @@ def _running(found: Mapping[str, Any]) -> str:
     if found["shards"]["ended"] and not found["shards"]["not_run"]:
         return "not running: slide2vec merge puts its shards together"
     if found["to do"] or found["in progress"]:
-        return "not running, and not done: start it again with resume to go on"
+        return "not running, and not done: the same command goes on with it"
     return "not running"

@@ -83,7 +83,7 @@ def test_gpu_that_torch_cannot_use(run, monkeypatch: pytest.MonkeyPatch, tmp_pat
     found = json.loads(run("doctor", "--json").stdout)
     assert found["gpus"]["driver"] == ["NVIDIA H200, 143771 MiB, 580.95"]
     assert "cannot use it" in found["gpus"]["problem"]
-    assert ",tensorrt," in run("doctor").stdout and "of which none is here" not in run("doctor").stdout
+    assert "of which none is here" not in run("doctor").stdout
 
 
 def test_gpus_are_listed(run, monkeypatch: pytest.MonkeyPatch) -> None:
