@@ -3,10 +3,10 @@
     python -m benchmarks.entries_714 --peer-python /path/to/bin/python --slides SLIDES [CALL …]
 
 tools/slide2vec_entries.py has the calls, which both packages run with their own arguments: small encoders
-that it registers in both, one file of weights, OpenSlide, fp32 on the CPU. SLIDES is the folder of test slides.
-A table of what is the same and what differs: types and fields of what is returned, dtypes, shapes, values (the
-largest difference over the largest absolute value), names of files, and keys and values of sidecars, process
-lists and coordinate files, but `compatibility`, paths and versions.
+that it registers in both, one file of weights, OpenSlide, fp32 on the CPU. SLIDES is the folder of test
+slides. A table of what is the same and what differs: types and fields of what is returned, dtypes, shapes,
+values (the largest difference over the largest absolute value), names of files, and keys and values of
+sidecars, process lists and coordinate files, but `compatibility`, paths and versions.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ KNOWN = {
     "further fields": r"^returned[^:]*: also |meta\.json: also ",
     "transform": r"^returned\S*\.transform",
     "in memory": r"^files: only there: .*(tile|slide|hierarchical)_embeddings/(?!blank)",
-    "own files": r"^files: only (there: embedding_request\.json|here: \.slide2vec\.lock)",
+    "own files": r"^files: only (there: (first/)?embedding_request\.json|here: \.slide2vec\.lock)",
     "process list": r"^(first/)?process_list\.csv\[\d\]: (also|no (annotation|output_mode|\w*mask_backend)) ",
     "coordinates of another run": r"^first/process_list\.csv\[\d\]\.(feature_|encoder_name|output_variant)",
     "regions": r"(tile_size_lv0|process_list.csv\[\d\]\.num_tiles|returned\S*\.num_tiles): '\d+' there",
@@ -53,6 +53,8 @@ KNOWN = {
 }
 #: Likewise, by call.
 KNOWN_CALLS = {
+    "embed_slide_keywords": "class of a mask",
+    "embed_slide_mapping": "class of a mask",
     "embed_slide_fp16_features": "fp16 in memory",
     "embed_slide_blank": "no tissue",
     "embed_slides_npz_and_blank": "no tissue",
@@ -78,14 +80,17 @@ def write_material(folder: Path, slides: Path) -> None:
     shutil.copy(slides / "CMU-1-Small-Region.svs", folder / "tissue.svs")
     shutil.copy(slides / "aperio-jpeg-pyramid.svs", folder / "other.svs")
     numbers = np.random.default_rng(0)
-    micrometres = {"resolution": (20_000, 20_000), "resolutionunit": "CENTIMETER"}  # 0.5 µm/px
+    micrometres: dict[str, Any] = {
+        "resolution": (20_000, 20_000),
+        "resolutionunit": "CENTIMETER",
+    }  # 0.5 µm/px
     white = np.full((2048, 1536, 3), 255, np.uint8)
     tifffile.imwrite(
         folder / "blank.tif", white, tile=(256, 256), photometric="rgb", compression="deflate", **micrometres
     )
     labels = np.zeros((2967 // 4, 2220 // 4), np.uint8)
     labels[60:400, 40:280], labels[200:600, 280:420], labels[420:700, 60:200] = 1, 2, 3
-    coarse = {**micrometres, "resolution": (5_000, 5_000)}
+    coarse: dict[str, Any] = {**micrometres, "resolution": (5_000, 5_000)}
     for name, values in (("labels", labels), ("mask", (labels > 0).astype(np.uint8))):
         tifffile.imwrite(
             folder / f"{name}.tif",
@@ -245,7 +250,7 @@ def sorted_out(name: str, words: list[str]) -> tuple[list[str], list[str]]:
 
 def rows(folder: Path, asked: list[str]) -> Iterator[tuple[str, str, str, list[str], list[str]]]:
     sides = [torch.load(folder / side / "returned.pt", weights_only=True) for side in ("theirs", "ours")]
-    for name in asked or sides[0]:
+    for name in asked or sides[1]:
         gives, worst, found = compared(name, sides[0][name], sides[1][name], folder)
         yield name, gives, worst, *sorted_out(name, found.words)
 

@@ -4,8 +4,8 @@ benchmarks/entries_714.py, which compares what they return and write:
     python tools/slide2vec_entries.py MATERIAL OUT [CALL …]
 
 MATERIAL holds slides, masks, images and a file of weights; OUT gets a folder of each call, as it left it, and
-`returned.pt`, what the calls returned in plain types and tensors. Where the two packages spell an argument in
-two ways, as docs/migration.md says, `Side` has both.
+`returned.pt`, what the calls returned in plain types and tensors (if only some are asked for, others stay in
+it). Where the two packages spell an argument in two ways, as docs/migration.md says, `Side` has both.
 """
 
 from __future__ import annotations
@@ -1255,7 +1255,8 @@ def plain(value: Any, out: Path) -> Any:
 
 def main() -> None:
     out, asked = Path(sys.argv[2]), sys.argv[3:] or list(CALLS)
-    returned = {}
+    kept = sys.argv[3:] and (out / "returned.pt").exists()
+    returned = torch.load(out / "returned.pt", weights_only=True) if kept else {}
     for name in asked:
         folder = out / name
         shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from slide2vec.errors import PresetError
+from slide2vec.errors import PresetError, UnsupportedError
 from slide2vec.lazy import import_timm
 
 __all__ = [
@@ -202,16 +202,21 @@ class TimmTileEncoder(TorchTileEncoder):
         return cast("Callable[[Any], Tensor]", import_timm().data.create_transform(**self._data))
 
     def encode_tiles_dense(self, batch: Tensor) -> Tensor:
-        """Of a vision transformer: see `slide2vec.encoders.patch_tokens`."""
-        from slide2vec.encoders.patch_tokens import encode_tiles_dense
-
-        return encode_tiles_dense(self._model, batch)
+        """Of a vision transformer: its patch tokens after the closing norm, as a grid."""
+        return self._patch_tokens(batch, norm=True)
 
     def encode_tiles_dense_prenorm(self, batch: Tensor) -> Tensor:
-        """Of a vision transformer: see `slide2vec.encoders.patch_tokens`."""
-        from slide2vec.encoders.patch_tokens import encode_tiles_dense_prenorm
+        """The same, before that norm."""
+        return self._patch_tokens(batch, norm=False)
 
-        return encode_tiles_dense_prenorm(self._model, batch)
+    def _patch_tokens(self, batch: Tensor, *, norm: bool) -> Tensor:
+        model = cast("Any", self._model)
+        if not hasattr(model, "num_prefix_tokens"):
+            raise UnsupportedError(f"{type(model).__name__} has no patch tokens: it is no vision transformer")
+        found = model.forward_intermediates(
+            batch, indices=1, norm=norm, intermediates_only=True, output_fmt="NCHW"
+        )
+        return cast("Tensor", found[-1])
 
     @property
     def patch_size(self) -> tuple[int, int]:

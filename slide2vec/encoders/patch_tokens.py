@@ -65,8 +65,7 @@ def encode_tiles_dense(encoder: nn.Module, batch: Tensor) -> Tensor:
     green and blue as three pictures are side by side.
 
     Args:
-        encoder: of `build_encoder`, where `ready_for` prepares it for other sizes than its own; or a vision
-            transformer of timm.
+        encoder: of `build_encoder`; `ready_for` prepares it for other sizes than its own.
         batch: (B, 3, H, W) float, normalised; H and W are multiples of the patch.
 
     Returns:
@@ -106,8 +105,8 @@ def encode_tiles_dense_prenorm(encoder: nn.Module, batch: Tensor) -> Tensor:
     if (theirs := _theirs(encoder, "encode_tiles_dense_prenorm")) is not None:
         return cast("Tensor", theirs(batch))
     _grid(encoder, batch)
-    trunk: Any = getattr(encoder, "trunk", None) or getattr(getattr(encoder, "own", None), "_model", encoder)
-    if not hasattr(trunk, "forward_intermediates"):
+    trunk: Any = getattr(encoder, "trunk", None) or getattr(getattr(encoder, "own", None), "_model", None)
+    if trunk is None or not hasattr(trunk, "forward_intermediates"):
         raise UnsupportedError(
             f"{type(encoder).__name__} has no tokens before a closing norm (patch_features_prenorm): that is "
             "of vision transformers of timm; ask for patch_features"
@@ -175,10 +174,14 @@ def _theirs(encoder: nn.Module, name: str) -> Any:
 
 def _trunk(encoder: nn.Module) -> Any:
     own = getattr(encoder, "own", None)
-    trunk: Any = getattr(encoder, "trunk", None) or getattr(encoder, "vit", None)
-    trunk = trunk or getattr(own, "_model", own) or encoder
-    if not hasattr(trunk, "num_prefix_tokens") or not hasattr(trunk, "patch_embed"):
-        raise UnsupportedError(f"{type(trunk).__name__} has no patch tokens: it is no vision transformer")
+    trunk: Any = (
+        getattr(encoder, "trunk", None) or getattr(encoder, "vit", None) or getattr(own, "_model", own)
+    )
+    if trunk is None or not hasattr(trunk, "num_prefix_tokens") or not hasattr(trunk, "patch_embed"):
+        raise UnsupportedError(
+            f"{type(encoder if trunk is None else trunk).__name__} has no patch tokens: it is no vision "
+            "transformer"
+        )
     return trunk
 
 
