@@ -507,6 +507,30 @@ def test_what_makes_other_embeddings(changes: dict[str, Any], told: str) -> None
     assert difference(made_of(), made_of(**changes)) == told
 
 
+MASKS = {
+    "pixel_mapping": {"background": 0, "tumor": (1, 3), "stroma": 2},
+    "min_coverage": {"tumor": 0.3, "stroma": 0.2},
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"masks": {}},
+        {"masks": {**MASKS, "min_coverage": {"tumor": 0.3}}},
+        {"masks": {**MASKS, "strategy": "independent"}},
+        {"masks": {**MASKS, "pixel_mapping": {"background": 0, "stroma": 2, "tumor": (1, 3)}}},
+        {"masks": {**MASKS, "pixel_mapping": {"background": 0, "tumor": (1, 4), "stroma": 2}}},
+        {"slide": replace(SLIDE, sample_id="stroma/a", annotation="stroma")},
+    ],
+    ids=str,
+)
+def test_what_makes_other_tiles_of_masks(changes: dict[str, Any]) -> None:
+    tumor = replace(SLIDE, sample_id="tumor/a", annotation="tumor")
+    made, other = made_of(tumor, masks=MASKS), made_of(**{"slide": tumor, "masks": MASKS, **changes})
+    assert difference(made, other) == "geometry masks"
+
+
 @pytest.mark.parametrize(
     "changes",
     [
