@@ -257,7 +257,7 @@ def test_tiles_of_a_block_are_tried_one_by_one() -> None:
 
 
 def test_the_error_of_a_damaged_slide_lists_ten_places() -> None:
-    tiling = a_tiling(range(12), range(100, 112))
+    tiling = a_tiling(range(21), range(100, 121))
     error = SlideReadError("slide s: broken")
     listed = ", ".join(f"({n}, {100 + n})" for n in range(10))
     for count, told in (
@@ -266,6 +266,7 @@ def test_the_error_of_a_damaged_slide_lists_ten_places() -> None:
         (10, f"10 tiles cannot be decoded, at level-0 px {listed}: broken;"),
         (11, f"11 tiles cannot be decoded, at level-0 px {listed} and 1 more: broken;"),
         (12, f"12 tiles cannot be decoded, at level-0 px {listed} and 2 more: broken;"),
+        (21, f"21 tiles cannot be decoded, at level-0 px {listed} and 11 more: broken;"),
     ):
         assert str(damaged(tiling, dict.fromkeys(range(count), error))).startswith(f"slide s: {told}")
 
