@@ -28,11 +28,8 @@ ABSOLUTE_DEFAULT = 5e-5
 FP16_COSINE = 0.9999
 
 COMPILABLE = [name for name in list_models("tile") if load_recipe(name).compile]
-#: One of every architecture; the others differ from them by numbers, and are slow.
-ARCHITECTURES = {
-    *("conch", "dinov2-vitb14", "genbio-pathfm", "hibou-b", "isight", "lunit", "musk", "scattering"),
-    *("ctranspath", "dinov3-vitb16", "lunit-bt", "mettle", "plip"),
-}
+#: Architectures that are quickly exported; the others, and presets that differ by numbers only, are slow.
+QUICK = {"conch", "dinov2-vitb14", "dinov3-vitb16", "hibou-b", "isight", "lunit", "lunit-bt", "plip"}
 
 
 def shallow(name: str) -> tuple[Recipe, nn.Module]:
@@ -54,7 +51,7 @@ def run(path: Path, pixels: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in ARCHITECTURES else pytest.param(name, marks=pytest.mark.slow) for name in COMPILABLE],
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in COMPILABLE],
 )
 def test_every_preset_exports(name: str, tmp_path: Path) -> None:
     recipe, encoder = shallow(name)
@@ -77,7 +74,7 @@ def test_every_preset_exports(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("opset", OPSETS)
 @pytest.mark.parametrize("layout", ["uint8_nhwc", "float32_nchw"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_opsets_layouts_and_precisions(
     recipe: Recipe, encoder: nn.Module, tmp_path: Path, opset: int, layout: str, precision: str
 ) -> None:

@@ -190,6 +190,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 def test_no_matrix_of_all_pairs_is_made(preset: str, tmp_path: Path) -> None:
     """6,000 tiles: one such matrix would take 144 MB for every head."""
     recipe = small(preset)
