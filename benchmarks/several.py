@@ -79,16 +79,19 @@ def embed(slide: Path, presets: Sequence[str], repeat: int) -> Row:
     import numpy as np
     import torch
 
-    from slide2vec import ExecutionOptions, Models, PreprocessingConfig
+    from slide2vec import ExecutionOptions, ImageSpec, Models, PreprocessingConfig
 
     torch.set_num_threads(THREADS)
     models = Models.from_presets(presets, weights="random", device="cpu", allow_non_recommended_settings=True)
     slides = [{"sample_id": str(i), "image_path": slide} for i in range(repeat)]
     config = PreprocessingConfig(requested_spacing_um=SPACING_UM, requested_tile_size_px=224)
-    execution = ExecutionOptions(engine="torch", build_engine="never")
+    execution, blank = (
+        ExecutionOptions(engine="torch", build_engine="never"),
+        np.zeros((224, 224, 3), np.uint8),
+    )
     for model in models.values():
         model.identity(execution)
-        model.embed_images([np.zeros((224, 224, 3), np.uint8)], execution=execution)
+        model.embed_images([ImageSpec(sample_id="blank", image=blank)], execution=execution)
     started = time.perf_counter()
     if len(models) == 1:
         (model,) = models.values()
