@@ -232,7 +232,7 @@ class _Pixels:
     @property
     def bytes(self) -> int:
         """That they take."""
-        return self.corners.shape[1] * _tile_bytes(self.geometry)
+        return len(self.corners[0]) * _tile_bytes(self.geometry)
 
 
 def _tile_bytes(geometry: TileGeometry) -> int:
@@ -263,7 +263,7 @@ class _Kept:
             return
         try:
             for tile, each in zip(tiles.tolist(), pixels, strict=True):
-                if os.pwrite(self._file, np.ascontiguousarray(each), tile * size) != size:
+                if os.pwrite(self._file, np.ascontiguousarray(each).data, tile * size) != size:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             self._error = error

@@ -215,7 +215,8 @@ def test_tiles_in_the_memory_of_a_device(slides: list[Slide], folder: Path, fetc
     for _ in turns(scratch, slides[0]):
         plan = scratch.over(transfer).bind(planned(slides[0]))
         assert np.array_equal(read(plan, transfer), expected)
-        read_in_turn, _ = list(fetched), fetched.clear()
+        read_in_turn = list(fetched)
+        fetched.clear()
     assert scratch.used == (1, 0) and read_in_turn == []
 
 
