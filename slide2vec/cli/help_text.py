@@ -29,11 +29,13 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Tiles and tissue": (
         *("spacing", "tile_size", "region_tile_multiple", "overlap", "at", "tissue_threshold"),
-        *("segmentation_method", "segmentation_downsample", "sthresh", "min_piece", "masks", "qc"),
+        *("segmentation_method", "segmentation_downsample", "segmentation_weights", "sthresh"),
+        *("min_piece", "masks", "qc"),
     ),
     "Machine": (
         *("device", "devices", "num_gpus", "precision", "engine", "build_engine", "batch_size"),
-        *("num_workers", "num_preprocessing_workers", "encoders_gb", "executor", "address", "run_on_cpu"),
+        *("num_workers", "num_preprocessing_workers", "encoders_gb", "scratch_dir", "scratch_gb"),
+        *("executor", "address", "run_on_cpu"),
     ),
     "Output": (
         *("output", "file_format", "output_dtype", "save_tile_embeddings", "save_slide_embeddings"),
