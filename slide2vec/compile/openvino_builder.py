@@ -19,7 +19,8 @@ def unavailable(runtime: str, precision: str, device: torch.device) -> str | Non
 
 def build(job: BuildJob) -> Built:
     """OpenVINO's own model, in fp32: it computes in the precision that it is loaded for."""
-    openvino = openvino_engine.package()
+    import openvino
+
     onnx, opset = job.to_onnx("fp32")
     job.progress("compiling for OpenVINO", 0, 0)
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import sys
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -19,8 +18,10 @@ from slide2vec.errors import EngineError, ExtraMissingError
 from slide2vec.runtime.base import Layout
 from slide2vec.runtime.record import EngineRecord
 
-__all__ = ["OpenVINOEngine", "capabilities", "load", "package", "unavailable"]
+__all__ = ["OpenVINOEngine", "capabilities", "load", "unavailable"]
 
+# OpenVINO tells Google Analytics of every import; it has a stub for where this package is not found.
+sys.modules.setdefault("openvino_telemetry", cast("Any", None))
 #: OpenVINO's names of the precisions that it computes in; the weights of the file stay fp32.
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
@@ -49,15 +50,10 @@ def capabilities() -> tuple[str, ...]:
 
 
 @cache
-def package() -> Any:
-    """OpenVINO without its telemetry, which otherwise tells Google Analytics of every import."""
-    sys.modules.setdefault("openvino_telemetry", cast("Any", None))  # not found: it takes its own stub
-    return import_module("openvino")
-
-
-@cache
 def _core() -> Any:
-    return package().Core()
+    import openvino
+
+    return openvino.Core()
 
 
 def load(record: EngineRecord, file: Path, device: torch.device) -> OpenVINOEngine:
