@@ -253,8 +253,8 @@ def compared(ours: Path, theirs: Path) -> tuple[str, float, list[str]]:
 
 
 def write_images(folder: Path, name: str) -> None:
-    """Pictures of odd and even sides, grey and with transparency; "oblong" is twice as large as the target of
-    the dense call."""
+    """Pictures of odd and even sides, grey and with an alpha channel; "oblong" is twice as large as the
+    target of the dense call."""
     recipe, numbers = load_recipe(name), np.random.default_rng(0)
     side = recipe.tile_size_px
     patch = recipe.encoder.kwargs.get("patch_size") or (16 if "16" in recipe.encoder.arch else 14)
@@ -263,7 +263,10 @@ def write_images(folder: Path, name: str) -> None:
     for file, (height, width) in {**sizes, "rgba.png": (260, 301)}.items():
         channels = {"grey.png": 1, "rgba.png": 4}.get(file, 3)
         noise = numbers.integers(0, 256, (height, width, channels), dtype=np.uint8)
-        Image.fromarray(np.asarray(cv2.GaussianBlur(noise, (0, 0), 3))).save(folder / file)
+        smooth = np.array(cv2.GaussianBlur(noise, (0, 0), 3))
+        if channels == 4:  # opaque: what is transparent becomes white here, and not there
+            smooth[..., 3] = 255
+        Image.fromarray(smooth).save(folder / file)
 
 
 def main() -> None:
