@@ -180,6 +180,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
             map_embeddings(path, (4, 6))
 
 
+@pytest.mark.slow
 def test_the_example_learns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,8 +89,15 @@ def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cosine_similarity(a.double(), b.double())
 
 
-@pytest.mark.parametrize("supertiles", [True, False])
-@pytest.mark.parametrize("backend", ["cucim", "openslide", "vips"])
+@pytest.mark.parametrize("supertiles", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "cucim",
+        pytest.param("openslide", marks=pytest.mark.slow),
+        pytest.param("vips", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(("spacing", "tile"), [(0.5, 448), (1.1, 224)])
 def test_embeddings_equal_the_reference(
     slides_dir: Path, shallow: Model, backend: str, supertiles: bool, spacing: float, tile: int

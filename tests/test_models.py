@@ -142,7 +142,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("sizes", [(64, 64, 64), (64, 96, 64)])
+@pytest.mark.parametrize("sizes", [pytest.param((64, 64, 64), marks=pytest.mark.slow), (64, 96, 64)])
 def test_folders_are_those_of_separate_runs(
     models: Models,
     slides: list[Path],
@@ -191,6 +191,7 @@ def groups(models: Models) -> Iterator[ExecutionOptions]:
         model.release()
 
 
+@pytest.mark.slow
 def test_encoders_that_do_not_fit_take_turns_in_groups(
     models: Models,
     slides: list[Path],
@@ -210,6 +211,7 @@ def test_encoders_that_do_not_fit_take_turns_in_groups(
             assert torch.equal(ours.tile_embeddings, theirs.tile_embeddings)
 
 
+@pytest.mark.slow
 def test_no_more_encoders_are_in_memory_than_fit(
     models: Models,
     slides: list[Path],
@@ -258,6 +260,7 @@ def test_resume_adds_what_is_missing_and_segments_nothing(
     assert len(rows) == 9 and {row["feature_status"] for row in rows} == {"success"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", [True, False])
 def test_regions_of_one_size_made_of_tiles_of_two_have_coordinates_of_their_own(
     models: Models, slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
@@ -295,6 +298,7 @@ def test_regions_of_one_size_made_of_tiles_of_two_have_coordinates_of_their_own(
             assert Pipeline(model, None, out).run(slides[:2]).resumed == 2
 
 
+@pytest.mark.slow
 def test_an_encoder_that_breaks_off_fails_alone(
     models: Models, slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,6 +397,7 @@ def test_what_the_callback_raises_ends_the_run_and_is_raised(
     assert not [row for row in rows if row["feature_status"] == "error"]
 
 
+@pytest.mark.slow
 def test_patients_in_another_order_than_the_manifest_have_a_turn_of_their_own(
     models: Models,
     slides: list[Path],

@@ -40,6 +40,8 @@ MAX_SIDE_PX = 16_384
 #: Of a preview, the longer side: smaller slides are reduced less than `downsample` says, or enlarged.
 LEAST_SIDE_PX = 1_000
 
+#: Widths of their lines that a hole has to be wide: hundreds of small ones would hide the tissue itself.
+_SEEN_HOLE = 3
 _HOLE_COLOR = (226, 92, 48)
 _EDGE_COLOR = (25, 25, 25)
 _TILE_COLOR = (20, 80, 220)
@@ -176,7 +178,8 @@ def thumbnail_level(reader: SlideReader, downsample: float) -> int:
 
 
 def draw_tissue(picture: Picture, tissue: TissueMask, config: PreviewConfig) -> Picture:
-    """The picture of a whole slide with its tissue tinted (alpha) and outlined."""
+    """The picture of a whole slide with its tissue tinted (alpha) and outlined, and the holes in it that are
+    wide enough to be seen."""
     height, width = picture.shape[:2]
     scale = np.array([width / tissue.mask.shape[1], height / tissue.mask.shape[0]])
     outlines = [_scaled(piece.contour, scale) for piece in tissue.pieces]
@@ -191,6 +194,7 @@ def draw_tissue(picture: Picture, tissue: TissueMask, config: PreviewConfig) -> 
         inside = (kept > 0) & (mask > 0)
         drawn[inside] = (drawn[inside] * (1 - alpha) + tint * alpha).astype(np.uint8)
     thickness = 1 + _thickness(width, height)
+    holes = [hole for hole in holes if min(cv2.boundingRect(hole)[2:]) >= _SEEN_HOLE * (thickness + 2)]
     for lines, of in ((outlines, color), (holes, _HOLE_COLOR)):
         # dark on both sides: seen on pale glass and on dark stain
         cv2.drawContours(drawn, lines, -1, _EDGE_COLOR, thickness + 2, cv2.LINE_AA)

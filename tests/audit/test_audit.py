@@ -67,6 +67,7 @@ def rows_of(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["sample_id"]: row for each in found["encoders"] for row in each["slides"]}
 
 
+@pytest.mark.slow
 def test_sound_tiles_agree(sound: Path) -> None:
     """Every tile of two slides, about 500: equal pixels, so hardly a difference."""
     found = audited(sound, sample=1)

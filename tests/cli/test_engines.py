@@ -141,6 +141,7 @@ def test_errors(run, arguments: tuple[str, ...], message: str, monkeypatch: pyte
     assert done.exit_code == 1 and message in " ".join(done.stderr.split())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not find_spec("tensorrt_rtx_bindings"), reason="TensorRT-RTX is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_engine_for_gpus_that_are_elsewhere(run, tmp_path: Path) -> None:
@@ -162,6 +163,7 @@ def test_engine_for_gpus_that_are_elsewhere(run, tmp_path: Path) -> None:
         assert done.exit_code == 1 and said in " ".join(done.stderr.split())
 
 
+@pytest.mark.slow
 def test_all_goes_on_after_failures(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Presets whose weights are not there are named at the end; the others are built."""
     module = sys.modules["slide2vec.cli.build_engine"]  # the name is that of its function, too
@@ -181,6 +183,7 @@ def test_all_goes_on_after_failures(run, tmp_path: Path, monkeypatch: pytest.Mon
     assert "uni:" in done.stderr and [e.record.preset for e in EngineStore(tmp_path / "store")] == [PRESET]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_bench(built: Path, run, monkeypatch: pytest.MonkeyPatch, start: str) -> None:
     monkeypatch.setenv("COLUMNS", "160")

@@ -32,6 +32,7 @@ def published() -> torch.nn.Module:
     return timm.create_model("test_vit").eval()
 
 
+@pytest.mark.slow
 def test_what_was_fetched_is_used_without_network(
     published: torch.nn.Module, small_slide: Path, tmp_path: Path
 ) -> None:

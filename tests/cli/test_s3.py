@@ -86,6 +86,7 @@ def modified(output_dir: Path) -> dict[str, Any]:
     return {Path(name).name: about["LastModified"] for name, about in files.items()}
 
 
+@pytest.mark.slow
 def test_run_and_resume(manifest: str, slides: list[Path], tmp_path: Path, run: Run) -> None:
     output_dir = as_path("s3://bucket/run")
     arguments = run_arguments(manifest, "s3://bucket/run")
@@ -149,6 +150,7 @@ def test_workers_publish_themselves(
     assert Pipeline(model, config, execution).run(slides).resumed == 2
 
 
+@pytest.mark.slow
 def test_without_credentials_there_is_one_line(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)

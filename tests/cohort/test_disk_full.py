@@ -66,6 +66,7 @@ def check(model: Model, manifest: Path, output_dir: Path, file_format: str, whol
     assert not list(output_dir.rglob(".*.partial"))
 
 
+@pytest.mark.slow
 def test_limited_file_size(model: Model, manifest: Path, whole: RunResult, tmp_path: Path) -> None:
     limit = 19_800  # bytes: 24 tiles' embeddings are just below
     script = SCRIPT.format(tests=str(Path(__file__).parent))

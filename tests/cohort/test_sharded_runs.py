@@ -83,6 +83,7 @@ def test_one_after_the_other(model: Model, manifest: Path, whole: Path, tmp_path
     assert merge_shards(out).complete and rows(out) == rows(whole)
 
 
+@pytest.mark.slow
 def test_two_at_the_same_time(manifest: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "slide2vec", "run", "-m", manifest, "-o", out, "-p", "scattering"]

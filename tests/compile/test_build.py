@@ -150,6 +150,7 @@ def test_values_that_are_not_finite_are_not_published(
         build(recipe, Overflowing().eval(), EngineStore(tmp_path), FP32)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("BF16" not in capabilities(), reason="this CPU does not compute in bf16")
 def test_way_down_is_taken_and_recorded(
     recipe: Recipe, encoder: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -310,6 +311,7 @@ def _build_in_process(root: Path, started: Any, progress: Any) -> None:
         )
 
 
+@pytest.mark.slow
 def test_two_builders_at_once(tmp_path: Path) -> None:
     started, progress = CONTEXT.Barrier(2), CONTEXT.SimpleQueue()
     builders = [

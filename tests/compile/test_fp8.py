@@ -121,6 +121,7 @@ def least_cosine(found: Tensor, reference: Tensor) -> float:
     return float(nn.functional.cosine_similarity(found.float(), reference.float()).min())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "opset"),
     [("vit_tiny_patch16_224", 20), ("vit_tiny_patch16_224", 23), ("vit_small_patch16_224", 20)],
@@ -339,6 +340,7 @@ def spoilt(block: int) -> nn.Module:
     return encoder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [0, 1])
 def test_a_layer_that_fp8_spoils_is_left_out(block: int, tmp_path: Path) -> None:
     encoder = spoilt(block)

@@ -74,6 +74,7 @@ def test_dimension_of_every_output(name: str) -> None:
             assert encoder(pixels).shape == (2, output.dim), variant
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", each(TIMM))
 def test_gflops_are_those_of_one_tile(name: str) -> None:
     recipe = load_recipe(name)

@@ -117,7 +117,13 @@ def uses_transformers(recipe: Recipe) -> bool:
     return recipe.weights is not None and recipe.weights.convert.startswith("transformers_")
 
 
-@pytest.mark.parametrize("name", ORIGINALS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("phikon", "midnight", "hibou-b") else pytest.param(name, marks=pytest.mark.slow)
+        for name in ORIGINALS
+    ],
+)
 def test_features_are_the_original_ones(name: str, tmp_path: Path, pixels: Tensor) -> None:
     source, recipe = ORIGINALS[name], shallow(name)
     module = original(source.model, **source.config)

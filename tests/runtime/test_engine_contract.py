@@ -44,8 +44,9 @@ CASES = [
     "torch bf16 cpu",
     "openvino fp32 cpu",
     "openvino bf16 cpu",
-    "inductor fp32 cpu",
-    pytest.param("inductor bf16 cpu", marks=pytest.mark.slow),  # a minute of the C++ compiler
+    *(  # a minute of the C++ compiler
+        pytest.param(f"inductor {precision} cpu", marks=pytest.mark.slow) for precision in ("fp32", "bf16")
+    ),
     *(
         pytest.param(f"{runtime} {precision} cuda", marks=pytest.mark.gpu)
         for runtime in ("torch", "compiled", "inductor", "tensorrt")

@@ -313,6 +313,7 @@ def test_workers_that_would_embed_otherwise_are_refused(slides: list[Path]) -> N
         model.embed_slides(slides[:2], PREPROCESSING, ExecutionOptions(devices=TWO))
 
 
+@pytest.mark.slow
 def test_a_model_that_workers_cannot_load_is_told(
     slides: list[Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -322,6 +323,7 @@ def test_a_model_that_workers_cannot_load_is_told(
     assert "Traceback" not in capfd.readouterr().err, "the other worker ends quietly"
 
 
+@pytest.mark.slow
 def test_the_others_go_on_where_no_worker_can_take_the_place_of_a_lost_one(
     slides: list[Path], alone: list[EmbeddedSlide], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,6 +346,7 @@ def test_a_model_made_otherwise_is_told(model: Deadly, slides: list[Path]) -> No
         bare.embed_slides(slides[:2], PREPROCESSING, ExecutionOptions(devices=TWO))
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_process_that_started_them(slides: list[Path]) -> None:
     code = (
         "import os, signal, sys\n"

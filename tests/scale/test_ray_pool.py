@@ -158,6 +158,7 @@ def test_slides_are_the_same_in_the_order_of_the_input(
     assert isinstance(pool, RayPool) and list(pool._actors) == ["#1", "#2"], "they wait for the next call"
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_nothing(
     model: Deadly, clusters: Clusters, slides: list[Path], bad: Path, expected: RunResult, tmp_path: Path
 ) -> None:
@@ -172,6 +173,7 @@ def test_a_killed_worker_costs_nothing(
     assert [each.sample_id for each in found.failed] == ["bad"] and "slide bad" in str(found.failed[0].error)
 
 
+@pytest.mark.slow
 def test_a_slide_that_kills_its_workers_fails_alone(
     model: Deadly, clusters: Clusters, slides: list[Path], alone: list[EmbeddedSlide]
 ) -> None:
@@ -184,6 +186,7 @@ def test_a_slide_that_kills_its_workers_fails_alone(
         same(one, other)
 
 
+@pytest.mark.slow
 def test_a_lost_node_costs_nothing(
     model: Deadly, clusters: Clusters, slides: list[Path], bad: Path, expected: RunResult, tmp_path: Path
 ) -> None:
@@ -262,6 +265,7 @@ def test_the_command_line(
         assert (tmp_path / "out" / name).read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "error"),
     [

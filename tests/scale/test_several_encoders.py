@@ -125,6 +125,7 @@ def test_slides_are_read_once_for_all_encoders(
     end_workers(pipeline.models)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_what_a_lost_worker_had_finished_counts(
     models: Models, slides: list[Path], alone: RunResult, tmp_path: Path
 ) -> None:
@@ -151,6 +152,7 @@ def test_what_a_lost_worker_had_finished_counts(
     assert {each["sample_id"] for each in bill["of_slides"]} == {path.stem for path in slides}
 
 
+@pytest.mark.slow
 def test_encoders_that_do_not_fit_take_turns_in_the_same_workers(
     models: Models, slides: list[Path], alone: RunResult, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -184,6 +186,7 @@ def test_patients_in_any_order_beside_another_encoder(
     end_workers(pipeline.models)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_an_encoder_that_breaks_off_fails_alone(
     models: Models, slides: list[Path], folder: Path, alone: RunResult, tmp_path: Path
 ) -> None:

@@ -45,7 +45,13 @@ def overlap(found: NDArray[np.bool_], truth: NDArray[np.bool_], ignored: NDArray
     return float((found & truth & ~ignored).sum() / max(1, ((found | truth) & ~ignored).sum()))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case in ("dab", "tint", "pen", "clinic") else pytest.param(case, marks=pytest.mark.slow)
+        for case in CASES
+    ],
+)
 def test_tissue_of_generated_slides_is_found(case: str) -> None:
     slide = generated(case)
     assert slide.tissue.mean() > 0.02, "nothing to be found: take another seed"

@@ -52,6 +52,7 @@ def pattern_levels() -> list[NDArray[np.uint8]]:
     return levels
 
 
+@pytest.mark.slow
 def test_the_pattern_is_the_one_that_hs2p_saw() -> None:
     assert [zlib.crc32(level) for level in pattern_levels()] == RECORD["checksums"]
 

@@ -28,6 +28,7 @@ def only_base(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_gpu_tests_are_collected_and_skipped_with_base_packages() -> None:
     python, _, *rest = pytest_command(None, ["-p", "no:cacheprovider"])
     assert python == sys.executable

@@ -35,6 +35,7 @@ def run(main: Callable[[], None], monkeypatch: pytest.MonkeyPatch, *arguments: A
     main()
 
 
+@pytest.mark.slow
 def test_probe(work_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = work_dir / "probe.json"
     monkeypatch.setattr(gpu_probe, "TURNS", 2)
@@ -55,6 +56,7 @@ def test_an_item_that_fails_ends_only_itself(tmp_path: Path) -> None:
     assert kept == {"bad": "FAILED ZeroDivisionError: division by zero", "good": 1}
 
 
+@pytest.mark.slow
 def test_benchmark(work_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = work_dir / "bench"
     options = ("--out", out, "--work-dir", work_dir, "--rounds", 1, "--most-slides", 2)

