@@ -14,7 +14,8 @@ import pytest
 import tifffile
 
 from slide2vec.errors import SlideReadError
-from slide2vec.readers import decoders, open_slide
+from slide2vec.readers import open_slide
+from slide2vec.readers.codecs import decode_tile
 from slide2vec.readers.reader import Squares
 from slide2vec.readers.tile_assembly import HostTileReader
 from slide2vec.slides import as_slide
@@ -34,24 +35,25 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each compressed tile that is decoded."""
-    found, decode = list[int](), decoders.decode_tile
+    found = list[int]()
 
     def counted(*args: Any, **options: Any) -> Any:
         found.append(1)
-        return decode(*args, **options)
+        return decode_tile(*args, **options)
 
-    monkeypatch.setattr(decoders, "decode_tile", counted)
+    monkeypatch.setattr("slide2vec.readers.decoders.decode_tile", counted)
     return found
 
 
 def write(path: Path, damage: int | None = None, left_out: int | None = None) -> Path:
     tifffile.imwrite(path, PIXELS, tile=(TILE, TILE), photometric="rgb", compression="zlib", metadata=None)
     with tifffile.TiffFile(path, mode="r+") as tiff:
+        page: Any = tiff.pages[0]
         if damage is not None:
-            tiff.filehandle.seek(tiff.pages[0].dataoffsets[damage])
+            tiff.filehandle.seek(page.dataoffsets[damage])
             tiff.filehandle.write(bytes(8))
         if left_out is not None:
-            tag = tiff.pages[0].tags["TileByteCounts"]
+            tag = page.tags["TileByteCounts"]
             tag.overwrite([0 if i == left_out else n for i, n in enumerate(tag.value)])
     return path
 
