@@ -24,6 +24,7 @@ from slide2vec.stream.plan_ahead import SlideQueue, Stream
 from slide2vec.stream.read_ahead import Outlet, ReadAhead, Wanted
 from slide2vec.stream.staging import IN_PLACE, InPlace
 from slide2vec.stream.tile_sources import SlideSource, TileSource
+from slide2vec.stream.transfer import TileTransfer
 from slide2vec.tiling.shared_level import KEPT_FOR_OTHERS_BYTES, MOST_CHUNK_BYTES, SharedLevel
 
 __all__ = ["Share", "SharedSlides"]
@@ -52,12 +53,18 @@ class SharedSlides:
         stager: brings slides to where they are read.
         readers: threads, whosever tiles they are, that decode and cut at once: more would take the CPUs, and
             Python's lock, from one another. One waits now and then for a tile that another decodes.
+        over: gives what brings tiles to where a stream keeps them, by what the stream has for it.
     """
 
     def __init__(
-        self, members: Collection[str], stager: InPlace = IN_PLACE, *, readers: int | None = None
+        self,
+        members: Collection[str],
+        stager: InPlace = IN_PLACE,
+        *,
+        readers: int | None = None,
+        over: Callable[[TileTransfer], TileTransfer] = lambda transfer: transfer,
     ) -> None:
-        self.stager = stager
+        self.stager, self.over = stager, over
         self._changed = threading.Condition()
         self._reading = threading.Semaphore((readers or job_cpus()) + 1)
         self._to_come, self._here = set(members), list[Share]()
@@ -323,7 +330,8 @@ class _Together:
     def __init__(self, shared: SharedSlides, streams: Sequence[Share]) -> None:
         self._shared, self._streams, self.stager = shared, streams, shared.stager
         self.slides, self._coming = streams[0].slides, SlideQueue()
-        wanted = replace(streams[0].wanted, ahead=max(each.wanted.ahead for each in streams))
+        wanted, most = streams[0].wanted, max(each.wanted.ahead for each in streams)
+        wanted = replace(wanted, ahead=most, transfer=shared.over(wanted.transfer))
         slides = self._coming if self.slides is None else self.slides
         self.read_ahead = ReadAhead(slides, self, wanted, [each.outlet for each in streams])
         for each in streams:
