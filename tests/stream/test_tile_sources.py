@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from numpy.typing import NDArray
 
 from slide2vec.config import FilterConfig
 from slide2vec.errors import SlideReadError
 from slide2vec.geometry import tile_geometry
-from slide2vec.stream import tile_sources
+from slide2vec.readers import open_slide
+from slide2vec.slides import as_slide
+from slide2vec.stream import shared_slides, tile_sources
 from slide2vec.stream.tile_sources import (
     SlideSource,
     bad_tiles,
@@ -23,7 +27,7 @@ from slide2vec.stream.tile_sources import (
     open_archive,
     place_singly,
 )
-from slide2vec.tiling import BadTile, Tiling
+from slide2vec.tiling import BadTile, Tiling, shared_level
 from slide2vec.tiling.types import Segmentation
 
 Pixels = NDArray[np.uint8]
@@ -146,6 +150,35 @@ def test_tiles_are_those_of_the_slide(reader: PlainReader, name: str, grouped: b
             (alone,) = blank(1)
             source.read_tile(tile, alone)
             assert np.array_equal(alone, target)
+
+
+@pytest.mark.parametrize("names", [("even", "even"), ("even", "fractional"), ("odd", "fractional", "even")])
+def test_tiles_that_are_cut_from_a_shared_level_are_those_of_the_slide(
+    names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether all reduce it alike or not; where its compressed tiles are too large nothing is shared."""
+    fine = tile_geometry(
+        requested_tile_size_px=10, requested_spacing_um=0.625, base_spacing_um=0.25, downsamples=[1.0]
+    )
+    tilings = {**TILINGS, "fractional": replace(FRACTIONAL, geometry=fine)}
+    path = tmp_path / "s.tif"
+    tifffile.imwrite(path, SLIDE, tile=(16, 16), photometric="rgb", compression="zlib", metadata=None)
+    monkeypatch.setattr(shared_level, "CHUNK_PX", 32)
+    with open_slide(as_slide(path), "tiff") as reader:
+        for is_shared in (True, False):
+            plans: list[Any] = [SimpleNamespace(source=SlideSource(reader, tilings[name])) for name in names]
+            if not is_shared:
+                monkeypatch.setattr(shared_slides, "MOST_CHUNK_BYTES", 10)
+            shared_slides._share_decoded(plans)
+            for name, source in zip(names, (plan.source for plan in plans), strict=True):
+                assert (source.shared is not None) == is_shared
+                for number, block in enumerate(source.blocks):
+                    targets = blank(len(block))
+                    source.place(number, source.fetch(number), targets)
+                    for tile, target in zip(block.tolist(), targets, strict=True):
+                        assert np.array_equal(target, tile_of(tilings[name], tile)), (name, tile)
+        source.close()
+        assert source.shared is None
 
 
 def test_tiles_of_a_coarser_level() -> None:
