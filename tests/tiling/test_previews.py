@@ -51,6 +51,18 @@ def test_the_mask_preview_outlines_tissue_and_leaves_the_stain_as_it_is() -> Non
     assert (np.abs(hole - (226, 92, 48)).max(-1) < 60).any()
 
 
+def test_holes_that_would_be_nothing_but_outline_are_not_drawn() -> None:
+    image = blank(1600, 1200, (200, 200, 800, 800))
+    image[560:584, 560:584] = WHITE  # 6 px of one picture, 24 of the other
+    slide = ArrayReader([image, image[::4, ::4]])
+    options = {"requested_tile_size_px": 100, "segmentation": {"downsample": 4}, "filtering": {"a_h": 0}}
+    _, tissue = tile_slide(slide, a_slide(), 0.5, settings(**options))
+    assert [len(piece.holes) for piece in tissue.pieces] == [1] and not tissue.mask[143, 143]
+    for downsample, seen in ((4, False), (1, True)):
+        picture = draw_tissue(thumbnail(slide, downsample), tissue, CONFIG).astype(int)
+        assert (np.abs(picture - (226, 92, 48)).max(-1) < 60).any() == seen
+
+
 def test_the_mask_preview_tints_tissue_where_it_is_asked_to() -> None:
     picture = tissue_drawn(mask_overlay_alpha=0.5)
     tint = (np.array(TISSUE) + CONFIG.tissue_contour_color) / 2
