@@ -39,10 +39,12 @@ test: $(STAMP)  ## run the test suite, on all CPUs of the job (ARGS=-n0: in one 
 test-slow: $(STAMP)  ## run the tests that take minutes and gigabytes
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)
 
-lint: $(STAMP)  ## ruff (lint and format) and mypy --strict
+lint: $(STAMP)  ## ruff (lint and format), mypy --strict, and whether uv.lock is of pyproject.toml as it is
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/uv lock --check --offline --no-cache --quiet --python $(BIN)/python || \
+	  { echo "uv.lock is not of pyproject.toml as it is: run $(BIN)/uv lock"; exit 1; }
 
 docs: $(STAMP)  ## build the documentation into site/, strictly; open site/index.html, no server is needed
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f tools/docs/mkdocs.yml

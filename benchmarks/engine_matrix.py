@@ -4,7 +4,8 @@
 Each preset is exported at one block in both layouts and in fp32, fp16, bf16 and fp8, parsed, and built for
 one compute capability. Nothing is run: that needs a GPU. Rows are kept in `results/engine-matrix-<date>.json`
 as they are made; started again it goes on with what is missing, and prints the tables when nothing is.
-`--depth 0` takes all blocks of a preset: minutes and gigabytes each.
+`--depth 0` takes all blocks of a preset: minutes and gigabytes each. `benchmarks.openvino_matrix` does the
+same with OpenVINO, and runs what it builds.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import datetime
 import json
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, of_depth
 from slide2vec.compile import onnx_graph
@@ -36,7 +37,16 @@ from slide2vec.errors import EngineError
 from slide2vec.recipes import Recipe, list_models, load_recipe
 from slide2vec.runtime.base import BatchProfile, Layout
 
-__all__ = ["COMPILABLE", "LAYOUTS", "PRECISIONS", "rows", "with_depth"]
+__all__ = [
+    "COMPILABLE",
+    "LAYOUTS",
+    "PRECISIONS",
+    "arguments",
+    "kept_rows",
+    "noise_tiles",
+    "rows",
+    "with_depth",
+]
 
 Row: TypeAlias = dict[str, Any]
 
@@ -49,9 +59,21 @@ PROFILE = BatchProfile(1, 8, 8)
 
 
 def with_depth(name: str, depth: int) -> tuple[Recipe, nn.Module]:
-    """A preset with so many blocks (0 = all) and random weights; the scattering transform has none."""
+    """A preset with so many blocks (0 = all) and random weights, whose layer scales do not hide them; the
+    scattering transform has none."""
     recipe = of_depth(load_recipe(name), depth)
-    return recipe, build_encoder(recipe, recipe.variants[recipe.default_variant], "random")
+    encoder = build_encoder(recipe, recipe.variants[recipe.default_variant], "random")
+    for key, parameter in encoder.named_parameters():
+        if "gamma" in key.rpartition(".")[2]:
+            parameter.data.fill_(0.5)
+    return recipe, encoder
+
+
+def noise_tiles(count: int, side: int) -> Tensor:
+    """(count, side, side, 3) uint8, noise with structure."""
+    coarse = torch.rand(count, 3, 7, 7, generator=torch.Generator().manual_seed(0)) * 255
+    tiles = nn.functional.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 255)
+    return tiles.permute(0, 2, 3, 1).to(torch.uint8).contiguous()
 
 
 def rows(name: str, layout: Layout, target: str, depth: int, wanted: Collection[str]) -> Iterator[Row]:
@@ -132,13 +154,9 @@ def _layers(onnx: Path) -> int:
 
 
 def _quantise(recipe: Recipe, layout: Layout, source: Path, target: Path) -> list[str]:
-    """Calibrated on two tiles of noise with structure: the graph is what matters here."""
-    side, draw = recipe.transform.crop, torch.Generator().manual_seed(0)
-    coarse = torch.rand(2, 3, 7, 7, generator=draw) * 255
-    tiles = nn.functional.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 255)
-    pixels = tiles.permute(0, 2, 3, 1).to(torch.uint8)
+    """Calibrated on two tiles: the graph is what matters here."""
     mean_std = (recipe.transform.mean, recipe.transform.std)
-    given = for_layout(pixels, mean_std, layout).numpy()
+    given = for_layout(noise_tiles(2, recipe.transform.crop), mean_std, layout).numpy()
     return list(quantise_fp8(source, target, given, min_cosine=recipe.engine.threshold("fp8")))
 
 
@@ -181,30 +199,51 @@ def _note(found: Row) -> str:
     return str(found.get("refused", f"in fp16: {left}" if left else ""))[:160]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def arguments(doc: str | None, out: str, precisions: Collection[str]) -> argparse.ArgumentParser:
+    """Those of a matrix, kept in results/<out>-<today>.json."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=COMPILABLE)
-    parser.add_argument("--precisions", nargs="+", default=PRECISIONS)
+    parser.add_argument("--precisions", nargs="+", default=precisions)
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS)
-    parser.add_argument("--target", default="sm89")
     parser.add_argument("--depth", type=int, default=1, help="blocks; 0 = all")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"engine-matrix-{datetime.date.today()}")
-    args = parser.parse_args()
-    path = args.out.with_suffix(".json")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{out}-{datetime.date.today()}")
+    return parser
+
+
+def kept_rows(
+    given: argparse.Namespace, made: Callable[[str, Layout, set[str]], Iterator[Row]]
+) -> dict[int, list[Row]]:
+    """The rows of a matrix by depth, the deepest first: those that are missing are made and kept, one by one.
+
+    Args:
+        given: `arguments`.
+        made: the rows of a preset in a layout, in these precisions.
+    """
+    path = given.out.with_suffix(".json")
     file = json.loads(path.read_text()) if path.exists() else {"rows": []}
     kept: list[Row] = file["rows"]
-    for layout in args.layouts:
-        for name in args.presets:
-            asked = (name, layout, args.depth)
+    for layout in given.layouts:
+        for name in given.presets:
+            asked = (name, layout, given.depth)
             done = {e["precision"] for e in kept if (e["preset"], e["layout"], e["depth"]) == asked}
-            for found in rows(name, layout, args.target, args.depth, set(args.precisions) - done):
+            for found in made(name, layout, set(given.precisions) - done):
                 print(found, flush=True)
                 kept.append(found)
                 path.write_text(json.dumps(file, indent=1) + "\n")
-    for depth in sorted({each["depth"] for each in kept}, reverse=True):
-        print(f"\nDepth {depth or 'whole'}\n\n{table([each for each in kept if each['depth'] == depth])}")
+    depths = sorted({each["depth"] for each in kept}, reverse=True)
+    return {depth: [each for each in kept if each["depth"] == depth] for depth in depths}
+
+
+def main() -> None:
+    parser = arguments(__doc__, "engine-matrix", PRECISIONS)
+    parser.add_argument("--target", default="sm89")
+    given = parser.parse_args()
+
+    def made(name: str, layout: Layout, wanted: set[str]) -> Iterator[Row]:
+        return rows(name, layout, given.target, given.depth, wanted)
+
+    for depth, found in kept_rows(given, made).items():
+        print(f"\nDepth {depth or 'whole'}\n\n{table(found)}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import linecache
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -42,7 +44,19 @@ __all__ = [
 
 
 class Slide2VecError(Exception):
-    """Base of every error raised on purpose by slide2vec."""
+    """Base of every error raised on purpose by slide2vec.
+
+    Its message says what to do, so that a notebook shows that and the caller's line; `%debug` has all frames.
+    """
+
+    def _render_traceback_(self) -> list[str]:
+        """Asked for by IPython, in place of the frames in between."""
+        callers: list[str] = []
+        for frame, number in traceback.walk_tb(self.__traceback__):
+            if str(frame.f_globals.get("__name__")).startswith("slide2vec."):
+                break
+            callers.append(f"line {number}: {linecache.getline(frame.f_code.co_filename, number).strip()}")
+        return [*callers[-1:], f"{type(self).__name__}: {self}"]
 
 
 class ConfigError(Slide2VecError, ValueError):

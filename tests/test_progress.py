@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextvars
 import io
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from threading import Event
 from types import ModuleType
 
 import pytest
-from rich.console import Console
+from rich.console import Console, Group
 
 from slide2vec.progress import (
     NullReporter,
@@ -30,7 +32,14 @@ from slide2vec.progress import (
     live_progress,
 )
 from slide2vec.progress.lines import LineReporter
-from slide2vec.progress.live import LiveReporter, NotebookDisplay, TerminalDisplay, draw
+from slide2vec.progress.live import (
+    TERMINAL_S,
+    LiveReporter,
+    NotebookDisplay,
+    TakingTurns,
+    TerminalDisplay,
+    draw,
+)
 from slide2vec.progress.state import RunState, failure
 
 STATIONS = (StationTime("read", 2, 5.0, 1.0), StationTime("encode", 1, 11.9, 0.1))
@@ -194,7 +203,7 @@ def attach(monkeypatch: pytest.MonkeyPatch) -> Attach:
 
 def test_live_display_in_a_terminal_ends_with_the_summary() -> None:
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=100)
+    console = TakingTurns(file=screen, force_terminal=True, width=100)
     reporter = LiveReporter(TerminalDisplay(console))
     for event in RUN:
         reporter.emit(event)
@@ -245,12 +254,53 @@ def test_installed_reporter_stays(attach: Attach) -> None:
     assert stderr.getvalue() == ""
 
 
+def test_what_is_printed_while_a_display_is_drawn_does_not_disturb_it() -> None:
+    """The line below is rendered before the display is drawn for the first time, and written after it."""
+    drawn = Event()
+
+    class Screen(io.StringIO):
+        def write(self, text: str) -> int:
+            if "the display" in text:
+                drawn.set()
+            return super().write(text)
+
+    class Line:
+        def __rich_console__(self, *_: object) -> Iterator[str]:
+            drawn.wait(2 * TERMINAL_S)
+            yield "a slide is odd"
+
+    console = TakingTurns(file=(screen := Screen()), force_terminal=True, width=60)
+    display = TerminalDisplay(console)
+    display.start(lambda: Group("the display", "has", "three lines"))
+    console.print(Line())
+    assert drawn.wait(10)
+    console.print("the end")
+    display.stop()
+    assert _seen(screen.getvalue()) == ["a slide is odd", "the end"]
+
+
+def _seen(written: str) -> list[str]:
+    """The lines that a terminal shows in the end."""
+    lines, row = [""], 0
+    for part in re.findall(r"\x1b\[[\d;?]*[a-zA-Z]|\r|\n|[^\x1b\r\n]+", written):
+        if part == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif part.endswith("A") and part.startswith("\x1b"):
+            row = max(0, row - int(part[2:-1]))
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif part[0] not in "\x1b\r":
+            lines[row] += part
+    return [line.rstrip() for line in lines if line]
+
+
 def test_a_display_that_breaks_does_not_break_the_run() -> None:
     class Broken(io.StringIO):
         def write(self, text: str) -> int:
             raise OSError("terminal is gone")
 
-    reporter = LiveReporter(TerminalDisplay(Console(file=Broken(), force_terminal=True)))
+    reporter = LiveReporter(TerminalDisplay(TakingTurns(file=Broken(), force_terminal=True)))
     for event in RUN:
         reporter.emit(event)
     reporter.close()

@@ -137,6 +137,7 @@ def _recording(path: Path) -> Iterator[BinaryIO]:
         try:
             yield file  # type: ignore[misc]  # RawIOBase is all that is needed of a BinaryIO
         finally:
+            file.close()  # else its destructor would flush what is closed by then, and Python 3.13 says so
             if file.error is not None:
                 raise file.error
 

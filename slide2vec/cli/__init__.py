@@ -39,6 +39,7 @@ from slide2vec.version import PROJECT, __version__
 __all__ = ["app", "main"]
 
 INTERRUPTED = 130  # what shells give for Ctrl-C
+RESUMABLE = ("run", "embed", "fetch-weights")
 
 
 class _Commands(GroupedCommands):
@@ -56,7 +57,8 @@ class _Commands(GroupedCommands):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            print_error("interrupted; the files of complete slides are there")
+            kept = ": what is complete is kept, and the same command goes on"
+            typer.echo(f"\ninterrupted{kept if ctx.invoked_subcommand in RESUMABLE else ''}", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             raise

@@ -65,6 +65,7 @@ def audit(
     if verify:
         _verify(run, as_json=as_json)
         return
+    note("reading and encoding the sample again …")
     from slide2vec.audit import audit_run, write_certificate
 
     found = audit_run(
@@ -146,7 +147,11 @@ def _cells(row: dict[str, Any]) -> tuple[object, ...]:
 
 
 def _summary(found: dict[str, Any], place: Path) -> Iterator[tuple[str, str]]:
-    slides = ", ".join(f"{count:,} {verdict}" for verdict, count in found["slides"].items())
+    plural = {"agrees": "agree", "differs": "differ"}
+    slides = ", ".join(
+        f"{count:,} {verdict if count == 1 else plural.get(verdict, verdict)}"
+        for verdict, count in found["slides"].items()
+    )
     yield "verdict", str(found["verdict"])
     yield "slides", slides
     yield "tiles compared", f"{found['tiles_compared']:,}"

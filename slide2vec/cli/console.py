@@ -66,10 +66,22 @@ _logger = logging.getLogger("slide2vec")
 
 
 class _StderrHandler(logging.Handler):
-    """Writes records to what is stderr at that moment (a live display takes it over)."""
+    """Writes records to what is stderr at that moment (a live display takes it over).
+
+    A warning is written once, however often it is said: `plan` opens slides again to try the encoder.
+    """
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self._warnings: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        _to_stderr(f"{record.levelname.lower()}: {record.getMessage()}")
+        text = record.getMessage()
+        if record.levelno == logging.WARNING:
+            if text in self._warnings:
+                return
+            self._warnings.add(text)
+        _to_stderr(f"{record.levelname.lower()}: {text}")
 
 
 class _AdviceHandler(logging.Handler):
@@ -297,7 +309,8 @@ def _to_stderr(text: str) -> None:
     """A line to what is stderr now. `typer.echo` writes past a live display that has taken it over, which
     then erases that line instead of its own."""
     if sys.stderr is not None:
-        print(text, file=sys.stderr, flush=True)
+        # In one piece: print writes a line and its end apart, and threads write at once.
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
 
 def print_json(content: Any) -> None:

@@ -45,6 +45,8 @@ def demo(
     model = Model.from_preset(preset, weights=weights)
     pictures = PreviewConfig(save_mask_preview=True, save_tiling_preview=True, downsample=max(8, size / 2048))
     execution = ExecutionOptions(output_dir=output)
+    # Of an earlier demo, whose embeddings would only be warned of: those here are made anew.
+    (output / "tile_embeddings" / f"{slide_path.stem}.meta.json").unlink(missing_ok=True)
     report = embed_and_write(
         model,
         [as_slide(slide_path)],

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from slide2vec.choices import BACKENDS, EXECUTORS, PREPARERS, RUNTIMES, OptionalPackage
-from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
+from slide2vec.cli.console import Debug, Json, facts, note, print_json, stdout, table
 from slide2vec.cli.doctor_plugins import plugins
 from slide2vec.cli.doctor_runtimes import missing_command, runtimes
 from slide2vec.cli.segmenters import cached_weights, networks
@@ -45,10 +45,14 @@ _PACKAGES = (
 
 #: Built from source when installed, with a CUDA toolkit: left out of the one command for all that is missing.
 NEEDS_TOOLKIT = {"deploy"}
+#: Of no use where jobs have no NVIDIA GPU, and gigabytes large.
+FOR_NVIDIA = {"cuda", "deploy", "tensorrt", "tensorrt-rtx"}
 
 
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """Check the installation: what is there, what is missing."""
+    if not as_json:
+        note("looking at what is installed …")
     gpus = _gpus()
     found = {
         "versions": _versions(),
@@ -84,7 +88,7 @@ def _version(distributions: Iterable[str]) -> str | None:
 def _versions() -> dict[str, str]:
     found = {
         "slide2vec": __version__,
-        "which is": PROJECT,
+        "note": PROJECT,
         "Python": f"{platform.python_version()} ({sys.executable})",
         "system": platform.platform(terse=True),
     }
@@ -256,12 +260,18 @@ def _print(found: dict[str, Any]) -> None:
     section("Slide readers, in the order of --backend auto")
     console.print(facts((name, _mark(reason)) for name, reason in found["backends"].items()))
     section("Optional parts")
-    rows = [(part["name"], part["purpose"], _state(part)) for part in found["parts"]]
+    idle = set() if _nvidia(found["gpus"]) or found["gpus"]["driver"] else FOR_NVIDIA
+    rows = [(part["name"], part["purpose"], _state(part, idle)) for part in found["parts"]]
     console.print(table(("part", "for", "version"), rows))
-    extras = sorted({part["extra"] for part in found["parts"] if not part["version"]} - NEEDS_TOOLKIT)
-    if extras:
-        command = add_extra(*extras)
-        console.print(f"\nTo add them: {command}", markup=False, soft_wrap=True)
+    missing = {part["extra"] for part in found["parts"] if not part["version"]}
+    console.print()
+    for to, extras in (
+        ("add them", missing - idle),
+        ("run on NVIDIA GPUs, of which none is here", missing & idle),
+    ):
+        if extras - NEEDS_TOOLKIT:
+            command = add_extra(*(extras - NEEDS_TOOLKIT))
+            console.print(f"To {to}: {command}", markup=False, soft_wrap=True)
     if found["plugins"]:
         section("Plug-ins of installed packages")
         console.print(facts(map(_plugin_fact, found["plugins"])))
@@ -292,12 +302,12 @@ def _mark(reason: str | None) -> object:
     return Text("ready", "green") if reason is None else Text(reason, "yellow")
 
 
-def _state(part: dict[str, str | None]) -> object:
+def _state(part: dict[str, str | None], idle: set[str]) -> object:
     from rich.text import Text
 
     if part["version"]:
         return Text(part["version"], "green")
-    return Text(f"missing, extra [{part['extra']}]", "yellow")
+    return Text(f"missing, extra [{part['extra']}]", "dim" if part["extra"] in idle else "yellow")
 
 
 def _plugin_fact(plugin: dict[str, str | None]) -> tuple[str, object]:

@@ -15,6 +15,7 @@ from slide2vec.cli.console import (
     Debug,
     Json,
     facts,
+    note,
     print_error,
     print_json,
     stdout,
@@ -74,6 +75,7 @@ def export(
     if file_format in ("geojson", "parquet"):
         _export_areas(run_dir, output_dir, file_format, as_json=as_json)
         return
+    note(f"writing into {output} …")  # what writes takes seconds to import
     if layout is not None or file_format == "zarr":
         from slide2vec.layouts import export_layout
 

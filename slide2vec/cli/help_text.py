@@ -29,7 +29,8 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Tiles and tissue": (
         *("spacing", "tile_size", "region_tile_multiple", "overlap", "at", "tissue_threshold"),
-        *("segmentation_method", "segmentation_downsample", "sthresh", "min_piece", "masks", "qc"),
+        *("segmentation_method", "segmentation_downsample", "segmentation_weights", "sthresh"),
+        *("min_piece", "masks", "qc"),
     ),
     "Machine": (
         *("device", "devices", "num_gpus", "precision", "engine", "build_engine", "batch_size"),

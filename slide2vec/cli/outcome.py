@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from slide2vec.artifacts import PatientEmbeddingArtifact
     from slide2vec.cli.embed_run import EmbeddedFiles, Report
-    from slide2vec.cohort import RunResult
+    from slide2vec.cohort import FailedSlide, RunResult
     from slide2vec.config import ExecutionOptions
     from slide2vec.model import Model
     from slide2vec.models import Models
@@ -25,7 +26,7 @@ __all__ = ["counted", "print_outcome", "print_report", "print_report_of_several"
 #: Longer runs list their first slides only.
 MOST_ROWS = 50
 MOST_NAMES = 10
-NO_TILES = "0 tiles: no tissue, or too little; --previews draws what was taken for tissue."
+NO_TILES = "0 tiles: no tissue, or too little"
 
 
 def print_report(report: Report, model: Model, execution: ExecutionOptions) -> None:
@@ -41,10 +42,13 @@ def print_report(report: Report, model: Model, execution: ExecutionOptions) -> N
         if len(report.made) > MOST_ROWS:
             console.print(Text(f"… and {len(report.made) - MOST_ROWS:,} more", "dim"))
         if not all(item.num_tiles for item in report.made):
-            console.print(Text(NO_TILES, "dim"))
+            drawn = any(item.mask_preview_path for item in report.made)
+            where = "preview/mask/ shows" if drawn else "--previews draws"
+            console.print(Text(f"{NO_TILES}; {where} what was taken for tissue.", "dim"))
         console.print()
         console.print(facts(_places(report.made, model, execution)))
     print_outcome(report.result)
+    _print_next(report, execution)
 
 
 def print_report_of_several(report: Report, models: Models, execution: ExecutionOptions) -> None:
@@ -66,12 +70,36 @@ def print_report_of_several(report: Report, models: Models, execution: Execution
     console = stdout()
     console.print(table(heads, rows, numbers=("done", "tiles", "dimension")))
     console.print(facts([("written to", f"{execution.output_dir}/")]))
+    alike = _failed_alike([each.result for each in report.encoders.values()])
     for name, each in report.encoders.items():
-        if each.result.failed or each.result.failed_patients or each.result.resumed:
+        failed = () if alike else each.result.failed
+        if failed or each.result.failed_patients or each.result.resumed:
             console.print()
             console.print(facts([("encoder", name)]))
-            print_outcome(replace(each.result, summary=None, remarks={}, without_tissue=(), skipped_tiles={}))
-    print_outcome(replace(report.result, failed=(), failed_patients=(), resumed=0, recomputed={}))
+            own = replace(each.result, failed=failed, summary=None)
+            print_outcome(replace(own, remarks={}, without_tissue=(), skipped_tiles={}))
+    print_outcome(replace(report.result, failed=alike, failed_patients=(), resumed=0, recomputed={}))
+    _print_next(report, execution)
+
+
+def _failed_alike(results: Sequence[RunResult]) -> tuple[FailedSlide, ...]:
+    """What failed of every encoder for the same reason, such as a slide that cannot be read: said once."""
+    said = [[(item.sample_id, item.stage, str(item.error)) for item in result.failed] for result in results]
+    return tuple(results[0].failed) if all(each == said[0] for each in said) else ()
+
+
+def _print_next(report: Report, execution: ExecutionOptions) -> None:
+    """How to look at what was made."""
+    from rich.text import Text
+
+    from slide2vec.files import is_remote
+
+    folder = execution.output_dir
+    made = [report, *report.encoders.values()]
+    if folder is not None and not is_remote(folder) and any(each.made for each in made):
+        name = shlex.quote(str(folder))
+        said = f"Look at it: slide2vec view {name}\nAs a page:  slide2vec report {name}"
+        stdout().print(Text(said, "dim"), soft_wrap=True)
 
 
 def _paths(report: Report) -> Iterator[Path]:
@@ -164,7 +192,7 @@ def _places(
     yield from _encoder_and_folder(model, execution)
     files: dict[str, list[Path | None]] = {
         "embeddings": [item.embeddings_path for item in made],
-        "coordinates": [item.coordinates_meta_path for item in made],
+        "coordinates": [item.coordinates_npz_path or item.coordinates_meta_path for item in made],
         "tissue": [item.mask_preview_path for item in made],
         "tiles": [item.tiling_preview_path for item in made],
         "PCA map": [item.map_path for item in made],

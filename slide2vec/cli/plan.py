@@ -180,7 +180,7 @@ def plan(
             for name, each in _tried(models, slides_with_tiles, tiles, asked, execution).items()
         }
     groups = _groups(recipes, execution, device)
-    rows = list(_machines(tiles, trials, devices, _gflops(recipes), per_hour))
+    rows = list(_machines(tiles, trials, devices, _gflops(recipes), per_hour, given_speeds=bool(speed)))
     failed = [each for each in estimates if each.errors]
     if as_json:
         print_json(_as_json(estimates, tiles, trials, rows, groups))
@@ -261,6 +261,8 @@ def _machines(
     devices: Mapping[str, str],
     gflops: Mapping[str, float],
     per_hour: float | None,
+    *,
+    given_speeds: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Hours, energy and price on this machine and on known GPUs."""
     from slide2vec.estimate import HARDWARE, LEAST_GFLOPS, on_hardware, seconds_for
@@ -277,7 +279,12 @@ def _machines(
         }
 
     if tiles.keys() <= trials.keys():
-        yield row("this machine", seconds_for(tiles, trials, devices), None, "tried now, or as given")
+        yield row(
+            "this machine",
+            seconds_for(tiles, trials, devices),
+            None,
+            "speeds as given" if given_speeds else "tried just now",
+        )
     if min(gflops.values()) >= LEAST_GFLOPS:
         for gpu in HARDWARE:
             yield row(gpu.name, on_hardware(gpu, tiles, gflops), gpu.watts, gpu.source)
@@ -345,7 +352,7 @@ def _print(
 
     console = stdout()
     failed = [each for each in estimates if each.errors]
-    heads = ("encoder", "slides", "tiles", "a slide", "tiles/s here")
+    heads = ("encoder", "slides", "tiles", "a slide", "tiles/s encoding")
     cells = []
     for name, count in tiles.items():
         planned = sum(name in each.tiles for each in estimates)
@@ -362,11 +369,11 @@ def _print(
         )
     )
     console.print()
-    columns = ("on", "hours", "tiles/s", "kWh", "price", "by")
+    columns = ("on", "takes", "tiles/s in all", "kWh", "price", "source")
     machines = [
         (
             row["machine"],
-            _hours(row["hours"]),
+            _duration(row["hours"]),
             "" if row["tiles_per_s"] is None else f"{row['tiles_per_s']:,.0f}",
             "not measured" if row["kwh"] is None else f"{row['kwh']:,.2f}",
             "" if row["price"] is None else f"{row['price']:,.2f}",
@@ -404,10 +411,10 @@ def _groups(
     return groups_of_presets(dict.fromkeys(recipes, device), execution)
 
 
-def _hours(hours: float) -> str:
-    if hours >= 10:
-        return f"{hours:,.0f}"
-    return f"{hours:.2f}" if hours >= 0.1 else f"{hours:.4f}"
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.{0 if hours >= 10 else 1}f} h"
+    return f"{60 * hours:.0f} min" if hours >= 1 / 30 else f"{3600 * hours:.0f} s"
 
 
 def _size(count: int) -> str:

@@ -38,6 +38,7 @@ def report(
     One file that any browser opens, without network or server; the pictures of more than 200 slides are in a
     folder beside it. Slides that are gone are drawn from what the run has of them.
     """
+    note(f"looking at the slides of {run} again …")
     from slide2vec.report import write_report
 
     made = write_report(

@@ -295,22 +295,23 @@ def _file_and_overrides(given: list[str]) -> tuple[Path | None, list[str]]:
 
 
 def _run(settings: RunSettings, *, tiling_only: bool, trust_remote_code: bool, as_json: bool) -> None:
-    from slide2vec.cli.embed_run import embed_and_write
-    from slide2vec.cli.outcome import print_report, print_report_of_several
-    from slide2vec.cli.tile import print_tiled, resolved, tile_and_report
-    from slide2vec.models import Models
-
     slides = _slides(settings)  # wrong lines are found before weights are loaded
     output_dir = settings.execution.output_dir
     assert output_dir is not None
     if tiling_only:
+        from slide2vec.cli.tile import print_tiled, resolved, tile_and_report
+
         config = resolved(settings.preprocessing, *settings.presets)
         result = tile_and_report(slides, replace(settings, preprocessing=config))
         print_tiled(result, output_dir, as_json=as_json)
     elif _nothing_in_shard(settings, slides, as_json=as_json):
         return
     else:
-        note(f"loading {settings.preset} …")
+        note(f"loading {settings.preset} …")  # before what takes seconds to import
+        from slide2vec.cli.embed_run import embed_and_write
+        from slide2vec.cli.outcome import print_report, print_report_of_several
+        from slide2vec.models import Models
+
         model = _model(settings, trust_remote_code)
         report = embed_and_write(
             model,

@@ -74,11 +74,11 @@ def search(
     if place is not None:
         asked, query = opened.index.tile_at(*place)
         found = opened.nearest(query, count, without=asked)
-        name, shown = f"{asked.sample_id}_{asked.x}_{asked.y}", [asked, *found]
+        name = f"{asked.sample_id}_{asked.x}_{asked.y}"
     else:
         asked, name = None, re.sub(r"[^\w-]+", "-", str(text)).strip("-")[:60] or "text"
-        shown = found = nearest_to_text(opened, str(text), count, weights=weights)
-    picture, problems = draw_sheet(shown, backend=backend)
+        found = nearest_to_text(opened, str(text), count, weights=weights)
+    picture, problems = draw_sheet(found, asked=asked, backend=backend)
     path = write_picture(sheet or run / "search" / f"{name}.png", picture)
     for problem in problems:
         note(problem)

@@ -140,19 +140,24 @@ def _shown(found: Mapping[str, Any]) -> Group:
         listed = [(item["sample_id"], item["remark"]) for item in found["remarks"][-MOST_ROWS:]]
         parts += ["", table(("slide", "remark"), listed)]
     if found["failures"]:
+        failures = _failures(found["failures"])
         rows = [
-            (
-                item["sample_id"],
-                *([item["encoder_name"]] * several),
-                item["error"].removeprefix(f"slide {item['sample_id']}: "),
-            )
-            for item in found["failures"][-MOST_ROWS:]
+            (name, *([encoders] * several), error.removeprefix(f"slide {name}: "))
+            for name, encoders, error in failures[-MOST_ROWS:]
         ]
         parts += ["", table(("failed", *(["encoder"] * several), "error"), rows)]
-        hidden = len(found["failures"]) - len(rows)
+        hidden = len(failures) - len(rows)
         if hidden:
             parts.append(Text(f"… and {hidden:,} more in {found['output_dir']}/process_list.csv", "dim"))
     return Group(*parts)
+
+
+def _failures(found: Sequence[Mapping[str, str]]) -> list[tuple[str, str, str]]:
+    """Slide, encoders and error; of an error that a slide had with several encoders one row."""
+    encoders: dict[tuple[str, str], list[str]] = {}
+    for item in found:
+        encoders.setdefault((item["sample_id"], item["error"]), []).append(item["encoder_name"])
+    return [(name, ", ".join(names), error) for (name, error), names in encoders.items()]
 
 
 def _encoders_table(found: Mapping[str, Mapping[str, int]]) -> Table:
@@ -195,5 +200,5 @@ def _running(found: Mapping[str, Any]) -> str:
     if found["shards"]["ended"] and not found["shards"]["not_run"]:
         return "not running: slide2vec merge puts its shards together"
     if found["to do"] or found["in progress"]:
-        return "not running, and not done: start it again with resume to go on"
+        return "not running, and not done: the same command goes on with it"
     return "not running"

@@ -43,6 +43,7 @@ def view(
     """
     import webbrowser
 
+    note(f"opening {run} …")
     from slide2vec.viewer import viewer_server
 
     with viewer_server(run, port=port, encoder=encoder, slides_dir=slides_dir, weights=weights) as server:

@@ -182,9 +182,10 @@ def _warn_of_finished(cohort: Cohort, recorder: RunRecorder) -> None:
     made = set(names_below(folder, ".meta.json"))
     there = sum(name in made for name in names)
     if there:
+        what = ("patient" if patients else "slide") + ("s" if there > 1 else "")
         logger.warning(
-            "%d %s are finished in %s and are embedded anew: resume keeps those that agree",
-            *(there, "patients" if patients else "slides", cohort.place.features),
+            "%d %s finished in %s, embedded anew: resume keeps those that agree",
+            *(there, what, cohort.place.features),
         )
 
 

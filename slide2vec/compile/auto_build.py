@@ -241,7 +241,11 @@ def goes_on_in_torch(output_dir: Path, preset: str, precision: str) -> bool:
     goes on there, whatever engines there are meanwhile, and says so."""
     if runtimes_in(output_dir, preset, precision) != {"torch"}:
         return False
-    advice.info("%s goes on in PyTorch, which began %s: with an engine all is made anew", preset, output_dir)
+    advice.info(
+        "%s goes on in PyTorch, as %s was begun: an engine would have to make all of it anew",
+        preset,
+        output_dir,
+    )
     return True
 
 

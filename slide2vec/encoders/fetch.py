@@ -6,9 +6,9 @@ from pathlib import Path
 
 from slide2vec.encoders.preset_chain import parts_of
 from slide2vec.encoders.published_files import check_download
-from slide2vec.encoders.weights import find_weights, no_access, weights_files
+from slide2vec.encoders.remote_code import whole_repository
+from slide2vec.encoders.weights import find_weights, weights_files
 from slide2vec.errors import WeightsError
-from slide2vec.files import hub_or_cache
 from slide2vec.recipes import Recipe, load_recipe
 
 __all__ = ["fetch_weights"]
@@ -32,28 +32,10 @@ def _fetched(recipe: Recipe) -> list[Path]:
     if recipe.weights is None:
         return []
     if recipe.encoder.family == "remote":
-        return _whole_repository(recipe)
+        return sorted(path for path in whole_repository(recipe).rglob("*") if path.is_file())
     if recipe.generic and not recipe.weights.repo:
         raise WeightsError(f"timm publishes no weights of {recipe.name}")
     files = weights_files(find_weights(recipe, None))
     for path in files:
         check_download(path, recipe)
     return files
-
-
-def _whole_repository(recipe: Recipe) -> list[Path]:
-    """With its code, which is not run."""
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    source = recipe.weights
-    assert source is not None
-    try:
-        with hub_or_cache():
-            folder = Path(huggingface_hub.snapshot_download(source.repo, revision=source.revision))
-    except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
-        raise no_access(recipe.name, source, error) from error
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise WeightsError(f"preset {recipe.name}: {source.page} could not be fetched: {reason}") from error
-    return sorted(path for path in folder.rglob("*") if path.is_file())

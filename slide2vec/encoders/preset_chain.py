@@ -15,6 +15,7 @@ from slide2vec.encoders import build_encoder
 from slide2vec.encoders.input_size import for_input
 from slide2vec.encoders.late import AnyEncoder, as_module, late_encoder
 from slide2vec.encoders.registered import as_built, reloader
+from slide2vec.encoders.remote_code import consented
 from slide2vec.encoders.slide import build_patient_encoder, build_slide_encoder
 from slide2vec.encoders.weights import WeightsChoice
 from slide2vec.errors import PresetError, WeightsError, nearest_names
@@ -160,7 +161,17 @@ def load_parts(recipe: Recipe, options: Mapping[str, Any]) -> list[Part]:
             recipe.name,
             options["seed"],
         )
-    return _load(recipe, options, weights_by_part(recipe, options["weights"]))
+    choices = weights_by_part(recipe, options["weights"])
+    _check_consent(recipe, choices, options["trust_remote_code"])
+    return _load(recipe, options, choices)
+
+
+def _check_consent(recipe: Recipe, choices: Mapping[str, WeightsChoice], consent: bool) -> None:
+    """Refuse a preset of which a part needs consent before gigabytes of the other parts are downloaded."""
+    if recipe.encoder.family == "remote":
+        consented(recipe, choices[recipe.name], consent)
+    if (under := upstream(recipe)) is not None:
+        _check_consent(load_recipe(under[0]), choices, consent)
 
 
 def loader_of(part: Part, load: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,13 +12,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from slide2vec.encoders.weights import WeightsChoice
+from slide2vec.encoders.weights import WeightsChoice, no_access
 from slide2vec.errors import ExtraMissingError, GatedWeightsError, PresetError, WeightsError
 from slide2vec.files import hub_or_cache
 from slide2vec.installation import add_extra
 from slide2vec.recipes import Recipe, Variant, WeightsSource
 
-__all__ = ["RemoteEncoder", "build_remote", "consented", "load_remote"]
+__all__ = ["RemoteEncoder", "build_remote", "consented", "load_remote", "whole_repository"]
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +105,28 @@ def _place(preset: str, source: WeightsSource, weights: WeightsChoice) -> Path |
 def _described(source: WeightsSource, place: Path | None) -> str:
     hub = f"https://huggingface.co/{source.repo}/tree/{source.revision} (revision {source.revision})"
     return hub if place is None else f"{place} (a copy of {hub})"
+
+
+def whole_repository(recipe: Recipe) -> Path:
+    """The folder in the hub's cache with a recipe's repository, fetched where it is not there; its code is
+    among it, and not run.
+
+    Raises:
+        WeightsError, GatedWeightsError: it cannot be had.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    source = recipe.weights
+    assert source is not None
+    try:
+        with hub_or_cache():
+            return Path(huggingface_hub.snapshot_download(source.repo, revision=source.revision))
+    except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
+        raise no_access(recipe.name, source, error) from error
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise WeightsError(f"preset {recipe.name}: {source.page} could not be fetched: {reason}") from error
 
 
 def load_remote(recipe: Recipe, place: Path | None, loader: str, **options: Any) -> Any:

@@ -249,8 +249,9 @@ def _downloaded(preset: str, source: WeightsSource) -> Path:
         reason = _first_line(problem)
     raise WeightsError(
         f"the weights of preset {preset} could not be fetched from {source.page} "
-        f"(revision {source.revision}): {reason}. Without network access, put them in the hub cache or pass "
-        'weights="/path/to/the/file"; weights="random" tries the pipeline without them'
+        f"(revision {source.revision}): {reason}. Where there is a network, `slide2vec "
+        f"fetch-weights {preset} --to DIR` fetches them to carry here (HF_HUB_CACHE=DIR); or pass "
+        'weights="/path/to/the/file" (--weights FILE); weights="random" tries the pipeline without them'
     ) from problem
 
 

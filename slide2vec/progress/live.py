@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from importlib import import_module
+from threading import Event, RLock, Thread
 from typing import Any, Protocol
 
 from rich.console import Console, Group
@@ -25,8 +26,8 @@ __all__ = ["LiveReporter"]
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two drawings in a notebook; a terminal is drawn by rich's own thread.
-NOTEBOOK_S = 0.5
+#: Seconds between two drawings.
+TERMINAL_S, NOTEBOOK_S = 1 / 8, 0.5
 BAR_WIDTH = 20
 #: Failed slides that are shown.
 MOST_FAILED = 5
@@ -83,25 +84,61 @@ class Display(Protocol):
         """Leave a line of text."""
 
 
+class TakingTurns(Console):
+    """A console that threads use one after another.
+
+    rich reckons from where to redraw when lines are rendered, and writes them later. Where another thread
+    draws in between, the display is left standing, and the lines above it are erased instead.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._turn = RLock()
+        super().__init__(*args, **options)
+
+    def __enter__(self) -> TakingTurns:
+        self._turn.acquire()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        try:
+            super().__exit__(*raised)
+        finally:
+            self._turn.release()
+
+
 class TerminalDisplay:
     """Redraws in place, on stderr; what others print meanwhile appears above it."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+    def __init__(self, console: TakingTurns | None = None) -> None:
+        self._console = console or TakingTurns(stderr=True)
         self._live: Live | None = None
+        self._stopped = Event()
 
     def start(self, render: Callable[[], Group]) -> None:
-        """Begin to redraw, from a thread of rich's."""
+        """Begin to redraw, from a thread."""
         # Printing of the caller is only taken over where it goes to the same terminal.
         shared = sys.stdout is not None and sys.stdout.isatty()
-        self._live = Live(
+        live = Live(
             get_renderable=render,
             console=self._console,
-            refresh_per_second=8,
+            auto_refresh=False,  # rich's own thread takes its lock before the console's turn
             transient=True,
             redirect_stdout=shared,
         )
-        self._live.start()
+        self._live, self._stopped = live, Event()
+        with self._console:
+            live.start()
+        Thread(target=self._redraw, args=(live, self._stopped), name="slide2vec-display", daemon=True).start()
+
+    def _redraw(self, live: Live, stopped: Event) -> None:
+        try:
+            while not stopped.wait(TERMINAL_S):
+                with self._console:
+                    if not stopped.is_set():
+                        live.refresh()
+        except Exception:  # as in LiveReporter.emit
+            logger.debug("the progress display failed", exc_info=True)
 
     def update(self) -> None:
         """Nothing to do: the thread redraws."""
@@ -109,8 +146,10 @@ class TerminalDisplay:
     def stop(self) -> None:
         """Erase the display. May be called twice."""
         live, self._live = self._live, None
+        self._stopped.set()
         if live is not None:
-            live.stop()
+            with self._console:
+                live.stop()
 
     def say(self, text: str) -> None:
         """Print a line."""

@@ -18,7 +18,7 @@ import tifffile
 from slide2vec.choices import BACKENDS
 from slide2vec.errors import SlideOpenError
 from slide2vec.files import is_remote, open_plain
-from slide2vec.readers.dicom_head import dicom_files, dicom_series, is_dicom
+from slide2vec.readers.dicom_head import dicom_series, is_dicom
 from slide2vec.readers.dicom_levels import DicomLevel, dicom_claims, dicom_levels, doubted
 from slide2vec.readers.refusal import COPY_AGAIN, Refusal
 from slide2vec.readers.spacing import SpacingCandidate, choose_spacing
@@ -124,7 +124,7 @@ def _head(opened: Path, path: Path, name: str) -> bytes:
     except FileNotFoundError:
         raise SlideOpenError(f"slide {name}: there is no file {path}") from None
     except IsADirectoryError:
-        files = "any file of its series" if dicom_files(opened) else "the slide file itself"
+        files = "the slide file itself, of a DICOM slide any file of its series"
         raise SlideOpenError(f"slide {name}: {path} is a directory; give {files}") from None
     except OSError as error:
         raise SlideOpenError(f"slide {name}: {path} cannot be opened: {error}") from error

@@ -91,7 +91,7 @@ def resolve_spacing(reader: SlideReader, slide: Slide) -> float:
     if reader.spacing_um is None:
         raise SpacingError(
             f"slide {slide.sample_id}: {reader.spacing_source}. Give spacing_at_level_0 (µm/px: about 0.25 "
-            "for a 40x scan, 0.5 for 20x), as an argument or as a manifest column"
+            "for a 40x scan, 0.5 for 20x): as an argument, --spacing-at-level-0, or a manifest's column"
         )
     if reader.spacing_source == OBJECTIVE:
         logger.warning(

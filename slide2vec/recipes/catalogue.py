@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from slide2vec.errors import PresetError, nearest_names
 from slide2vec.plugins import EncoderProviderDiagnostic, Registry
+from slide2vec.recipes.elsewhere import named_elsewhere
 from slide2vec.recipes.recipe import GENERIC, Level, Recipe, in_words
 from slide2vec.recipes.timm_recipe import generic_recipe
 
@@ -203,6 +204,8 @@ def _called(alias: str) -> Recipe:
         if alias in recipe.aliases:
             logger.info("preset %s: %s of other tools", recipe.name, alias)
             return recipe
+    if found := named_elsewhere(alias):
+        raise PresetError(f"there is no preset {alias!r}: {found}")
     others = (alias for recipe in recipes.values() for alias in recipe.aliases)
     users = [path.stem for path in _users_recipes()]
     hint = nearest_names(alias, [*recipes, *others, *REGISTERED, *users])

@@ -23,12 +23,18 @@ COLUMNS = 5
 _GREY = 90
 
 
-def draw_sheet(tiles: Sequence[FoundTile], *, backend: str = "auto") -> tuple[NDArray[np.uint8], list[str]]:
+def draw_sheet(
+    tiles: Sequence[FoundTile], *, asked: FoundTile | None = None, backend: str = "auto"
+) -> tuple[NDArray[np.uint8], list[str]]:
     """Tiles in their order, five in a row, each with its slide, place and cosine.
+
+    Args:
+        asked: the tile that was asked for, put before the others, which are numbered from 1 either way.
 
     Returns:
         (h, w, 3) uint8 RGB, and why the pixels of a slide are missing, one text for each.
     """
+    tiles, first = (tiles, 1) if asked is None else ([asked, *tiles], 0)
     rows = -(-len(tiles) // COLUMNS)
     cell = SIDE + 2 * LINE + GAP
     sheet = np.full((rows * cell + GAP, COLUMNS * (SIDE + GAP) + GAP, 3), 255, np.uint8)
@@ -46,7 +52,8 @@ def draw_sheet(tiles: Sequence[FoundTile], *, backend: str = "auto") -> tuple[ND
         for (number, tile), picture in zip(of_slide, pictures, strict=True):
             top, left = GAP + number // COLUMNS * cell, GAP + number % COLUMNS * (SIDE + GAP)
             sheet[top : top + SIDE, left : left + SIDE] = picture
-            _write(sheet, f"{number + 1}. {tile.sample_id}", left, top + SIDE + LINE)
+            place = f"{first + number}." if first + number else "asked for:"
+            _write(sheet, f"{place} {tile.sample_id}", left, top + SIDE + LINE)
             _write(sheet, f"{tile.x},{tile.y}  {tile.score:.4f}", left, top + SIDE + 2 * LINE)
     return sheet, problems
 

@@ -12,12 +12,12 @@ from slide2vec.encoders.late import LateEncoder, as_module
 from slide2vec.encoders.preset_chain import load_parts
 from slide2vec.encoders.text import load_text_side, text_spec
 from slide2vec.encoders.weights import WeightsChoice
-from slide2vec.errors import UnsupportedError, WeightsError
+from slide2vec.errors import PresetError, UnsupportedError, WeightsError
 from slide2vec.recipes import Recipe, load_recipe
 from slide2vec.search.find import Run
 from slide2vec.search.index import FoundTile
 
-__all__ = ["nearest_to_text", "text_query"]
+__all__ = ["has_texts", "nearest_to_text", "text_query"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,17 @@ def nearest_to_text(
     """
     run, query = text_query(run, text, weights=weights)
     return run.nearest(query, count)
+
+
+def has_texts(encoder: str) -> bool:
+    """Whether tiles of an encoder can be compared with texts; true of names that are no preset's."""
+    try:
+        text_spec(load_recipe(encoder))
+    except UnsupportedError:
+        return False
+    except PresetError:
+        pass
+    return True
 
 
 def text_query(run: Run, text: str, *, weights: WeightsChoice = None) -> tuple[Run, torch.Tensor]:

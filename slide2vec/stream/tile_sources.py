@@ -115,7 +115,7 @@ def damaged(tiling: Tiling, bad: Mapping[int, SlideReadError]) -> SlideReadError
     tiles = "a tile" if len(bad) == 1 else f"{len(bad)} tiles"
     return SlideReadError(
         f"{name}{tiles} cannot be decoded, at level-0 px {', '.join(places[:_LISTED])}{more}: {reason}; "
-        'on_bad_tile="skip" leaves such tiles out'
+        'on_bad_tile="skip" (--on-bad-tile skip) leaves such tiles out'
     )
 
 

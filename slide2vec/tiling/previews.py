@@ -40,6 +40,8 @@ MAX_SIDE_PX = 16_384
 #: Of a preview, the longer side: smaller slides are reduced less than `downsample` says, or enlarged.
 LEAST_SIDE_PX = 1_000
 
+#: Widths of their lines that a hole has to be wide: hundreds of small ones would hide the tissue itself.
+_SEEN_HOLE = 3
 _HOLE_COLOR = (226, 92, 48)
 _EDGE_COLOR = (25, 25, 25)
 _TILE_COLOR = (20, 80, 220)
@@ -52,8 +54,6 @@ _ARTEFACT_COLORS = {
     "spot": (90, 90, 90),
 }
 _SHOWN_FROM = 0.1
-#: Holes narrower than so many of their outlines are not drawn: they would be nothing but outline.
-_HOLE_WIDTHS = 2
 #: Opacity of tiles that are too small for outlines.
 _TINT = 0.4
 #: Side of a tile in the picture below which outlines would hide it.
@@ -178,15 +178,12 @@ def thumbnail_level(reader: SlideReader, downsample: float) -> int:
 
 
 def draw_tissue(picture: Picture, tissue: TissueMask, config: PreviewConfig) -> Picture:
-    """The picture of a whole slide with its tissue tinted (alpha) and outlined. Holes of a few px of the
-    picture have no outline; they are holes all the same."""
+    """The picture of a whole slide with its tissue tinted (alpha) and outlined, and the holes in it that are
+    wide enough to be seen."""
     height, width = picture.shape[:2]
     scale = np.array([width / tissue.mask.shape[1], height / tissue.mask.shape[0]])
     outlines = [_scaled(piece.contour, scale) for piece in tissue.pieces]
-    thickness = 1 + _thickness(width, height)
-    edge = thickness + 2
     holes = [_scaled(hole, scale) for piece in tissue.pieces for hole in piece.holes]
-    holes = [hole for hole in holes if cv2.contourArea(hole) >= (_HOLE_WIDTHS * edge) ** 2]
     drawn = picture.copy()
     color, alpha = config.tissue_contour_color, config.mask_overlay_alpha
     if alpha:
@@ -196,9 +193,11 @@ def draw_tissue(picture: Picture, tissue: TissueMask, config: PreviewConfig) -> 
         cv2.drawContours(kept, outlines, -1, 1, thickness=cv2.FILLED)
         inside = (kept > 0) & (mask > 0)
         drawn[inside] = (drawn[inside] * (1 - alpha) + tint * alpha).astype(np.uint8)
+    thickness = 1 + _thickness(width, height)
+    holes = [hole for hole in holes if min(cv2.boundingRect(hole)[2:]) >= _SEEN_HOLE * (thickness + 2)]
     for lines, of in ((outlines, color), (holes, _HOLE_COLOR)):
         # dark on both sides: seen on pale glass and on dark stain
-        cv2.drawContours(drawn, lines, -1, _EDGE_COLOR, edge, cv2.LINE_AA)
+        cv2.drawContours(drawn, lines, -1, _EDGE_COLOR, thickness + 2, cv2.LINE_AA)
         cv2.drawContours(drawn, lines, -1, of, thickness, cv2.LINE_AA)
     return drawn
 

@@ -23,7 +23,7 @@ from slide2vec.pictures import encoded_picture, slide_size
 from slide2vec.readers import SlideReader, open_slide
 from slide2vec.report.slide_facts import ReportedRun, ReportedSlide
 from slide2vec.report.slide_images import embedded_tiles, tiled_slide
-from slide2vec.search import FoundTile, Run, searched_run, text_query, tile_pixels
+from slide2vec.search import FoundTile, Run, has_texts, searched_run, text_query, tile_pixels
 from slide2vec.slides import Slide
 from slide2vec.tiling import Tiling
 from slide2vec.tiling.previews import tiles_in_words
@@ -111,6 +111,7 @@ class ViewedRun:
         return {
             "directory": str(self.directory),
             "encoders": list(self.encoders),
+            "texts": [has_texts(name) for name in self.encoders],
             "side": PICTURE_SIDE,
             "slides": [self._line(slide) for slide in self._run.slides],
         }

@@ -3,7 +3,7 @@
 (() => {
   const at = (id) => document.getElementById(id);
   const canvas = at("slide"), context = canvas.getContext("2d");
-  const MOST_PICTURES = 600, AT_ONCE = 8, MOST_LISTED = 300, MOST_ZOOM = 8;
+  const MOST_PICTURES = 600, AT_ONCE = 8, MOST_LISTED = 300, MOST_ZOOM = 8, LEAST_HOLE = 12; // px of the window, the last
 
   let run = { slides: [], encoders: [], side: 256 };
   let current = null; // the slide that is shown: {number, size, last, tiles, …}
@@ -84,7 +84,7 @@
     context.fillRect(left, top, right - left, bottom - top);
     if (current.pixels) paintPixels(dots, [left, top, right, bottom]);
     if (current.tiles) paintTiles();
-    if (tissue && at("tissue").checked) { paintRings(tissue.outer, "#00a040"); paintRings(tissue.holes, "#e25c30"); }
+    if (tissue && at("tissue").checked) { paintRings(tissue.outer, "#00a040"); paintRings(tissue.holes.filter(isSeen), "#e25c30"); }
     showScale();
   }
 
@@ -145,7 +145,18 @@
     }
   }
 
+  // hundreds of holes a few pixels wide hide the tissue itself: they are there when one has zoomed in
+  function isSeen(ring) {
+    let [x0, y0, x1, y1] = [Infinity, Infinity, -Infinity, -Infinity];
+    for (let i = 0; i < ring.length; i += 2) {
+      x0 = Math.min(x0, ring[i]); x1 = Math.max(x1, ring[i]);
+      y0 = Math.min(y0, ring[i + 1]); y1 = Math.max(y1, ring[i + 1]);
+    }
+    return Math.min(x1 - x0, y1 - y0) * eye.zoom >= LEAST_HOLE;
+  }
+
   function paintRings(rings, colour) {
+    context.lineJoin = "round";
     const path = new Path2D();
     for (const ring of rings) {
       for (let i = 0; i < ring.length; i += 2) path[i ? "lineTo" : "moveTo"](...inWindow(ring[i], ring[i + 1]));
@@ -185,6 +196,13 @@
 
   // ---- the tiles
 
+  function offerTexts() {
+    const option = at("by").querySelector("[value=text]"), has = run.texts[Number(at("encoder").value || 0)];
+    option.disabled = !has;
+    option.textContent = has ? "cosine to a text" : "cosine to a text: not with this encoder";
+    if (!has && at("by").value === "text") at("by").value = "";
+  }
+
   async function recolour() {
     const by = at("by").value, mine = ++asked;
     at("words").hidden = by !== "text";
@@ -215,7 +233,7 @@
     const image = (name, alt) => element("img", { src: `keys/${name}.png`, alt });
     if (by === "pca")
       at("key").append(image("pca", "square of colours"), element("span", { class: "quiet" },
-        "component 1 to the right, 2 upwards, 3 the bar; colours of two slides do not compare"));
+        "component 1 to the right, 2 upwards, 3 the bar; of this slide: the same colour on another means nothing"));
     else if (by === "cluster") {
       const first = new Map();
       for (let i = 0; i < current.tiles.x.length && first.size < found.clusters.length; i += 1) {
@@ -231,7 +249,7 @@
         spot.style.background = "#" + colour;
         at("key").append(element("span", {}, spot, `${number(count)} tiles`));
       }
-      at("key").append(element("span", { class: "quiet" }, "clusters of this slide; colours of two slides do not compare"));
+      at("key").append(element("span", { class: "quiet" }, "clusters of this slide: the same colour on another means nothing"));
     } else {
       const sorted = [...found.cosines].sort((a, b) => a - b), part = (q) => sorted[Math.round(q * (sorted.length - 1))];
       at("key").append(image("nearness", "yellow above, dark violet below"),
@@ -385,7 +403,7 @@
   new ResizeObserver(draw).observe(canvas);
   at("find").addEventListener("input", list);
   at("by").addEventListener("change", recolour);
-  at("encoder").addEventListener("change", () => current && show(current.number));
+  at("encoder").addEventListener("change", () => { offerTexts(); if (current) show(current.number); });
   at("strength").addEventListener("input", draw);
   at("grid").addEventListener("change", draw);
   at("tissue").addEventListener("change", findTissue);
@@ -403,6 +421,7 @@
     document.title = `${run.directory} – slide2vec view`;
     at("encoder").replaceChildren(...run.encoders.map((name, index) => element("option", { value: index }, name)));
     at("encoders").hidden = run.encoders.length < 2;
+    offerTexts();
     if (!run.encoders.length) at("similar-about").textContent = "The run has no embeddings of tiles to compare by.";
     list();
     const first = Number(location.hash.slice(1));

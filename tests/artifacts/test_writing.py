@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from slide2vec.artifacts import (
     find_tile_artifact,
+    formats,
     load_embeddings,
     write_json,
     write_slide_embedding,
@@ -259,6 +260,23 @@ def test_a_full_disk_is_an_oserror_with_the_path_in_every_format(tmp_path: Path)
         # What was there is as complete as before, and nothing else is left.
         assert sorted(path.name for path in (folder / "tile_embeddings").iterdir()) == ["s.meta.json", "s.pt"]
         assert find_tile_artifact(folder, "s") is not None
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_what_a_file_is_written_through_is_closed(
+    file_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left open, its destructor fails on the closed file, which Python 3.13 prints for each file of a run."""
+    made = []
+    plain = formats._RecordingFile.__init__
+
+    def kept(self, file):  # type: ignore[no-untyped-def]
+        made.append(self)
+        plain(self, file)
+
+    monkeypatch.setattr(formats._RecordingFile, "__init__", kept)
+    write(tmp_path, file_format=file_format)
+    assert made and all(file.closed for file in made)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

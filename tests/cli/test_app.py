@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 
 from slide2vec import __version__
 from slide2vec.cli import app
 from slide2vec.cli.console import log_to_stderr, note
 from slide2vec.cli.help_text import _GROUPS, EMBED, LOOK, MAX_WIDTH, SET_UP
-from slide2vec.progress.live import TerminalDisplay
+from slide2vec.progress.live import TakingTurns, TerminalDisplay
 from slide2vec.version import PROJECT
 
 HEAVY = ("torch", "numpy", "pandas", "cv2", "huggingface_hub", "timm", "openslide", "cucim", "tifffile")
@@ -38,7 +38,7 @@ def test_warnings_appear_above_a_live_display(tmp_path: Path, monkeypatch: pytes
     """Not past it: it then erases as many lines as its own, and so the warning instead of itself."""
     with (tmp_path / "terminal").open("w", encoding="utf-8") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        console = Console(file=terminal, force_terminal=True, record=True, width=80)
+        console = TakingTurns(file=terminal, force_terminal=True, record=True, width=80)
         log_to_stderr()
         display = TerminalDisplay(console)
         display.start(lambda: Group("the display"))
@@ -143,7 +143,32 @@ def test_interrupt_exits_130(run, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("slide2vec.recipes.list_models", interrupted)
     result = run("models")
-    assert result.exit_code == 130 and "interrupted" in result.stderr
+    assert result.exit_code == 130 and result.stderr == "\ninterrupted\n"
+
+
+def test_interrupted_runs_say_that_they_go_on(
+    run, tmp_path: Path, small_slide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slide2vec.pipeline.Pipeline.run", interrupted)
+    result = run("embed", small_slide, "-p", "scattering", "-o", tmp_path / "out")
+    assert result.exit_code == 130
+    assert result.stderr.endswith("\ninterrupted: what is complete is kept, and the same command goes on\n")
+
+
+def test_warnings_are_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a slide that is opened twice, say, once to count its tiles and once to try the encoder."""
+    logger = logging.getLogger("slide2vec.tests")
+    handlers = list(logging.getLogger("slide2vec").handlers)
+    log_to_stderr()
+    try:
+        for name in ("a", "b", "a"):
+            logger.warning("slide %s is odd", name)
+    finally:
+        logging.getLogger("slide2vec").handlers = handlers
+    assert capsys.readouterr().err == "warning: slide a is odd\nwarning: slide b is odd\n"
 
 
 def test_files_that_cannot_be_written_are_an_error_line(run, tmp_path: Path, small_slide: Path) -> None:

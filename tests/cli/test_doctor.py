@@ -34,7 +34,7 @@ def test_json(run) -> None:
 def test_text_fits(run) -> None:
     text = run("doctor").stdout
     assert "Optional parts" in text and "Hugging Face" in text and "TensorRT" in text
-    commands = ("To add them: ", "Next: ")  # whole, to be copied
+    commands = ("To add them: ", "To run on NVIDIA GPUs", "Next: ")  # whole, to be copied
     assert max(len(line) for line in text.splitlines() if not line.startswith(commands)) <= 80
 
 
@@ -63,7 +63,11 @@ def test_nothing_installed(run, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("doctor")
     assert result.exit_code == 0, result.output
     assert "missing, extra [tensorrt]" in result.stdout
-    assert '[cucim,cuda,models,openvino,ray,tensorrt,tensorrt-rtx,vips]"' in result.stdout
+    lines = result.stdout.splitlines()
+    (command,) = (line for line in lines if line.startswith("To add them: "))
+    assert command.endswith('[cucim,models,openvino,ray,vips]"')
+    (command,) = (line for line in lines if line.startswith("To run on NVIDIA GPUs, of which none is here: "))
+    assert command.endswith('[cuda,tensorrt,tensorrt-rtx]"')
     assert PROJECT in result.stdout
     assert "torch cannot be imported" in result.stdout
     assert "huggingface-hub cannot be imported" in result.stdout
@@ -80,6 +84,7 @@ def test_gpu_that_torch_cannot_use(run, monkeypatch: pytest.MonkeyPatch, tmp_pat
     found = json.loads(run("doctor", "--json").stdout)
     assert found["gpus"]["driver"] == ["NVIDIA H200, 143771 MiB, 580.95"]
     assert "cannot use it" in found["gpus"]["problem"]
+    assert "of which none is here" not in run("doctor").stdout
 
 
 def test_gpus_are_listed(run, monkeypatch: pytest.MonkeyPatch) -> None:

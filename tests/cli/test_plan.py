@@ -55,6 +55,14 @@ def test_loading_counts_and_finding_tissue_does_not(
     assert here["hours"] * 3600 == pytest.approx(18 + content["tiles"]["scattering"] / 2)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(33.4, "33 s"), (119, "119 s"), (121, "2 min"), (3540, "59 min"), (3600, "1.0 h"), (7.25e6, "2,014 h")],
+)
+def test_times_are_in_units_that_can_be_read(seconds: float, said: str) -> None:
+    assert import_module("slide2vec.cli.plan")._duration(seconds / 3600) == said
+
+
 def test_encoders_that_take_turns_are_said(run, small_slide: Path) -> None:
     options = ("-p", "virchow2,uni2,lunit", "--no-trial", "--device", "cpu", "--encoders-gb", "3")
     result = run("plan", small_slide, *options)

@@ -283,6 +283,20 @@ def test_json_is_all_there_is_on_stdout(run, small_slide: Path, tmp_path: Path) 
         assert len(list(csv.reader(file))) == 3
 
 
+def test_a_slide_that_fails_with_every_encoder_is_listed_once(run, small_slide: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.svs").write_bytes(small_slide.read_bytes()[:3000])
+    manifest = tmp_path / "slides.csv"
+    manifest.write_text(f"sample_id,image_path\na,{small_slide}\nbroken,{tmp_path / 'broken.svs'}\n")
+    several = ("--preset", "scattering,timm:resnet10t", *FAST[2:], "--weights", "random")
+    out = tmp_path / "out"
+    result = run("run", "--manifest", manifest, "-o", out, *several)
+    assert result.exit_code == 1, result.output
+    assert result.stdout.count("1 slide failed") == 1 and result.stdout.count("truncated") == 1
+    assert f"Look at it: slide2vec view {out}\n" in result.stdout
+    shown = run("status", out).stdout
+    assert shown.count("truncated") == 1 and "scattering, " in shown
+
+
 def test_json_of_several_encoders_has_their_common_bill(run, small_slide: Path, tmp_path: Path) -> None:
     manifest = _manifest(tmp_path / "slides.csv", [("good", small_slide)])
     several = ("--preset", "scattering,timm:resnet10t", *FAST[2:], "--weights", "random")

@@ -65,7 +65,7 @@ def test_states_and_tiles(run, tmp_path: Path) -> None:
     assert _counts(run, directory) == dict(zip(STATES, (3, 1, 3, 2), strict=True))
     text = run("status", directory).stdout
     assert "3 of 9 slides (33%)" in text and "20, 7 in progress" in text and "no tissue" in text
-    assert "start it again with resume" in text
+    assert "the same command goes on" in text
     assert "no tissue mask" in text and "bad tile" in text
 
 

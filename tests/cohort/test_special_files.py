@@ -28,7 +28,7 @@ TOLD = {
     "loop": "Too many levels of symbolic links",
     "directory": "is a directory",
     "unreadable": "Permission denied",
-    "nul": "is no path: embedded null",
+    "nul": "embedded null",
 }
 
 

@@ -1,12 +1,11 @@
 """Layouts of other tools, read as their sources and documentation say, without our own code: CLAM, TRIDENT
-and STAMP by short readers, LazySlide by wsidata where it is installed. Sizes are held against the slide,
+and STAMP by short readers (the others are in `test_their_readers.py`). Sizes are held against the slide,
 opened with OpenSlide.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,85 +17,23 @@ import pytest
 import torch
 import typer
 import zarr
+from layout_helpers import SIDE, SIZE, SPACING, features, write
 from pyarrow import dataset, parquet
 from typer.testing import CliRunner
 
-from slide2vec.artifacts import load_embeddings, write_slide_embedding, write_tile_embeddings
+from slide2vec.artifacts import write_slide_embedding
 from slide2vec.artifacts.vectors import write_patient_embedding
 from slide2vec.cli.export import export as export_command
-from slide2vec.config import PreprocessingConfig
-from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import ConfigError, ExtraMissingError
 from slide2vec.layouts import export_layout
 from slide2vec.layouts.item import name_elsewhere
 from slide2vec.layouts.lazyslide import _factor
-from slide2vec.readers import open_slide
-from slide2vec.slides import Slide
-from slide2vec.tiling import Tiling, load_coordinates, tile_slide, write_coordinates
-
-#: Tiles of 96 px at 0.6 um/px are 230 px of a slide of 0.25 um/px: no level has that spacing.
-SIZE, SPACING, SIDE = 96, 0.6, 230
-
-
-@pytest.fixture(scope="module")
-def slide(generated_slide: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return generated_slide(tmp_path_factory.mktemp("slides") / "a.svs", size_px=1500, seed=3, levels=2)
-
-
-def tiled(slide: Path, **settings: Any) -> Tiling:
-    config = PreprocessingConfig(
-        **{"requested_spacing_um": SPACING, "requested_tile_size_px": SIZE, **settings}
-    )
-    own = Slide(sample_id="a", image_path=slide)
-    with open_slide(own) as reader:
-        found, _ = tile_slide(reader, own, 0.25, config)
-    assert len(found) > 5
-    return found
-
-
-@pytest.fixture(scope="module")
-def tiling(slide: Path) -> Tiling:
-    found = tiled(slide, qc={"measure": True})
-    assert (found.geometry.tile_size_lv0, found.geometry.read_tile_size_px) == (SIDE, SIDE)
-    return found
-
-
-def write(run: Path, tiling: Tiling, name: str = "uni", dim: int = 1024, tiles: Path | None = None) -> None:
-    """Coordinates, and random embeddings of an encoder."""
-    seeded = torch.Generator().manual_seed(dim)
-    embedded = EmbeddedSlide(
-        sample_id=tiling.sample_id,
-        tile_embeddings=torch.randn((len(tiling), dim), generator=seeded),
-        slide_embedding=None,
-        x=tiling.x,
-        y=tiling.y,
-        tile_size_lv0=tiling.geometry.tile_size_lv0,
-        image_path=tiling.image_path,
-        mask_path=None,
-        num_tiles=len(tiling),
-    )
-    places = write_coordinates((tiles or run) / "tiles", tiling)
-    write_tile_embeddings(run, embedded, tiling, encoder={"name": name, "level": "tile"}, coordinates=places)
-
-
-@pytest.fixture(scope="module")
-def run(tiling: Tiling, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of uni: slide a, blank slide b, and class "tumor" of a."""
-    folder = tmp_path_factory.mktemp("run")
-    write(folder, tiling)
-    none = {name: getattr(tiling, name)[:0] for name in ("x", "y", "tissue_fractions")}
-    write(folder, replace(tiling, sample_id="b", artefacts={}, **none))
-    write(folder, replace(tiling, sample_id="tumor/a", annotation="tumor", strategy="independent"))
-    return folder
+from slide2vec.tiling import Tiling, load_coordinates, write_coordinates
 
 
 def boxes(tiling: Tiling) -> set[tuple[int, int, int]]:
     """x, y and side of the tiles, level-0 px."""
     return {(x, y, SIDE) for x, y in zip(tiling.x.tolist(), tiling.y.tolist(), strict=True)}
-
-
-def features(run: Path) -> np.ndarray:
-    return torch.load(run / "tile_embeddings/a.pt", weights_only=True).numpy()
 
 
 def test_clam(run: Path, tiling: Tiling, slide: Path, tmp_path: Path) -> None:
@@ -310,29 +247,3 @@ def test_lazyslide_cuts_factors_down_to_the_true_px(size: int) -> None:
     """wsidata: `int(width * base_downsample)`."""
     for wanted in range(size, 5 * size):
         assert int(size * _factor(size, wanted)) == wanted
-
-
-def test_lazyslide(run: Path, tiling: Tiling, slide: Path, tmp_path: Path) -> None:
-    wsidata = pytest.importorskip("wsidata")
-    copied = tmp_path / "run"
-    write(copied, tiling)
-    write(copied / "encoders/conch", tiling, "conch", 512, tiles=copied)
-    done, left = export_layout(copied, tmp_path / "out", "lazyslide")
-    assert len(done) == 2 and not left
-    wsi = wsidata.open_wsi(slide, store=str(tmp_path / "out"))
-    spec = wsi.tile_spec("tiles")
-    assert (spec.base_width, spec.ops_width, spec.base_stride_width) == (SIDE, SIDE, SIDE)
-    for name in ("uni", "conch"):
-        table = wsi.fetch.features_anndata(name, "tiles")
-        place = copied if name == "uni" else copied / "encoders/conch"
-        assert np.array_equal(table.X, load_embeddings(place / "tile_embeddings/a.pt"))
-        assert np.array_equal(table.obsm["spatial"], np.stack([tiling.x, tiling.y], axis=1))
-    _, refused = export_layout(copied, tmp_path / "out", "lazyslide")
-    assert "is there already" in str(refused[0].error)
-
-
-def test_lazyslide_refuses_steps_that_it_cannot_say(slide: Path, tmp_path: Path) -> None:
-    pytest.importorskip("spatialdata")
-    write(tmp_path / "run", tiled(slide, overlap=0.31))
-    _, (refused,) = export_layout(tmp_path / "run", tmp_path / "out", "lazyslide")
-    assert "none is right" in str(refused.error)

@@ -37,8 +37,8 @@ def test_presets_of_this_release() -> None:
 
 
 def test_presets_above_the_tile_level() -> None:
-    expected = ["chief", "feather", "feather-uni", "feather-uni2", "gigapath-flash-slide", "gigapath-slide"]
-    expected += ["madeleine", "moozy-slide", "prism", "prism2", "titan"]
+    expected = ["care", "chief", "feather", "feather-uni", "feather-uni2", "gigapath-flash-slide"]
+    expected += ["gigapath-slide", "madeleine", "moozy-slide", "prism", "prism2", "titan"]
     assert list_models("slide") == expected
     assert list_models("patient") == ["moozy"]
     titan, moozy = load_recipe("titan"), load_recipe("moozy")

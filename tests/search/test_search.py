@@ -179,6 +179,20 @@ def test_sheet_has_the_pixels_of_the_tiles(made: SimpleNamespace) -> None:
         assert sheet[top + 224 : top + 256, left : left + 224].min() < 120  # its caption
 
 
+def test_numbers_on_a_sheet_are_those_of_the_list(made: SimpleNamespace) -> None:
+    """The tile that was asked for comes before number 1."""
+    run = searched_run(made.out)
+    asked, *found = run.nearest(torch.ones(run.index.dim), 3)
+    with_it, without = draw_sheet(found, asked=asked)[0], draw_sheet(found)[0]
+    captions = slice(8 + 224, 8 + 224 + 16)
+    for number in range(2):  # the same pictures, one place further, under the same numbers
+        left = 8 + number * 232
+        np.testing.assert_array_equal(
+            with_it[8:248, left + 232 : left + 456], without[8:248, left : left + 224]
+        )
+    assert (with_it[captions, 8:232] != without[captions, 8:232]).any()
+
+
 def test_what_cannot_be_searched_is_said(made: SimpleNamespace, tmp_path: Path) -> None:
     run = searched_run(made.out)
     with pytest.raises(ArtifactError, match="no tile embeddings of slide 's7'"):

@@ -232,7 +232,7 @@ def test_the_error_of_bad_tiles_names_places_and_remedy() -> None:
     (outcome,) = stream(Engine()).run([slide(1)], plan)
     assert str(outcome.error) == (
         "slide s1: a tile cannot be decoded, at level-0 px (16, 24): slide 1: corrupt tile at 16, 24; "
-        'on_bad_tile="skip" leaves such tiles out'
+        'on_bad_tile="skip" (--on-bad-tile skip) leaves such tiles out'
     )
 
 

@@ -51,16 +51,20 @@ def test_the_mask_preview_outlines_tissue_and_leaves_the_stain_as_it_is() -> Non
     assert (np.abs(hole - (226, 92, 48)).max(-1) < 60).any()
 
 
-def test_holes_that_would_be_nothing_but_outline_are_not_drawn() -> None:
+def test_holes_too_small_to_be_seen_do_not_hide_the_tissue() -> None:
+    """Of a slide with 64 holes of 16 px, 4 in the picture, under lines 4 px wide, and one of 240."""
     image = blank(1600, 1200, (200, 200, 800, 800))
-    image[560:584, 560:584] = WHITE  # 6 px of one picture, 24 of the other
-    slide = ArrayReader([image, image[::4, ::4]])
-    options = {"requested_tile_size_px": 100, "segmentation": {"downsample": 4}, "filtering": {"a_h": 0}}
-    _, tissue = tile_slide(slide, a_slide(), 0.5, settings(**options))
-    assert [len(piece.holes) for piece in tissue.pieces] == [1] and not tissue.mask[143, 143]
-    for downsample, seen in ((4, False), (1, True)):
-        picture = draw_tissue(thumbnail(slide, downsample), tissue, CONFIG).astype(int)
-        assert (np.abs(picture - (226, 92, 48)).max(-1) < 60).any() == seen
+    image[440:680, 440:680] = WHITE
+    for x in range(8):
+        for y in range(8):
+            image[700 + 32 * y : 716 + 32 * y, 500 + 32 * x : 516 + 32 * x] = WHITE
+    slide = ArrayReader([image])
+    _, tissue = tile_slide(slide, a_slide(), 0.5, settings(requested_tile_size_px=100))
+    (piece,) = tissue.pieces
+    assert len(piece.holes) == 65
+    picture = draw_tissue(thumbnail(slide, 4), tissue, CONFIG)
+    orange = np.abs(picture.astype(int) - (226, 92, 48)).max(-1) < 60
+    assert orange[140, 100:120].any() and not orange[175:240, 120:195].any()
 
 
 def test_the_mask_preview_tints_tissue_where_it_is_asked_to() -> None:

@@ -3,12 +3,13 @@ one embedding."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from slide2vec.choices import SLIDE_ENCODERS
 from slide2vec.encoders.slide.bag import SlideFeatures, TileBag
 from slide2vec.encoders.weights import WeightsChoice, load_weights, seeded
-from slide2vec.errors import ModelLevelError
+from slide2vec.errors import ModelLevelError, PresetError
 from slide2vec.recipes import Recipe, Variant
 
 if TYPE_CHECKING:
@@ -38,17 +39,30 @@ def build_slide_encoder(
 
     Raises:
         ModelLevelError: the recipe is not of a slide encoder.
-        PresetError: the recipe needs remote code and it was not allowed; says whose.
+        PresetError: the recipe needs remote code and it was not allowed; says whose. Or nobody knows how to
+            call that code.
         ExtraMissingError: it needs a package that is not installed.
         ConfigError: it needs a device that is not there.
         WeightsError: the weights cannot be had, or do not match the encoder key by key.
     """
     _require(recipe, "slide")
     if recipe.encoder.family == "remote":
-        from slide2vec.encoders.slide.prism2 import build_prism2
-
-        return build_prism2(recipe, variant, weights, trust_remote_code).eval().requires_grad_(False)
+        return _remote(recipe)(recipe, variant, weights, trust_remote_code).eval().requires_grad_(False)
     return _built(recipe, variant, weights, seed)
+
+
+def _remote(recipe: Recipe) -> Callable[[Recipe, Variant, WeightsChoice, bool], nn.Module]:
+    """What builds an encoder whose code is in its repository: each of them is called in its own way."""
+    from slide2vec.encoders.slide.care import build_care
+    from slide2vec.encoders.slide.prism2 import build_prism2
+
+    known = {"care": build_care, "prism2": build_prism2}
+    if recipe.encoder.arch not in known:
+        raise PresetError(
+            f"preset {recipe.name}: slide encoders of family remote are those whose encoder.arch is "
+            f"{' or '.join(known)}, not {recipe.encoder.arch!r}"
+        )
+    return known[recipe.encoder.arch]
 
 
 def build_patient_encoder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,24 @@ def a_bag(recipe: Recipe, count: int, size: int = 448, seed: int = 0) -> TileBag
     coords[count // 2 :] += torch.tensor([size, size // 3])
     features = torch.randn(count, in_dim(recipe), generator=generator)
     return TileBag(features, coords, size)
+
+
+def stand_in_repository(
+    folder: Path, modules: dict[str, str], classes: dict[str, str], state: dict[str, Tensor]
+) -> None:
+    """A copy of a repository of the hub with code, as transformers loads it.
+
+    Args:
+        modules: source of each, the first with the classes.
+        classes: which of them each of transformers' auto classes is; AutoConfig has "model_type" "stand_in".
+    """
+    folder.mkdir()
+    for name, source in modules.items():
+        (folder / f"{name}.py").write_text(source)
+    auto_map = {name: f"{next(iter(modules))}.{target}" for name, target in classes.items()}
+    config = {"model_type": "stand_in", "auto_map": auto_map, "architectures": [classes["AutoModel"]]}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_checkpoint(recipe: Recipe, state: dict[str, Tensor], folder: Path, **changes: Any) -> Path:

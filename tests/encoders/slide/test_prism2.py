@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from slide_helpers import a_bag, embed
+from slide_helpers import a_bag, embed, stand_in_repository
 from torch import nn
 
 from slide2vec.encoders.slide import TileBag, build_slide_encoder
@@ -29,7 +27,7 @@ from transformers import BatchFeature, PretrainedConfig, PreTrainedModel
 Path({marker!r}).write_text("ran")
 
 class StandInConfig(PretrainedConfig):
-    model_type = "stand_in_prism2"
+    model_type = "stand_in"
 
 class StandInModel(PreTrainedModel):
     config_class = StandInConfig
@@ -79,19 +77,14 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleName
     monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path / "modules")
     folder, marker = tmp_path / "stand_in_prism2_copy", tmp_path / "marker"
-    folder.mkdir()
     classes = {
         "AutoConfig": "StandInConfig",
         "AutoModel": "StandInModel",
         "AutoProcessor": "StandInProcessor",
     }
-    auto_map = {name: f"modeling.{target}" for name, target in classes.items()}
-    config = {"model_type": "stand_in_prism2", "auto_map": auto_map, "architectures": ["StandInModel"]}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "modeling.py").write_text(CODE.format(marker=str(marker)))
     weight = torch.randn(2560, 1280, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    state = {"image_resampler.weight": weight}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    modules = {"modeling": CODE.format(marker=str(marker))}
+    stand_in_repository(folder, modules, classes, {"image_resampler.weight": weight})
     yield SimpleNamespace(path=folder, marker=marker, weight=weight)
 
 

@@ -249,4 +249,4 @@ def test_half_precision_runs(preset: str) -> None:
 
 
 def test_every_preset_is_tested() -> None:
-    assert set(PUBLISHED) | {"prism2"} == {*list_models("slide"), *list_models("patient")}
+    assert set(PUBLISHED) | {"care", "prism2"} == {*list_models("slide"), *list_models("patient")}

@@ -261,7 +261,7 @@ def test_presets_of_another_level(build: Any, presets: list[str], level: str) ->
 
 
 @pytest.mark.parametrize(
-    "preset", [*SLIDE_PRESETS, "prism2", "gigapath-flash-slide", "feather-uni", "feather-uni2"]
+    "preset", [*SLIDE_PRESETS, "care", "prism2", "gigapath-flash-slide", "feather-uni", "feather-uni2"]
 )
 def test_the_tile_preset_feeds_it(preset: str) -> None:
     """Its output has the dimension that the encoder takes, and its transform is the recipe's, unless its
