@@ -19,8 +19,10 @@ FEEDING = {
     "feeding, 3 encoders of equal tiles": (224, 224, 224),
     "feeding, tiles of 224, 256 and 448 px": (224, 256, 448),
 }
-#: Presets with random weights.
+#: Presets with random weights: two ViT-S, of patches of 14 and 8 px, and a ViT-B, all of tiles of 224 px.
 ENCODERS = ("prost40m", "lunit", "phikon")
+#: Side of the generated slide that they embed, px: 191 tiles.
+SIDE_PX = 8192
 
 
 class Untransformed:
@@ -73,7 +75,7 @@ def feed(slide: Path, sizes: Sequence[int], repeat: int) -> Row:
 
 
 def embed(slide: Path, presets: Sequence[str], repeat: int) -> Row:
-    """Whole embedding with real encoders, loaded before the clock starts."""
+    """Whole embedding with real encoders in PyTorch, loaded and warm before the clock starts."""
     import torch
 
     from slide2vec import ExecutionOptions, Models, PreprocessingConfig
@@ -82,23 +84,28 @@ def embed(slide: Path, presets: Sequence[str], repeat: int) -> Row:
     models = Models.from_presets(presets, weights="random", device="cpu", allow_non_recommended_settings=True)
     slides = [{"sample_id": str(i), "image_path": slide} for i in range(repeat)]
     config = PreprocessingConfig(requested_spacing_um=SPACING_UM, requested_tile_size_px=224)
+    execution = ExecutionOptions(engine="torch", build_engine="never")
     for model in models.values():
-        model.identity(ExecutionOptions())
+        model.identity(execution)
+        model.tile_encoding.select(execution, 224).engine.run(torch.zeros((1, 3, 224, 224)))
     started = time.perf_counter()
     if len(models) == 1:
         (model,) = models.values()
-        found = model.embed_slides(slides, config)
+        found = model.embed_slides(slides, config, execution)
     else:
-        found = [each for results in models.embed_slides(slides, config).values() for each in results]
+        together = models.embed_slides(slides, config, execution)
+        found = [each for results in together.values() for each in results]
     return {"tiles": sum(each.num_tiles for each in found), "seconds": time.perf_counter() - started}
 
 
 def measured(kind: str, slide: Path, parts: Sequence[str], repeat: int, rounds: int) -> Row:
     """Seconds of all together, and of one after the other, round by round."""
+    tiles: list[int] = []
 
     def run(*which: str) -> float:
         command = (sys.executable, "-m", "benchmarks.several", "--part", kind, "--slide", str(slide))
         row = child(*command, "--repeat", str(repeat), "--with", ",".join(which))
+        tiles.append(row["tiles"])
         return float(row["seconds"])
 
     together, alone = [], []
@@ -109,6 +116,7 @@ def measured(kind: str, slide: Path, parts: Sequence[str], repeat: int, rounds: 
     ratios = [sum(each) / whole for each, whole in zip(alone, together, strict=True)]
     return {
         "of": list(parts),
+        "tiles": tiles[0],
         "together_s": together,
         "alone_s": alone,
         "alone_over_together": {"median": statistics.median(ratios), "runs": ratios},
@@ -122,14 +130,14 @@ def report(found: Row) -> str:
         f"{found['machine']['cpu']}, {found['machine']['cpus']} CPUs. Seconds are medians of "
         f"{found['rounds']} rounds; the ratio is the sum of the separate runs over the run together.",
         "",
-        "| what | together | one after the other | ratio (least to most) |",
-        "|---|---|---|---|",
+        "| what | tiles of all encoders | together | one after the other | ratio (least to most) |",
+        "|---|---|---|---|---|",
     ]
     for name, row in found["parts"].items():
         alone = [statistics.median(column) for column in zip(*row["alone_s"], strict=True)]
         ratio = row["alone_over_together"]
         lines.append(
-            f"| {name} | {statistics.median(row['together_s']):.1f} s | "
+            f"| {name} | {row['tiles']:,} | {statistics.median(row['together_s']):.1f} s | "
             f"{' + '.join(f'{seconds:.1f}' for seconds in alone)} s | "
             f"**{ratio['median']:.2f}** ({min(ratio['runs']):.2f} to {max(ratio['runs']):.2f}) |"
         )
@@ -141,6 +149,9 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=Path("/tmp/slide2vec-bench"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=("feed", "embed"))
+    parser.add_argument("--encoders", nargs="+", default=ENCODERS, metavar="PRESET")
+    parser.add_argument("--side", type=int, default=SIDE_PX, help="of the slide that they embed, px")
+    parser.add_argument("--output", type=Path, help="stem of the two files of results")
     parser.add_argument("--part", choices=("feed", "embed"), help=argparse.SUPPRESS)
     parser.add_argument("--slide", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--repeat", type=int, default=1, help=argparse.SUPPRESS)
@@ -167,10 +178,11 @@ def main() -> None:
             print(name, flush=True)
             found["parts"][name] = measured("feed", slide, [str(size) for size in sizes], 6, args.rounds)
     if args.only != "feed":
-        slide, name = generated(args.work_dir, 4096), f"embedding, {', '.join(ENCODERS)}"
+        slide, name = generated(args.work_dir, args.side), f"embedding, {', '.join(args.encoders)}"
         print(name, flush=True)
-        found["parts"][name] = measured("embed", slide, ENCODERS, 1, args.rounds)
-    out = RESULTS / f"several-{found['date']}"
+        found["parts"][name] = measured("embed", slide, args.encoders, 1, args.rounds)
+    kind = f"-{args.only}" if args.only else ""
+    out = args.output or RESULTS / f"several{kind}-{found['date']}"
     out.with_suffix(".json").write_text(json.dumps(found, indent=1))
     out.with_suffix(".md").write_text(report(found))
     print(report(found))

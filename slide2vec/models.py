@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
 from slide2vec.aggregate.gather import check_on_error, embed_in_order
+from slide2vec.cohort.kept_tiles import TileScratch, tile_scratch, tiles_wanted
 from slide2vec.cohort.side_by_side import run_side_by_side
 from slide2vec.cohort.sink import MemorySink, aggregated_outcome
 from slide2vec.config import ExecutionOptions, MaskSamplingConfig, PreprocessingConfig
@@ -268,9 +269,17 @@ class Models(Mapping[str, Model]):
         configs = self.resolve_preprocessing(preprocessing)
         found: dict[str, list[SlideOutcome] | Exception] = {}
         turns = self.prepare(slides, configs, execution)
-        with live_progress(), metered(partial(self.devices_here, execution)):
-            for turn in turns:
-                found |= self._turn(turn, slides, configs, execution)
+        here = self.workers(execution) is None
+        with (
+            live_progress(),
+            metered(partial(self.devices_here, execution)),
+            tile_scratch(execution, len(turns) if here else 1) as scratch,
+        ):
+            wanted = [set().union(*(tiles_wanted(configs[name], slides) for name in turn)) for turn in turns]
+            for number, turn in enumerate(turns):
+                if scratch is not None:
+                    scratch.begin_turn(wanted[number], set().union(*wanted[number + 1 :]))
+                found |= self._turn(turn, slides, configs, execution, scratch)
                 for name in turn if len(turns) > 1 else ():
                     self[name].release()
         return {name: found[name] for name in self}
@@ -281,6 +290,7 @@ class Models(Mapping[str, Model]):
         slides: Sequence[Slide],
         configs: Mapping[str, PreprocessingConfig],
         execution: ExecutionOptions,
+        scratch: TileScratch | None,
     ) -> dict[str, list[SlideOutcome] | Exception]:
         """The outcomes of models that are in memory together."""
         groups = Models({name: self[name] for name in turn}).grouped(configs, execution)
@@ -293,7 +303,7 @@ class Models(Mapping[str, Model]):
         tasks = {
             names[0]: partial(self._embed, names, slides, configs[names[0]], execution) for names in groups
         }
-        done = run_side_by_side(tasks, dict.fromkeys(tasks, slides), execution, reporter)
+        done = run_side_by_side(tasks, dict.fromkeys(tasks, slides), execution, reporter, scratch)
         for names in groups:
             made = done[names[0]]
             found |= dict.fromkeys(names, made) if isinstance(made, Exception) else made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,6 +26,7 @@ from slide2vec.models import placed_on
 from slide2vec.progress import NullReporter, ProgressEvent, SlideFailed, activate_progress_reporter
 from slide2vec.readers import decoders
 from slide2vec.stream import Stream, shared_slides
+from slide2vec.stream.tile_sources import SlideSource
 from slide2vec.tiling import tile
 
 CONFIG = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5, resume=True)
@@ -70,7 +72,7 @@ def patients() -> Model:
 
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """How many compressed tiles are decoded, and how often tissue is looked for."""
+    """How many compressed tiles are decoded, how often tissue is looked for, and supertiles read."""
     counts: Counter[str] = Counter()
 
     def counted(module: Any, name: str) -> None:
@@ -82,6 +84,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
         monkeypatch.setattr(module, name, call)
 
+    counted(SlideSource, "fetch")
     counted(decoders, "decode_tile")
     counted(tile, "segment_tissue")
     yield counts
@@ -200,11 +203,17 @@ def test_encoders_that_do_not_fit_take_turns_in_groups(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     alone = {name: model.embed_slides(slides, CONFIG, EXECUTION) for name, model in models.items()}
-    once = counts["decode_tile"] // 3
+    once = {name: count // 3 for name, count in counts.items()}
     counts.clear()
-    found = models.embed_slides(slides, CONFIG, groups)
+    found = models.embed_slides(slides, CONFIG, groups.updated(scratch_gb=0))
     assert "take turns, and each group reads the slides: first + second; then third" in caplog.text
-    assert counts["decode_tile"] == 2 * once
+    assert dict(counts) == {name: 2 * count for name, count in once.items()}
+    counts.clear()
+    kept = models.embed_slides(slides, CONFIG, groups)
+    assert counts["fetch"] == once["fetch"] == 3  # the third looks for tissue, and reads nothing
+    for name, embedded in kept.items():
+        for ours, theirs in zip(embedded, alone[name], strict=True):
+            assert torch.equal(ours.tile_embeddings, theirs.tile_embeddings)
     assert list(found) == list(models) and not any(model.held_bytes for model in models.values())
     for name, embedded in found.items():
         for ours, theirs in zip(embedded, alone[name], strict=True):
@@ -236,7 +245,10 @@ def test_no_more_encoders_are_in_memory_than_fit(
     assert len(held) == 9 and held[-3:] == [["third"]] * 3
     assert all(set(names) <= {"first", "second"} for names in held[:6])
     assert result.summary is not None and result.summary.readings == ("first + second", "third")
-    assert "slides were read 2 times, for first + second, then for third" in str(result.summary)
+    assert (
+        "slides were read 2 times (3 from the scratch, 0 decoded again), for first + second, then for third"
+        in str(result.summary)
+    )
     ours, theirs = files_of(tmp_path / "many"), files_of(tmp_path / "one")
     for name in [name for name in theirs if name == "process_list.csv" or name.endswith("config.yaml")]:
         del ours[name], theirs[name]  # which say encoders_gb, and rows in another order
@@ -244,6 +256,46 @@ def test_no_more_encoders_are_in_memory_than_fit(
     held.clear()
     again = Pipeline(models, CONFIG, many).run(slides)
     assert again.resumed == 9 and not any(model.held_bytes for model in models.values())
+
+
+@pytest.mark.parametrize("scratch_gb", [None, pytest.param(0.001, marks=pytest.mark.slow)])
+def test_decoded_tiles_wait_for_the_next_group(
+    models: Models,
+    slides: list[Path],
+    groups: ExecutionOptions,
+    counts: Counter[str],
+    tmp_path: Path,
+    scratch_gb: float | None,
+) -> None:
+    """All of them, or those of the one slide that fits: files are those of separate runs."""
+    two = Models({name: models[name] for name in ("first", "second")})
+    one, many = (EXECUTION.updated(output_dir=tmp_path / name) for name in ("one", "many"))
+    Pipeline(two["first"], CONFIG, one).run(slides[:2])
+    once = dict(counts)
+    counts.clear()
+    Pipeline(two["second"], CONFIG, one).run(slides[:2])
+    alone = dict(counts)
+    assert alone["decode_tile"] > 30 and alone["fetch"] == 2 and "segment_tissue" not in alone
+    counts.clear()
+    turns = {"encoders_gb": groups.encoders_gb and groups.encoders_gb / 2, "scratch_gb": scratch_gb}
+    execution = many.updated(**turns, scratch_dir=tmp_path / "scratch")
+    result = Pipeline(two, CONFIG, execution).run(slides[:2])
+    again = 0 if scratch_gb is None else 1
+    assert counts["fetch"] == 2 + again and counts["segment_tissue"] == 2
+    # planning compares a few tiles with a second decoder
+    assert (counts["decode_tile"] - once["decode_tile"] < alone["decode_tile"] / 2) == (not again)
+    said = f"slides were read 2 times ({2 - again} from the scratch, {again} decoded again), for first, then"
+    assert result.summary is not None and said in str(result.summary)
+    assert list((tmp_path / "scratch").iterdir()) == []
+    ours, theirs = files_of(tmp_path / "many"), files_of(tmp_path / "one")
+    for name in [name for name in theirs if name == "process_list.csv" or name.endswith("config.yaml")]:
+        del ours[name], theirs[name]  # which say encoders_gb, and rows in another order
+    assert ours == theirs
+    counts.clear()
+    shutil.rmtree(tmp_path / "many/tile_embeddings")
+    result = Pipeline(two, CONFIG, execution).run(slides[:2])
+    assert result.resumed == 2 and counts["fetch"] == 2 and list((tmp_path / "scratch").glob("*")) == []
+    assert result.summary is not None and result.summary.readings == ("first",)
 
 
 def test_resume_adds_what_is_missing_and_segments_nothing(

@@ -34,7 +34,8 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Machine": (
         *("device", "devices", "num_gpus", "precision", "engine", "build_engine", "batch_size"),
-        *("num_workers", "num_preprocessing_workers", "encoders_gb", "executor", "address", "run_on_cpu"),
+        *("num_workers", "num_preprocessing_workers", "encoders_gb", "scratch_dir", "scratch_gb"),
+        *("executor", "address", "run_on_cpu"),
     ),
     "Output": (
         *("output", "file_format", "output_dtype", "save_tile_embeddings", "save_slide_embeddings"),

@@ -141,6 +141,15 @@ def run(
             help="GB of memory for several presets at once [0.7 of what is free]; others take turns."
         ),
     ] = None,
+    scratch_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Local folder where decoded tiles wait for presets that take turns [--stage-dir, or TMPDIR]."
+        ),
+    ] = None,
+    scratch_gb: Annotated[
+        float | None, typer.Option(help="GB they may take; 0: none wait [half of what is free].")
+    ] = None,
     file_format: Annotated[
         OutputFormat | None,
         typer.Option("--format", help="Of the embeddings [pt].", show_default=False, **FORMAT),
@@ -263,6 +272,8 @@ def run(
         "speed.stage_dir": stage_dir and str(stage_dir),
         "speed.stage_gb": stage_gb,
         "speed.encoders_gb": encoders_gb,
+        "speed.scratch_dir": scratch_dir and str(scratch_dir),
+        "speed.scratch_gb": scratch_gb,
         "speed.shard": shard,
         "output_format": file_format,
         "speed.output_dtype": output_dtype,

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextvars
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any, TypeAlias, TypeVar
 
 from slide2vec.artifacts import TileEmbeddingArtifact
 from slide2vec.cohort.bill import write_bill
 from slide2vec.cohort.context import Cohort
 from slide2vec.cohort.embedder import Embedder
+from slide2vec.cohort.kept_tiles import TileScratch, tile_scratch, tiles_wanted
 from slide2vec.cohort.output_dir import Settings, shared_output_directory
 from slide2vec.cohort.pending_patients import Patient, by_patient
 from slide2vec.cohort.recorder import RunRecorder
@@ -96,19 +98,27 @@ def embed_cohort_together(
     cohorts = [
         (Cohort(runs[name].config, execution, runs[name].embedder), runs[name].settings) for name in opened_as
     ]
-    with shared_output_directory(cohorts, slides) as (opened, log):
+    with shared_output_directory(cohorts, slides) as (opened, log), ExitStack() as kept:
         whole = dict(zip(opened_as, opened, strict=True))
         summaries: dict[str, RunSummary] = {}
         turns = list(_turns(runs, whole, groups, ordered=in_workers is None))
-        for names in turns:
+        # before anybody's turn, as it says which tiles are wanted later
+        left = {name: _left(*whole[name], None) for name in runs if not runs[name].after}
+        scratch = kept.enter_context(tile_scratch(execution, len(turns) if in_workers is None else 1))
+        for number, names in enumerate(turns):
             todo = {}
             for name in names:
                 cohort, recorder = whole[name]
-                before = whole[runs[name].after][1] if runs[name].after else None
-                todo[name] = _left(cohort, recorder, before)
+                if runs[name].after:
+                    left[name] = _left(cohort, recorder, whole[runs[name].after][1])
+                todo[name] = left[name]
                 if not todo[name]:
                     runs[name].embedder.confirm_weights()  # that all is finished is said of these weights
                 log.write(f"{name}: {left_in_words(todo[name], recorder.slides)}")
+            if scratch is not None:
+                scratch.begin_turn(
+                    *(_tiles_of(each, whole, left) for each in (names, chain(*turns[number + 1 :])))
+                )
             reporter = TogetherReporter(
                 log,
                 {name: [slide.sample_id for slide in left.slides] for name, left in todo.items()},
@@ -126,7 +136,7 @@ def embed_cohort_together(
             else:
                 tasks = {name: partial(_embed_shared, *each) for name, each in to_do.items()}
                 planned = {name: todo[name].slides for name in tasks}
-                broken = _errors(run_side_by_side(tasks, planned, execution, reporter))
+                broken = _errors(run_side_by_side(tasks, planned, execution, reporter, scratch))
             for name, error in broken.items():
                 _break_off(whole[name][0], whole[name][1], todo[name], error)
             summaries |= reporter.summaries
@@ -135,7 +145,9 @@ def embed_cohort_together(
         write_bill(log, {whole[name][0].place.name: summary for name, summary in summaries.items()})
         results = {name: whole[name][1].result(summaries.get(name)) for name in runs}
         readings = [names for names in turns if any(name in summaries for name in names)]
-        return RunResult.of_several(results, log.summary, readings)
+        return RunResult.of_several(
+            results, log.summary, readings, (0, 0) if scratch is None else scratch.used
+        )
 
 
 def _turns(
@@ -167,6 +179,17 @@ def _turns(
         yield now
         done |= set(now)
         left = [name for name in left if name not in now]
+
+
+def _tiles_of(
+    names: Iterable[str],
+    whole: Mapping[str, tuple[Cohort, RunRecorder]],
+    left: Mapping[str, ResumePlan],
+) -> set[Any]:
+    """Tiles that are left to these encoders, as far as that is known; see `tiles_wanted`."""
+    return set().union(
+        *(tiles_wanted(whole[name][0].config, left[name].slides) for name in names if name in left)
+    )
 
 
 class _CallbackFailed(BaseException):
@@ -266,6 +289,7 @@ def run_side_by_side(
     slides: Mapping[str, Sequence[Slide]],
     execution: ExecutionOptions,
     reporter: TogetherReporter,
+    scratch: TileScratch | None = None,
 ) -> dict[str, Result | Exception]:
     """Do what each encoder has to do, sharing what is read; what it gave, or its error: that of one encoder
     does not stop the others.
@@ -275,13 +299,15 @@ def run_side_by_side(
         slides: that each encoder will plan, in one order that they have in common.
         execution: says where slides are staged, if they are.
         reporter: gets the events of all of them.
+        scratch: keeps decoded tiles for encoders that come later, and has those that were.
 
     Raises:
         OutputError: one of them cannot write a file; the others are stopped.
         ConfigError: nothing can be written into stage_dir.
     """
     with stager_for(execution) as stager:
-        shared = SharedSlides(tasks, stager, readers=execution.num_workers)
+        over = {} if scratch is None else {"over": scratch.over}
+        shared = SharedSlides(tasks, stager, readers=execution.num_workers, **over)
         shares = {name: shared.share(name, slides[name]) for name in tasks}
 
         def cancel() -> None:

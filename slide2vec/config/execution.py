@@ -71,6 +71,10 @@ class ExecutionOptions(FrozenConfig):
         encoders_gb: of several encoders over the same slides, GB (1e9 bytes) that those in the memory of one
             device may take. Encoders that do not fit together take turns in groups, each of which reads the
             slides. None = 0.7 of what is free there when a call begins (on a CPU: free to this job).
+        scratch_dir: folder on a local disk where decoded tiles wait for groups whose turn comes later; None =
+            stage_dir, else the system's folder for temporary files, unless that is in memory.
+        scratch_gb: GB (1e9 bytes) that they may take there; None = half of what is free when a run begins. Of
+            slides that do not fit, and where workers embed, each group decodes the tiles. 0 = keep none.
         on_bad_slide: "fail" the patient one of whose slides cannot be embedded, or "skip" the slide and
             embed the patient from the others.
         shard: "i/n", i from 1 to n: a Pipeline embeds the i-th of n parts of its slides, balanced by the
@@ -102,6 +106,8 @@ class ExecutionOptions(FrozenConfig):
     stage_dir: Path | None = None
     stage_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     encoders_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    scratch_dir: Path | None = None
+    scratch_gb: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     shard: str | None = None
 
     @model_validator(mode="after")

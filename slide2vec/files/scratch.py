@@ -14,9 +14,11 @@ from pathlib import Path
 from slide2vec.files import open_locked
 from slide2vec.files.locks import try_lock
 
-__all__ = ["private_folder"]
+__all__ = ["is_in_memory", "private_folder"]
 
 _PREFIX = "slide2vec-stage"
+#: File systems that have no disk.
+_MEMORY = {"tmpfs", "ramfs"}
 
 
 @contextmanager
@@ -43,6 +45,17 @@ def private_folder(directory: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         lock.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def is_in_memory(directory: Path) -> bool:
+    """Whether what is written there takes memory. False where the system does not say."""
+    try:
+        mounts = Path("/proc/mounts").read_text().splitlines()
+    except OSError:
+        return False
+    kinds = {Path(fields[1]): fields[2] for fields in map(str.split, mounts)}
+    where = directory.resolve()
+    return next((kinds[each] for each in (where, *where.parents) if each in kinds), "") in _MEMORY
 
 
 def _locked(directory: Path, prefix: str) -> tuple[Path, int]:

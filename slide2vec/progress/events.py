@@ -59,6 +59,8 @@ class RunSummary:
         measured_by: by what, and what of them was not measured; "" where nothing was.
         readings: of several encoders, those that read the slides together ("uni + virchow2"), one group after
             the other.
+        from_scratch, decoded_again: slides whose decoded tiles a later group took from the scratch, and those
+            that it decoded again; each group counts.
     """
 
     slides: int
@@ -71,6 +73,8 @@ class RunSummary:
     watt_hours: float | None = None
     measured_by: str = ""
     readings: tuple[str, ...] = ()
+    from_scratch: int = 0
+    decoded_again: int = 0
 
     @property
     def tiles_per_second(self) -> float:
@@ -125,7 +129,11 @@ class RunSummary:
     def _readings(self) -> str:
         if len(self.readings) < 2:
             return ""
-        return f"; slides were read {len(self.readings)} times, for {', then for '.join(self.readings)}"
+        how = f"{self.from_scratch:,} from the scratch, {self.decoded_again:,} decoded again"
+        if not self.from_scratch + self.decoded_again:
+            how = "decoded each time"
+        groups = ", then for ".join(self.readings)
+        return f"; slides were read {len(self.readings)} times ({how}), for {groups}"
 
     def _bottleneck_share(self) -> str:
         """How busy the bottleneck was, in brackets."""

@@ -169,6 +169,8 @@ KEYS: dict[str, Key] = {
     "speed.stage_dir": _of(ExecutionOptions, "stage_dir"),
     "speed.stage_gb": _of(ExecutionOptions, "stage_gb"),
     "speed.encoders_gb": _of(ExecutionOptions, "encoders_gb"),
+    "speed.scratch_dir": _of(ExecutionOptions, "scratch_dir"),
+    "speed.scratch_gb": _of(ExecutionOptions, "scratch_gb"),
     "wandb.enable": Key(bool, False),
 }
 

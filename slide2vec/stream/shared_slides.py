@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from slide2vec.cpus import job_cpus
-from slide2vec.readers.tile_assembly import EXPECTED_BYTES, HostTileReader
+from slide2vec.readers.tile_assembly import HostTileReader
 from slide2vec.slides import Slide
 from slide2vec.stream.batches import Stopped
 from slide2vec.stream.plan import PlanRequest, SlidePlan, plan_together
@@ -24,6 +24,8 @@ from slide2vec.stream.plan_ahead import SlideQueue, Stream
 from slide2vec.stream.read_ahead import Outlet, ReadAhead, Wanted
 from slide2vec.stream.staging import IN_PLACE, InPlace
 from slide2vec.stream.tile_sources import SlideSource, TileSource
+from slide2vec.stream.transfer import TileTransfer
+from slide2vec.tiling.shared_level import KEPT_FOR_OTHERS_BYTES, MOST_CHUNK_BYTES, SharedLevel
 
 __all__ = ["Share", "SharedSlides"]
 
@@ -51,12 +53,18 @@ class SharedSlides:
         stager: brings slides to where they are read.
         readers: threads, whosever tiles they are, that decode and cut at once: more would take the CPUs, and
             Python's lock, from one another. One waits now and then for a tile that another decodes.
+        over: gives what brings tiles to where a stream keeps them, by what the stream has for it.
     """
 
     def __init__(
-        self, members: Collection[str], stager: InPlace = IN_PLACE, *, readers: int | None = None
+        self,
+        members: Collection[str],
+        stager: InPlace = IN_PLACE,
+        *,
+        readers: int | None = None,
+        over: Callable[[TileTransfer], TileTransfer] = lambda transfer: transfer,
     ) -> None:
-        self.stager = stager
+        self.stager, self.over = stager, over
         self._changed = threading.Condition()
         self._reading = threading.Semaphore((readers or job_cpus()) + 1)
         self._to_come, self._here = set(members), list[Share]()
@@ -322,7 +330,8 @@ class _Together:
     def __init__(self, shared: SharedSlides, streams: Sequence[Share]) -> None:
         self._shared, self._streams, self.stager = shared, streams, shared.stager
         self.slides, self._coming = streams[0].slides, SlideQueue()
-        wanted = replace(streams[0].wanted, ahead=max(each.wanted.ahead for each in streams))
+        wanted, most = streams[0].wanted, max(each.wanted.ahead for each in streams)
+        wanted = replace(wanted, ahead=most, transfer=shared.over(wanted.transfer))
         slides = self._coming if self.slides is None else self.slides
         self.read_ahead = ReadAhead(slides, self, wanted, [each.outlet for each in streams])
         for each in streams:
@@ -389,10 +398,10 @@ class _SharedSlide:
 
     def is_led_by(self, reads: _Together, source: TileSource) -> bool:
         """Whether much is kept for those that are behind it."""
-        if not isinstance(source, SlideSource) or not isinstance(source.reader, HostTileReader):
+        level = source.shared if isinstance(source, SlideSource) else None
+        if level is None or level.kept_bytes <= KEPT_FOR_OTHERS_BYTES // 2:
             return False
-        leads = self.progress(reads) > min(map(self.progress, self.readers), default=1.0)
-        return leads and source.reader.kept_bytes > EXPECTED_BYTES // 2
+        return self.progress(reads) > min(map(self.progress, self.readers), default=1.0)
 
     def progress(self, reads: _Together) -> float:
         """The share of its blocks that were read."""
@@ -402,10 +411,14 @@ class _SharedSlide:
 
 def _share_decoded(plans: Sequence[SlidePlan]) -> None:
     """Have compressed tiles that several plans of one reader need decoded once."""
-    by_reader: dict[int, list[tuple[SlideSource, HostTileReader]]] = {}
+    by_level: dict[tuple[HostTileReader, int], list[SlideSource]] = {}
     for source in (plan.source for plan in plans):
         if isinstance(source, SlideSource) and isinstance(source.reader, HostTileReader):
-            by_reader.setdefault(id(source.reader), []).append((source, source.reader))
-    for sharing in by_reader.values():
+            by_level.setdefault((source.reader, source.tiling.geometry.read_level), []).append(source)
+    for (reader, level), sharing in by_level.items():
         if len(sharing) > 1:
-            sharing[0][1].expect(read for source, _ in sharing for read in source.reads())
+            ratios = {source.ratio for source in sharing}
+            reads = [source.squares(n) for source in sharing for n in range(len(source.blocks))]
+            shared = SharedLevel(reader, level, ratios.pop() if len(ratios) == 1 else 1, reads)
+            for source in sharing if shared.chunk_bytes <= MOST_CHUNK_BYTES else ():
+                source.shared = shared

@@ -26,8 +26,8 @@ from slide2vec.runtime import openvino_engine
 #: fp32 in another order of the same sums; GenBio-PathFM rounds to bf16 inside, where they tip over.
 ABSOLUTE = {"genbio-pathfm": 1e-3}
 ABSOLUTE_DEFAULT = 5e-5
-#: In OpenVINO the logarithms of the scattering transform are about 1e-3 off, and two tiles differ by 0.3.
-ABSOLUTE_OPENVINO = {"genbio-pathfm": 5e-2, "scattering": 3e-3}
+#: In OpenVINO more of GenBio-PathFM's values tip over; two tiles differ by 3.
+ABSOLUTE_OPENVINO = {"genbio-pathfm": 5e-2}
 #: ONNX Runtime computes fp16 products with other roundings.
 FP16_COSINE = 0.9999
 

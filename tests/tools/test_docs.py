@@ -8,6 +8,7 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser import open_page
@@ -28,6 +29,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         build(load_config(str(ROOT / "tools/docs/mkdocs.yml"), site_dir=str(folder), strict=True))
     sys.modules.pop("reference")  # imported by its hook, beside which it lies
     return folder
+
+
+def _tool(name: str) -> Any:
+    """A module of tools/docs."""
+    spec = importlib.util.spec_from_file_location(f"{name}_of_the_site", ROOT / f"tools/docs/{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class _Loaded(HTMLParser):
@@ -65,6 +75,26 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
     for name in ("Model.embed_images", "Model.from_preset", "Pipeline.run", "PreprocessingConfig.resolved"):
         assert f'<h3 id="slide2vec.{name}">' in text
     assert "hf-hub:&lt;owner&gt;/&lt;repo&gt;" in text
+
+
+def test_what_is_for_our_own_use_is_not_in_the_reference(site: Path) -> None:
+    """Nor does a page for users call it."""
+    reference = _tool("reference")
+    text = "".join(page.read_text(encoding="utf-8") for page in (site / "reference").glob("*.html"))
+    pages = set((ROOT / "docs").glob("*.md")) - {ROOT / "docs/design.md"}
+    prose = "".join(path.read_text(encoding="utf-8") for path in pages)
+    for owner, names in reference.INTERNAL.items():
+        for name in names.split():
+            assert hasattr(getattr(slide2vec, owner), name), f"{owner}.{name}"
+            assert f"slide2vec.{owner}.{name}" not in text
+            assert f"{owner}.{name}" not in prose and f"{owner.lower()}.{name}(" not in prose
+    assert "A kind of <a" in text and "slide2vec.TimmTileEncoder.encode_tiles" not in text
+
+
+def test_links_have_the_names_of_pages(site: Path) -> None:
+    page = (site / "other-tools.html").read_text(encoding="utf-8")
+    assert '<a href="formats.html">Formats</a>' in page and ">formats.md<" not in page
+    assert '<code class="whole">--data_h5_dir</code>' in page  # not broken at its hyphens
 
 
 def test_search_knows_the_pages(site: Path) -> None:
@@ -112,10 +142,7 @@ def test_messages_of_troubleshooting_are_ours() -> None:
 
 def test_tables_of_encoders_are_those_of_the_recipes() -> None:
     """`python tools/docs/presets.py` makes them anew."""
-    spec = importlib.util.spec_from_file_location("presets_of_the_page", ROOT / "tools/docs/presets.py")
-    assert spec is not None and spec.loader is not None
-    presets = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(presets)
+    presets = _tool("presets")
     page = presets.PAGE.read_text(encoding="utf-8")
     assert page == presets.with_tables(page)
     assert set(re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE)) == set(list_models())

@@ -42,6 +42,22 @@ PAGES = {
     ),
 }
 
+#: Methods and properties without an underscore that are for the program's own use: other rooms call them, and
+#: they may change in any release.
+INTERNAL = {
+    "Model": "aggregated confirm_weights decide_engine devices_here embed_here embed_into gain_of_build "
+    "has_latents held_bytes memory_bytes tile_encoding tile_model workers",
+    "Models": "devices_here grouped prepare take_turns workers",
+    "PreprocessingConfig": "for_slide on_device set_only",
+    "ExecutionOptions": "budget feature_dtype set_only vector_dtype",
+    "MaskSamplingConfig": "by_class class_of classes color_of identity set_only threshold_of",
+    "SlideRegions": "slide",
+    "RunResult": "of_several with_failed",
+    "EmbedSlidesError": "of_several",
+    "EmbedPatientsError": "of_several",
+    "EmbedImagesError": "of_several",
+}
+
 _SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields):(.*)")
 _ENTRY = re.compile(r"(?! )([\w*., \[\]]+): (.*)")
 #: Outside of backticks a < would begin an element.
@@ -63,6 +79,8 @@ def _described(name: str) -> Iterator[str]:
         elif shown := _signature(thing, name):
             yield shown
         yield _marked_up(inspect.getdoc(thing) or "", _defaults(thing))
+        for base in _documented_bases(thing):
+            yield f"A kind of [`{base}`](#slide2vec.{base}), with all that it has."
         for member, found in _members(thing):
             yield from _member(name, member, found)
     elif isinstance(thing, FunctionType):
@@ -74,22 +92,31 @@ def _described(name: str) -> Iterator[str]:
         yield _marked_up(inspect.getdoc(type(thing)) or "")
 
 
+def _documented_bases(cls: type) -> list[str]:
+    """Its nearest base that has a description of its own, if it has one."""
+    return [base.__name__ for base in cls.__mro__[1:] if base.__name__ in slide2vec.__all__][:1]
+
+
 def _members(cls: type) -> Iterator[tuple[str, Any]]:
-    """Public methods and properties, those of bases of ours included."""
-    seen = set()
+    """Public methods and properties, those of bases of ours included that are not described themselves."""
+    left_out = set(INTERNAL.get(cls.__name__, "").split())
+    described = _documented_bases(cls)
     for base in cls.__mro__:
+        if base.__name__ in described:
+            return
         if not base.__module__.startswith("slide2vec"):
             continue
         for name, found in vars(base).items():
             kinds = (FunctionType, classmethod, staticmethod, property)
-            if not name.startswith("_") and name not in seen and isinstance(found, kinds):
-                seen.add(name)
-                if inspect.getdoc(found):
-                    yield name, found
+            if name.startswith("_") or name in left_out or not isinstance(found, kinds):
+                continue
+            left_out.add(name)
+            if found.__doc__ if described else inspect.getdoc(found):
+                yield name, found
 
 
 def _member(owner: str, name: str, found: Any) -> Iterator[str]:
-    yield f"### `{owner}.{name}` {{ #slide2vec.{owner}.{name} }}"
+    yield f'### `{owner}.{name}` {{ #slide2vec.{owner}.{name} data-toc-label="{name}" }}'
     if isinstance(found, property):
         result = inspect.signature(found.fget).return_annotation if found.fget else inspect.Signature.empty
         yield "A property" + ("." if result is inspect.Signature.empty else f": `{_annotation(result)}`.")

@@ -1,0 +1,367 @@
+"""Decoded tiles that wait in files for encoders whose turn comes later, so that a slide is decoded once.
+
+Nothing outlives the run: whether a file is whole, and of which pixels, is known in its memory only.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from slide2vec.config import ExecutionOptions, PreprocessingConfig
+from slide2vec.errors import ConfigError, SlideReadError
+from slide2vec.files.scratch import is_in_memory, private_folder
+from slide2vec.geometry import TileGeometry
+from slide2vec.readers.fingerprint import FileIdentity
+from slide2vec.slides import Slide
+from slide2vec.stream.cuda_streams import DeviceStream
+from slide2vec.stream.plan import SlidePlan
+from slide2vec.stream.tile_sources import TileSource
+from slide2vec.stream.transfer import TileTransfer
+from slide2vec.tiling import Tiling
+
+__all__ = ["TileScratch", "tile_scratch", "tiles_wanted"]
+
+logger = logging.getLogger(__name__)
+
+#: By which road the pixels of a kept slide come, in summaries.
+FROM_SCRATCH = "scratch"
+
+#: sample_id, µm/px and side of the tiles.
+_Tiles: TypeAlias = tuple[str, float | None, int | None]
+
+
+def tiles_wanted(config: PreprocessingConfig, slides: Iterable[Slide]) -> set[_Tiles]:
+    """Of which slides an encoder takes which tiles."""
+    asked = config.requested_spacing_um, config.requested_tile_size_px
+    return {(slide.sample_id, *asked) for slide in slides}
+
+
+@contextmanager
+def tile_scratch(execution: ExecutionOptions, turns: int) -> Iterator[TileScratch | None]:
+    """Where tiles wait for a later turn, gone when the block ends; what dead runs have left there goes first.
+
+    Args:
+        turns: of the encoders: with one nothing is kept.
+
+    Raises:
+        ConfigError: nothing can be written into scratch_dir or stage_dir.
+    """
+    name = "stage_dir" if execution.scratch_dir is None else "scratch_dir"
+    given = execution.scratch_dir or execution.stage_dir
+    folder = given or Path(tempfile.gettempdir())
+    if turns < 2 or execution.scratch_gb == 0:
+        yield None
+        return
+    if given is None and is_in_memory(folder):
+        logger.info(
+            "decoded tiles are not kept: %s is in memory; scratch_dir takes a folder on a disk", folder
+        )
+        yield None
+        return
+    with ExitStack() as stack:
+        try:
+            own = stack.enter_context(private_folder(folder))
+            free = shutil.disk_usage(own).free
+        except OSError as error:
+            why = f"{folder} cannot be written to ({error.strerror or error})"
+            if given is not None:
+                raise ConfigError(
+                    f"{name}: {why}: give scratch_dir, a folder on a local disk, or scratch_gb=0, and each "
+                    "group of encoders decodes the slides"
+                ) from error
+            logger.warning("decoded tiles are not kept: %s", why)
+            yield None
+            return
+        limit = free // 2 if execution.scratch_gb is None else int(execution.scratch_gb * 1e9)
+        yield TileScratch(own, limit)
+
+
+class TileScratch:
+    """Keeps the tiles of slides for later turns, as many as fit. Used from several threads.
+
+    Args:
+        folder: of this run alone.
+        limit_bytes: that tiles may take in it.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self._folder, self._limit = folder, limit_bytes
+        self._lock = threading.Lock()
+        self._kept: dict[_Tiles, _Kept] = {}
+        self._later: Collection[_Tiles] = ()
+        self._used = self._files = self._turn = 0
+        #: Slides that this turn has read, and those that an earlier one has.
+        self._read, self._read_before = set[str](), set[str]()
+        self._taken, self._again = set[tuple[int, _Tiles]](), set[tuple[int, _Tiles]]()
+
+    @property
+    def used(self) -> tuple[int, int]:
+        """How many slides later turns took from here, and how many they decoded again, each turn counted."""
+        return len(self._taken), len(self._again - self._taken)
+
+    def begin_turn(self, now: Collection[_Tiles], later: Collection[_Tiles]) -> None:
+        """The next turn begins: what neither it nor a later one wants goes.
+
+        Args:
+            now, later: see `tiles_wanted`.
+        """
+        with self._lock:
+            self._turn, self._later = self._turn + 1, later
+            self._read_before |= self._read
+            self._read.clear()
+            for tiles in [each for each in self._kept if each not in now and each not in later]:
+                self._drop(tiles)
+
+    def over(self, transfer: TileTransfer) -> TileTransfer:
+        """A transfer that has tiles kept, and brings those that were."""
+        return _Through(transfer, self)
+
+    def bind(self, plan: SlidePlan, transfer: TileTransfer) -> SlidePlan:
+        """See `TileTransfer.bind`; from the scratch, or into it where a later turn wants the tiles."""
+        if plan.identity is None or not len(plan.tiling):
+            return transfer.bind(plan)
+        geometry = plan.tiling.geometry
+        tiles = plan.slide.sample_id, geometry.requested_spacing_um, geometry.requested_tile_size_px
+        pixels = _Pixels.of(plan, plan.identity.image, transfer)
+        if (source := self._source(tiles, pixels, plan)) is not None:
+            bound = transfer.bind(replace(plan, source=source))
+            plan.source.close()
+            return replace(bound, decode_path=FROM_SCRATCH)
+        bound = transfer.bind(plan)
+        kept = self._begin(tiles, pixels)
+        return bound if kept is None else replace(bound, source=_Keeping(bound.source, kept, transfer.stream))
+
+    def _source(self, tiles: _Tiles, pixels: _Pixels, plan: SlidePlan) -> _FromScratch | None:
+        """Its tiles, if they are kept and are just these."""
+        with self._lock:
+            kept = self._kept.get(tiles)
+            self._read.add(tiles[0])
+            if kept is not None and kept.turn < self._turn and kept.is_whole and kept.pixels.agrees(pixels):
+                try:
+                    source = _FromScratch(kept.path, plan.source, plan.tiling)
+                    self._taken.add((self._turn, tiles))
+                    return source
+                except OSError as error:
+                    logger.warning("slide %s: its kept tiles are lost: %s", tiles[0], error)
+            if tiles[0] in self._read_before:
+                self._again.add((self._turn, tiles))
+        return None
+
+    def _begin(self, tiles: _Tiles, pixels: _Pixels) -> _Kept | None:
+        """A file for the tiles of a slide, if they are wanted later, and fit."""
+        with self._lock:
+            old = self._kept.get(tiles)
+            if tiles not in self._later or (old is not None and (not old.is_whole or old.turn == self._turn)):
+                return None  # or another reading of this turn keeps them
+            if old is not None:
+                self._drop(tiles)
+            if self._used + pixels.bytes > self._limit:
+                logger.info("slide %s: its tiles are not kept: the scratch is full", tiles[0])
+                return None
+            self._files += 1
+            path = self._folder / f"{self._files}.tiles"
+            try:
+                kept = _Kept(path, pixels, self._turn, lambda error: self._ended(tiles, error))
+            except OSError as error:
+                self._give_up(tiles, error)
+                return None
+            self._kept[tiles] = kept
+            self._used += pixels.bytes
+            return kept
+
+    def _ended(self, tiles: _Tiles, error: OSError | None) -> None:
+        """Not all tiles of a slide came, or they could not be written."""
+        with self._lock:
+            self._drop(tiles)
+            if error is not None:
+                self._give_up(tiles, error)
+
+    def _give_up(self, tiles: _Tiles, error: OSError) -> None:
+        """Write nothing more: whatever room is left is for the run's own files."""
+        if self._limit:
+            logger.warning(
+                "slide %s: its tiles are not kept (%s), nor those of slides after it: each group of encoders "
+                "decodes them",
+                *(tiles[0], error),
+            )
+        self._limit = 0
+
+    def _drop(self, tiles: _Tiles) -> None:
+        kept = self._kept.pop(tiles)
+        self._used -= kept.pixels.bytes
+        with suppress(OSError):  # it goes with its folder
+            kept.path.unlink()
+
+
+@dataclass(frozen=True, eq=False)
+class _Pixels:
+    """What decides the pixels of a slide's tiles."""
+
+    image: FileIdentity
+    backend: str
+    transfer: Hashable
+    geometry: TileGeometry
+    corners: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, plan: SlidePlan, image: FileIdentity, transfer: TileTransfer) -> _Pixels:
+        tiling = plan.tiling
+        corners = np.stack([tiling.x, tiling.y])
+        return cls(image, plan.source.backend, transfer.kind, tiling.geometry, corners)
+
+    def agrees(self, other: _Pixels) -> bool:
+        """Whether they are the same, of a file that has not been touched since."""
+        mine, others = ((each.image, each.backend, each.transfer, each.geometry) for each in (self, other))
+        return mine == others and np.array_equal(self.corners, other.corners)
+
+    @property
+    def bytes(self) -> int:
+        """That they take."""
+        return len(self.corners[0]) * _tile_bytes(self.geometry)
+
+
+def _tile_bytes(geometry: TileGeometry) -> int:
+    return 3 * geometry.requested_tile_size_px**2
+
+
+class _Kept:
+    """The tiles of a slide in a file, (N, S, S, 3) uint8 RGB; `is_whole` once all of them are.
+
+    Args:
+        turn: in which it began.
+        ended: called if they do not become so, with why.
+    """
+
+    def __init__(
+        self, path: Path, pixels: _Pixels, turn: int, ended: Callable[[OSError | None], None]
+    ) -> None:
+        self.path, self.pixels, self.turn, self.is_whole = path, pixels, turn, False
+        self._ended, self._lock = ended, threading.Lock()
+        self._missing = pixels.corners.shape[1]
+        self._error: OSError | None = None
+        self._file: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+
+    def add(self, tiles: NDArray[np.int64], pixels: Sequence[NDArray[np.uint8]]) -> None:
+        """Write tiles that have come. That they cannot be written is no error of the slide."""
+        size = _tile_bytes(self.pixels.geometry)
+        if self._error is not None or self._file is None:
+            return
+        try:
+            for tile, each in zip(tiles.tolist(), pixels, strict=True):
+                if os.pwrite(self._file, np.ascontiguousarray(each).data, tile * size) != size:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._error = error
+            os.ftruncate(self._file, 0)  # its room may be wanted
+            return
+        with self._lock:
+            self._missing -= len(tiles)
+
+    def close(self) -> None:
+        """No more tiles come, and nobody adds any. May be called twice."""
+        file, self._file = self._file, None
+        if file is None:
+            return
+        os.close(file)
+        self.is_whole = self._error is None and not self._missing
+        if not self.is_whole:
+            self._ended(self._error)
+
+
+class _Through:
+    """A transfer by way of the scratch. See `TileTransfer`."""
+
+    def __init__(self, transfer: TileTransfer, scratch: TileScratch) -> None:
+        self._transfer, self._scratch = transfer, scratch
+        self.device, self.stream, self.kind = transfer.device, transfer.stream, transfer.kind
+
+    def allocate(self, shape: tuple[int, ...]) -> Tensor:
+        return self._transfer.allocate(shape)
+
+    def bind(self, plan: SlidePlan) -> SlidePlan:
+        return self._scratch.bind(plan, self._transfer)
+
+
+class _Keeping:
+    """Tiles that are kept as they are placed. See `TileSource`."""
+
+    def __init__(self, source: TileSource, kept: _Kept, stream: DeviceStream) -> None:
+        self._source, self._kept, self._stream = source, kept, stream
+        self.backend, self.blocks = source.backend, source.blocks
+
+    def fetch(self, number: int) -> Any:
+        return self._source.fetch(number)
+
+    def place(self, number: int, data: Any, targets: Sequence[Any]) -> None:
+        self._source.place(number, data, targets)
+        self._kept.add(self.blocks[number], self._on_host(targets))
+
+    def _on_host(self, targets: Sequence[Any]) -> Sequence[NDArray[np.uint8]]:
+        if not isinstance(targets[0], Tensor):
+            return targets
+        with self._stream.current():
+            return list(torch.stack(list(targets)).cpu().numpy())
+
+    def read_tile(self, tile: int, target: Any) -> None:
+        """Of a block that cannot be read at once: such slides are not kept."""
+        self._source.read_tile(tile, target)
+
+    def close(self) -> None:
+        self._source.close()
+        self._kept.close()
+
+
+class _FromScratch:
+    """Tiles out of the scratch. See `TileSource`.
+
+    Args:
+        source: the slide, in whose blocks they come.
+
+    Raises:
+        OSError: the file is gone.
+    """
+
+    def __init__(self, path: Path, source: TileSource, tiling: Tiling) -> None:
+        self.backend, self.blocks = source.backend, source.blocks
+        self._name, self._path, self._size = tiling.sample_id, path, _tile_bytes(tiling.geometry)
+        self._file = path.open("rb", buffering=0)
+
+    def fetch(self, number: int) -> list[bytes]:
+        return [self._read(tile) for tile in self.blocks[number].tolist()]
+
+    def place(self, number: int, data: Sequence[bytes], targets: Sequence[NDArray[np.uint8]]) -> None:
+        for pixels, target in zip(data, targets, strict=True):
+            target[:] = np.frombuffer(pixels, np.uint8).reshape(target.shape)
+
+    def read_tile(self, tile: int, target: NDArray[np.uint8]) -> None:
+        target[:] = np.frombuffer(self._read(tile), np.uint8).reshape(target.shape)
+
+    def _read(self, tile: int) -> bytes:
+        wrong: object = "the file is too short"
+        try:
+            if len(pixels := os.pread(self._file.fileno(), self._size, tile * self._size)) == self._size:
+                return pixels
+        except (OSError, ValueError) as error:
+            wrong = error
+        raise SlideReadError(
+            f"slide {self._name}: tile {tile} cannot be read from {self._path}, where its decoded tiles were "
+            f"kept: {wrong}; run again, with another scratch_dir or scratch_gb=0"
+        )
+
+    def close(self) -> None:
+        self._file.close()
