@@ -217,13 +217,17 @@ def test_a_reader_reduces_whole_cells_of_all_tiles_only(name: str, ratio: int) -
     ids=["reduced", "cells of none", "coarser level", "two"],
 )
 def test_what_is_read_is_known_before(tiling: Tiling, reads: list[Any]) -> None:
-    """Where, level, size, by how much reduced, and the tiles: the same as then."""
+    """Where, level, size, by how much reduced, and the tiles; of a shared level these in its px."""
     reader = Buffered()
     source = SlideSource(reader, tiling)  # type: ignore[arg-type]
-    expected = [(*read, squares[0].tolist(), squares[1]) for *read, squares in source.reads()]
     for number in range(len(source.blocks)):
         source.fetch(number)
-    assert expected == reader.asked == reads
+    assert reader.asked == reads
+    squares = [source.squares(number) for number in range(len(source.blocks))]
+    assert [(corners.tolist(), side) for corners, side in squares] == [
+        ([[x // 2**level + dx, y // 2**level + dy] for dx, dy in offsets], side)
+        for (x, y), level, _, _, offsets, side in reads
+    ]
 
 
 def test_memory_is_used_again_where_it_is_large_enough() -> None:
