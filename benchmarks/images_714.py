@@ -253,13 +253,16 @@ def compared(ours: Path, theirs: Path) -> tuple[str, float, list[str]]:
 
 
 def write_images(folder: Path, name: str) -> None:
-    """Three pictures, the last twice as large as the dense call's target."""
+    """Pictures of odd and even sides, grey and with transparency; "oblong" is twice as large as the target of
+    the dense call."""
     recipe, numbers = load_recipe(name), np.random.default_rng(0)
     side = recipe.tile_size_px
     patch = recipe.encoder.kwargs.get("patch_size") or (16 if "16" in recipe.encoder.arch else 14)
     sizes = {"a.png": (300, 411), "b.jpg": (640, 260), "oblong.jpeg": (2 * (side + patch), 2 * side)}
-    for file, (height, width) in sizes.items():
-        noise = numbers.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    sizes |= {"c.png": (231, 300), "d.png": (224, 224), "e.png": (518, 519), "grey.png": (225, 310)}
+    for file, (height, width) in {**sizes, "rgba.png": (260, 301)}.items():
+        channels = {"grey.png": 1, "rgba.png": 4}.get(file, 3)
+        noise = numbers.integers(0, 256, (height, width, channels), dtype=np.uint8)
         Image.fromarray(np.asarray(cv2.GaussianBlur(noise, (0, 0), 3))).save(folder / file)
 
 

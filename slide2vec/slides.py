@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from slide2vec.errors import ConfigError, ManifestError, nearest_names
 from slide2vec.files import as_path, is_remote
@@ -45,7 +45,19 @@ _MISSING = frozenset(("", "nan", "na", "n/a", "none", "null", "<na>"))
 #: What a slide's id is made of where none is given: the name of its file, or its path.
 IdFrom: TypeAlias = Literal["name", "path"]
 
-SlideLike: TypeAlias = "Slide | str | os.PathLike[str] | Mapping[str, Any]"
+
+class DescribedSlide(Protocol):
+    """Anything that names a slide by attributes, such as hs2p's SlideSpec; it may have mask_path,
+    spacing_at_level_0 and patient_id, too."""
+
+    @property
+    def sample_id(self) -> str: ...
+
+    @property
+    def image_path(self) -> str | Path: ...
+
+
+SlideLike: TypeAlias = "Slide | DescribedSlide | str | os.PathLike[str] | Mapping[str, Any]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +113,7 @@ def check_id(value: str, field: str) -> None:
 
 
 _FIELDS = tuple(field.name for field in fields(Slide) if field.name != "annotation")
+_DESCRIBED = tuple(name for name in _FIELDS if name != "tiling")
 
 
 def id_of(path: Path, id_from: IdFrom = "name") -> str:
@@ -140,7 +153,8 @@ def is_tiling_option(name: object) -> bool:
 
 
 def as_slide(given: SlideLike, spacing_at_level_0: float | None = None, id_from: IdFrom = "name") -> Slide:
-    """A Slide from a path (`id_of` makes its sample_id), a mapping with the fields of `Slide`, or a Slide.
+    """A Slide from a path (`id_of` makes its sample_id), a mapping with the fields of `Slide`, an object that
+    has them as attributes, or a Slide.
 
     `spacing_at_level_0` (µm/px), when given, overrides the slide's own.
 
@@ -153,12 +167,17 @@ def as_slide(given: SlideLike, spacing_at_level_0: float | None = None, id_from:
     return replace(slide, spacing_at_level_0=float(spacing_at_level_0))
 
 
-def _from_path_or_mapping(given: str | os.PathLike[str] | Mapping[str, Any], id_from: IdFrom) -> Slide:
+def _from_path_or_mapping(
+    given: str | os.PathLike[str] | Mapping[str, Any] | DescribedSlide, id_from: IdFrom
+) -> Slide:
     if isinstance(given, str | os.PathLike) or is_remote(given):
         path = _file(given, "image_path")
         return Slide(sample_id=id_of(path, id_from), image_path=path)
     if not isinstance(given, Mapping):
-        raise ManifestError(f"a slide is a path, a mapping or a Slide, got {type(given).__name__}: {given!r}")
+        if not (hasattr(given, "sample_id") and hasattr(given, "image_path")):
+            kind = type(given).__name__
+            raise ManifestError(f"a slide is a path, a mapping or a Slide, got {kind}: {given!r}")
+        return slide_from_fields({name: getattr(given, name, None) for name in _DESCRIBED})
     for key in given:
         if key not in _FIELDS and not is_tiling_option(key):
             raise ManifestError(f"unknown slide field {key!r}. {nearest_names(str(key), _FIELDS)}")

@@ -219,6 +219,17 @@ def test_slide_without_tissue_is_there(tmp_path: Path, slides_dir: Path, scatter
     assert second.num_tiles > 0
 
 
+def test_name_and_mask_beside_a_path(slides_dir: Path, scattering: Model, tmp_path: Path) -> None:
+    """As 7.1.4 takes them: they are a path's, and nothing else's."""
+    path, mask = slides_dir / "CMU-1-Small-Region.svs", tmp_path / "mask.png"
+    Image.fromarray(np.zeros((100, 75), np.uint8)).save(mask)
+    config = PreprocessingConfig(requested_spacing_um=2.0)
+    named = scattering.embed_slide(path, config, sample_id="7", mask_path=mask)
+    assert (named.sample_id, named.num_tiles, named.mask_path) == ("7", 0, mask)
+    with pytest.raises(ValueError, match="given as a path"):
+        scattering.embed_slide({"image_path": path}, sample_id="7")
+
+
 def test_spacing_at_level_0(slides_dir: Path, scattering: Model) -> None:
     path = slides_dir / "CMU-1-Small-Region.svs"
     finer = scattering.embed_slide(path, spacing_at_level_0=0.25)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,6 +28,14 @@ def test_mapping_with_blanks() -> None:
         }
     )
     assert slide == Slide(sample_id="s", image_path=Path("a.svs"))
+
+
+def test_object_that_describes_a_slide() -> None:
+    """As hs2p's SlideSpec, which has no patient_id."""
+    given = SimpleNamespace(sample_id="7", image_path="a.svs", mask_path=None, spacing_at_level_0=0.5, more=1)
+    assert as_slide(given) == Slide(sample_id="7", image_path=Path("a.svs"), spacing_at_level_0=0.5)
+    with pytest.raises(ManifestError, match="a path, a mapping or a Slide"):
+        as_slide(SimpleNamespace(image_path="a.svs"))  # type: ignore[arg-type]
 
 
 def test_call_spacing_overrides() -> None:

@@ -117,7 +117,10 @@ def install(job: dict[str, Any]) -> None:
             weight, bias = (state[f"visual_token_projection.{name}"] for name in ("weight", "bias"))
             self._projection = torch.nn.Linear(weight.shape[1], weight.shape[0])
             self._projection.load_state_dict({"weight": weight, "bias": bias})
-            self._processor = processor(job)
+            images = processor(job)
+            images.image_processor = images  # as of CLIP's processor, which holds it beside its tokeniser
+            module = sys.modules[kind.__module__]
+            module.AutoProcessor = types.SimpleNamespace(from_pretrained=lambda _: images)  # type: ignore[attr-defined]
             self._output_variant, self._device = output_variant or "token_mean", torch.device("cpu")
         elif job["preset"] == "mettle":
             self._output_variant = output_variant or "cls_patch_mean"
@@ -153,12 +156,9 @@ def mettle_head() -> Any:
 def processor(job: dict[str, Any]) -> Any:
     data = job["data"]
     side, common = data["input_size"][1], {"image_mean": data["mean"], "image_std": data["std"]}
-    if job["preset"] == "isight":
-        return transformers.CLIPProcessor(
-            transformers.CLIPImageProcessorFast(
-                size={"shortest_edge": side}, crop_size={"height": side, "width": side}, **common
-            ),
-            types.SimpleNamespace(),
+    if job["preset"] == "isight":  # saved with a slow one, which transformers 4.57 therefore loads
+        return transformers.CLIPImageProcessor(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, **common
         )
     if job["preset"] == "phikonv2":
         return transformers.BitImageProcessorFast(

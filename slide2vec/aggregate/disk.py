@@ -306,7 +306,6 @@ def _compatibility(stored: StoredTiles, above: Mapping[str, Any]) -> dict[str, A
 
 
 def _metadata(stored: StoredTiles) -> dict[str, Any]:
-    recorded = {
-        name: stored.metadata[name] for name in ("image_path", "mask_path") if name in stored.metadata
-    }
+    taken_over = ("image_path", "mask_path", "requested_tile_size_px")
+    recorded = {name: stored.metadata[name] for name in taken_over if name in stored.metadata}
     return {**recorded, "num_tiles": len(stored.features), "tile_size_lv0": stored.tile_size_lv0}

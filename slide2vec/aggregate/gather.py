@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol, overload
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol, overload
 
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.embedded import EmbeddedSlide
-from slide2vec.errors import ConfigError, EmbedSlidesError
+from slide2vec.errors import ConfigError, EmbedSlidesError, ManifestError
 from slide2vec.manifests import SlidesLike, by_class, classes_of, given_slides
 from slide2vec.slides import Slide, SlideLike, as_slide
 from slide2vec.stream import SlideOutcome
@@ -46,6 +47,8 @@ def embed_slide(
     execution: ExecutionOptions | None = None,
     *,
     annotation: str | None = None,
+    sample_id: str | None = None,
+    mask_path: str | os.PathLike[str] | None = None,
     spacing_at_level_0: float | None = None,
 ) -> EmbeddedSlide: ...
 
@@ -58,6 +61,8 @@ def embed_slide(
     execution: ExecutionOptions | None = None,
     *,
     annotation: list[str],
+    sample_id: str | None = None,
+    mask_path: str | os.PathLike[str] | None = None,
     spacing_at_level_0: float | None = None,
 ) -> list[EmbeddedSlide]: ...
 
@@ -69,27 +74,45 @@ def embed_slide(
     execution: ExecutionOptions | None = None,
     *,
     annotation: str | list[str] | None = None,
+    sample_id: str | None = None,
+    mask_path: str | os.PathLike[str] | None = None,
     spacing_at_level_0: float | None = None,
 ) -> EmbeddedSlide | list[EmbeddedSlide]:
     """Embed one slide.
 
     Args:
         slide: a path, a mapping (image_path, and optionally sample_id, mask_path,
-            spacing_at_level_0, patient_id) or a Slide.
+            spacing_at_level_0, patient_id), an object with these attributes, or a Slide.
         preprocessing: tiling and reading; None = the preset's spacing and tile size.
         execution: batch size, precision, threads, output directory.
         annotation: which class, where `preprocessing.masks` samples several; of a list, an EmbeddedSlide
             for each, in its order.
+        sample_id, mask_path: of a slide that is given as a path.
         spacing_at_level_0: µm/px, where the file's own is missing or wrong.
 
     Raises:
         SlideError: the slide cannot be embedded, and why.
         ConfigError: the class is not sampled, or several are and none is named.
+        ManifestError: a ValueError: sample_id or mask_path for a slide that is no path.
     """
+    if sample_id is not None or mask_path is not None:
+        slide = _named(slide, sample_id, mask_path)
     masks = self.resolve_preprocessing(preprocessing).masks
     asked = classes_of(as_slide(slide, spacing_at_level_0), masks, annotation)
     found = _embed_or_raise(asked, self.iter_slides(asked, preprocessing, execution))
     return found if isinstance(annotation, list) else found[0]
+
+
+def _named(
+    slide: SlideLike, sample_id: str | None, mask_path: str | os.PathLike[str] | None
+) -> Mapping[str, Any]:
+    """The slide at a path, with what was given beside it."""
+    if isinstance(slide, Mapping) or hasattr(slide, "sample_id"):
+        raise ManifestError(
+            "sample_id and mask_path are for a slide that is given as a path; this one, "
+            f"{type(slide).__name__}, has them itself"
+        )
+    return {"sample_id": sample_id, "image_path": slide, "mask_path": mask_path}
 
 
 def embed_slides(

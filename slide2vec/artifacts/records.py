@@ -28,6 +28,7 @@ __all__ = [
     "find_slide_artifact",
     "find_tile_artifact",
     "read_metadata",
+    "recorded_dtype",
     "tile_artifacts",
 ]
 
@@ -38,6 +39,11 @@ FORMATS = OUTPUT_FORMATS
 SIDECAR = ".meta.json"
 #: Sidecars have a few KB, with many skipped tiles a few MB.
 MAX_SIDECAR_BYTES = 64 * 2**20
+
+
+def recorded_dtype(name: str) -> str:
+    """A dtype of PyTorch, as sidecars record it: "fp16", "fp32" (older ones of ours: "float16")."""
+    return {"float16": "fp16", "float32": "fp32"}.get(name, name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from slide2vec.artifacts.records import (
     SIDECAR,
     HierarchicalEmbeddingArtifact,
     TileEmbeddingArtifact,
+    recorded_dtype,
 )
 from slide2vec.choices import OutputFormat
 from slide2vec.embedded import EmbeddedSlide
@@ -240,9 +241,9 @@ def common_metadata(
         "artifact_type": artifact_type,
         "format": file_format,
         key: own,
-        **({} if annotation is None else {"annotation": annotation}),
+        **({"annotation": annotation} if annotation or artifact_type == "tile_embeddings" else {}),
         "feature_dim": values.shape[-1],
-        "feature_dtype": str(values.dtype).removeprefix("torch."),
+        "feature_dtype": recorded_dtype(str(values.dtype).removeprefix("torch.")),
         "encoder_name": encoder["name"],
         "encoder_level": encoder["level"],
     }

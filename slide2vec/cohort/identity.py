@@ -17,6 +17,7 @@ from slide2vec.artifacts import (
     find_tile_artifact,
 )
 from slide2vec.artifacts.places import KINDS, Kind, Place, encoder_of, unlike
+from slide2vec.artifacts.records import recorded_dtype
 from slide2vec.cohort.misread_embeddings import (
     misread_reason,
     not_finite_reason,
@@ -259,7 +260,7 @@ class CompletedArtifacts:
     def _differing_option(self, kind: Kind, artifact: Artifact, recorded: Mapping[str, Any]) -> str | None:
         if artifact.format != self._execution.output_format:
             return "output_format"
-        if recorded.get("feature_dtype") != self._dtype(kind):
+        if recorded_dtype(str(recorded.get("feature_dtype"))) != recorded_dtype(self._dtype(kind)):
             return "output_dtype"
         if recorded.get("skipped_tiles") and self._config.on_bad_tile == "fail":
             return "on_bad_tile"

@@ -9,7 +9,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from slide2vec.errors import PresetError
+from slide2vec.errors import PresetError, UnsupportedError
 from slide2vec.lazy import import_timm
 
 __all__ = [
@@ -200,6 +200,23 @@ class TimmTileEncoder(TorchTileEncoder):
     def get_transform(self) -> Callable[[Any], Tensor]:
         """timm's own for evaluation."""
         return cast("Callable[[Any], Tensor]", import_timm().data.create_transform(**self._data))
+
+    def encode_tiles_dense(self, batch: Tensor) -> Tensor:
+        """Of a vision transformer: its patch tokens after the closing norm, as a grid."""
+        return self._patch_tokens(batch, norm=True)
+
+    def encode_tiles_dense_prenorm(self, batch: Tensor) -> Tensor:
+        """The same, before that norm."""
+        return self._patch_tokens(batch, norm=False)
+
+    def _patch_tokens(self, batch: Tensor, *, norm: bool) -> Tensor:
+        model = cast("Any", self._model)
+        if not hasattr(model, "num_prefix_tokens"):
+            raise UnsupportedError(f"{type(model).__name__} has no patch tokens: it is no vision transformer")
+        found = model.forward_intermediates(
+            batch, indices=1, norm=norm, intermediates_only=True, output_fmt="NCHW"
+        )
+        return cast("Tensor", found[-1])
 
     @property
     def patch_size(self) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 from torch import Tensor, nn
 
-from slide2vec.encoders.base_classes import TileEncoder
+from slide2vec.encoders.base_classes import TileEncoder, TimmTileEncoder
 from slide2vec.encoders.channelwise import ChannelwiseEncoder
 from slide2vec.encoders.input_size import for_input
 from slide2vec.errors import ConfigError, UnsupportedError
@@ -165,7 +165,9 @@ def _token_dim(encoder: nn.Module) -> int:
 def _theirs(encoder: nn.Module, name: str) -> Any:
     """What the class of an encoder that a user brought has of its own; None where there is none."""
     own = getattr(encoder, "own", None)
-    if not isinstance(own, TileEncoder) or getattr(type(own), name) is getattr(TileEncoder, name):
+    if not isinstance(own, TileEncoder):
+        return None
+    if getattr(type(own), name) in (getattr(TileEncoder, name), getattr(TimmTileEncoder, name)):
         return None
     return getattr(own, name)
 

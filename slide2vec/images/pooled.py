@@ -21,6 +21,7 @@ import torch
 from slide2vec.artifacts import ImageEmbeddingArtifact
 from slide2vec.artifacts.finite import remedy
 from slide2vec.artifacts.image_files import write_image_embedding
+from slide2vec.artifacts.records import recorded_dtype
 from slide2vec.cohort.lock import output_lock
 from slide2vec.config import ExecutionOptions
 from slide2vec.errors import (
@@ -128,14 +129,9 @@ def image_identity(model: ImageModel, execution: ExecutionOptions) -> dict[str, 
         "weights": made["weights"],
         "precision": made["precision"],
         "runtime": made["runtime"],
-        "feature_dtype": _feature_dtype(execution, made["precision"]),
+        "feature_dtype": recorded_dtype(execution.feature_dtype(made["precision"])),
         "transform": transform_record(model.recipe, geometry),
     }
-
-
-def _feature_dtype(execution: ExecutionOptions, precision: str) -> str:
-    """As slide2vec 7.1.4 records it."""
-    return "fp16" if execution.feature_dtype(precision) == "float16" else "fp32"
 
 
 def embed_images(

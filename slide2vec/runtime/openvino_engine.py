@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
+import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from slide2vec.runtime.record import EngineRecord
 
 __all__ = ["OpenVINOEngine", "capabilities", "load", "unavailable"]
 
+# OpenVINO tells Google Analytics of every import; it has a stub for where this package is not found.
+sys.modules.setdefault("openvino_telemetry", cast("Any", None))
 #: OpenVINO's names of the precisions that it computes in; the weights of the file stay fp32.
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 

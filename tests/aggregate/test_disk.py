@@ -52,6 +52,7 @@ def test_our_own(
     for artifact, expected in zip(made, embedded, strict=True):
         check(artifact.path, expected)
         assert artifact.metadata["encoder_name"] == "moozy-slide"
+        assert artifact.metadata["requested_tile_size_px"] == 64  # as 7.1.4 has it there
     # a run that resumes takes them for its own
     config = PREPROCESSING.updated(resume=True)
     again = Pipeline(slide_model, config, execution).run(slides)

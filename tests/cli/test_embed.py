@@ -130,4 +130,5 @@ def test_demo_makes_everything_and_uses_its_slide_again(run, tmp_path: Path) -> 
     assert "PCA map" in first.stdout and "bottleneck" in first.stdout
     again = run("demo", "-o", tmp_path / "demo", "--size", "2048")
     assert again.exit_code == 0 and "made before" in again.stderr
+    assert "warning" not in again.stderr and ".coordinates.npz" in again.stdout
     assert slide.stat().st_mtime_ns == painted

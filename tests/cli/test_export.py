@@ -153,7 +153,7 @@ def test_other_precision(export: Export, made: Path, tmp_path: Path) -> None:
     found = torch.load(tmp_path / "tile_embeddings" / "a.pt", weights_only=True)
     assert torch.equal(found, torch.from_numpy(embeddings(made, "a")).half())
     artifact = find_tile_artifact(tmp_path, "a")
-    assert artifact is not None and artifact.metadata["feature_dtype"] == "float16"
+    assert artifact is not None and artifact.metadata["feature_dtype"] == "fp16"
 
 
 def test_values_that_fp16_has_not_are_not_made_infinite(export: Export, run: Path, tmp_path: Path) -> None:

@@ -111,6 +111,8 @@ def test_finished_other_settings_or_nothing_there(slide: Slide, tmp_path: Path) 
         ("tile", {"feature_dtype": "float32"}, {"output_dtype": "fp16"}, "output_dtype"),
         ("slide", {"feature_dtype": "float16"}, {}, "output_dtype"),
         ("slide", {"feature_dtype": "float16"}, {"output_dtype": "fp16"}, None),
+        ("slide", {"feature_dtype": "fp16"}, {"output_dtype": "fp16"}, None),  # as 7.1.4, and we, record it
+        ("tile", {"feature_dtype": "fp32"}, {"output_dtype": "fp16"}, "output_dtype"),
         ("slide", {}, {"latents": True}, "save_latents"),
         ("tile", {}, {"latents": True}, None),
         ("tile", {"skipped_tiles": [1]}, {}, "on_bad_tile"),

@@ -507,6 +507,46 @@ def test_what_makes_other_embeddings(changes: dict[str, Any], told: str) -> None
     assert difference(made_of(), made_of(**changes)) == told
 
 
+@pytest.mark.parametrize("weights", [None, "digest"])
+def test_what_makes_tissue_by_a_network(monkeypatch: pytest.MonkeyPatch, weights: str | None) -> None:
+    """The weights count where a network finds the tissue; without one, all is recorded as it always was."""
+    monkeypatch.setattr("slide2vec.cohort.identity.checkpoint_of", lambda segmentation: weights)
+    found_by = {} if weights is None else {"segmenter": weights}
+    masked = replace(SLIDE, mask_path=Path("a.png"))
+    assert made_of()["geometry"] == {**made_of(masked)["geometry"], **found_by}
+    assert "segmenter" not in made_of(masked)["geometry"]
+
+
+def test_what_makes_another_selection_by_quality() -> None:
+    measured = made_of(qc={"measure": True})
+    assert measured["geometry"]["qc"]["measure"] is True and "qc" not in made_of()["geometry"]
+    assert difference(made_of(), measured) == "geometry qc"
+
+
+MASKS = {
+    "pixel_mapping": {"background": 0, "tumor": (1, 3), "stroma": 2},
+    "min_coverage": {"tumor": 0.3, "stroma": 0.2},
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"masks": {}},
+        {"masks": {**MASKS, "min_coverage": {"tumor": 0.3}}},
+        {"masks": {**MASKS, "strategy": "independent"}},
+        {"masks": {**MASKS, "pixel_mapping": {"background": 0, "stroma": 2, "tumor": (1, 3)}}},
+        {"masks": {**MASKS, "pixel_mapping": {"background": 0, "tumor": (1, 4), "stroma": 2}}},
+        {"slide": replace(SLIDE, sample_id="stroma/a", annotation="stroma")},
+    ],
+    ids=str,
+)
+def test_what_makes_other_tiles_of_masks(changes: dict[str, Any]) -> None:
+    tumor = replace(SLIDE, sample_id="tumor/a", annotation="tumor")
+    made, other = made_of(tumor, masks=MASKS), made_of(**{"slide": tumor, "masks": MASKS, **changes})
+    assert difference(made, other) == "geometry masks"
+
+
 @pytest.mark.parametrize(
     "changes",
     [

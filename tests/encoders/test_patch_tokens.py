@@ -10,7 +10,7 @@ import torch
 from shallow import shallow
 
 from slide2vec.encoders import build_encoder
-from slide2vec.encoders.base_classes import TileEncoder
+from slide2vec.encoders.base_classes import TileEncoder, TimmTileEncoder
 from slide2vec.encoders.patch_tokens import (
     encode_tiles_dense,
     encode_tiles_dense_prenorm,
@@ -127,6 +127,25 @@ def test_encoders_that_users_bring() -> None:
     assert patch_size(encoder) == (16, 16)
     encoder.own = WithItsOwn(trunk)
     assert encode_tiles_dense(encoder, pixels(9, 9)).shape == (2, 1, 9, 9) and patch_size(encoder) == (3, 1)
+
+
+def test_class_around_timm_has_them_as_methods() -> None:
+    """As in 7.1.4, for classes that build on it."""
+    small = TimmTileEncoder("vit_tiny_patch16_224", pretrained=False, depth=2, dynamic_img_size=True)
+    batch, model = pixels(48, 32), small._model
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            small.encode_tiles_dense(batch),
+            model.forward_features(batch)[:, 1:].transpose(1, 2).reshape(2, 192, 3, 2),  # type: ignore[operator]
+        )
+        torch.testing.assert_close(
+            small.encode_tiles_dense_prenorm(batch),
+            model.forward_intermediates(  # type: ignore[operator]
+                batch, indices=1, norm=False, intermediates_only=True
+            )[-1],
+        )
+    with pytest.raises(UnsupportedError, match="ResNet has no patch tokens"):
+        TimmTileEncoder("resnet10t", pretrained=False).encode_tiles_dense(batch)
 
 
 class TimmInside(TileEncoder):

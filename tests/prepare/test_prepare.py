@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import cv2
 import numpy as np
 import pytest
@@ -18,10 +20,13 @@ from slide2vec.recipes import Transform
 GREY_LEVEL = 1.01 / 255 / 0.224
 
 
+@cache
 def image(height: int, width: int, seed: int = 0) -> np.ndarray:
     """Smooth colour with texture, as tissue has."""
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
-    return cv2.GaussianBlur(noise, (0, 0), 1.5)
+    blurred = cv2.GaussianBlur(noise, (0, 0), 1.5)
+    blurred.flags.writeable = False  # it is every test's
+    return blurred
 
 
 @pytest.mark.parametrize("read", [448, 224, 301, 672, 896])
@@ -71,6 +76,16 @@ def test_cut_reduces_a_block_at_once_where_the_pixels_are_the_same(
     for (x, y), target in zip(offsets, targets, strict=True):
         tile = np.ascontiguousarray(pixels[y : y + read, x : x + read])
         assert np.array_equal(target, resize(tile, (8, 8), interpolation=cv2.INTER_AREA))
+
+
+@pytest.mark.parametrize("read", [8, 16])
+def test_cut_has_a_target_for_each_tile(read: int) -> None:
+    pixels, targets = image(70, 61), np.zeros((1, 8, 8, 3), np.uint8)
+    cut_tiles(pixels, np.array(EVEN[1:2]), read, list(targets))
+    tile = np.ascontiguousarray(pixels[32 : 32 + read, 16 : 16 + read])
+    assert np.array_equal(targets[0], cv2.resize(tile, (8, 8), interpolation=cv2.INTER_AREA))
+    with pytest.raises(ValueError, match="shorter"):
+        cut_tiles(pixels, np.array(EVEN), read, list(targets))
 
 
 @pytest.mark.parametrize(("resize", "crop"), [(224, 224), (248, 224), (256, 224)])

@@ -87,6 +87,20 @@ STATISTICS_OF_THE_AUTHORS = {"conch"}
 CARDS = {"mstar": "bilinear", "genbio-pathfm": "bilinear"}
 
 
+#: Whose tensors 7.1.4 resizes, by torchvision's v2 or a fast processor; Pillow resizes the others' pictures.
+TENSORS = {
+    *("dinov2-vitb14", "genbio-pathfm", "gigapath", "h-optimus-0", "h-optimus-1", "h0-mini", "hibou-b"),
+    *("hibou-l", "mascaret", "mettle", "midnight", "musk", "phaet", "phikon", "phikonv2"),
+    *("rudolfv2", "rudolfv2-b", "rudolfv2-s"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_what_of_ready_images_is_resized(name: str) -> None:
+    """Pictures and tensors, resized by the same filter, differ in the last bits of pixels."""
+    assert (getattr(RECIPES[name].images, "tensor", False)) == (name in TENSORS)
+
+
 def _resize(recipe: Recipe) -> tuple[Any, str]:
     made = recipe.images or recipe.transform
     size = [made.resize] * 2 if getattr(made, "square", False) else made.resize

@@ -26,10 +26,8 @@ from slide2vec.progress import (
     SlideFailed,
     SlideFinished,
     SlidePlanned,
-    StationTime,
     TilesEncoded,
 )
-from slide2vec.progress.events import find_bottleneck
 from slide2vec.runtime.base import Layout
 from slide2vec.slides import Slide
 from slide2vec.stream import SlideOutcome, SlidePlan, SlideQueue, Stream, batch_encoder, shared_slides
@@ -400,23 +398,6 @@ def test_half_precision_embeddings() -> None:
     outcomes = by_number(stream(Engine(), dtype=torch.float16).run([slide(4)], plan_of({4: (3, 3)})))
     embedded = outcomes[4].embedded
     assert embedded is not None and embedded.tile_embeddings.dtype == torch.float16
-
-
-@pytest.mark.parametrize(
-    ("plan", "read", "prepare", "encode", "expected"),
-    [
-        (0.2, 0.1, 0.0, 0.5, "encode"),  # a short run, mostly start-up
-        (0.1, 1.2, 0.6, 0.3, "read"),  # two threads, 0.9 busy together
-        (0.1, 0.5, 1.1, 0.3, "prepare"),
-        (1.9, 0.2, 0.2, 0.3, "plan"),
-    ],
-)
-def test_bottleneck(plan: float, read: float, prepare: float, encode: float, expected: str) -> None:
-    """Busy seconds in a run of one second with two planners and two readers."""
-    busy = {"plan": plan, "read": read, "prepare": prepare, "encode": encode, "collect": 0.0}
-    workers = {"plan": 2, "read": 2, "prepare": 2, "encode": 1, "collect": 1}
-    stations = tuple(StationTime(name, workers[name], seconds, 0.0) for name, seconds in busy.items())
-    assert find_bottleneck(stations, 1.0) == expected
 
 
 def test_script_that_dies_over_an_open_iterator_ends(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from numpy.typing import NDArray
 
 from slide2vec.config import FilterConfig
 from slide2vec.errors import SlideReadError
 from slide2vec.geometry import tile_geometry
-from slide2vec.stream import tile_sources
+from slide2vec.readers import open_slide
+from slide2vec.slides import as_slide
+from slide2vec.stream import shared_slides, tile_sources
 from slide2vec.stream.tile_sources import (
     SlideSource,
     bad_tiles,
@@ -23,7 +27,7 @@ from slide2vec.stream.tile_sources import (
     open_archive,
     place_singly,
 )
-from slide2vec.tiling import BadTile, Tiling
+from slide2vec.tiling import BadTile, Tiling, shared_level
 from slide2vec.tiling.types import Segmentation
 
 Pixels = NDArray[np.uint8]
@@ -55,6 +59,7 @@ class Buffered(PlainReader):
         super().__init__()
         self.refuses = refuses
         self.given: list[tuple[Pixels, int]] = []
+        self.asked: list[tuple[Any, ...]] = []
 
     def read_into(
         self,
@@ -66,9 +71,9 @@ class Buffered(PlainReader):
         squares: Any = None,
     ) -> Pixels | None:
         self.given.append((memory, ratio))
+        self.asked.append((location, level, size, ratio, squares[0].tolist(), squares[1]))
         if self.refuses:
             return None
-        self.squares = squares
         width, height = size[0] // ratio, size[1] // ratio
         pixels = memory[: height * width * 3].reshape(height, width, 3)
         region = self.read_region(location, level, (width * ratio, height * ratio))
@@ -147,6 +152,35 @@ def test_tiles_are_those_of_the_slide(reader: PlainReader, name: str, grouped: b
             assert np.array_equal(alone, target)
 
 
+@pytest.mark.parametrize("names", [("even", "even"), ("even", "fractional"), ("odd", "fractional", "even")])
+def test_tiles_that_are_cut_from_a_shared_level_are_those_of_the_slide(
+    names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether all reduce it alike or not; where its compressed tiles are too large nothing is shared."""
+    fine = tile_geometry(
+        requested_tile_size_px=10, requested_spacing_um=0.625, base_spacing_um=0.25, downsamples=[1.0]
+    )
+    tilings = {**TILINGS, "fractional": replace(FRACTIONAL, geometry=fine)}
+    path = tmp_path / "s.tif"
+    tifffile.imwrite(path, SLIDE, tile=(16, 16), photometric="rgb", compression="zlib", metadata=None)
+    monkeypatch.setattr(shared_level, "CHUNK_PX", 32)
+    with open_slide(as_slide(path), "tiff") as reader:
+        for is_shared in (True, False):
+            plans: list[Any] = [SimpleNamespace(source=SlideSource(reader, tilings[name])) for name in names]
+            if not is_shared:
+                monkeypatch.setattr(shared_slides, "MOST_CHUNK_BYTES", 10)
+            shared_slides._share_decoded(plans)
+            for name, source in zip(names, (plan.source for plan in plans), strict=True):
+                assert (source.shared is not None) == is_shared
+                for number, block in enumerate(source.blocks):
+                    targets = blank(len(block))
+                    source.place(number, source.fetch(number), targets)
+                    for tile, target in zip(block.tolist(), targets, strict=True):
+                        assert np.array_equal(target, tile_of(tilings[name], tile)), (name, tile)
+        source.close()
+        assert source.shared is None
+
+
 def test_tiles_of_a_coarser_level() -> None:
     """At 0.52 µm/px the level of 0.5 is read: 10 px of it, 20 of level 0."""
     tiling = a_tiling([6, 26], [10, 10], spacing=0.52)
@@ -167,7 +201,33 @@ def test_a_reader_reduces_whole_cells_of_all_tiles_only(name: str, ratio: int) -
     sizes = [source.fetch(number)[0].size for number in range(len(source.blocks))]
     assert {asked for _, asked in reader.given} == {ratio}
     assert [memory.size for memory, _ in reader.given] == sizes  # no more than is needed
-    assert reader.squares[1] == TILINGS[name].geometry.read_tile_size_px
+
+
+@pytest.mark.parametrize(
+    ("tiling", "reads"),
+    [
+        (a_tiling([3, 3], [5, 25]), [((3, 5), 0, (20, 40), 2, [[0, 0], [0, 20]], 20)]),
+        (a_tiling([3, 24], [5, 6]), [((3, 5), 0, (41, 21), 1, [[0, 0], [21, 1]], 20)]),
+        (a_tiling([6, 26], [10, 10], spacing=0.52), [((6, 10), 1, (20, 10), 1, [[0, 0], [10, 0]], 10)]),
+        (
+            a_tiling([6, 206], [10, 190], spacing=0.52),
+            [((x, y), 1, (10, 10), 1, [[0, 0]], 10) for x, y in ((6, 10), (206, 190))],
+        ),
+    ],
+    ids=["reduced", "cells of none", "coarser level", "two"],
+)
+def test_what_is_read_is_known_before(tiling: Tiling, reads: list[Any]) -> None:
+    """Where, level, size, by how much reduced, and the tiles; of a shared level these in its px."""
+    reader = Buffered()
+    source = SlideSource(reader, tiling)  # type: ignore[arg-type]
+    for number in range(len(source.blocks)):
+        source.fetch(number)
+    assert reader.asked == reads
+    squares = [source.squares(number) for number in range(len(source.blocks))]
+    assert [(corners.tolist(), side) for corners, side in squares] == [
+        ([[x // 2**level + dx, y // 2**level + dy] for dx, dy in offsets], side)
+        for (x, y), level, _, _, offsets, side in reads
+    ]
 
 
 def test_memory_is_used_again_where_it_is_large_enough() -> None:
@@ -180,9 +240,10 @@ def test_memory_is_used_again_where_it_is_large_enough() -> None:
     memories = [memory for memory, _ in reader.given]
     assert memories[1] is memories[0] is not memories[2]
     pieces = SlideSource(reader, a_tiling([3, 3], [5, 25]))  # type: ignore[arg-type]
-    pieces._free.append(np.empty(599, np.uint8))  # 10 x 20 px in three colours need 600 bytes
-    pieces.fetch(0)
-    assert reader.given[-1][0].size == 600
+    for kept, given in ((599, 600), (600, 600), (601, 601)):  # 10 x 20 px in three colours need 600 bytes
+        pieces._free.append(np.empty(kept, np.uint8))
+        pieces.fetch(0)
+        assert reader.given[-1][0].size == given
     refusing = Buffered(refuses=True)
     source = SlideSource(refusing, EVEN, grouped=False)  # type: ignore[arg-type]
     for number in (0, 1):
@@ -228,10 +289,12 @@ def test_tiles_of_a_block_are_tried_one_by_one() -> None:
     assert list(bad) == [1] and not targets[1].any()
     assert np.array_equal(targets[0], tile_of(tiling, 0)) and np.array_equal(targets[2], tile_of(tiling, 2))
     assert list(bad_tiles(tiling, bad)) == [BadTile(3, 25, "broken")]
+    with pytest.raises(ValueError, match="shorter"):
+        place_singly(source, 0, targets[:2])
 
 
 def test_the_error_of_a_damaged_slide_lists_ten_places() -> None:
-    tiling = a_tiling(range(12), range(100, 112))
+    tiling = a_tiling(range(21), range(100, 121))
     error = SlideReadError("slide s: broken")
     listed = ", ".join(f"({n}, {100 + n})" for n in range(10))
     for count, told in (
@@ -240,6 +303,7 @@ def test_the_error_of_a_damaged_slide_lists_ten_places() -> None:
         (10, f"10 tiles cannot be decoded, at level-0 px {listed}: broken;"),
         (11, f"11 tiles cannot be decoded, at level-0 px {listed} and 1 more: broken;"),
         (12, f"12 tiles cannot be decoded, at level-0 px {listed} and 2 more: broken;"),
+        (21, f"21 tiles cannot be decoded, at level-0 px {listed} and 11 more: broken;"),
     ):
         assert str(damaged(tiling, dict.fromkeys(range(count), error))).startswith(f"slide s: {told}")
 

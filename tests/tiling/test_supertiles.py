@@ -133,6 +133,13 @@ def test_blocks_go_from_top_to_bottom_in_each_column_of_blocks() -> None:
     assert len(plan_supertiles(*grid(4, 4, 1600), flat(1600), 1.0)) == 4
 
 
+def test_neighbours_in_different_blocks_are_not_read_together() -> None:
+    """Of blocks of 16 x 16 tiles: one tile in the last corner of a block, one in the first of the next."""
+    x, y = np.array([0, 240, 256]), np.array([0, 256, 240])
+    supertiles = plan_supertiles(x, y, flat(16), 1.0, file_tile=(16, 16))
+    assert [s.tiles.tolist() for s in supertiles] == [[0], [1], [2]]
+
+
 @pytest.mark.parametrize(
     ("left", "right", "top", "bottom", "decoded"),
     [
