@@ -11,7 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from slide2vec.choices import BACKENDS, EXECUTORS, PREPARERS, RUNTIMES, Optional
 from slide2vec.cli.console import Debug, Json, facts, note, print_json, stdout, table
 from slide2vec.cli.doctor_plugins import plugins
 from slide2vec.cli.doctor_runtimes import missing_command, runtimes
+from slide2vec.cli.segmenters import cached_weights, networks
 from slide2vec.installation import add_extra
 from slide2vec.version import PROJECT, __version__
 
@@ -63,6 +64,7 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
         "runtimes": runtimes(_nvidia(gpus), _version),
         "huggingface": _huggingface(),
         "weights": _weights(),
+        "segmenters": _segmenters(),
         "plugins": plugins(),
     }
     if as_json:
@@ -229,24 +231,17 @@ def _weights() -> dict[str, str | None]:
     """Preset -> its weights file in the Hugging Face cache, None where it is not there."""
     from slide2vec.recipes import list_models, load_recipe
 
-    try:
-        from huggingface_hub import try_to_load_from_cache
-    except ImportError:
-        return {}
     recipes = [load_recipe(name) for name in list_models()]
     return {
-        recipe.name: _cached(try_to_load_from_cache, recipe.weights)
+        recipe.name: cached_weights(recipe)
         for recipe in recipes
         if recipe.weights is not None and recipe.weights.repo
     }
 
 
-def _cached(look_up: Callable[..., Any], source: Any) -> str | None:
-    for name in source.files:
-        path = look_up(source.repo, name, revision=source.revision)
-        if isinstance(path, str):
-            return path
-    return None
+def _segmenters() -> dict[str, str | None]:
+    """Segmentation method -> its weights file there, None where it is not."""
+    return {row["name"]: row["path"] for row in networks()}
 
 
 # for people -----------------------------------------------------------------------------------
@@ -287,6 +282,8 @@ def _print(found: dict[str, Any]) -> None:
     console.print(f"\nNext: {command}", markup=False, soft_wrap=True)
     section("Hugging Face")
     console.print(facts(_huggingface_facts(found["huggingface"], found["weights"])))
+    section("Weights of segmentation methods (slide2vec models --segmenters)")
+    console.print(facts(_there(found["segmenters"])))
 
 
 def _runtime_rows(runtimes: list[dict[str, Any]]) -> list[tuple[object, ...]]:
@@ -355,6 +352,10 @@ def _huggingface_facts(hub: dict[str, Any], weights: dict[str, str | None]) -> I
         return
     yield "token", "found" if hub["token"] else "none: `hf auth login`, or set HF_TOKEN, for gated weights"
     yield "cache", hub["cache"] + (" (offline: HF_HUB_OFFLINE is set)" if hub["offline"] else "")
+    yield from _there(weights)
+
+
+def _there(weights: dict[str, str | None]) -> Iterable[tuple[str, str]]:
     there = [name for name, path in weights.items() if path]
     absent = [name for name, path in weights.items() if not path]
     yield "weights there", ", ".join(there) or "none"

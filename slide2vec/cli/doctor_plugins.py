@@ -10,13 +10,14 @@ from typing import Any
 from slide2vec.choices import BACKENDS, OUTPUT_FORMATS, SEGMENTATION_METHODS
 from slide2vec.plugins import providers
 
-__all__ = ["plugins"]
+__all__ = ["SEGMENTERS", "plugins", "problem_of"]
 
 ENCODERS = "slide2vec.encoders"
+SEGMENTERS = "slide2vec.segmenters"
 #: Group of entry points -> names of ours there, and what a plug-in has.
 _OTHERS: Mapping[str, tuple[Container[str], tuple[str, ...]]] = {
     "slide2vec.readers": (BACKENDS.ours, ("_read_box", "close")),
-    "slide2vec.segmenters": (SEGMENTATION_METHODS.ours, ("names", "spacing_um", "segment")),
+    SEGMENTERS: (SEGMENTATION_METHODS.ours, ("names", "spacing_um", "segment")),
     "slide2vec.formats": (OUTPUT_FORMATS.ours, ("write", "read")),
 }
 
@@ -40,16 +41,16 @@ def _encoders() -> Iterator[dict[str, str | None]]:
 
 
 def _of_other_kinds() -> Iterator[dict[str, str | None]]:
-    for group, (ours, parts) in _OTHERS.items():
+    for group in _OTHERS:
         for entry in providers(group):
-            taken = (
-                f"{entry.name} is a name of slide2vec's own, which is used" if entry.name in ours else None
-            )
-            yield _row(entry, taken or _problem(entry, parts))
+            yield _row(entry, problem_of(entry))
 
 
-def _problem(entry: EntryPoint, parts: tuple[str, ...]) -> str | None:
-    """Why a plug-in cannot be used."""
+def problem_of(entry: EntryPoint) -> str | None:
+    """Why a reader, segmenter or format of another package cannot be used; it is loaded."""
+    ours, parts = _OTHERS[entry.group]
+    if entry.name in ours:
+        return f"{entry.name} is a name of slide2vec's own, which is used"
     try:
         loaded: Any = entry.load()
         missing = [name for name in parts if not hasattr(loaded, name)]

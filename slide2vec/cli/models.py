@@ -1,4 +1,4 @@
-"""`slide2vec models`: which presets there are and what each needs."""
+"""`slide2vec models`: which presets and segmenters there are and what each needs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,33 @@ __all__ = ["models"]
 
 def models(
     name: Annotated[
-        str | None, typer.Argument(help="A preset, to see everything about it.", show_default=False)
+        str | None,
+        typer.Argument(help="A preset or a segmenter, to see everything about it.", show_default=False),
     ] = None,
     level: Annotated[
         Literal["tile", "slide", "patient"] | None,
         typer.Option(help="Only presets that embed these.", show_default=False),
     ] = None,
+    only_segmenters: Annotated[
+        bool, typer.Option("--segmenters", help="The networks that find tissue, and plug-ins that do.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the presets, or show one."""
-    from slide2vec.recipes import list_models, load_recipe
+    """List the presets and the segmenters, or show one."""
+    from slide2vec.choices import learned_methods
+    from slide2vec.cli.segmenters import networks, print_segmenter, print_segmenters, segmenters
+    from slide2vec.recipes import list_models, load_recipe, segmenter_recipe
 
+    if name in learned_methods():
+        if as_json:
+            print_json(next(row for row in networks() if row["name"] == name))
+        else:
+            print_segmenter(segmenter_recipe(name))
+        return
+    if only_segmenters:
+        (print_json if as_json else print_segmenters)(segmenters())
+        return
     recipes = [load_recipe(name)] if name else [load_recipe(each) for each in list_models(level)]
     if as_json:
         content = [{**each.model_dump(mode="json"), "checked": _checked(each)} for each in recipes]
@@ -45,6 +60,9 @@ def models(
             console.print(table(columns, rows, numbers=("dim", "params", "tile")))
             console.print()
     console.print(_FOOTNOTE, style="dim")
+    if level is None:
+        console.print()
+        print_segmenters(segmenters())
 
 
 _FOOTNOTE = (

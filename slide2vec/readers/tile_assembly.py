@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,17 +16,17 @@ from slide2vec.readers.codecs import TileError
 from slide2vec.readers.decoders import HostDecoder
 from slide2vec.readers.pyramid import PyramidReader
 from slide2vec.readers.reader import Squares
-from slide2vec.readers.tile_table import TileFormat, TilePlace, TileTable
+from slide2vec.readers.tile_table import TilePlace, TileTable
 
-__all__ = ["HostTileReader", "TileAssembler"]
+__all__ = ["HostTileReader", "Place", "TileAssembler", "places_under"]
 
 #: Decoded tiles that reach into a neighbouring box and are kept for it, per open slide.
 KEPT_BYTES = 48 << 20
-#: The same where it is known which tiles will be read again (`expect`).
-EXPECTED_BYTES = 256 << 20
 #: Pixels of the tiles that one step decodes, in bytes: boxes over long strips take several.
 STEP_BYTES = 64 << 20
 
+#: Column and row of a tile.
+Place: TypeAlias = tuple[int, int]
 #: Rows, columns.
 _Part: TypeAlias = tuple[slice, slice]
 #: Left, top, right and bottom.
@@ -66,7 +66,8 @@ class HostTileReader(PyramidReader):
             canvas[:] = 255
         with self._naming_errors(level, x0, y0):
             within = None if squares is None else (squares[0] + (x, y), squares[1])
-            self._boxes.fill(inside, level, x0, y0, ratio=ratio, squares=within)
+            only = within and places_under(within, *self._boxes.tile_size(level))
+            self._boxes.fill(inside, level, x0, y0, ratio=ratio, only=only)
         return canvas
 
     def _inside(self, level: int, x: int, y: int, width: int, height: int) -> _Box:
@@ -79,31 +80,16 @@ class HostTileReader(PyramidReader):
         cells = not any(edge % ratio for edge in (x0 - x, y0 - y, x1 - x, y1 - y))
         return x0 < x1 and y0 < y1 and cells and self._boxes.reduces(level, x0, y0, ratio)
 
-    def expect(self, reads: Iterable[tuple[tuple[int, int], int, tuple[int, int], int, Squares]]) -> None:
-        """What will be read with `read_into`, in any order: tiles that are needed more than once are kept
-        until the last time, within `EXPECTED_BYTES`.
+    def tile_size(self, level: int) -> tuple[int, int]:
+        """(width, height) of a level's compressed tiles, px."""
+        return self._boxes.tile_size(level)
 
-        Args:
-            reads: location_lv0, level, size, ratio and squares of each.
-        """
-        uses: Counter[_Key] = Counter()
-        for location, level, (width, height), ratio, (corners, side) in reads:
-            x, y = self._corner(location, level)
-            inside = self._inside(level, x, y, width, height)
-            x0, y0, x1, y1 = inside
-            if x0 >= x1 or y0 >= y1:
-                continue
-            if self._reduces(level, (x, y), inside, ratio):
-                squares = corners + np.array((x, y)), side
-                uses.update(self._boxes.needed(level, x0, y0, x1 - x0, y1 - y0, ratio, squares))
-            else:  # read whole
-                uses.update(self._boxes.needed(level, x0, y0, x1 - x0, y1 - y0, 1, None))
-        self._boxes.expect(uses)
-
-    @property
-    def kept_bytes(self) -> int:
-        """Of tiles that are kept because they will be needed again."""
-        return self._boxes.kept_bytes
+    def fill(
+        self, canvas: NDArray[np.uint8], level: int, x: int, y: int, ratio: int, only: Container[Place]
+    ) -> None:
+        """See `TileAssembler.fill`: of whole tiles whose sides are multiples of the ratio."""
+        with self._naming_errors(level, x, y):
+            self._boxes.fill(canvas, level, x, y, ratio=ratio, only=only)
 
     def close(self) -> None:
         """Release the files. May be called twice."""
@@ -135,8 +121,6 @@ class TileAssembler:
         self._kept: OrderedDict[_Key, _SharedTile] = OrderedDict()
         self._kept_bytes = 0
         self._working: dict[_Key, _SharedTile] = {}
-        #: How often tiles will still be asked for, where that was said and is more than once.
-        self._uses: dict[_Key, int] = {}
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> Any:
         """(height, width, 3) uint8 of a box in level px that lies inside the level.
@@ -156,7 +140,7 @@ class TileAssembler:
         y: int,
         *,
         ratio: int = 1,
-        squares: Squares | None = None,
+        only: Container[Place] | None = None,
     ) -> None:
         """Write a box in level px that lies inside the level into a (height, width, 3) uint8 canvas.
 
@@ -164,7 +148,7 @@ class TileAssembler:
             x, y: of the box, which is `ratio` times as wide and high as the canvas.
             ratio: each pixel is the average of so many a side. A tile is reduced as it comes out of the
                 decoder, while the CPU's cache holds it. Of boxes that `reduces` takes.
-            squares: of the level, beside which pixels may be any: tiles under none of them are not decoded.
+            only: columns and rows of the tiles that are decoded: pixels of others may be any.
 
         Raises:
             SlideReadError: one of its tiles cannot be decoded.
@@ -177,30 +161,15 @@ class TileAssembler:
         )
         if len(places) < (columns + 1) * (rows + 1):  # some are left out
             canvas[:] = 255
-        if squares is not None:
-            places = _under_squares(places, form, squares)
+        if only is not None:
+            places = [place for place in places if (place.x // form.width, place.y // form.height) in only]
         for step in self._steps(level, places):
             self._fill(canvas, level, step, ratio)
 
-    def needed(
-        self, level: int, x: int, y: int, width: int, height: int, ratio: int, squares: Squares | None
-    ) -> Iterator[_Key]:
-        """The tiles that `fill` decodes for a box."""
-        places = self._tiles.tiles_in(level, x, y, width, height)
-        if squares is not None:
-            places = _under_squares(places, self._tiles.format(level), squares)
-        return ((level, place.tile, ratio) for place in places)
-
-    def expect(self, uses: Mapping[_Key, int]) -> None:
-        """How often each tile will be asked for: those that are more than once are kept until the last time,
-        as far as `EXPECTED_BYTES` allow."""
-        with self._lock:
-            self._uses = {key: count for key, count in uses.items() if count > 1}
-
-    @property
-    def kept_bytes(self) -> int:
-        """Of the tiles that are kept."""
-        return self._kept_bytes if self._uses else 0
+    def tile_size(self, level: int) -> tuple[int, int]:
+        """(width, height) of its compressed tiles, px."""
+        form = self._tiles.format(level)
+        return form.width, form.height
 
     def reduces(self, level: int, x: int, y: int, ratio: int) -> bool:
         """Whether a box that begins there has no averaged cell that reaches over two tiles."""
@@ -240,24 +209,14 @@ class TileAssembler:
             for place in places:
                 key = level, place.tile, ratio
                 found = self._kept.get(key) or self._working.get(key)
-                again = self._used(key)
                 if found is None:
                     mine.append(place)
-                    if place.is_whole and not again:
+                    if place.is_whole:
                         continue
                     found = self._working[key] = _SharedTile()
                     reserved.append((place, found))
                 wanted[place.tile] = place, found
         return wanted, mine, reserved
-
-    def _used(self, key: _Key) -> bool:
-        """A tile is asked for; whether it will be again, as far as anybody said."""
-        left = self._uses.get(key, 1) - 1
-        if left > 0:
-            self._uses[key] = left
-        elif self._uses.pop(key, None) is not None and self._kept.pop(key, None) is not None:
-            self._kept_bytes -= self._size(*key)
-        return left > 0
 
     def _decode(
         self, level: int, places: Sequence[TilePlace], ratio: int, wanted: Container[int]
@@ -296,7 +255,7 @@ class TileAssembler:
             for place, tile in reserved:
                 del self._working[key := (level, place.tile, ratio)]
                 tile.is_over = True
-                if tile.pixels is not None and (not place.is_whole or key in self._uses):
+                if tile.pixels is not None:
                     self._kept[key] = tile
                     self._kept_bytes += self._size(*key)
             if reserved:
@@ -304,8 +263,7 @@ class TileAssembler:
             self._shrink()
 
     def _shrink(self) -> None:
-        most = EXPECTED_BYTES if self._uses else KEPT_BYTES
-        while self._kept_bytes > most and len(self._kept) > 1:
+        while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
             self._kept_bytes -= self._size(*self._kept.popitem(last=False)[0])
 
     def _size(self, level: int, tile: int, ratio: int) -> int:
@@ -321,16 +279,19 @@ class TileAssembler:
             self._kept_bytes = 0
 
 
-def _under_squares(places: Sequence[TilePlace], form: TileFormat, squares: Squares) -> list[TilePlace]:
+def places_under(squares: Squares, wide: int, high: int) -> set[Place]:
+    """The cells of a grid that squares touch.
+
+    Args:
+        wide, high: sides of its cells, px.
+    """
     corners, side = squares
-    wide, high = form.width, form.height
-    touched = {
+    return {
         (column, row)
         for x, y in corners.tolist()
         for column in range(x // wide, (x + side - 1) // wide + 1)
         for row in range(y // high, (y + side - 1) // high + 1)
     }
-    return [place for place in places if (place.x // wide, place.y // high) in touched]
 
 
 def _divided(part: _Part, ratio: int) -> _Part:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from slide2vec.cpus import job_cpus
-from slide2vec.readers.tile_assembly import EXPECTED_BYTES, HostTileReader
+from slide2vec.readers.tile_assembly import HostTileReader
 from slide2vec.slides import Slide
 from slide2vec.stream.batches import Stopped
 from slide2vec.stream.plan import PlanRequest, SlidePlan, plan_together
@@ -25,6 +25,7 @@ from slide2vec.stream.read_ahead import Outlet, ReadAhead, Wanted
 from slide2vec.stream.staging import IN_PLACE, InPlace
 from slide2vec.stream.tile_sources import SlideSource, TileSource
 from slide2vec.stream.transfer import TileTransfer
+from slide2vec.tiling.shared_level import KEPT_FOR_OTHERS_BYTES, MOST_CHUNK_BYTES, SharedLevel
 
 __all__ = ["Share", "SharedSlides"]
 
@@ -397,10 +398,10 @@ class _SharedSlide:
 
     def is_led_by(self, reads: _Together, source: TileSource) -> bool:
         """Whether much is kept for those that are behind it."""
-        if not isinstance(source, SlideSource) or not isinstance(source.reader, HostTileReader):
+        level = source.shared if isinstance(source, SlideSource) else None
+        if level is None or level.kept_bytes <= KEPT_FOR_OTHERS_BYTES // 2:
             return False
-        leads = self.progress(reads) > min(map(self.progress, self.readers), default=1.0)
-        return leads and source.reader.kept_bytes > EXPECTED_BYTES // 2
+        return self.progress(reads) > min(map(self.progress, self.readers), default=1.0)
 
     def progress(self, reads: _Together) -> float:
         """The share of its blocks that were read."""
@@ -410,10 +411,14 @@ class _SharedSlide:
 
 def _share_decoded(plans: Sequence[SlidePlan]) -> None:
     """Have compressed tiles that several plans of one reader need decoded once."""
-    by_reader: dict[int, list[tuple[SlideSource, HostTileReader]]] = {}
+    by_level: dict[tuple[HostTileReader, int], list[SlideSource]] = {}
     for source in (plan.source for plan in plans):
         if isinstance(source, SlideSource) and isinstance(source.reader, HostTileReader):
-            by_reader.setdefault(id(source.reader), []).append((source, source.reader))
-    for sharing in by_reader.values():
+            by_level.setdefault((source.reader, source.tiling.geometry.read_level), []).append(source)
+    for (reader, level), sharing in by_level.items():
         if len(sharing) > 1:
-            sharing[0][1].expect(read for source, _ in sharing for read in source.reads())
+            ratios = {source.ratio for source in sharing}
+            reads = [source.squares(n) for source in sharing for n in range(len(source.blocks))]
+            shared = SharedLevel(reader, level, ratios.pop() if len(ratios) == 1 else 1, reads)
+            for source in sharing if shared.chunk_bytes <= MOST_CHUNK_BYTES else ():
+                source.shared = shared

@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from slide2vec.artifacts.finite import remedy
 from slide2vec.cpus import job_cpus
 from slide2vec.errors import NotFiniteError, SlideReadError
+from slide2vec.geometry import floor_to_level
 from slide2vec.prepare import cut_tiles, dali_archive
 from slide2vec.readers import SlideReader
 from slide2vec.readers.reader import BufferedReader, Squares
 from slide2vec.runtime import Engine
 from slide2vec.tiling import BadTile, Tiling
 from slide2vec.tiling.archives import TileArchive
+from slide2vec.tiling.shared_level import Chunk, SharedLevel
 from slide2vec.tiling.supertiles import plan_supertiles
 
 __all__ = [
@@ -158,8 +160,10 @@ class SlideSource:
         self._cut: Callable[..., None] = cut_tiles
         self._closed = closed or reader.close
         ratio, rest = divmod(tiling.geometry.read_tile_size_px, tiling.geometry.requested_tile_size_px)
-        self._ratio = 1 if rest else ratio
+        self.ratio = 1 if rest else ratio
         self._free: list[Pixels] = []
+        #: Where its pixels come from if others cut tiles from them, too.
+        self.shared: SharedLevel | None = None
         self._others: tuple[SlideReader, ...] = ()  # that it closes itself
         self._supertiles = plan_supertiles(
             tiling.x,
@@ -176,6 +180,7 @@ class SlideSource:
         """The same tiles by another reader, cut by what takes its pixels; it closes both readers."""
         other = copy(self)
         other.reader, other._cut, other._others = reader, cut, (reader, *self._others)
+        other.shared = self.shared = None  # what is left to the host would be decoded for all
         return other
 
     def of_tiles(self, tiles: NDArray[np.int64]) -> SlideSource:
@@ -203,12 +208,14 @@ class SlideSource:
 
     def fetch(self, number: int) -> Any:
         """The pixels of a supertile, (h, w, 3) uint8, by how much they are reduced already, and the memory
-        that `place` is to give back."""
+        that `place` is to give back; or what is shared of it."""
+        if self.shared is not None:
+            return self.shared.fetch(self.squares(number))
         supertile, level = self._supertiles[number], self.tiling.geometry.read_level
         where = supertile.location_lv0, level, supertile.size
         if isinstance(self.reader, BufferedReader):
             # whole cells only, so that the supertile can be reduced at once
-            ratio = 1 if (supertile.offsets % self._ratio).any() else self._ratio
+            ratio = 1 if (supertile.offsets % self.ratio).any() else self.ratio
             memory = self._memory(supertile.size[0] * supertile.size[1] * 3 // ratio**2)
             squares = supertile.offsets, self.tiling.geometry.read_tile_size_px
             pixels = self.reader.read_into(memory, *where, ratio, squares)
@@ -217,12 +224,12 @@ class SlideSource:
             self._free.append(memory)
         return self.reader.read_region(*where), 1, None
 
-    def reads(self) -> Iterator[tuple[tuple[int, int], int, tuple[int, int], int, Squares]]:
-        """What `fetch` reads, see `HostTileReader.expect`."""
-        level, side = self.tiling.geometry.read_level, self.tiling.geometry.read_tile_size_px
-        for each in self._supertiles:
-            ratio = 1 if (each.offsets % self._ratio).any() else self._ratio
-            yield each.location_lv0, level, each.size, ratio, (each.offsets, side)
+    def squares(self, number: int) -> Squares:
+        """The tiles of a block, px of the read level."""
+        supertile, geometry = self._supertiles[number], self.tiling.geometry
+        downsample = self.reader.downsamples[geometry.read_level]
+        corner = floor_to_level(np.array(supertile.location_lv0), downsample)
+        return corner + supertile.offsets, geometry.read_tile_size_px
 
     def _memory(self, size: int) -> Pixels:
         """Memory that `place` is done with, else new: to touch a page for the first time is dear."""
@@ -234,11 +241,27 @@ class SlideSource:
 
     def place(self, number: int, data: Any, targets: Sequence[Pixels]) -> None:
         """Cut the tiles out of a supertile, whose memory is used again."""
+        if self.shared is not None:
+            self._place_shared(self.shared, self.squares(number), data, targets)
+            return
         pixels, ratio, memory = data
         size = self.tiling.geometry.read_tile_size_px
         self._cut(pixels, self._supertiles[number].offsets // ratio, size // ratio, targets)
         if memory is not None:
             self._free.append(memory)
+
+    def _place_shared(
+        self, shared: SharedLevel, squares: Squares, held: dict[Any, Chunk], targets: Sequence[Pixels]
+    ) -> None:
+        side = squares[1] // shared.ratio
+        try:
+            for corner, target in zip(squares[0].tolist(), targets, strict=True):
+                tile = target if len(target) == side else np.empty((side, side, 3), np.uint8)
+                shared.cut(held, corner, tile)
+                if tile is not target:
+                    self._cut(tile, np.zeros((1, 2), np.int64), side, [target])
+        finally:
+            shared.done(held)
 
     def read_tile(self, tile: int, target: Pixels) -> None:
         """Read a tile by itself."""
@@ -253,6 +276,7 @@ class SlideSource:
         for reader in self._others:
             reader.close()
         self._free.clear()
+        self.shared = None
         self._closed()
 
 

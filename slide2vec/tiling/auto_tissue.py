@@ -2,8 +2,9 @@
 
 Glass is estimated from the slide, everywhere anew, so that a tint, a lamp or a coverslip does not matter.
 Stained tissue is told from glass, dust and edges by colour in optical density (differences between the
-channels, which grey things do not have), unstained tissue by contrast over an area. Pen is told from tissue
-by its colour, width and smoothness. On a dark slide (fluorescence) tissue is what shines.
+channels, which grey things do not have), unstained tissue by contrast over an area, and what is fainter than
+either as far as it goes on from tissue. Pen is told from tissue by its colour, width and smoothness. On a
+dark slide (fluorescence) tissue is what shines.
 
 Lengths and areas are in µm, so that the spacing of the thumbnail matters little. All constants were set on
 slides of `slide2vec.synthetic.thumbnails` and on real ones; benchmarks/tissue.py measures them on others.
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.tiling.areas import morphed, without_specks
-from slide2vec.tiling.ink import find_ink
+from slide2vec.tiling.ink import RIM_UM, find_ink
 from slide2vec.tiling.scanned import is_dark, log_light, unscanned
 
 __all__ = ["AUTO", "AutoTissue", "optical_density"]
@@ -32,15 +33,21 @@ STAINED = 0.012
 STAINED_SHARE = 0.06
 #: Gaussian by which colour is smoothed, µm.
 SMOOTH_UM = 10.0
-#: Optical density, and its deviation within 40 µm, that tissue without colour has, over a share of 250 µm.
+#: Optical density, and its deviation within 40 µm, that tissue without colour has over most of 250 µm in all
+#: directions (the rim of a bubble that is out of focus is narrower).
 FAINT, ROUGH, ROUGH_UM, MOSTLY = 0.004, 0.006, 250.0, 0.65
+#: Beside tissue less is enough: this colour, smoothed by so many µm, or a deviation of so many times that of
+#: bare glass, and at least that of one grey level and a bit (JPEG).
+FAINT_COLOUR, FAINT_SMOOTH_UM, FAINT_ROUGH, LEAST_ROUGH = 0.007, 20.0, 2.5, 0.0022
 #: Dust, fibres and edges of glass: colourless, at least so dense, narrower than so many µm; what is near
 #: them.
 DIRTY, DIRT_UM, NEAR_DIRT_UM = 0.12, 250.0, 56.0
-#: An edge is where the density is this share of that within so many µm.
+#: An edge is where the density is this share of that within so many µm; and out of focus, this share of that
+#: of larger things than nuclei within more.
 EDGE, HALO_UM = 0.3, 20.0
-#: Width of the rim of a mark that is no tissue, µm.
-RIM_UM = 96.0
+SOFT_EDGE, SOFT_HALO_UM, LARGER_UM = 0.25, 40.0, 64.0
+#: Width that tissue beside ink has at least, beyond the rim of the ink, µm.
+STRAND_UM = 32.0
 #: Gaps up to this width are tissue, as HS2P closes them (4 px of 16 µm), and holes up to this area; pieces
 #: below are none.
 GAP_UM, HOLE_UM2, PIECE_UM2 = 64.0, 20_000.0, 3_000.0
@@ -74,8 +81,9 @@ class AutoTissue:
             tissue = _shining(thumbnail, outside, spacing_um)
         else:
             density = optical_density(thumbnail, outside, spacing_um)
-            ink = find_ink(density, spacing_um) & ~outside
-            tissue = _beyond(_absorbing(density, ink | outside, spacing_um), ink, spacing_um)
+            ink, rim = find_ink(density, spacing_um)
+            ink &= ~outside
+            tissue = _beyond(_absorbing(density, ink | rim | outside, spacing_um), ink, spacing_um)
         labels = np.zeros(outside.shape, np.uint8)
         labels[_whole(tissue, spacing_um)] = 1
         labels[ink] = 2
@@ -102,26 +110,55 @@ def optical_density(
 
 
 def _absorbing(density: tuple[Plane, ...], without: Plane, spacing_um: float) -> Plane:
-    """Where something stained is, or something unstained but rough over an area: (H, W) bool."""
+    """Where something stained is, or something unstained but rough over an area, and what is fainter and goes
+    on from there: (H, W) bool."""
     smooth = [_blurred(plane, SMOOTH_UM / spacing_um) for plane in density]
     most = np.maximum(np.maximum(smooth[0], smooth[1]), smooth[2])
-    mean = sum(smooth) / 3
-    colour = np.sqrt(sum((plane - mean) ** 2 for plane in smooth))
+    colour = _colour(smooth)
     stained = (colour > STAINED) & (colour > STAINED_SHARE * most)
-    dirt = _near_thin(~stained & (most > DIRTY), spacing_um)
-    rough = _rough(np.asarray(sum(density)) / 3, spacing_um) & ~dirt
-    wide = max(3, round(ROUGH_UM / spacing_um) | 1)
-    filled = cv2.blur(((rough | stained) & ~without).astype(np.float32), (wide, wide)) > MOSTLY
-    found: Plane = (stained | (rough & filled)) & ~without
-    return found & _within_edges(density, spacing_um)
+    clean = ~_near_thin(~stained & (most > DIRTY), spacing_um) & ~without
+    mean, deviation = _deviation(np.asarray(sum(density)) / 3, spacing_um)
+    rough = (deviation > ROUGH) & (mean > FAINT)
+    found = (stained & ~without) | _over_area(rough & clean, stained & ~without, spacing_um)
+    glass = ~found & ~without & (np.abs(mean) < STAINED)
+    noise = float(np.median(deviation[glass])) if glass.any() else ROUGH / FAINT_ROUGH
+    least = max(LEAST_ROUGH, FAINT_ROUGH * noise)
+    wide = _colour([_blurred(plane, FAINT_SMOOTH_UM / spacing_um) for plane in density])
+    faint = ((wide > FAINT_COLOUR) & (wide > STAINED_SHARE * most)) | (deviation > least)
+    beyond = morphed(
+        _over_area(faint & clean, found, spacing_um) & ~found, cv2.MORPH_OPEN, GAP_UM / spacing_um
+    )
+    found = _with_what_goes_on(found, beyond, spacing_um)
+    return found & _within_edges(density, without, spacing_um)
 
 
-def _rough(grey: Plane, spacing_um: float) -> Plane:
-    """Where the density varies within 40 µm: (H, W) bool."""
+def _colour(density: list[Plane]) -> Plane:
+    """How far the three optical densities lie from their mean: (H, W) float32."""
+    mean = sum(density) / 3
+    return np.asarray(np.sqrt(sum((plane - mean) ** 2 for plane in density)), np.float32)
+
+
+def _deviation(grey: Plane, spacing_um: float) -> tuple[Plane, Plane]:
+    """Mean and deviation of the density within 40 µm: (H, W) float32 each."""
     side = max(3, round(40 / spacing_um) | 1)
     mean, squares = (cv2.blur(plane, (side, side)) for plane in (grey, grey * grey))
-    rough: Plane = (squares - mean * mean > ROUGH**2) & (mean > FAINT)
-    return rough
+    return mean, np.sqrt(np.maximum(squares - mean * mean, 0))
+
+
+def _over_area(mask: Plane, found: Plane, spacing_um: float) -> Plane:
+    """What of a mask fills, with what was found, an area that is wide in all directions: (H, W) bool."""
+    side = max(3, round(ROUGH_UM / spacing_um) | 1)
+    filled = cv2.blur((mask | found).astype(np.float32), (side, side)) > MOSTLY
+    return mask & morphed(filled, cv2.MORPH_OPEN, ROUGH_UM / spacing_um)
+
+
+def _with_what_goes_on(found: Plane, faint: Plane, spacing_um: float) -> Plane:
+    """What was found, with the faint parts that hang together with a piece of it: (H, W) bool."""
+    pieces = without_specks(found, PIECE_UM2 / spacing_um**2)
+    _, labels = cv2.connectedComponents((faint | pieces).astype(np.uint8), connectivity=4)
+    goes_on = np.zeros(int(labels.max()) + 1, bool)
+    goes_on[labels[pieces]] = True
+    return np.asarray(found | (faint & goes_on[labels]))
 
 
 def _near_thin(mask: Plane, spacing_um: float) -> Plane:
@@ -131,13 +168,20 @@ def _near_thin(mask: Plane, spacing_um: float) -> Plane:
     return np.asarray(cv2.dilate(thin.astype(np.uint8), np.ones((side, side), np.uint8)) > 0)
 
 
-def _within_edges(density: tuple[Plane, ...], spacing_um: float) -> Plane:
-    """Without the halo that optics and JPEG lay around what is dense: (H, W) bool."""
+def _within_edges(density: tuple[Plane, ...], without: Plane, spacing_um: float) -> Plane:
+    """Without the halo that optics and JPEG lay around what is dense, ink excepted: (H, W) bool."""
     most = _blurred(np.maximum(np.maximum(density[0], density[1]), density[2]), 5 / spacing_um)
-    side = 2 * round(HALO_UM / spacing_um) + 1
-    around = cv2.dilate(most, np.ones((side, side), np.uint8))
-    within: Plane = most > EDGE * around
+    most[without] = 0
+    larger = cv2.morphologyEx(most, cv2.MORPH_OPEN, _square(LARGER_UM / 2 / spacing_um))
+    sharp = most > EDGE * cv2.dilate(most, _square(HALO_UM / spacing_um))
+    within: Plane = sharp & (most > SOFT_EDGE * cv2.dilate(larger, _square(SOFT_HALO_UM / spacing_um)))
     return within
+
+
+def _square(reach_px: float) -> NDArray[np.uint8]:
+    """What reaches so many px in all directions."""
+    side = 2 * round(reach_px) + 1
+    return np.ones((side, side), np.uint8)
 
 
 def _shining(thumbnail: NDArray[np.uint8], outside: Plane, spacing_um: float) -> Plane:
@@ -158,7 +202,9 @@ def _beyond(tissue: Plane, ink: Plane, spacing_um: float) -> Plane:
     """Without what is nothing but the rim of a mark: tissue beside ink goes on beyond `RIM_UM`."""
     if not ink.any():
         return tissue
-    far = tissue & (cv2.distanceTransform((~ink).astype(np.uint8), cv2.DIST_L2, 3) > RIM_UM / spacing_um)
+    beside = cv2.distanceTransform((~ink).astype(np.uint8), cv2.DIST_L2, 3) <= RIM_UM / spacing_um
+    joined = morphed(tissue, cv2.MORPH_CLOSE, GAP_UM / spacing_um) & ~beside
+    far = morphed(joined, cv2.MORPH_OPEN, STRAND_UM / spacing_um)
     distance = cv2.distanceTransform((~far).astype(np.uint8), cv2.DIST_L2, 3)
     return np.asarray(tissue & (distance <= 1.2 * RIM_UM / spacing_um))
 

@@ -1,4 +1,4 @@
-"""Pen: marks of one colour of ink, wide and smooth, on glass and across tissue."""
+"""Pen: marks of one colour of ink, wide and smooth, on glass and across tissue, and the soft rims of them."""
 
 from __future__ import annotations
 
@@ -23,38 +23,45 @@ SMOOTH = 0.09
 NOISE = 1.5
 #: Share of its ink's density that a mark across tissue has at least.
 ACROSS = 0.7
-#: Optical density of ink, at least.
-LEAST = 0.15
+#: Optical density of ink, at least, and share of its ink's density up to which a mark goes.
+LEAST, WITHIN = 0.15, 0.5
+#: Up to so many µm beside a mark, what takes light away in the proportions of its ink, within this share or
+#: this much of the light, is ink that is out of focus or runs thin.
+RIM_UM, ALIKE, ALIKE_LEAST = 96.0, 0.1, 0.015
 
 
-def find_ink(density: tuple[Plane, Plane, Plane], spacing_um: float) -> NDArray[np.bool_]:
-    """Where pen is.
+def find_ink(
+    density: tuple[Plane, Plane, Plane], spacing_um: float
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Where pen is, and where the rims of its marks are.
 
     Args:
         density: optical densities for red, green and blue light, (H, W) float32 each.
         spacing_um: µm/px.
 
     Returns:
-        (H, W) bool.
+        (H, W) bool each; no pixel is in both.
     """
     height, width = density[0].shape
-    most = np.maximum(np.maximum(density[0], density[1]), density[2])
     factor = max(1.0, COARSE_UM / spacing_um)
     size = max(1, round(width / factor)), max(1, round(height / factor))
     coarse = cv2.merge([cv2.resize(plane, size, interpolation=cv2.INTER_AREA) for plane in density])
     candidates = _colours(coarse)
+    marks, rims = np.zeros((height, width), bool), np.zeros((height, width), bool)
     if not any(found.any() for found in candidates):
-        return np.zeros((height, width), bool)
+        return marks, rims
     rough = cv2.resize(
         _roughness(np.asarray(sum(density)) / 3, spacing_um), size, interpolation=cv2.INTER_AREA
     )
-    spacing = spacing_um * factor
-    marks = np.zeros(coarse.shape[:2], bool)
+    smooth = cv2.blur(cv2.merge(density), (3, 3))
     for found in candidates:
-        marks |= _marks_of(coarse, rough, found, spacing)
-    near = cv2.dilate(marks.astype(np.uint8), np.ones((3, 3), np.uint8))
-    ink: NDArray[np.bool_] = cv2.resize(near, (width, height), interpolation=cv2.INTER_NEAREST) > 0
-    return ink & (most > LEAST)
+        seeds = _seeds(rough, found, spacing_um * factor)
+        if seeds.any():
+            ink = np.quantile(coarse[seeds], 0.25, axis=0)  # of one stroke, where several cross
+            mark = _outlined(smooth, _grown(coarse, seeds, ink, spacing_um * factor), ink)
+            marks |= mark
+            rims |= _rim(smooth, mark, ink, spacing_um)
+    return marks, rims & ~marks
 
 
 def _colours(density: Plane) -> tuple[Plane, ...]:
@@ -69,8 +76,8 @@ def _colours(density: Plane) -> tuple[Plane, ...]:
     )
 
 
-def _marks_of(density: Plane, rough: Plane, candidates: Plane, spacing_um: float) -> Plane:
-    """The marks of one marker: smooth ones of its colour, and where they go on across tissue."""
+def _seeds(rough: Plane, candidates: Plane, spacing_um: float) -> Plane:
+    """The smooth marks of the colour of one marker: (h, w) bool."""
     wide = morphed(candidates, cv2.MORPH_OPEN, WIDTH_UM / spacing_um)
     _, labels, stats, _ = cv2.connectedComponentsWithStats(wide.astype(np.uint8), connectivity=8)
     seeds = np.zeros_like(wide)
@@ -78,14 +85,37 @@ def _marks_of(density: Plane, rough: Plane, candidates: Plane, spacing_um: float
         part = labels == index
         if index and np.quantile(rough[part], 0.3) < SMOOTH:
             seeds |= part
-    if not seeds.any():
-        return seeds
-    ink = np.quantile(density[seeds], 0.25, axis=0)  # of one stroke, where several cross
+    return seeds
+
+
+def _grown(density: Plane, seeds: Plane, ink: Plane, spacing_um: float) -> Plane:
+    """Marks with where they go on across tissue: (h, w) bool."""
     as_dense = np.asarray(density > ACROSS * ink).all(axis=-1)
     across = morphed(np.asarray(as_dense), cv2.MORPH_OPEN, WIDTH_UM / spacing_um)
     _, labels = cv2.connectedComponents((across | seeds).astype(np.uint8), connectivity=8)
     grown: Plane = np.isin(labels, np.unique(labels[seeds]))
     return grown
+
+
+def _outlined(density: Plane, mark: Plane, ink: Plane) -> Plane:
+    """A mark that was found coarsely, as far as half of its ink goes: (H, W) bool."""
+    height, width = density.shape[:2]
+    near = cv2.dilate(mark.astype(np.uint8), np.ones((3, 3), np.uint8))
+    whole = cv2.resize(near, (width, height), interpolation=cv2.INTER_NEAREST) > 0
+    inked = np.all([density[..., k] > WITHIN * ink[k] for k in range(3)], axis=0)
+    return np.asarray(whole & inked & (density.max(-1) > LEAST))
+
+
+def _rim(density: Plane, mark: Plane, ink: Plane, spacing_um: float) -> Plane:
+    """Where ink and bare glass mix beside a mark: (H, W) bool."""
+    side = 2 * round(RIM_UM / spacing_um) + 1
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
+    rim = (cv2.dilate(mark.astype(np.uint8), disc) > 0) & ~mark
+    taken, of_ink = 1 - 10.0 ** -density[rim], 1 - 10.0**-ink  # light: that is what mixes
+    part = taken @ of_ink / (of_ink @ of_ink)
+    off = np.linalg.norm(taken - part[:, None] * of_ink, axis=1)
+    rim[rim] = off < np.maximum(ALIKE * np.linalg.norm(taken, axis=1), ALIKE_LEAST)
+    return rim
 
 
 def _roughness(density: Plane, spacing_um: float) -> Plane:

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from slide2vec.choices import learned_methods
 from slide2vec.cli import doctor as doctor_module  # the command; its module is in sys.modules
 from slide2vec.cli import doctor_runtimes
-from slide2vec.recipes import load_recipe
+from slide2vec.recipes import Recipe, load_recipe, segmenter_recipe
 from slide2vec.version import PROJECT
 
 MODULE = sys.modules["slide2vec.cli.doctor"]
@@ -96,22 +97,29 @@ def test_gpus_are_listed(run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cached_weights_are_found(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    source = load_recipe("prost40m").weights
-    assert source is not None
-    path = (
-        tmp_path
-        / f"models--{source.repo.replace('/', '--')}"
-        / "snapshots"
-        / source.revision
-        / source.files[0]
-    )
-    path.parent.mkdir(parents=True)
-    path.touch()
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    encoder, network = cached(tmp_path, load_recipe("prost40m")), cached(tmp_path, segmenter_recipe("hest"))
     found = json.loads(run("doctor", "--json").stdout)
-    assert found["weights"]["prost40m"] == str(path) and found["weights"]["virchow2"] is None
+    assert found["weights"]["prost40m"] == encoder and found["weights"]["virchow2"] is None
+    assert found["segmenters"]["hest"] == network and found["segmenters"]["grandqc"] is None
+    assert list(found["segmenters"]) == list(learned_methods())
+    rows = {row["name"]: row["path"] for row in json.loads(run("models", "--segmenters", "--json").stdout)}
+    assert rows == found["segmenters"]
+
+
+def cached(cache: Path, recipe: Recipe) -> str:
+    """An empty file where the hub keeps a recipe's weights."""
+    source = recipe.weights
+    assert source is not None and source.revision is not None
+    of_repo = cache / f"models--{source.repo.replace('/', '--')}"
+    (of_repo / "refs").mkdir(parents=True)
+    (of_repo / "refs" / source.revision).write_text(source.revision)
+    path = of_repo / "snapshots" / source.revision / source.files[0]
+    path.parent.mkdir(parents=True)
+    path.touch()
+    return str(path)
 
 
 ALL = {"tensorrt-rtx-cu13-bindings", "tensorrt", "openvino", "onnx", "onnxscript", "torch"}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import EntryPoint
 
 import pytest
 
 from slide2vec import list_models
+from slide2vec.choices import learned_methods
 from slide2vec.cli.models import _checked
 from slide2vec.recipes import load_recipe
 
@@ -16,6 +18,41 @@ def test_table_names_every_preset_and_fits(run) -> None:
     assert all(name in text for name in list_models())
     assert "CC-BY-NC-ND-4.0 gated" in text and "no weights needed" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_segmenters_are_listed_with_what_they_find_and_where_their_weights_are(run) -> None:
+    text = run("models", "--segmenters").stdout
+    assert all(name in text for name in learned_methods()) and "virchow2" not in text
+    lines = {
+        line.split()[0]: line.split() for line in text.splitlines() if line.startswith(("hest ", "sam2 "))
+    }
+    assert lines["hest"][1:] == ["tissue", "1", "CC-BY-NC-SA-4.0", "hub"] and lines["sam2"][2] == "8"
+    assert "by hand" in text and max(map(len, text.splitlines())) <= 80
+    assert (
+        "grandqc-artefact-2um" in run("models").stdout
+        and "hest " not in run("models", "--level", "tile").stdout
+    )
+
+
+def test_one_segmenter(run) -> None:
+    text = " ".join(run("models", "grandqc-artefact").stdout.split())
+    assert "finds tissue, fold, spot, pen, bubble, blur" in text and "512 x 512 px at 1.5 µm/px" in text
+    assert "https://zenodo.org/records/14041538 by hand: get GrandQC_MPP15.pth there" in text
+    row = json.loads(run("models", "sam2", "--json").stdout)
+    assert row["spacing_um"] == 8.0 and row["source"] == "https://huggingface.co/AtlasAnalyticsLab/AtlasPatch"
+
+
+def test_segmenters_of_other_packages_are_listed(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [
+        EntryPoint("like-auto", "slide2vec.tiling.auto_tissue:AUTO", "slide2vec.segmenters"),
+        EntryPoint("nothing", "not_there_at_all:IT", "slide2vec.segmenters"),
+    ]
+    monkeypatch.setattr("slide2vec.cli.segmenters.providers", lambda group: entries)
+    rows = {row["name"]: row for row in json.loads(run("models", "--segmenters", "--json").stdout)}
+    assert rows["like-auto"]["classes"] == ["tissue", "pen", "unscanned"]
+    assert rows["like-auto"]["spacing_um"] == 8.0 and rows["like-auto"]["problem"] is None
+    assert "No module named 'not_there_at_all'" in rows["nothing"]["problem"]
+    assert "like-auto" in run("models", "--segmenters").stdout
 
 
 def test_slide_and_patient_presets_say_what_feeds_them(run) -> None:

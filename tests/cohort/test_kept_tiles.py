@@ -117,6 +117,7 @@ def used_again(
         first, second = second, read(transfer.bind(planned(slide, **(again if number else {}))))
     if not again:
         assert first is not None and second is not None and np.array_equal(first, second)
+    scratch.begin_turn(set(), set())  # for the next in this folder
     return scratch.used
 
 

@@ -73,23 +73,6 @@ def test_kept_tiles_are_bounded(jpeg_pyramid: Path, monkeypatch: pytest.MonkeyPa
     assert len(reader._boxes._kept) == reader._boxes._kept_bytes == 0
 
 
-def test_what_is_expected_is_kept_until_the_last_time(jpeg_pyramid: Path) -> None:
-    """And counted: streams wait for others by that count."""
-    decoder = Counting()
-    memory, squares = np.empty(128 * 128 * 3, np.uint8), (np.array([[0, 0]]), 128)
-    with opened(jpeg_pyramid, decoder) as reader:
-        reader.expect([((0, 0), 0, (128, 128), 1, squares)] * 3)
-        found, kept = [], []
-        for _ in range(3):
-            pixels = reader.read_into(memory, (0, 0), 0, (128, 128), 1, squares)
-            assert pixels is not None
-            found.append(pixels.copy())
-            kept.append(reader._boxes._kept_bytes)
-        once = decoder.decoded
-        assert kept == [once * TILE * TILE * 3] * 2 + [0] and once == len(range(0, 128, TILE)) ** 2
-        np.testing.assert_array_equal(found[2], reader.read_region((0, 0), 0, (128, 128)))
-
-
 def zeros(tiles: list[bytes]) -> None:
     tiles[DAMAGED] = bytes(len(tiles[DAMAGED]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from numpy.typing import NDArray
 
 from slide2vec.config import FilterConfig
 from slide2vec.errors import SlideReadError
 from slide2vec.geometry import tile_geometry
-from slide2vec.stream import tile_sources
+from slide2vec.readers import open_slide
+from slide2vec.slides import as_slide
+from slide2vec.stream import shared_slides, tile_sources
 from slide2vec.stream.tile_sources import (
     SlideSource,
     bad_tiles,
@@ -23,7 +27,7 @@ from slide2vec.stream.tile_sources import (
     open_archive,
     place_singly,
 )
-from slide2vec.tiling import BadTile, Tiling
+from slide2vec.tiling import BadTile, Tiling, shared_level
 from slide2vec.tiling.types import Segmentation
 
 Pixels = NDArray[np.uint8]
@@ -148,6 +152,35 @@ def test_tiles_are_those_of_the_slide(reader: PlainReader, name: str, grouped: b
             assert np.array_equal(alone, target)
 
 
+@pytest.mark.parametrize("names", [("even", "even"), ("even", "fractional"), ("odd", "fractional", "even")])
+def test_tiles_that_are_cut_from_a_shared_level_are_those_of_the_slide(
+    names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether all reduce it alike or not; where its compressed tiles are too large nothing is shared."""
+    fine = tile_geometry(
+        requested_tile_size_px=10, requested_spacing_um=0.625, base_spacing_um=0.25, downsamples=[1.0]
+    )
+    tilings = {**TILINGS, "fractional": replace(FRACTIONAL, geometry=fine)}
+    path = tmp_path / "s.tif"
+    tifffile.imwrite(path, SLIDE, tile=(16, 16), photometric="rgb", compression="zlib", metadata=None)
+    monkeypatch.setattr(shared_level, "CHUNK_PX", 32)
+    with open_slide(as_slide(path), "tiff") as reader:
+        for is_shared in (True, False):
+            plans: list[Any] = [SimpleNamespace(source=SlideSource(reader, tilings[name])) for name in names]
+            if not is_shared:
+                monkeypatch.setattr(shared_slides, "MOST_CHUNK_BYTES", 10)
+            shared_slides._share_decoded(plans)
+            for name, source in zip(names, (plan.source for plan in plans), strict=True):
+                assert (source.shared is not None) == is_shared
+                for number, block in enumerate(source.blocks):
+                    targets = blank(len(block))
+                    source.place(number, source.fetch(number), targets)
+                    for tile, target in zip(block.tolist(), targets, strict=True):
+                        assert np.array_equal(target, tile_of(tilings[name], tile)), (name, tile)
+        source.close()
+        assert source.shared is None
+
+
 def test_tiles_of_a_coarser_level() -> None:
     """At 0.52 µm/px the level of 0.5 is read: 10 px of it, 20 of level 0."""
     tiling = a_tiling([6, 26], [10, 10], spacing=0.52)
@@ -184,13 +217,17 @@ def test_a_reader_reduces_whole_cells_of_all_tiles_only(name: str, ratio: int) -
     ids=["reduced", "cells of none", "coarser level", "two"],
 )
 def test_what_is_read_is_known_before(tiling: Tiling, reads: list[Any]) -> None:
-    """Where, level, size, by how much reduced, and the tiles: the same as then."""
+    """Where, level, size, by how much reduced, and the tiles; of a shared level these in its px."""
     reader = Buffered()
     source = SlideSource(reader, tiling)  # type: ignore[arg-type]
-    expected = [(*read, squares[0].tolist(), squares[1]) for *read, squares in source.reads()]
     for number in range(len(source.blocks)):
         source.fetch(number)
-    assert expected == reader.asked == reads
+    assert reader.asked == reads
+    squares = [source.squares(number) for number in range(len(source.blocks))]
+    assert [(corners.tolist(), side) for corners, side in squares] == [
+        ([[x // 2**level + dx, y // 2**level + dy] for dx, dy in offsets], side)
+        for (x, y), level, _, _, offsets, side in reads
+    ]
 
 
 def test_memory_is_used_again_where_it_is_large_enough() -> None:

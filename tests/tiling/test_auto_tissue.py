@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -62,9 +64,8 @@ def test_tissue_of_generated_slides_is_found(case: str) -> None:
 def test_pen_has_a_class_of_its_own(case: str) -> None:
     slide = generated(case)
     pen = slide.marks["pen"]
-    assert (
-        pen.mean() > 0.02 and overlap(np.isin(labels_of(case), (PEN, UNSCANNED)), pen, slide.ignored) > 0.85
-    )
+    assert pen.mean() > 0.02
+    assert overlap(np.isin(labels_of(case), (PEN, UNSCANNED)), pen, slide.ignored) > 0.99
 
 
 def test_black_borders_are_unscanned() -> None:
@@ -76,6 +77,29 @@ def test_bare_glass_and_flat_pictures_hold_no_tissue() -> None:
     glass = np.random.default_rng(0).normal((236, 228, 214), 1.5, (200, 300, 3)).clip(0, 255)
     for picture in (glass, np.zeros((50, 60, 3)), np.full((50, 60, 3), 255), np.full((1, 1, 3), 240)):
         assert not AUTO.segment(picture.astype(np.uint8), 8.0).any()
+
+
+def scanned(density: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+    """A picture of what has this optical density, (H, W), on glass, with a camera's noise."""
+    noise = np.random.default_rng(0).normal(0, 1, (*density.shape, 3))
+    return (240 * 10.0 ** -density[..., None] + noise).clip(0, 255).astype(np.uint8)
+
+
+def test_the_rim_of_a_bubble_that_is_out_of_focus_is_no_tissue() -> None:
+    rim = cv2.circle(np.zeros((350, 450), np.float32), (225, 175), 120, 1, 7)
+    assert not AUTO.segment(scanned(0.15 * cv2.GaussianBlur(rim, (0, 0), 4)), 8.0).any()
+
+
+def test_what_is_faint_is_tissue_where_it_goes_on_from_tissue() -> None:
+    texture = cv2.blur(np.random.default_rng(1).normal(0, 0.018, (300, 400)), (3, 3))
+    density = np.zeros((300, 400))
+    density[100:200, 100:300] = 0.02 + texture[100:200, 100:300]
+    alone = scanned(density)
+    assert not AUTO.segment(alone, 8.0).any()
+    beside = alone.copy()
+    beside[100:200, 60:100] = (200, 120, 180)
+    found = AUTO.segment(beside, 8.0) == TISSUE
+    assert found[110:190, 70:290].mean() > 0.95 and found[:, 310:].sum() == found[:90].sum() == 0
 
 
 def test_a_tint_and_a_lamp_do_not_matter() -> None:
