@@ -180,7 +180,7 @@ def test_embeddings_of_slides_that_overflow_on_disk(
     encoder.value = 1e5
     result = run(slide_model, slides, output_dtype="fp16")
     assert [item.sample_id for item in result.failed] == ["0", "1"]
-    assert "as float16, hold NaN or infinities" in str(result.failed[0].error)
+    assert "as fp16, hold NaN or infinities" in str(result.failed[0].error)
     assert len(run(slide_model, slides).slide_artifacts) == 2
 
 
