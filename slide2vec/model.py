@@ -12,7 +12,7 @@ import torch
 import slide2vec.attention_maps as attention
 from slide2vec import aggregate, images
 from slide2vec.aggregate import patient_embedding, require_patient_level, with_slide_embedding
-from slide2vec.artifacts.places import with_output_dir
+from slide2vec.artifacts.places import tell_what_is_not_written, with_output_dir
 from slide2vec.cohort import embed_tiles
 from slide2vec.cohort.sink import MemorySink
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
@@ -291,6 +291,7 @@ class Model:
         config = self.resolve_preprocessing(preprocessing)
         if not config.on_the_fly or config.save_tiles:
             with_output_dir(execution, "on_the_fly=False" if not config.on_the_fly else "save_tiles=True")
+        tell_what_is_not_written(execution, config)
         check_archives_here(config, execution.output_dir)
         todo = by_class(given_slides(slides), config.masks)
         self.decide_engine(todo, config, execution)

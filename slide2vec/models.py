@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
 from slide2vec.aggregate.gather import check_on_error, embed_in_order
+from slide2vec.artifacts.places import tell_what_is_not_written
 from slide2vec.cohort.kept_tiles import TileScratch, tile_scratch, tiles_wanted
 from slide2vec.cohort.side_by_side import run_side_by_side
 from slide2vec.cohort.sink import MemorySink, aggregated_outcome
@@ -267,6 +268,7 @@ class Models(Mapping[str, Model]):
                 for name, model in self.items()
             }
         configs = self.resolve_preprocessing(preprocessing)
+        tell_what_is_not_written(execution, next(iter(configs.values())))
         found: dict[str, list[SlideOutcome] | Exception] = {}
         turns = self.prepare(slides, configs, execution)
         here = self.workers(execution) is None

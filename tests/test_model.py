@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision import transforms
 
-from slide2vec import EmbedSlidesError, ExecutionOptions, Model, PreprocessingConfig
+from slide2vec import EmbedSlidesError, ExecutionOptions, Model, Models, PreprocessingConfig
 from slide2vec.errors import ConfigError, ModelLevelError, PresetError, SlideError, WeightsError
 from slide2vec.pictures import write_picture
 from slide2vec.prepare.torch_preparer import TorchPreparer
@@ -238,7 +238,22 @@ def test_spacing_at_level_0(slides_dir: Path, scattering: Model) -> None:
         scattering.embed_slide(path, spacing_at_level_0=2.0)
 
 
-def test_previews_are_written_and_named(slides_dir: Path, tmp_path: Path, scattering: Model) -> None:
+def test_a_directory_into_which_nothing_is_written_is_told(
+    tmp_path: Path, scattering: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = f"not written into {tmp_path}: Pipeline(model, …).run(slides) writes them"
+    models = Models({"scattering": scattering})
+    for embed in (scattering.embed_slides, models.embed_slides):
+        for execution in (ExecutionOptions(), ExecutionOptions(output_dir=tmp_path)):
+            caplog.clear()
+            with pytest.raises(EmbedSlidesError):
+                embed([tmp_path / "gone.svs"], execution=execution)
+            assert (told in caplog.text) == (execution.output_dir is not None)
+
+
+def test_previews_are_written_and_named(
+    slides_dir: Path, tmp_path: Path, scattering: Model, caplog: pytest.LogCaptureFixture
+) -> None:
     config = PreprocessingConfig(
         requested_spacing_um=2.0,
         preview={"save_mask_preview": True, "save_tiling_preview": True, "downsample": 8},  # type: ignore[arg-type]
@@ -246,6 +261,7 @@ def test_previews_are_written_and_named(slides_dir: Path, tmp_path: Path, scatte
     found = scattering.embed_slide(
         slides_dir / "CMU-1-Small-Region.svs", config, ExecutionOptions(output_dir=tmp_path)
     )
+    assert "not written into" not in caplog.text
     assert found.mask_preview_path == tmp_path / "preview" / "mask" / "CMU-1-Small-Region.jpg"
     assert found.tiling_preview_path == tmp_path / "preview" / "tiling" / "CMU-1-Small-Region.jpg"
     for path, kind in ((found.mask_preview_path, "tissue"), (found.tiling_preview_path, "tiles")):

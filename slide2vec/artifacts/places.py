@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from slide2vec.artifacts.records import SIDECAR, read_metadata
-from slide2vec.config import ExecutionOptions
+from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ArtifactError, ConfigError
 from slide2vec.files import as_path, entries, names_below
 from slide2vec.labels import class_folder
@@ -33,6 +34,7 @@ __all__ = [
     "encoder_of",
     "features_place",
     "owners",
+    "tell_what_is_not_written",
     "tiling_folders",
     "unlike",
     "with_output_dir",
@@ -52,6 +54,8 @@ Geometry: TypeAlias = Mapping[str, Any]
 #: Sidecars that are tried before a folder counts as one without any that can be read.
 _TRIES = 16
 
+logger = logging.getLogger(__name__)
+
 
 def with_output_dir(execution: ExecutionOptions | None, method: str) -> tuple[ExecutionOptions, Path]:
     """The options of a call that writes files, and where to.
@@ -62,6 +66,19 @@ def with_output_dir(execution: ExecutionOptions | None, method: str) -> tuple[Ex
     if execution is None or execution.output_dir is None:
         raise ConfigError(f"{method} writes files: give ExecutionOptions(output_dir=…)")
     return execution, execution.output_dir
+
+
+def tell_what_is_not_written(execution: ExecutionOptions, config: PreprocessingConfig) -> None:
+    """Warn where a call in memory is given a directory into which it writes nothing: slide2vec 7 writes
+    embeddings there."""
+    preview = config.preview
+    if execution.output_dir is None or config.save_tiles or not config.on_the_fly:
+        return
+    if not (preview.save_mask_preview or preview.save_tiling_preview):
+        logger.warning(
+            "embeddings are given back and not written into %s: Pipeline(model, …).run(slides) writes them",
+            execution.output_dir,
+        )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from slide2vec.errors import ConfigError, SpacingError
 from slide2vec.geometry import tile_geometry
 from slide2vec.tiling import Tiling, TissueMask, segment, tile_slide
 from slide2vec.tiling.contours import find_pieces, smallest_area
-from slide2vec.tiling.grid import tissue_tiles
+from slide2vec.tiling.grid import coverage, tissue_tiles
 from slide2vec.tiling.types import Segmentation
 
 FULL = (0, 0, 400, 300)
@@ -170,6 +170,29 @@ def counted(
                 )
                 found.setdefault((x, y), []).append(count / (window_x * window_y))
     return found
+
+
+@pytest.mark.parametrize("dimensions", [(1984, 1600), (1990, 1203)])
+@pytest.mark.parametrize("side", [97, 30, 5])
+def test_what_a_mask_covers_of_tiles_equals_counting_its_pixels(
+    dimensions: tuple[int, int], side: int
+) -> None:
+    """Anywhere on the slide and over its edges; a tile smaller than a pixel of the mask is what that is."""
+    mask = random_mask(0) // 255
+    geometry = tile_geometry(
+        requested_tile_size_px=side, requested_spacing_um=0.5, base_spacing_um=0.5, downsamples=[1.0]
+    )
+    scales = [mask.shape[1] / dimensions[0], mask.shape[0] / dimensions[1]]
+    rng = np.random.default_rng(1)
+    x, y = (np.append(rng.integers(0, size, 40), [0, size - 3, size - 40]) for size in dimensions)
+    found = coverage(mask, x, y, geometry, dimensions)
+    wide, high = (max(1, round(side * scale)) for scale in scales)
+    expected = []
+    for left, top in zip(x.tolist(), y.tolist(), strict=True):
+        column, row = int(left * scales[0]), int(top * scales[1])
+        expected.append(int(mask[row : row + high, column : column + wide].sum()) / (wide * high))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_the_last_pixel_of_tissue_begins_a_tile() -> None:
