@@ -152,15 +152,24 @@ def test_tiles_are_those_of_the_slide(reader: PlainReader, name: str, grouped: b
             assert np.array_equal(alone, target)
 
 
-@pytest.mark.parametrize("names", [("even", "even"), ("even", "fractional"), ("odd", "fractional", "even")])
+@pytest.mark.parametrize(
+    ("names", "ratio"),
+    [
+        (("aligned", "aligned"), 2),
+        (("even", "even"), 1),
+        (("aligned", "fractional"), 1),
+        (("odd", "fractional", "even"), 1),
+    ],
+)
 def test_tiles_that_are_cut_from_a_shared_level_are_those_of_the_slide(
-    names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    names: tuple[str, ...], ratio: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether all reduce it alike or not; where its compressed tiles are too large nothing is shared."""
     fine = tile_geometry(
         requested_tile_size_px=10, requested_spacing_um=0.625, base_spacing_um=0.25, downsamples=[1.0]
     )
-    tilings = {**TILINGS, "fractional": replace(FRACTIONAL, geometry=fine)}
+    aligned = replace(EVEN, x=EVEN.x + 1, y=EVEN.y + 1)
+    tilings = {**TILINGS, "aligned": aligned, "fractional": replace(FRACTIONAL, geometry=fine)}
     path = tmp_path / "s.tif"
     tifffile.imwrite(path, SLIDE, tile=(16, 16), photometric="rgb", compression="zlib", metadata=None)
     monkeypatch.setattr(shared_level, "CHUNK_PX", 32)
@@ -171,12 +180,16 @@ def test_tiles_that_are_cut_from_a_shared_level_are_those_of_the_slide(
                 monkeypatch.setattr(shared_slides, "MOST_CHUNK_BYTES", 10)
             shared_slides._share_decoded(plans)
             for name, source in zip(names, (plan.source for plan in plans), strict=True):
-                assert (source.shared is not None) == is_shared
+                assert (source.shared and source.shared.ratio) == (ratio if is_shared else None)
                 for number, block in enumerate(source.blocks):
                     targets = blank(len(block))
                     source.place(number, source.fetch(number), targets)
                     for tile, target in zip(block.tolist(), targets, strict=True):
                         assert np.array_equal(target, tile_of(tilings[name], tile)), (name, tile)
+        source.shared = level = shared_level.SharedLevel(reader, 0, 1, [source.squares(0)])
+        with pytest.raises(ValueError, match="shorter"):
+            source.place(0, source.fetch(0), blank(len(source.blocks[0]) - 1))
+        assert not level.kept_bytes  # nobody holds anything
         source.close()
         assert source.shared is None
 
