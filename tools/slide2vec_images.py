@@ -140,8 +140,10 @@ def install(job: dict[str, Any]) -> None:
             self._model, self._device = made, torch.device("cpu")
             self._output_variant = output_variant or "default"
             self._processor = processor(job)
-            if job["preset"] in ("phaet", "mascaret"):  # what the code of its repository adds
-                made.encode = lambda batch: made(pixel_values=batch).last_hidden_state[:, 0]
+            if job["preset"] in ("phaet", "mascaret"):  # what the code of its repository adds: unit length
+                made.encode = lambda batch: torch.nn.functional.normalize(
+                    made(pixel_values=batch).last_hidden_state[:, 0], dim=-1
+                )
                 made.config.pixel_mean, made.config.pixel_std = job["data"]["mean"], job["data"]["std"]
 
     kind.__init__ = init
