@@ -32,14 +32,15 @@ def models(
 ) -> None:
     """List the presets and the segmenters, or show one."""
     from slide2vec.choices import learned_methods
-    from slide2vec.cli.segmenters import networks, print_segmenter, print_segmenters, segmenters
+    from slide2vec.cli.segmenters import networks, print_segmenters, segmenter_details, segmenters
     from slide2vec.recipes import list_models, load_recipe, segmenter_recipe
 
     if name in learned_methods():
         if as_json:
             print_json(next(row for row in networks() if row["name"] == name))
         else:
-            print_segmenter(segmenter_recipe(name))
+            recipe = segmenter_recipe(name)
+            _print_details(recipe, segmenter_details(recipe))
         return
     if only_segmenters:
         (print_json if as_json else print_segmenters)(segmenters())
@@ -50,7 +51,7 @@ def models(
         print_json(content[0] if name else content)
         return
     if name:
-        _print_details(recipes[0])
+        _print_details(recipes[0], _details(recipes[0]))
         return
     console = stdout()
     columns = ("preset", "dim", "params", "tile", "µm/px", "licence", "check")
@@ -115,12 +116,12 @@ def _licence(recipe: Recipe) -> str:
     return f"{recipe.licence.name}{' gated' if recipe.weights.gated else ''}"
 
 
-def _print_details(recipe: Recipe) -> None:
+def _print_details(recipe: Recipe, details: Iterator[tuple[str, str]]) -> None:
     console = stdout()
     console.print(f"{recipe.name}: {recipe.title}", style="bold", markup=False)
     console.print(recipe.summary, markup=False)
     console.print()
-    console.print(facts(_details(recipe)))
+    console.print(facts(details))
 
 
 def _details(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -7,14 +7,14 @@ from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any
 
 from slide2vec.choices import SEGMENTATION_METHODS, learned_methods
-from slide2vec.cli.console import facts, stdout, table
+from slide2vec.cli.console import stdout, table
 from slide2vec.cli.doctor_plugins import SEGMENTERS, problem_of
 from slide2vec.plugins import providers
 
 if TYPE_CHECKING:
     from slide2vec.recipes import Recipe
 
-__all__ = ["cached_weights", "networks", "print_segmenter", "print_segmenters", "segmenters"]
+__all__ = ["cached_weights", "networks", "print_segmenters", "segmenter_details", "segmenters"]
 
 Row = dict[str, Any]
 
@@ -76,16 +76,8 @@ _FOOTNOTE = (
 )
 
 
-def print_segmenter(recipe: Recipe) -> None:
-    """All about a network."""
-    console = stdout()
-    console.print(f"{recipe.name}: {recipe.title}", style="bold", markup=False)
-    console.print(recipe.summary, markup=False)
-    console.print()
-    console.print(facts(_details(recipe)))
-
-
-def _details(recipe: Recipe) -> Iterator[tuple[str, str]]:
+def segmenter_details(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """All about a network, a line each."""
     yield "finds", ", ".join(_classes(recipe))
     yield (
         "looks at",

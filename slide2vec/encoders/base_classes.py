@@ -202,7 +202,12 @@ class TimmTileEncoder(TorchTileEncoder):
         return cast("Callable[[Any], Tensor]", import_timm().data.create_transform(**self._data))
 
     def encode_tiles_dense(self, batch: Tensor) -> Tensor:
-        """Of a vision transformer: its patch tokens after the closing norm, as a grid."""
+        """Of a vision transformer: its patch tokens after the closing norm, (B, C, H, W) -> (B, d, h, w),
+        h and w in patches.
+
+        Raises:
+            UnsupportedError: the network has none.
+        """
         return self._patch_tokens(batch, norm=True)
 
     def encode_tiles_dense_prenorm(self, batch: Tensor) -> Tensor:
