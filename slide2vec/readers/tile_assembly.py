@@ -6,19 +6,19 @@ import threading
 from collections import OrderedDict
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from slide2vec.readers.averaged_box import AveragedBox
 from slide2vec.readers.codecs import TileError
 from slide2vec.readers.decoders import HostDecoder
 from slide2vec.readers.pyramid import PyramidReader
 from slide2vec.readers.reader import Squares
 from slide2vec.readers.tile_table import TilePlace, TileTable
 
-__all__ = ["HostTileReader", "Place", "TileAssembler", "places_under"]
+__all__ = ["Box", "HostTileReader", "Place", "Target", "TileAssembler", "places_under"]
 
 #: Decoded tiles that reach into a neighbouring box and are kept for it, per open slide.
 KEPT_BYTES = 48 << 20
@@ -27,13 +27,25 @@ STEP_BYTES = 64 << 20
 
 #: Column and row of a tile.
 Place: TypeAlias = tuple[int, int]
-#: Rows, columns.
-_Part: TypeAlias = tuple[slice, slice]
-#: Left, top, right and bottom.
-_Box: TypeAlias = tuple[int, int, int, int]
+#: Left, top, right and bottom, px of a level.
+Box: TypeAlias = tuple[int, int, int, int]
 #: Level, tile, ratio that it was reduced by.
 _Key: TypeAlias = tuple[int, int, int]
 _Reserved: TypeAlias = tuple[TilePlace, "_SharedTile"]
+
+
+class Target(Protocol):
+    """Takes a box, tile by tile. See `AveragedBox`."""
+
+    x: int
+    y: int
+    ratio: int
+
+    def blank(self) -> None: ...
+
+    def put(self, pixels: Any, x: int, y: int, ratio: int = 1) -> None: ...
+
+    def finish(self) -> None: ...
 
 
 class HostTileReader(PyramidReader):
@@ -56,40 +68,27 @@ class HostTileReader(PyramidReader):
     ) -> NDArray[np.uint8] | None:
         """See `BufferedReader.read_into`."""
         (x, y), (width, height) = self._corner(location_lv0, level), size
-        x0, y0, x1, y1 = self._inside(level, x, y, width, height)
-        if not self._reduces(level, (x, y), (x0, y0, x1, y1), ratio):
+        right, bottom = self.level_dimensions[level]
+        x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + width, right), min(y + height, bottom)
+        if x0 >= x1 or y0 >= y1:
             return None
         shape = height // ratio, width // ratio, 3
         canvas = memory[: shape[0] * shape[1] * 3].reshape(shape)
-        inside = canvas[(y0 - y) // ratio : (y1 - y) // ratio, (x0 - x) // ratio : (x1 - x) // ratio]
-        if inside.shape != shape:
-            canvas[:] = 255
-        with self._naming_errors(level, x0, y0):
-            within = None if squares is None else (squares[0] + (x, y), squares[1])
-            only = within and places_under(within, *self._boxes.tile_size(level))
-            self._boxes.fill(inside, level, x0, y0, ratio=ratio, only=only)
+        target = AveragedBox(canvas, x, y, ratio)
+        if (x0, y0, x1, y1) != (x, y, x + width, y + height):
+            target.blank()
+        within = None if squares is None else (squares[0] + (x, y), squares[1])
+        self.fill(target, level, (x0, y0, x1, y1), within and places_under(within, *self.tile_size(level)))
         return canvas
-
-    def _inside(self, level: int, x: int, y: int, width: int, height: int) -> _Box:
-        right, bottom = self.level_dimensions[level]
-        return max(x, 0), max(y, 0), min(x + width, right), min(y + height, bottom)
-
-    def _reduces(self, level: int, corner: tuple[int, int], inside: _Box, ratio: int) -> bool:
-        """Whether no averaged cell reaches over the edge of the level, nor over two tiles."""
-        (x, y), (x0, y0, x1, y1) = corner, inside
-        cells = not any(edge % ratio for edge in (x0 - x, y0 - y, x1 - x, y1 - y))
-        return x0 < x1 and y0 < y1 and cells and self._boxes.reduces(level, x0, y0, ratio)
 
     def tile_size(self, level: int) -> tuple[int, int]:
         """(width, height) of a level's compressed tiles, px."""
         return self._boxes.tile_size(level)
 
-    def fill(
-        self, canvas: NDArray[np.uint8], level: int, x: int, y: int, ratio: int, only: Container[Place]
-    ) -> None:
-        """See `TileAssembler.fill`: of whole tiles whose sides are multiples of the ratio."""
-        with self._naming_errors(level, x, y):
-            self._boxes.fill(canvas, level, x, y, ratio=ratio, only=only)
+    def fill(self, target: Target, level: int, box: Box, only: Container[Place] | None) -> None:
+        """See `TileAssembler.fill`."""
+        with self._naming_errors(level, *box[:2]):
+            self._boxes.fill(target, level, box, only=only)
 
     def close(self) -> None:
         """Release the files. May be called twice."""
@@ -129,74 +128,65 @@ class TileAssembler:
             SlideReadError: one of its tiles cannot be decoded.
         """
         canvas = np.empty((height, width, 3), np.uint8)
-        self.fill(canvas, level, x, y)
+        self.fill(AveragedBox(canvas, x, y, 1), level, (x, y, x + width, y + height))
         return canvas
 
-    def fill(
-        self,
-        canvas: Any,
-        level: int,
-        x: int,
-        y: int,
-        *,
-        ratio: int = 1,
-        only: Container[Place] | None = None,
-    ) -> None:
-        """Write a box in level px that lies inside the level into a (height, width, 3) uint8 canvas.
+    def fill(self, target: Target, level: int, box: Box, *, only: Container[Place] | None = None) -> None:
+        """Write a box that lies inside the level. Each tile is averaged as it comes out of the decoder, while
+        the CPU's cache holds it.
 
         Args:
-            x, y: of the box, which is `ratio` times as wide and high as the canvas.
-            ratio: each pixel is the average of so many a side. A tile is reduced as it comes out of the
-                decoder, while the CPU's cache holds it. Of boxes that `reduces` takes.
             only: columns and rows of the tiles that are decoded: pixels of others may be any.
 
         Raises:
             SlideReadError: one of its tiles cannot be decoded.
         """
-        height, width = canvas.shape[0] * ratio, canvas.shape[1] * ratio
-        places, form = self._tiles.tiles_in(level, x, y, width, height), self._tiles.format(level)
+        x, y, right, bottom = box
+        places, form = self._tiles.tiles_in(level, x, y, right - x, bottom - y), self._tiles.format(level)
         columns, rows = (
-            (x + width - 1) // form.width - x // form.width,
-            (y + height - 1) // form.height - y // form.height,
+            (right - 1) // form.width - x // form.width,
+            (bottom - 1) // form.height - y // form.height,
         )
         if len(places) < (columns + 1) * (rows + 1):  # some are left out
-            canvas[:] = 255
+            target.blank()
         if only is not None:
             places = [place for place in places if (place.x // form.width, place.y // form.height) in only]
+        whole_cells = all(edge % target.ratio == 0 for edge in (target.x, target.y, form.width, form.height))
         for step in self._steps(level, places):
-            self._fill(canvas, level, step, ratio)
+            self._fill(target, level, step, target.ratio if whole_cells else 1)
+        target.finish()
 
     def tile_size(self, level: int) -> tuple[int, int]:
         """(width, height) of its compressed tiles, px."""
         form = self._tiles.format(level)
         return form.width, form.height
 
-    def reduces(self, level: int, x: int, y: int, ratio: int) -> bool:
-        """Whether a box that begins there has no averaged cell that reaches over two tiles."""
-        form = self._tiles.format(level)
-        return not (x % ratio or y % ratio or form.width % ratio or form.height % ratio)
-
     def _steps(self, level: int, places: Sequence[TilePlace]) -> Iterator[Sequence[TilePlace]]:
         form = self._tiles.format(level)
         most = max(1, STEP_BYTES // (form.width * form.height * 3))
         return (places[start : start + most] for start in range(0, len(places), most))
 
-    def _fill(self, canvas: Any, level: int, places: Sequence[TilePlace], ratio: int) -> None:
-        """Tiles that other boxes need, too, are reserved: whoever needs them meanwhile waits for them."""
+    def _fill(self, target: Target, level: int, places: Sequence[TilePlace], ratio: int) -> None:
+        """Tiles that other boxes need, too, are reserved: whoever needs them meanwhile waits for them.
+
+        Args:
+            ratio: that what is kept for others is reduced by.
+        """
         wanted, mine, reserved = self._claim(level, places, ratio)
         try:
             for place, pixels in zip(mine, self._decode(level, mine, ratio, wanted), strict=True):
-                if place.tile not in wanted:
-                    _put(canvas, place, pixels, ratio)
+                held = pixels[: place.height, : place.width]
+                if place.tile not in wanted and not (place.width % ratio or place.height % ratio):
+                    target.put(held, place.x, place.y)
                     continue
-                kept = pixels if ratio == 1 else _reduced(pixels, ratio)
-                canvas[_divided(place.in_box, ratio)] = kept[_divided(place.in_tile, ratio)]
-                wanted.pop(place.tile)[1].pixels = kept
+                cells = held if ratio == 1 else _averaged(held, ratio)
+                target.put(cells, place.x, place.y, ratio)
+                if place.tile in wanted:
+                    wanted.pop(place.tile)[1].pixels = cells
         finally:
             self._publish(level, reserved, ratio)
         for place, tile in wanted.values():
-            found = self._result(level, place, tile, ratio)
-            canvas[_divided(place.in_box, ratio)] = found[_divided(place.in_tile, ratio)]
+            target.put(self._result(level, place, tile, ratio), place.x, place.y, ratio)
 
     def _claim(
         self, level: int, places: Sequence[TilePlace], ratio: int
@@ -245,8 +235,8 @@ class TileAssembler:
             with self._decoded:
                 self._decoded.wait_for(lambda: tile.is_over)
         if tile.pixels is None:  # the thread that decoded it failed, at it or at another one of its step
-            pixels = next(self._decode(level, [place], ratio, {place.tile}))
-            return pixels if ratio == 1 else _reduced(pixels, ratio)
+            pixels = next(self._decode(level, [place], ratio, {place.tile}))[: place.height, : place.width]
+            return pixels if ratio == 1 else _averaged(pixels, ratio)
         return tile.pixels
 
     def _publish(self, level: int, reserved: Sequence[_Reserved], ratio: int) -> None:
@@ -294,30 +284,10 @@ def places_under(squares: Squares, wide: int, high: int) -> set[Place]:
     }
 
 
-def _divided(part: _Part, ratio: int) -> _Part:
-    if ratio == 1:
-        return part
-    rows, columns = part
-    return (
-        slice(rows.start // ratio, rows.stop // ratio),
-        slice(columns.start // ratio, columns.stop // ratio),
-    )
-
-
-def _put(canvas: Any, place: TilePlace, pixels: Any, ratio: int) -> None:
-    """Write a tile that lies wholly in the box."""
-    if pixels.shape[:2] != (place.height, place.width):
-        pixels = pixels[place.in_tile]
-    target = canvas[_divided(place.in_box, ratio)]
-    if ratio == 1:
-        target[:] = pixels
-    else:
-        cv2.resize(pixels, target.shape[1::-1], dst=target, interpolation=cv2.INTER_AREA)
-
-
-def _reduced(pixels: NDArray[np.uint8], ratio: int) -> NDArray[np.uint8]:
-    """Whole cells averaged; the same values as of any other part that holds them."""
-    height, width = pixels.shape[0] // ratio, pixels.shape[1] // ratio
-    cells = pixels[: height * ratio, : width * ratio]
-    averaged: Any = cv2.resize(cells, (width, height), interpolation=cv2.INTER_AREA)
-    return averaged  # type: ignore[no-any-return]
+def _averaged(pixels: NDArray[np.uint8], ratio: int) -> NDArray[np.uint8]:
+    """A tile in whole cells; white is what lies beyond the level."""
+    height, width = (-(-side // ratio) for side in pixels.shape[:2])
+    box = AveragedBox(np.empty((height, width, 3), np.uint8), 0, 0, ratio)
+    box.put(pixels, 0, 0)
+    box.finish()
+    return box.canvas

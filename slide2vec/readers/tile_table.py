@@ -59,7 +59,6 @@ class TilePlace(NamedTuple):
         tile: its number in the level.
         x, y: of its top-left corner, level px.
         width, height: of what the level holds of it, px.
-        in_box, in_tile: (rows, columns) that both share, in each of them.
         is_whole: the box holds all of it, so that no neighbouring box needs it.
     """
 
@@ -68,8 +67,6 @@ class TilePlace(NamedTuple):
     y: int
     width: int
     height: int
-    in_box: tuple[slice, slice]
-    in_tile: tuple[slice, slice]
     is_whole: bool
 
 
@@ -116,25 +113,14 @@ def tile_places(
     columns = [_span(at, tile_w, right, x, width) for at in range(x // tile_w, (x + width - 1) // tile_w + 1)]
     rows = [_span(at, tile_h, bottom, y, height) for at in range(y // tile_h, (y + height - 1) // tile_h + 1)]
     return [
-        TilePlace(
-            row * across + column, left, top, wide, high, (in_y, in_x), (from_y, from_x), all_x and all_y
-        )
-        for row, top, high, in_y, from_y, all_y in rows
-        for column, left, wide, in_x, from_x, all_x in columns
+        TilePlace(row * across + column, left, top, wide, high, all_x and all_y)
+        for row, top, high, all_y in rows
+        for column, left, wide, all_x in columns
     ]
 
 
-def _span(at: int, side: int, end: int, start: int, length: int) -> tuple[int, int, int, slice, slice, bool]:
-    """Of the row or column `at` of tiles: its number, place, length inside the level, what the box and it
-    share in each of them, and whether that is all."""
+def _span(at: int, side: int, end: int, start: int, length: int) -> tuple[int, int, int, bool]:
+    """Of the row or column `at` of tiles: its number, place, length inside the level; if the box holds it."""
     first = at * side
     inside = min(side, end - first)
-    low, high = max(first, start), min(first + inside, start + length)
-    return (
-        at,
-        first,
-        inside,
-        slice(low - start, high - start),
-        slice(low - first, high - first),
-        high - low == inside,
-    )
+    return at, first, inside, start <= first and first + inside <= start + length

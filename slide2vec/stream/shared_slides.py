@@ -417,8 +417,7 @@ def _share_decoded(plans: Sequence[SlidePlan]) -> None:
             by_level.setdefault((source.reader, source.tiling.geometry.read_level), []).append(source)
     for (reader, level), sharing in by_level.items():
         if len(sharing) > 1:
-            ratios = {source.ratio for source in sharing}
-            reads = [source.squares(n) for source in sharing for n in range(len(source.blocks))]
-            shared = SharedLevel(reader, level, ratios.pop() if len(ratios) == 1 else 1, reads)
+            numbered = ((source, n) for source in sharing for n in range(len(source.blocks)))
+            shared = SharedLevel(reader, level, [(source.squares(n), source.ratio) for source, n in numbered])
             for source in sharing if shared.chunk_bytes <= MOST_CHUNK_BYTES else ():
                 source.shared = shared

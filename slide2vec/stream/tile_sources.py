@@ -253,11 +253,11 @@ class SlideSource:
     def _place_shared(
         self, shared: SharedLevel, squares: Squares, held: dict[Any, Chunk], targets: Sequence[Pixels]
     ) -> None:
-        side = squares[1] // shared.ratio
+        side = squares[1] // self.ratio
         try:
             for corner, target in zip(squares[0].tolist(), targets, strict=True):
                 tile = target if len(target) == side else np.empty((side, side, 3), np.uint8)
-                shared.cut(held, corner, tile)
+                shared.cut(held, corner, self.ratio, tile)
                 if tile is not target:
                     self._cut(tile, np.zeros((1, 2), np.int64), side, [target])
         finally:

@@ -361,38 +361,33 @@ def test_a_codec_that_imagecodecs_was_built_without(
         open_slide(as_slide(path), "tiff")
 
 
-@pytest.mark.parametrize("ratio", [1, 2, 4])
-def test_averaged_while_decoding(ratio: int, tmp_path: Path, tiffs: Any) -> None:
-    """The pixels of the whole region averaged afterwards, whoever decoded the tiles that boxes share."""
-    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+@pytest.mark.parametrize("start", [(0, 0), (1, 3), (-7, 2), (61, -5)])
+@pytest.mark.parametrize("ratio", [1, 2, 3, 4, 7])
+def test_averaged_while_decoding(ratio: int, start: tuple[int, int], tmp_path: Path, tiffs: Any) -> None:
+    """The pixels of the whole region averaged afterwards, whoever decoded tiles that boxes share, where
+    cells reach over the edges of compressed tiles and of the level."""
+    pixels = np.random.default_rng(0).integers(0, 256, (299, 401, 3), np.uint8)
     path = write(tmp_path / "a.tif", pixels, compression="zlib")
-    boxes = [(x, y) for x in range(0, 300, 100) for y in range(0, 200, 100)]
+    side, beyond = 84, 100
+    white = np.pad(pixels, ((beyond, beyond), (beyond, beyond), (0, 0)), constant_values=255)
+    boxes = [(x, y) for x in range(start[0], 401, side) for y in range(start[1], 299, side)]
     for threads in (1, 4):
         with open_slide(as_slide(path), "tiff") as reader, ThreadPoolExecutor(threads) as pool:
             assert isinstance(reader, BufferedReader)
 
             def read_into(at: tuple[int, int], reader: BufferedReader = reader) -> np.ndarray | None:
                 memory = np.zeros(31_000, np.uint8)
-                found = reader.read_into(memory, at, 0, (100, 100), ratio)
-                assert found is None or np.shares_memory(found, memory)
+                found = reader.read_into(memory, at, 0, (side, side), ratio)
+                assert found is not None and np.shares_memory(found, memory)
                 return found
 
             for (x, y), found in zip(boxes, pool.map(read_into, boxes), strict=True):
-                part = np.ascontiguousarray(pixels[y : y + 100, x : x + 100])
-                expected = part
+                expected = white[y + beyond : y + beyond + side, x + beyond : x + beyond + side]
                 if ratio > 1:
-                    side = 100 // ratio
-                    expected = cv2.resize(part, (side, side), interpolation=cv2.INTER_AREA)
-                assert found is not None
+                    size = side // ratio, side // ratio
+                    expected = cv2.resize(expected, size, interpolation=cv2.INTER_AREA)
                 np.testing.assert_array_equal(found, expected)
-            across = reader.read_into(np.zeros(31_000, np.uint8), (1, 0), 0, (100, 100), ratio)
-            assert (across is None) == (ratio > 1)  # cells of two tiles
-            outside = reader.read_into(np.zeros(31_000, np.uint8), (352, -4), 0, (100, 100), ratio)
-            assert outside is not None
-            expected = reader.read_region((352, -4), 0, (100, 100))
-            if ratio > 1:
-                expected = cv2.resize(expected, (100 // ratio, 100 // ratio), interpolation=cv2.INTER_AREA)
-            np.testing.assert_array_equal(outside, expected)
+            assert reader.read_into(np.zeros(31_000, np.uint8), (401, 0), 0, (side, side), ratio) is None
 
 
 @pytest.mark.parametrize("ratio", [1, 2])

@@ -72,17 +72,17 @@ def blocks(side: int, *, start: int = 0, end: int = 0, step: int = 0) -> list[Sq
     return [(np.array([(x, y) for y in part], np.int64), side) for x in xs for part in column]
 
 
-def tiles_of(level: SharedLevel, squares: Squares) -> list[np.ndarray]:
+def tiles_of(level: SharedLevel, squares: Squares, ratio: int = 1) -> list[np.ndarray]:
     held = level.fetch(squares)
-    side = squares[1] // level.ratio
+    side = squares[1] // ratio
     tiles = [np.full((side, side, 3), 7, np.uint8) for _ in squares[0]]
     for corner, tile in zip(squares[0].tolist(), tiles, strict=True):
-        level.cut(held, corner, tile)
+        level.cut(held, corner, ratio, tile)
     level.done(held)
     return tiles
 
 
-def expected(corner: np.ndarray, side: int, ratio: int) -> np.ndarray:
+def expected(corner: np.ndarray, side: int, ratio: int = 1) -> np.ndarray:
     """Cut out of the picture, white beyond it, and averaged by OpenCV."""
     x, y = corner.tolist()
     padded = np.pad(PIXELS, ((64, 64), (64, 64), (0, 0)), constant_values=255)
@@ -99,10 +99,10 @@ def test_tiles_of_all_sizes_are_cut_from_what_is_decoded_once(
     reader: HostTileReader, decoded: list[int], ratio: int, threads: int
 ) -> None:
     reads = [*blocks(14), *blocks(28), *blocks(44, step=22)]
-    level = SharedLevel(reader, 0, ratio, reads)
-    assert level.ratio == ratio and level.chunk_bytes == (3 * TILE) ** 2 * 3
+    level = SharedLevel(reader, 0, [(squares, ratio) for squares in reads])
+    assert level.chunk_bytes == (3 * TILE) ** 2 * 3
     with ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(lambda squares: tiles_of(level, squares), reads))
+        found = list(pool.map(lambda squares: tiles_of(level, squares, ratio), reads))
     for (corners, side), tiles in zip(reads, found, strict=True):
         for corner, tile in zip(corners, tiles, strict=True):
             np.testing.assert_array_equal(tile, expected(corner, side, ratio))
@@ -117,22 +117,44 @@ def test_tiles_of_all_sizes_are_cut_from_what_is_decoded_once(
     assert level.kept_bytes == 0 and level._free  # all was given back, to be used again
 
 
-@pytest.mark.parametrize("start, end", [(-4, 20), (1, 0), (0, 18)])
-def test_what_lies_beyond_the_level_is_white_and_cells_over_edges_are_not_averaged(
-    reader: HostTileReader, start: int, end: int
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("ratio", [2, 3, 4, 5])
+def test_cells_may_begin_anywhere_and_reach_over_all_edges(
+    reader: HostTileReader, decoded: list[int], ratio: int, threads: int
 ) -> None:
-    """203 px are no whole number of cells, and cells that begin at odd pixels lie in two compressed tiles."""
-    reads = blocks(20, start=start, end=end)
-    level = SharedLevel(reader, 0, 2, reads)
-    assert level.ratio == 1
-    for corners, side in reads:
-        for corner, tile in zip(corners, tiles_of(level, (corners, side)), strict=True):
-            np.testing.assert_array_equal(tile, expected(corner, side, 1))
+    """Of compressed tiles, of chunks, and of the level, for several grids, sizes and ratios at once."""
+    reads = [
+        *((squares, ratio) for squares in blocks(4 * ratio, start=1)),
+        *((squares, ratio) for squares in blocks(7 * ratio, start=1, end=20, step=3 * ratio)),
+        *((squares, ratio) for squares in blocks(5 * ratio, start=-4, end=20)),
+        *((squares, 1) for squares in blocks(20, start=-3, end=20)),
+        (np.array([(0, 1), (1, 0), (1, 1), (ratio, ratio)], np.int64), 6 * ratio),
+    ]
+    reads[-1] = reads[-1], ratio  # squares whose cells begin differently
+    level = SharedLevel(reader, 0, reads)
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(lambda read: tiles_of(level, *read), reads))
+    for ((corners, side), reduced), tiles in zip(reads, found, strict=True):
+        for corner, tile in zip(corners, tiles, strict=True):
+            np.testing.assert_array_equal(tile, expected(corner, side, reduced))
+    assert len(decoded) == -(-WIDTH // TILE) * -(-HEIGHT // TILE)
+    assert level.kept_bytes == 0 and not level._chunks and level._free
+
+
+def test_chunks_hold_only_the_averages_that_are_needed_there(reader: HostTileReader) -> None:
+    at = np.array([(0, 0)], np.int64), 12
+    odd = np.array([(151, 1)], np.int64), 12
+    level = SharedLevel(reader, 0, [(at, 2), (odd, 2)])
+    held = level.fetch(at)
+    assert [list(chunk.parts) for chunk in held.values()] == [[(2, 0, 0)]]
+    assert level.kept_bytes == level.chunk_bytes == (6 * TILE) ** 2 * 3 // 4
+    level.done(held)
+    assert level.kept_bytes == 0
 
 
 def test_squares_that_lie_wholly_beyond_the_level_are_white(reader: HostTileReader) -> None:
     squares = np.array([(WIDTH + 5, 0), (-40, 4), (4, 4 * HEIGHT)], np.int64), 20
-    found = tiles_of(SharedLevel(reader, 0, 1, [squares]), squares)
+    found = tiles_of(SharedLevel(reader, 0, [(squares, 1)]), squares)
     assert all((tile == 255).all() for tile in found)
 
 
@@ -140,7 +162,7 @@ def test_tiles_that_the_file_leaves_out_are_white_in_memory_that_is_used_again(t
     reads = [(np.array([(x, 0)], np.int64), 16) for x in (0, 3 * TILE)]
     with open_slide(as_slide(write(tmp_path / "a.tif", left_out=3)), "tiff") as reader:
         assert isinstance(reader, HostTileReader)
-        level = SharedLevel(reader, 0, 1, reads)
+        level = SharedLevel(reader, 0, [(squares, 1) for squares in reads])
         assert not (tiles_of(level, reads[0])[0] == 255).all() and len(level._free) == 1
         assert (tiles_of(level, reads[1])[0] == 255).all() and len(level._free) == 1
 
@@ -149,11 +171,11 @@ def test_what_is_kept_has_an_end_and_is_decoded_again(
     reader: HostTileReader, decoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = blocks(16) * 2
-    level, most = SharedLevel(reader, 0, 1, reads), 0
+    level, most = SharedLevel(reader, 0, [(squares, 1) for squares in reads]), 0
     monkeypatch.setattr(shared_level, "KEPT_FOR_OTHERS_BYTES", 4 * level.chunk_bytes)
     for corners, side in reads:
         for corner, tile in zip(corners, tiles_of(level, (corners, side)), strict=True):
-            np.testing.assert_array_equal(tile, expected(corner, side, 1))
+            np.testing.assert_array_equal(tile, expected(corner, side))
         most = max(most, level.kept_bytes)
     assert most == 4 * level.chunk_bytes
     assert len(decoded) > sum(len(corners) for corners, _ in reads[: len(reads) // 2])
@@ -165,7 +187,7 @@ def test_who_waits_for_what_another_thread_fails_at_fails_by_itself(
     squares = np.array([(0, 0), (50, 0)], np.int64), 40
     with open_slide(as_slide(write(tmp_path / "a.tif", damage=1)), "tiff") as reader:
         assert isinstance(reader, HostTileReader)
-        level = SharedLevel(reader, 0, 1, [squares] * 3)
+        level = SharedLevel(reader, 0, [(squares, 1)] * 3)
         filling, started, go = HostTileReader.fill, threading.Event(), threading.Event()
 
         def slow(*args: Any) -> None:
