@@ -15,7 +15,7 @@ import pytest
 import tifffile
 
 from slide2vec.errors import BackendError, ExtraMissingError, SlideOpenError, SlideReadError
-from slide2vec.readers import backends, codecs, open_slide, tile_check
+from slide2vec.readers import backends, codecs, open_slide, recheck
 from slide2vec.slides import as_slide
 
 TILE = 64  # of the files that `tiffs` writes
@@ -379,7 +379,7 @@ def test_without_the_decoder_that_notices_damage(
     path = tiffs.write_jpeg(tmp_path / "a.tif", [tiffs.picture()])
     with open_slide(as_slide(path), "openslide") as reader:
         expected = reader.read_region((0, 0), 0, (200, 200))
-    for module in (tile_check, codecs):
+    for module in (recheck, codecs):
         find = module.find_spec
         monkeypatch.setattr(
             module, "find_spec", lambda name, f=find: None if name == "simplejpeg" else f(name)
