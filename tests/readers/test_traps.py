@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
+from PIL import Image
 
 from slide2vec.errors import BackendError, ExtraMissingError, SlideOpenError, SlideReadError
 from slide2vec.readers import backends, codecs, open_slide, recheck
@@ -48,8 +50,15 @@ def cut_short(tiles: list[bytes]) -> None:
     tiles[DAMAGED] = tiles[DAMAGED][:half] + bytes(len(tiles[DAMAGED]) - half)
 
 
+def smaller(tiles: list[bytes]) -> None:
+    """A sound JPEG of half the width."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (TILE // 2, TILE)).save(buffer, "JPEG", quality=90)
+    tiles[DAMAGED] = buffer.getvalue()
+
+
 @pytest.mark.parametrize("backend", JPEG_READERS)
-@pytest.mark.parametrize("damage", [zeros, no_header, bad_table, cut_short])
+@pytest.mark.parametrize("damage", [zeros, no_header, bad_table, cut_short, smaller])
 def test_a_damaged_jpeg_tile_is_an_error(
     damage: Callable[[list[bytes]], None], backend: str, tmp_path: Path, tiffs: Any
 ) -> None:
