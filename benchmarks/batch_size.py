@@ -1,7 +1,7 @@
 """Tiles per forward pass on this machine's CPU: `python -m benchmarks.batch_size`.
 
 Runs every batch size in turns over random tensors and prints the median tiles/s of each, for a ViT-S
-and for wavelet scattering. `slide2vec.runtime.batch_size_for` takes its default from it.
+and for wavelet scattering. `slide2vec.compile.batch_size.batch_size_for` takes its default from it.
 """
 
 from __future__ import annotations

@@ -32,11 +32,11 @@ import torch
 from benchmarks.common import RESULTS, generated, installed
 from benchmarks.gpu_report import report
 from slide2vec import ExecutionOptions, Model, PreprocessingConfig
+from slide2vec.compile.batch_size import batch_size_for
 from slide2vec.cpus import job_cpus
 from slide2vec.errors import Slide2VecError
 from slide2vec.prepare import choose_preparer
 from slide2vec.progress import NullReporter, RunFinished, RunSummary, activate_progress_reporter
-from slide2vec.runtime import batch_size_for
 from slide2vec.slides import Slide
 from slide2vec.stream import SlidePlan, plan_slide
 from slide2vec.stream.decode_paths import DECODE_PATHS, DeviceTransfer

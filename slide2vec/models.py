@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
 from slide2vec.aggregate.gather import check_on_error, embed_in_order
 from slide2vec.artifacts.places import tell_what_is_not_written
-from slide2vec.cohort.kept_tiles import TileScratch, tile_scratch, tiles_wanted
+from slide2vec.cohort.kept_tiles import TileScratch, tile_scratch
+from slide2vec.cohort.scratch_room import tiles_wanted
 from slide2vec.cohort.side_by_side import run_side_by_side
 from slide2vec.cohort.sink import MemorySink, aggregated_outcome
 from slide2vec.config import ExecutionOptions, MaskSamplingConfig, PreprocessingConfig
@@ -200,6 +201,18 @@ class Models(Mapping[str, Model]):
             groups.setdefault(_tiles_key(model, configs[name], execution), []).append(name)
         return [sorted(names, key=lambda name: self[name].level != "tile") for names in groups.values()]
 
+    def in_memory(
+        self, configs: Mapping[str, PreprocessingConfig], execution: ExecutionOptions
+    ) -> list[list[str]]:
+        """Names of those that fit into memory together, in groups that take turns: now, as `prepare` decides.
+
+        Args:
+            configs: of each model, resolved.
+        """
+        return _fitting(
+            self, execution, {name: config.requested_tile_size_px for name, config in configs.items()}
+        )
+
     def prepare(
         self, slides: Sequence[Slide], configs: Mapping[str, PreprocessingConfig], execution: ExecutionOptions
     ) -> list[list[str]]:
@@ -211,7 +224,7 @@ class Models(Mapping[str, Model]):
             configs: of each model, resolved.
         """
         sizes = {name: config.requested_tile_size_px for name, config in configs.items()}
-        groups = _fitting(self, execution, sizes)
+        groups = self.in_memory(configs, execution)
         for name, model in self.items():
             model.decide_engine(slides, configs[name], execution)
             if len(groups) > 1:

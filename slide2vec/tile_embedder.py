@@ -21,7 +21,7 @@ from slide2vec.compile import (
     offer_bf16,
     select_engine,
 )
-from slide2vec.compile.batch_size import bytes_per_tile, fitting_batch_size
+from slide2vec.compile.batch_size import batch_size_for, bytes_per_tile, fitting_batch_size
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.encoders.input_size import for_input
 from slide2vec.encoders.late import AnyEncoder, LateEncoder, weights_bytes
@@ -29,7 +29,7 @@ from slide2vec.errors import EngineError
 from slide2vec.prepare import choose_preparer
 from slide2vec.progress import active_reporter
 from slide2vec.recipes import Recipe
-from slide2vec.runtime import batch_size_for, resolve_precision
+from slide2vec.runtime import resolve_precision
 from slide2vec.slides import Slide
 from slide2vec.stream import (
     SlideOutcome,

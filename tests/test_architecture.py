@@ -238,7 +238,7 @@ NOT_FOR_THE_CORE = {
 }
 NOT_FOR_THE_CORE |= {"settings", "synthetic", "tile_embedder"}
 #: Lines of the core, docstrings included. Make it smaller before you make this larger.
-MOST_CORE_LINES = 13_600
+MOST_CORE_LINES = 13_500
 #: Subcommands are named after what they do, as the modules that do it may be.
 NAMED_AFTER_SUBCOMMANDS = {"cli"}
 

@@ -15,14 +15,15 @@ from slide2vec.estimate import (
     HARDWARE,
     Output,
     Trial,
-    _Enough,
-    _Stopwatch,
     count_tiles,
+    in_turns,
     on_hardware,
+    reading_seconds,
     seconds_for,
     tried,
     with_build,
 )
+from slide2vec.estimate.trial import _Enough, _Stopwatch
 from slide2vec.progress import RunStarted, SlidePlanned, TilesEncoded
 from slide2vec.slides import Slide
 
@@ -79,6 +80,48 @@ def test_encoders_of_one_device_take_turns() -> None:
     assert seconds_for({}, {}, {}) == 0.0
     with pytest.raises(ConfigError, match="speed of a must be above 0"):
         seconds_for({"a": 1}, {"a": Trial(0.0)}, {"a": "cpu"})
+
+
+def test_groups_begin_one_after_the_other() -> None:
+    tiles = {"a": 1000, "b": 300, "c": 50}
+    trials = {"a": Trial(10.0, 2.0), "b": Trial(3.0, 5.0, 20.0), "c": Trial(1.0, 7.0)}
+    devices = {"a": "cuda:0", "b": "cuda:1", "c": "cuda:0"}
+    assert seconds_for(tiles, trials, devices, [["a", "b"], ["c"]]) == 20 + (5 + 100) + (7 + 50)
+
+
+def test_what_groups_read_and_what_waits_for_them(slides: list[Slide]) -> None:
+    outputs = {
+        "a": Output(CONFIG, 10),
+        "other": Output(CONFIG.updated(requested_tile_size_px=96), 10),
+        "b": Output(CONFIG, 5),
+        "slide": Output(CONFIG, 5, keeps_tiles=False),
+    }
+    found = list(count_tiles(slides, outputs, 2))
+    size = [each.tiles["a"] * 3 * 64**2 for each in found]
+    groups = [["a", "other"], ["b"], ["slide"]]
+    room = ExecutionOptions(scratch_dir=Path("scratch"), scratch_gb=size[0] / 1e9)
+    turns = in_turns(found, outputs, groups, room, {"slide"})
+    first, second = (each.slide.sample_id for each in found)
+    assert turns.bytes == turns.bytes_of[first] == size[0] and turns.folder == Path("scratch")
+    assert turns.from_scratch == {first: 1} and turns.decoded_again == {second: 1}
+    once, again = found[1].read_by(["a", "other"]), found[1].read_by(["b"])
+    assert 0 < again <= once
+    assert turns.read_bytes == {first: found[0].read_by(["a", "other"]), second: once + again}
+    # 10 ms a tile of 64 px are spared, less a 12th of the 33 µs and 50 µs of one of 224 px
+    cost = (33e-6 + 50e-6) * (64 / 224) ** 2
+    saved = found[0].tiles["a"] * (10e-3 - cost) / 2
+    assert turns.saved_seconds({(0.5, 64): 10e-3}, 2) == pytest.approx(saved)
+    none = in_turns(found, outputs, groups, room.updated(scratch_gb=0))
+    assert none.folder is None and none.decoded_again == {first: 2, second: 2}
+    assert none.saved_seconds({}, 2) == 0
+
+
+def test_reading_is_timed_by_itself(slides: list[Slide]) -> None:
+    ticks = iter(range(1000))
+    blocks = CONFIG.updated(use_supertiles=False)  # of a tile
+    assert reading_seconds(slides, blocks, 8, lambda: next(ticks)) == 1.0
+    assert next(ticks) == 1 + 2 * 8  # the first block is not counted
+    assert reading_seconds([], blocks, 8) is None
 
 
 def test_engines_are_built_in_turn_and_starts_go_together() -> None:

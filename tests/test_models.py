@@ -22,9 +22,11 @@ from slide2vec.cohort import slide_writer
 from slide2vec.cohort.process_list import read_process_list
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.errors import ConfigError, OutputError
+from slide2vec.estimate import Output, count_tiles, in_turns
 from slide2vec.models import placed_on
 from slide2vec.progress import NullReporter, ProgressEvent, SlideFailed, activate_progress_reporter
 from slide2vec.readers import decoders
+from slide2vec.slides import as_slide
 from slide2vec.stream import Stream, shared_slides
 from slide2vec.stream.tile_sources import SlideSource
 from slide2vec.tiling import tile
@@ -286,6 +288,11 @@ def test_decoded_tiles_wait_for_the_next_group(
     assert (counts["decode_tile"] - once["decode_tile"] < alone["decode_tile"] / 2) == (not again)
     said = f"slides were read 2 times ({2 - again} from the scratch, {again} decoded again), for first, then"
     assert result.summary is not None and said in str(result.summary)
+    outputs = {name: Output(CONFIG, 10) for name in two}
+    found = list(count_tiles([as_slide(path) for path in slides[:2]], outputs, 2))
+    told = in_turns(found, outputs, two.in_memory(dict.fromkeys(two, CONFIG), execution), execution)
+    assert tuple(" + ".join(group) for group in told.groups) == result.summary.readings
+    assert (told.from_scratch.total(), told.decoded_again.total()) == (2 - again, again)
     assert list((tmp_path / "scratch").iterdir()) == []
     ours, theirs = files_of(tmp_path / "many"), files_of(tmp_path / "one")
     for name in [name for name in theirs if name == "process_list.csv" or name.endswith("config.yaml")]:

@@ -25,8 +25,8 @@ from torch import Tensor
 from benchmarks.common import generated
 from benchmarks.gpu import Row, decode, in_a_row, model_of, planned, wait
 from slide2vec.compile import BuildOptions, EngineStore, build_engine
+from slide2vec.compile.batch_size import batch_size_for
 from slide2vec.compile.export_module import torch_engine
-from slide2vec.runtime import batch_size_for
 from slide2vec.runtime.base import Engine
 from slide2vec.runtime.loading import load_engine
 from slide2vec.runtime.torch_engine import TorchEngine

@@ -24,7 +24,7 @@ from slide2vec.errors import (
 )
 from slide2vec.manifests import SlidesLike, given_slides
 from slide2vec.recipes import Level
-from slide2vec.runtime.threads import torch_threads
+from slide2vec.runtime.device import torch_threads
 from slide2vec.slides import Slide
 from slide2vec.stream import SlideOutcome
 

@@ -12,7 +12,7 @@ from slide2vec.cpus import Budget
 from slide2vec.embedded import EmbeddedSlide
 from slide2vec.encoders.slide import TileBag
 from slide2vec.errors import NotFiniteError, Slide2VecError, SlideError
-from slide2vec.runtime.threads import torch_threads
+from slide2vec.runtime.device import torch_threads
 
 __all__ = ["with_slide_embedding"]
 

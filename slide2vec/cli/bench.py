@@ -69,12 +69,12 @@ def bench(
 ) -> None:
     """Compare runtimes, precisions and batch sizes; engines that are missing are built, and kept."""
     from slide2vec.compile import EngineStore
+    from slide2vec.compile.batch_size import batch_size_for
     from slide2vec.compile.bench import measure
     from slide2vec.compile.comparison_tiles import tissue_pixels
     from slide2vec.cpus import Budget
     from slide2vec.model import Model
     from slide2vec.recipes import load_recipe
-    from slide2vec.runtime import batch_size_for
 
     load_recipe(preset)
     _check("--runtime", runtimes, get_args(Runtime))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from slide2vec.choices import RUNTIMES, CompiledRuntime
-from slide2vec.runtime.tensorrt.targets import TARGETS, target_of
+from slide2vec.runtime.tensorrt.available import TARGETS, target_of
 
 __all__ = ["missing_command", "runtimes"]
 

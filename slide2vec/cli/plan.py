@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,20 +25,18 @@ from slide2vec.cli.console import (
     SlidesDir,
     Sthresh,
     TissueThreshold,
-    facts,
     given,
     note,
     print_json,
-    stdout,
-    table,
     tissue_options,
 )
 from slide2vec.cli.embed import TrustRemoteCode
+from slide2vec.cli.plan_output import described, print_tables, write_csv
 from slide2vec.errors import ConfigError
 
 if TYPE_CHECKING:
     from slide2vec.config import ExecutionOptions, PreprocessingConfig
-    from slide2vec.estimate import SlideEstimate, Trial
+    from slide2vec.estimate import InTurns, Output, SlideEstimate, Trial
     from slide2vec.models import Models
     from slide2vec.recipes import Recipe
     from slide2vec.slides import Slide
@@ -48,6 +45,8 @@ __all__ = ["plan"]
 
 #: Seconds that the encoder is tried for, where its speed is not given.
 TRIAL_S = 10.0
+#: Seconds that reading is tried for, where tiles wait in the scratch.
+READING_S = 1.0
 
 
 def plan(
@@ -104,6 +103,13 @@ def plan(
     encoders_gb: Annotated[
         float | None, typer.Option(help="GB of memory for several encoders at once [0.7 of what is free].")
     ] = None,
+    scratch_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where decoded tiles wait for presets that take turns [TMPDIR]."),
+    ] = None,
+    scratch_gb: Annotated[
+        float | None, typer.Option(help="GB they may take; 0: none wait [half of what is free].")
+    ] = None,
     allow_non_recommended_settings: Annotated[
         bool, typer.Option("--allow-non-recommended-settings", help="Other spacings and tile sizes.")
     ] = False,
@@ -121,7 +127,7 @@ def plan(
     from slide2vec.cli.inputs import find_slides
     from slide2vec.config import ExecutionOptions, PreprocessingConfig
     from slide2vec.cpus import job_cpus
-    from slide2vec.estimate import Trial, count_tiles
+    from slide2vec.estimate import Trial, count_tiles, in_turns
     from slide2vec.recipes import load_recipe
     from slide2vec.settings import preset_names
 
@@ -143,7 +149,12 @@ def plan(
         ),
     )
     execution = ExecutionOptions(
-        engine=engine, precision=precision, batch_size=batch_size, encoders_gb=encoders_gb
+        engine=engine,
+        precision=precision,
+        batch_size=batch_size,
+        encoders_gb=encoders_gb,
+        scratch_dir=scratch_dir,
+        scratch_gb=scratch_gb,
     )
     found = find_slides(
         slides,
@@ -159,9 +170,10 @@ def plan(
     counting = time.perf_counter() - counting
     tiles = {name: sum(each.tiles.get(name, 0) for each in estimates) for name in names}
     if output is not None:
-        _write_csv(output, estimates, names)
+        write_csv(output, estimates, names)
     trials = {name: Trial(each) for name, each in zip(names, speed or (), strict=False)}
     devices = dict.fromkeys(names, "this machine")
+    groups = _groups(recipes, execution, device)
     if not trials and trial:
         models = _models(
             names,
@@ -174,18 +186,35 @@ def plan(
         )
         loading = time.perf_counter() - began - counting  # which a run does, too
         devices = {name: str(model.device) for name, model in models.items()}
-        slides_with_tiles = [each.slide for each in estimates if any(each.tiles.values())]
+        if len(names) > 1:
+            groups = models.in_memory({name: each.config for name, each in outputs.items()}, execution)
         trials = {
-            name: replace(each, start_s=each.start_s + loading)
-            for name, each in _tried(models, slides_with_tiles, tiles, asked, execution).items()
+            name: replace(each, start_s=each.start_s + loading * (name in groups[0]))
+            for name, each in _tried(models, _with_tiles(estimates), tiles, asked, execution).items()
         }
-    groups = _groups(recipes, execution, device)
-    rows = list(_machines(tiles, trials, devices, _gflops(recipes), per_hour, given_speeds=bool(speed)))
+    turns = saved_s = None
+    if len(groups) > 1:
+        turns = in_turns(estimates, outputs, groups, execution, _taking_over(recipes, outputs))
+        saved_s = _saved(turns, estimates, outputs, device, is_tried=trial and not speed)
+        if output is not None:
+            write_csv(output, estimates, names, turns)
+    rows = list(
+        _machines(
+            tiles,
+            trials,
+            devices,
+            _gflops(recipes),
+            per_hour,
+            given_speeds=bool(speed),
+            groups=groups,
+            saved_s=saved_s or 0.0,
+        )
+    )
     failed = [each for each in estimates if each.errors]
     if as_json:
-        print_json(_as_json(estimates, tiles, trials, rows, groups))
+        print_json(described(estimates, tiles, trials, rows, groups, turns, saved_s))
     else:
-        _print(estimates, tiles, trials, rows, groups, output)
+        print_tables(estimates, tiles, trials, rows, turns, saved_s, output)
     if failed:
         raise typer.Exit(1)
 
@@ -263,6 +292,8 @@ def _machines(
     per_hour: float | None,
     *,
     given_speeds: bool = False,
+    groups: Sequence[Sequence[str]] = (),
+    saved_s: float = 0.0,
 ) -> Iterator[dict[str, Any]]:
     """Hours, energy and price on this machine and on known GPUs."""
     from slide2vec.estimate import HARDWARE, LEAST_GFLOPS, on_hardware, seconds_for
@@ -281,123 +312,13 @@ def _machines(
     if tiles.keys() <= trials.keys():
         yield row(
             "this machine",
-            seconds_for(tiles, trials, devices),
+            max(0.0, seconds_for(tiles, trials, devices, groups) - saved_s),
             None,
             "speeds as given" if given_speeds else "tried just now",
         )
     if min(gflops.values()) >= LEAST_GFLOPS:
         for gpu in HARDWARE:
             yield row(gpu.name, on_hardware(gpu, tiles, gflops), gpu.watts, gpu.source)
-
-
-def _write_csv(path: Path, estimates: Sequence[SlideEstimate], names: Sequence[str]) -> None:
-    from slide2vec.files import atomic_path
-
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        lines = csv.writer(file)
-        lines.writerow(
-            [
-                "sample_id",
-                "image_path",
-                *(f"tiles_{name}" for name in names),
-                "read_bytes",
-                "written_bytes",
-                "error",
-            ]
-        )
-        for each in estimates:
-            errors = "; ".join(dict.fromkeys(str(error) for error in each.errors.values()))
-            counts = [each.tiles.get(name, "") for name in names]
-            sizes = each.read_bytes, each.written_bytes
-            lines.writerow([each.slide.sample_id, each.slide.image_path, *counts, *sizes, errors])
-
-
-def _as_json(
-    estimates: Sequence[SlideEstimate],
-    tiles: Mapping[str, int],
-    trials: Mapping[str, Trial],
-    rows: Sequence[Mapping[str, Any]],
-    groups: Sequence[Sequence[str]],
-) -> dict[str, Any]:
-    return {
-        "slides": [
-            {
-                "sample_id": each.slide.sample_id,
-                "image_path": each.slide.image_path,
-                "tiles": dict(each.tiles),
-                "read_bytes": each.read_bytes,
-                "written_bytes": each.written_bytes,
-                "errors": {name: str(error) for name, error in each.errors.items()},
-            }
-            for each in estimates
-        ],
-        "tiles": dict(tiles),
-        "tiles_per_s": {name: trial.tiles_per_s for name, trial in trials.items()},
-        "start_s": {name: trial.start_s for name, trial in trials.items()},
-        "build_s": {name: trial.build_s for name, trial in trials.items()},
-        "machines": list(rows),
-        "groups": [list(names) for names in groups],
-    }
-
-
-def _print(
-    estimates: Sequence[SlideEstimate],
-    tiles: Mapping[str, int],
-    trials: Mapping[str, Trial],
-    rows: Sequence[Mapping[str, Any]],
-    groups: Sequence[Sequence[str]],
-    output: Path | None,
-) -> None:
-    from rich.text import Text
-
-    console = stdout()
-    failed = [each for each in estimates if each.errors]
-    heads = ("encoder", "slides", "tiles", "a slide", "tiles/s encoding")
-    cells = []
-    for name, count in tiles.items():
-        planned = sum(name in each.tiles for each in estimates)
-        here = f"{trials[name].tiles_per_s:,.1f}" if name in trials else ""
-        cells.append((name, f"{planned:,}", f"{count:,}", f"{count / max(1, planned):,.0f}", here))
-    console.print(table(heads, cells, numbers=heads[1:]))
-    console.print(
-        facts(
-            [
-                ("to read", f"about {_size(sum(each.read_bytes for each in estimates))}{_times(groups)}"),
-                ("to write", f"about {_size(sum(each.written_bytes for each in estimates))}"),
-                *([] if output is None else [("per slide", str(output))]),
-            ]
-        )
-    )
-    console.print()
-    columns = ("on", "takes", "tiles/s in all", "kWh", "price", "source")
-    machines = [
-        (
-            row["machine"],
-            _duration(row["hours"]),
-            "" if row["tiles_per_s"] is None else f"{row['tiles_per_s']:,.0f}",
-            "not measured" if row["kwh"] is None else f"{row['kwh']:,.2f}",
-            "" if row["price"] is None else f"{row['price']:,.2f}",
-            row["source"],
-        )
-        for row in rows
-    ]
-    console.print(table(columns, machines, numbers=columns[1:-1]))
-    if len(rows) > 1:
-        console.print(
-            Text("GPUs: one of them, encoding alone; where reading is slower it takes longer.", "dim")
-        )
-    if failed:
-        console.print()
-        console.print(Text(f"{len(failed):,} of {len(estimates):,} slides cannot be planned", "bold red"))
-        rest = [(each.slide.sample_id, str(next(iter(each.errors.values())))) for each in failed[:50]]
-        console.print(table(("slide", "error"), rest))
-
-
-def _times(groups: Sequence[Sequence[str]]) -> str:
-    """How often, where encoders do not fit into memory together."""
-    if len(groups) < 2:
-        return ""
-    return f", {len(groups)} times: for {', then for '.join(' + '.join(names) for names in groups)}"
 
 
 def _groups(
@@ -411,16 +332,41 @@ def _groups(
     return groups_of_presets(dict.fromkeys(recipes, device), execution)
 
 
-def _duration(hours: float) -> str:
-    if hours >= 1:
-        return f"{hours:,.{0 if hours >= 10 else 1}f} h"
-    return f"{60 * hours:.0f} min" if hours >= 1 / 30 else f"{3600 * hours:.0f} s"
+def _taking_over(recipes: Mapping[str, Recipe], outputs: Mapping[str, Output]) -> set[str]:
+    """Encoders of slides and patients whose tile encoder is asked for, too: they take over its embeddings."""
+    kept = [
+        (recipe.reference, outputs[name].config) for name, recipe in recipes.items() if recipe.level == "tile"
+    ]
+    return {
+        name
+        for name, recipe in recipes.items()
+        if recipe.level != "tile" and (_tile_recipe(recipe).reference, outputs[name].config) in kept
+    }
 
 
-def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:,.3g} {unit}"
-        size /= 1000
-    return f"{size:,.3g} TB"
+def _with_tiles(estimates: Sequence[SlideEstimate]) -> list[Slide]:
+    return [each.slide for each in estimates if any(each.tiles.values())]
+
+
+def _saved(
+    turns: InTurns,
+    estimates: Sequence[SlideEstimate],
+    outputs: Mapping[str, Output],
+    device: str | None,
+    *,
+    is_tried: bool,
+) -> float | None:
+    """Seconds that the scratch saves here; None where reading goes on beside the encoding."""
+    from slide2vec.cpus import job_cpus
+    from slide2vec.estimate import reading_seconds
+    from slide2vec.runtime import pick_device
+
+    if pick_device(device).type != "cpu":
+        return None
+    decoding = {}
+    for output in outputs.values():
+        tiles = output.config.requested_spacing_um, output.config.requested_tile_size_px
+        if is_tried and tiles in turns.tiles_taken and tiles not in decoding:
+            note(f"reading tiles of {tiles[1]} px for {READING_S:g} s …")
+            decoding[tiles] = reading_seconds(_with_tiles(estimates), output.config, READING_S)
+    return turns.saved_seconds(decoding, job_cpus())

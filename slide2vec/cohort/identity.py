@@ -27,11 +27,11 @@ from slide2vec.cohort.results import Artifact
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import ArtifactError, ConfigError, ManifestError, TilingError
 from slide2vec.readers.fingerprint import same_content
-from slide2vec.readers.known_misreads import READING
 from slide2vec.slides import Slide
 from slide2vec.stream import coordinates_dir
 from slide2vec.stream.slide_identity import Identities, SlideIdentity
 from slide2vec.tiling import Tiling, load_coordinates
+from slide2vec.tiling.known_misreads import READING
 from slide2vec.tiling.previous_files import recorded_qc
 from slide2vec.tiling.tissue_methods import checkpoint_of
 

@@ -8,47 +8,36 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import shutil
-import tempfile
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slide2vec.config import ExecutionOptions, PreprocessingConfig
+from slide2vec.cohort.scratch_room import Tiles, has_room, scratch_folder, scratch_limit, tile_bytes
+from slide2vec.config import ExecutionOptions
 from slide2vec.errors import ConfigError, SlideReadError
-from slide2vec.files.scratch import is_in_memory, private_folder
+from slide2vec.files.scratch import private_folder
 from slide2vec.geometry import TileGeometry
 from slide2vec.readers.fingerprint import FileIdentity
-from slide2vec.slides import Slide
 from slide2vec.stream.cuda_streams import DeviceStream
 from slide2vec.stream.plan import SlidePlan
 from slide2vec.stream.tile_sources import TileSource
 from slide2vec.stream.transfer import TileTransfer
 from slide2vec.tiling import Tiling
 
-__all__ = ["TileScratch", "tile_scratch", "tiles_wanted"]
+__all__ = ["TileScratch", "tile_scratch"]
 
 logger = logging.getLogger(__name__)
 
 #: By which road the pixels of a kept slide come, in summaries.
 FROM_SCRATCH = "scratch"
-
-#: sample_id, µm/px and side of the tiles.
-_Tiles: TypeAlias = tuple[str, float | None, int | None]
-
-
-def tiles_wanted(config: PreprocessingConfig, slides: Iterable[Slide]) -> set[_Tiles]:
-    """Of which slides an encoder takes which tiles."""
-    asked = config.requested_spacing_um, config.requested_tile_size_px
-    return {(slide.sample_id, *asked) for slide in slides}
 
 
 @contextmanager
@@ -63,20 +52,18 @@ def tile_scratch(execution: ExecutionOptions, turns: int) -> Iterator[TileScratc
     """
     name = "stage_dir" if execution.scratch_dir is None else "scratch_dir"
     given = execution.scratch_dir or execution.stage_dir
-    folder = given or Path(tempfile.gettempdir())
-    if turns < 2 or execution.scratch_gb == 0:
-        yield None
-        return
-    if given is None and is_in_memory(folder):
-        logger.info(
-            "decoded tiles are not kept: %s is in memory; scratch_dir takes a folder on a disk", folder
-        )
+    folder, is_kept = scratch_folder(execution)
+    if turns < 2 or not is_kept:
+        if turns > 1 and execution.scratch_gb != 0:
+            logger.info(
+                "decoded tiles are not kept: %s is in memory; scratch_dir takes a folder on a disk", folder
+            )
         yield None
         return
     with ExitStack() as stack:
         try:
             own = stack.enter_context(private_folder(folder))
-            free = shutil.disk_usage(own).free
+            limit = scratch_limit(execution, own)
         except OSError as error:
             why = f"{folder} cannot be written to ({error.strerror or error})"
             if given is not None:
@@ -87,7 +74,6 @@ def tile_scratch(execution: ExecutionOptions, turns: int) -> Iterator[TileScratc
             logger.warning("decoded tiles are not kept: %s", why)
             yield None
             return
-        limit = free // 2 if execution.scratch_gb is None else int(execution.scratch_gb * 1e9)
         yield TileScratch(own, limit)
 
 
@@ -102,19 +88,19 @@ class TileScratch:
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self._folder, self._limit = folder, limit_bytes
         self._lock = threading.Lock()
-        self._kept: dict[_Tiles, _Kept] = {}
-        self._later: Collection[_Tiles] = ()
+        self._kept: dict[Tiles, _Kept] = {}
+        self._later: Collection[Tiles] = ()
         self._used = self._files = self._turn = 0
         #: Slides that this turn has read, and those that an earlier one has.
         self._read, self._read_before = set[str](), set[str]()
-        self._taken, self._again = set[tuple[int, _Tiles]](), set[tuple[int, _Tiles]]()
+        self._taken, self._again = set[tuple[int, Tiles]](), set[tuple[int, Tiles]]()
 
     @property
     def used(self) -> tuple[int, int]:
         """How many slides later turns took from here, and how many they decoded again, each turn counted."""
         return len(self._taken), len(self._again - self._taken)
 
-    def begin_turn(self, now: Collection[_Tiles], later: Collection[_Tiles]) -> None:
+    def begin_turn(self, now: Collection[Tiles], later: Collection[Tiles]) -> None:
         """The next turn begins: what neither it nor a later one wants goes.
 
         Args:
@@ -146,7 +132,7 @@ class TileScratch:
         kept = self._begin(tiles, pixels)
         return bound if kept is None else replace(bound, source=_Keeping(bound.source, kept, transfer.stream))
 
-    def _source(self, tiles: _Tiles, pixels: _Pixels, plan: SlidePlan) -> _FromScratch | None:
+    def _source(self, tiles: Tiles, pixels: _Pixels, plan: SlidePlan) -> _FromScratch | None:
         """Its tiles, if they are kept and are just these."""
         with self._lock:
             kept = self._kept.get(tiles)
@@ -162,7 +148,7 @@ class TileScratch:
                 self._again.add((self._turn, tiles))
         return None
 
-    def _begin(self, tiles: _Tiles, pixels: _Pixels) -> _Kept | None:
+    def _begin(self, tiles: Tiles, pixels: _Pixels) -> _Kept | None:
         """A file for the tiles of a slide, if they are wanted later, and fit."""
         with self._lock:
             old = self._kept.get(tiles)
@@ -170,7 +156,7 @@ class TileScratch:
                 return None  # or another reading of this turn keeps them
             if old is not None:
                 self._drop(tiles)
-            if self._used + pixels.bytes > self._limit:
+            if not has_room([self._used], pixels.bytes, self._limit):
                 logger.info("slide %s: its tiles are not kept: the scratch is full", tiles[0])
                 return None
             self._files += 1
@@ -184,14 +170,14 @@ class TileScratch:
             self._used += pixels.bytes
             return kept
 
-    def _ended(self, tiles: _Tiles, error: OSError | None) -> None:
+    def _ended(self, tiles: Tiles, error: OSError | None) -> None:
         """Not all tiles of a slide came, or they could not be written."""
         with self._lock:
             self._drop(tiles)
             if error is not None:
                 self._give_up(tiles, error)
 
-    def _give_up(self, tiles: _Tiles, error: OSError) -> None:
+    def _give_up(self, tiles: Tiles, error: OSError) -> None:
         """Write nothing more: whatever room is left is for the run's own files."""
         if self._limit:
             logger.warning(
@@ -201,7 +187,7 @@ class TileScratch:
             )
         self._limit = 0
 
-    def _drop(self, tiles: _Tiles) -> None:
+    def _drop(self, tiles: Tiles) -> None:
         kept = self._kept.pop(tiles)
         self._used -= kept.pixels.bytes
         with suppress(OSError):  # it goes with its folder
@@ -232,11 +218,7 @@ class _Pixels:
     @property
     def bytes(self) -> int:
         """That they take."""
-        return len(self.corners[0]) * _tile_bytes(self.geometry)
-
-
-def _tile_bytes(geometry: TileGeometry) -> int:
-    return 3 * geometry.requested_tile_size_px**2
+        return len(self.corners[0]) * tile_bytes(self.geometry.requested_tile_size_px)
 
 
 class _Kept:
@@ -258,7 +240,7 @@ class _Kept:
 
     def add(self, tiles: NDArray[np.int64], pixels: Sequence[NDArray[np.uint8]]) -> None:
         """Write tiles that have come. That they cannot be written is no error of the slide."""
-        size = _tile_bytes(self.pixels.geometry)
+        size = tile_bytes(self.pixels.geometry.requested_tile_size_px)
         if self._error is not None or self._file is None:
             return
         try:
@@ -338,7 +320,11 @@ class _FromScratch:
 
     def __init__(self, path: Path, source: TileSource, tiling: Tiling) -> None:
         self.backend, self.blocks = source.backend, source.blocks
-        self._name, self._path, self._size = tiling.sample_id, path, _tile_bytes(tiling.geometry)
+        self._name, self._path, self._size = (
+            tiling.sample_id,
+            path,
+            tile_bytes(tiling.geometry.requested_tile_size_px),
+        )
         self._file = path.open("rb", buffering=0)
 
     def fetch(self, number: int) -> list[bytes]:

@@ -12,9 +12,9 @@ from slide2vec.artifacts import SlideEmbeddingArtifact, load_embeddings
 from slide2vec.artifacts.finite import rows_not_finite
 from slide2vec.cohort.results import Artifact
 from slide2vec.errors import ArtifactError, SlideError
-from slide2vec.readers.known_misreads import READING, misread_by_earlier_versions
 from slide2vec.readers.probe import probe
 from slide2vec.slides import Slide
+from slide2vec.tiling.known_misreads import READING, misread_by_earlier_versions
 
 __all__ = ["misread_reason", "not_finite_reason", "with_current_reading"]
 

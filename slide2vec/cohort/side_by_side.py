@@ -17,13 +17,14 @@ from slide2vec.artifacts import TileEmbeddingArtifact
 from slide2vec.cohort.bill import write_bill
 from slide2vec.cohort.context import Cohort
 from slide2vec.cohort.embedder import Embedder
-from slide2vec.cohort.kept_tiles import TileScratch, tile_scratch, tiles_wanted
+from slide2vec.cohort.kept_tiles import TileScratch, tile_scratch
 from slide2vec.cohort.output_dir import Settings, shared_output_directory
 from slide2vec.cohort.pending_patients import Patient, by_patient
 from slide2vec.cohort.recorder import RunRecorder
 from slide2vec.cohort.results import Artifact, RunResult
 from slide2vec.cohort.resume import ResumePlan, plan_everything, resume_run
 from slide2vec.cohort.run import embed_what_is_left, left_in_words, sink_of_run
+from slide2vec.cohort.scratch_room import tiles_wanted
 from slide2vec.cohort.sink import Sink
 from slide2vec.cohort.slide_writer import OnPersisted
 from slide2vec.config import ExecutionOptions, PreprocessingConfig

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from slide2vec.artifacts.places import encoder_of, owners
+from slide2vec.compile.batch_size import batch_size_for
 from slide2vec.compile.build import BuildOptions, build_engine
 from slide2vec.compile.builders import default_runtime
 from slide2vec.compile.engine_choice import ADVICE, find_engine
@@ -27,7 +28,6 @@ from slide2vec.encoders.late import AnyEncoder, as_module
 from slide2vec.errors import EngineError
 from slide2vec.readers import open_slide
 from slide2vec.readers.slide_files import bytes_of
-from slide2vec.runtime import batch_size_for
 from slide2vec.runtime.loading import runtimes_for
 from slide2vec.runtime.torch_engine import DTYPES
 from slide2vec.slides import Slide

@@ -1,4 +1,4 @@
-"""How many tiles fit into a GPU's memory at once."""
+"""How many tiles an encoder takes at once: by default, and as many as fit into a GPU's memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from slide2vec.prepare import Preparer
 from slide2vec.runtime import Engine
 from slide2vec.runtime.device import use_device
 
-__all__ = ["bytes_per_tile", "fitting", "fitting_batch_size"]
+__all__ = ["batch_size_for", "bytes_per_tile", "fitting", "fitting_batch_size"]
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +18,19 @@ logger = logging.getLogger(__name__)
 TRIAL = 4
 #: Of the free memory: the rest is for decoding, for batches of tiles and for fragmentation.
 SHARE = 0.6
+
+
+def batch_size_for(gflops: float, device: torch.device) -> int:
+    """Tiles per forward pass when none are asked for; `gflops` is the encoder's work per tile.
+
+    8 on a CPU, where activations then stay in its caches (benchmarks.batch_size: best, or within a few
+    per cent of it, for a ViT-S and for wavelet scattering). On an accelerator as many as make
+    20,000 to 40,000 GFLOP, a power of two up to 256: an estimate, not measured yet.
+    """
+    if device.type == "cpu":
+        return 8
+    wanted = int(40_000 / max(gflops, 0.1))
+    return min(256, 1 << max(0, wanted.bit_length() - 1))
 
 
 def fitting(wanted: int, free_bytes: int, bytes_per_tile: float) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slide2vec.choices import RUNTIMES
+from slide2vec.compile.batch_size import batch_size_for
 from slide2vec.compile.builders import (
     BuildJob,
     Built,
@@ -31,14 +32,14 @@ from slide2vec.compile.plan_builder import not_for_targets
 from slide2vec.compile.proof import is_to_be_proven, state, write_proof
 from slide2vec.compile.speed import beside_torch
 from slide2vec.compile.store import EngineStore, StoredEngine, engine_name
+from slide2vec.compile.tensorrt import default_targets
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError, EngineError
 from slide2vec.recipes import Recipe
-from slide2vec.runtime import batch_size_for
 from slide2vec.runtime.base import BatchProfile, Engine, Layout
 from slide2vec.runtime.loading import load_engine
 from slide2vec.runtime.record import RECORD_NAME, EngineRecord, key_of
-from slide2vec.runtime.tensorrt.targets import TARGETS, default_targets, unsuited
+from slide2vec.runtime.tensorrt.available import TARGETS, unsuited
 
 __all__ = ["BuildOptions", "build_engine", "check_possible"]
 

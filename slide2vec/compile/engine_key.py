@@ -16,7 +16,7 @@ from slide2vec.compile.export_module import GRAPH
 from slide2vec.recipes import Recipe
 from slide2vec.runtime.base import BatchProfile, Layout
 from slide2vec.runtime.record import SCHEMA, EngineRecord
-from slide2vec.runtime.tensorrt.targets import target_of
+from slide2vec.runtime.tensorrt.available import target_of
 from slide2vec.version import __version__
 
 __all__ = [

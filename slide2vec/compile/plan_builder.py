@@ -10,7 +10,7 @@ import torch
 from slide2vec.compile import tensorrt
 from slide2vec.compile.builders import ONNX_NAME, BuildJob, Built
 from slide2vec.compile.onnx import unavailable as no_onnx
-from slide2vec.compile.tensorrt import build_plan
+from slide2vec.compile.tensorrt import build_plan, check_targets
 
 __all__ = ["build", "not_for_targets", "unavailable"]
 
@@ -28,7 +28,6 @@ def unavailable(runtime: str, precision: str, device: torch.device) -> str | Non
 def not_for_targets(precision: str, targets: tuple[str, ...]) -> str | None:
     """Why TensorRT-RTX cannot build for compute capabilities on this machine, with or without a GPU."""
     from slide2vec.runtime.tensorrt.available import not_loading
-    from slide2vec.runtime.tensorrt.targets import check_targets
 
     check_targets(targets, precision)
     return no_onnx() or not_loading("tensorrt-rtx")

@@ -7,14 +7,22 @@ from pathlib import Path
 
 from slide2vec.errors import ConfigError, EngineError, ExtraMissingError
 from slide2vec.runtime.base import BatchProfile
-from slide2vec.runtime.tensorrt.available import is_installed, not_loading, require, unavailable
-from slide2vec.runtime.tensorrt.targets import check_targets
+from slide2vec.runtime.tensorrt.available import (
+    TARGETS,
+    is_installed,
+    not_loading,
+    require,
+    unavailable,
+    unsuited,
+)
 
-__all__ = ["build_plan", "unavailable"]
+__all__ = ["build_plan", "check_targets", "default_targets", "unavailable"]
 
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8")
 LEVELS = range(6)
 COMPATIBILITY = ("none", "same_compute_capability", "ampere_plus")
+#: What TensorRT-RTX takes by default (its documentation: 8.0, 8.6, 8.9, 12.0).
+USUAL = ("sm80", "sm86", "sm89", "sm120")
 
 
 def build_plan(
@@ -91,3 +99,17 @@ def _check(precision: str, workspace_bytes: int | None, level: int, compatibilit
     if compatibility not in COMPATIBILITY:
         allowed = ", ".join(COMPATIBILITY)
         raise ConfigError(f"hardware_compatibility={compatibility!r} is not one of {allowed}")
+
+
+def default_targets(precision: str) -> tuple[str, ...]:
+    """Compute capabilities that a plan is built for where none are named and no GPU is at hand."""
+    return tuple(target for target in USUAL if unsuited(target, precision) is None)
+
+
+def check_targets(targets: tuple[str, ...], precision: str) -> None:
+    """Raises ConfigError where there are none, or one cannot be built for."""
+    if not targets:
+        raise ConfigError(f"TensorRT-RTX needs a target, one or more of {', '.join(TARGETS)}")
+    for target in targets:
+        if reason := unsuited(target, precision):
+            raise ConfigError(reason)

@@ -28,7 +28,7 @@ from slide2vec.images.pooled import ImageModel
 from slide2vec.images.token_engine import TokenEngine
 from slide2vec.images.windows import DenseEncodeGeometry, blended, dense_geometry, padded, windows_of
 from slide2vec.runtime import resolve_precision
-from slide2vec.runtime.threads import torch_threads
+from slide2vec.runtime.device import torch_threads
 from slide2vec.runtime.torch_engine import DTYPES
 
 __all__ = ["DenseEncodeKit", "DensePreprocessor", "GridEncoder", "dense_identity", "prepare_dense_encoder"]

@@ -12,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import torch
 
+from slide2vec.compile.batch_size import batch_size_for
 from slide2vec.config import ExecutionOptions
 from slide2vec.errors import EmbedImagesError, ImageError, Slide2VecError
 from slide2vec.images.ahead import WRITERS, ahead, stopping
@@ -19,7 +20,6 @@ from slide2vec.images.dense_encoder import GridEncoder
 from slide2vec.images.devices import spread
 from slide2vec.images.pixels import Pixels
 from slide2vec.progress import RunStarted, SlideFinished, SlidePlanned, TilesEncoded, active_reporter
-from slide2vec.runtime import batch_size_for
 
 __all__ = ["GridJob", "batch_size_of", "encode_and_write", "grids_in_order"]
 

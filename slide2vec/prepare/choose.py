@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 
@@ -14,9 +14,6 @@ from slide2vec.prepare.pixel_difference import PixelLimits
 from slide2vec.prepare.torch_preparer import TorchPreparer
 from slide2vec.recipes import Transform
 from slide2vec.runtime.base import Layout
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["Preparer", "choose_preparer"]
 

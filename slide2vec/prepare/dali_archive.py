@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from slide2vec.errors import ExtraMissingError, SlideReadError
 from slide2vec.installation import add_extra
-from slide2vec.prepare.pixel_difference import DECODED, most_textured, spread
+from slide2vec.prepare.pixel_difference import DECODED, tiles_to_compare
 
 __all__ = ["Archive", "DaliArchive", "fault", "unavailable"]
 
@@ -114,27 +114,15 @@ class DaliArchive:
     def _difference(self) -> str | None:
         """What is wrong with DALI's pixels of some tiles with much texture, None when nothing is."""
         tiles = np.concatenate(self.blocks) if self.blocks else np.empty(0, np.int64)
-        looked_at, pixels = self._readable(tiles[spread(len(tiles))])
-        if not len(looked_at):
+        tiles, pixels = tiles_to_compare(tiles, self._side, self._archive.read_tile)
+        if not len(tiles):
             return "the CPU cannot decode the tiles that would be compared"
-        most = most_textured(pixels)
         try:
-            pipeline = _build(self._archive, (looked_at[most],), self._threads, self._device)
-            found = self._decoded(pipeline, len(most))
+            pipeline = _build(self._archive, (tiles,), self._threads, self._device)
+            found = self._decoded(pipeline, len(tiles))
         except (RuntimeError, OSError, ImportError, ValueError) as error:
             return fault(error)
-        return DECODED.exceeded(found.cpu().numpy(), pixels[most])
-
-    def _readable(self, tiles: NDArray[np.int64]) -> tuple[NDArray[np.int64], Pixels]:
-        """Those of the tiles that can be decoded, and their pixels."""
-        pixels = np.empty((len(tiles), self._side, self._side, 3), np.uint8)
-        good = np.ones(len(tiles), bool)
-        for index, tile in enumerate(tiles.tolist()):
-            try:
-                self._archive.read_tile(tile, pixels[index])
-            except SlideReadError:
-                good[index] = False
-        return tiles[good], pixels[good]
+        return DECODED.exceeded(found.cpu().numpy(), pixels)
 
     def fetch(self, number: int) -> Any:
         """The pixels of a block, (n, S, S, 3) uint8, an array or, on a device, a tensor; its JPEGs where DALI

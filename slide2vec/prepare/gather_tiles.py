@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from slide2vec.prepare.device_cut import area_taps, cut_tiles_on_device
 from slide2vec.prepare.triton_preparer import triton_unavailable
+from slide2vec.readers.decoders import NvimgcodecMemory
 from slide2vec.readers.jpeg_tiles import DecodedTiles, region_of
 
 __all__ = ["Gather", "choose_gather", "gather_by_kernel", "gather_by_torch"]
@@ -97,18 +98,13 @@ def choose_gather(device: torch.device) -> Gather:
     return gather_by_torch
 
 
-class _Trial:
-    def __init__(self, pixels: torch.Tensor) -> None:
-        self.pixels = pixels
-
-
 def _difference(device: torch.device) -> str | None:
     """What is wrong with the kernel's pixels of a small pattern, None when nothing is."""
     noise = torch.randint(
         0, 256, (4, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     slots = np.array([[0, 1], [3, -1]], np.int64)
-    decoded = DecodedTiles(_Trial(noise.to(device)), slots, 16, 16, (45, 46))
+    decoded = DecodedTiles(NvimgcodecMemory(noise.to(device)), slots, 16, 16, (45, 46))
     corners = np.array([[17, 18], [-3, 25]], np.int64)
     found = [torch.zeros((2, 8, 8, 3), dtype=torch.uint8, device=device) for _ in range(2)]
     for pixels, gather in zip(found, (gather_by_kernel, gather_by_torch), strict=True):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DECODED", "PixelLimits", "most_textured", "spread"]
+from slide2vec.errors import SlideReadError
+
+__all__ = ["DECODED", "PixelLimits", "tiles_to_compare"]
 
 #: Tiles that are looked at, spread over a slide, and those of them with the most texture that are compared:
 #: on a smooth tile the chroma of a wrong decoder is right, on a white one even that of a wrong colour space.
@@ -64,12 +68,26 @@ class PixelLimits:
 DECODED = PixelLimits(mean=1.0, percentile_99=4.0)
 
 
-def spread(count: int) -> NDArray[np.int64]:
-    """Some of `count` tiles to look at, ascending."""
-    return np.unique(np.linspace(0, count - 1, min(count, _TILES_LOOKED_AT)).round().astype(np.int64))
+def tiles_to_compare(
+    tiles: NDArray[np.int64], side: int, read_tile: Callable[[int, NDArray[np.uint8]], None]
+) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Those with the most texture of some tiles that can be decoded, spread over all of a slide's, and their
+    pixels.
 
-
-def most_textured(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Which of (n, S, S, 3) tiles to compare: the largest mean step between neighbouring pixels first."""
-    steps = [np.abs(np.diff(pixels.astype(np.int16), axis=axis)).mean((1, 2, 3)) for axis in (1, 2)]
-    return np.argsort(-(steps[0] + steps[1]), kind="stable")[:_TILES_COMPARED]
+    Args:
+        tiles: (n,) numbers of the slide's tiles.
+        side: of the tiles, px.
+        read_tile: writes a tile into (side, side, 3) uint8. A SlideReadError leaves the tile out.
+    """
+    chosen = np.linspace(0, len(tiles) - 1, min(len(tiles), _TILES_LOOKED_AT)).round().astype(np.int64)
+    found, pixels = [], []
+    for tile in tiles[np.unique(chosen)].tolist():
+        target = np.empty((side, side, 3), np.uint8)
+        with suppress(SlideReadError):
+            read_tile(tile, target)
+            found.append(tile)
+            pixels.append(target)
+    decoded = np.stack(pixels) if pixels else np.empty((0, side, side, 3), np.uint8)
+    steps = [np.abs(np.diff(decoded.astype(np.int16), axis=axis)).mean((1, 2, 3)) for axis in (1, 2)]
+    most = np.argsort(-(steps[0] + steps[1]), kind="stable")[:_TILES_COMPARED]
+    return np.array(found, np.int64)[most], decoded[most]

@@ -6,7 +6,7 @@ else by imagecodecs. What each of them notices of damage was measured: the table
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -139,11 +139,14 @@ def decode_tile(parts: Parts, tiles: TileFormat, shown: tuple[int, int], buffer:
         raise TileError(f"damaged {tiles.compression} tile ({str(error).strip()})") from error
 
 
-def check_jpeg(data: bytes, tiles: TileFormat, shown: tuple[int, int]) -> None:
+def check_jpeg(data: bytes, tiles: TileFormat, shown: tuple[int, int]) -> tuple[int, int]:
     """Look at a JPEG tile before a decoder gets it that notices less.
 
-    Only its brightness is decoded, reduced to an eighth a side: that finds what decoding all of it would
-    (see `tile_check`), in half the time.
+    Only its brightness is decoded, reduced to an eighth a side: that finds what decoding all of it would (of
+    3,000 damaged tiles none was judged differently), in half the time.
+
+    Returns:
+        Its (height, width).
 
     Raises:
         TileError: `decode_tile` would not decode it.
@@ -152,11 +155,13 @@ def check_jpeg(data: bytes, tiles: TileFormat, shown: tuple[int, int]) -> None:
     try:
         height, width = jpeg.decode_jpeg_header(data, strict=True)[:2]
         _check_size(height, width, tiles, shown)
-        jpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1, strict=True)
+        colours = "CMYK" if tiles.samples == 4 and not tiles.planar else "GRAY"
+        jpeg.decode_jpeg(data, colours, min_height=1, min_width=1, strict=True)
     except TileError:
         raise
     except ValueError as error:
         raise TileError(f"damaged {tiles.compression} tile ({str(error).strip()})") from error
+    return height, width
 
 
 def _jpeg(data: bytes, colours: str, tiles: TileFormat, buffer: Pixels | None) -> Pixels:
@@ -292,11 +297,5 @@ def _mixed(colours: Pixels, opacity: NDArray[np.uint16]) -> NDArray[np.uint16]:
     return (colours * opacity + 255 * (255 - opacity) + np.uint16(127)) // np.uint16(255)
 
 
-@cache
-def _simplejpeg() -> Any:
-    return import_module("simplejpeg")
-
-
-@cache
-def _imagecodecs() -> Any:
-    return import_module("imagecodecs")
+_simplejpeg = cache(partial(import_module, "simplejpeg"))
+_imagecodecs = cache(partial(import_module, "imagecodecs"))

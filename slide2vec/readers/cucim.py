@@ -16,13 +16,13 @@ from slide2vec.installation import add_extra
 from slide2vec.readers.crash_guard import check_in_child
 from slide2vec.readers.probe import Probe, TiffLevel
 from slide2vec.readers.pyramid import PyramidReader, to_level0
+from slide2vec.readers.recheck import Recheck
 from slide2vec.readers.tiff_tiles import colour_conflict
-from slide2vec.readers.tile_check import TileCheck
 
 __all__ = ["CucimCudaReader", "CucimReader", "configure_cufile", "load_on", "unavailable"]
 
 _VENDORS = ("aperio", "generic", "ome", "philips")
-#: Read with the same pixels as OpenSlide's; a damaged tile raises (JPEG ones: see TileCheck).
+#: Read with the same pixels as OpenSlide's; a damaged tile raises (JPEG ones: see Recheck).
 _COMPRESSIONS = ("JPEG", "DEFLATE", "ADOBE_DEFLATE", "NONE", "APERIO_JP2000_RGB")
 #: Tag Predictor, and the compressions (by their TIFF numbers) beside which it was measured not to crash cuCIM
 #: as it opens the file, whatever its value: none, LZW, JPEG, PackBits, Aperio's and other JPEG 2000, JPEG XL.
@@ -45,7 +45,7 @@ class CucimReader(PyramidReader):
     """
 
     backend = "cucim"
-    _strict = True  # every JPEG tile is decoded a second time, see `TileCheck`
+    _strict = True  # every JPEG tile is decoded a second time, see `Recheck`
 
     def __init__(self, probe: Probe) -> None:
         reason = _why_not(probe)
@@ -60,7 +60,7 @@ class CucimReader(PyramidReader):
             raise BackendError(
                 f"cuCIM sees other levels in it {self.level_dimensions} than its tags or OpenSlide"
             )
-        self._check = TileCheck(probe.path, probe.levels, self._read_error, strict=self._strict)
+        self._check = Recheck(probe, self._read_error, jpegs_only=True, strict=self._strict)
 
     def _read_box(self, level: int, x: int, y: int, width: int, height: int) -> Any:
         if self._image is None:

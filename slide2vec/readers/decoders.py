@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from slide2vec.installation import add_extra
 from slide2vec.readers.codecs import decode_tile, tile_memory
 from slide2vec.readers.tile_table import Parts, TileFormat, TilePlace
 
-__all__ = ["HostDecoder", "NvimgcodecDecoder", "nvimgcodec_unavailable"]
+__all__ = ["HostDecoder", "NvimgcodecDecoder", "NvimgcodecMemory", "nvimgcodec_unavailable"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,20 +71,21 @@ def nvimgcodec_unavailable() -> str | None:
     return f"nvImageCodec is not installed: {add_extra('cuda')} (Linux)"
 
 
-class NvimgcodecMemory:
-    """Memory for decoded tiles. See `TileMemory`.
+class NvimgcodecMemory(NamedTuple):
+    """Memory of a device for decoded tiles.
 
     Attributes:
         pixels: (n, height, width, 3) uint8, a tensor.
         images: nvImageCodec's, of each tile of them: made once, since that is dear (12 us each).
     """
 
-    def __init__(self, pixels: Any, images: Sequence[Any]) -> None:
-        self.pixels, self.images = pixels, images
+    pixels: Any
+    images: Sequence[Any] = ()
 
 
 class NvimgcodecDecoder:
-    """nvImageCodec: batches on the GPU's hardware engines, or on the CPU. See `JpegDecoder`.
+    """nvImageCodec: JPEG tiles in batches on the GPU's hardware engines, or on the CPU. Used from several
+    threads.
 
     Pixels are ordered on the CUDA stream that is current when `decode` is called, the same each time: before
     it writes, nvImageCodec waits for what was enqueued there; what is enqueued afterwards waits for it.
@@ -128,7 +129,12 @@ class NvimgcodecDecoder:
         return library.DecodeParams(apply_exif_orientation=False, color_spec=colours)
 
     def decode(self, jpegs: Sequence[bytes], form: TileFormat) -> tuple[NvimgcodecMemory, list[int]]:
-        """See `JpegDecoder.decode`."""
+        """Each into a slot of its own, at the slot's top left, and which it does not decode.
+
+        Args:
+            jpegs: no larger than a tile.
+            form: how they are coded.
+        """
         memory = self._memory(len(jpegs), form)
         if not jpegs:
             return memory, []
@@ -187,8 +193,8 @@ class NvimgcodecDecoder:
             return NvimgcodecMemory(pixels, self._library.as_images(list(pixels), cuda_stream=self._stream()))
         return NvimgcodecMemory(pixels, self._library.as_images(list(pixels.numpy())))
 
-    def release(self, memory: Any) -> None:
-        """See `JpegDecoder.release`."""
+    def release(self, memory: NvimgcodecMemory) -> None:
+        """What is enqueued on the device is the last that needs it."""
         with self._lock:
             self._free.insert(0, memory)
             held = 0
@@ -199,7 +205,7 @@ class NvimgcodecDecoder:
                     break
 
     def white(self, height: int, width: int) -> Any:
-        """See `JpegDecoder.white`."""
+        """(height, width, 3) uint8 of the device, white."""
         return self._torch.full((height, width, 3), 255, dtype=self._torch.uint8, device=self._device)
 
 

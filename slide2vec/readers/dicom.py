@@ -41,4 +41,5 @@ class DicomReader(HostTileReader):
             raise BackendError(reason)
         super().__init__(probe, [(level.width, level.height) for level in levels])
         self.tile_shapes = tuple(level.tile for level in levels)
-        self._boxes = TileAssembler(DicomTiles(levels, probe.name, self._read_error), HostDecoder())
+        self.tiles = DicomTiles(levels, probe.name, self._read_error)
+        self._boxes = TileAssembler(self.tiles, HostDecoder())

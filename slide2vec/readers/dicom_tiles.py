@@ -13,8 +13,7 @@ from slide2vec.readers.dicom_frames import unwrapped
 from slide2vec.readers.dicom_head import uid_name
 from slide2vec.readers.dicom_levels import DicomLevel
 from slide2vec.readers.tiff_tiles import RGB_MARKER, read_pieces
-from slide2vec.readers.tile_check import Fail
-from slide2vec.readers.tile_table import Parts, TileFormat, TilePlace, tile_places
+from slide2vec.readers.tile_table import Fail, Parts, TileFormat, TilePlace, TileTable, tile_places
 
 __all__ = ["DicomTiles", "why_not"]
 
@@ -80,20 +79,16 @@ def _form(level: DicomLevel) -> TileFormat:
     )
 
 
-class DicomTiles:
+class DicomTiles(TileTable):
     """The frames of a DICOM slide. See `TileTable`.
 
     What a JPEG frame's own markers say of its colours (JFIF, Adobe) goes before what DICOM says: who writes
     frames knows better than who wraps them.
-
-    Args:
-        name: of the slide.
-        fail: makes the error of a frame that is damaged.
     """
 
     def __init__(self, levels: Sequence[DicomLevel], name: str, fail: Fail) -> None:
-        self._levels, self._name, self._fail = levels, name, fail
-        self._forms = [_form(level) for level in levels]
+        super().__init__(name, [_form(level) for level in levels], fail)
+        self._levels = levels
         self._files: dict[tuple[int, int], int] | None = {}
         for number, level in enumerate(levels):
             for index, path in enumerate(level.files):
@@ -104,10 +99,6 @@ class DicomTiles:
         files, self._files = self._files, None
         for file in (files or {}).values():
             os.close(file)
-
-    def format(self, level: int) -> TileFormat:
-        """See `TileTable.format`."""
-        return self._forms[level]
 
     def tiles_in(self, level: int, x: int, y: int, width: int, height: int) -> list[TilePlace]:
         """See `TileTable.tiles_in`."""
@@ -146,10 +137,6 @@ class DicomTiles:
             # libjpeg believes a JFIF marker, or a later one of Adobe, more: only what is not said is added
             return [frame[:2] + RGB_MARKER + frame[2:]]
         return [frame]
-
-    def damaged(self, level: int, place: TilePlace, why: object) -> SlideReadError:
-        """See `TileTable.damaged`."""
-        return self._fail(level, place.x, place.y, why)
 
 
 def _channels(data: bytes) -> Parts:

@@ -3,49 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.errors import BackendError
 from slide2vec.readers.codecs import TileError, decode_tile
+from slide2vec.readers.decoders import NvimgcodecDecoder, NvimgcodecMemory
 from slide2vec.readers.probe import Probe
 from slide2vec.readers.pyramid import PyramidReader
 from slide2vec.readers.tiff_tiles import TiffTiles, colour_conflict, why_no_jpeg
 from slide2vec.readers.tile_table import TileFormat
 
-__all__ = ["DecodedTiles", "JpegDecoder", "JpegTileReader", "TileMemory", "region_of"]
-
-
-class TileMemory(Protocol):
-    """Memory of a device for decoded tiles; its pixels: (n, height, width, 3) uint8, a tensor."""
-
-    pixels: Any
-
-
-class JpegDecoder(Protocol):
-    """Decodes JPEG tiles on a device. Used from several threads."""
-
-    def decode(self, jpegs: Sequence[bytes], form: TileFormat) -> tuple[TileMemory, list[int]]:
-        """Each into a slot of its own, at the slot's top left, and which it does not decode.
-
-        Args:
-            jpegs: no larger than a tile.
-            form: how they are coded.
-        """
-        ...
-
-    def release(self, memory: Any) -> None:
-        """What is enqueued on the device is the last that needs it."""
-        ...
-
-    def white(self, height: int, width: int) -> Any:
-        """(height, width, 3) uint8 of the device, white."""
-        ...
+__all__ = ["DecodedTiles", "JpegTileReader", "region_of"]
 
 
 @dataclass(eq=False)
@@ -60,7 +33,7 @@ class DecodedTiles:
         level_size: (width, height) of the level, px: what lies beyond is not the slide's.
     """
 
-    memory: TileMemory
+    memory: NvimgcodecMemory
     slots: NDArray[np.int64]
     left: int
     top: int
@@ -86,7 +59,7 @@ class JpegTileReader(PyramidReader):
 
     backend = "raw"
 
-    def __init__(self, probe: Probe, decoder: JpegDecoder) -> None:
+    def __init__(self, probe: Probe, decoder: NvimgcodecDecoder) -> None:
         if reason := why_no_jpeg(probe):
             raise BackendError(reason)
         super().__init__(probe, [(level.width, level.height) for level in probe.levels])
@@ -144,7 +117,7 @@ class JpegTileReader(PyramidReader):
         under[ys[:, :, None], xs[:, None, :]] = True
         return under, left, top
 
-    def _decoded(self, level: int, numbers: NDArray[np.int64], form: TileFormat) -> TileMemory:
+    def _decoded(self, level: int, numbers: NDArray[np.int64], form: TileFormat) -> NvimgcodecMemory:
         jpegs = self._tiles.read_jpegs(level, numbers)
         memory, refused = self._decoder.decode(jpegs, form)
         for slot in refused:

@@ -170,7 +170,8 @@ def _probe_tiff(path: Path, name: str, pages: list[Any], size: int) -> Probe:
         _refuse_truncated(page, size)
     vendor = vendor_of(pages)
     found = find_slide(vendor, pages, path.name)
-    refuse_contradictions(found.levels.levels, found.page)
+    levels, planning = found.levels
+    refuse_contradictions(levels, found.page)
     claims = tuple(tiff_claims(vendor, found.page, found.ome))
     spacing_um, source = choose_spacing(claims)
     return Probe(
@@ -179,8 +180,8 @@ def _probe_tiff(path: Path, name: str, pages: list[Any], size: int) -> Probe:
         name=name,
         kind="tiff",
         vendor=vendor,
-        levels=found.levels.levels,
-        planning=found.levels.planning,
+        levels=levels,
+        planning=planning,
         spacing_um=spacing_um,
         spacing_source=source,
         claims=claims,

@@ -28,4 +28,5 @@ class TiffReader(HostTileReader):
         if reason := why_not(probe):
             raise BackendError(reason)
         super().__init__(probe, [(level.width, level.height) for level in probe.levels])
-        self._boxes = TileAssembler(TiffTiles(probe, self._read_error), HostDecoder())
+        self.tiles = TiffTiles(probe, self._read_error)
+        self._boxes = TileAssembler(self.tiles, HostDecoder())

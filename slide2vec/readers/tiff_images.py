@@ -88,7 +88,7 @@ def find_slide(vendor: str, pages: Sequence[Page], filename: str) -> SlideImage:
             logger.warning("%s: %s; it is not believed", filename, error)
     if vendor in OPENSLIDE_VENDORS:
         refuse_pixels(pages[0], None)
-        return SlideImage(pages[0], Levels((), 0))
+        return SlideImage(pages[0], ((), 0))
     if vendor == "philips":
         base, levels = pages[0], copies_of(pages[0], pages, slack_px=inf)  # padded to whole tiles
     elif vendor == "aperio":
@@ -213,7 +213,7 @@ def _joined_levels(planes: Sequence[Page]) -> Levels:
     """The levels of an image whose red, green and blue are three directories."""
     for page in planes:
         refuse_pixels(page, None)
-    each = [copies_of(page, ()).levels for page in planes]
+    each = [copies_of(page, ())[0] for page in planes]
     alike = len({tuple((level.width, level.height) for level in levels) for levels in each}) == 1
     levels = tuple(map(joined, zip(*each, strict=True) if alike else [[level[0] for level in each]]))
-    return Levels(levels, 1)
+    return levels, 1

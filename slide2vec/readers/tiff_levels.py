@@ -72,18 +72,8 @@ class TiffLevel:
     colormap: NDArray[np.uint16] | None = field(default=None, repr=False, compare=False)
 
 
-@dataclass(frozen=True)
-class Levels:
-    """The levels of a slide, level 0 first.
-
-    Attributes:
-        levels: all.
-        planning: the first so many are those that OpenSlide, cuCIM and HS2P see. Levels and grids are
-            chosen among them, so that coordinates are HS2P's; the others are only there to be read.
-    """
-
-    levels: tuple[TiffLevel, ...]
-    planning: int
+#: The levels of a slide, level 0 first, and how many of them are for planning, see `Probe`.
+Levels: TypeAlias = tuple[tuple[TiffLevel, ...], int]
 
 
 def the_largest(pages: Sequence[Page]) -> Page:
@@ -135,15 +125,15 @@ def copies_of(
         slack_px: by how much a side of a copy may be off.
     """
     if not base.is_tiled:
-        return Levels((_level_of(base),), 1)
+        return (_level_of(base),), 1
     copies = [page for page in pages if _is_copy(page, base, slack_px)]
     seen = [page for page in copies if page.subfiletype & REDUCED or not flagged]
     if seen:
         levels = (_level_of(base), *(_level_of(page) for page in _ever_smaller(seen)))
-        return Levels(levels, len(levels))
+        return levels, len(levels)
     inside = [page for page in base.pages or () if _is_copy(page, base, slack_px)]
     others = _ever_smaller(inside or copies)
-    return Levels((_level_of(base), *(_level_of(page, base.index if inside else None) for page in others)), 1)
+    return (_level_of(base), *(_level_of(page, base.index if inside else None) for page in others)), 1
 
 
 def _is_copy(page: Page, base: Page, slack_px: float) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from slide2vec.errors import SlideReadError
 from slide2vec.readers import codecs
+from slide2vec.readers.known_headers import KnownHeaders
 from slide2vec.readers.probe import Probe, TiffLevel
-from slide2vec.readers.tile_check import Fail, TileCheck
-from slide2vec.readers.tile_table import Parts, TileFormat, TilePlace, tile_places
+from slide2vec.readers.tile_table import Fail, Parts, TileFormat, TilePlace, TileTable, tile_places
 
 __all__ = [
     "RGB_MARKER",
@@ -77,9 +77,6 @@ def why_not(probe: Probe) -> str | None:
         size = form.width * form.height * form.samples
         if size > _MOST_BYTES:
             return f"it has {'strips' if form.is_strip else 'tiles'} of {size >> 20} MB"
-        expected = -(-level.width // form.width) * -(-level.height // form.height) * _planes(form)
-        if not len(level.offsets) == len(level.counts) == expected:
-            return f"it lists {len(level.counts)} tiles where its size needs {expected}"
     return None
 
 
@@ -103,7 +100,7 @@ def tile_format(level: TiffLevel, vendor: str) -> TileFormat:
         samples=level.samples,
         planar=level.planar,
         predictor=level.predictor,
-        alpha=_ALPHA[level.extra_samples[0]] if level.extra_samples else None,
+        alpha=_ALPHA.get(level.extra_samples[0]) if level.extra_samples else None,
         colormap=None if level.colormap is None else (level.colormap.T >> 8).astype(np.uint8),
         is_subsampled=photometric == "YCBCR" and level.subsampling != (1, 1),
         reversed_bits=level.fill_order == 2,
@@ -117,25 +114,22 @@ def _planes(form: TileFormat) -> int:
 
 
 def _in_rows(level: TiffLevel) -> TiffLevel:
-    """Strips of raw pixels cut into many, since any row of theirs can be read by itself."""
+    """Strips of raw pixels cut into many, of one height, since any row of theirs can be read by itself; as
+    they are where one is left out or shorter than its rows."""
     if level.tile is not None or level.compression != "NONE" or level.planar:
         return level
-    row = level.width * level.samples
+    row, whole = level.width * level.samples, level.rows_per_strip
     rows = max(1, _RAW_STRIP // row)
-    if rows >= level.rows_per_strip:
+    if whole < level.height:
+        rows = next(count for count in range(min(rows, whole), 0, -1) if whole % count == 0)
+    starts = np.arange(0, level.height, whole)
+    is_short = level.counts < np.minimum(whole, level.height - starts) * row
+    if rows >= whole or is_short.any():
         return level
-    starts = np.arange(0, level.height, level.rows_per_strip)
-    pieces = [
-        (int(level.offsets[strip]) + at * row, min(rows, level.rows_per_strip - at, level.height - top - at))
-        for strip, top in enumerate(starts.tolist())
-        for at in range(0, min(level.rows_per_strip, level.height - top), rows)
-    ]
-    return replace(
-        level,
-        rows_per_strip=rows,
-        offsets=np.array([offset for offset, _ in pieces], np.int64),
-        counts=np.array([count * row for _, count in pieces], np.int64),
-    )
+    tops = np.arange(0, level.height, rows)
+    strips, inside = np.divmod(tops, whole)
+    counts = np.minimum(rows, level.height - tops) * row
+    return replace(level, rows_per_strip=rows, offsets=level.offsets[strips] + inside * row, counts=counts)
 
 
 def spliced(level: TiffLevel, data: bytes, marker: bytes) -> bytes:
@@ -144,21 +138,18 @@ def spliced(level: TiffLevel, data: bytes, marker: bytes) -> bytes:
     return data[:2] + marker + tables + data[2:] if tables or marker else data
 
 
-class TiffTiles:
+class TiffTiles(TileTable):
     """The compressed tiles of a TIFF. See `TileTable`.
 
     Args:
-        fail: makes the error of a tile that is damaged.
         is_checked: JPEG tiles are looked at before a decoder gets them that may not notice damage.
     """
 
     def __init__(self, probe: Probe, fail: Fail, *, is_checked: bool = False) -> None:
-        self._levels, self._fail = [_in_rows(level) for level in probe.levels], fail
-        self._forms = [tile_format(level, probe.vendor) for level in self._levels]
-        self._check = TileCheck(probe.path, probe.levels, fail, strict=False) if is_checked else None
+        self._levels = [_in_rows(level) for level in probe.levels]
+        super().__init__(probe.name, [tile_format(level, probe.vendor) for level in self._levels], fail)
+        self._headers = KnownHeaders(self._forms) if is_checked else None
         self._file: int | None = os.open(probe.path, os.O_RDONLY)
-        self._memory = _Memory()
-        self._name = probe.name
         self._markers = [
             _marker(form, _head(self._file, level))
             for form, level in zip(self._forms, self._levels, strict=True)
@@ -169,22 +160,23 @@ class TiffTiles:
         file, self._file = self._file, None
         if file is not None:
             os.close(file)
-        if self._check is not None:
-            self._check.close()
-
-    def format(self, level: int) -> TileFormat:
-        """See `TileTable.format`."""
-        return self._forms[level]
 
     def tiles_in(self, level: int, x: int, y: int, width: int, height: int) -> list[TilePlace]:
         """See `TileTable.tiles_in`."""
+        return self.parted(level, x, y, width, height)[0]
+
+    def parted(
+        self, level: int, x: int, y: int, width: int, height: int
+    ) -> tuple[list[TilePlace], list[TilePlace]]:
+        """As `tiles_in`; and those that the file leaves out."""
         spec, form = self._levels[level], self._forms[level]
         places = tile_places((spec.width, spec.height), (form.width, form.height), (x, y, width, height))
         numbers = [place.tile for place in places]
         if spec.counts[numbers].all():
-            return places
+            return places, []
         stored = np.any(spec.counts.reshape(_planes(form), -1), axis=0).tolist()
-        return [place for place in places if stored[place.tile]]
+        left_out = [place for place in places if not stored[place.tile]]
+        return [place for place in places if stored[place.tile]], left_out
 
     def read(self, level: int, places: Sequence[TilePlace]) -> list[Parts]:
         """See `TileTable.read`: in file order, with as few requests as possible."""
@@ -210,21 +202,23 @@ class TiffTiles:
 
     def read_jpegs(self, level: int, numbers: NDArray[np.int64]) -> list[bytes]:
         """JPEG tiles in their order, which is the file's, decodable by themselves and looked at for damage
-        (see `TileCheck`): the fast way for decoders that take many at once.
+        (see `KnownHeaders`): the fast way for decoders that take many at once.
 
         Raises:
             SlideReadError: one of them is damaged, or the slide was closed.
         """
-        spec, check = self._levels[level], self._check
-        assert check is not None
+        spec, headers = self._levels[level], self._headers
+        assert headers is not None
         if self._file is None:
             raise SlideReadError(f"slide {self._name} was closed")
         tables = self._markers[level] + (spec.jpeg_tables or b"")[2:-2]
-        jpegs = _read_spliced(self._file, spec.offsets[numbers], spec.counts[numbers], tables, self._memory)
-        for index in check.unknown(level, jpegs):
+        jpegs = _read_spliced(self._file, spec.offsets[numbers], spec.counts[numbers], tables)
+        for index in headers.unknown(level, jpegs):
             place = self.place(level, int(numbers[index]))
-            if wrong := check.wrong(level, jpegs[index], (place.height, place.width)):
-                raise self._fail(level, place.x, place.y, wrong)
+            try:
+                headers.check(level, jpegs[index], (place.height, place.width))
+            except codecs.TileError as error:
+                raise self.damaged(level, place, error) from error
         return jpegs
 
     def place(self, level: int, number: int) -> TilePlace:
@@ -235,10 +229,6 @@ class TiffTiles:
         size = min(form.width, spec.width - x), min(form.height, spec.height - y)
         (place,) = tile_places((spec.width, spec.height), (form.width, form.height), (x, y, *size))
         return place
-
-    def damaged(self, level: int, place: TilePlace, why: object) -> SlideReadError:
-        """See `TileTable.damaged`."""
-        return self._fail(level, place.x, place.y, why)
 
 
 def _head(file: int, level: TiffLevel) -> bytes:
@@ -284,11 +274,20 @@ def _conflict(level: TiffLevel, head: bytes) -> str | None:
     return None
 
 
+def read_pieces(file: int, offsets: NDArray[np.int64], counts: NDArray[np.int64]) -> list[bytes]:
+    """Pieces of an open file, read in its order with as few requests as possible."""
+    order = np.argsort(offsets, kind="stable")
+    found = [b""] * len(order)
+    for index, piece in zip(order.tolist(), _read_spliced(file, offsets[order], counts[order]), strict=True):
+        found[index] = piece
+    return found
+
+
 def _read_spliced(
-    file: int, offsets: NDArray[np.int64], counts: NDArray[np.int64], tables: bytes, memory: _Memory
+    file: int, offsets: NDArray[np.int64], counts: NDArray[np.int64], tables: bytes = b""
 ) -> list[bytes]:
-    """JPEGs in the order of the file, with as few requests as possible, and with tables behind their first
-    marker."""
+    """Pieces in the order of the file, with as few requests as possible; of JPEGs with tables behind their
+    first marker."""
     if not len(offsets):
         return []
     ends = offsets + counts
@@ -300,24 +299,17 @@ def _read_spliced(
     sizes = (np.maximum.reduceat(ends, first) - offsets[first]).tolist()
     # Plain numbers, and one copy of each while what was read is in the cache: this runs for every tile.
     starts, stops = (offsets - own).tolist(), (ends - own).tolist()
-    jpegs: list[bytes] = []
+    pieces: list[bytes] = []
     for low, high, base, size in zip(cuts[:-1], cuts[1:], offsets[first].tolist(), sizes, strict=True):
-        view = _read_whole(file, base, size, memory)
         spans = zip(starts[low:high], stops[low:high], strict=True)
         if tables:
-            jpegs += [b"".join((view[at : at + 2], tables, view[at + 2 : end])) for at, end in spans]
+            view = _memory.of(size)
+            view = view[: os.preadv(file, [view], base)]
+            pieces += [b"".join((view[at : at + 2], tables, view[at + 2 : end])) for at, end in spans]
         else:
-            jpegs += [bytes(view[at:end]) for at, end in spans]
-    return jpegs
-
-
-def _read_whole(file: int, offset: int, size: int, memory: _Memory) -> memoryview:
-    """A part of an open file; zeros beyond its end."""
-    view = memory.of(size)
-    got = os.preadv(file, [view], offset)
-    if got < size:
-        view[got:] = bytes(size - got)
-    return view
+            block = os.pread(file, size, base)
+            pieces += [block[at:end] for at, end in spans]
+    return pieces
 
 
 class _Memory(threading.local):
@@ -333,26 +325,4 @@ class _Memory(threading.local):
         return self._data[:size]
 
 
-def read_pieces(file: int, offsets: NDArray[np.int64], counts: NDArray[np.int64]) -> list[bytes]:
-    """Pieces of an open file, read in its order with as few requests as possible."""
-    found = [b""] * len(offsets)
-    # plain numbers: this runs for every tile, and NumPy's own are slow one by one
-    starts, ends = offsets.tolist(), (offsets + counts).tolist()
-    for span in _spans(np.argsort(offsets, kind="stable").tolist(), starts, ends):
-        first = starts[span[0]]
-        block = os.pread(file, max(ends[index] for index in span) - first, first)
-        for index in span:
-            found[index] = block[starts[index] - first : ends[index] - first]
-    return found
-
-
-def _spans(order: list[int], starts: list[int], ends: list[int]) -> Iterator[list[int]]:
-    """The order, cut where the hole between two pieces or the request would be too large."""
-    span: list[int] = []
-    for index in order:
-        if span and (starts[index] - ends[span[-1]] > _GAP or ends[index] - starts[span[0]] > _SPAN):
-            yield span
-            span = []
-        span.append(index)
-    if span:
-        yield span
+_memory = _Memory()

@@ -3,19 +3,22 @@ bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slide2vec.errors import SlideReadError
 
-__all__ = ["Parts", "TileFormat", "TilePlace", "TileTable", "tile_places"]
+__all__ = ["Fail", "Parts", "TileFormat", "TilePlace", "TileTable", "tile_places"]
 
 #: A compressed tile: one piece, or one per channel where channels are stored apart.
 Parts: TypeAlias = Sequence[bytes]
+#: (level, x, y in level px, what is wrong) -> the error to raise.
+Fail: TypeAlias = Callable[[int, int, int, object], SlideReadError]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,33 +73,42 @@ class TilePlace(NamedTuple):
     is_whole: bool
 
 
-class TileTable(Protocol):
-    """The compressed tiles of a slide's levels. Used from several threads."""
+class TileTable(ABC):
+    """The compressed tiles of a slide's levels. Used from several threads.
+
+    Args:
+        name: of the slide.
+        forms: how the tiles of each level are coded.
+        fail: makes the error of a tile that is damaged.
+    """
+
+    def __init__(self, name: str, forms: Sequence[TileFormat], fail: Fail) -> None:
+        self._name, self._forms, self._fail = name, forms, fail
 
     def format(self, level: int) -> TileFormat:
         """How they are coded."""
-        ...
+        return self._forms[level]
 
+    @abstractmethod
     def tiles_in(self, level: int, x: int, y: int, width: int, height: int) -> list[TilePlace]:
         """The tiles under a box that lies inside a level (level px), without those that the file leaves out:
         these are white."""
-        ...
 
+    @abstractmethod
     def read(self, level: int, places: Sequence[TilePlace]) -> list[Parts]:
         """What is stored of tiles.
 
         Raises:
             SlideReadError: it cannot be read, or the slide was closed.
         """
-        ...
 
     def damaged(self, level: int, place: TilePlace, why: object) -> SlideReadError:
         """The error of a tile that a decoder does not take."""
-        ...
+        return self._fail(level, place.x, place.y, why)
 
+    @abstractmethod
     def close(self) -> None:
-        """Release the file. May be called twice."""
-        ...
+        """Release the files. May be called twice."""
 
 
 def tile_places(

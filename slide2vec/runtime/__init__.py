@@ -9,7 +9,6 @@ from slide2vec.lazy import lazy_attributes
 if TYPE_CHECKING:
     from slide2vec.runtime.base import BatchProfile, Engine
     from slide2vec.runtime.device import (
-        batch_size_for,
         devices_for,
         is_numbered,
         pick_device,
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = [
     "BatchProfile",
     "Engine",
-    "batch_size_for",
     "devices_for",
     "is_numbered",
     "pick_device",
@@ -30,7 +28,6 @@ __all__ = [
 _HOMES = {
     "BatchProfile": "base",
     "Engine": "base",
-    "batch_size_for": "device",
     "devices_for": "device",
     "is_numbered": "device",
     "pick_device": "device",

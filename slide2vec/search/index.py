@@ -30,7 +30,7 @@ from slide2vec.artifacts.records import SIDECAR
 from slide2vec.cpus import job_cpus
 from slide2vec.errors import ArtifactError
 from slide2vec.files import atomic_path, names_below
-from slide2vec.runtime.threads import torch_threads
+from slide2vec.runtime.device import torch_threads
 
 __all__ = ["FoundTile", "TileIndex"]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from slide2vec.prepare import Preparer
 from slide2vec.runtime import Engine
-from slide2vec.runtime.threads import torch_threads
+from slide2vec.runtime.device import torch_threads
 from slide2vec.stream.cuda_streams import Event, device_stream
 from slide2vec.stream.station_timers import StationTimers
 

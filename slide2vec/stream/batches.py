@@ -76,10 +76,6 @@ class Batch(Generic[Owner]):
         return self.sealed and self.filled == self.reserved
 
 
-def _zeros(shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.zeros(shape, dtype=torch.uint8)
-
-
 class Batches(Generic[Owner]):
     """Hands out slots in the order they are asked for, and each batch when it is full.
 
@@ -100,8 +96,8 @@ class Batches(Generic[Owner]):
         *,
         ahead: int,
         ready: Callable[[Batch[Owner]], None],
-        abandoned: Callable[[], bool] = lambda: False,
-        allocate: Callable[[tuple[int, ...]], torch.Tensor] = _zeros,
+        abandoned: Callable[[], bool],
+        allocate: Callable[[tuple[int, ...]], torch.Tensor],
     ) -> None:
         self._shape = (size, tile_size_px, tile_size_px, 3)
         self._ahead = ahead

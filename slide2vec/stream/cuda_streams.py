@@ -115,13 +115,10 @@ class CudaStream:
         self._stream.wait_stream(torch.cuda.current_stream(device))  # weights may be on their way
 
     @contextlib.contextmanager
-    def _current(self) -> Iterator[None]:
+    def current(self) -> Iterator[None]:
+        """Of the calling thread."""
         with torch.cuda.stream(self._stream):  # that context keeps state: one for each use
             yield
-
-    def current(self) -> contextlib.AbstractContextManager[None]:
-        """Of the calling thread."""
-        return self._current()
 
     def record(self) -> Event:
         """An event on which the host sleeps rather than spins."""

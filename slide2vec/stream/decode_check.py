@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from slide2vec.errors import SlideReadError
-from slide2vec.prepare.pixel_difference import DECODED, most_textured, spread
+from slide2vec.prepare.pixel_difference import DECODED, tiles_to_compare
 from slide2vec.stream.cuda_streams import DeviceStream
-from slide2vec.stream.tile_sources import Pixels, SlideSource, TileSource, place_singly
+from slide2vec.stream.tile_sources import SlideSource, TileSource
 
 __all__ = ["SampleTiles"]
 
@@ -25,10 +24,8 @@ class SampleTiles:
     """
 
     def __init__(self, source: SlideSource) -> None:
-        looked_at = spread(len(source.tiling))
-        looked_at, pixels = _readable(source.of_tiles(looked_at), looked_at)
-        most = most_textured(pixels)
-        self.tiles, self.pixels = looked_at[most], pixels[most]
+        side = source.tiling.geometry.requested_tile_size_px
+        self.tiles, self.pixels = tiles_to_compare(np.arange(len(source.tiling)), side, source.read_tile)
 
     def wrong(self, opened: Callable[[NDArray[np.int64]], TileSource], stream: DeviceStream) -> str | None:
         """What is wrong with a decode path's pixels of these tiles, None when nothing is.
@@ -49,17 +46,3 @@ class SampleTiles:
         except Exception as error:  # of the GPU's libraries, whatever it is
             return f"tiles cannot be compared ({error})"
         return DECODED.exceeded(pixels, self.pixels)
-
-
-def _readable(source: SlideSource, tiles: NDArray[np.int64]) -> tuple[NDArray[np.int64], Pixels]:
-    """Those of the tiles that can be decoded, and their pixels."""
-    side = source.tiling.geometry.requested_tile_size_px
-    pixels = np.empty((len(tiles), side, side, 3), np.uint8)
-    good = np.ones(len(tiles), bool)
-    for number, block in enumerate(source.blocks):
-        targets = [pixels[tile] for tile in block.tolist()]
-        try:
-            source.place(number, source.fetch(number), targets)
-        except SlideReadError:
-            good[list(place_singly(source, number, targets))] = False
-    return tiles[good], pixels[good]

@@ -23,19 +23,19 @@ from slide2vec.prepare.dali_tiles import DaliTiles
 from slide2vec.prepare.device_cut import cut_tiles_on_device
 from slide2vec.prepare.gather_tiles import Gather, choose_gather
 from slide2vec.readers import SlideReader
-from slide2vec.readers.compressed import CompressedJpegs
 from slide2vec.readers.cucim import CucimCudaReader, load_on
 from slide2vec.readers.decoders import NvimgcodecDecoder
-from slide2vec.readers.jpeg_tiles import JpegDecoder, JpegTileReader
+from slide2vec.readers.dicom import DicomReader
+from slide2vec.readers.jpeg_tiles import JpegTileReader
 from slide2vec.readers.probe import Probe
 from slide2vec.readers.pyramid import PyramidReader
+from slide2vec.readers.tiff import TiffReader
 from slide2vec.slides import Slide
 from slide2vec.stream.cuda_streams import device_stream
-from slide2vec.stream.dali_source import DaliSource
 from slide2vec.stream.decode_check import SampleTiles
 from slide2vec.stream.decode_tally import DecodeTally
 from slide2vec.stream.device_sources import ArchiveOnDevice, DecodedOnDevice, Uploaded
-from slide2vec.stream.gathered_tiles import GatheredTiles
+from slide2vec.stream.jpeg_sources import DaliSource, GatheredTiles, open_jpegs
 from slide2vec.stream.plan import SlidePlan
 from slide2vec.stream.tile_sources import SlideSource, TileSource
 from slide2vec.stream.transfer import HOST_TRANSFER, TileTransfer
@@ -66,7 +66,7 @@ def _nvimgcodec(device: torch.device) -> DecodePath:
     return jpeg_path(NvimgcodecDecoder(device), choose_gather(device))
 
 
-def jpeg_path(decoder: JpegDecoder, gather: Gather) -> DecodePath:
+def jpeg_path(decoder: NvimgcodecDecoder, gather: Gather) -> DecodePath:
     """JPEG tiles in the order of the file, and tiles that are cut straight out of them."""
 
     def source(host: SlideSource, reader: SlideReader) -> TileSource:
@@ -80,10 +80,10 @@ def _dali(device: torch.device) -> DecodePath:
     decoder = DaliTiles(device)
 
     def source(tiles: SlideSource, reader: SlideReader) -> TileSource:
-        assert isinstance(reader, CompressedJpegs)  # it is what `open` gave
+        assert isinstance(reader, TiffReader | DicomReader)  # it is what `open` gave
         return DaliSource(tiles, reader, decoder)
 
-    return DecodePath(CompressedJpegs, source)
+    return DecodePath(open_jpegs, source)
 
 
 def _cucim(device: torch.device) -> DecodePath:

@@ -6,7 +6,6 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
 from slide2vec.slides import Slide
@@ -133,9 +132,7 @@ class PlanAhead:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close what was planned and not taken."""
         self.stop()
         if kind is not None:  # it may be waiting for what comes of slides that nobody reads any more

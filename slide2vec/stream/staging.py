@@ -24,7 +24,7 @@ from slide2vec.errors import ConfigError, SlideOpenError
 from slide2vec.files import is_remote
 from slide2vec.files.scratch import private_folder
 from slide2vec.readers.fingerprint import Stamp, stamps_of
-from slide2vec.readers.slide_files import slide_files
+from slide2vec.readers.slide_files import SlideFiles, slide_files
 from slide2vec.slides import Slide
 from slide2vec.stream.batches import Stopped
 
@@ -36,9 +36,6 @@ logger = logging.getLogger(__name__)
 THREADS = 2
 #: Read at once, so that one request to an object store is worth its round trip.
 CHUNK_BYTES = 8 * 2**20
-
-#: What is copied: files, and their places in the copy's folder.
-_Files = list[tuple[Path, Path]]
 
 
 @dataclass(frozen=True)
@@ -176,7 +173,7 @@ class Stager(InPlace):
                 raise Stopped
             self._used += size
 
-    def _files(self, slide: Slide) -> _Files:
+    def _files(self, slide: Slide) -> SlideFiles:
         image = slide_files(slide.image_path)
         mask = [] if slide.mask_path is None else slide_files(slide.mask_path)
         if image is None or mask is None:
@@ -186,7 +183,7 @@ class Stager(InPlace):
             *((source, Path("mask") / name) for source, name in mask),
         ]
 
-    def _copy(self, files: _Files, place: Path) -> None:
+    def _copy(self, files: SlideFiles, place: Path) -> None:
         """Into a folder that has its name only when all is there."""
         started = time.perf_counter()
         partial = place.with_suffix(".partial")

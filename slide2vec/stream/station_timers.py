@@ -6,7 +6,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from slide2vec.progress import StationTime
 
@@ -21,17 +21,13 @@ class StationTimers:
         self._busy: defaultdict[str, float] = defaultdict(float)
         self._waiting: defaultdict[str, float] = defaultdict(float)
 
-    @contextmanager
-    def busy(self, station: str) -> Iterator[None]:
+    def busy(self, station: str) -> AbstractContextManager[None]:
         """The block is work of a station."""
-        with self._timed(self._busy, station):
-            yield
+        return self._timed(self._busy, station)
 
-    @contextmanager
-    def waiting(self, station: str) -> Iterator[None]:
+    def waiting(self, station: str) -> AbstractContextManager[None]:
         """In the block a station waits."""
-        with self._timed(self._waiting, station):
-            yield
+        return self._timed(self._waiting, station)
 
     @contextmanager
     def _timed(self, seconds: defaultdict[str, float], station: str) -> Iterator[None]:
@@ -39,11 +35,14 @@ class StationTimers:
         try:
             yield
         finally:
-            self._add(seconds, station, time.perf_counter() - start)
+            spent = time.perf_counter() - start
+            with self._lock:
+                seconds[station] += spent
 
     def add_busy(self, station: str, spent: float) -> None:
         """Seconds of work that a device did for a station."""
-        self._add(self._busy, station, spent)
+        with self._lock:
+            self._busy[station] += spent
 
     def add(self, other: StationTimers) -> None:
         """All that another one has measured."""
@@ -51,10 +50,6 @@ class StationTimers:
             for mine, theirs in ((self._busy, other._busy), (self._waiting, other._waiting)):
                 for station, spent in theirs.items():
                     mine[station] += spent
-
-    def _add(self, seconds: defaultdict[str, float], station: str, spent: float) -> None:
-        with self._lock:
-            seconds[station] += spent
 
     def times(self, workers: Mapping[str, int]) -> tuple[StationTime, ...]:
         """One record per station of `workers` (name -> number of threads)."""

@@ -185,7 +185,7 @@ class TileArchive:
 
     def check(self, number: int, data: Sequence[bytes]) -> None:
         """Look at the JPEGs of a block before a decoder gets them that notices less than `place` does: only
-        their brightness is decoded, reduced to an eighth a side (see `slide2vec.readers.tile_check`).
+        their brightness is decoded, reduced to an eighth a side (see `slide2vec.readers.codecs.check_jpeg`).
 
         Raises:
             SlideReadError: one cannot be decoded.

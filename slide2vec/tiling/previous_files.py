@@ -15,10 +15,10 @@ from slide2vec.files import as_os_errors, atomic_path, names_below, open_plain
 from slide2vec.labels import MERGED, split_class_name
 from slide2vec.readers import SlideReader
 from slide2vec.readers.fingerprint import same_content
-from slide2vec.readers.known_misreads import misread_by_earlier_versions
 from slide2vec.readers.probe import probe
 from slide2vec.slides import Slide
 from slide2vec.tiling.coordinates import check_tiling, coordinate_paths, load_coordinates
+from slide2vec.tiling.known_misreads import misread_by_earlier_versions
 from slide2vec.tiling.tissue_methods import checkpoint_of
 from slide2vec.tiling.types import PRECOMPUTED, Segmentation, Tiling
 

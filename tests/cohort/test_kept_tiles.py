@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from slide2vec import ExecutionOptions, PreprocessingConfig
-from slide2vec.cohort.kept_tiles import TileScratch, tile_scratch, tiles_wanted
+from slide2vec.cohort.kept_tiles import TileScratch, tile_scratch
+from slide2vec.cohort.scratch_room import scratch_limit, scratch_use, tiles_wanted
 from slide2vec.errors import ConfigError, SlideReadError
 from slide2vec.files import scratch as folders
 from slide2vec.slides import Slide
@@ -159,6 +160,34 @@ def test_slides_that_do_not_fit_are_decoded_again(slides: list[Slide], folder: P
             read(transfer.bind(planned(slide)))
         assert sum(path.stat().st_size for path in folder.iterdir()) <= sizes[0]
     assert scratch.used == (1, 1)
+
+
+@pytest.mark.parametrize("places", [(0,), (1,), (0, 1), ()])
+def test_what_turns_have_of_it_can_be_told_beforehand(
+    slides: list[Slide], folder: Path, places: tuple[int, ...]
+) -> None:
+    """Three turns, the second of which leaves a slide out, with room for some of the slides."""
+    sizes = {(slide.sample_id, 0.5, SIDE): len(planned(slide).tiling) * 3 * SIDE**2 for slide in slides}
+    keys, limit = list(sizes), sum(list(sizes.values())[place] for place in places)
+    wanted = [sizes, {keys[0]: sizes[keys[0]]}, sizes]
+    told = scratch_use(wanted, limit)
+    scratch, before = TileScratch(folder, limit), (0, 0)
+    for number, (now, use) in enumerate(zip(wanted, told, strict=True)):
+        scratch.begin_turn(now, set().union(*wanted[number + 1 :]))
+        for slide in slides[: len(now)]:
+            read(scratch.over(HOST_TRANSFER).bind(planned(slide)))
+        assert (len(use.taken), len(use.again)) == (
+            scratch.used[0] - before[0],
+            scratch.used[1] - before[1],
+        )
+        assert use.bytes == sum(path.stat().st_size for path in folder.iterdir())
+        before = scratch.used
+    assert told[0].kept and told[-1].taken if places else told[-1].again == set(keys)
+
+
+def test_a_folder_that_is_to_be_made_is_on_the_disk_above_it(tmp_path: Path) -> None:
+    assert scratch_limit(ExecutionOptions(scratch_gb=2), tmp_path) == 2e9
+    assert scratch_limit(ExecutionOptions(), tmp_path / "a" / "b") > 1e6
 
 
 def test_a_full_disk_means_that_nothing_more_fits(

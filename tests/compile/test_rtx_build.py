@@ -34,13 +34,14 @@ from slide2vec.compile import build as build_module
 from slide2vec.compile import engine_choice as select_module
 from slide2vec.compile.builders import default_runtime
 from slide2vec.compile.proof import proofs, prove_anew, state
-from slide2vec.compile.tensorrt import build_plan
+from slide2vec.compile.tensorrt import build_plan, check_targets, default_targets
 from slide2vec.encoders.weights import weights_digest
 from slide2vec.errors import ConfigError, EngineError
 from slide2vec.recipes import EnginePolicy, Recipe
 from slide2vec.runtime.base import BatchProfile
 from slide2vec.runtime.loading import runtimes_for
 from slide2vec.runtime.record import RECORD_NAME
+from slide2vec.runtime.tensorrt.available import TARGETS, unsuited
 from slide2vec.runtime.torch_engine import TorchEngine
 
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
@@ -442,3 +443,13 @@ def test_which_is_built_and_which_is_used(gpu: SimpleNamespace, monkeypatch: pyt
     no_tensorrt.append("it is not installed")
     gpu.capability = (9, 0)
     assert default_runtime("bf16", GPU) == "inductor"
+
+
+def test_targets_by_precision() -> None:
+    assert default_targets("bf16") == ("sm80", "sm86", "sm89", "sm120")
+    assert default_targets("fp8") == ("sm89", "sm120")
+    assert [name for name in TARGETS if unsuited(name, "fp16") is None] == list(TARGETS)
+    with pytest.raises(ConfigError, match="not for sm90"):
+        check_targets(("sm89", "sm90"), "bf16")
+    with pytest.raises(ConfigError, match="needs a target"):
+        check_targets((), "bf16")

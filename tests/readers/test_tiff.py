@@ -226,6 +226,35 @@ def test_strips(rows: int, codec: str, tmp_path: Path, tiffs: Any, monkeypatch: 
         np.testing.assert_array_equal(reader.read_region((33, 41), 0, (200, 100)), found[41:141, 33:233])
 
 
+def test_raw_strips_are_cut_into_pieces_of_one_height(
+    tmp_path: Path, tiffs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two strips of 150 rows 80, 70, 80 and 70 would be as many pieces as 300 rows have of 80."""
+    monkeypatch.setattr("slide2vec.readers.tiff_tiles._RAW_STRIP", 80 * 400 * 3)
+    path = write(tmp_path / "a.tif", tiffs.picture(), tile=None, rowsperstrip=150)
+    np.testing.assert_array_equal(read(path), tifffile.imread(path))
+
+
+def test_raw_strips_that_are_short_or_left_out(
+    tmp_path: Path, tiffs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies behind a strip is not taken for its rows."""
+    monkeypatch.setattr("slide2vec.readers.tiff_tiles._RAW_STRIP", 50 * 400 * 3)
+    path = write(tmp_path / "a.tif", tiffs.picture(), tile=None, rowsperstrip=100)
+    whole = tifffile.imread(path)
+    for size in (0, 100 * 400 * 3 - 5000):
+        with tifffile.TiffFile(path, mode="r+") as tiff:
+            tag = tiff.pages[0].tags["StripByteCounts"]
+            tag.overwrite([tag.value[0], size, tag.value[2]])
+        with open_slide(as_slide(path), "tiff") as reader:
+            np.testing.assert_array_equal(reader.read_region((0, 200), 0, (400, 100)), whole[200:])
+            if size:
+                with pytest.raises(SlideReadError, match="damaged NONE tile"):
+                    reader.read_region((0, 100), 0, (400, 100))
+            else:
+                assert (reader.read_region((0, 100), 0, (400, 100)) == 255).all()
+
+
 def test_a_strip_that_would_fill_the_memory_is_refused(
     tmp_path: Path, tiffs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

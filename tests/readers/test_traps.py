@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,9 +14,10 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
+from PIL import Image
 
 from slide2vec.errors import BackendError, ExtraMissingError, SlideOpenError, SlideReadError
-from slide2vec.readers import backends, codecs, open_slide, tile_check
+from slide2vec.readers import backends, codecs, open_slide, recheck
 from slide2vec.slides import as_slide
 
 TILE = 64  # of the files that `tiffs` writes
@@ -48,8 +50,15 @@ def cut_short(tiles: list[bytes]) -> None:
     tiles[DAMAGED] = tiles[DAMAGED][:half] + bytes(len(tiles[DAMAGED]) - half)
 
 
+def smaller(tiles: list[bytes]) -> None:
+    """A sound JPEG of half the width."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (TILE // 2, TILE)).save(buffer, "JPEG", quality=90)
+    tiles[DAMAGED] = buffer.getvalue()
+
+
 @pytest.mark.parametrize("backend", JPEG_READERS)
-@pytest.mark.parametrize("damage", [zeros, no_header, bad_table, cut_short])
+@pytest.mark.parametrize("damage", [zeros, no_header, bad_table, cut_short, smaller])
 def test_a_damaged_jpeg_tile_is_an_error(
     damage: Callable[[list[bytes]], None], backend: str, tmp_path: Path, tiffs: Any
 ) -> None:
@@ -379,7 +388,7 @@ def test_without_the_decoder_that_notices_damage(
     path = tiffs.write_jpeg(tmp_path / "a.tif", [tiffs.picture()])
     with open_slide(as_slide(path), "openslide") as reader:
         expected = reader.read_region((0, 0), 0, (200, 200))
-    for module in (tile_check, codecs):
+    for module in (recheck, codecs):
         find = module.find_spec
         monkeypatch.setattr(
             module, "find_spec", lambda name, f=find: None if name == "simplejpeg" else f(name)

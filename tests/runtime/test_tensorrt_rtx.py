@@ -18,10 +18,9 @@ import pytest
 import torch
 from fake_tensorrt import a_plan, expected
 
-from slide2vec.errors import ConfigError, EngineError
+from slide2vec.errors import EngineError
 from slide2vec.runtime.base import BatchProfile
 from slide2vec.runtime.tensorrt import TensorRTEngine, available, engine
-from slide2vec.runtime.tensorrt.targets import TARGETS, check_targets, default_targets, unsuited
 
 PROFILE = BatchProfile(min=1, opt=12, max=12)
 Journal = list[tuple[Any, ...]]
@@ -144,13 +143,3 @@ def test_gpus_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         reason = available.unavailable("tensorrt-rtx", precision)
         assert reason is None if said is None else said in (reason or "")
-
-
-def test_targets() -> None:
-    assert default_targets("bf16") == ("sm80", "sm86", "sm89", "sm120")
-    assert default_targets("fp8") == ("sm89", "sm120")
-    assert [name for name in TARGETS if unsuited(name, "fp16") is None] == list(TARGETS)
-    with pytest.raises(ConfigError, match="not for sm90"):
-        check_targets(("sm89", "sm90"), "bf16")
-    with pytest.raises(ConfigError, match="needs a target"):
-        check_targets((), "bf16")

@@ -9,6 +9,7 @@ import torch
 
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.readers.codecs import decode_tile
+from slide2vec.readers.decoders import NvimgcodecMemory
 from slide2vec.readers.tile_table import TileFormat
 from slide2vec.slides import Slide
 from slide2vec.stream import Planner, SlidePlan
@@ -25,13 +26,6 @@ class PlanBy(Planner):
         return self._made_up(slide)
 
 
-class Memory:
-    """See `slide2vec.readers.jpeg_tiles.TileMemory`."""
-
-    def __init__(self, pixels: torch.Tensor) -> None:
-        self.pixels = pixels
-
-
 class StandInDecoder:
     """A device's decoder of JPEG tiles: strict, on the CPU, its slots filled with what is no tile's."""
 
@@ -40,7 +34,7 @@ class StandInDecoder:
         for slot, jpeg in enumerate(jpegs):
             found = decode_tile([jpeg], form, (1, 1), None)
             pixels[slot, : found.shape[0], : found.shape[1]] = torch.from_numpy(found)
-        return Memory(pixels), []
+        return NvimgcodecMemory(pixels), []
 
     def release(self, memory: Any) -> None:
         memory.pixels.fill_(98)

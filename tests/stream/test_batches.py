@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from slide2vec.stream.batches import Batch, Batches, Stopped
+from slide2vec.stream.transfer import HostTransfer
+
+
+def batches_of(size: int, **options: Any) -> Batches[str]:
+    given = {"abandoned": lambda: False, "allocate": HostTransfer().allocate, **options}
+    return Batches(size, 8, **given)
 
 
 def make(size: int, ahead: int = 100) -> tuple[Batches[str], list[Batch[str]]]:
     ready: list[Batch[str]] = []
-    return Batches(size, 8, ahead=ahead, ready=ready.append), ready
+    return batches_of(size, ahead=ahead, ready=ready.append), ready
 
 
 def test_packs_across_owners_and_fills_in_any_order() -> None:
@@ -69,7 +76,7 @@ def test_memory_of_a_device_is_given_as_a_tensor() -> None:
         shapes.append(shape)
         return torch.empty(shape, dtype=torch.uint8, device="meta")
 
-    batches = Batches[str](4, 8, ahead=1, ready=lambda batch: None, allocate=allocate)
+    batches = batches_of(4, ahead=1, ready=lambda batch: None, allocate=allocate)
     (piece,) = batches.reserve("a", np.arange(3))
     target = piece.targets()
     assert shapes == [(4, 8, 8, 3)]
@@ -105,7 +112,7 @@ def test_memory_is_used_again_after_the_last_taker() -> None:
 def test_a_stream_that_nobody_takes_from_turns_its_threads_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slide2vec.stream.batches.LOOK_UP_S", 0.001)
     looks = iter([False, True])
-    batches = Batches[str](1, 8, ahead=1, ready=lambda batch: None, abandoned=lambda: next(looks))
+    batches = batches_of(1, ahead=1, ready=lambda batch: None, abandoned=lambda: next(looks))
     batches.reserve("a", np.arange(1))
     with pytest.raises(Stopped):
         batches.reserve("b", np.arange(1))
@@ -143,7 +150,7 @@ def test_reserve_blocks_until_a_batch_is_released_and_reuses_its_memory(
 def test_more_tiles_than_may_be_ahead_do_not_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """A supertile of many small tiles spans more batches than the limit; it must get them."""
     ready: list[Batch[str]] = []
-    batches = Batches[str](2, 8, ahead=1, ready=ready.append, abandoned=lambda: True)
+    batches = batches_of(2, ahead=1, ready=ready.append, abandoned=lambda: True)
     pieces = batches.reserve("a", np.arange(9))
     assert len(pieces) == 5
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""Whether TensorRT or TensorRT-RTX can be used on this machine, and why not."""
+"""Whether TensorRT or TensorRT-RTX can be used on this machine, and why not; what the latter compiles for."""
 
 from __future__ import annotations
 
@@ -8,16 +8,36 @@ from typing import TYPE_CHECKING
 from slide2vec.choices import RUNTIMES
 from slide2vec.errors import EngineError, ExtraMissingError
 from slide2vec.runtime.tensorrt.library import MODULES, TITLES, Library
-from slide2vec.runtime.tensorrt.targets import target_of, unsuited
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["is_installed", "load_tensorrt", "not_loading", "require", "unavailable"]
+__all__ = [
+    "TARGETS",
+    "is_installed",
+    "load_tensorrt",
+    "not_loading",
+    "require",
+    "target_of",
+    "unavailable",
+    "unsuited",
+]
 
 #: The first release whose parser knows ONNX's Attention operator (TensorRT), or that was tried.
 OLDEST = {"tensorrt": (10, 14), "tensorrt-rtx": (1, 7)}
 SYSTEMS = {"tensorrt": "Linux", "tensorrt-rtx": "Linux on x86-64"}
+#: Compute capability -> what has it (`tensorrt_rtx_bindings.ComputeCapability` of 1.7).
+TARGETS = {
+    "sm75": "RTX 20, T4, Quadro RTX",
+    "sm80": "A100, A30",
+    "sm86": "RTX 30, RTX A2000 to A6000, A10, A40",
+    "sm89": "RTX 40, RTX Ada, L4, L40, L40S",
+    "sm120": "RTX 50, RTX PRO Blackwell",
+    "sm121": "GB10",
+}
+#: Precision -> the first that it is compiled for. TensorRT-RTX 1.7.1 itself refuses earlier ones: on sm75 it
+#: has no products in fp32 and no bf16, before sm89 no fp8.
+FIRST = {"fp32": "sm80", "bf16": "sm80", "fp8": "sm89"}
 
 
 def _install(runtime: str) -> str:
@@ -87,3 +107,21 @@ def load_tensorrt(runtime: str = "tensorrt") -> None:
     if tuple(int(part) for part in found.split(".")[:2]) < OLDEST[runtime]:
         oldest = ".".join(map(str, OLDEST[runtime]))
         raise EngineError(f"{title} {found} is too old: {oldest} or newer is needed ({_install(runtime)})")
+
+
+def target_of(major: int, minor: int) -> str:
+    """The name of a compute capability, whether TensorRT-RTX knows it or not."""
+    return f"sm{major}{minor}"
+
+
+def unsuited(target: str, precision: str) -> str | None:
+    """Why TensorRT-RTX builds nothing for a target in a precision, None when it does."""
+    if target not in TARGETS:
+        known = ", ".join(TARGETS)
+        return f"TensorRT-RTX compiles for {known}, not for {target}: TensorRT does (--runtime tensorrt)"
+    first = FIRST.get(precision)
+    if first is not None and int(target[2:]) < int(first[2:]):
+        return (
+            f"TensorRT-RTX compiles {precision} for {first} and newer, not for {target} ({TARGETS[target]})"
+        )
+    return None

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -107,9 +106,7 @@ class DeployedEngine:
     def __enter__(self) -> DeployedEngine:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -38,7 +38,7 @@ FAULTS = {
 
 
 def set_targets(config: trt.IBuilderConfig, targets: tuple[str, ...]) -> None:
-    """Have a plan built for compute capabilities, see `targets.TARGETS`."""
+    """Have a plan built for compute capabilities, see `available.TARGETS`."""
     config.num_compute_capabilities = len(targets)
     for place, target in enumerate(targets):
         if not config.set_compute_capability(CAPABILITIES[target], place):

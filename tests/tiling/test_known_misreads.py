@@ -3,11 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tifffile
 
-from slide2vec.readers.known_misreads import misread_by_earlier_versions
 from slide2vec.readers.probe import Probe, probe
 from slide2vec.slides import as_slide
+from slide2vec.tiling.known_misreads import misread_by_earlier_versions
 
 
 @pytest.mark.parametrize(
@@ -26,10 +28,12 @@ from slide2vec.slides import as_slide
         ("cucim", {"compression": "zlib"}, None),
     ],
 )
-def test_what_was_misread(
-    backend: str, options: dict[str, str], why: str | None, tmp_path: Path, tiffs: Any
-) -> None:
-    found = probe(as_slide(tiffs.write_plain(tmp_path / "a.tif", **options)))
+def test_what_was_misread(backend: str, options: dict[str, Any], why: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(
+        path, np.zeros((64, 64, 3), np.uint8), tile=(64, 64), **{"photometric": "rgb", **options}
+    )
+    found = probe(as_slide(path))
     told = misread_by_earlier_versions(backend, found)
     assert (why in (told or "")) if why else told is None
 

@@ -1,16 +1,15 @@
-"""What a run will take before it begins: tiles and bytes of each slide, time here and on known hardware."""
+"""How long encoders take: on this machine, by a trial, and on known hardware."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
-from slide2vec.errors import ConfigError, as_slide_error
+from slide2vec.errors import ConfigError
 from slide2vec.progress import (
     NullReporter,
     ProgressEvent,
@@ -18,9 +17,7 @@ from slide2vec.progress import (
     TilesEncoded,
     activate_progress_reporter,
 )
-from slide2vec.readers.slide_files import bytes_of
 from slide2vec.slides import Slide
-from slide2vec.stream.plan import PlanRequest, SlidePlan, plan_together
 
 if TYPE_CHECKING:
     from slide2vec.compile.gain import Gain
@@ -28,113 +25,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HARDWARE",
+    "LEAST_GFLOPS",
     "Hardware",
-    "Output",
-    "SlideEstimate",
     "Trial",
-    "count_tiles",
     "on_hardware",
     "seconds_for",
     "tried",
     "with_build",
 ]
 
-#: Bytes of a tile's coordinates on disk: x and y as int64, tissue fraction as float32, index as int32.
-COORDINATES_BYTES = 24
 #: What is told of another slide within this share of the time until the first tiles is of their batch.
 _ONE_BATCH = 0.25
-
-
-@dataclass(frozen=True)
-class Output:
-    """What an encoder takes and gives.
-
-    Attributes:
-        config: with requested_spacing_um and requested_tile_size_px resolved.
-        dim: D of an embedding of a tile.
-        value_bytes: 4 for fp32, 2 for fp16.
-        keeps_tiles: embeddings of tiles are written.
-    """
-
-    config: PreprocessingConfig
-    dim: int
-    value_bytes: int = 4
-    keeps_tiles: bool = True
-
-
-@dataclass(frozen=True)
-class SlideEstimate:
-    """A slide of a run that has not begun.
-
-    Attributes:
-        tiles: of each encoder, as the run will find them.
-        read_bytes: about what is read of its file: its share by area of the levels that are read.
-        written_bytes: embeddings and coordinates, about.
-        errors: of encoders for which it cannot be planned.
-    """
-
-    slide: Slide
-    tiles: Mapping[str, int]
-    read_bytes: int
-    written_bytes: int
-    errors: Mapping[str, Exception]
-
-
-def count_tiles(
-    slides: Sequence[Slide], outputs: Mapping[str, Output], threads: int
-) -> Iterator[SlideEstimate]:
-    """The tiles of each slide, in order. Tissue is found as in a run, on a coarse level, and no tile is read,
-    but for the pixel filters, which look at tiles in a coarse spacing.
-
-    Args:
-        outputs: by name of the encoder.
-        threads: slides at once.
-    """
-    with ThreadPoolExecutor(threads, thread_name_prefix="plan") as pool:
-        yield from pool.map(lambda slide: _estimate(slide, outputs), slides)
-
-
-def _estimate(slide: Slide, outputs: Mapping[str, Output]) -> SlideEstimate:
-    configs = {name: output.config for name, output in outputs.items()}
-    different = list({config.model_dump_json(): config for config in configs.values()}.values())
-    made: list[SlidePlan | Exception]
-    try:
-        made = plan_together(slide, [PlanRequest(config) for config in different])
-    except Exception as error:
-        made = [error] * len(different)
-    plans = {config.model_dump_json(): plan for config, plan in zip(different, made, strict=True)}
-    tiles: dict[str, int] = {}
-    errors: dict[str, Exception] = {}
-    written = 0
-    for name, output in outputs.items():
-        plan = plans[configs[name].model_dump_json()]
-        if isinstance(plan, Exception):
-            errors[name] = as_slide_error(plan, slide.sample_id, "finding its tiles")
-            continue
-        tiles[name] = len(plan.tiling)
-        kept = output.dim * output.value_bytes if output.keeps_tiles else 0
-        written += len(plan.tiling) * kept
-    good = [plan for plan in made if isinstance(plan, SlidePlan)]
-    for plan in good:
-        plan.source.close()
-        written += len(plan.tiling) * COORDINATES_BYTES
-    return SlideEstimate(slide, tiles, _read_bytes(slide, good), written, errors)
-
-
-def _read_bytes(slide: Slide, plans: Sequence[SlidePlan]) -> int:
-    """Of each level once, as far as tiles lie on it: the largest share that one of the plans has."""
-    size = bytes_of(slide.image_path) if plans else 0
-    shares: dict[int, float] = {}
-    for plan in plans:
-        tiling, geometry = plan.tiling, plan.tiling.geometry
-        width, height = tiling.dimensions
-        areas = [width * height / downsample**2 for downsample in tiling.downsamples]
-        read = min(len(tiling) * geometry.read_tile_size_px**2, areas[geometry.read_level])
-        shares[geometry.read_level] = max(shares.get(geometry.read_level, 0.0), read / sum(areas))
-    return round(size * min(1.0, sum(shares.values())))
-
-
-# time here -----------------------------------------------------------------------------------------
 
 
 class _Enough(Exception):
@@ -230,26 +131,34 @@ def with_build(trial: Trial, gain: Gain | None, tiles: int) -> Trial:
     return replace(trial, tiles_per_s=trial.tiles_per_s * gain.times, build_s=seconds)
 
 
-def seconds_for(tiles: Mapping[str, int], trials: Mapping[str, Trial], devices: Mapping[str, str]) -> float:
+def seconds_for(
+    tiles: Mapping[str, int],
+    trials: Mapping[str, Trial],
+    devices: Mapping[str, str],
+    groups: Sequence[Sequence[str]] = (),
+) -> float:
     """Seconds of encoders that embed together: engines are built one after the other, starts go together,
-    those of one device take turns, devices work side by side.
+    those of one device take turns, devices work side by side. Groups come one after the other.
 
     Args:
         tiles: to be encoded, by encoder.
         trials: of each encoder.
         devices: of each encoder.
+        groups: names of encoders that are in memory together; none: all are.
 
     Raises:
         ConfigError: a speed is not above 0.
     """
-    busy: dict[str, float] = {}
-    for name, count in tiles.items():
-        if (speed := trials[name].tiles_per_s) <= 0:
-            raise ConfigError(f"the speed of {name} must be above 0 tiles/s, and is {speed:g}")
-        busy[devices[name]] = busy.get(devices[name], 0.0) + count / speed
-    before = sum(trials[name].build_s for name in tiles)
-    before += max((trials[name].start_s for name in tiles), default=0.0)
-    return before + max(busy.values(), default=0.0)
+    seconds = sum(trials[name].build_s for name in tiles)
+    for group in groups or [list(tiles)]:
+        busy: dict[str, float] = {}
+        for name in group:
+            if (speed := trials[name].tiles_per_s) <= 0:
+                raise ConfigError(f"the speed of {name} must be above 0 tiles/s, and is {speed:g}")
+            busy[devices[name]] = busy.get(devices[name], 0.0) + tiles[name] / speed
+        seconds += max((trials[name].start_s for name in group), default=0.0)
+        seconds += max(busy.values(), default=0.0)
+    return seconds
 
 
 # known hardware ------------------------------------------------------------------------------------
