@@ -71,7 +71,13 @@ class Recheck:
             unknown = [place for place in stored if not self._sound[level][place.tile]]
             for start in range(0, len(unknown), _AT_ONCE):
                 self._check(level, unknown[start : start + _AT_ONCE])
-        return [place.in_box for place in left_out]
+        return [
+            (
+                slice(max(place.y - y, 0), min(place.y + place.height - y, height)),
+                slice(max(place.x - x, 0), min(place.x + place.width - x, width)),
+            )
+            for place in left_out
+        ]
 
     def _check(self, level: int, places: Sequence[TilePlace]) -> None:
         if self._strict:
