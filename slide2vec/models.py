@@ -284,11 +284,10 @@ class Models(Mapping[str, Model]):
         tell_what_is_not_written(execution, next(iter(configs.values())))
         found: dict[str, list[SlideOutcome] | Exception] = {}
         turns = self.prepare(slides, configs, execution)
-        here = self.workers(execution) is None
         with (
             live_progress(),
             metered(partial(self.devices_here, execution)),
-            tile_scratch(execution, len(turns) if here else 1) as scratch,
+            tile_scratch(execution, len(turns)) as scratch,
         ):
             wanted = [set().union(*(tiles_wanted(configs[name], slides) for name in turn)) for turn in turns]
             for number, turn in enumerate(turns):
@@ -314,7 +313,7 @@ class Models(Mapping[str, Model]):
         reporter.start(turn)
         found: dict[str, list[SlideOutcome] | Exception] = {}
         if (workers := self.workers(execution)) is not None:
-            return self._in_workers(workers, groups, slides, configs, execution, reporter)
+            return self._in_workers(workers, groups, slides, configs, execution, reporter, scratch)
         tasks = {
             names[0]: partial(self._embed, names, slides, configs[names[0]], execution) for names in groups
         }
@@ -332,13 +331,14 @@ class Models(Mapping[str, Model]):
         configs: Mapping[str, PreprocessingConfig],
         execution: ExecutionOptions,
         reporter: TogetherReporter,
+        scratch: TileScratch | None,
     ) -> dict[str, list[SlideOutcome] | Exception]:
         sinks = {
             first: MemorySink(configs[first], execution, inputs=self[first].tile_encoding.recipe_for)
             for first, *_ in groups
         }
         bare = [names[0] for names in groups if len(names) > 1]  # slide encoders differ
-        done = workers.embed_together(sinks, dict.fromkeys(sinks, slides), reporter, bare=bare)
+        done = workers.embed_together(sinks, dict.fromkeys(sinks, slides), reporter, scratch, bare=bare)
         reporter.end(done)
         found: dict[str, list[SlideOutcome] | Exception] = {}
         for names in groups:

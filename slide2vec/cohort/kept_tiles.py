@@ -1,17 +1,19 @@
 """Decoded tiles that wait in files for encoders whose turn comes later, so that a slide is decoded once.
 
-Nothing outlives the run: whether a file is whole, and of which pixels, is known in its memory only.
+Nothing outlives the run: another never reads its files.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,8 @@ from torch import Tensor
 from slide2vec.cohort.scratch_room import Tiles, has_room, scratch_folder, scratch_limit, tile_bytes
 from slide2vec.config import ExecutionOptions
 from slide2vec.errors import ConfigError, SlideReadError
+from slide2vec.files.locks import wait_for_lock
 from slide2vec.files.scratch import private_folder
-from slide2vec.geometry import TileGeometry
 from slide2vec.readers.fingerprint import FileIdentity
 from slide2vec.stream.cuda_streams import DeviceStream
 from slide2vec.stream.plan import SlidePlan
@@ -32,12 +34,14 @@ from slide2vec.stream.tile_sources import TileSource
 from slide2vec.stream.transfer import TileTransfer
 from slide2vec.tiling import Tiling
 
-__all__ = ["TileScratch", "tile_scratch"]
+__all__ = ["FROM_SCRATCH", "TileScratch", "tile_scratch"]
 
 logger = logging.getLogger(__name__)
 
 #: By which road the pixels of a kept slide come, in summaries.
 FROM_SCRATCH = "scratch"
+#: Of files that have all tiles of a slide.
+_WHOLE = ".tiles"
 
 
 @contextmanager
@@ -54,7 +58,9 @@ def tile_scratch(execution: ExecutionOptions, turns: int) -> Iterator[TileScratc
     given = execution.scratch_dir or execution.stage_dir
     folder, is_kept = scratch_folder(execution)
     if turns < 2 or not is_kept:
-        if turns > 1 and execution.scratch_gb != 0:
+        if turns > 1 and execution.executor != "local":
+            logger.info("decoded tiles are not kept: workers on several machines have no disk in common")
+        elif turns > 1 and execution.scratch_gb != 0:
             logger.info(
                 "decoded tiles are not kept: %s is in memory; scratch_dir takes a folder on a disk", folder
             )
@@ -78,7 +84,11 @@ def tile_scratch(execution: ExecutionOptions, turns: int) -> Iterator[TileScratc
 
 
 class TileScratch:
-    """Keeps the tiles of slides for later turns, as many as fit. Used from several threads.
+    """Keeps the tiles of slides for later turns, as many as fit. Used from several threads, and by a copy in
+    each worker of this machine: all that they have in common is in the folder.
+
+    A file is named after its turn, its slide and tiles, and what decides their pixels; one that is not whole
+    after its process, too, and has its full length from the beginning, so that there is room for it.
 
     Args:
         folder: of this run alone.
@@ -87,31 +97,21 @@ class TileScratch:
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self._folder, self._limit = folder, limit_bytes
-        self._lock = threading.Lock()
-        self._kept: dict[Tiles, _Kept] = {}
         self._later: Collection[Tiles] = ()
-        self._used = self._files = self._turn = 0
-        #: Slides that this turn has read, and those that an earlier one has.
-        self._read, self._read_before = set[str](), set[str]()
-        self._taken, self._again = set[tuple[int, Tiles]](), set[tuple[int, Tiles]]()
-
-    @property
-    def used(self) -> tuple[int, int]:
-        """How many slides later turns took from here, and how many they decoded again, each turn counted."""
-        return len(self._taken), len(self._again - self._taken)
+        self._turn = 0
 
     def begin_turn(self, now: Collection[Tiles], later: Collection[Tiles]) -> None:
-        """The next turn begins: what neither it nor a later one wants goes.
+        """The next turn begins, while nobody reads or writes: what neither it nor a later one wants goes, and
+        what is not whole.
 
         Args:
             now, later: see `tiles_wanted`.
         """
-        with self._lock:
-            self._turn, self._later = self._turn + 1, later
-            self._read_before |= self._read
-            self._read.clear()
-            for tiles in [each for each in self._kept if each not in now and each not in later]:
-                self._drop(tiles)
+        self._turn, self._later = self._turn + 1, later
+        wanted = {_digest(tiles) for tiles in (*now, *later)}
+        for path in self._folder.iterdir():
+            if path.suffix != _WHOLE or path.name.split("-")[1] not in wanted:
+                _remove(path)
 
     def over(self, transfer: TileTransfer) -> TileTransfer:
         """A transfer that has tiles kept, and brings those that were."""
@@ -123,59 +123,56 @@ class TileScratch:
             return transfer.bind(plan)
         geometry = plan.tiling.geometry
         tiles = plan.slide.sample_id, geometry.requested_spacing_um, geometry.requested_tile_size_px
-        pixels = _Pixels.of(plan, plan.identity.image, transfer)
+        pixels = _pixels(plan, plan.identity.image, transfer)
         if (source := self._source(tiles, pixels, plan)) is not None:
             bound = transfer.bind(replace(plan, source=source))
             plan.source.close()
             return replace(bound, decode_path=FROM_SCRATCH)
         bound = transfer.bind(plan)
-        kept = self._begin(tiles, pixels)
+        kept = self._begin(tiles, pixels, plan)
         return bound if kept is None else replace(bound, source=_Keeping(bound.source, kept, transfer.stream))
 
-    def _source(self, tiles: Tiles, pixels: _Pixels, plan: SlidePlan) -> _FromScratch | None:
-        """Its tiles, if they are kept and are just these."""
-        with self._lock:
-            kept = self._kept.get(tiles)
-            self._read.add(tiles[0])
-            if kept is not None and kept.turn < self._turn and kept.is_whole and kept.pixels.agrees(pixels):
+    def _source(self, tiles: Tiles, pixels: str, plan: SlidePlan) -> _FromScratch | None:
+        """Its tiles, if an earlier turn has kept them and they are just these."""
+        for path in self._folder.glob(f"*-{_digest(tiles)}-{pixels}{_WHOLE}"):
+            if int(path.name.split("-")[0]) < self._turn:
                 try:
-                    source = _FromScratch(kept.path, plan.source, plan.tiling)
-                    self._taken.add((self._turn, tiles))
-                    return source
+                    return _FromScratch(path, plan.source, plan.tiling)
                 except OSError as error:
                     logger.warning("slide %s: its kept tiles are lost: %s", tiles[0], error)
-            if tiles[0] in self._read_before:
-                self._again.add((self._turn, tiles))
         return None
 
-    def _begin(self, tiles: Tiles, pixels: _Pixels) -> _Kept | None:
+    def _begin(self, tiles: Tiles, pixels: str, plan: SlidePlan) -> _Kept | None:
         """A file for the tiles of a slide, if they are wanted later, and fit."""
-        with self._lock:
-            old = self._kept.get(tiles)
-            if tiles not in self._later or (old is not None and (not old.is_whole or old.turn == self._turn)):
-                return None  # or another reading of this turn keeps them
-            if old is not None:
-                self._drop(tiles)
-            if not has_room([self._used], pixels.bytes, self._limit):
-                logger.info("slide %s: its tiles are not kept: the scratch is full", tiles[0])
-                return None
-            self._files += 1
-            path = self._folder / f"{self._files}.tiles"
-            try:
-                kept = _Kept(path, pixels, self._turn, lambda error: self._ended(tiles, error))
-            except OSError as error:
-                self._give_up(tiles, error)
-                return None
-            self._kept[tiles] = kept
-            self._used += pixels.bytes
-            return kept
+        if tiles not in self._later or not self._limit:
+            return None
+        name, side = f"{self._turn}-{_digest(tiles)}", tile_bytes(plan.tiling.geometry.requested_tile_size_px)
+        try:
+            with self._alone():
+                for old in self._folder.glob(f"*-{_digest(tiles)}-*"):
+                    if old.suffix == _WHOLE and not old.name.startswith(f"{self._turn}-"):
+                        _remove(old)
+                    elif old.suffix in (_WHOLE, f".{os.getpid()}"):
+                        return None  # another reading of this turn keeps them
+                taken = [_size(path) for path in self._folder.iterdir()]
+                if not has_room(taken, len(plan.tiling) * side, self._limit):
+                    logger.info("slide %s: its tiles are not kept: the scratch is full", tiles[0])
+                    return None
+                path = self._folder / f"{name}-{pixels}.{os.getpid()}"
+                return _Kept(path, len(plan.tiling), side, lambda error: self._give_up(tiles, error))
+        except OSError as error:
+            self._give_up(tiles, error)
+            return None
 
-    def _ended(self, tiles: Tiles, error: OSError | None) -> None:
-        """Not all tiles of a slide came, or they could not be written."""
-        with self._lock:
-            self._drop(tiles)
-            if error is not None:
-                self._give_up(tiles, error)
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While nobody else, here or in another worker, looks for room."""
+        descriptor = os.open(self._folder, os.O_RDONLY)
+        try:
+            wait_for_lock(descriptor)
+            yield
+        finally:
+            os.close(descriptor)
 
     def _give_up(self, tiles: Tiles, error: OSError) -> None:
         """Write nothing more: whatever room is left is for the run's own files."""
@@ -187,60 +184,54 @@ class TileScratch:
             )
         self._limit = 0
 
-    def _drop(self, tiles: Tiles) -> None:
-        kept = self._kept.pop(tiles)
-        self._used -= kept.pixels.bytes
-        with suppress(OSError):  # it goes with its folder
-            kept.path.unlink()
+
+def _digest(*what: object) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:32]
 
 
-@dataclass(frozen=True, eq=False)
-class _Pixels:
-    """What decides the pixels of a slide's tiles."""
+def _pixels(plan: SlidePlan, image: FileIdentity, transfer: TileTransfer) -> str:
+    """What decides the pixels of a slide's tiles: of a file that has not been touched since."""
+    tiling, files = plan.tiling, sorted(image.stamps.items())
+    how = plan.source.backend, transfer.kind, astuple(tiling.geometry)
+    corners = hashlib.sha256(np.stack([tiling.x, tiling.y]).astype(np.int64).tobytes()).hexdigest()
+    return _digest(image.path, json.dumps(image.content, sort_keys=True), files, how, corners)
 
-    image: FileIdentity
-    backend: str
-    transfer: Hashable
-    geometry: TileGeometry
-    corners: NDArray[np.int64]
 
-    @classmethod
-    def of(cls, plan: SlidePlan, image: FileIdentity, transfer: TileTransfer) -> _Pixels:
-        tiling = plan.tiling
-        corners = np.stack([tiling.x, tiling.y])
-        return cls(image, plan.source.backend, transfer.kind, tiling.geometry, corners)
+def _size(path: Path) -> int:
+    """0 of one that is gone meanwhile."""
+    with suppress(OSError):
+        return path.stat().st_size
+    return 0
 
-    def agrees(self, other: _Pixels) -> bool:
-        """Whether they are the same, of a file that has not been touched since."""
-        mine, others = ((each.image, each.backend, each.transfer, each.geometry) for each in (self, other))
-        return mine == others and np.array_equal(self.corners, other.corners)
 
-    @property
-    def bytes(self) -> int:
-        """That they take."""
-        return len(self.corners[0]) * tile_bytes(self.geometry.requested_tile_size_px)
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # it goes with its folder
+        path.unlink()
 
 
 class _Kept:
-    """The tiles of a slide in a file, (N, S, S, 3) uint8 RGB; `is_whole` once all of them are.
+    """The tiles of a slide in a file, (N, S, S, 3) uint8 RGB, which has its name once all of them are there.
 
     Args:
-        turn: in which it began.
-        ended: called if they do not become so, with why.
+        path: until then.
+        tiles: N.
+        size: bytes of a tile.
+        failed: called if they cannot be written, with why.
+
+    Raises:
+        OSError: it cannot be made.
     """
 
-    def __init__(
-        self, path: Path, pixels: _Pixels, turn: int, ended: Callable[[OSError | None], None]
-    ) -> None:
-        self.path, self.pixels, self.turn, self.is_whole = path, pixels, turn, False
-        self._ended, self._lock = ended, threading.Lock()
-        self._missing = pixels.corners.shape[1]
+    def __init__(self, path: Path, tiles: int, size: int, failed: Callable[[OSError], None]) -> None:
+        self._path, self._missing, self._size, self._failed = path, tiles, size, failed
+        self._lock = threading.Lock()
         self._error: OSError | None = None
         self._file: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        os.ftruncate(self._file, tiles * size)
 
     def add(self, tiles: NDArray[np.int64], pixels: Sequence[NDArray[np.uint8]]) -> None:
         """Write tiles that have come. That they cannot be written is no error of the slide."""
-        size = tile_bytes(self.pixels.geometry.requested_tile_size_px)
+        size = self._size
         if self._error is not None or self._file is None:
             return
         try:
@@ -260,9 +251,13 @@ class _Kept:
         if file is None:
             return
         os.close(file)
-        self.is_whole = self._error is None and not self._missing
-        if not self.is_whole:
-            self._ended(self._error)
+        if self._error is None and not self._missing:
+            with suppress(OSError):
+                self._path.rename(self._path.with_suffix(_WHOLE))
+            return
+        _remove(self._path)
+        if self._error is not None:
+            self._failed(self._error)
 
 
 class _Through:

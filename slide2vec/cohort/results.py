@@ -112,15 +112,18 @@ class RunResult:
         by_name = {name: each.summary for name, each in encoders.items() if each.summary is not None}
         summaries = list(by_name.values())
         summary = in_turn(summaries) if summaries else None
-        if summary is not None:  # they are the same slides
-            roads = max((each.roads for each in summaries), key=lambda roads: sum(roads.values()))
+        if summary is not None:
+            roads: Counter[str] = Counter()
+            for names in readings or [list(by_name)]:  # those of one reading have the same slides
+                of_them = (by_name[name].roads for name in names if name in by_name)
+                roads.update(max(of_them, key=lambda each: sum(each.values()), default={}))
             billed = whole or summary
             busy = of_encoders(by_name, billed.seconds)
             summary = replace(
                 summary,
                 stations=busy.stations,
                 bottleneck=busy.bottleneck,
-                roads=roads,
+                roads=dict(roads),
                 seconds=billed.seconds,
                 watt_hours=billed.watt_hours,
                 measured_by=billed.measured_by,

@@ -41,10 +41,11 @@ def tile_bytes(side_px: int) -> int:
 
 def scratch_folder(execution: ExecutionOptions) -> tuple[Path, bool]:
     """The folder in which tiles wait, and whether they do: not where none may, nor in memory unless that is
-    asked for."""
+    asked for, nor on one of several machines."""
     given = execution.scratch_dir or execution.stage_dir
     folder = given or Path(tempfile.gettempdir())
-    return folder, execution.scratch_gb != 0 and (given is not None or not is_in_memory(folder))
+    is_here = execution.executor == "local"
+    return folder, is_here and execution.scratch_gb != 0 and (given is not None or not is_in_memory(folder))
 
 
 def scratch_limit(execution: ExecutionOptions, folder: Path) -> int:

@@ -17,14 +17,14 @@ from slide2vec.artifacts import TileEmbeddingArtifact
 from slide2vec.cohort.bill import write_bill
 from slide2vec.cohort.context import Cohort
 from slide2vec.cohort.embedder import Embedder
-from slide2vec.cohort.kept_tiles import TileScratch, tile_scratch
+from slide2vec.cohort.kept_tiles import FROM_SCRATCH, TileScratch, tile_scratch
 from slide2vec.cohort.output_dir import Settings, shared_output_directory
 from slide2vec.cohort.pending_patients import Patient, by_patient
 from slide2vec.cohort.recorder import RunRecorder
 from slide2vec.cohort.results import Artifact, RunResult
 from slide2vec.cohort.resume import ResumePlan, plan_everything, resume_run
 from slide2vec.cohort.run import embed_what_is_left, left_in_words, sink_of_run
-from slide2vec.cohort.scratch_room import tiles_wanted
+from slide2vec.cohort.scratch_room import Tiles, tiles_wanted
 from slide2vec.cohort.sink import Sink
 from slide2vec.cohort.slide_writer import OnPersisted
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
@@ -45,7 +45,7 @@ Result = TypeVar("Result")
 
 #: Embeds slides with several encoders in workers: `WorkerExecutor.embed_together`.
 InWorkers: TypeAlias = Callable[
-    [Mapping[str, Sink], Mapping[str, Sequence[Slide]], TogetherReporter],
+    [Mapping[str, Sink], Mapping[str, Sequence[Slide]], TogetherReporter, TileScratch | None],
     Mapping[str, list[SlideOutcome] | Exception],
 ]
 
@@ -105,7 +105,8 @@ def embed_cohort_together(
         turns = list(_turns(runs, whole, groups, ordered=in_workers is None))
         # before anybody's turn, as it says which tiles are wanted later
         left = {name: _left(*whole[name], None) for name in runs if not runs[name].after}
-        scratch = kept.enter_context(tile_scratch(execution, len(turns) if in_workers is None else 1))
+        scratch = kept.enter_context(tile_scratch(execution, len(turns)))
+        readings = _Readings()
         for number, names in enumerate(turns):
             todo = {}
             for name in names:
@@ -133,22 +134,21 @@ def embed_cohort_together(
                 if left
             }
             if in_workers is not None:
-                broken = _embed_in_workers(to_do, in_workers, reporter)
+                broken = _embed_in_workers(to_do, in_workers, reporter, scratch)
             else:
                 tasks = {name: partial(_embed_shared, *each) for name, each in to_do.items()}
                 planned = {name: todo[name].slides for name in tasks}
                 broken = _errors(run_side_by_side(tasks, planned, execution, reporter, scratch))
             for name, error in broken.items():
                 _break_off(whole[name][0], whole[name][1], todo[name], error)
+            readings.add(names, reporter, {name: whole[name][0].config for name in names})
             summaries |= reporter.summaries
             for name in names if len(groups) > 1 else ():
                 runs[name].embedder.release()
         write_bill(log, {whole[name][0].place.name: summary for name, summary in summaries.items()})
         results = {name: whole[name][1].result(summaries.get(name)) for name in runs}
-        readings = [names for names in turns if any(name in summaries for name in names)]
-        return RunResult.of_several(
-            results, log.summary, readings, (0, 0) if scratch is None else scratch.used
-        )
+        read = [names for names in turns if any(name in summaries for name in names)]
+        return RunResult.of_several(results, log.summary, read, (readings.from_scratch, readings.again))
 
 
 def _turns(
@@ -180,6 +180,37 @@ def _turns(
         yield now
         done |= set(now)
         left = [name for name in left if name not in now]
+
+
+class _Readings:
+    """How slides came to groups of encoders that take turns.
+
+    Attributes:
+        from_scratch, again: how many slides later groups took from the scratch, and how many they decoded
+            again, each group counted.
+    """
+
+    def __init__(self) -> None:
+        self.from_scratch = self.again = 0
+        self._before: set[str] = set()
+
+    def add(
+        self, names: Iterable[str], reporter: TogetherReporter, configs: Mapping[str, PreprocessingConfig]
+    ) -> None:
+        """What a group has read.
+
+        Args:
+            reporter: that was told of it.
+        """
+        taken, decoded = set[Tiles](), set[Tiles]()
+        for name in names:
+            asked = configs[name].requested_spacing_um, configs[name].requested_tile_size_px
+            for slide in reporter.planned(name):
+                if slide.tiles:
+                    (taken if slide.backend == FROM_SCRATCH else decoded).add((slide.sample_id, *asked))
+        again = {tiles for tiles in decoded - taken if tiles[0] in self._before}
+        self.from_scratch, self.again = self.from_scratch + len(taken), self.again + len(again)
+        self._before |= {tiles[0] for tiles in taken | decoded}
 
 
 def _tiles_of(
@@ -232,6 +263,7 @@ def _embed_in_workers(
     to_do: Mapping[str, tuple[Cohort, RunRecorder, Embedder, ResumePlan, OnPersisted | None]],
     in_workers: InWorkers,
     reporter: TogetherReporter,
+    scratch: TileScratch | None,
 ) -> dict[str, Exception]:
     """Embed in workers what is left to each encoder; the errors of those that broke off."""
     found: dict[str, Any] = {}
@@ -253,7 +285,7 @@ def _embed_in_workers(
                 opened.enter_context(apart(name))
                 sinks[name] = opened.enter_context(sink_of_run(*each))
             slides = {name: todo.slides for name, (_, _, _, todo, _) in to_do.items()}
-            done = in_workers(sinks, slides, reporter) if any(slides.values()) else {}
+            done = in_workers(sinks, slides, reporter, scratch) if any(slides.values()) else {}
             found = {**dict.fromkeys(to_do), **done}
     except _CallbackFailed as error:
         raise error.__cause__ or error from None

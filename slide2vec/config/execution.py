@@ -74,7 +74,7 @@ class ExecutionOptions(FrozenConfig):
         scratch_dir: folder on a local disk where decoded tiles wait for groups whose turn comes later; None =
             stage_dir, else the system's folder for temporary files, unless that is in memory.
         scratch_gb: GB (1e9 bytes) that they may take there; None = half of what is free when a run begins. Of
-            slides that do not fit, and where workers embed, each group decodes the tiles. 0 = keep none.
+            slides that do not fit, and on a Ray cluster, each group decodes the tiles. 0 = keep none.
         on_bad_slide: "fail" the patient one of whose slides cannot be embedded, or "skip" the slide and
             embed the patient from the others.
         shard: "i/n", i from 1 to n: a Pipeline embeds the i-th of n parts of its slides, balanced by the

@@ -130,8 +130,6 @@ class RunSummary:
         if len(self.readings) < 2:
             return ""
         how = f"{self.from_scratch:,} from the scratch, {self.decoded_again:,} decoded again"
-        if not self.from_scratch + self.decoded_again:
-            how = "decoded each time"
         groups = ", then for ".join(self.readings)
         return f"; slides were read {len(self.readings)} times ({how}), for {groups}"
 

@@ -72,6 +72,10 @@ class TogetherReporter:
         """The reporter for one encoder's stream."""
         return _OfEncoder(self, encoder)
 
+    def planned(self, encoder: str) -> list[SlidePlanned]:
+        """The slides that an encoder has come to."""
+        return [each.planned[encoder] for each in self._slides.values() if encoder in each.planned]
+
     def cancel(self) -> None:
         """Every encoder is stopped when it next reports something."""
         self._is_cancelled = True

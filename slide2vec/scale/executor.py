@@ -47,6 +47,7 @@ from slide2vec.stream import SlideOutcome
 if TYPE_CHECKING:
     from slide2vec.artifacts.places import Place
     from slide2vec.cohort.embedder import Encoder
+    from slide2vec.cohort.kept_tiles import TileScratch
     from slide2vec.cohort.sink import Sink
     from slide2vec.progress.together import TogetherReporter
 
@@ -121,6 +122,7 @@ class WorkerExecutor:
         sinks: Mapping[str, Sink],
         slides: Mapping[str, Sequence[Slide]],
         reporter: TogetherReporter,
+        scratch: TileScratch | None = None,
         *,
         bare: Collection[str] = (),
     ) -> dict[str, list[SlideOutcome] | Exception]:
@@ -130,6 +132,7 @@ class WorkerExecutor:
         Args:
             sinks: of each model, by name, as are its slides.
             reporter: is told of all of them.
+            scratch: keeps decoded tiles for models that come later, and has those that were.
             bare: models of which slides come back without their slide embedding.
 
         Returns:
@@ -150,7 +153,7 @@ class WorkerExecutor:
                     known[slide.sample_id][encoder] = Known(*sinks[encoder].known(slide))
             tasks = [Task(by_name[name], each) for name, each in known.items()]
             reporters = {name: reporter.of(name) for name in sinks}
-            reports = self._run(pool, Job(parts), tasks, reporters)
+            reports = self._run(pool, Job(parts, scratch), tasks, reporters)
             for encoder, item in self._through(pool, reports, by_name, broken):
                 try:
                     if isinstance(item, SlideOutcome):

@@ -11,6 +11,7 @@ from slide2vec.errors import Slide2VecError
 
 if TYPE_CHECKING:
     from slide2vec.artifacts.places import Place
+    from slide2vec.cohort.kept_tiles import TileScratch
     from slide2vec.cohort.record_events import RecordEvent, SlideCompleted
     from slide2vec.config import ExecutionOptions, PreprocessingConfig
     from slide2vec.progress import ProgressEvent, RunSummary
@@ -81,9 +82,14 @@ class JobPart:
 
 @dataclass(frozen=True)
 class Job:
-    """What each encoder does, by name. Several embed slides side by side, which are read once for them."""
+    """What each encoder does, by name. Several embed slides side by side, which are read once for them.
+
+    Attributes:
+        scratch: where decoded tiles wait for later jobs, or have waited for this one.
+    """
 
     parts: Mapping[str, JobPart]
+    scratch: TileScratch | None = None
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slide2vec.cohort.embedder import Embedder
+    from slide2vec.cohort.kept_tiles import TileScratch
     from slide2vec.cohort.sink import Sink
     from slide2vec.slides import Slide
     from slide2vec.stream import SlideOutcome
@@ -101,7 +102,8 @@ def _on_device(job: Job, device: str | None) -> Job:
     """With networks that find tissue on the device of the encoders."""
     if device is None:
         return job
-    return Job({name: replace(p, config=p.config.on_device(device)) for name, p in job.parts.items()})
+    parts = {name: replace(p, config=p.config.on_device(device)) for name, p in job.parts.items()}
+    return replace(job, parts=parts)
 
 
 class _Round:
@@ -111,14 +113,17 @@ class _Round:
         broken: what has broken off encoders.
     """
 
-    def __init__(self, encoders: Collection[str], stager: InPlace, readers: int | None) -> None:
+    def __init__(
+        self, encoders: Collection[str], stager: InPlace, readers: int | None, scratch: TileScratch | None
+    ) -> None:
         from slide2vec.stream import SlideQueue
         from slide2vec.stream.shared_slides import SharedSlides
 
         self.queues = {name: SlideQueue() for name in encoders}
         self.left: dict[str, set[str]] = {name: set() for name in encoders}
         self.broken: dict[str, Exception] = {}
-        self._shared = SharedSlides(encoders, stager, readers=readers)
+        over = {} if scratch is None else {"over": scratch.over}
+        self._shared = SharedSlides(encoders, stager, readers=readers, **over)
         self.shares = {name: self._shared.share(name) for name in encoders}
         self._is_cancelled = False
 
@@ -162,6 +167,8 @@ class _Session:
         self._identities: dict[str, dict[str, SlideIdentity]] = {name: {} for name in models}
         self._summaries: list[tuple[str, RunSummary]] = []
         self._receive = receive
+        #: It shares nothing, and stages for itself.
+        self._is_alone = len(models) == 1 and job.scratch is None
         self._rounds: SimpleQueue[_Round | None] = SimpleQueue()
 
     def run(self) -> None:
@@ -172,9 +179,8 @@ class _Session:
             tile_size = part.config.requested_tile_size_px
             _check_identity(self._models[name].identity(part.execution, tile_size), part.identity)
         execution = next(iter(self._job.parts.values())).execution
-        several = len(self._models) > 1  # one stages for itself
-        with stager_for(execution) if several else nullcontext(IN_PLACE) as stager:
-            begin = partial(_Round, self._models, stager, execution.num_workers)
+        with nullcontext(IN_PLACE) if self._is_alone else stager_for(execution) as stager:
+            begin = partial(_Round, self._models, stager, execution.num_workers, self._job.scratch)
             commands = threading.Thread(target=self._obey, args=(begin,), name="commands", daemon=True)
             commands.start()
             self._send_report(JobStarted())
@@ -214,7 +220,7 @@ class _Session:
         """A stream of each encoder. One of several that breaks off leaves the others alone."""
         from slide2vec.cohort.side_by_side import run_in_threads
 
-        if len(self._models) == 1:
+        if self._is_alone:
             (name,) = self._models
             with activate_progress_reporter(EventForwarder(name, now, self._send_report, self._summaries)):
                 self._embed(name, now)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from slide2vec import ExecutionOptions, PreprocessingConfig
-from slide2vec.cohort.kept_tiles import TileScratch, tile_scratch
+from slide2vec.cohort.kept_tiles import FROM_SCRATCH, TileScratch, tile_scratch
 from slide2vec.cohort.scratch_room import scratch_limit, scratch_use, tiles_wanted
 from slide2vec.errors import ConfigError, SlideReadError
 from slide2vec.files import scratch as folders
@@ -75,6 +76,11 @@ def read(plan: SlidePlan, transfer: TileTransfer = HOST_TRANSFER, *, blocks: int
     return tiles.numpy().copy()
 
 
+def is_kept(plan: SlidePlan) -> bool:
+    """Whether its tiles come from the scratch."""
+    return plan.decode_path == FROM_SCRATCH
+
+
 def turns(scratch: TileScratch, *slides: Slide) -> Iterator[TileTransfer]:
     """Two turns of encoders of the same tiles."""
     wanted = tiles_wanted(CONFIG, slides)
@@ -93,7 +99,7 @@ def test_a_later_turn_takes_the_same_pixels_and_decodes_nothing(
     scratch = TileScratch(folder, ROOM)
     both = turns(scratch, slides[0])
     assert np.array_equal(read(next(both).bind(planned(slides[0], SINGLY))), expected)
-    assert fetched and scratch.used == (0, 0)
+    assert fetched
     assert sum(path.stat().st_size for path in folder.iterdir()) == expected.size
     fetched.clear()
     plan = next(both).bind(planned(slides[0]))
@@ -102,24 +108,23 @@ def test_a_later_turn_takes_the_same_pixels_and_decodes_nothing(
     assert plan.decoded_by() == {"scratch": len(expected)}
     assert plan.source.backend == planned(slides[0]).source.backend
     assert np.array_equal(read(plan), expected) and np.array_equal(single, expected[7])
-    assert fetched == [] and scratch.used == (1, 0)
+    assert fetched == []
     scratch.begin_turn(set(), set())
     assert list(folder.iterdir()) == []
 
 
-def used_again(
-    scratch: TileScratch, slide: Slide, between: Callable[[], object], **again: Any
-) -> tuple[int, int]:
-    """How a slide is read a second time, after something has happened."""
+def used_again(scratch: TileScratch, slide: Slide, between: Callable[[], object], **again: Any) -> bool:
+    """Whether the tiles of a slide come from the scratch the second time, after something has happened."""
     first, second = (None, None)
     for number, transfer in enumerate(turns(scratch, slide)):
         if number:
             between()
-        first, second = second, read(transfer.bind(planned(slide, **(again if number else {}))))
+        plan = transfer.bind(planned(slide, **(again if number else {})))
+        first, second = second, read(plan)
     if not again:
         assert first is not None and second is not None and np.array_equal(first, second)
     scratch.begin_turn(set(), set())  # for the next in this folder
-    return scratch.used
+    return is_kept(plan)
 
 
 def test_pixels_of_a_file_that_was_touched_are_not_used(
@@ -128,8 +133,8 @@ def test_pixels_of_a_file_that_was_touched_are_not_used(
     path = tmp_path / "s.svs"
     path.write_bytes(slides[0].image_path.read_bytes())
     slide = Slide(sample_id="s", image_path=path)
-    assert used_again(TileScratch(folder, ROOM), slide, lambda: None) == (1, 0)
-    assert used_again(TileScratch(folder, ROOM), slide, lambda: os.utime(path, (1, 1))) == (0, 1)
+    assert used_again(TileScratch(folder, ROOM), slide, lambda: None)
+    assert not used_again(TileScratch(folder, ROOM), slide, lambda: os.utime(path, (1, 1)))
 
     def other() -> None:
         path.write_bytes(slides[1].image_path.read_bytes())
@@ -139,27 +144,29 @@ def test_pixels_of_a_file_that_was_touched_are_not_used(
     for number, transfer in enumerate(turns(scratch, slide)):
         if number:
             other()
-        pixels = read(transfer.bind(planned(slide)))
-    assert scratch.used == (0, 1) and "s" in fetched
+        plan = transfer.bind(planned(slide))
+        pixels = read(plan)
+    assert not is_kept(plan) and "s" in fetched
     assert np.array_equal(pixels, read(planned(slides[1])))
 
 
 def test_other_tiles_are_decoded(slides: list[Slide], folder: Path) -> None:
     other = CONFIG.updated(overlap=0.25)
-    assert used_again(TileScratch(folder, ROOM), slides[0], lambda: None, config=other) == (0, 1)
+    assert not used_again(TileScratch(folder, ROOM), slides[0], lambda: None, config=other)
     fewer = CONFIG.updated(tissue_threshold=0.9)
     assert len(planned(slides[0], fewer).tiling) < len(planned(slides[0]).tiling)
-    assert used_again(TileScratch(folder, ROOM), slides[0], lambda: None, config=fewer) == (0, 1)
+    assert not used_again(TileScratch(folder, ROOM), slides[0], lambda: None, config=fewer)
 
 
 def test_slides_that_do_not_fit_are_decoded_again(slides: list[Slide], folder: Path) -> None:
     sizes = [len(planned(slide).tiling) * 3 * SIDE**2 for slide in slides]
     scratch = TileScratch(folder, sizes[0])
     for transfer in turns(scratch, *slides):
-        for slide in slides:
-            read(transfer.bind(planned(slide)))
+        plans = [transfer.bind(planned(slide)) for slide in slides]
+        for plan in plans:
+            read(plan)
         assert sum(path.stat().st_size for path in folder.iterdir()) <= sizes[0]
-    assert scratch.used == (1, 1)
+    assert [is_kept(plan) for plan in plans] == [True, False]
 
 
 @pytest.mark.parametrize("places", [(0,), (1,), (0, 1), ()])
@@ -171,18 +178,40 @@ def test_what_turns_have_of_it_can_be_told_beforehand(
     keys, limit = list(sizes), sum(list(sizes.values())[place] for place in places)
     wanted = [sizes, {keys[0]: sizes[keys[0]]}, sizes]
     told = scratch_use(wanted, limit)
-    scratch, before = TileScratch(folder, limit), (0, 0)
+    scratch = TileScratch(folder, limit)
     for number, (now, use) in enumerate(zip(wanted, told, strict=True)):
         scratch.begin_turn(now, set().union(*wanted[number + 1 :]))
-        for slide in slides[: len(now)]:
-            read(scratch.over(HOST_TRANSFER).bind(planned(slide)))
-        assert (len(use.taken), len(use.again)) == (
-            scratch.used[0] - before[0],
-            scratch.used[1] - before[1],
-        )
+        plans = [scratch.over(HOST_TRANSFER).bind(planned(slide)) for slide in slides[: len(now)]]
+        for plan in plans:
+            read(plan)
+        taken = sum(map(is_kept, plans))
+        assert (len(use.taken), len(use.again)) == (taken, len(plans) - taken if number else 0)
         assert use.bytes == sum(path.stat().st_size for path in folder.iterdir())
-        before = scratch.used
     assert told[0].kept and told[-1].taken if places else told[-1].again == set(keys)
+
+
+def test_workers_keep_tiles_for_one_another(slides: list[Slide], folder: Path) -> None:
+    """Each by its copy of the scratch, all within one bound; what one leaves that dies goes in time."""
+    sizes = [len(planned(slide).tiling) * 3 * SIDE**2 for slide in slides]
+    scratch, wanted = TileScratch(folder, sum(sizes)), tiles_wanted(CONFIG, slides)
+    scratch.begin_turn(wanted, wanted)
+    one, two, three = (pickle.loads(pickle.dumps(scratch)).over(HOST_TRANSFER) for _ in range(3))
+    expected = read(one.bind(planned(slides[0])))
+    half = two.bind(planned(slides[1]))
+    (whole,) = folder.glob("*.tiles")
+    (begun,) = {*folder.iterdir()} - {whole}
+    assert begun.stat().st_size == sizes[1]  # from the beginning
+    begun.rename(begun.with_suffix(".1"))  # of another process, which dies
+    again = three.bind(planned(slides[1]))
+    read(again)
+    assert list(folder.glob("*.tiles")) == [whole] and not is_kept(again)  # no room
+    scratch.begin_turn(wanted, set())
+    assert list(folder.iterdir()) == [whole]
+    later = pickle.loads(pickle.dumps(scratch)).over(HOST_TRANSFER)
+    plan, other = later.bind(planned(slides[0])), later.bind(planned(slides[1]))
+    assert is_kept(plan) and np.array_equal(read(plan), expected) and not is_kept(other)
+    half.close()
+    other.close()
 
 
 def test_a_folder_that_is_to_be_made_is_on_the_disk_above_it(tmp_path: Path) -> None:
@@ -208,18 +237,20 @@ def test_a_full_disk_means_that_nothing_more_fits(
     expected = [read(planned(slide)) for slide in slides]
     for transfer in turns(scratch, *slides):
         for slide, pixels in zip(slides, expected, strict=True):
-            assert np.array_equal(read(transfer.bind(planned(slide))), pixels)
+            plan = transfer.bind(planned(slide))
+            assert np.array_equal(read(plan), pixels) and not is_kept(plan)
         assert list(folder.iterdir()) == []
-    assert scratch.used == (0, 2) and written[0] == 20
+    assert written[0] == 20
     assert caplog.text.count("are not kept") == 1 and "No space left" in caplog.text
 
 
 def test_tiles_that_are_not_all_there_are_not_used(slides: list[Slide], folder: Path) -> None:
     scratch = TileScratch(folder, ROOM)
     for number, transfer in enumerate(turns(scratch, slides[0])):
-        read(transfer.bind(planned(slides[0], SINGLY)), blocks=None if number else 20)
+        plan = transfer.bind(planned(slides[0], SINGLY))
+        read(plan, blocks=None if number else 20)
         assert list(folder.iterdir()) == []
-    assert scratch.used == (0, 1)
+    assert not is_kept(plan)
 
 
 def test_a_file_that_somebody_has_removed_or_cut_short(slides: list[Slide], folder: Path) -> None:
@@ -231,7 +262,7 @@ def test_a_file_that_somebody_has_removed_or_cut_short(slides: list[Slide], fold
         for path in folder.iterdir():
             os.truncate(path, 1000)
 
-    assert used_again(TileScratch(folder, ROOM), slides[0], remove) == (0, 1)
+    assert not used_again(TileScratch(folder, ROOM), slides[0], remove)
     with pytest.raises(SlideReadError, match=r"slide s0: tile \d+ .* too short"):
         used_again(TileScratch(folder, ROOM), slides[0], cut)
 
@@ -247,7 +278,7 @@ def test_tiles_in_the_memory_of_a_device(slides: list[Slide], folder: Path, fetc
         assert np.array_equal(read(plan, transfer), expected)
         read_in_turn = list(fetched)
         fetched.clear()
-    assert scratch.used == (1, 0) and read_in_turn == []
+    assert is_kept(plan) and read_in_turn == []
 
 
 def test_the_folder_is_there_for_one_run(tmp_path: Path) -> None:
@@ -266,7 +297,7 @@ def test_the_folder_is_there_for_one_run(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("more", "turns"), [({"scratch_gb": 0}, 2), ({}, 1)])
+@pytest.mark.parametrize(("more", "turns"), [({"scratch_gb": 0}, 2), ({}, 1), ({"executor": "ray"}, 2)])
 def test_nothing_is_written_where_nothing_is_kept(tmp_path: Path, more: dict[str, Any], turns: int) -> None:
     with tile_scratch(ExecutionOptions(scratch_dir=tmp_path, **more), turns) as scratch:
         assert scratch is None and list(tmp_path.iterdir()) == []

@@ -16,6 +16,7 @@ from slide2vec import (
 )
 from slide2vec.cohort.results import FailedPatient, FailedSlide
 from slide2vec.errors import PatientError, SlideOpenError
+from slide2vec.progress import RunSummary
 
 FILES = {"path": Path("/out/a.pt"), "metadata_path": Path("/out/a.meta.json"), "format": "pt"}
 
@@ -88,3 +89,19 @@ def test_in_words_and_as_html() -> None:
     both = RunResult.of_several({"uni": result, "b": RunResult(process_list_path=Path("/out/p.csv"))})
     assert '<td style="text-align:left">uni</td>' in both._repr_html_()
     assert repr(RunResult(process_list_path=Path("p"))) == "RunResult(no artifacts; process_list_path='p')"
+
+
+def test_how_tiles_were_read_is_of_every_group() -> None:
+    """Encoders of one reading have the same tiles, or tiles of the same slides."""
+    roads = {"a": {"tiff": 10}, "b": {"tiff": 5}, "c": {"scratch": 7, "tiff": 3}}
+    results = {
+        name: RunResult(process_list_path=Path("p"), summary=RunSummary(2, 0, 10, 1.0, (), "read", each))
+        for name, each in roads.items()
+    }
+    grouped = RunResult.of_several(results, readings=[["a", "b"], ["c"]], scratch=(1, 1)).summary
+    assert grouped is not None and grouped.roads == {"tiff": 13, "scratch": 7}
+    assert "slides were read 2 times (1 from the scratch, 1 decoded again), for a + b, then for c" in str(
+        grouped
+    )
+    together = RunResult.of_several(results).summary
+    assert together is not None and together.roads == {"tiff": 10}

@@ -13,8 +13,11 @@ from cohort_helpers import files, rows
 from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig, RunResult
 from slide2vec.cohort.shard_lists import merged_process_list
 from slide2vec.cohort.shard_merge import merge_shards
+from slide2vec.cohort.side_by_side import _Readings
 from slide2vec.cohort.slide_writer import SlideWriter
 from slide2vec.errors import ConfigError
+from slide2vec.progress import NullReporter, SlidePlanned
+from slide2vec.progress.together import TogetherReporter
 from slide2vec.tiling import load_coordinates
 
 TIMM = "timm:test_vit.r160_in1k"
@@ -272,3 +275,22 @@ def test_pooled_tiles_of_two_encoders(run: Run, models: dict[str, Model], tmp_pa
     ]
     assert len(set(places)) == 3 and places[0] == places[3]
     assert torch.load(places[0], weights_only=True).shape == (models["scattering"].feature_dim,)
+
+
+def test_slides_that_a_later_group_decodes_again_are_counted() -> None:
+    """With a scratch, and without one; two sizes of tiles are two readings, none of tiles is none."""
+    config = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5)
+    configs = {"a": config, "b": config.updated(requested_tile_size_px=96), "c": config}
+    turns = [
+        {"a": [("x", 5, "tiff"), ("y", 5, "tiff"), ("empty", 0, "tiff")]},
+        {"b": [("x", 3, "tiff")], "c": [("x", 5, "scratch"), ("z", 5, "tiff"), ("empty", 0, "tiff")]},
+        {"a": [("z", 5, "tiff"), ("y", 5, "scratch")]},
+    ]
+    readings = _Readings()
+    for turn in turns:
+        reporter = TogetherReporter(NullReporter(), {name: ["x", "y", "z", "empty"] for name in turn})
+        for name, slides in turn.items():
+            for slide in slides:
+                reporter.take(name, SlidePlanned(*slide))
+        readings.add(turn, reporter, configs)
+    assert (readings.from_scratch, readings.again) == (2, 2)

@@ -18,6 +18,8 @@ from slide2vec import EmbedSlidesError, ExecutionOptions, Models, Pipeline, Prep
 from slide2vec.cohort.process_list import read_process_list
 from slide2vec.progress import RunFinished, RunStarted, SlideFinished, activate_progress_reporter
 from slide2vec.readers import decoders
+from slide2vec.slides import as_slide
+from slide2vec.stream.plan import plan_slide
 
 CONFIG = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5)
 RESUMING = CONFIG.updated(resume=True)
@@ -53,9 +55,8 @@ def models(folder: Path) -> Iterator[Models]:
         end_workers(models)  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module")
-def decoded(models: Models, slides: list[Path]) -> int:
-    """Compressed tiles that one encoder needs."""
+def decodes(do: Callable[[], object]) -> int:
+    """How many compressed tiles are decoded here."""
     count, decode = [], decoders.decode_tile
 
     def counted(*args: Any, **options: Any) -> Any:
@@ -64,8 +65,19 @@ def decoded(models: Models, slides: list[Path]) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoders, "decode_tile", counted)
-        models["scattering"].embed_slides(slides, CONFIG, ALONE)
+        do()
     return len(count)
+
+
+def planned(path: Path) -> None:
+    """As a later group plans it: a few of its tiles are compared with those of a second decoder."""
+    plan_slide(as_slide(path), CONFIG).close()
+
+
+@pytest.fixture(scope="module")
+def decoded(models: Models, slides: list[Path]) -> int:
+    """Compressed tiles that one encoder needs."""
+    return decodes(lambda: models["scattering"].embed_slides(slides, CONFIG, ALONE))
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +175,43 @@ def test_encoders_that_do_not_fit_take_turns_in_the_same_workers(
     for name, each in alone.encoders.items():
         for one, other in zip(found[name], each.tile_artifacts, strict=True):
             torch.testing.assert_close(one.tile_embeddings, torch.load(other.path), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [False, True])
+def test_decoded_tiles_wait_for_the_next_group_in_any_worker(
+    models: Models, slides: list[Path], folder: Path, decoded: int, tmp_path: Path, killed: bool
+) -> None:
+    """With a tile a batch, so that no embedding depends on who embeds what; also if a worker dies."""
+    one, two = (each.updated(batch_size=1, output_dir=tmp_path / "one") for each in (ALONE, TWO))
+    expected = Pipeline(models, CONFIG, one).run(slides)
+    least, scratch = min(model.memory_bytes(two, 64) for model in models.values()), tmp_path / "scratch"
+    execution = two.updated(encoders_gb=2.1 * least / 1e9, scratch_dir=scratch, output_dir=tmp_path / "two")
+    models.embed_slides(slides[:2], CONFIG, execution)  # so that there are workers
+    before, done, seen, workers = count(folder), [], set[str](), processes(models)
+
+    def at(event: Any) -> None:
+        seen.update(path.suffix for path in scratch.glob("*/*"))
+        if isinstance(event, SlideFinished):
+            done.append(event.sample_id)
+            if killed and len(done) in (3, 8):  # one in each turn
+                os.kill(workers.pop(), signal.SIGKILL)
+
+    pipeline = Pipeline(models, CONFIG, execution)
+    with activate_progress_reporter(Recorder(at)):
+        result = pipeline.run(slides)
+    assert result.summary is not None and result.summary.readings == ("scattering", "resnet")
+    taken, again = result.summary.from_scratch, result.summary.decoded_again
+    assert taken + again == 6 and (taken >= 3 if killed else taken == 6) and ".tiles" in seen
+    if not killed:
+        assert count(folder) - before == decoded + decodes(lambda: [planned(path) for path in slides])
+    assert list(scratch.iterdir()) == []
+    assert files(result) == files(expected) and len(done) == 12
+    for name, each in expected.encoders.items():
+        made = result.encoders[name].tile_artifacts
+        for ours, theirs in zip(made, each.tile_artifacts, strict=True):
+            assert ours.path.read_bytes() == theirs.path.read_bytes()
+    end_workers(models)  # type: ignore[arg-type]
 
 
 def test_patients_in_any_order_beside_another_encoder(
