@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+import tifffile
 
 from slide2vec import ExecutionOptions, Model, PreprocessingConfig
 from slide2vec.compile.gain import Gain
@@ -26,6 +28,7 @@ from slide2vec.estimate import (
 from slide2vec.estimate.trial import _Enough, _Stopwatch
 from slide2vec.progress import RunStarted, SlidePlanned, TilesEncoded
 from slide2vec.slides import Slide
+from slide2vec.stream.plan import plan_slide
 
 CONFIG = PreprocessingConfig(requested_tile_size_px=64, requested_spacing_um=0.5)
 
@@ -62,6 +65,25 @@ def test_tiles_are_those_of_the_run(slides: list[Slide], model: Model, changes: 
         assert a > 5 and not each.errors
         assert each.written_bytes == a * 10 * 4 + b * 7 * 2 + (a + b) * COORDINATES_BYTES
         assert 0 < each.read_bytes <= each.slide.image_path.stat().st_size
+
+
+@pytest.mark.parametrize("size", [64, 100, 224])
+def test_what_is_read_are_the_compressed_tiles_under_the_tiles(slides: list[Slide], size: int) -> None:
+    (found,) = count_tiles(slides[:1], {"a": Output(CONFIG.updated(requested_tile_size_px=size), 1)}, 1)
+    with closing(plan_slide(slides[0], CONFIG.updated(requested_tile_size_px=size))) as plan:
+        tiling, read = plan.tiling, plan.tiling.geometry.read_tile_size_px
+    with tifffile.TiffFile(slides[0].image_path) as file:
+        page = file.pages[0]
+        assert isinstance(page, tifffile.TiffPage) and page.shape[1] == tiling.dimensions[0]
+        across = -(-page.imagewidth // page.tilewidth)
+        touched = {
+            row // page.tilelength * across + column // page.tilewidth
+            for x, y in zip(tiling.x.tolist(), tiling.y.tolist(), strict=True)
+            for column in range(x, min(x + read, page.imagewidth))
+            for row in (y, y + read // 2, min(y + read, page.imagelength) - 1)
+        }
+        assert found.read_bytes == sum(page.databytecounts[tile] for tile in touched)
+        assert 3 < len(touched) <= len(page.databytecounts)
 
 
 def test_a_bad_slide_is_told_of_and_stops_none(slides: list[Slide], tmp_path: Path) -> None:

@@ -150,7 +150,10 @@ def print_tables(
         )
         for row in rows
     ]
-    console.print(table(columns, machines, numbers=columns[1:-1]))
+    if machines:
+        console.print(table(columns, machines, numbers=columns[1:-1]))
+    else:
+        console.print(Text("How long it takes is not known: let it be tried, or give --speed.", "dim"))
     if len(rows) > 1:
         console.print(
             Text("GPUs: one of them, encoding alone; where reading is slower it takes longer.", "dim")

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import product
+
+import numpy as np
 
 from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import as_slide_error
+from slide2vec.readers.probe import probe
 from slide2vec.readers.slide_files import bytes_of
+from slide2vec.readers.tiff_levels import TiffLevel
 from slide2vec.slides import Slide
 from slide2vec.stream.plan import PlanRequest, SlidePlan, plan_together
+from slide2vec.tiling import Tiling
 
 __all__ = ["COORDINATES_BYTES", "Output", "SlideEstimate", "count_tiles"]
 
@@ -44,7 +50,7 @@ class SlideEstimate:
         written_bytes: embeddings and coordinates, about.
         errors: of encoders for which it cannot be planned.
         file_bytes: of its file.
-        levels: of each encoder, the level that is read, and what share of the file's pixels its tiles are.
+        levels: of each encoder, the level that is read, and what share of the file its tiles are.
     """
 
     slide: Slide
@@ -60,7 +66,7 @@ class SlideEstimate:
         return self.read_by(self.levels)
 
     def read_by(self, names: Iterable[str]) -> int:
-        """About what is read of its file by encoders that read together: its share by area of the levels that
+        """About what is read of its file by encoders that read together: its share of the levels that
         they read, of each the largest that one of them has."""
         shares: dict[int, float] = {}
         for level, share in (self.levels[name] for name in names if name in self.levels):
@@ -91,6 +97,8 @@ def _estimate(slide: Slide, outputs: Mapping[str, Output]) -> SlideEstimate:
     except Exception as error:
         made = [error] * len(different)
     plans = {config.model_dump_json(): plan for config, plan in zip(different, made, strict=True)}
+    good = [plan for plan in made if isinstance(plan, SlidePlan)]
+    file_bytes, of_tiff = (bytes_of(slide.image_path), probe(slide).levels) if good else (0, ())
     tiles: dict[str, int] = {}
     errors: dict[str, Exception] = {}
     levels: dict[str, tuple[int, float]] = {}
@@ -100,21 +108,41 @@ def _estimate(slide: Slide, outputs: Mapping[str, Output]) -> SlideEstimate:
         if isinstance(plan, Exception):
             errors[name] = as_slide_error(plan, slide.sample_id, "finding its tiles")
             continue
-        tiles[name], levels[name] = len(plan.tiling), _share_read(plan)
+        tiles[name], levels[name] = len(plan.tiling), _share_read(plan, of_tiff, file_bytes)
         kept = output.dim * output.value_bytes if output.keeps_tiles else 0
         written += len(plan.tiling) * kept
-    good = [plan for plan in made if isinstance(plan, SlidePlan)]
     for plan in good:
         plan.source.close()
         written += len(plan.tiling) * COORDINATES_BYTES
-    file_bytes = bytes_of(slide.image_path) if good else 0
     return SlideEstimate(slide, tiles, written, errors, file_bytes, levels)
 
 
-def _share_read(plan: SlidePlan) -> tuple[int, float]:
-    """The level that is read, and the share of the file's pixels that lies in tiles."""
+def _share_read(plan: SlidePlan, levels: Sequence[TiffLevel], file_bytes: int) -> tuple[int, float]:
+    """The level that is read, and the share of the file that is: of a tiled TIFF the bytes of what tiles
+    touch, else by area.
+
+    Args:
+        levels: of a TIFF.
+    """
     tiling, geometry = plan.tiling, plan.tiling.geometry
+    level = geometry.read_level
+    if level < len(levels) and (shape := levels[level].tile) is not None:
+        return level, _bytes_under(levels[level], shape, tiling) / file_bytes
     width, height = tiling.dimensions
     areas = [width * height / downsample**2 for downsample in tiling.downsamples]
-    read = min(len(tiling) * geometry.read_tile_size_px**2, areas[geometry.read_level])
-    return geometry.read_level, read / sum(areas)
+    read = min(len(tiling) * geometry.read_tile_size_px**2, areas[level])
+    return level, read / sum(areas)
+
+
+def _bytes_under(level: TiffLevel, shape: tuple[int, int], tiling: Tiling) -> int:
+    """Of the compressed tiles, of this shape, that a slide's tiles touch."""
+    side, downsample = tiling.geometry.read_tile_size_px, tiling.downsamples[tiling.geometry.read_level]
+    wide, high = shape
+    columns, rows = -(-level.width // wide), -(-level.height // high)
+    x, y = (np.rint(each / downsample).astype(np.int64) for each in (tiling.x, tiling.y))
+    is_read = np.zeros((rows, columns), bool)
+    for right, down in product(range(0, side + wide, wide), range(0, side + high, high)):
+        column, row = (x + min(right, side - 1)) // wide, (y + min(down, side - 1)) // high
+        is_read[row.clip(0, rows - 1), column.clip(0, columns - 1)] = True
+    per_plane = level.counts.reshape(-1, is_read.size)  # one, but for channels that are apart
+    return int(per_plane[:, is_read.ravel()].sum())

@@ -43,6 +43,14 @@ def test_without_weights_it_says_what_known_gpus_take(run, small_slide: Path) ->
     assert "timm's published inference benchmark" in " ".join(result.stdout.split())
 
 
+def test_that_nothing_tells_how_long_it_takes_is_said(run, small_slide: Path) -> None:
+    result = run(
+        "plan", small_slide, "-p", "scattering", "--no-trial", "--price", "2/h"
+    )  # too small for GPUs
+    assert result.exit_code == 0, result.output
+    assert "give --speed" in result.stdout and "takes  tiles/s" not in result.stdout
+
+
 def test_loading_counts_and_finding_tissue_does_not(
     run, small_slide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
