@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from slide2vec.estimate import (
     count_tiles,
     in_turns,
     on_hardware,
+    read_together,
     reading_seconds,
     seconds_for,
     tried,
@@ -136,6 +138,14 @@ def test_what_groups_read_and_what_waits_for_them(slides: list[Slide]) -> None:
     none = in_turns(found, outputs, groups, room.updated(scratch_gb=0))
     assert none.folder is None and none.decoded_again == {first: 2, second: 2}
     assert none.saved_seconds({}, 2) == 0
+
+
+def test_encoders_of_patients_read_for_themselves_in_another_order(slides: list[Slide]) -> None:
+    groups, levels = [["a", "p", "b"], ["q"]], {"a": "tile", "b": "slide", "p": "patient", "q": "patient"}
+    patients = [replace(slides[0], sample_id=f"s{n}", patient_id=patient) for n, patient in enumerate("xxyx")]
+    assert read_together(groups, levels, patients[:3]) == groups
+    assert read_together(groups, levels, patients) == [["a", "b"], ["p"], ["q"]]
+    assert read_together([["p", "a"]], levels, patients) == [["p"], ["a"]]
 
 
 def test_reading_is_timed_by_itself(slides: list[Slide]) -> None:

@@ -127,7 +127,7 @@ def plan(
     from slide2vec.cli.inputs import find_slides
     from slide2vec.config import ExecutionOptions, PreprocessingConfig
     from slide2vec.cpus import job_cpus
-    from slide2vec.estimate import Trial, count_tiles, in_turns
+    from slide2vec.estimate import Trial, count_tiles, in_turns, read_together
     from slide2vec.recipes import load_recipe
     from slide2vec.settings import preset_names
 
@@ -193,8 +193,9 @@ def plan(
             for name, each in _tried(models, _with_tiles(estimates), tiles, asked, execution).items()
         }
     turns = saved_s = None
-    if len(groups) > 1:
-        turns = in_turns(estimates, outputs, groups, execution, _taking_over(recipes, outputs))
+    readings = read_together(groups, {name: recipe.level for name, recipe in recipes.items()}, found)
+    if len(readings) > 1:
+        turns = in_turns(estimates, outputs, readings, execution, _taking_over(recipes, outputs))
         saved_s = _saved(turns, estimates, outputs, device, is_tried=trial and not speed)
         if output is not None:
             write_csv(output, estimates, names, turns)
@@ -212,7 +213,7 @@ def plan(
     )
     failed = [each for each in estimates if each.errors]
     if as_json:
-        print_json(described(estimates, tiles, trials, rows, groups, turns, saved_s))
+        print_json(described(estimates, tiles, trials, rows, readings, turns, saved_s))
     else:
         print_tables(estimates, tiles, trials, rows, turns, saved_s, output)
     if failed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from slide2vec.estimate.counts import COORDINATES_BYTES, Output, SlideEstimate, count_tiles
-from slide2vec.estimate.in_turns import InTurns, in_turns, reading_seconds
+from slide2vec.estimate.in_turns import InTurns, in_turns, read_together, reading_seconds
 from slide2vec.estimate.trial import (
     HARDWARE,
     LEAST_GFLOPS,
@@ -27,6 +27,7 @@ __all__ = [
     "count_tiles",
     "in_turns",
     "on_hardware",
+    "read_together",
     "reading_seconds",
     "seconds_for",
     "tried",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from slide2vec.cohort.resume import plan_everything
 from slide2vec.cohort.scratch_room import (
     Tiles,
     TurnUse,
@@ -23,10 +24,11 @@ from slide2vec.cohort.scratch_room import (
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import SlideError
 from slide2vec.estimate.counts import Output, SlideEstimate
+from slide2vec.recipes import Level
 from slide2vec.slides import Slide
 from slide2vec.stream.plan import plan_slide
 
-__all__ = ["InTurns", "in_turns", "reading_seconds"]
+__all__ = ["InTurns", "in_turns", "read_together", "reading_seconds"]
 
 #: CPU seconds of a tile of 224 px: decoded and cut; kept in the scratch besides; read from there, where it is
 #: in the page cache (benchmarks/results/several-2026-11-28.md). Others by their px.
@@ -39,7 +41,7 @@ class InTurns:
     """Groups of encoders that take turns, over the slides of a run.
 
     Attributes:
-        groups: names of those that are in memory together.
+        groups: names of those that read together.
         uses: what each group has of the scratch.
         folder: of the scratch; None where nothing waits.
         limit_bytes: that may wait there.
@@ -105,6 +107,25 @@ class InTurns:
             for tiles in use.kept:
                 saved -= self.counts[tiles] * KEEP_S * ((tiles[2] or 0) / _MEASURED_PX) ** 2
         return saved / cpus
+
+
+def read_together(
+    groups: Sequence[Sequence[str]], levels: Mapping[str, Level], slides: Sequence[Slide]
+) -> list[list[str]]:
+    """Of groups that are in memory together, those that read together: encoders of patients take slides
+    patient by patient, and read for themselves where that is another order.
+
+    Args:
+        levels: of each encoder.
+    """
+    is_other = plan_everything(slides, "patient").slides != list(slides)
+    found: list[list[str]] = []
+    for group in groups:
+        parts: dict[bool, list[str]] = {}
+        for name in group:
+            parts.setdefault(is_other and levels[name] == "patient", []).append(name)
+        found += parts.values()
+    return found
 
 
 def in_turns(
