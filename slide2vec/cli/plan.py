@@ -169,6 +169,8 @@ def plan(
     estimates = list(count_tiles(found, outputs, job_cpus()))
     counting = time.perf_counter() - counting
     tiles = {name: sum(each.tiles.get(name, 0) for each in estimates) for name in names}
+    takes_over = _taking_over(recipes, outputs)
+    encoded = {name: 0 if name in takes_over else count for name, count in tiles.items()}
     if output is not None:
         write_csv(output, estimates, names)
     trials = {name: Trial(each) for name, each in zip(names, speed or (), strict=False)}
@@ -190,18 +192,18 @@ def plan(
             groups = models.in_memory({name: each.config for name, each in outputs.items()}, execution)
         trials = {
             name: replace(each, start_s=each.start_s + loading * (name in groups[0]))
-            for name, each in _tried(models, _with_tiles(estimates), tiles, asked, execution).items()
+            for name, each in _tried(models, _with_tiles(estimates), encoded, asked, execution).items()
         }
     turns = saved_s = None
     readings = read_together(groups, {name: recipe.level for name, recipe in recipes.items()}, found)
     if len(readings) > 1:
-        turns = in_turns(estimates, outputs, readings, execution, _taking_over(recipes, outputs))
+        turns = in_turns(estimates, outputs, readings, execution, takes_over)
         saved_s = _saved(turns, estimates, outputs, device, is_tried=trial and not speed)
         if output is not None:
             write_csv(output, estimates, names, turns)
     rows = list(
         _machines(
-            tiles,
+            encoded,
             trials,
             devices,
             _gflops(recipes),

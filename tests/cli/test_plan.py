@@ -36,6 +36,16 @@ def test_a_stated_speed_gives_hours_and_price(run, small_slide: Path, tmp_path: 
     assert json.loads(embedded.stdout)["slides"][0]["num_tiles"] == tiles
 
 
+def test_tiles_that_a_slide_encoder_takes_over_are_encoded_once(run, small_slide: Path) -> None:
+    options = ("--speed", "2", "--speed", "0.5", "--device", "cpu", "--json")
+    found = json.loads(run("plan", small_slide, "-p", "virchow2,prism2", *options).stdout)
+    hours = {each["machine"]: each["hours"] for each in found["machines"]}
+    tiles = found["tiles"]["prism2"]
+    assert tiles == found["tiles"]["virchow2"] and hours["this machine"] * 3600 == pytest.approx(tiles / 2)
+    one = json.loads(run("plan", small_slide, "-p", "virchow2", "--no-trial", "--json").stdout)
+    assert {each["machine"]: each["hours"] for each in one["machines"]}["RTX 4090"] == hours["RTX 4090"] > 0
+
+
 def test_without_weights_it_says_what_known_gpus_take(run, small_slide: Path) -> None:
     result = run("plan", small_slide, "-p", "virchow2", "--no-trial")
     assert result.exit_code == 0, result.output
