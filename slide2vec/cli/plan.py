@@ -336,15 +336,26 @@ def _groups(
 
 
 def _taking_over(recipes: Mapping[str, Recipe], outputs: Mapping[str, Output]) -> set[str]:
-    """Encoders of slides and patients whose tile encoder is asked for, too: they take over its embeddings."""
-    kept = [
-        (recipe.reference, outputs[name].config) for name, recipe in recipes.items() if recipe.level == "tile"
+    """Encoders of slides and patients that take over what another makes: their tile encoder is asked for,
+    or their slide encoder, too."""
+    made = [
+        (recipe.reference, recipe.default_variant, outputs[name].config) for name, recipe in recipes.items()
     ]
     return {
         name
         for name, recipe in recipes.items()
-        if recipe.level != "tile" and (_tile_recipe(recipe).reference, outputs[name].config) in kept
+        if any((*lower, outputs[name].config) in made for lower in _taken(recipe))
     }
+
+
+def _taken(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """The presets below a preset, and which of their outputs is taken."""
+    from slide2vec.encoders.preset_chain import upstream
+    from slide2vec.recipes import load_recipe
+
+    while (lower := upstream(recipe)) is not None:
+        recipe = load_recipe(lower[0])
+        yield recipe.reference, lower[1] or recipe.default_variant
 
 
 def _with_tiles(estimates: Sequence[SlideEstimate]) -> list[Slide]:
