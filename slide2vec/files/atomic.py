@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 import threading
@@ -23,6 +24,13 @@ READING_ARRAYS = threading.RLock()
 
 #: Of the folder that holds a file while it is written.
 _SUFFIX = ".partial"
+#: Process ids are given again, in containers by the next run.
+_TOKEN = secrets.token_hex(4)
+
+
+def _own_suffix() -> str:
+    """Of those of this process."""
+    return f".{_TOKEN}-{os.getpid()}{_SUFFIX}"
 
 
 @contextmanager
@@ -55,7 +63,7 @@ def _temporary_for_upload(path: Path) -> Iterator[Path]:
 @contextmanager
 def _temporary_beside(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.stem[:64]}.", suffix=_SUFFIX))
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.stem[:64]}.", suffix=_own_suffix()))
     temporary = folder / path.name
     try:
         yield temporary
@@ -76,7 +84,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        holder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.stem[:64]}.", suffix=_SUFFIX))
+        holder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.stem[:64]}.", suffix=_own_suffix()))
         try:
             yield holder / path.name
             for file in filter(Path.is_file, (holder / path.name).rglob("*")):
@@ -121,9 +129,10 @@ def _remove_remote(path: Any) -> None:
 
 
 def remove_partial(directory: Path) -> None:
-    """Remove what killed processes left half-written in a directory, and in the folders in it (while nobody
-    writes there)."""
+    """Remove what killed processes left half-written in a directory, and in the folders in it (while no other
+    process writes there)."""
     if is_remote(directory):  # what is half-written is on the machine that writes it
         return
     for folder in (*directory.glob(f".*{_SUFFIX}"), *directory.glob(f"*/.*{_SUFFIX}")):
-        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.name.endswith(_own_suffix()):  # threads may be at it
+            shutil.rmtree(folder, ignore_errors=True)
