@@ -132,7 +132,8 @@ def test_tiles_of_other_sizes_share_what_is_decoded(
         decoded.append(counts["decode_tile"])
     counts.clear()
     together = models.embed_slides(slides, None, EXECUTION)
-    assert counts["decode_tile"] == max(decoded) == min(decoded) > 100
+    # those of 96 px touch one compressed tile more than the others, who touch no other
+    assert counts["decode_tile"] == max(decoded) == min(decoded) + 1 > 100
     assert counts["segment_tissue"] == 3
     for name, embedded in together.items():
         for ours, theirs in zip(embedded, alone[name], strict=True):
