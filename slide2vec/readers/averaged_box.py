@@ -58,23 +58,27 @@ class AveragedBox:
             whole = part[upper * own - top : lower * own - top, first * own - left : last * own - left]
             target = canvas[upper:lower, first:last]
             cv2.resize(whole, target.shape[1::-1], dst=target, interpolation=cv2.INTER_AREA)
-        for axis, (start, end) in enumerate(((top, bottom), (left, right))):
-            for cell in {edge // own for edge in (start, end) if edge % own}:
-                strip, at = self._strip(axis, cell, own), cell * own
-                thick = slice(max(start - at, 0), min(end - at, own))
-                of_part = slice(max(at - start, 0), at + own - start)
-                if axis:
-                    strip[top:bottom, thick] = part[:, of_part]
-                else:
-                    strip[thick, left:right] = part[of_part]
+        if top % own:
+            self._keep(part, 0, top, min(bottom, upper * own), top, left, own)
+        if bottom % own and lower >= upper:
+            self._keep(part, 0, lower * own, bottom, top, left, own)
+        if left % own:
+            self._keep(part, 1, left, min(right, first * own), top, left, own)
+        if right % own and last >= first:
+            self._keep(part, 1, last * own, right, top, left, own)
 
-    def _strip(self, axis: int, cell: int, own: int) -> Pixels:
-        """The row (axis 0), or column, of cells, white at first."""
-        if (found := self._strips.get((axis, cell))) is None:
+    def _keep(self, part: Pixels, axis: int, start: int, end: int, top: int, left: int, own: int) -> None:
+        """Let rows (axis 0), or columns, of a part wait: start to end, px of the box, of one cell."""
+        cell = start // own
+        if (strip := self._strips.get((axis, cell))) is None:
             shape = [side * own for side in self.canvas.shape[:2]]
             shape[axis] = own
-            found = self._strips[axis, cell] = np.full((*shape, 3), 255, np.uint8)
-        return found
+            strip = self._strips[axis, cell] = np.full((*shape, 3), 255, np.uint8)
+        at = cell * own
+        if axis:
+            strip[top : top + part.shape[0], start - at : end - at] = part[:, start - left : end - left]
+        else:
+            strip[start - at : end - at, left : left + part.shape[1]] = part[start - top : end - top]
 
     def finish(self) -> None:
         """All pieces are there."""
