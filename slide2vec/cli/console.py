@@ -6,7 +6,9 @@ import json
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -295,22 +297,40 @@ def device_names(given: str | None) -> list[str] | None:
 def print_error(error: object) -> None:
     """One line on stderr."""
     text = " ".join(str(error).split()) or type(error).__name__
-    typer.secho("error: ", err=True, nl=False, fg=typer.colors.RED, bold=True)
-    typer.echo(text, err=True)
+    _to_stderr(text, "error: ")
 
 
 def note(text: str) -> None:
     """A line on stderr about what is going on."""
-    colours = sys.stderr is not None and sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    _to_stderr(typer.style(text, dim=True) if colours else text)
+    _to_stderr(text, dim=True)
 
 
-def _to_stderr(text: str) -> None:
-    """A line to what is stderr now. `typer.echo` writes past a live display that has taken it over, which
-    then erases that line instead of its own."""
-    if sys.stderr is not None:
-        # In one piece: print writes a line and its end apart, and threads write at once.
-        print(f"{text}\n", end="", file=sys.stderr, flush=True)
+def _to_stderr(text: str, heading: str = "", *, dim: bool = False) -> None:
+    """A line to what is stderr now; in a terminal broken between words. `typer.echo` writes past a live
+    display that has taken stderr over, which then erases that line instead of its own."""
+    if sys.stderr is None:
+        return
+    text = heading + text
+    if sys.stderr.isatty():
+        text = _broken(text)
+        if "NO_COLOR" not in os.environ:
+            red = typer.style(heading, fg=typer.colors.RED, bold=True) if heading else ""
+            text = red + (typer.style(text[len(heading) :], dim=True) if dim else text[len(heading) :])
+    # In one piece: print writes a line and its end apart, and threads write at once.
+    print(f"{text}\n", end="", file=sys.stderr, flush=True)
+
+
+def _broken(text: str) -> str:
+    """Lines that fit into the terminal; what is longer than a line by itself, such as a path, stays whole."""
+    try:
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        return text
+    if not columns:
+        return text
+    lines = text.split("\n")
+    fill = partial(textwrap.fill, width=columns, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(fill(line) if len(line) > columns else line for line in lines)
 
 
 def print_json(content: Any) -> None:

@@ -143,9 +143,9 @@ def print_tables(
         (
             row["machine"],
             _duration(row["hours"]),
-            "" if row["tiles_per_s"] is None else f"{row['tiles_per_s']:,.0f}",
-            "not measured" if row["kwh"] is None else f"{row['kwh']:,.2f}",
-            "" if row["price"] is None else f"{row['price']:,.2f}",
+            "" if row["tiles_per_s"] is None else _rounded(row["tiles_per_s"]),
+            "not measured" if row["kwh"] is None else _hundredths(row["kwh"]),
+            "" if row["price"] is None else _hundredths(row["price"]),
             row["source"],
         )
         for row in rows
@@ -188,7 +188,17 @@ def _scratch(turns: InTurns, saved_s: float | None) -> str:
 def _duration(hours: float) -> str:
     if hours >= 1:
         return f"{hours:,.{0 if hours >= 10 else 1}f} h"
-    return f"{60 * hours:.0f} min" if hours >= 1 / 30 else f"{3600 * hours:.0f} s"
+    if hours >= 1 / 30:
+        return f"{60 * hours:.0f} min"
+    return "< 1 s" if 0 < hours < 0.5 / 3600 else f"{3600 * hours:.0f} s"
+
+
+def _rounded(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
+def _hundredths(amount: float) -> str:
+    return "< 0.01" if 0 < amount < 0.01 else f"{amount:,.2f}"
 
 
 def _size(count: int) -> str:

@@ -82,14 +82,14 @@ class RunSummary:
         return self.tiles / self.seconds if self.seconds > 0 else 0.0
 
     def __str__(self) -> str:
-        """One sentence: how much, how fast, and what held it back."""
+        """One sentence: how much, how fast, and what held it back, if anything was encoded."""
         slides = f"{self.slides:,} slide{'' if self.slides == 1 else 's'}"
         failed = f" ({self.failed:,} failed)" if self.failed else ""
         done = f"{self.tiles:,} tile{'' if self.tiles == 1 else 's'} of {slides}{failed}"
         rate = self.tiles_per_second
         speed = f"{self.seconds:.1f} s, {rate:,.{0 if rate >= 10 else 1}f} tiles/s{self._seconds_each()}"
-        slowest = f"bottleneck: {self.bottleneck}{self._bottleneck_share()}"
-        return f"{done} in {speed}; {self._energy()}; {slowest}{self._read_by()}{self._readings()}"
+        slowest = f"; bottleneck: {self.bottleneck}{self._bottleneck_share()}" if self.tiles else ""
+        return f"{done} in {speed}; {self._energy()}{slowest}{self._read_by()}{self._readings()}"
 
     def bill(self) -> dict[str, Any]:
         """Time and energy, JSON-ready: of all, per embedded slide and per 1,000 tiles (None without any)."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import io
 import logging
 import os
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from rich.console import Group
 
 from slide2vec import __version__
 from slide2vec.cli import app
-from slide2vec.cli.console import log_to_stderr, note
+from slide2vec.cli.console import log_to_stderr, note, print_error
 from slide2vec.cli.help_text import _GROUPS, EMBED, LOOK, MAX_WIDTH, SET_UP
 from slide2vec.progress.live import TakingTurns, TerminalDisplay
 from slide2vec.version import PROJECT
@@ -48,6 +52,24 @@ def test_warnings_appear_above_a_live_display(tmp_path: Path, monkeypatch: pytes
         finally:
             display.stop()
     assert "warning: a slide is odd\n" in (shown := console.export_text()) and "loading\n" in shown
+
+
+def test_in_a_terminal_lines_break_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is longer than a line, such as a path, stays whole, to be copied; a pipe gets one line."""
+    text = "slide a/b: " + "it cannot be read " * 8 + "/" + "long/" * 20 + " try another"
+    main, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 60, 0, 0))
+    monkeypatch.setenv("NO_COLOR", "1")
+    with os.fdopen(main, "rb") as shown, os.fdopen(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        print_error(text)
+        lines = shown.read1(2000).decode().splitlines()
+    assert " ".join(lines) == f"error: {text}"
+    assert [line for line in lines if len(line) > 60] == [f"/{'long/' * 20}"] and len(lines) == 5
+    piped = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", piped)
+    print_error(text)
+    assert piped.getvalue() == f"error: {text}\n"
 
 
 def test_listing_models_does_not_load_torch() -> None:

@@ -58,6 +58,14 @@ def test_without_weights_it_says_what_known_gpus_take(run, small_slide: Path) ->
     assert "timm's published inference benchmark" in " ".join(result.stdout.split())
 
 
+def test_small_figures_are_not_nothing(run, small_slide: Path) -> None:
+    options = ("--speed", "0.2", "--price", "0.01/h", "--device", "cpu")
+    rows = run("plan", small_slide, "-p", "virchow2", *options).stdout.splitlines()
+    here = next(row for row in rows if row.startswith("this machine"))
+    gpu = next(row for row in rows if row.startswith("RTX 4090"))
+    assert " 0.2 " in here and "< 0.01" in gpu and "< 1 s" in gpu and " 0 " not in f"{here} {gpu}"
+
+
 def test_that_nothing_tells_how_long_it_takes_is_said(run, small_slide: Path) -> None:
     result = run(
         "plan", small_slide, "-p", "scattering", "--no-trial", "--price", "2/h"
