@@ -1,6 +1,6 @@
 """From the start of a process to its first tile: `python -m benchmarks.start --rounds 5 [--peer-python …]`.
 
-Whole processes in turns, each of which embeds one generated slide with weights from a file: in PyTorch,
+Whole processes of `slide2vec embed` in turns, on one generated slide with weights from a file: in PyTorch,
 and with the engine that the store has (of `--precision`; one is built first where there is none), both as
 they start for the first time with these weights ("new weights") and later. Beside them slide2vec 7.1.4,
 if `--peer-python` names an environment that has it (`peer_start.py`). The slide has few tiles: the
@@ -13,7 +13,9 @@ Results go to `results/start-<date>.md` and `.json`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import io
 import json
 import os
 import resource
@@ -64,17 +66,25 @@ class FirstTile:
 
 
 def embed(slide: str, preset: str, weights: str, engine: str, precision: str, folder: str) -> Row:
-    """What `slide2vec embed` does, in this process."""
-    from slide2vec import ExecutionOptions, Model, Pipeline
-    from slide2vec.progress import activate_progress_reporter
+    """`slide2vec embed` in this process, as the command does it."""
+    from slide2vec.cli import main as command
+    from slide2vec.progress import lines
 
-    model = Model.from_preset(preset, weights=weights, precision=precision)
-    execution = ExecutionOptions(output_dir=Path(folder), engine=engine)
     first = FirstTile()
-    with activate_progress_reporter(first):
-        result = Pipeline(model=model, execution=execution).run(slides=[slide])
-    tiles = sum(artifact.num_tiles for artifact in result.tile_artifacts)
-    return {**first.found, "tiles": tiles, "runs_on": model.engine_in_words(execution)}
+    lines.LineReporter = lambda *_: first  # type: ignore[assignment, misc]
+    given = ["--engine", engine, "--precision", precision, "--output", folder, "--json"]
+    sys.argv = ["slide2vec", "embed", slide, "--preset", preset, "--weights", weights, *given]
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            command()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+    found = json.loads(printed.getvalue())
+    encoder = found["encoder"]
+    tiles = sum(made["num_tiles"] for made in found["slides"])
+    return {**first.found, "tiles": tiles, "runs_on": f"{encoder['runtime']}, {encoder['precision']}"}
 
 
 def whole_process(*command: str, cache: bool = True) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from importlib import import_module
@@ -35,6 +36,25 @@ def test_lazy_attributes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         _ = lazily.other
     with pytest.raises(ImportError, match="nothing"):
         from lazily import nothing  # noqa: F401
+
+
+def test_the_garbage_collector_waits_for_imports() -> None:
+    """And goes on as it was before: at work or not, and with what a program has frozen."""
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+    with lazy.without_collection():
+        assert not gc.isenabled()
+        with lazy.without_collection():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        with pytest.raises(ImportError), lazy.without_collection():
+            import_module("no.such.module")
+        assert gc.isenabled() and 0 < gc.get_freeze_count() <= frozen
+    finally:
+        gc.unfreeze()
 
 
 TIMM_ALONE = """\

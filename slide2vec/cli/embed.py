@@ -193,9 +193,9 @@ def embed(
     if output_dir is not None and not is_remote(output_dir):  # found out before weights are loaded
         output_dir.mkdir(parents=True, exist_ok=True)
     note(f"loading {preset} …")
+    from slide2vec import Model
     from slide2vec.cli.embed_run import embed_and_write
     from slide2vec.cli.outcome import print_report
-    from slide2vec.model import Model
 
     model = Model.from_preset(
         preset,

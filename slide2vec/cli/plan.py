@@ -255,7 +255,7 @@ def _gflops(recipes: Mapping[str, Recipe]) -> dict[str, float]:
 
 
 def _models(names: Sequence[str], **options: Any) -> Models:
-    from slide2vec.models import Models
+    from slide2vec import Models
 
     note(f"loading {', '.join(names)} …")
     return Models.from_presets(names, **options)

@@ -15,6 +15,7 @@ from torch import Tensor
 from slide2vec.choices import RUNTIMES
 from slide2vec.cpus import Budget
 from slide2vec.errors import EngineError, ExtraMissingError
+from slide2vec.lazy import without_collection
 from slide2vec.runtime.base import Layout
 from slide2vec.runtime.record import EngineRecord
 
@@ -51,7 +52,8 @@ def capabilities() -> tuple[str, ...]:
 
 @cache
 def _core() -> Any:
-    import openvino
+    with without_collection():
+        import openvino
 
     return openvino.Core()
 
