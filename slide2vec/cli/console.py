@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,7 +25,7 @@ from slide2vec.choices import (
 from slide2vec.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions, RenderableType
     from rich.table import Table
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "SlidesDir",
     "Sthresh",
     "TissueThreshold",
+    "cause",
     "debugging",
     "device_names",
     "facts",
@@ -56,6 +57,7 @@ __all__ = [
     "note",
     "print_error",
     "print_json",
+    "sentences",
     "stdout",
     "table",
     "tissue_options",
@@ -63,6 +65,8 @@ __all__ = [
 
 #: Columns where nobody says how wide the output is: a file or a pipe.
 PIPE_WIDTH = 120
+#: Columns that sentences in a table need: names of slides may have 60 characters.
+_LEAST_SENTENCE = 40
 
 _logger = logging.getLogger("slide2vec")
 
@@ -363,6 +367,36 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: 
     for row in rows:
         made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     return made
+
+
+def sentences(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Sentences:
+    """A table whose last column is sentences: below their row where the others leave them little room."""
+    return Sentences(columns, rows)
+
+
+class Sentences:
+    """What `sentences` gives; how it is laid out depends on how wide the output is."""
+
+    def __init__(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        self._columns, self._rows = columns, rows
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.padding import Padding
+        from rich.text import Text
+
+        beside = (max(map(len, cells)) for cells in [*zip(self._columns, *self._rows, strict=True)][:-1])
+        if options.max_width - sum(width + 2 for width in beside) >= _LEAST_SENTENCE:
+            yield table(self._columns, self._rows)
+            return
+        yield Text("  ".join(self._columns), "bold")
+        for *names, sentence in self._rows:
+            yield Text("  ".join(names))
+            yield Padding(Text(sentence), (0, 0, 0, 4))
+
+
+def cause(sample_id: str, error: object) -> str:
+    """What an error says, without the slide that is named beside it."""
+    return str(error).removeprefix(f"slide {sample_id}: ") or type(error).__name__
 
 
 def facts(rows: Iterable[tuple[str, object]]) -> Table:

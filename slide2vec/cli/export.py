@@ -14,10 +14,12 @@ from slide2vec.cli.console import (
     EXPORT_FORMAT,
     Debug,
     Json,
+    cause,
     facts,
     note,
     print_error,
     print_json,
+    sentences,
     stdout,
     table,
 )
@@ -160,12 +162,14 @@ def _print(done: Sequence[Exported], failed: Sequence[NotExported], output: Path
         console.print()
         console.print(facts([("written to", f"{output}/")] if tree else _places(done, output)))
     if failed:
+        several = len({item.encoder for item in done} | {item.encoder for item in failed}) > 1
+        encoders: dict[tuple[str, str], list[str]] = {}
+        for item in failed:
+            encoders.setdefault((item.sample_id, cause(item.sample_id, item.error)), []).append(item.encoder)
+        missed = [(name, *([", ".join(by)] * several), error) for (name, error), by in encoders.items()]
         console.print()
         console.print(Text(f"{len(failed):,} not exported", "bold red"))
-        missed = [
-            (item.sample_id, str(item.error).removeprefix(f"slide {item.sample_id}: ")) for item in failed
-        ]
-        console.print(table(("slide", "error"), missed))
+        console.print(sentences(("slide", *(["encoder"] * several), "error"), missed))
 
 
 def _row(item: Exported, *, several: bool) -> tuple[object, ...]:

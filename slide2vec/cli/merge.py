@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slide2vec.cli.console import Debug, Json, facts, print_json, stdout, table
+from slide2vec.cli.console import Debug, Json, cause, facts, print_json, sentences, stdout
 from slide2vec.cohort.process_list import by_encoder, key_of, state_of
 
 if TYPE_CHECKING:
@@ -74,9 +74,10 @@ def _print(output: Path, merged: MergedShards) -> None:
     console = stdout()
     console.print(facts(_facts(output, merged)))
     if failed := merged.rows("failed"):
-        rows = [(key_of(row)[0], row["error"]) for row in failed[:MOST_ROWS]]
+        names = [key_of(row)[0] for row in failed[:MOST_ROWS]]
+        rows = [(name, cause(name, row["error"])) for name, row in zip(names, failed, strict=False)]
         console.print()
-        console.print(table(("failed", "error"), rows))
+        console.print(sentences(("failed", "error"), list(dict.fromkeys(rows))))
         if len(failed) > MOST_ROWS:
             console.print(f"… and {len(failed) - MOST_ROWS:,} more")
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slide2vec.cli.console import facts, stdout, table
+from slide2vec.cli.console import cause, facts, sentences, stdout, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -118,8 +118,8 @@ def print_outcome(result: RunResult) -> None:
     if result.failed:
         console.print()
         console.print(Text(f"{counted(len(result.failed), 'slide')} failed", "bold red"))
-        rows = [(f.sample_id, f.stage, _cause(f.sample_id, f.error)) for f in result.failed[:MOST_ROWS]]
-        console.print(table(("slide", "stage", "error"), rows))
+        rows = [(f.sample_id, f.stage, cause(f.sample_id, f.error)) for f in result.failed[:MOST_ROWS]]
+        console.print(sentences(("slide", "stage", "error"), rows))
         if len(result.failed) > MOST_ROWS:
             console.print(
                 Text(f"… and {len(result.failed) - MOST_ROWS:,} more in {result.process_list_path}", "dim")
@@ -128,7 +128,7 @@ def print_outcome(result: RunResult) -> None:
         console.print()
         console.print(Text(f"{counted(len(result.failed_patients), 'patient')} failed", "bold red"))
         failed = [(f.patient_id, str(f.error)) for f in result.failed_patients[:MOST_ROWS]]
-        console.print(table(("patient", "error"), failed))
+        console.print(sentences(("patient", "error"), failed))
     if result.summary is not None:
         console.print()
         console.print(Text(str(result.summary).replace("; ", "\n"), "bold"))
@@ -209,10 +209,6 @@ def _places(
 
 def _below(path: Path, folder: Path) -> Path:
     return path.relative_to(folder) if path.is_relative_to(folder) else path
-
-
-def _cause(sample_id: str, error: Exception) -> str:
-    return str(error).removeprefix(f"slide {sample_id}: ") or type(error).__name__
 
 
 def _stations(summary: RunSummary) -> str:

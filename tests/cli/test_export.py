@@ -287,6 +287,15 @@ def test_failures_are_in_the_report(export: Export, run: Path, tmp_path: Path) -
     assert "Traceback" not in result.output
 
 
+def test_what_a_slide_has_with_every_encoder_is_said_once(export: Export, run: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(run / "tile_embeddings", run / "encoders" / "other" / "tile_embeddings")
+    for sidecar in other.glob("*.meta.json"):
+        sidecar.write_text(sidecar.read_text().replace('"tile-enc"', '"other"'))
+    result = export(run, "-o", tmp_path / "out", "--layout", "clam")
+    said = " ".join(result.stdout.split())
+    assert said.count("it has no tiles") == 1 and "blank tile-enc, other it has no tiles" in said
+
+
 def test_regions_and_patients(export: Export, small_slide: Path, tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     model = Model.from_preset("scattering", device="cpu")

@@ -147,6 +147,8 @@ def test_bad_slides_are_listed(run, small_slide: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.svs").write_bytes(b"no slide")
     result = run("plan", small_slide, tmp_path / "bad.svs", "-p", "virchow2", "--no-trial")
     assert result.exit_code == 1 and "1 of 2 slides cannot be planned" in result.stdout
+    # The slide is named once.
+    assert "\nbad " in result.stdout and "slide bad:" not in result.stdout
 
 
 @pytest.mark.parametrize(
