@@ -32,7 +32,7 @@ from slide2vec.cli.console import (
 )
 from slide2vec.cli.embed import TrustRemoteCode
 from slide2vec.cli.plan_output import described, print_tables, write_csv
-from slide2vec.errors import ConfigError
+from slide2vec.errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:
     from slide2vec.config import ExecutionOptions, PreprocessingConfig
@@ -125,6 +125,7 @@ def plan(
     """
     began = time.perf_counter()
     from slide2vec.cli.inputs import find_slides
+    from slide2vec.cli.outcome import counted
     from slide2vec.config import ExecutionOptions, PreprocessingConfig
     from slide2vec.cpus import job_cpus
     from slide2vec.estimate import Trial, count_tiles, in_turns, read_together
@@ -134,7 +135,9 @@ def plan(
     names = preset_names(preset)
     recipes = {name: load_recipe(name) for name in names}
     if speed and len(speed) != len(names):
-        raise ConfigError(f"--speed was given {len(speed)} times, and there are {len(names)} encoders")
+        raise ConfigError(f"--speed was given {len(speed)} times, and the encoders are {len(names)}")
+    if speed and not min(speed) > 0:
+        raise ConfigError(f"--speed must be above 0 tiles/s, and is {min(speed):g}")
     per_hour = _price(price)
     asked = PreprocessingConfig(
         backend=backend,
@@ -164,19 +167,9 @@ def plan(
         id_from=id_from,
     )
     outputs = {name: _output(recipe, asked, execution) for name, recipe in recipes.items()}
-    note(f"finding the tissue of {len(found):,} slides …")
-    counting = time.perf_counter()
-    estimates = list(count_tiles(found, outputs, job_cpus()))
-    counting = time.perf_counter() - counting
-    tiles = {name: sum(each.tiles.get(name, 0) for each in estimates) for name in names}
-    takes_over = _taking_over(recipes, outputs)
-    encoded = {name: 0 if name in takes_over else count for name, count in tiles.items()}
-    if output is not None:
-        write_csv(output, estimates, names)
     trials = {name: Trial(each) for name, each in zip(names, speed or (), strict=False)}
-    devices = dict.fromkeys(names, "this machine")
-    groups = _groups(recipes, execution, device)
-    if not trials and trial:
+    models = None
+    if not trials and trial:  # before the tissue is found, which takes longest: weights may be missing
         models = _models(
             names,
             weights=weights,
@@ -186,7 +179,17 @@ def plan(
             trust_remote_code=trust_remote_code,
             encoders_gb=encoders_gb,
         )
-        loading = time.perf_counter() - began - counting  # which a run does, too
+    loading = time.perf_counter() - began  # which a run does, too
+    note(f"finding the tissue of {counted(len(found), 'slide')} …")
+    estimates = list(count_tiles(found, outputs, job_cpus()))
+    tiles = {name: sum(each.tiles.get(name, 0) for each in estimates) for name in names}
+    takes_over = _taking_over(recipes, outputs)
+    encoded = {name: 0 if name in takes_over else count for name, count in tiles.items()}
+    if output is not None:
+        write_csv(output, estimates, names)
+    devices = dict.fromkeys(names, "this machine")
+    groups = _groups(recipes, execution, device)
+    if models is not None:
         devices = {name: str(model.device) for name, model in models.items()}
         if len(names) > 1:
             groups = models.in_memory({name: each.config for name, each in outputs.items()}, execution)
@@ -258,7 +261,13 @@ def _models(names: Sequence[str], **options: Any) -> Models:
     from slide2vec import Models
 
     note(f"loading {', '.join(names)} …")
-    return Models.from_presets(names, **options)
+    try:
+        return Models.from_presets(names, **options)
+    except WeightsError as error:
+        raise WeightsError(
+            f"{error}. A plan needs none: --weights random tries the speed, --speed says it, --no-trial "
+            "leaves it open"
+        ) from error
 
 
 def _tried(

@@ -153,7 +153,8 @@ def print_tables(
     if machines:
         console.print(table(columns, machines, numbers=columns[1:-1]))
     else:
-        console.print(Text("How long it takes is not known: let it be tried, or give --speed.", "dim"))
+        said = "How long it takes is not known: without --no-trial it is tried, and --speed says it."
+        console.print(Text(said, "dim"))
     if len(rows) > 1:
         console.print(
             Text("GPUs: one of them, encoding alone; where reading is slower it takes longer.", "dim")

@@ -157,8 +157,15 @@ def _check_preset(given: Values, path: Path | None) -> None:
 
 
 def preset_names(text: str) -> list[str]:
-    """The names in a text that may have several, with commas between them."""
-    return [name.strip() for name in text.split(",") if name.strip()] or [text]
+    """The names in a text that may have several, with commas between them.
+
+    Raises:
+        ConfigError: one is there twice.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()] or [text]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"preset {', '.join(twice)} was given twice: name it once")
+    return names
 
 
 def _segmentation(given: Values) -> SegmentationConfig:

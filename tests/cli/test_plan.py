@@ -71,19 +71,19 @@ def test_that_nothing_tells_how_long_it_takes_is_said(run, small_slide: Path) ->
         "plan", small_slide, "-p", "scattering", "--no-trial", "--price", "2/h"
     )  # too small for GPUs
     assert result.exit_code == 0, result.output
-    assert "give --speed" in result.stdout and "takes  tiles/s" not in result.stdout
+    assert "--speed says it" in " ".join(result.stdout.split()) and "takes  tiles/s" not in result.stdout
 
 
 def test_loading_counts_and_finding_tissue_does_not(
     run, small_slide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = import_module("slide2vec.cli.plan")
-    times = iter([100.0, 110.0, 113.0, 120.0])  # at the start; tissue is looked for; found; models are loaded
+    times = iter([100.0, 117.0])  # at the start; models are loaded
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     monkeypatch.setattr(module, "_tried", lambda *args: {"scattering": Trial(2.0, start_s=1.0)})
     result = run("plan", small_slide, "-p", "scattering", *ONE, "--json")
     content = json.loads(result.stdout)
-    assert content["start_s"] == {"scattering": 1 + 20 - 3}
+    assert content["start_s"] == {"scattering": 1 + 17}
     (here,) = content["machines"]  # an encoder so small says nothing of known GPUs
     assert here["hours"] * 3600 == pytest.approx(18 + content["tiles"]["scattering"] / 2)
 
@@ -151,15 +151,34 @@ def test_bad_slides_are_listed(run, small_slide: Path, tmp_path: Path) -> None:
     assert "\nbad " in result.stdout and "slide bad:" not in result.stdout
 
 
+def test_missing_weights_are_found_before_the_tissue_is(
+    run, small_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    result = run("plan", small_slide, "-p", "virchow2", "--device", "cpu")
+    said = " ".join(result.output.split())
+    assert result.exit_code == 1 and "the weights of preset virchow2" in said
+    assert "--weights random tries the speed, --speed says it, --no-trial leaves it open" in said
+    assert "finding the tissue" not in said
+
+
+def test_a_preset_that_is_named_twice_is_refused_at_once(run, small_slide: Path) -> None:
+    result = run("plan", small_slide, "-p", "scattering,uni2,scattering", "--no-trial")
+    assert result.exit_code == 1 and "preset scattering was given twice: name it once" in result.output
+    assert "finding the tissue" not in result.output
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--price", "cheap"), "--price cheap is no price of an hour"),
         (("--price", "-1/h"), "no price of an hour"),
-        (("--speed", "1", "--speed", "2"), "--speed was given 2 times, and there are 1 encoders"),
-        (("--speed", "0"), "the speed of virchow2 must be above 0"),
+        (("--speed", "1", "--speed", "2"), "--speed was given 2 times, and the encoders are 1"),
+        (("--speed", "0"), "--speed must be above 0 tiles/s, and is 0"),
     ],
 )
 def test_wrong_options_are_told(run, small_slide: Path, options: tuple[str, ...], message: str) -> None:
     result = run("plan", small_slide, "-p", "virchow2", *options)
     assert result.exit_code == 1 and message in " ".join(result.output.split())
+    assert "finding the tissue" not in result.output
