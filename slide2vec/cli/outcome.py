@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from slide2vec.artifacts import PatientEmbeddingArtifact
     from slide2vec.cli.embed_run import EmbeddedFiles, Report
-    from slide2vec.cohort import FailedSlide, RunResult
+    from slide2vec.cohort import RunResult
     from slide2vec.config import ExecutionOptions
     from slide2vec.model import Model
     from slide2vec.models import Models
@@ -27,6 +28,15 @@ __all__ = ["counted", "print_outcome", "print_report", "print_report_of_several"
 MOST_ROWS = 50
 MOST_NAMES = 10
 NO_TILES = "0 tiles: no tissue, or too little"
+
+#: What is said of each encoder of several, in a form that shows whether it is the same of all: a slide that
+#: cannot be read, or was finished by an earlier run, is told of once.
+_SAID: Mapping[str, Callable[[RunResult], object]] = {
+    "failed": lambda result: [(item.sample_id, item.stage, str(item.error)) for item in result.failed],
+    "failed_patients": lambda result: [(item.patient_id, str(item.error)) for item in result.failed_patients],
+    "resumed": lambda result: result.resumed,
+    "recomputed": lambda result: dict(result.recomputed),
+}
 
 
 def print_report(report: Report, model: Model, execution: ExecutionOptions) -> None:
@@ -53,39 +63,34 @@ def print_report(report: Report, model: Model, execution: ExecutionOptions) -> N
 
 def print_report_of_several(report: Report, models: Models, execution: ExecutionOptions) -> None:
     """Print what each encoder made and where, what failed, and how fast it was."""
-    rows = []
+    from slide2vec.cohort import RunResult
+
+    output_dir = execution.output_dir
+    assert output_dir is not None
+    rows, places = [], [("written to", f"{output_dir}/")]
     for name, each in report.encoders.items():
         model, result = models[name], each.result
         done = len(result.patient_artifacts) if model.level == "patient" else len(each.made)
         tiles = sum(item.num_tiles for item in each.made)
-        folder = next((path for path in _paths(each)), execution.output_dir)
-        assert folder is not None and execution.output_dir is not None
-        rows.append(
-            (
-                *(name, model.level, f"{done:,}", f"{tiles:,}", str(model.feature_dim)),
-                *(model.engine_in_words(execution), f"{_below(folder, execution.output_dir)}/"),
-            )
-        )
-    heads = ("encoder", "of", "done", "tiles", "dimension", "run by", "embeddings in")
+        counts = (f"{done:,}", f"{tiles:,}", str(model.feature_dim))
+        rows.append((name, model.level, *counts, model.engine_in_words(execution)))
+        places += [(name, f"{_below(folder, output_dir)}/") for folder in islice(_paths(each), 1)]
+    heads = ("encoder", "of", "done", "tiles", "dimension", "run by")
     console = stdout()
-    console.print(table(heads, rows, numbers=("done", "tiles", "dimension")))
-    console.print(facts([("written to", f"{execution.output_dir}/")]))
-    alike = _failed_alike([each.result for each in report.encoders.values()])
+    console.print(table(heads, rows, numbers=heads[2:-1]))
+    console.print(facts(places))
+    results = [each.result for each in report.encoders.values()]
+    alike = {name for name, said in _SAID.items() if all(said(each) == said(results[0]) for each in results)}
     for name, each in report.encoders.items():
-        failed = () if alike else each.result.failed
-        if failed or each.result.failed_patients or each.result.resumed:
+        own = [(what, getattr(each.result, what)) for what in _SAID if what not in alike]
+        if any(value for _, value in own):
             console.print()
             console.print(facts([("encoder", name)]))
-            own = replace(each.result, failed=failed, summary=None)
-            print_outcome(replace(own, remarks={}, without_tissue=(), skipped_tiles={}))
-    print_outcome(replace(report.result, failed=alike, failed_patients=(), resumed=0, recomputed={}))
+            print_outcome(RunResult(process_list_path=each.result.process_list_path, **dict(own)))
+    nothing = RunResult(process_list_path=report.result.process_list_path)
+    once = {what: getattr(results[0] if what in alike else nothing, what) for what in _SAID}
+    print_outcome(replace(report.result, **once))
     _print_next(report, execution)
-
-
-def _failed_alike(results: Sequence[RunResult]) -> tuple[FailedSlide, ...]:
-    """What failed of every encoder for the same reason, such as a slide that cannot be read: said once."""
-    said = [[(item.sample_id, item.stage, str(item.error)) for item in result.failed] for result in results]
-    return tuple(results[0].failed) if all(each == said[0] for each in said) else ()
 
 
 def _print_next(report: Report, execution: ExecutionOptions) -> None:

@@ -87,9 +87,10 @@ class RunSummary:
         failed = f" ({self.failed:,} failed)" if self.failed else ""
         done = f"{self.tiles:,} tile{'' if self.tiles == 1 else 's'} of {slides}{failed}"
         rate = self.tiles_per_second
-        speed = f"{self.seconds:.1f} s, {rate:,.{0 if rate >= 10 else 1}f} tiles/s{self._seconds_each()}"
+        speed = f", {rate:,.{0 if rate >= 10 else 1}f} tiles/s{self._seconds_each()}" if self.tiles else ""
         slowest = f"; bottleneck: {self.bottleneck}{self._bottleneck_share()}" if self.tiles else ""
-        return f"{done} in {speed}; {self._energy()}{slowest}{self._read_by()}{self._readings()}"
+        took = f"{self.seconds:.1f} s{speed}"
+        return f"{done} in {took}; {self._energy()}{slowest}{self._read_by()}{self._readings()}"
 
     def bill(self) -> dict[str, Any]:
         """Time and energy, JSON-ready: of all, per embedded slide and per 1,000 tiles (None without any)."""

@@ -293,8 +293,19 @@ def test_a_slide_that_fails_with_every_encoder_is_listed_once(run, small_slide: 
     assert result.exit_code == 1, result.output
     assert result.stdout.count("1 slide failed") == 1 and result.stdout.count("truncated") == 1
     assert f"Look at it: slide2vec view {out}\n" in result.stdout
+    assert "0 tiles/s" not in result.stdout and "by an earlier run" not in result.stdout
     shown = run("status", out).stdout
     assert shown.count("truncated") == 1 and "scattering, " in shown
+    again = run("run", "--manifest", manifest, "-o", out, *several).stdout
+    assert again.count("1 slide finished by an earlier run") == 1 and again.count("truncated") == 1
+
+
+def test_folders_of_several_encoders_are_told_whole(run, small_slide: Path, tmp_path: Path) -> None:
+    manifest = _manifest(tmp_path / "slides.csv", [("good", small_slide)])
+    several = ("--preset", "scattering,timm:resnet10t", *FAST[2:], "--weights", "random")
+    lines = run("run", "--manifest", manifest, "-o", tmp_path / "out", *several).stdout.splitlines()
+    assert "scattering      tile_embeddings/" in map(str.rstrip, lines)
+    assert any(line.rstrip().endswith("  encoders/timm-resnet10t/tile_embeddings/") for line in lines)
 
 
 def test_json_of_several_encoders_has_their_common_bill(run, small_slide: Path, tmp_path: Path) -> None:
