@@ -9,6 +9,9 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from slide2vec.cli.wrong_options import name_options
+from slide2vec.errors import ConfigError
+
 __all__ = ["EMBED", "LOOK", "MAX_WIDTH", "SET_UP", "GroupedCommand", "GroupedCommands"]
 
 #: Columns of a line of help at most; longer ones are hard to follow.
@@ -59,7 +62,14 @@ def group_of(option: str) -> str:
 
 
 class GroupedCommand(TyperCommand):
-    """A command whose options are listed by what they are about, if they are many."""
+    """A command whose options are listed by what they are about, if they are many; its errors name them."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            name_options(error, ctx)
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         lists: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Arguments", *_GROUPS, _OTHERS)}

@@ -327,11 +327,11 @@ def test_json_of_several_encoders_has_their_common_bill(run, small_slide: Path, 
     [
         (["-p", "scattering", "-o", "OUT"], ["--manifest", "csv"]),
         (["-m", "MANIFEST", "-p", "scattering"], ["--output"]),
-        (["-m", "MANIFEST", "-o", "OUT"], ["model.name is missing"]),
+        (["-m", "MANIFEST", "-o", "OUT"], ["--preset is missing"]),
         (["-m", "MANIFEST", "-p", "scatering", "-o", "OUT"], ["scattering"]),
         (
             ["-m", "MANIFEST", "-p", "scattering", "-o", "OUT", "--overlap", "2"],
-            ["tiling.params.overlap", "2.0"],
+            ["--overlap: input", "2.0"],
         ),
         (["-m", "gone.csv", "-p", "scattering", "-o", "OUT"], ["gone.csv"]),
         (["gone.yaml"], ["gone.yaml cannot be read"]),

@@ -82,7 +82,7 @@ def test_failed_slides_do_not_stop_the_others(run, small_slide: Path, tmp_path: 
         ([], ["--preset", "--spacing", "--tile-size"]),
         (["--spacing", "1"], ["--tile-size"]),
         (["--preset", "unii"], ["uni"]),
-        (["--preset", "uni", "--spacing", "-1"], ["requested_spacing_um"]),
+        (["--preset", "uni", "--spacing", "-1"], ["--spacing: input"]),
     ],
 )
 def test_mistakes_are_one_line(
