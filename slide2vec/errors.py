@@ -39,6 +39,7 @@ __all__ = [
     "WeightsError",
     "WorkerLostError",
     "as_slide_error",
+    "did_you_mean",
     "nearest_names",
 ]
 
@@ -251,10 +252,21 @@ def as_slide_error(error: BaseException, sample_id: str, doing: str) -> Exceptio
     return slide_error
 
 
-def nearest_names(name: str, allowed: Iterable[str], count: int = 3) -> str:
-    """A sentence that names what `name` may have meant: "Did you mean a or b?", else all names."""
-    names = sorted(allowed)
-    close = difflib.get_close_matches(name.lower(), names, n=count, cutoff=0.5)
-    if close:
-        return f"Did you mean {' or '.join(close)}?"
-    return f"Allowed: {', '.join(names)}."
+def nearest_names(
+    name: str, allowed: Iterable[str], count: int = 3, *, aliases: Mapping[str, str] | None = None
+) -> str:
+    """A sentence that names what `name` may have meant: "Did you mean a, b or c?", else all names.
+
+    Args:
+        aliases: what others call some of the names -> the name, which is told of in their place.
+    """
+    names, others = set(allowed), aliases or {}
+    close = difflib.get_close_matches(name.lower(), sorted(names | set(others)), n=2 * count, cutoff=0.5)
+    meant = list(dict.fromkeys(others.get(each, each) for each in close))
+    return did_you_mean(meant[:count]) if meant else f"Allowed: {', '.join(sorted(names))}."
+
+
+def did_you_mean(names: Sequence[str]) -> str:
+    """The question, with one name or more."""
+    *most, last = names
+    return f"Did you mean {', '.join(most)} or {last}?" if most else f"Did you mean {last}?"

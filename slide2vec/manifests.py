@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from slide2vec.config import MaskSamplingConfig, PreprocessingConfig
-from slide2vec.errors import ConfigError, ManifestError
+from slide2vec.errors import ConfigError, ManifestError, did_you_mean
 from slide2vec.files import as_os_errors, as_path, is_remote
 from slide2vec.labels import class_name
 from slide2vec.slides import (
@@ -316,8 +316,8 @@ def _refuse_near_misses(source: str, header: Sequence[str], found: Mapping[str, 
         near = difflib.get_close_matches(plain, absent, n=1, cutoff=_NEAR)
         if near:
             raise ManifestError(
-                f"{source} has a column {name!r}: did you mean {near[0]!r}? Rename it, so that it is "
-                "neither overlooked nor guessed"
+                f"{source} has a column {name!r}. {did_you_mean(near)} Rename it, so that it is neither "
+                "overlooked nor guessed"
             )
 
 

@@ -150,7 +150,7 @@ def test_near_misses_are_named(tmp_path: Path, header: str, meant: str) -> None:
     path = write(tmp_path / "m.csv", f"{header}\n" + ",".join("x" for _ in header.split(",")) + "\n")
     with pytest.raises(ManifestError) as error:
         read_manifest(path)
-    assert f"column {wrong!r}: did you mean {meant!r}" in str(error.value)
+    assert f"column {wrong!r}. Did you mean {meant}?" in str(error.value)
 
 
 def test_near_misses_beside_the_right_one_and_other_columns_are_allowed(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_paths_of_data_frames(tmp_path: Path) -> None:
     ("columns", "message"),
     [
         ({"sample_id": ["s"], "path": ["a"]}, "the DataFrame of slides needs one column 'image_path'"),
-        ({"sample_id": ["s"], "imagepath": ["a"]}, "column 'imagepath': did you mean 'image_path'"),
+        ({"sample_id": ["s"], "imagepath": ["a"]}, r"column 'imagepath'\. Did you mean image_path\?"),
         ({"sample_id": ["s", None], "image_path": ["a.svs"] * 2}, "row y: sample_id is blank"),
         ({"sample_id": ["s", "s"], "image_path": ["a.svs"] * 2}, "row y: .*'s' is already in row x"),
         ({"sample_id": ["s", "t"], "image_path": ["a.svs", pd.NA]}, "row y: slide t: image_path is blank"),

@@ -206,9 +206,9 @@ def _called(alias: str) -> Recipe:
             return recipe
     if found := named_elsewhere(alias):
         raise PresetError(f"there is no preset {alias!r}: {found}")
-    others = (alias for recipe in recipes.values() for alias in recipe.aliases)
+    others = {other: recipe.name for recipe in recipes.values() for other in recipe.aliases}
     users = [path.stem for path in _users_recipes()]
-    hint = nearest_names(alias, [*recipes, *others, *REGISTERED, *users])
+    hint = nearest_names(alias, [*recipes, *REGISTERED, *users], aliases=others)
     raise PresetError(f"there is no preset {alias!r}. {' '.join((hint, *_left_out()))}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from slide2vec.errors import PresetError
+from slide2vec.errors import PresetError, did_you_mean
 from slide2vec.files import hub_or_cache
 from slide2vec.lazy import import_timm
 from slide2vec.recipes.recipe import SCHEMA, Recipe, in_words
@@ -114,5 +114,5 @@ def _why_not(arch: str, error: Exception) -> str:
     if arch.startswith("hf-hub:"):
         return f"its configuration could not be read from https://huggingface.co ({error})"
     close = difflib.get_close_matches(arch, timm.list_models(), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() has their names"
-    return f"timm has no such architecture; {hint}"
+    hint = did_you_mean(close) if close else "timm.list_models() has their names"
+    return f"timm has no such architecture. {hint}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from slide2vec.errors import ConfigError
+from slide2vec.errors import ConfigError, did_you_mean
 from slide2vec.settings.keys import FIXED, FREE, KEYS, LABELS, OLDER, SECTIONS, WITHOUT_EFFECT
 from slide2vec.settings.text import MAX_DEPTH, MAX_TEXT
 
@@ -107,7 +107,7 @@ def _unknown(key: str) -> str:
     close = [f"{above}{name}" for name in difflib.get_close_matches(wrong, beside, n=1)]
     if close or (close := _same_name(key)):
         whole = key.replace(f"{above}{wrong}", close[0], 1)
-        return f"there is no key {shown}. Did you mean {whole if whole in _ALL else close[0]}?"
+        return f"there is no key {shown}. {did_you_mean([whole if whole in _ALL else close[0]])}"
     has = f"{above[:-1]} has" if above else "There are"
     return f"there is no key {shown}. {has}: {', '.join(sorted(beside))}"
 
