@@ -34,13 +34,17 @@ from slide2vec.cli.search import search
 from slide2vec.cli.status import status
 from slide2vec.cli.tile import tile
 from slide2vec.cli.view import view
-from slide2vec.errors import Slide2VecError
+from slide2vec.errors import Slide2VecError, nearest_names
 from slide2vec.version import PROJECT, __version__
 
 __all__ = ["app", "main"]
 
 INTERRUPTED = 130  # what shells give for Ctrl-C
 RESUMABLE = ("run", "embed", "fetch-weights")
+
+
+#: Of typer, which gives it no public name.
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 class _Commands(GroupedCommands):
@@ -52,7 +56,11 @@ class _Commands(GroupedCommands):
             leads.startswith("--") and any(each.endswith(CONFIG_SUFFIXES) for each in args)
         ):
             args = ["run", *args]
-        return list(super().parse_args(ctx, args))
+        try:
+            return list(super().parse_args(ctx, args))
+        except USAGE_ERROR as error:
+            _print_usage_error(error)
+            raise typer.Exit(2) from None
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -61,6 +69,9 @@ class _Commands(GroupedCommands):
             kept = ": what is complete is kept, and the same command goes on"
             typer.echo(f"\ninterrupted{kept if ctx.invoked_subcommand in RESUMABLE else ''}", err=True)
             raise typer.Exit(INTERRUPTED) from None
+        except USAGE_ERROR as error:
+            _print_usage_error(error)
+            raise typer.Exit(2) from None
         except BrokenPipeError:
             raise
         except (Slide2VecError, OSError) as error:
@@ -87,6 +98,23 @@ for _group, _commands in _GROUPS.items():
     for _command in _commands:
         app.command(cls=GroupedCommand, rich_help_panel=_group)(_command)
 app.add_typer(engines, name="engines", rich_help_panel=SET_UP)
+
+
+def _print_usage_error(error: Any) -> None:
+    """As typer does, but broken between words as other errors are, and with the nearest option first."""
+    if error.ctx is not None:
+        hint = f"Try '{error.ctx.command_path} --help' for help."
+        typer.echo(f"{error.ctx.get_usage()}\n{hint}\n", err=True)
+    message = error.format_message()
+    if (
+        error.ctx is not None
+        and (wrong := getattr(error, "option_name", None))
+        and hasattr(error, "possibilities")
+    ):
+        options = [text for param in error.ctx.command.params for text in param.opts if text.startswith("--")]
+        near = nearest_names(wrong, options)
+        message = f"there is no option {wrong}.{f' {near}' if near.startswith('Did') else ''}"
+    print_error(message.replace("Value error, ", ""))
 
 
 def _print_version(asked: bool) -> None:

@@ -48,3 +48,26 @@ def test_keys_stay_keys(run, tmp_path: Path) -> None:
     config.write_text("model: {name: scattering}\ntiling: {params: {overlap: 2}}\n")
     result = run("run", config, "-o", tmp_path)
     assert result.stderr.startswith(f"error: {config}: tiling.params.overlap: input should be less than 1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ("embed", "a.svs", "--tilesize", "256"),
+            "error: there is no option --tilesize. Did you mean --tile-size",
+        ),
+        (("embed", "a.svs", "--zzzzzzzz"), "error: there is no option --zzzzzzzz."),
+        (("embed", "a.svs", "-o", "out"), "error: Missing option '--preset' / '-p'."),
+        (
+            ("export", "a", "-o", "b", "--layout", "clm"),
+            "error: Invalid value for '--layout': 'clm' is not one of",
+        ),
+        (("--verson",), "error: there is no option --verson. Did you mean --version?"),
+        (("embde", "a.svs"), "error: No such command 'embde'. Did you mean 'embed'?"),
+    ],
+)
+def test_what_typer_says_is_said_as_other_errors_are(run, arguments: tuple[str, ...], said: str) -> None:
+    result = run(*arguments)
+    *usage, last = result.stderr.splitlines()
+    assert result.exit_code == 2 and last.startswith(said) and usage[0].startswith("Usage: ")
