@@ -138,20 +138,21 @@ def print_tables(
         )
     )
     console.print()
-    columns = ("on", "takes", "tiles/s in all", "kWh", "price", "source")
+    priced = any(row["price"] is not None for row in rows)
+    columns = ("on", "takes", "tiles/s in all", "kWh", *(["price"] * priced))
     machines = [
         (
             row["machine"],
             _duration(row["hours"]),
             "" if row["tiles_per_s"] is None else _rounded(row["tiles_per_s"]),
             "not measured" if row["kwh"] is None else _hundredths(row["kwh"]),
-            "" if row["price"] is None else _hundredths(row["price"]),
-            row["source"],
+            *([_hundredths(row["price"])] if priced else ()),
         )
         for row in rows
     ]
     if machines:
-        console.print(table(columns, machines, numbers=columns[1:-1]))
+        console.print(table(columns, machines, numbers=columns[1:]))
+        console.print(facts([(row["machine"], row["source"]) for row in rows]))
     else:
         said = "How long it takes is not known: without --no-trial it is tried, and --speed says it."
         console.print(Text(said, "dim"))
