@@ -41,6 +41,7 @@ __all__ = [
     "as_slide_error",
     "did_you_mean",
     "nearest_names",
+    "why_of",
 ]
 
 
@@ -250,6 +251,11 @@ def as_slide_error(error: BaseException, sample_id: str, doing: str) -> Exceptio
     )
     slide_error.__cause__ = error
     return slide_error
+
+
+def why_of(error: Exception) -> str:
+    """What the system says of a file, without its number and the file, which is named beside it."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def nearest_names(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from slide2vec.config import MaskSamplingConfig, PreprocessingConfig
-from slide2vec.errors import ConfigError, ManifestError, did_you_mean
+from slide2vec.errors import ConfigError, ManifestError, did_you_mean, why_of
 from slide2vec.files import as_os_errors, as_path, is_remote
 from slide2vec.labels import class_name
 from slide2vec.slides import (
@@ -249,7 +249,7 @@ def _text(path: Path) -> str:
         with as_os_errors(path), path.open("rb") as file:
             content = file.read()
     except (OSError, ValueError) as error:
-        raise ManifestError(f"manifest {path} cannot be read: {error}") from error
+        raise ManifestError(f"manifest {path} cannot be read: {why_of(error)}") from error
     if content.startswith(_WORKBOOK_MAGIC):
         raise ManifestError(
             f"manifest {path} is an Excel workbook: save it as text (File, Save As, CSV UTF-8) and give that"

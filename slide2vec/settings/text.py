@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from slide2vec.errors import ConfigError
+from slide2vec.errors import ConfigError, why_of
 
 __all__ = ["as_yaml", "parse_yaml", "read_yaml"]
 
@@ -81,7 +81,7 @@ def read_yaml(path: Path) -> Any:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"configuration {path} cannot be read: {error}") from error
+        raise ConfigError(f"configuration {path} cannot be read: {why_of(error)}") from error
     if len(content) > MAX_BYTES:
         raise ConfigError(f"configuration {path} is larger than {MAX_BYTES:,} bytes: is it the right file?")
     try:
