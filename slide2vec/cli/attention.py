@@ -74,9 +74,9 @@ def attention(
     the slide, or of each tile that was asked for with --at.
     """
     places = None if at is None else [_place(text) for text in at]
-    from slide2vec import Model
     from slide2vec.attention_maps import draw_attention, write_attention
     from slide2vec.config import PreprocessingConfig
+    from slide2vec.model import Model
     from slide2vec.pictures import write_picture
     from slide2vec.slides import as_slide
 

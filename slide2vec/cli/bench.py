@@ -68,12 +68,12 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Compare runtimes, precisions and batch sizes; engines that are missing are built, and kept."""
-    from slide2vec import Model
     from slide2vec.compile import EngineStore
     from slide2vec.compile.batch_size import batch_size_for
     from slide2vec.compile.bench import measure
     from slide2vec.compile.comparison_tiles import tissue_pixels
     from slide2vec.cpus import Budget
+    from slide2vec.model import Model
     from slide2vec.recipes import load_recipe
 
     load_recipe(preset)

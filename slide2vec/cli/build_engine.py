@@ -208,7 +208,7 @@ def _build(
     recipe.variant(model["output_variant"])  # what cannot work is found before anything slow
     check_possible(recipe, pick_device(model["device"]), options)
     note(f"loading {preset} …")
-    from slide2vec import Model
+    from slide2vec.model import Model
 
     loaded = Model.from_preset(preset, **model)
     if patch_tokens is not None:

@@ -36,10 +36,10 @@ def demo(
     load_recipe(preset)  # a wrong name is found before the slide is painted
     slide_path = _slide(output / f"synthetic-{size}-{SEED}.svs", size)
     note(f"loading {preset} …")
-    from slide2vec import Model
     from slide2vec.cli.embed_run import embed_and_write
     from slide2vec.cli.outcome import print_report
     from slide2vec.config import ExecutionOptions, PreprocessingConfig, PreviewConfig
+    from slide2vec.model import Model
     from slide2vec.slides import as_slide
 
     model = Model.from_preset(preset, weights=weights)

@@ -37,6 +37,7 @@ from slide2vec.cli.console import (
     quality_limits,
     tissue_options,
 )
+from slide2vec.lazy import without_collection
 
 __all__ = ["NonRecommended", "TrustRemoteCode", "embed"]
 
@@ -193,9 +194,10 @@ def embed(
     if output_dir is not None and not is_remote(output_dir):  # found out before weights are loaded
         output_dir.mkdir(parents=True, exist_ok=True)
     note(f"loading {preset} …")
-    from slide2vec import Model
-    from slide2vec.cli.embed_run import embed_and_write
-    from slide2vec.cli.outcome import print_report
+    with without_collection():
+        from slide2vec.cli.embed_run import embed_and_write
+        from slide2vec.cli.outcome import print_report
+        from slide2vec.model import Model
 
     model = Model.from_preset(
         preset,

@@ -88,10 +88,10 @@ def images(
     What an earlier call did in the same way stays. An image that cannot be read does not stop the others; the
     exit status is then 1.
     """
-    from slide2vec import Model
     from slide2vec.artifacts import ImageEmbeddingArtifact
     from slide2vec.config import ExecutionOptions
     from slide2vec.errors import EmbedImagesError
+    from slide2vec.model import Model
     from slide2vec.recipes import load_recipe
 
     load_recipe(preset).variant(output_variant)  # wrong names are found before anything slow

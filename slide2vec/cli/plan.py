@@ -33,6 +33,7 @@ from slide2vec.cli.console import (
 from slide2vec.cli.embed import TrustRemoteCode
 from slide2vec.cli.plan_output import described, print_tables, write_csv
 from slide2vec.errors import ConfigError, WeightsError
+from slide2vec.lazy import without_collection
 
 if TYPE_CHECKING:
     from slide2vec.config import ExecutionOptions, PreprocessingConfig
@@ -258,9 +259,10 @@ def _gflops(recipes: Mapping[str, Recipe]) -> dict[str, float]:
 
 
 def _models(names: Sequence[str], **options: Any) -> Models:
-    from slide2vec import Models
-
     note(f"loading {', '.join(names)} …")
+    with without_collection():
+        from slide2vec.models import Models
+
     try:
         return Models.from_presets(names, **options)
     except WeightsError as error:

@@ -32,6 +32,7 @@ from slide2vec.cli.console import (
 )
 from slide2vec.cli.embed import TrustRemoteCode
 from slide2vec.errors import ConfigError
+from slide2vec.lazy import without_collection
 
 if TYPE_CHECKING:
     from slide2vec.model import Model
@@ -319,9 +320,10 @@ def _run(settings: RunSettings, *, tiling_only: bool, trust_remote_code: bool, a
         return
     else:
         note(f"loading {settings.preset} …")  # before what takes seconds to import
-        from slide2vec import Models
-        from slide2vec.cli.embed_run import embed_and_write
-        from slide2vec.cli.outcome import print_report, print_report_of_several
+        with without_collection():
+            from slide2vec.cli.embed_run import embed_and_write
+            from slide2vec.cli.outcome import print_report, print_report_of_several
+            from slide2vec.models import Models
 
         model = _model(settings, trust_remote_code)
         report = embed_and_write(
@@ -391,7 +393,8 @@ def _slides(settings: RunSettings) -> list[Slide]:
 
 
 def _model(settings: RunSettings, trust_remote_code: bool) -> Model | Models:
-    from slide2vec import Model, Models
+    from slide2vec.model import Model
+    from slide2vec.models import Models
 
     options: dict[str, Any] = {
         "weights": settings.weights,
