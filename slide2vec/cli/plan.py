@@ -188,6 +188,7 @@ def plan(
     trials = {name: Trial(each) for name, each in zip(names, speed or (), strict=False)}
     places = dict.fromkeys(names, "this machine")
     groups = _groups(recipes, execution, device)
+    models = None
     if not trials and trial:
         models = _models(
             names,
@@ -202,15 +203,17 @@ def plan(
         places = {name: str(model.device) for name, model in models.items()}
         if len(names) > 1:
             groups = models.in_memory({name: each.config for name, each in outputs.items()}, execution)
+    turns = saved_s = None
+    levels = {name: recipe.level for name, recipe in recipes.items()}
+    readings = read_together(groups, levels, found, len(used))
+    if len(readings) > 1:  # before encoders are tried, as the scratch may be refused
+        turns = in_turns(estimates, outputs, readings, execution, takes_over, len(used))
+    if models is not None:
         trials = {
             name: replace(each, start_s=each.start_s + loading * (name in groups[0]))
             for name, each in _tried(models, _with_tiles(estimates), encoded, asked, execution).items()
         }
-    turns = saved_s = None
-    levels = {name: recipe.level for name, recipe in recipes.items()}
-    readings = read_together(groups, levels, found, len(used))
-    if len(readings) > 1:
-        turns = in_turns(estimates, outputs, readings, execution, takes_over, len(used))
+    if turns is not None:
         saved_s = _saved(turns, estimates, outputs, device, is_tried=trial and not speed)
         if output is not None:
             write_csv(output, estimates, names, turns)

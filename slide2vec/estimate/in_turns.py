@@ -16,7 +16,7 @@ from slide2vec.cohort.scratch_room import (
     Tiles,
     TurnUse,
     scratch_folder,
-    scratch_limit,
+    scratch_room,
     scratch_use,
     tile_bytes,
     tiles_wanted,
@@ -24,6 +24,7 @@ from slide2vec.cohort.scratch_room import (
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import SlideError
 from slide2vec.estimate.counts import Output, SlideEstimate, as_workers_take_them
+from slide2vec.files.scratch import removed_again
 from slide2vec.recipes import Level
 from slide2vec.slides import Slide
 from slide2vec.stream.plan import plan_slide
@@ -143,14 +144,15 @@ def in_turns(
         outputs: by name of the encoder.
         takes_over: encoders that read nothing, since another keeps the embeddings of their tiles.
         workers: among whom slides are shared out, if there are several.
+
+    Raises:
+        ConfigError: nothing can be written into scratch_dir or stage_dir, as in the run.
     """
     if workers > 1:
         estimates = as_workers_take_them(estimates)
-    folder, is_kept = scratch_folder(execution)
-    limit = 0
-    if is_kept:
-        with suppress(OSError):
-            limit = scratch_limit(execution, folder)
+    folder = scratch_folder(execution)
+    with removed_again(folder), scratch_room(execution, len(groups)) as room:
+        limit = 0 if room is None else room.limit_bytes
     counts: dict[Tiles, int] = {}
     wanted: list[dict[Tiles, int]] = []
     for group in groups:

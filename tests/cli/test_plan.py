@@ -189,6 +189,31 @@ def test_devices_that_are_not_there_are_refused_as_by_the_run(run, small_slide: 
     assert "cuda:7" in message and message in planned.output.splitlines()
 
 
+@pytest.mark.parametrize("below", ["", "sub/folder"])
+def test_a_scratch_that_the_run_refuses_is_refused(
+    run, small_slide: Path, tmp_path: Path, below: str
+) -> None:
+    slides, taken = _slides(tmp_path, 1, small_slide), tmp_path / "a file"
+    taken.touch()
+    options = ["-p", "scattering,prost40m", *ONE, "--tile-size", "70", "--encoders-gb", "0.01"]
+    options += ["--weights", "random", "--scratch-dir", taken / below]
+    planned = run("plan", slides, *options, "--speed", "1", "--speed", "1")
+    ran = run("run", "-m", slides, *options, "-o", tmp_path / "out")
+    assert planned.exit_code == ran.exit_code == 1 and not planned.stdout
+    (message,) = [line for line in ran.output.splitlines() if line.startswith("error")]
+    assert "a file" in message and "cannot be written to" in message
+    assert message in planned.output.splitlines()
+    none = run("plan", slides, *options, "--scratch-gb", "0", "--no-trial")
+    assert none.exit_code == 0 and "none: each group decodes" in none.stdout
+
+
+def test_a_plan_leaves_no_scratch_behind(run, small_slide: Path, tmp_path: Path) -> None:
+    options = ["-p", "virchow2,uni2", *ONE, "--encoders-gb", "0.01", "--no-trial"]
+    result = run("plan", small_slide, *options, "--scratch-dir", tmp_path / "a/b", "--json")
+    assert json.loads(result.stdout)["scratch"]["folder"] == str(tmp_path / "a/b")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bad_slides_are_listed(run, small_slide: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.svs").write_bytes(b"no slide")
     result = run("plan", small_slide, tmp_path / "bad.svs", "-p", "virchow2", "--no-trial")
