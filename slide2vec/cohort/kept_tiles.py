@@ -80,6 +80,11 @@ class TileScratch:
             if path.suffix != _WHOLE or path.name.split("-")[1] not in wanted:
                 _remove(path)
 
+    @property
+    def bytes(self) -> int:
+        """That wait in it."""
+        return sum(_size(path) for path in self._folder.iterdir())
+
     def over(self, transfer: TileTransfer) -> TileTransfer:
         """A transfer that has tiles kept, and brings those that were."""
         return _Through(transfer, self)
