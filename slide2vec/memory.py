@@ -81,13 +81,14 @@ def free_bytes(device: str) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def limit_bytes(device: str, gigabytes: float | None, held: int = 0) -> float:
+def limit_bytes(device: str, gigabytes: float | None, held: int = 0, workers: int = 1) -> float:
     """Bytes that encoders on a device may take: those asked for, or `SHARE` of what is free.
 
     Args:
         held: bytes that some of them take already.
+        workers: that share the device, each with all of the encoders.
     """
-    return 1e9 * gigabytes if gigabytes else SHARE * (free_bytes(device) + held)
+    return (1e9 * gigabytes if gigabytes else SHARE * (free_bytes(device) + held)) / workers
 
 
 def together(needs: Mapping[_Name, Need], limits: Mapping[str, float]) -> list[list[_Name]]:

@@ -364,7 +364,8 @@ class Model:
 
     def gain_of_build(self, config: PreprocessingConfig, execution: ExecutionOptions) -> Gain | None:
         """What an engine would bring that `decide_engine` builds where it pays; None where it builds none."""
-        return self._tile_embedder.gain_of_build(execution, config.requested_tile_size_px)
+        alone = self.workers(execution) is None
+        return self._tile_embedder.gain_of_build(execution, config.requested_tile_size_px) if alone else None
 
     def workers(self, execution: ExecutionOptions) -> WorkerExecutor | None:
         """Who would embed on several devices or machines; None: this process."""

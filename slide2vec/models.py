@@ -26,7 +26,7 @@ from slide2vec.model import Model
 from slide2vec.progress import active_reporter, live_progress, metered
 from slide2vec.progress.together import TogetherReporter
 from slide2vec.recipes import load_recipe
-from slide2vec.runtime import pick_device
+from slide2vec.runtime import devices_for, is_numbered, pick_device
 from slide2vec.scale import in_one_pool
 from slide2vec.slides import SlideLike, as_slide
 from slide2vec.stream import SlideOutcome
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from slide2vec.slides import Slide
     from slide2vec.stream.shared_slides import Share
 
-__all__ = ["Models", "groups_of_presets", "placed_on"]
+__all__ = ["Models", "devices_of_preset", "groups_of_presets", "placed_on"]
 
 logger = logging.getLogger(__name__)
 
@@ -391,13 +391,37 @@ def groups_of_presets(
     Args:
         places: the device of each.
     """
-    needs = {}
+    needs: dict[str, Need] = {}
+    limits: dict[str, float] = {}
     for name, place in places.items():
         parts, device = [load_recipe(part) for part in parts_of(load_recipe(name))], pick_device(place)
         weights = sum(4e6 * part.params_m for part in parts)
         needs[name] = Need(str(device), weights + batch_bytes(parts[-1], execution, device))
-    limits = {each.device: limit_bytes(each.device, execution.encoders_gb) for each in needs.values()}
+        workers = _sharing(str(device), devices_of_preset(place, execution))
+        limits[str(device)] = limit_bytes(str(device), execution.encoders_gb, workers=workers)
     return together(needs, limits)
+
+
+def devices_of_preset(place: str | torch.device | None, execution: ExecutionOptions) -> tuple[str, ...]:
+    """As `Model.devices_here`, of a preset that has not been loaded; each has a worker, if there are several.
+
+    Args:
+        place: the device to load it on.
+
+    Raises:
+        ConfigError: as `devices_for`.
+    """
+    return devices_for(
+        pick_device(place),
+        chosen=is_numbered(place),
+        num_gpus=execution.num_gpus,
+        devices=execution.devices,
+    )
+
+
+def _sharing(device: str, devices: Sequence[str]) -> int:
+    """How many workers share the memory of a device, of those that a run uses."""
+    return max(1, devices.count(device))
 
 
 _Name = TypeVar("_Name", bound=Hashable)
@@ -420,9 +444,9 @@ def _fitting(
         size, device = None if sizes is None else sizes[name], str(model.device)
         needs[name] = Need(device, model.memory_bytes(execution, size))
         held[device] += model.held_bytes
-        workers[device] = max(1, model.devices_here(execution).count(device))  # that share a CPU's memory
+        workers[device] = _sharing(device, model.devices_here(execution))
     limits = {
-        name: limit_bytes(name, execution.encoders_gb, taken) / workers[name] for name, taken in held.items()
+        name: limit_bytes(name, execution.encoders_gb, taken, workers[name]) for name, taken in held.items()
     }
     return together(needs, limits)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tifffile
+from forked import fork_workers
 
 from slide2vec import ExecutionOptions, Model, PreprocessingConfig
 from slide2vec.compile.gain import Gain
@@ -17,6 +18,7 @@ from slide2vec.estimate import (
     COORDINATES_BYTES,
     HARDWARE,
     Output,
+    SlideEstimate,
     Trial,
     count_tiles,
     in_turns,
@@ -25,10 +27,11 @@ from slide2vec.estimate import (
     reading_seconds,
     seconds_for,
     tried,
+    unevenness,
     with_build,
 )
 from slide2vec.estimate.trial import _Enough, _Stopwatch
-from slide2vec.progress import RunStarted, SlidePlanned, TilesEncoded
+from slide2vec.progress import RunFinished, RunStarted, RunSummary, SlidePlanned, TilesEncoded
 from slide2vec.slides import Slide
 from slide2vec.stream.plan import plan_slide
 
@@ -140,12 +143,38 @@ def test_what_groups_read_and_what_waits_for_them(slides: list[Slide]) -> None:
     assert none.saved_seconds({}, 2) == 0
 
 
+def test_workers_take_large_files_first(slides: list[Slide]) -> None:
+    outputs = {"a": Output(CONFIG, 10), "b": Output(CONFIG, 5)}
+    small, large = (
+        replace(each, file_bytes=size)
+        for each, size in zip(count_tiles(slides, outputs, 2), (1000, 2000), strict=True)
+    )
+    one = max(small.tiles["a"], large.tiles["a"]) * 3 * 64**2
+    room = ExecutionOptions(scratch_dir=Path("scratch"), scratch_gb=one / 1e9)
+    for workers, first in ((1, small), (2, large)):
+        told = in_turns([small, large], outputs, [["a"], ["b"]], room, workers=workers)
+        assert set(told.from_scratch) == {first.slide.sample_id}
+
+
+def test_how_unevenly_whole_slides_are_shared_out(slides: list[Slide]) -> None:
+    (found,) = count_tiles(slides[:1], {"a": Output(CONFIG, 1)}, 1)
+
+    def of(*tiles: int) -> list[SlideEstimate]:
+        return [replace(found, tiles={"a": each // 2, "b": each - each // 2}) for each in tiles]
+
+    assert unevenness(of(40, 30, 20), 1) == unevenness([], 2) == unevenness(of(0, 0), 2) == 1
+    assert unevenness(of(40, 30, 20), 2) == pytest.approx(50 / 45)
+    assert unevenness(of(40), 4) == 4
+    assert seconds_for({"a": 90}, {"a": Trial(9.0, 2.0)}, {"a": "cpu"}, unevenness=1.5) == 2 + 15
+
+
 def test_encoders_of_patients_read_for_themselves_in_another_order(slides: list[Slide]) -> None:
     groups, levels = [["a", "p", "b"], ["q"]], {"a": "tile", "b": "slide", "p": "patient", "q": "patient"}
     patients = [replace(slides[0], sample_id=f"s{n}", patient_id=patient) for n, patient in enumerate("xxyx")]
     assert read_together(groups, levels, patients[:3]) == groups
     assert read_together(groups, levels, patients) == [["a", "b"], ["p"], ["q"]]
     assert read_together([["p", "a"]], levels, patients) == [["p"], ["a"]]
+    assert read_together([["p", "a"]], levels, patients, workers=2) == [["p", "a"]]
 
 
 def test_reading_is_timed_by_itself(slides: list[Slide]) -> None:
@@ -190,6 +219,31 @@ def test_a_trial_leaves_the_first_batch_out_and_ends_in_time() -> None:
     assert found is not None and found.tiles_per_s == pytest.approx(48 / 5.45)
     # 4.05 s until the first batch of 32 was encoded, which takes 3.63
     assert found.start_s == pytest.approx(4.05 - 32 * 5.45 / 48)
+
+
+def test_a_trial_of_workers_waits_until_all_are_under_way() -> None:
+    times = iter([0.0, 2.0, 3.0, 5.0, 6.0])
+    watch = _Stopwatch(9.0, lambda: next(times), workers=2)
+    watch.emit(RunStarted(2, "a"))
+    for slide in "aaba":
+        watch.emit(TilesEncoded(8, slide))
+    assert watch.found == Trial(8.0, start_s=5.0 - 3)
+    with pytest.raises(_Enough):  # which ends the workers
+        watch.emit(RunFinished(RunSummary(2, 0, 32, 6.0, (), "")))
+
+
+def test_workers_are_tried_together_and_end(
+    slides: list[Slide], model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with a slide, of which there is one; no engine would be built for them."""
+    fork_workers(monkeypatch)
+    execution = ExecutionOptions(batch_size=4, devices=("cpu", "cpu"))
+    found = tried(model, slides[:1], CONFIG, execution, 0.05)
+    assert found is not None and found.tiles_per_s > 0
+    assert not any(model._pools.values())
+    monkeypatch.setattr(model._tile_embedder, "gain_of_build", lambda *args: Gain("openvino", 2.0, 30.0))
+    assert model.gain_of_build(CONFIG, ExecutionOptions()) is not None
+    assert model.gain_of_build(CONFIG, execution) is None
 
 
 def test_a_trial_measures_and_leaves_nothing_behind(

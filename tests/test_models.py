@@ -289,11 +289,18 @@ def test_decoded_tiles_wait_for_the_next_group(
     assert (counts["decode_tile"] - once["decode_tile"] < alone["decode_tile"] / 2) == (not again)
     said = f"slides were read 2 times ({2 - again} from the scratch, {again} decoded again), for first, then"
     assert result.summary is not None and said in str(result.summary)
+    (bill,) = json.loads((tmp_path / "many/bill.json").read_text())["runs"]
+    assert bill["readings"] == ["first", "second"] == list(result.summary.bill()["readings"])
+    assert (bill["from_scratch"], bill["decoded_again"]) == (2 - again, again)
+    assert not any("readings" in each for each in bill["encoders"].values())
     outputs = {name: Output(CONFIG, 10) for name in two}
     found = list(count_tiles([as_slide(path) for path in slides[:2]], outputs, 2))
     told = in_turns(found, outputs, two.in_memory(dict.fromkeys(two, CONFIG), execution), execution)
     assert tuple(" + ".join(group) for group in told.groups) == result.summary.readings
     assert (told.from_scratch.total(), told.decoded_again.total()) == (2 - again, again)
+    either = {count * 3 * 64**2 for count in told.counts.values()}  # whichever is planned first
+    assert bill["scratch_bytes"] in (either if again else {told.bytes})
+    assert result.summary.scratch_bytes == bill["scratch_bytes"]
     assert list((tmp_path / "scratch").iterdir()) == []
     ours, theirs = files_of(tmp_path / "many"), files_of(tmp_path / "one")
     for name in [name for name in theirs if name == "process_list.csv" or name.endswith("config.yaml")]:

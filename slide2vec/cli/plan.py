@@ -14,10 +14,12 @@ from slide2vec.choices import Backend, EngineChoice, Precision
 from slide2vec.cli.console import (
     BACKEND,
     Debug,
+    Devices,
     IdSource,
     Json,
     Method,
     MinPiece,
+    NumGpus,
     Offline,
     Overlap,
     SegmentationDownsample,
@@ -25,6 +27,7 @@ from slide2vec.cli.console import (
     SlidesDir,
     Sthresh,
     TissueThreshold,
+    device_names,
     given,
     note,
     print_json,
@@ -73,7 +76,10 @@ def plan(
     ] = None,
     speed: Annotated[
         list[float] | None,
-        typer.Option(help="Tiles/s of each encoder here, if they are known.", show_default=False),
+        typer.Option(
+            help="Tiles/s of each encoder here, of all devices together, if they are known.",
+            show_default=False,
+        ),
     ] = None,
     trial: Annotated[
         bool, typer.Option("--trial/--no-trial", help=f"Try each encoder for {TRIAL_S:g} s.")
@@ -98,6 +104,8 @@ def plan(
     ] = None,
     backend: Annotated[Backend, typer.Option(help="What reads the slides.", **BACKEND)] = "auto",
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu; by default the best.")] = None,
+    num_gpus: NumGpus = None,
+    devices: Devices = None,
     precision: Annotated[Precision | None, typer.Option(help="Of the encoder.", show_default=False)] = None,
     engine: Annotated[EngineChoice, typer.Option(help="What runs the encoder.")] = "auto",
     batch_size: Annotated[int | None, typer.Option(help="Tiles per forward pass [by device].")] = None,
@@ -129,7 +137,8 @@ def plan(
     from slide2vec.cli.outcome import counted
     from slide2vec.config import ExecutionOptions, PreprocessingConfig
     from slide2vec.cpus import job_cpus
-    from slide2vec.estimate import Trial, count_tiles, in_turns, read_together
+    from slide2vec.estimate import Trial, count_tiles, in_turns, read_together, unevenness
+    from slide2vec.models import devices_of_preset
     from slide2vec.recipes import load_recipe
     from slide2vec.settings import preset_names
 
@@ -156,10 +165,13 @@ def plan(
         engine=engine,
         precision=precision,
         batch_size=batch_size,
+        num_gpus=num_gpus,
+        devices=tuple(device_names(devices) or ()) or None,
         encoders_gb=encoders_gb,
         scratch_dir=scratch_dir,
         scratch_gb=scratch_gb,
     )
+    used = devices_of_preset(device, execution)
     found = find_slides(
         slides,
         recursive=recursive,
@@ -188,20 +200,23 @@ def plan(
     encoded = {name: 0 if name in takes_over else count for name, count in tiles.items()}
     if output is not None:
         write_csv(output, estimates, names)
-    devices = dict.fromkeys(names, "this machine")
+    places = dict.fromkeys(names, "this machine")
     groups = _groups(recipes, execution, device)
     if models is not None:
-        devices = {name: str(model.device) for name, model in models.items()}
+        places = {name: str(model.device) for name, model in models.items()}
         if len(names) > 1:
             groups = models.in_memory({name: each.config for name, each in outputs.items()}, execution)
+    turns = saved_s = None
+    levels = {name: recipe.level for name, recipe in recipes.items()}
+    readings = read_together(groups, levels, found, len(used))
+    if len(readings) > 1:  # before encoders are tried, as the scratch may be refused
+        turns = in_turns(estimates, outputs, readings, execution, takes_over, len(used))
+    if models is not None:
         trials = {
             name: replace(each, start_s=each.start_s + loading * (name in groups[0]))
             for name, each in _tried(models, _with_tiles(estimates), encoded, asked, execution).items()
         }
-    turns = saved_s = None
-    readings = read_together(groups, {name: recipe.level for name, recipe in recipes.items()}, found)
-    if len(readings) > 1:
-        turns = in_turns(estimates, outputs, readings, execution, takes_over)
+    if turns is not None:
         saved_s = _saved(turns, estimates, outputs, device, is_tried=trial and not speed)
         if output is not None:
             write_csv(output, estimates, names, turns)
@@ -209,19 +224,20 @@ def plan(
         _machines(
             encoded,
             trials,
-            devices,
+            places,
             _gflops(recipes),
             per_hour,
-            given_speeds=bool(speed),
+            source=_source(len(used), given_speeds=bool(speed)),
             groups=groups,
+            unevenness=unevenness(estimates, len(used)),
             saved_s=saved_s or 0.0,
         )
     )
     failed = [each for each in estimates if each.errors]
     if as_json:
-        print_json(described(estimates, tiles, trials, rows, readings, turns, saved_s))
+        print_json(described(estimates, tiles, trials, rows, used, readings, turns, saved_s))
     else:
-        print_tables(estimates, tiles, trials, rows, turns, saved_s, output)
+        print_tables(estimates, tiles, trials, rows, used, turns, saved_s, output)
     if failed:
         raise typer.Exit(1)
 
@@ -301,13 +317,14 @@ def _tried(
 def _machines(
     tiles: Mapping[str, int],
     trials: Mapping[str, Trial],
-    devices: Mapping[str, str],
+    places: Mapping[str, str],
     gflops: Mapping[str, float],
     per_hour: float | None,
     *,
-    given_speeds: bool = False,
-    groups: Sequence[Sequence[str]] = (),
-    saved_s: float = 0.0,
+    source: str,
+    groups: Sequence[Sequence[str]],
+    unevenness: float,
+    saved_s: float,
 ) -> Iterator[dict[str, Any]]:
     """Hours, energy and price on this machine and on known GPUs."""
     from slide2vec.estimate import HARDWARE, LEAST_GFLOPS, on_hardware, seconds_for
@@ -326,13 +343,20 @@ def _machines(
     if tiles.keys() <= trials.keys():
         yield row(
             "this machine",
-            max(0.0, seconds_for(tiles, trials, devices, groups) - saved_s),
+            max(0.0, seconds_for(tiles, trials, places, groups, unevenness) - saved_s),
             None,
-            "speeds as given" if given_speeds else "tried just now",
+            source,
         )
     if min(gflops.values()) >= LEAST_GFLOPS:
         for gpu in HARDWARE:
             yield row(gpu.name, on_hardware(gpu, tiles, gflops), gpu.watts, gpu.source)
+
+
+def _source(workers: int, *, given_speeds: bool) -> str:
+    """Where the time on this machine comes from."""
+    if given_speeds:
+        return "speeds as given" + (f", of {workers} workers together" if workers > 1 else "")
+    return "tried just now" + (f", by {workers} workers" if workers > 1 else "")
 
 
 def _groups(

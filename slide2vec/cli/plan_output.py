@@ -65,6 +65,7 @@ def described(
     tiles: Mapping[str, int],
     trials: Mapping[str, Trial],
     rows: Sequence[Mapping[str, Any]],
+    devices: Sequence[str],
     groups: Sequence[Sequence[str]],
     turns: InTurns | None,
     saved_s: float | None,
@@ -72,6 +73,7 @@ def described(
     """All of it, JSON-ready.
 
     Args:
+        devices: that the run uses; each has a worker, if there are several.
         turns: where encoders take turns.
         saved_s: seconds that the scratch saves here, where that is known.
     """
@@ -91,6 +93,7 @@ def described(
         "start_s": {name: trial.start_s for name, trial in trials.items()},
         "build_s": {name: trial.build_s for name, trial in trials.items()},
         "machines": list(rows),
+        "devices": list(devices),
         "groups": [list(names) for names in groups],
     }
     if turns is not None:
@@ -110,6 +113,7 @@ def print_tables(
     tiles: Mapping[str, int],
     trials: Mapping[str, Trial],
     rows: Sequence[Mapping[str, Any]],
+    devices: Sequence[str],
     turns: InTurns | None,
     saved_s: float | None,
     output: Path | None,
@@ -133,6 +137,7 @@ def print_tables(
                 ("to read", f"about {_size(sum(each['read_bytes'] for each in sizes))}{_groups(turns)}"),
                 ("to write", f"about {_size(sum(each['written_bytes'] for each in sizes))}"),
                 *([] if turns is None else [("scratch", _scratch(turns, saved_s))]),
+                *([] if len(devices) < 2 else [("workers", f"{len(devices)}: {', '.join(devices)}")]),
                 *([] if output is None else [("per slide", str(output))]),
             ]
         )

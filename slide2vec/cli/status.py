@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,15 +73,21 @@ def _look(directory: Path) -> dict[str, Any]:
     failed = [row for row in rows if state_of(row) == "failed"]
     listed = [row for row in rows if row["error"] and state_of(row) != "failed"]
     remarks = dict.fromkeys((key_of(row)[0], row["error"]) for row in listed)  # of several encoders once
+    encoders = sorted({row["encoder_name"] for row in rows} - {""})
+    is_left = bool(states["to do"] or states["in progress"])
+    state = "running" if running else "stopped" if is_left else "done"
+    alone = len(encoders) == 1 and not found.by_shard
     return {
         "output_dir": directory,
+        "state": state,
         "running": running,
+        "goes_on_by": _command(directory) if state == "stopped" and alone else None,
         "shards": {
             "running": shards,
             "ended": [shard for shard in found.by_shard if shard not in shards],
             "not_run": [shard for shard in found.not_run if shard not in shards],
         },
-        "encoders": sorted({row["encoder_name"] for row in rows} - {""}),
+        "encoders": encoders,
         "annotations": sorted({row.get("annotation", "") for row in rows} - {""}),
         "slides": sum(states.values()),
         **{state: states[state] for state in STATES},
@@ -94,6 +101,26 @@ def _look(directory: Path) -> dict[str, Any]:
         "by_encoder": {name: _counts(theirs) for name, theirs in by_encoder(rows).items()},
         "remarks": [{"sample_id": name, "remark": remark} for name, remark in remarks],
     }
+
+
+def _command(directory: Path) -> str | None:
+    """What goes on with the run of one encoder; None where its config.yaml does not say all of it, or means
+    other files from here."""
+    from slide2vec.files import is_remote
+    from slide2vec.settings.text import read_yaml
+
+    path = directory / "config.yaml"
+    if is_remote(directory) or not path.is_file():
+        return None
+    try:
+        settings = read_yaml(path)
+        slides, output_dir = Path(settings["csv"]), Path(settings["output_dir"])
+        is_whole = settings["speed"]["shard"] is None
+    except (ConfigError, KeyError, TypeError):  # of another maker, or its slides were given in Python
+        return None
+    if not (is_whole and slides.is_file() and output_dir.resolve() == directory.resolve()):
+        return None
+    return f"slide2vec run {shlex.quote(str(path))}" + ("" if settings.get("resume") else " resume=true")
 
 
 def _counts(rows: Sequence[Row]) -> dict[str, int]:
@@ -171,7 +198,7 @@ def _encoders_table(found: Mapping[str, Mapping[str, int]]) -> Table:
 
 
 def _facts(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "run", _running(found)
+    yield "run", _state(found)
     if any(found["shards"].values()):
         yield "shards", _shards(found["shards"])
     if found["encoders"]:
@@ -194,11 +221,12 @@ def _shards(shards: Mapping[str, Any]) -> str:
     return ", ".join(f"{len(shards[name])} {words}" for name, words in counts.items() if shards[name])
 
 
-def _running(found: Mapping[str, Any]) -> str:
+def _state(found: Mapping[str, Any]) -> str:
+    """Begins with the word that `--json` has."""
     if by := found["running"]:
         return f"running, process {by['pid']} on {by['host']} since {by['started']}"
-    if found["shards"]["ended"] and not found["shards"]["not_run"]:
-        return "not running: slide2vec merge puts its shards together"
-    if found["to do"] or found["in progress"]:
-        return "not running, and not done: the same command goes on with it"
-    return "not running"
+    if found["state"] == "stopped":
+        return f"stopped: {found['goes_on_by'] or 'the same command'} goes on with it"
+    if found["shards"]["ended"]:
+        return "done: slide2vec merge puts its shards together"
+    return "done"

@@ -28,16 +28,16 @@ def bill_path(output_dir: Path, shard: str | None = None) -> Path:
     return output_dir / ("bill.json" if shard is None else f"bill.{shard_stem(shard)}.json")
 
 
-def write_bill(log: RunLog, encoders: Mapping[str, RunSummary | None]) -> None:
+def write_bill(log: RunLog, summary: RunSummary | None, encoders: Mapping[str, RunSummary | None]) -> None:
     """Add the run's entry to those of earlier runs; none where nothing was embedded.
 
     Args:
+        summary: of all of it.
         encoders: the summary of each, by name.
 
     Raises:
         OutputError: it cannot be written.
     """
-    summary = log.summary
     if summary is None:
         return
     entry = {

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slide2vec.cohort.scratch_room import Tiles, has_room, scratch_folder, scratch_limit, tile_bytes
+from slide2vec.cohort.scratch_room import Tiles, has_room, scratch_room, tile_bytes
 from slide2vec.config import ExecutionOptions
-from slide2vec.errors import ConfigError, SlideReadError
+from slide2vec.errors import SlideReadError
 from slide2vec.files.locks import wait_for_lock
-from slide2vec.files.scratch import private_folder
 from slide2vec.readers.fingerprint import FileIdentity
 from slide2vec.stream.cuda_streams import DeviceStream
 from slide2vec.stream.plan import SlidePlan
@@ -46,41 +45,9 @@ _WHOLE = ".tiles"
 
 @contextmanager
 def tile_scratch(execution: ExecutionOptions, turns: int) -> Iterator[TileScratch | None]:
-    """Where tiles wait for a later turn, gone when the block ends; what dead runs have left there goes first.
-
-    Args:
-        turns: of the encoders: with one nothing is kept.
-
-    Raises:
-        ConfigError: nothing can be written into scratch_dir or stage_dir.
-    """
-    name = "stage_dir" if execution.scratch_dir is None else "scratch_dir"
-    given = execution.scratch_dir or execution.stage_dir
-    folder, is_kept = scratch_folder(execution)
-    if turns < 2 or not is_kept:
-        if turns > 1 and execution.executor != "local":
-            logger.info("decoded tiles are not kept: workers on several machines have no disk in common")
-        elif turns > 1 and execution.scratch_gb != 0:
-            logger.info(
-                "decoded tiles are not kept: %s is in memory; scratch_dir takes a folder on a disk", folder
-            )
-        yield None
-        return
-    with ExitStack() as stack:
-        try:
-            own = stack.enter_context(private_folder(folder))
-            limit = scratch_limit(execution, own)
-        except OSError as error:
-            why = f"{folder} cannot be written to ({error.strerror or error})"
-            if given is not None:
-                raise ConfigError(
-                    f"{name}: {why}: give scratch_dir, a folder on a local disk, or scratch_gb=0, and each "
-                    "group of encoders decodes the slides"
-                ) from error
-            logger.warning("decoded tiles are not kept: %s", why)
-            yield None
-            return
-        yield TileScratch(own, limit)
+    """Where tiles wait for a later turn, gone when the block ends; see `scratch_room`."""
+    with scratch_room(execution, turns) as room:
+        yield None if room is None else TileScratch(room.folder, room.limit_bytes)
 
 
 class TileScratch:
@@ -112,6 +79,11 @@ class TileScratch:
         for path in self._folder.iterdir():
             if path.suffix != _WHOLE or path.name.split("-")[1] not in wanted:
                 _remove(path)
+
+    @property
+    def bytes(self) -> int:
+        """That wait in it."""
+        return sum(_size(path) for path in self._folder.iterdir())
 
     def over(self, transfer: TileTransfer) -> TileTransfer:
         """A transfer that has tiles kept, and brings those that were."""

@@ -96,14 +96,12 @@ class RunResult:
         encoders: Mapping[str, RunResult],
         whole: RunSummary | None = None,
         readings: Sequence[Sequence[str]] = (),
-        scratch: tuple[int, int] = (0, 0),
     ) -> RunResult:
         """The results of several encoders of one run as one.
 
         Args:
-            whole: the summary of their common run, for its time and energy; None: each ran alone.
+            whole: the summary of their common run, for its time, energy and scratch; None: each ran alone.
             readings: names of those that read the slides together, one group after the other.
-            scratch: `RunSummary.from_scratch` and `decoded_again`.
         """
         results = list(encoders.values())
         recomputed: Counter[str] = Counter()
@@ -128,8 +126,9 @@ class RunResult:
                 watt_hours=billed.watt_hours,
                 measured_by=billed.measured_by,
                 readings=tuple(" + ".join(names) for names in readings),
-                from_scratch=scratch[0],
-                decoded_again=scratch[1],
+                from_scratch=billed.from_scratch,
+                decoded_again=billed.decoded_again,
+                scratch_bytes=billed.scratch_bytes,
             )
         return cls(
             tile_artifacts=[each for result in results for each in result.tile_artifacts],

@@ -78,7 +78,7 @@ def embed_cohort(
         todo = resume_run(cohort, recorder)
         log.write(left_in_words(todo, slides))
         embed_what_is_left(cohort, recorder, embedder, todo, embedder.embed_into, on_slide_persisted)
-        write_bill(log, {cohort.place.name: log.summary})
+        write_bill(log, log.summary, {cohort.place.name: log.summary})
         return recorder.result(log.summary)
 
 

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
-from slide2vec.files.scratch import is_in_memory
+from slide2vec.errors import ConfigError
+from slide2vec.files.scratch import is_in_memory, private_folder
 from slide2vec.slides import Slide
 
 __all__ = [
+    "Room",
     "Tiles",
     "TurnUse",
     "has_room",
     "scratch_folder",
-    "scratch_limit",
+    "scratch_room",
     "scratch_use",
     "tile_bytes",
     "tiles_wanted",
 ]
+
+logger = logging.getLogger(__name__)
 
 #: sample_id, µm/px and side of the tiles.
 Tiles: TypeAlias = tuple[str, float | None, int | None]
@@ -39,25 +45,78 @@ def tile_bytes(side_px: int) -> int:
     return 3 * side_px**2
 
 
-def scratch_folder(execution: ExecutionOptions) -> tuple[Path, bool]:
-    """The folder in which tiles wait, and whether they do: not where none may, nor in memory unless that is
-    asked for, nor on one of several machines."""
+@dataclass(frozen=True)
+class Room:
+    """Where tiles wait.
+
+    Attributes:
+        folder: of this run alone.
+        limit_bytes: that they may take in it.
+    """
+
+    folder: Path
+    limit_bytes: int
+
+
+@contextmanager
+def scratch_room(execution: ExecutionOptions, turns: int) -> Iterator[Room | None]:
+    """Where tiles wait for a later turn, gone when the block ends; what dead runs have left there goes first.
+    None where they do not: where none may, nor in memory unless that is asked for, nor on one of several
+    machines.
+
+    Args:
+        turns: of the encoders: with one nothing is kept.
+
+    Raises:
+        ConfigError: nothing can be written into scratch_dir or stage_dir.
+    """
+    if turns < 2 or execution.scratch_gb == 0:
+        yield None
+        return
     given = execution.scratch_dir or execution.stage_dir
-    folder = given or Path(tempfile.gettempdir())
-    is_here = execution.executor == "local"
-    return folder, is_here and execution.scratch_gb != 0 and (given is not None or not is_in_memory(folder))
+    folder = scratch_folder(execution)
+    if execution.executor != "local":
+        logger.info("decoded tiles are not kept: workers on several machines have no disk in common")
+        yield None
+        return
+    if given is None and is_in_memory(folder):
+        logger.info(
+            "decoded tiles are not kept: %s is in memory; scratch_dir takes a folder on a disk", folder
+        )
+        yield None
+        return
+    with ExitStack() as stack:
+        try:
+            own = stack.enter_context(private_folder(folder))
+            limit = _limit_bytes(execution, own)
+        except OSError as error:
+            why = f"{folder} cannot be written to ({error.strerror or error})"
+            if given is not None:
+                name = "stage_dir" if execution.scratch_dir is None else "scratch_dir"
+                raise ConfigError(
+                    f"{name}: {why}: give scratch_dir, a folder on a local disk, or scratch_gb=0, and each "
+                    "group of encoders decodes the slides"
+                ) from error
+            logger.warning("decoded tiles are not kept: %s", why)
+            yield None
+            return
+        yield Room(own, limit)
 
 
-def scratch_limit(execution: ExecutionOptions, folder: Path) -> int:
-    """Bytes that they may take in a folder, or in one that is to be made.
+def scratch_folder(execution: ExecutionOptions) -> Path:
+    """The folder in which runs have theirs."""
+    return execution.scratch_dir or execution.stage_dir or Path(tempfile.gettempdir())
+
+
+def _limit_bytes(execution: ExecutionOptions, folder: Path) -> int:
+    """Bytes that tiles may take in a folder.
 
     Raises:
         OSError: its disk does not say what is free.
     """
     if execution.scratch_gb is not None:
         return int(execution.scratch_gb * 1e9)
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    return shutil.disk_usage(there).free // 2
+    return shutil.disk_usage(folder).free // 2
 
 
 def has_room(taken: Iterable[int], more: int, limit: int) -> bool:

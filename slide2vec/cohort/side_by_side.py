@@ -142,13 +142,16 @@ def embed_cohort_together(
             for name, error in broken.items():
                 _break_off(whole[name][0], whole[name][1], todo[name], error)
             readings.add(names, reporter, {name: whole[name][0].config for name in names})
+            if scratch is not None:
+                readings.bytes = max(readings.bytes, scratch.bytes)
             summaries |= reporter.summaries
             for name in names if len(groups) > 1 else ():
                 runs[name].embedder.release()
-        write_bill(log, {whole[name][0].place.name: summary for name, summary in summaries.items()})
         results = {name: whole[name][1].result(summaries.get(name)) for name in runs}
         read = [names for names in turns if any(name in summaries for name in names)]
-        return RunResult.of_several(results, log.summary, read, (readings.from_scratch, readings.again))
+        summary = readings.told(log.summary, read)
+        write_bill(log, summary, {whole[name][0].place.name: each for name, each in summaries.items()})
+        return RunResult.of_several(results, summary, read)
 
 
 def _turns(
@@ -188,10 +191,11 @@ class _Readings:
     Attributes:
         from_scratch, again: how many slides later groups took from the scratch, and how many they decoded
             again, each group counted.
+        bytes: the most that waited in the scratch when a group was done.
     """
 
     def __init__(self) -> None:
-        self.from_scratch = self.again = 0
+        self.from_scratch = self.again = self.bytes = 0
         self._before: set[str] = set()
 
     def add(
@@ -211,6 +215,16 @@ class _Readings:
         again = {tiles for tiles in decoded - taken if tiles[0] in self._before}
         self.from_scratch, self.again = self.from_scratch + len(taken), self.again + len(again)
         self._before |= {tiles[0] for tiles in taken | decoded}
+
+    def told(self, summary: RunSummary | None, groups: Sequence[Sequence[str]]) -> RunSummary | None:
+        """The summary of a run, with how slides came to these groups."""
+        return summary and replace(
+            summary,
+            readings=tuple(" + ".join(names) for names in groups),
+            from_scratch=self.from_scratch,
+            decoded_again=self.again,
+            scratch_bytes=self.bytes,
+        )
 
 
 def _tiles_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slide2vec.estimate.counts import COORDINATES_BYTES, Output, SlideEstimate, count_tiles
+from slide2vec.estimate.counts import COORDINATES_BYTES, Output, SlideEstimate, count_tiles, unevenness
 from slide2vec.estimate.in_turns import InTurns, in_turns, read_together, reading_seconds
 from slide2vec.estimate.trial import (
     HARDWARE,
@@ -31,5 +31,6 @@ __all__ = [
     "reading_seconds",
     "seconds_for",
     "tried",
+    "unevenness",
     "with_build",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +19,14 @@ from slide2vec.slides import Slide
 from slide2vec.stream.plan import PlanRequest, SlidePlan, plan_together
 from slide2vec.tiling import Tiling
 
-__all__ = ["COORDINATES_BYTES", "Output", "SlideEstimate", "count_tiles"]
+__all__ = [
+    "COORDINATES_BYTES",
+    "Output",
+    "SlideEstimate",
+    "as_workers_take_them",
+    "count_tiles",
+    "unevenness",
+]
 
 #: Bytes of a tile's coordinates on disk: x and y as int64, tissue fraction as float32, index as int32.
 COORDINATES_BYTES = 24
@@ -86,6 +94,20 @@ def count_tiles(
     """
     with ThreadPoolExecutor(threads, thread_name_prefix="plan") as pool:
         yield from pool.map(lambda slide: _estimate(slide, outputs), slides)
+
+
+def as_workers_take_them(estimates: Iterable[SlideEstimate]) -> list[SlideEstimate]:
+    """Slides in the order in which workers are given them: the largest files first."""
+    return sorted(estimates, key=lambda each: each.file_bytes, reverse=True)
+
+
+def unevenness(estimates: Iterable[SlideEstimate], workers: int) -> float:
+    """How many times longer workers take than if all of them ended together, as one of them does all of a
+    slide. 1 at least."""
+    loads = [0] * workers
+    for each in as_workers_take_them(estimates):
+        heapq.heapreplace(loads, loads[0] + sum(each.tiles.values()))
+    return max(loads) * workers / sum(loads) if any(loads) else 1.0
 
 
 def _estimate(slide: Slide, outputs: Mapping[str, Output]) -> SlideEstimate:

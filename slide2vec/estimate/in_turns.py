@@ -16,14 +16,15 @@ from slide2vec.cohort.scratch_room import (
     Tiles,
     TurnUse,
     scratch_folder,
-    scratch_limit,
+    scratch_room,
     scratch_use,
     tile_bytes,
     tiles_wanted,
 )
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import SlideError
-from slide2vec.estimate.counts import Output, SlideEstimate
+from slide2vec.estimate.counts import Output, SlideEstimate, as_workers_take_them
+from slide2vec.files.scratch import removed_again
 from slide2vec.recipes import Level
 from slide2vec.slides import Slide
 from slide2vec.stream.plan import plan_slide
@@ -81,7 +82,7 @@ class InTurns:
         return self._times(use.again for use in self.uses)
 
     def _times(self, turns: Iterable[Collection[Tiles]]) -> Counter[str]:
-        """In how many of these each slide is, in the order of slides."""
+        """In how many of these each slide is, in the order in which slides are taken."""
         return Counter(tiles[0] for turn in turns for tiles in self.counts if tiles in turn)
 
     @property
@@ -110,15 +111,16 @@ class InTurns:
 
 
 def read_together(
-    groups: Sequence[Sequence[str]], levels: Mapping[str, Level], slides: Sequence[Slide]
+    groups: Sequence[Sequence[str]], levels: Mapping[str, Level], slides: Sequence[Slide], workers: int = 1
 ) -> list[list[str]]:
     """Of groups that are in memory together, those that read together: encoders of patients take slides
-    patient by patient, and read for themselves where that is another order.
+    patient by patient, and read for themselves where that is another order; workers have an order of their
+    own for all of them.
 
     Args:
         levels: of each encoder.
     """
-    is_other = plan_everything(slides, "patient").slides != list(slides)
+    is_other = workers == 1 and plan_everything(slides, "patient").slides != list(slides)
     found: list[list[str]] = []
     for group in groups:
         parts: dict[bool, list[str]] = {}
@@ -134,18 +136,23 @@ def in_turns(
     groups: Sequence[Sequence[str]],
     execution: ExecutionOptions,
     takes_over: Collection[str] = (),
+    workers: int = 1,
 ) -> InTurns:
     """What groups of encoders read of the slides, and what of them waits in the scratch.
 
     Args:
         outputs: by name of the encoder.
         takes_over: encoders that read nothing, since another keeps the embeddings of their tiles.
+        workers: among whom slides are shared out, if there are several.
+
+    Raises:
+        ConfigError: nothing can be written into scratch_dir or stage_dir, as in the run.
     """
-    folder, is_kept = scratch_folder(execution)
-    limit = 0
-    if is_kept:
-        with suppress(OSError):
-            limit = scratch_limit(execution, folder)
+    if workers > 1:
+        estimates = as_workers_take_them(estimates)
+    folder = scratch_folder(execution)
+    with removed_again(folder), scratch_room(execution, len(groups)) as room:
+        limit = 0 if room is None else room.limit_bytes
     counts: dict[Tiles, int] = {}
     wanted: list[dict[Tiles, int]] = []
     for group in groups:

@@ -13,6 +13,7 @@ from slide2vec.errors import ConfigError
 from slide2vec.progress import (
     NullReporter,
     ProgressEvent,
+    RunFinished,
     RunStarted,
     TilesEncoded,
     activate_progress_reporter,
@@ -47,7 +48,7 @@ class Trial:
     """How an encoder goes on this machine.
 
     Attributes:
-        tiles_per_s: once it is under way.
+        tiles_per_s: once it is under way, of all workers together.
         start_s: until it is: libraries and weights are loaded, the first slide is planned and read.
         build_s: of an engine, before that; 0 where none is built.
     """
@@ -59,10 +60,16 @@ class Trial:
 
 class _Stopwatch(NullReporter):
     """Counts the tiles after the first batch, while which caches and clocks settle; ends the trial by raising
-    from where it is told of them."""
+    from where it is told of them: workers end with it, which would go on waiting for the next call.
 
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._seconds, self._clock = seconds, clock
+    Args:
+        workers: that are to be under way, each with a slide of its own, when it begins to count.
+    """
+
+    def __init__(
+        self, seconds: float, clock: Callable[[], float] = time.perf_counter, workers: int = 1
+    ) -> None:
+        self._seconds, self._clock, self._workers = seconds, clock, workers
         self._started = 0.0
         self.began: float | None = None
         self.ended = 0.0
@@ -72,15 +79,18 @@ class _Stopwatch(NullReporter):
     def emit(self, event: ProgressEvent) -> None:
         if isinstance(event, RunStarted):
             self._started = self._clock()
+        if isinstance(event, RunFinished):
+            raise _Enough
         if not isinstance(event, TilesEncoded):
             return
         self.ended = self._clock()
-        if self.began is None or (not self.tiles and self._is_of_first_batch(event)):
+        waits = self.began is None or len(self._slides) < self._workers
+        if waits or (not self.tiles and self._is_of_first_batch(event)):
             self.began, self._first = self.ended, self._first + event.count
             self._slides.add(event.sample_id)
             return
         self.tiles += event.count
-        if self.ended - self.began >= self._seconds:
+        if self.began is not None and self.ended - self.began >= self._seconds:
             raise _Enough
 
     def _is_of_first_batch(self, event: TilesEncoded) -> bool:
@@ -106,8 +116,15 @@ def tried(
     seconds: float,
 ) -> Trial | None:
     """How a model goes on this machine, from embedding the first slides for some seconds, without building an
-    engine; None where they have too few tiles (two batches) to tell."""
-    watch = _Stopwatch(seconds)
+    engine; None where they have too few tiles (two batches) to tell.
+
+    Several workers are tried together; where there are fewer slides, they come again under other names.
+    """
+    workers = len(model.devices_here(execution))
+    if 0 < len(slides) < workers:
+        again = range(-(-workers // len(slides)))
+        slides = [replace(each, sample_id=f"{each.sample_id}-{turn}") for turn in again for each in slides]
+    watch = _Stopwatch(seconds, workers=workers)
     alone = execution.updated(output_dir=None, build_engine="never")  # nothing is left behind
     with (
         activate_progress_reporter(watch),
@@ -136,6 +153,7 @@ def seconds_for(
     trials: Mapping[str, Trial],
     devices: Mapping[str, str],
     groups: Sequence[Sequence[str]] = (),
+    unevenness: float = 1.0,
 ) -> float:
     """Seconds of encoders that embed together: engines are built one after the other, starts go together,
     those of one device take turns, devices work side by side. Groups come one after the other.
@@ -145,6 +163,7 @@ def seconds_for(
         trials: of each encoder.
         devices: of each encoder.
         groups: names of encoders that are in memory together; none: all are.
+        unevenness: of how slides are shared out among workers.
 
     Raises:
         ConfigError: a speed is not above 0.
@@ -157,7 +176,7 @@ def seconds_for(
                 raise ConfigError(f"the speed of {name} must be above 0 tiles/s, and is {speed:g}")
             busy[devices[name]] = busy.get(devices[name], 0.0) + tiles[name] / speed
         seconds += max((trials[name].start_s for name in group), default=0.0)
-        seconds += max(busy.values(), default=0.0)
+        seconds += max(busy.values(), default=0.0) * unevenness
     return seconds
 
 

@@ -8,13 +8,13 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from slide2vec.files import open_locked
 from slide2vec.files.locks import try_lock
 
-__all__ = ["is_in_memory", "private_folder"]
+__all__ = ["is_in_memory", "private_folder", "removed_again"]
 
 _PREFIX = "slide2vec-stage"
 #: File systems that have no disk.
@@ -45,6 +45,18 @@ def private_folder(directory: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         lock.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+@contextmanager
+def removed_again(directory: Path) -> Iterator[None]:
+    """What is made of a directory in the block, and of those above it, goes when it ends, if it is empty."""
+    missing = [each for each in (directory, *directory.parents) if not each.exists()]
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for each in missing:
+                each.rmdir()
 
 
 def is_in_memory(directory: Path) -> bool:

@@ -61,6 +61,7 @@ class RunSummary:
             the other.
         from_scratch, decoded_again: slides whose decoded tiles a later group took from the scratch, and those
             that it decoded again; each group counts.
+        scratch_bytes: the most that waited there when a group was done.
     """
 
     slides: int
@@ -75,6 +76,7 @@ class RunSummary:
     readings: tuple[str, ...] = ()
     from_scratch: int = 0
     decoded_again: int = 0
+    scratch_bytes: int = 0
 
     @property
     def tiles_per_second(self) -> float:
@@ -93,7 +95,8 @@ class RunSummary:
         return f"{done} in {took}; {self._energy()}{slowest}{self._read_by()}{self._readings()}"
 
     def bill(self) -> dict[str, Any]:
-        """Time and energy, JSON-ready: of all, per embedded slide and per 1,000 tiles (None without any)."""
+        """Time and energy, JSON-ready: of all, per embedded slide and per 1,000 tiles (None without any); and
+        what the scratch was for, where encoders took turns."""
         return {
             "slides": self.slides,
             "failed": self.failed,
@@ -104,7 +107,12 @@ class RunSummary:
             "measured_by": self.measured_by or "not measured",
             "per_slide": self._per(self.slides),
             "per_1000_tiles": self._per(self.tiles / 1000),
+            **(self._turns() if len(self.readings) > 1 else {}),
         }
+
+    def _turns(self) -> dict[str, Any]:
+        names = ("readings", "from_scratch", "decoded_again", "scratch_bytes")
+        return {name: getattr(self, name) for name in names}
 
     def _per(self, count: float) -> dict[str, float | None]:
         whole = {"seconds": self.seconds, "watt_hours": self.watt_hours}
@@ -132,7 +140,8 @@ class RunSummary:
             return ""
         how = f"{self.from_scratch:,} from the scratch, {self.decoded_again:,} decoded again"
         groups = ", then for ".join(self.readings)
-        return f"; slides were read {len(self.readings)} times ({how}), for {groups}"
+        room = f", with {self.scratch_bytes / 1e6:,.1f} MB in the scratch" if self.scratch_bytes else ""
+        return f"; slides were read {len(self.readings)} times ({how}), for {groups}{room}"
 
     def _bottleneck_share(self) -> str:
         """How busy the bottleneck was, in brackets."""

@@ -145,6 +145,77 @@ def test_what_waits_in_the_scratch_is_told(run, small_slide: Path, tmp_path: Pat
     assert "1 from the scratch, 1 decoded again: two" in " ".join(said.split())
 
 
+def _slides(folder: Path, count: int, small_slide: Path) -> Path:
+    """A manifest of the small slide, so many times."""
+    for number in range(count):
+        shutil.copyfile(small_slide, folder / f"s{number}.svs")
+    manifest = folder / "slides.csv"
+    rows = (f"s{number},{folder}/s{number}.svs\n" for number in range(count))
+    manifest.write_text("sample_id,image_path\n" + "".join(rows))
+    return manifest
+
+
+def test_workers_divide_the_memory_and_the_slides(run, small_slide: Path, tmp_path: Path) -> None:
+    """Two encoders fit into 5 GB, and take turns in two workers, of which one gets two slides."""
+    slides, path = _slides(tmp_path, 3, small_slide), tmp_path / "plan.csv"
+    options = [*ONE, "-p", "virchow2,lunit", "--encoders-gb", "5", "--scratch-dir", tmp_path / "scratch"]
+    options += ["--speed", "10", "--speed", "5", "--price", "1/h"]
+    one = json.loads(run("plan", slides, *options, "--json").stdout)
+    assert one["devices"] == ["cpu"] and one["groups"] == [["virchow2", "lunit"]] and "scratch" not in one
+    options += ["--devices", "cpu,cpu"]
+    result = run("plan", slides, *options, "-o", path, "--json")
+    assert result.exit_code == 0, result.output
+    two = json.loads(result.stdout)
+    assert two["devices"] == ["cpu", "cpu"] and two["groups"] == [["virchow2"], ["lunit"]]
+    assert (two["scratch"]["from_scratch"], two["scratch"]["decoded_again"]) == (3, 0)
+    tiles = two["slides"][0]["tiles"]["lunit"]
+    alone, here = one["machines"][0], two["machines"][0]
+    assert alone["hours"] * 3600 == pytest.approx(3 * tiles / 10 + 3 * tiles / 5)
+    # the speeds are of both workers: one of them does two of three slides
+    assert here["hours"] * 3600 + two["scratch"]["saved_s"] == pytest.approx(4 * tiles / 10 + 4 * tiles / 5)
+    assert here["source"] == "speeds as given, of 2 workers together" and here["price"] == here["hours"]
+    with path.open(newline="") as file:
+        assert [line["from_scratch"] for line in csv.DictReader(file)] == ["1"] * 3
+    said = " ".join(run("plan", slides, *options).stdout.split())
+    assert (
+        "workers 2: cpu, cpu" in said and "in 2 groups that take turns: for virchow2, then for lunit" in said
+    )
+
+
+def test_devices_that_are_not_there_are_refused_as_by_the_run(run, small_slide: Path, tmp_path: Path) -> None:
+    options = ("-p", "scattering", *ONE, "--devices", "cpu,cuda:7", "--weights", "random")
+    planned = run("plan", small_slide, *options, "--no-trial")
+    ran = run("run", "-m", _slides(tmp_path, 1, small_slide), *options, "-o", tmp_path / "out")
+    assert planned.exit_code == ran.exit_code == 1
+    (message,) = [line for line in ran.output.splitlines() if line.startswith("error")]
+    assert "cuda:7" in message and message in planned.output.splitlines()
+
+
+@pytest.mark.parametrize("below", ["", "sub/folder"])
+def test_a_scratch_that_the_run_refuses_is_refused(
+    run, small_slide: Path, tmp_path: Path, below: str
+) -> None:
+    slides, taken = _slides(tmp_path, 1, small_slide), tmp_path / "a file"
+    taken.touch()
+    options = ["-p", "scattering,prost40m", *ONE, "--tile-size", "70", "--encoders-gb", "0.01"]
+    options += ["--weights", "random", "--scratch-dir", taken / below]
+    planned = run("plan", slides, *options, "--speed", "1", "--speed", "1")
+    ran = run("run", "-m", slides, *options, "-o", tmp_path / "out")
+    assert planned.exit_code == ran.exit_code == 1 and not planned.stdout
+    (message,) = [line for line in ran.output.splitlines() if line.startswith("error")]
+    assert "a file" in message and "cannot be written to" in message
+    assert message in planned.output.splitlines()
+    none = run("plan", slides, *options, "--scratch-gb", "0", "--no-trial")
+    assert none.exit_code == 0 and "none: each group decodes" in none.stdout
+
+
+def test_a_plan_leaves_no_scratch_behind(run, small_slide: Path, tmp_path: Path) -> None:
+    options = ["-p", "virchow2,uni2", *ONE, "--encoders-gb", "0.01", "--no-trial"]
+    result = run("plan", small_slide, *options, "--scratch-dir", tmp_path / "a/b", "--json")
+    assert json.loads(result.stdout)["scratch"]["folder"] == str(tmp_path / "a/b")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bad_slides_are_listed(run, small_slide: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.svs").write_bytes(b"no slide")
     result = run("plan", small_slide, tmp_path / "bad.svs", "-p", "virchow2", "--no-trial")

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -51,12 +52,11 @@ def test_of_a_real_run(run, small_slide: Path, tmp_path: Path) -> None:
     content = json.loads(run("status", tmp_path / "out", "--json").stdout)
     assert {state: content[state] for state in STATES} == dict(zip(STATES, (1, 0, 0, 1), strict=True))
     assert content["tiles"] == done["slides"][0]["num_tiles"] > 0
-    assert content["running"] is None and content["encoders"] == ["scattering"]
+    assert (content["state"], content["running"], content["goes_on_by"]) == ("done", None, None)
+    assert content["encoders"] == ["scattering"]
     assert [item["sample_id"] for item in content["failures"]] == ["gone"]
     text = run("status", tmp_path / "out").stdout
-    assert (
-        "1 of 2 slides (50%)" in text and "gone" in text and "not running" in text and "Traceback" not in text
-    )
+    assert "1 of 2 slides (50%)" in text and "gone" in text and "  done" in text and "Traceback" not in text
 
 
 def test_states_and_tiles(run, tmp_path: Path) -> None:
@@ -65,7 +65,9 @@ def test_states_and_tiles(run, tmp_path: Path) -> None:
     assert _counts(run, directory) == dict(zip(STATES, (3, 1, 3, 2), strict=True))
     text = run("status", directory).stdout
     assert "3 of 9 slides (33%)" in text and "20, 7 in progress" in text and "no tissue" in text
-    assert "the same command goes on" in text
+    assert "stopped: the same command goes on with it" in text
+    content = json.loads(run("status", directory, "--json").stdout)
+    assert (content["state"], content["goes_on_by"]) == ("stopped", None)
     assert "no tissue mask" in text and "bad tile" in text
 
 
@@ -113,14 +115,41 @@ def test_who_is_running(run, tmp_path: Path) -> None:
     with output_lock(directory):
         assert json.loads(run("status", directory, "--json").stdout)["running"]["pid"] == os.getpid()
         text = run("status", directory).stdout
-        assert f"running, process {os.getpid()}" in text and "not running" not in text
+        assert f"running, process {os.getpid()}" in text and "stopped" not in text
+    content = json.loads(run("status", directory, "--json").stdout)
+    assert (content["state"], content["running"]) == ("stopped", None)
     assert json.loads(run("status", directory, "--json").stdout)["running"] is None
+
+
+def test_a_stopped_run_names_the_command_that_goes_on_with_it(
+    run, small_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("slides.csv").write_text(f"sample_id,image_path\ngood,{small_slide}\n")
+    options = ("--preset", "scattering", "--device", "cpu", "--spacing", "2", "--tile-size", "64")
+    assert run("run", "-m", "slides.csv", *options, "-o", "my out", "--no-resume").exit_code == 0
+    table = Path("my out/process_list.csv")
+    table.write_text(table.read_text().replace("success", "tbp"))  # as a killed run leaves it
+    for path in Path("my out/tile_embeddings").iterdir():
+        path.unlink()
+    found = json.loads(run("status", "my out", "--json").stdout)
+    assert found["state"] == "stopped"
+    assert found["goes_on_by"] == "slide2vec run 'my out/config.yaml' resume=true"
+    assert f"stopped: {found['goes_on_by']} goes on with it" in " ".join(
+        run("status", "my out").stdout.split()
+    )
+    monkeypatch.chdir(small_slide.parent)  # where the paths in it mean other files
+    assert json.loads(run("status", tmp_path / "my out", "--json").stdout)["goes_on_by"] is None
+    monkeypatch.chdir(tmp_path)
+    assert run(*shlex.split(found["goes_on_by"])[1:]).exit_code == 0
+    assert json.loads(run("status", "my out", "--json").stdout)["state"] == "done"
 
 
 def test_a_run_that_has_just_begun(run, tmp_path: Path) -> None:
     with output_lock(tmp_path / "out"):
         content = json.loads(run("status", tmp_path / "out", "--json").stdout)
     assert (content["slides"], content["tiles"]) == (0, 0) and content["running"]
+    assert content["state"] == "running"
 
 
 def test_watching_ends_with_the_run(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +167,7 @@ def test_watching_ends_with_the_run(run, tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(time, "sleep", sleep)
         result = run("status", directory, "--watch")
     assert result.exit_code == 0 and slept == [2.0, 2.0]
-    assert "2 of 2 slides (100%)" in result.stdout and "not running" in result.stdout
+    assert "2 of 2 slides (100%)" in result.stdout and "  done" in result.stdout
 
 
 def test_watching_can_be_left(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

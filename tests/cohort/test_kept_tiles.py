@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 
 from slide2vec import ExecutionOptions, PreprocessingConfig
 from slide2vec.cohort.kept_tiles import FROM_SCRATCH, TileScratch, tile_scratch
-from slide2vec.cohort.scratch_room import scratch_limit, scratch_use, tiles_wanted
+from slide2vec.cohort.scratch_room import scratch_room, scratch_use, tiles_wanted
 from slide2vec.errors import ConfigError, SlideReadError
 from slide2vec.files import scratch as folders
 from slide2vec.slides import Slide
@@ -214,9 +215,11 @@ def test_workers_keep_tiles_for_one_another(slides: list[Slide], folder: Path) -
     other.close()
 
 
-def test_a_folder_that_is_to_be_made_is_on_the_disk_above_it(tmp_path: Path) -> None:
-    assert scratch_limit(ExecutionOptions(scratch_gb=2), tmp_path) == 2e9
-    assert scratch_limit(ExecutionOptions(), tmp_path / "a" / "b") > 1e6
+def test_how_much_may_wait(tmp_path: Path) -> None:
+    half = shutil.disk_usage(tmp_path).free / 2
+    for options, limit in (({"scratch_gb": 2}, 2e9), ({}, half)):
+        with scratch_room(ExecutionOptions(scratch_dir=tmp_path / "a" / "b", **options), 2) as room:
+            assert room is not None and room.limit_bytes == pytest.approx(limit, rel=0.1)
 
 
 def test_a_full_disk_means_that_nothing_more_fits(

@@ -98,10 +98,12 @@ def test_how_tiles_were_read_is_of_every_group() -> None:
         name: RunResult(process_list_path=Path("p"), summary=RunSummary(2, 0, 10, 1.0, (), "read", each))
         for name, each in roads.items()
     }
-    grouped = RunResult.of_several(results, readings=[["a", "b"], ["c"]], scratch=(1, 1)).summary
+    whole = RunSummary(2, 0, 30, 3.0, (), "read", from_scratch=1, decoded_again=1, scratch_bytes=54_940_000)
+    grouped = RunResult.of_several(results, whole, [["a", "b"], ["c"]]).summary
     assert grouped is not None and grouped.roads == {"tiff": 13, "scratch": 7}
-    assert "slides were read 2 times (1 from the scratch, 1 decoded again), for a + b, then for c" in str(
-        grouped
+    said = (
+        "slides were read 2 times (1 from the scratch, 1 decoded again), for a + b, then for c, with 54.9 MB"
     )
+    assert str(grouped).endswith(f"{said} in the scratch")
     together = RunResult.of_several(results).summary
     assert together is not None and together.roads == {"tiff": 10}
