@@ -120,6 +120,18 @@ class Owner:
         preset = self.preset
         return preset if self.folder == self.root or self.folder.name == _safe(preset) else self.folder.name
 
+    def name_of(self, preset: str) -> str:
+        """The name in the process list of one of its encoders, which are several where a model of slides or
+        patients is in the folder of its tile encoder."""
+        if self.folder == self.root:
+            return preset
+        presets = {preset, *(str(sidecar.get("encoder_name")) for sidecar in self.sidecars.values())}
+        for named in sorted(map(_safe, presets), key=len, reverse=True):
+            rest = self.folder.name.removeprefix(named)
+            if self.folder.name == named or (rest != self.folder.name and rest.startswith("-")):
+                return _safe(preset) + rest if rest else preset
+        return self.name
+
     @property
     def preset(self) -> str:
         """Of its highest level."""
@@ -192,7 +204,7 @@ def features_place(
     unlikes = [owner.unlike(identities, geometry) for owner in there]
     for owner, found in zip(there, unlikes, strict=True):
         if not found:
-            return owner.folder, preset if owner.folder == root else owner.name
+            return owner.folder, owner.name_of(preset)
     if all(owner.folder != root for owner in there):
         return root, preset
     same = [found for owner, found in zip(there, unlikes, strict=True) if owner.preset == preset]
