@@ -113,7 +113,8 @@ def _opened(
                 beside=beside,
             )
             cohort = cohort.with_place(place, config)
-            beside.append(_as_owner(cohort, beside))
+            if cohort.encoder is not None:
+                beside.append(_as_owner(cohort, beside))
             _keep_settings(cohort, settings)
             cohorts.append((cohort, mine))
         rows = first_rows(directory, shard, [(mine, cohort.columns()) for cohort, mine in cohorts])
