@@ -210,6 +210,7 @@ def test_several_of_one_tile_encoder_have_files_and_rows_of_their_own(
         for name in names.split(",")
     }
     given = [{"sample_id": "a", "image_path": slide, "patient_id": "p"}]
+    config = PreprocessingConfig(requested_spacing_um=0.5, resume=True)
     found = {}
     for way, runs in (
         ("one by one", [{name: model} for name, model in models.items()]),
@@ -219,7 +220,7 @@ def test_several_of_one_tile_encoder_have_files_and_rows_of_their_own(
         out = tmp_path / way.removesuffix(" again")
         execution = ExecutionOptions(output_dir=out, save_tile_embeddings=True, build_engine="never")
         for each in runs:
-            assert not Pipeline(each, EVERY_TILE.updated(resume=True), execution).run(given).failed
+            assert not Pipeline(each, config, execution).run(given).failed
         embeddings = sorted(str(path.relative_to(out)) for path in out.rglob("*.pt"))
         rows = read_process_list(out / "process_list.csv")
         where = {row["encoder_name"]: str(Path(row["feature_path"]).relative_to(out)) for row in rows}
