@@ -548,11 +548,16 @@ def test_presets_are_shared_out_among_devices_by_their_work() -> None:
     assert set(placed_on(["uni", "uni2"], ["a", "b", "c"]).values()) == {"a", "b"}
 
 
-def test_two_models_of_one_name_need_names_of_their_own(models: Models) -> None:
+def test_two_models_of_one_name_need_names_of_their_own(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match="timm:resnet10t was given twice"):
         Models([models["first"], models["second"]])
     with pytest.raises(ConfigError, match="no model"):
         Models([])
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="scattering was given twice"):
+        patch.setattr(Model, "from_preset", None)  # none is built before that is seen
+        Models.from_presets(["scattering", "scattering"])
 
 
 def test_encoders_of_one_tile_encoder_take_its_features_over(

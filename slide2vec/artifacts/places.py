@@ -34,6 +34,7 @@ __all__ = [
     "encoder_of",
     "features_place",
     "owners",
+    "owners_called",
     "tell_what_is_not_written",
     "tiling_folders",
     "unlike",
@@ -125,12 +126,20 @@ class Owner:
         patients is in the folder of its tile encoder."""
         if self.folder == self.root:
             return preset
-        presets = {preset, *(str(sidecar.get("encoder_name")) for sidecar in self.sidecars.values())}
-        for named in sorted(map(_safe, presets), key=len, reverse=True):
+        for named in sorted(map(_safe, {preset, *self._presets}), key=len, reverse=True):
             rest = self.folder.name.removeprefix(named)
             if self.folder.name == named or (rest != self.folder.name and rest.startswith("-")):
                 return _safe(preset) + rest if rest else preset
         return self.name
+
+    @property
+    def names(self) -> set[str]:
+        """Of all its encoders, in the process list."""
+        return {self.name, *map(self.name_of, self._presets)}
+
+    @property
+    def _presets(self) -> list[str]:
+        return [str(sidecar.get("encoder_name") or "unknown") for sidecar in self.sidecars.values()]
 
     @property
     def preset(self) -> str:
@@ -179,6 +188,12 @@ def owners(root: Path) -> list[Owner]:
     folders = [root, *sorted(entries(root / ENCODERS), key=lambda path: path.name)]
     found = [Owner(root, folder, dict(_sidecars(folder))) for folder in folders]
     return [owner for owner in found if owner.sidecars]
+
+
+def owners_called(name: str, there: Sequence[Owner]) -> list[Owner]:
+    """Those of that name, or folder; else the one that has an encoder of that name among others."""
+    own = [owner for owner in there if name in (owner.name, owner.folder.name)]
+    return own or [owner for owner in there if name in owner.names][:1]
 
 
 def tiling_folders(root: Path) -> list[Path]:

@@ -26,6 +26,7 @@ from slide2vec import (
     register_encoder,
 )
 from slide2vec.artifacts import load_embeddings
+from slide2vec.artifacts.export import export_run
 from slide2vec.cohort.process_list import read_process_list
 from slide2vec.compile.export_module import typed_copy
 from slide2vec.encoders.photometrics import geometry_of, statistics_of
@@ -227,6 +228,10 @@ def test_several_of_one_tile_encoder_have_files_and_rows_of_their_own(
         assert where.keys() == models.keys() and len(set(where.values())) == len(rows) == len(models)
         found[way] = (embeddings, where)
     assert found["one by one"] == found["together"] == found["together again"]
+    for name, path in where.items():  # each is known by the name that the process list has
+        export_run(out, tmp_path / name, "npz", encoder=name)
+        kind, file = Path(path).with_suffix(".npz").parts[-2:]
+        assert (tmp_path / name / kind / file).is_file()
 
 
 def test_tiles_of_other_sizes(registry: None, slide: Path) -> None:
