@@ -91,6 +91,7 @@ class Models(Mapping[str, Model]):
             ConfigError: one is named twice; others as `Model.from_preset`.
         """
         names, models = list(names), list[Model]()
+        _check_once(names)  # before any is built
         places = placed_on(names, devices) if devices else dict.fromkeys(names, options.get("device"))
         groups = groups_of_presets(places, ExecutionOptions(encoders_gb=encoders_gb))
         for name in names:
@@ -458,12 +459,17 @@ def _gigabytes(models: Models, execution: ExecutionOptions, sizes: Mapping[str, 
 
 def _by_preset(models: Sequence[Model]) -> dict[str, Model]:
     names = [model.name for model in models]
+    _check_once(names)
+    return dict(zip(names, models, strict=True))
+
+
+def _check_once(names: Sequence[str]) -> None:
+    """Raises ConfigError where one is there twice."""
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(
-            f"{', '.join(sorted(twice))} was given twice: name it once, or give models as a mapping, "
-            "by names of your own"
+            f"{', '.join(sorted(twice))} was given twice: name it once, or in Python give models as a "
+            "mapping, by names of your own"
         )
-    return dict(zip(names, models, strict=True))
 
 
 def _tiles_key(model: Model, config: PreprocessingConfig, execution: ExecutionOptions) -> str:

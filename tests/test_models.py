@@ -11,8 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 import torch
 from shallow import few_blocks
 
@@ -504,6 +506,18 @@ def test_a_bad_slide_fails_with_every_encoder_and_stops_none(
     assert len(result.tile_artifacts) == 6
 
 
+def test_a_slide_without_tissue_has_no_tiles_of_any_size(
+    models: Models, slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blank = tmp_path / "blank.tiff"
+    glass = np.full((1024, 1024, 3), 245, np.uint8)
+    resolution = {"resolution": (40_000, 40_000), "resolutionunit": "CENTIMETER"}  # 0.25 µm/px
+    tifffile.imwrite(blank, glass, tile=(256, 256), photometric="rgb", **resolution)
+    with_sizes(models, monkeypatch, {"first": 64, "second": 96, "third": 160})
+    for found in models.embed_slides([blank, slides[0]], None, EXECUTION).values():
+        assert found[0].num_tiles == 0 < found[1].num_tiles
+
+
 def test_encoders_on_several_devices_are_fed_by_one_reader(
     models: Models, slides: list[Path], counts: Counter[str]
 ) -> None:
@@ -541,11 +555,16 @@ def test_presets_are_shared_out_among_devices_by_their_work() -> None:
     assert set(placed_on(["uni", "uni2"], ["a", "b", "c"]).values()) == {"a", "b"}
 
 
-def test_two_models_of_one_name_need_names_of_their_own(models: Models) -> None:
+def test_two_models_of_one_name_need_names_of_their_own(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match="timm:resnet10t was given twice"):
         Models([models["first"], models["second"]])
     with pytest.raises(ConfigError, match="no model"):
         Models([])
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="scattering was given twice"):
+        patch.setattr(Model, "from_preset", None)  # none is built before that is seen
+        Models.from_presets(["scattering", "scattering"])
 
 
 def test_encoders_of_one_tile_encoder_take_its_features_over(

@@ -34,6 +34,7 @@ __all__ = [
     "encoder_of",
     "features_place",
     "owners",
+    "owners_called",
     "tell_what_is_not_written",
     "tiling_folders",
     "unlike",
@@ -120,6 +121,26 @@ class Owner:
         preset = self.preset
         return preset if self.folder == self.root or self.folder.name == _safe(preset) else self.folder.name
 
+    def name_of(self, preset: str) -> str:
+        """The name in the process list of one of its encoders, which are several where a model of slides or
+        patients is in the folder of its tile encoder."""
+        if self.folder == self.root:
+            return preset
+        for named in sorted(map(_safe, {preset, *self._presets}), key=len, reverse=True):
+            rest = self.folder.name.removeprefix(named)
+            if self.folder.name == named or (rest != self.folder.name and rest.startswith("-")):
+                return _safe(preset) + rest if rest else preset
+        return self.name
+
+    @property
+    def names(self) -> set[str]:
+        """Of all its encoders, in the process list."""
+        return {self.name, *map(self.name_of, self._presets)}
+
+    @property
+    def _presets(self) -> list[str]:
+        return [str(sidecar.get("encoder_name") or "unknown") for sidecar in self.sidecars.values()]
+
     @property
     def preset(self) -> str:
         """Of its highest level."""
@@ -169,6 +190,12 @@ def owners(root: Path) -> list[Owner]:
     return [owner for owner in found if owner.sidecars]
 
 
+def owners_called(name: str, there: Sequence[Owner]) -> list[Owner]:
+    """Those of that name, or folder; else the one that has an encoder of that name among others."""
+    own = [owner for owner in there if name in (owner.name, owner.folder.name)]
+    return own or [owner for owner in there if name in owner.names][:1]
+
+
 def tiling_folders(root: Path) -> list[Path]:
     """Folders that may hold `tiles/`: the output directory, then those of further geometries."""
     return [root, *sorted(entries(root / TILINGS), key=lambda path: path.name)]
@@ -192,7 +219,7 @@ def features_place(
     unlikes = [owner.unlike(identities, geometry) for owner in there]
     for owner, found in zip(there, unlikes, strict=True):
         if not found:
-            return owner.folder, preset if owner.folder == root else owner.name
+            return owner.folder, owner.name_of(preset)
     if all(owner.folder != root for owner in there):
         return root, preset
     same = [found for owner, found in zip(there, unlikes, strict=True) if owner.preset == preset]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from slide2vec.artifacts.places import Owner, owners
+from slide2vec.artifacts.places import Owner, owners, owners_called
 from slide2vec.artifacts.reading import load_embeddings
 from slide2vec.artifacts.records import FORMATS, SIDECAR, read_metadata
 from slide2vec.audit.certificate import SCHEMA, digest_of
@@ -97,7 +97,7 @@ def audit_run(
         raise ConfigError(f"sample={sample:g} is no part of the tiles: give more than 0, at most 1 (100%)")
     run, slides_dir = Path(run), None if slides_dir is None else Path(slides_dir)
     there = owners(run)
-    chosen = [owner for owner in there if encoder in (None, owner.name, owner.folder.name)]
+    chosen = there if encoder is None else owners_called(encoder, there)
     if not chosen:
         names = ", ".join(owner.name for owner in there) or "none"
         raise ArtifactError(

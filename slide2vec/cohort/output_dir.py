@@ -100,6 +100,7 @@ def _opened(
         if shard is None:  # others write there while a shard does
             remove_all_partial(directory)
         cohorts: list[tuple[Cohort, Sequence[Slide]]] = []
+        beside: list[Owner] = []
         for cohort, settings in runs:
             mine = _share(cohort, slides)
             place, mine, config = reconcile(
@@ -109,9 +110,11 @@ def _opened(
                 cohort.kind,
                 cohort.identities,
                 cohort.tilings.keys(),
-                beside=[_as_owner(other) for other, _ in cohorts],
+                beside=beside,
             )
             cohort = cohort.with_place(place, config)
+            if cohort.encoder is not None:
+                beside.append(_as_owner(cohort, beside))
             _keep_settings(cohort, settings)
             cohorts.append((cohort, mine))
         rows = first_rows(directory, shard, [(mine, cohort.columns()) for cohort, mine in cohorts])
@@ -126,10 +129,21 @@ def _opened(
             yield opened
 
 
-def _as_owner(cohort: Cohort) -> Owner:
-    """What the folder of a cohort will hold, as if it did already."""
+def _as_owner(cohort: Cohort, beside: Sequence[Owner]) -> Owner:
+    """What the folder of a cohort will hold, as if it did already: of what its embeddings are made from
+    nothing that those before it make.
+
+    Args:
+        beside: of the cohorts before it.
+    """
     coordinates = cohort.place.tiling / "tiles" / "slide.coordinates.meta.json"
-    kinds = (*cohort.wanted, *(("patient",) if cohort.kind == "patient" else ()))
+    geometry = geometry_of(cohort.config)
+    kinds = [
+        kind
+        for kind in dict.fromkeys((*cohort.wanted, cohort.kind))
+        if kind == cohort.kind
+        or all(owner.unlike({kind: cohort.identities[kind]}, geometry) for owner in beside)
+    ]
     return Owner(
         cohort.place.root,
         cohort.place.features,
@@ -140,7 +154,7 @@ def _as_owner(cohort: Cohort) -> Owner:
                 "compatibility": {
                     "encoder": cohort.identities[kind],
                     "geometry": {
-                        **geometry_of(cohort.config),
+                        **geometry,
                         "filtering": cohort.config.filtering.model_dump(),
                     },
                 },

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from math import isclose
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,8 +62,9 @@ def reconcile(
         ConfigError: the directory holds other tiles than those that were asked for, and how they differ.
         ManifestError: a slide's own tiling options are wrong.
     """
-    there = owners(root)
-    new = [owner for owner in beside if all(owner.folder != other.folder for other in there)]
+    on_disk = owners(root)
+    together = _by_folder([*on_disk, *beside])
+    there, new = together[: len(on_disk)], together[len(on_disk) :]
     takes_over = bool(identities) and config.resume
     if config.read_coordinates_from is not None:
         tiling = root
@@ -95,6 +97,16 @@ def reconcile(
         )
     others = tuple(owner.folder for owner in there if owner.folder != features)
     return Place(root, name, features, tiling, others), slides, config
+
+
+def _by_folder(found: Sequence[Owner]) -> list[Owner]:
+    """One for each folder, with the artifacts of all that are in it: an encoder of slides shares that of its
+    tile encoder."""
+    merged: dict[Path, Owner] = {}
+    for owner in found:
+        before = merged.get(owner.folder, owner)
+        merged[owner.folder] = replace(before, sidecars={**owner.sidecars, **before.sidecars})
+    return list(merged.values())
 
 
 def geometry_of(config: PreprocessingConfig) -> dict[str, Any]:

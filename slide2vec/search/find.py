@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from slide2vec.artifacts.places import encoder_of, owners
+from slide2vec.artifacts.places import encoder_of, owners, owners_called
 from slide2vec.errors import ArtifactError, ConfigError, nearest_names
 from slide2vec.files import as_path, is_remote
 from slide2vec.search.index import FoundTile, TileIndex
@@ -87,7 +87,8 @@ def searched_run(output_dir: str | Path, encoder: str | None = None) -> Run:
     if is_remote(root):
         raise ConfigError(f"{root} is behind a URL: copy the run to local storage to search it")
     there = {owner.name: owner for owner in owners(root) if "tile" in owner.sidecars}
-    if encoder is not None and encoder not in there:
+    called = [] if encoder is None else owners_called(encoder, list(there.values()))
+    if encoder is not None and not called:
         raise ConfigError(f"{root} has no tile embeddings of {encoder!r}. {nearest_names(encoder, there)}")
     if not there:
         raise ArtifactError(
@@ -96,6 +97,6 @@ def searched_run(output_dir: str | Path, encoder: str | None = None) -> Run:
         )
     if encoder is None and len(there) > 1:
         raise ConfigError(f"{root} has tile embeddings of {', '.join(there)}: say which (--encoder)")
-    owner = there[encoder] if encoder is not None else next(iter(there.values()))
+    owner = next(iter(called or there.values()))
     sidecar = owner.sidecars["tile"]
     return Run(owner.folder, encoder_of(sidecar))

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from slide2vec.errors import EngineError
 from slide2vec.prepare import Preparer
 from slide2vec.runtime import Engine
 from slide2vec.runtime.device import torch_threads
@@ -98,6 +99,7 @@ class BatchEncoder:
             written: after which they are.
 
         Raises:
+            EngineError: the encoder gives other features than a row for each tile.
             torch.OutOfMemoryError: not even one tile fits.
         """
         self._prepare.wait(written)
@@ -140,6 +142,12 @@ class BatchEncoder:
             if len(tiles) == 1:
                 raise
             return None
+        wanted = len(tiles), self._engine.feature_dim
+        if tuple(features.shape) != wanted:  # or one row, or column, would be taken for all of them
+            raise EngineError(
+                f"the encoder gave features of shape {tuple(features.shape)} for {len(tiles)} tiles, not "
+                f"{wanted}, a row for each tile: correct its code"
+            )
         kept.append(pixels)
         spans += [("prepare", begun, prepared), ("encode", encoding, self._encode.record())]
         return features

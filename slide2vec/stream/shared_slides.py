@@ -413,7 +413,7 @@ def _share_decoded(plans: Sequence[SlidePlan]) -> None:
     """Have compressed tiles that several plans of one reader need decoded once."""
     by_level: dict[tuple[HostTileReader, int], list[SlideSource]] = {}
     for source in (plan.source for plan in plans):
-        if isinstance(source, SlideSource) and isinstance(source.reader, HostTileReader):
+        if isinstance(source, SlideSource) and isinstance(source.reader, HostTileReader) and source.blocks:
             by_level.setdefault((source.reader, source.tiling.geometry.read_level), []).append(source)
     for (reader, level), sharing in by_level.items():
         if len(sharing) > 1:

@@ -26,6 +26,8 @@ from slide2vec import (
     register_encoder,
 )
 from slide2vec.artifacts import load_embeddings
+from slide2vec.artifacts.export import export_run
+from slide2vec.cohort.process_list import read_process_list
 from slide2vec.compile.export_module import typed_copy
 from slide2vec.encoders.photometrics import geometry_of, statistics_of
 from slide2vec.encoders.registered import reloader
@@ -182,6 +184,54 @@ def test_slides_and_patients(slide: Path) -> None:
     assert torch.allclose(patient.patient_embedding, expected.float(), rtol=1e-5)
     with pytest.raises(ConfigError, match="no tiles that overlap"):
         Model.from_preset("tests-slides", device="cpu").embed_slide(slide, EVERY_TILE.updated(overlap=0.5))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "tests-tiles,tests-slides,tests-again",
+        "tests-by-hand,tests-tiles,tests-slides,tests-again,tests-patients",
+        "tests-slides,tests-patients,tests-again",
+    ],
+)
+def test_several_of_one_tile_encoder_have_files_and_rows_of_their_own(
+    registry: None, slide: Path, tmp_path: Path, names: str
+) -> None:
+    """Side by side, which are in one folder only as far as they would be one after the other."""
+    register_encoder(
+        "tests-again",
+        encode_dim=10,
+        level="slide",
+        tile_encoder="tests-tiles",
+        tile_encoder_output_variant="default",
+        supported_spacing_um=0.5,
+    )(type("Again", (brought.Slides,), {}))
+    models = {
+        name: Model.from_preset(name, device="cpu", allow_non_recommended_settings=True)
+        for name in names.split(",")
+    }
+    given = [{"sample_id": "a", "image_path": slide, "patient_id": "p"}]
+    config = PreprocessingConfig(requested_spacing_um=0.5, resume=True)
+    found = {}
+    for way, runs in (
+        ("one by one", [{name: model} for name, model in models.items()]),
+        ("together", [models]),
+        ("together again", [models]),
+    ):
+        out = tmp_path / way.removesuffix(" again")
+        execution = ExecutionOptions(output_dir=out, save_tile_embeddings=True, build_engine="never")
+        for each in runs:
+            assert not Pipeline(each, config, execution).run(given).failed
+        embeddings = sorted(str(path.relative_to(out)) for path in out.rglob("*.pt"))
+        rows = read_process_list(out / "process_list.csv")
+        where = {row["encoder_name"]: str(Path(row["feature_path"]).relative_to(out)) for row in rows}
+        assert where.keys() == models.keys() and len(set(where.values())) == len(rows) == len(models)
+        found[way] = (embeddings, where)
+    assert found["one by one"] == found["together"] == found["together again"]
+    for name, path in where.items():  # each is known by the name that the process list has
+        export_run(out, tmp_path / name, "npz", encoder=name)
+        kind, file = Path(path).with_suffix(".npz").parts[-2:]
+        assert (tmp_path / name / kind / file).is_file()
 
 
 def test_tiles_of_other_sizes(registry: None, slide: Path) -> None:

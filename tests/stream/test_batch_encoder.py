@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from late_streams import LateStream
 
+from slide2vec.errors import EngineError
 from slide2vec.stream import batch_encoder
 from slide2vec.stream.batch_encoder import IN_FLIGHT, BatchEncoder
 from slide2vec.stream.cuda_streams import device_stream
@@ -116,3 +118,16 @@ def test_lanes_of_a_cpu_are_trivial() -> None:
     with tested.current():
         event = tested.record()
     assert event.query() and IN_FLIGHT >= 2
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (5, 1), (4, 3), (6, 3), (5, 2), (3,), (5, 3, 1)])
+def test_features_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    """One row, or one column, would be written for all tiles without a word."""
+
+    class Odd(Engine):
+        def run(self, pixels: torch.Tensor) -> torch.Tensor:
+            return torch.ones(shape)
+
+    expected = rf"{re.escape(str(shape))} for 5 tiles, not \(5, 3\)"
+    with pytest.raises(EngineError, match=expected):
+        made(Odd()).submit(tiles(5), [])
