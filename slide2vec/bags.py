@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from slide2vec.artifacts import TileEmbeddingArtifact, tile_artifacts
 from slide2vec.artifacts.mapped import map_embeddings
-from slide2vec.artifacts.places import Owner, owners
+from slide2vec.artifacts.places import Owner, owners, owners_called
 from slide2vec.errors import ArtifactError, ConfigError, nearest_names
 from slide2vec.files import as_path
 from slide2vec.tiling import load_coordinates
@@ -77,8 +77,8 @@ class BagDataset(Dataset[dict[str, Any]]):
     ) -> None:
         chosen = _chosen(as_path(run), encoders)
         self._several = encoders is not None and not isinstance(encoders, str)
-        self._tilings = {owner.name: owner.tiling / "tiles" for owner in chosen}
-        found = {owner.name: _of(owner, annotation) for owner in chosen}
+        self._tilings = {name: owner.tiling / "tiles" for name, owner in chosen.items()}
+        found = {name: _of(owner, annotation) for name, owner in chosen.items()}
         given = None if labels is None else _labels(labels, label, sample_id)
         there = {name for artifacts in found.values() for name in artifacts}
         wanted = there if given is None else set(given)
@@ -125,22 +125,28 @@ class BagDataset(Dataset[dict[str, Any]]):
         return bag
 
 
-def _chosen(run: Path, encoders: str | Sequence[str] | None) -> list[Owner]:
-    there = {owner.name: owner for owner in owners(run) if "tile" in owner.sidecars}
+def _chosen(run: Path, encoders: str | Sequence[str] | None) -> dict[str, Owner]:
+    """By the names that were asked for."""
+    there = [owner for owner in owners(run) if "tile" in owner.sidecars]
     if not there:
         raise ArtifactError(
             f"{run} has no tile embeddings; models of slides write them with save_tile_embeddings "
             "(--save-tile-embeddings)"
         )
-    if encoders is None and len(there) > 1:
-        raise ConfigError(f"{run} has tile embeddings of {', '.join(there)}: say which (encoders=…)")
-    names = list(there) if encoders is None else [encoders] if isinstance(encoders, str) else list(encoders)
-    for name in names:
-        if name not in there:
-            raise ConfigError(f"{run} has no tile embeddings of {name!r}. {nearest_names(name, there)}")
-    if not names:
+    if encoders is None:
+        if len(there) > 1:
+            names = ", ".join(owner.name for owner in there)
+            raise ConfigError(f"{run} has tile embeddings of {names}: say which (encoders=…)")
+        return {there[0].name: there[0]}
+    chosen = {}
+    for name in [encoders] if isinstance(encoders, str) else encoders:
+        if not (found := owners_called(name, there)):
+            known = set[str]().union(*(owner.names for owner in there))
+            raise ConfigError(f"{run} has no tile embeddings of {name!r}. {nearest_names(name, known)}")
+        chosen[name] = found[0]
+    if not chosen:
         raise ConfigError("encoders is empty: name at least one")
-    return [there[name] for name in names]
+    return chosen
 
 
 def _of(owner: Owner, annotation: str | None) -> dict[str, TileEmbeddingArtifact]:

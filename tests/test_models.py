@@ -313,6 +313,10 @@ def test_decoded_tiles_wait_for_the_next_group(
     result = Pipeline(two, CONFIG, execution).run(slides[:2])
     assert result.resumed == 2 and counts["fetch"] == 2 and list((tmp_path / "scratch").glob("*")) == []
     assert result.summary is not None and result.summary.readings == ("first",)
+    (tmp_path / "damaged.tiff").write_bytes(b"II*\0")
+    result = Pipeline(two, CONFIG, execution).run([*slides[:2], tmp_path / "damaged.tiff"])
+    assert len(result.failed) == 2 and result.summary is not None
+    assert result.summary.readings == () and "slides were read" not in str(result.summary)
 
 
 def test_resume_adds_what_is_missing_and_segments_nothing(

@@ -148,7 +148,7 @@ def embed_cohort_together(
             for name in names if len(groups) > 1 else ():
                 runs[name].embedder.release()
         results = {name: whole[name][1].result(summaries.get(name)) for name in runs}
-        read = [names for names in turns if any(name in summaries for name in names)]
+        read = [names for names in turns if any(summaries[name].tiles for name in names if name in summaries)]
         summary = readings.told(log.summary, read)
         write_bill(log, summary, {whole[name][0].place.name: each for name, each in summaries.items()})
         return RunResult.of_several(results, summary, read)

@@ -77,13 +77,19 @@ class ReportedSlide:
     def artifacts(
         self, encoder: str
     ) -> list[TileEmbeddingArtifact | HierarchicalEmbeddingArtifact | SlideEmbeddingArtifact]:
-        """Its complete embeddings by one encoder, those of tiles first."""
+        """Its complete embeddings by one encoder, those of tiles first: with those of its tile encoder, where
+        the run does not name that."""
         owner = self.run.owners.get(encoder)
         if owner is None:
             return []
         annotation, own = split_class_name(self.name)
         found = [find(owner.folder, own, annotation) for find in _FINDERS]
-        return [artifact for artifact in found if artifact is not None]
+        return [
+            artifact
+            for artifact in found
+            if artifact is not None
+            and self.run.name_of(owner, str(artifact.metadata.get("encoder_name"))) == encoder
+        ]
 
     def facts(self) -> dict[str, Any]:
         """JSON-ready, without pictures; all text is other people's."""
@@ -162,7 +168,12 @@ class ReportedRun:
                 raise ArtifactError(
                     f"{directory} is not the output directory of a run: no process_list.csv names slides"
                 )
-            self.owners: Mapping[str, Owner] = {owner.name: owner for owner in owners(directory)}
+            there = owners(directory)
+            #: By every name of their encoders.
+            self.owners: Mapping[str, Owner] = {
+                **{name: owner for owner in there for name in owner.names},
+                **{owner.name: owner for owner in there},
+            }
             self.tilings: Sequence[Path] = tiling_folders(directory)
         self.states = state_of_all(rows)
         by_name: dict[str, list[Row]] = {}
@@ -175,6 +186,12 @@ class ReportedRun:
         """Names, in order of first appearance."""
         names = dict.fromkeys(row["encoder_name"] for slide in self.slides for row in slide.rows)
         return [name for name in names if name]
+
+    def name_of(self, owner: Owner, preset: str) -> str:
+        """Of the encoder in a folder whose embeddings have a preset's name: as the process list has it, else
+        that of the folder's encoder of slides, which has made them for itself."""
+        name = owner.name_of(preset)
+        return name if name in self.encoders else owner.name
 
     def link(self, path: Path) -> str:
         """To a file from the page; none to what is not there, or behind a URL."""

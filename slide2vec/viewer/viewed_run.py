@@ -6,7 +6,7 @@ Slides are asked for by their number in the process list and by nothing else: no
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -82,9 +82,11 @@ class ViewedRun:
     ) -> None:
         self.directory, self._weights = directory, weights
         self._run = ReportedRun(directory, directory, slides_dir)
-        tiles = ("tile", "hierarchical")
-        names = [name for name, owner in self._run.owners.items() if any(k in owner.sidecars for k in tiles)]
+        names = list(dict.fromkeys(self._encoders_of_tiles()))
         if encoder is not None:
+            if encoder not in names and encoder in self._run.owners:  # of slides, over the tiles of another
+                of_it = self._run.owners[encoder]
+                encoder = next((name for name in names if self._run.owners[name] == of_it), encoder)
             if encoder not in names:
                 raise ConfigError(
                     f"{directory} has no embeddings of tiles by {encoder!r}. {nearest_names(encoder, names)}"
@@ -105,6 +107,13 @@ class ViewedRun:
     def close(self) -> None:
         """Close the slides."""
         self._open.close()
+
+    def _encoders_of_tiles(self) -> Iterator[str]:
+        """Names of those that have embeddings of tiles, or regions."""
+        for owner in self._run.owners.values():
+            for kind in ("tile", "hierarchical"):
+                if kind in owner.sidecars:
+                    yield self._run.name_of(owner, str(owner.sidecars[kind].get("encoder_name")))
 
     def facts(self) -> dict[str, Any]:
         """Of the run, with every slide's name and state; JSON-ready."""

@@ -17,6 +17,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from slide2vec import (
+    BagDataset,
     ExecutionOptions,
     Model,
     Pipeline,
@@ -33,6 +34,8 @@ from slide2vec.encoders.photometrics import geometry_of, statistics_of
 from slide2vec.encoders.registered import reloader
 from slide2vec.errors import ConfigError, PresetError, WeightsError
 from slide2vec.recipes import REGISTERED, load_recipe
+from slide2vec.report.slide_facts import ReportedRun
+from slide2vec.viewer.viewed_run import ViewedRun
 
 with pytest.MonkeyPatch.context() as _patch:  # other tests have no such presets
     _patch.setattr(REGISTERED, "_items", {})
@@ -232,6 +235,42 @@ def test_several_of_one_tile_encoder_have_files_and_rows_of_their_own(
         export_run(out, tmp_path / name, "npz", encoder=name)
         kind, file = Path(path).with_suffix(".npz").parts[-2:]
         assert (tmp_path / name / kind / file).is_file()
+
+
+def test_bags_viewer_and_report_know_both_encoders_of_a_folder(
+    registry: None, slide: Path, tmp_path: Path
+) -> None:
+    """Tiles by the name of the tile encoder, where that was asked for; else of the model of slides."""
+    models = {
+        name: Model.from_preset(name, device="cpu", allow_non_recommended_settings=True)
+        for name in ("tests-tiles", "tests-slides")
+    }
+    config = PreprocessingConfig(requested_spacing_um=0.5)
+    kinds = {}
+    for folder, run in (("both", models), ("slides", models["tests-slides"])):
+        out = tmp_path / folder
+        execution = ExecutionOptions(output_dir=out, save_tile_embeddings=True, build_engine="never")
+        assert not Pipeline(run, config, execution).run([{"sample_id": "a", "image_path": slide}]).failed
+        reported = ReportedRun(out, out)
+        kinds[folder] = {
+            name: [artifact.path.parent.name for artifact in reported.slides[0].artifacts(name)]
+            for name in reported.encoders
+        }
+    assert kinds == {
+        "both": {"tests-tiles": ["tile_embeddings"], "tests-slides": ["slide_embeddings"]},
+        "slides": {"tests-slides": ["tile_embeddings", "slide_embeddings"]},
+    }
+    assert list(ViewedRun(tmp_path / "slides").encoders) == ["tests-slides"]
+    for name in (None, *models):
+        viewed = ViewedRun(tmp_path / "both", name)
+        assert list(viewed.encoders) == ["tests-tiles"] and viewed.slide(0, 0)["pixels"]
+        viewed.close()
+    bags = {name: BagDataset(tmp_path / "both", encoders=name)[0]["features"] for name in models}
+    assert torch.equal(bags["tests-tiles"], bags["tests-slides"]) and len(bags["tests-tiles"])
+    several = BagDataset(tmp_path / "both", encoders=["tests-tiles"])[0]["features"]
+    assert several.keys() == {"tests-tiles"}
+    with pytest.raises(ConfigError, match="Did you mean tests-tiles"):
+        BagDataset(tmp_path / "both", encoders="tests-tile")
 
 
 def test_tiles_of_other_sizes(registry: None, slide: Path) -> None:
