@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import cv2
@@ -119,7 +120,9 @@ def test_with_the_tools_themselves(tmp_path: Path) -> None:
         check=True,
     ).stdout
     wanted = [Requirement(line) for line in listed.splitlines() if re.match(r"\w", line)]
-    there = {re.sub(r"[-_.]+", "-", found.name).lower() for found in importlib.metadata.distributions()}
+    # of the environment alone: setuptools, once imported, has packages of its own on the path
+    installed = importlib.metadata.distributions(path=[sysconfig.get_path("purelib")])
+    there = {re.sub(r"[-_.]+", "-", found.name).lower() for found in installed}
     lacking = [
         f"{each.name}{each.specifier}"
         for each in wanted
