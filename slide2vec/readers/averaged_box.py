@@ -44,8 +44,8 @@ class AveragedBox:
         """
         own, canvas = self.ratio // ratio, self.canvas
         u, v = (x - self.x) // ratio, (y - self.y) // ratio
-        left, right = max(u, 0), min(u + pixels.shape[1], canvas.shape[1] * own)
-        top, bottom = max(v, 0), min(v + pixels.shape[0], canvas.shape[0] * own)
+        left, right = u if u > 0 else 0, min(u + pixels.shape[1], canvas.shape[1] * own)
+        top, bottom = v if v > 0 else 0, min(v + pixels.shape[0], canvas.shape[0] * own)
         if left >= right or top >= bottom:
             return
         if own == 1:
@@ -59,22 +59,21 @@ class AveragedBox:
             target = canvas[upper:lower, first:last]
             cv2.resize(whole, target.shape[1::-1], dst=target, interpolation=cv2.INTER_AREA)
         if top % own:
-            self._keep(part, 0, top, min(bottom, upper * own), top, left, own)
+            self._keep(part, 0, top, upper * own if lower >= upper else bottom, top, left, own)
         if bottom % own and lower >= upper:
             self._keep(part, 0, lower * own, bottom, top, left, own)
         if left % own:
-            self._keep(part, 1, left, min(right, first * own), top, left, own)
+            self._keep(part, 1, left, first * own if last >= first else right, top, left, own)
         if right % own and last >= first:
             self._keep(part, 1, last * own, right, top, left, own)
 
     def _keep(self, part: Pixels, axis: int, start: int, end: int, top: int, left: int, own: int) -> None:
         """Let rows (axis 0), or columns, of a part wait: start to end, px of the box, of one cell."""
-        cell = start // own
-        if (strip := self._strips.get((axis, cell))) is None:
+        if (line := (axis, start // own)) not in self._strips:
             shape = [side * own for side in self.canvas.shape[:2]]
             shape[axis] = own
-            strip = self._strips[axis, cell] = np.full((*shape, 3), 255, np.uint8)
-        at = cell * own
+            self._strips[line] = np.full((*shape, 3), 255, np.uint8)
+        strip, at = self._strips[line], start - start % own
         if axis:
             strip[top : top + part.shape[0], start - at : end - at] = part[:, start - left : end - left]
         else:

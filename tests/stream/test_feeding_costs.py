@@ -28,7 +28,7 @@ BUDGET = {
     ("kernel", 1): (5.3, 1.4),
     ("raw + nvimgcodec", 2): (18, 5),
     ("raw + nvimgcodec", 1): (6.8, 4),
-    ("uploaded", 2): (157, 10),
+    ("uploaded", 2): (103, 10),
     ("uploaded", 1): (40, 10),
     ("raw + dali", 2): (151, 10),
     ("raw + dali", 1): (52, 10),
