@@ -8,7 +8,8 @@ there is none), slide2vec 7.1.4, TRIDENT and LazySlide in environments of their 
 by hand around OpenVINO over the engine's own files, on tiles that are in memory. "Tiles/s" is that of the
 batches after the first, so that no start is in it; a ratio is taken round by round, and its median told.
 
-Environments: `pip install slide2vec==7.1.4`; `pip install lazyslide`; TRIDENT from its checkout. Results go
+Environments: `pip install slide2vec==7.1.4`; `pip install lazyslide "pandas<3"` (with pandas 3 it
+cannot write its result); TRIDENT from its checkout; `python -m compileall` in each, as pip does. Results go
 to `results/cpu-table-<date>.md` and `.json`.
 """
 

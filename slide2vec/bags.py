@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from slide2vec.artifacts import TileEmbeddingArtifact, tile_artifacts
 from slide2vec.artifacts.mapped import map_embeddings
-from slide2vec.artifacts.places import Owner, owners, owners_called
+from slide2vec.artifacts.places import Owner, names_of_all, owners, owners_called
 from slide2vec.errors import ArtifactError, ConfigError, nearest_names
 from slide2vec.files import as_path
 from slide2vec.tiling import load_coordinates
@@ -141,8 +141,8 @@ def _chosen(run: Path, encoders: str | Sequence[str] | None) -> dict[str, Owner]
     chosen = {}
     for name in [encoders] if isinstance(encoders, str) else encoders:
         if not (found := owners_called(name, there)):
-            known = set[str]().union(*(owner.names for owner in there))
-            raise ConfigError(f"{run} has no tile embeddings of {name!r}. {nearest_names(name, known)}")
+            near = nearest_names(name, names_of_all(there))
+            raise ConfigError(f"{run} has no tile embeddings of {name!r}. {near}")
         chosen[name] = found[0]
     if not chosen:
         raise ConfigError("encoders is empty: name at least one")

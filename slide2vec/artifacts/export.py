@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from slide2vec.artifacts.places import KINDS, Kind, owners, owners_called
+from slide2vec.artifacts.places import KINDS, Kind, names_of_all, owners, owners_called
 from slide2vec.artifacts.reading import load_embeddings
 from slide2vec.artifacts.records import FORMATS, SCHEMA_VERSION, SIDECAR, read_metadata
 from slide2vec.artifacts.vectors import write_patient_embedding, write_slide_embedding
@@ -153,7 +153,7 @@ def _sources(run: Path, output: Path, encoder: str | None) -> list[RunSource]:
     there = owners(run)
     chosen = there if encoder is None else owners_called(encoder, there)
     if encoder is not None and not chosen:
-        names = ", ".join(name for owner in there for name in sorted(owner.names)) or "none that can be read"
+        names = ", ".join(names_of_all(there)) or "none that can be read"
         raise ConfigError(f"{run} has no embeddings of {encoder!r}; it has: {names}")
     found = [
         RunSource(

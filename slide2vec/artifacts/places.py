@@ -33,6 +33,7 @@ __all__ = [
     "Place",
     "encoder_of",
     "features_place",
+    "names_of_all",
     "owners",
     "owners_called",
     "tell_what_is_not_written",
@@ -194,6 +195,11 @@ def owners_called(name: str, there: Sequence[Owner]) -> list[Owner]:
     """Those of that name, or folder; else the one that has an encoder of that name among others."""
     own = [owner for owner in there if name in (owner.name, owner.folder.name)]
     return own or [owner for owner in there if name in owner.names][:1]
+
+
+def names_of_all(there: Sequence[Owner]) -> list[str]:
+    """What may be asked for: the names of all their encoders."""
+    return list(dict.fromkeys(name for owner in there for name in sorted(owner.names)))
 
 
 def tiling_folders(root: Path) -> list[Path]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from slide2vec.artifacts.places import Owner, owners, owners_called
+from slide2vec.artifacts.places import Owner, names_of_all, owners, owners_called
 from slide2vec.artifacts.reading import load_embeddings
 from slide2vec.artifacts.records import FORMATS, SIDECAR, read_metadata
 from slide2vec.audit.certificate import SCHEMA, digest_of
@@ -99,7 +99,7 @@ def audit_run(
     there = owners(run)
     chosen = there if encoder is None else owners_called(encoder, there)
     if not chosen:
-        names = ", ".join(owner.name for owner in there) or "none"
+        names = ", ".join(names_of_all(there)) or "none"
         raise ArtifactError(
             f"{run} has no embeddings of {encoder or 'tiles'} with a sidecar that can be read; "
             f"of encoders it has: {names}"

@@ -41,8 +41,6 @@ __all__ = ["app", "main"]
 
 INTERRUPTED = 130  # what shells give for Ctrl-C
 RESUMABLE = ("run", "embed", "fetch-weights")
-
-
 #: Of typer, which gives it no public name.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 

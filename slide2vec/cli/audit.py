@@ -12,10 +12,10 @@ from slide2vec.cli.console import (
     Debug,
     Json,
     Offline,
+    Sentences,
     facts,
     note,
     print_json,
-    sentences,
     stdout,
     table,
 )
@@ -128,7 +128,7 @@ def _print(found: dict[str, Any], place: Path) -> None:
     reasons = [(row["sample_id"], row["why"]) for _, row in rows if row["why"]]
     if reasons:
         console.print()
-        console.print(sentences(("slide", "why"), reasons[:MOST_ROWS]))
+        console.print(Sentences(("slide", "why"), reasons[:MOST_ROWS]))
     console.print()
     console.print(facts(_summary(found, place)))
 

@@ -45,6 +45,7 @@ __all__ = [
     "Overlap",
     "SegmentationDownsample",
     "SegmentationWeights",
+    "Sentences",
     "SlidesDir",
     "Sthresh",
     "TissueThreshold",
@@ -57,7 +58,6 @@ __all__ = [
     "note",
     "print_error",
     "print_json",
-    "sentences",
     "stdout",
     "table",
     "tissue_options",
@@ -369,13 +369,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: 
     return made
 
 
-def sentences(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Sentences:
-    """A table whose last column is sentences: below their row where the others leave them little room."""
-    return Sentences(columns, rows)
-
-
 class Sentences:
-    """What `sentences` gives; how it is laid out depends on how wide the output is."""
+    """A table whose last column is sentences, to be printed: below their row where the others leave them
+    little room."""
 
     def __init__(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         self._columns, self._rows = columns, rows

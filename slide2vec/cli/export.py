@@ -14,12 +14,12 @@ from slide2vec.cli.console import (
     EXPORT_FORMAT,
     Debug,
     Json,
+    Sentences,
     cause,
     facts,
     note,
     print_error,
     print_json,
-    sentences,
     stdout,
     table,
 )
@@ -169,7 +169,7 @@ def _print(done: Sequence[Exported], failed: Sequence[NotExported], output: Path
         missed = [(name, *([", ".join(by)] * several), error) for (name, error), by in encoders.items()]
         console.print()
         console.print(Text(f"{len(failed):,} not exported", "bold red"))
-        console.print(sentences(("slide", *(["encoder"] * several), "error"), missed))
+        console.print(Sentences(("slide", *(["encoder"] * several), "error"), missed))
 
 
 def _row(item: Exported, *, several: bool) -> tuple[object, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slide2vec.cli.console import Debug, Json, cause, facts, print_json, sentences, stdout
+from slide2vec.cli.console import Debug, Json, Sentences, cause, facts, print_json, stdout
 from slide2vec.cohort.process_list import by_encoder, key_of, state_of
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _print(output: Path, merged: MergedShards) -> None:
         names = [key_of(row)[0] for row in failed[:MOST_ROWS]]
         rows = [(name, cause(name, row["error"])) for name, row in zip(names, failed, strict=False)]
         console.print()
-        console.print(sentences(("failed", "error"), list(dict.fromkeys(rows))))
+        console.print(Sentences(("failed", "error"), list(dict.fromkeys(rows))))
         if len(failed) > MOST_ROWS:
             console.print(f"… and {len(failed) - MOST_ROWS:,} more")
 

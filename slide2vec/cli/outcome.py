@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slide2vec.cli.console import cause, facts, sentences, stdout, table
+from slide2vec.cli.console import Sentences, cause, facts, stdout, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -124,7 +124,7 @@ def print_outcome(result: RunResult) -> None:
         console.print()
         console.print(Text(f"{counted(len(result.failed), 'slide')} failed", "bold red"))
         rows = [(f.sample_id, f.stage, cause(f.sample_id, f.error)) for f in result.failed[:MOST_ROWS]]
-        console.print(sentences(("slide", "stage", "error"), rows))
+        console.print(Sentences(("slide", "stage", "error"), rows))
         if len(result.failed) > MOST_ROWS:
             console.print(
                 Text(f"… and {len(result.failed) - MOST_ROWS:,} more in {result.process_list_path}", "dim")
@@ -133,7 +133,7 @@ def print_outcome(result: RunResult) -> None:
         console.print()
         console.print(Text(f"{counted(len(result.failed_patients), 'patient')} failed", "bold red"))
         failed = [(f.patient_id, str(f.error)) for f in result.failed_patients[:MOST_ROWS]]
-        console.print(sentences(("patient", "error"), failed))
+        console.print(Sentences(("patient", "error"), failed))
     if result.summary is not None:
         console.print()
         console.print(Text(str(result.summary).replace("; ", "\n"), "bold"))

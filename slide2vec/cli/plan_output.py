@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slide2vec.cli.console import cause, facts, sentences, stdout, table
+from slide2vec.cli.console import Sentences, cause, facts, stdout, table
 
 if TYPE_CHECKING:
     from slide2vec.estimate import InTurns, SlideEstimate, Trial
@@ -169,7 +169,7 @@ def print_tables(
         console.print()
         console.print(Text(f"{len(failed):,} of {len(estimates):,} slides cannot be planned", "bold red"))
         first = [(each.slide.sample_id, next(iter(each.errors.values()))) for each in failed[:50]]
-        console.print(sentences(("slide", "error"), [(name, cause(name, error)) for name, error in first]))
+        console.print(Sentences(("slide", "error"), [(name, cause(name, error)) for name, error in first]))
 
 
 def _groups(turns: InTurns | None) -> str:

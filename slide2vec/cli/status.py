@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slide2vec.cli.console import Debug, Json, cause, facts, print_json, sentences, stdout, table
+from slide2vec.cli.console import Debug, Json, Sentences, cause, facts, print_json, stdout, table
 from slide2vec.cohort.process_list import STATES, by_encoder, key_of, state_of, state_of_all
 from slide2vec.errors import ArtifactError, ConfigError
 from slide2vec.files import as_os_errors, as_path
@@ -165,14 +165,14 @@ def _shown(found: Mapping[str, Any]) -> Group:
         parts += ["", _encoders_table(found["by_encoder"])]
     if found["remarks"]:
         listed = [(item["sample_id"], item["remark"]) for item in found["remarks"][-MOST_ROWS:]]
-        parts += ["", sentences(("slide", "remark"), listed)]
+        parts += ["", Sentences(("slide", "remark"), listed)]
     if found["failures"]:
         failures = _failures(found["failures"])
         rows = [
             (name, *([encoders] * several), cause(name, error))
             for name, encoders, error in failures[-MOST_ROWS:]
         ]
-        parts += ["", sentences(("failed", *(["encoder"] * several), "error"), rows)]
+        parts += ["", Sentences(("failed", *(["encoder"] * several), "error"), rows)]
         hidden = len(failures) - len(rows)
         if hidden:
             parts.append(Text(f"… and {hidden:,} more in {found['output_dir']}/process_list.csv", "dim"))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from slide2vec.artifacts.places import encoder_of, owners, owners_called
+from slide2vec.artifacts.places import encoder_of, names_of_all, owners, owners_called
 from slide2vec.errors import ArtifactError, ConfigError, nearest_names
 from slide2vec.files import as_path, is_remote
 from slide2vec.search.index import FoundTile, TileIndex
@@ -86,17 +86,19 @@ def searched_run(output_dir: str | Path, encoder: str | None = None) -> Run:
     root = as_path(output_dir)
     if is_remote(root):
         raise ConfigError(f"{root} is behind a URL: copy the run to local storage to search it")
-    there = {owner.name: owner for owner in owners(root) if "tile" in owner.sidecars}
-    called = [] if encoder is None else owners_called(encoder, list(there.values()))
-    if encoder is not None and not called:
-        raise ConfigError(f"{root} has no tile embeddings of {encoder!r}. {nearest_names(encoder, there)}")
+    there = [owner for owner in owners(root) if "tile" in owner.sidecars]
+    chosen = there if encoder is None else owners_called(encoder, there)
+    if encoder is not None and not chosen:
+        near = nearest_names(encoder, names_of_all(there))
+        raise ConfigError(f"{root} has no tile embeddings of {encoder!r}. {near}")
     if not there:
         raise ArtifactError(
             f"{root} has no tile embeddings to search; models of slides write them with "
             "save_tile_embeddings (--save-tile-embeddings)"
         )
     if encoder is None and len(there) > 1:
-        raise ConfigError(f"{root} has tile embeddings of {', '.join(there)}: say which (--encoder)")
-    owner = next(iter(called or there.values()))
+        names = ", ".join(owner.name for owner in there)
+        raise ConfigError(f"{root} has tile embeddings of {names}: say which (--encoder)")
+    owner = chosen[0]
     sidecar = owner.sidecars["tile"]
     return Run(owner.folder, encoder_of(sidecar))

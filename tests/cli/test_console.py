@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from slide2vec.cli.console import sentences, stdout
+from slide2vec.cli.console import Sentences, stdout
 
 SENTENCE = "slides/broken.svs cannot be read: it is a truncated TIFF; copy it again from its source"
 LONG = "TCGA-OR-A5J1-01Z-00-DX1.600C7D8C-F04C-4125-AF14-B1E76DC01A1E"
 
 
 def printed(rows: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]) -> list[str]:
-    stdout().print(sentences(("slide", "stage", "error"), rows))
+    stdout().print(Sentences(("slide", "stage", "error"), rows))
     return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
 
 
