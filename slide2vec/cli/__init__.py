@@ -6,7 +6,6 @@ Subcommands import what they need when they run, so that `--help` answers at onc
 
 from __future__ import annotations
 
-import gc
 from typing import Annotated, Any
 
 import typer
@@ -136,8 +135,4 @@ def _root(
 
 def main() -> None:
     """Entry point of the `slide2vec` command."""
-    try:
-        app(prog_name="slide2vec")
-    finally:
-        # Else Python looks for garbage in all that PyTorch has made, several times, before it ends: 0.6 s.
-        gc.freeze()
+    app(prog_name="slide2vec")

@@ -72,6 +72,15 @@ def test_in_a_terminal_lines_break_between_words(monkeypatch: pytest.MonkeyPatch
     assert piped.getvalue() == f"error: {text}\n"
 
 
+def test_a_command_ends_without_a_word_of_its_libraries(small_slide: Path, tmp_path: Path) -> None:
+    """Such as Triton's bindings, which complain of whatever outlives the interpreter."""
+    options = ["-p", "timm:resnet10t", "--weights", "random", "--spacing", "2", "--tile-size", "64"]
+    options += ["--allow-non-recommended-settings", "--device", "cpu", "-o", str(tmp_path)]
+    command = [sys.executable, "-m", "slide2vec", "embed", str(small_slide), *options, "--json"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "leaked" not in ran.stderr and "nanobind" not in ran.stderr
+
+
 def test_listing_models_does_not_load_torch() -> None:
     code = (
         "import sys, atexit; sys.argv = ['slide2vec', 'models']\n"
