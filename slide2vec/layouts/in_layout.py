@@ -121,7 +121,7 @@ def _item(found: _Found, run: Path, module: LayoutModule, layout: str, dtype: Dt
         )
     tiling = None if kind == "patient" else _tiling(source, kind, name, metadata)
     if tiling is not None and kind in ("tile", "hierarchical"):
-        check_tiles(tiling, values, metadata)
+        check_tiles(tiling, values, metadata, source.tiles)
         if not len(tiling) and not module.EMPTY:
             raise NoPlace(f"slide {name}: it has no tiles, and the layout {layout} no files of such slides")
     return Item(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from slide2vec.artifacts.reading import load_embeddings
 from slide2vec.artifacts.records import HierarchicalEmbeddingArtifact, TileEmbeddingArtifact
+from slide2vec.artifacts.tile_features import check_same_files
 from slide2vec.config import PreviewConfig
 from slide2vec.errors import ArtifactError, Slide2VecError
 from slide2vec.labels import TISSUE, class_folder
@@ -128,6 +129,7 @@ def embedded_tiles(
     found = next((artifact for artifact in slide.artifacts(encoder) if isinstance(artifact, bags)), None)
     if found is None or not len(tiling):
         return None
+    check_same_files(found.metadata, slide.run.owners[encoder].tiling / "tiles", slide.name)
     embeddings = load_embeddings(found.path).float().flatten(0, -2).numpy()
     if isinstance(found, HierarchicalEmbeddingArtifact):
         tiling = expand_regions(tiling, isqrt(found.tiles_per_region))
