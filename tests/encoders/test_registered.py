@@ -195,6 +195,7 @@ def test_slides_and_patients(slide: Path) -> None:
         "tests-tiles,tests-slides,tests-again",
         "tests-by-hand,tests-tiles,tests-slides,tests-again,tests-patients",
         "tests-slides,tests-patients,tests-again",
+        "tests-patients,tests-tiles,tests-slides",
     ],
 )
 def test_several_of_one_tile_encoder_have_files_and_rows_of_their_own(
