@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +30,7 @@ from slide2vec import (
 from slide2vec.artifacts import load_embeddings
 from slide2vec.artifacts.export import export_run
 from slide2vec.cohort.process_list import read_process_list
+from slide2vec.cohort.shard_merge import merge_shards
 from slide2vec.compile.export_module import typed_copy
 from slide2vec.encoders.photometrics import geometry_of, statistics_of
 from slide2vec.encoders.registered import reloader
@@ -236,6 +238,36 @@ def test_several_of_one_tile_encoder_have_files_and_rows_of_their_own(
         export_run(out, tmp_path / name, "npz", encoder=name)
         kind, file = Path(path).with_suffix(".npz").parts[-2:]
         assert (tmp_path / name / kind / file).is_file()
+
+
+def test_shards_are_those_of_patients_for_all_encoders(slide: Path, tmp_path: Path) -> None:
+    """Of two patients; the third shard has nothing."""
+    models = {name: Model.from_preset(name, device="cpu") for name in ("tests-tiles", "tests-patients")}
+    manifest, out = tmp_path / "slides.csv", tmp_path / "out"
+    lines = [f"{name},{slide},{patient}" for name, patient in zip("abcd", "pqpp", strict=True)]
+    manifest.write_text("\n".join(["sample_id,image_path,patient_id", *lines]))
+    for number in (1, 2, 3):
+        execution = ExecutionOptions(output_dir=out, shard=f"{number}/3", build_engine="never")
+        result = Pipeline(models, None, execution).run(manifest_path=manifest)
+        rows = read_process_list(out / f"process_list.shard-{number}-of-3.csv")
+        names = {"a": 2, "c": 2, "d": 2} if number == 1 else {"b": 2} if number == 2 else {}
+        assert Counter(row["sample_id"] for row in rows) == names and not result.failed
+    merged = merge_shards(out)
+    assert merged.complete and not merged.found.in_two and merged.finished == 4
+
+
+def test_a_slide_is_in_two_shards_of_one_encoder_only(slide: Path, tmp_path: Path) -> None:
+    """Runs of one encoder each divide otherwise, where one is of patients."""
+    given = [
+        {"sample_id": name, "image_path": slide, "patient_id": patient}
+        for name, patient in zip("abcd", "pqpp", strict=True)
+    ]
+    for name in ("tests-tiles", "tests-patients"):
+        for number in (1, 2):
+            execution = ExecutionOptions(output_dir=tmp_path, shard=f"{number}/2", build_engine="never")
+            Pipeline(Model.from_preset(name, device="cpu"), None, execution).run(given)
+    merged = merge_shards(tmp_path)
+    assert merged.complete and not merged.found.in_two
 
 
 def test_bags_viewer_and_report_know_both_encoders_of_a_folder(
