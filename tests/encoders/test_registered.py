@@ -34,7 +34,7 @@ from slide2vec.cohort.shard_merge import merge_shards
 from slide2vec.compile.export_module import typed_copy
 from slide2vec.encoders.photometrics import geometry_of, statistics_of
 from slide2vec.encoders.registered import reloader
-from slide2vec.errors import ConfigError, PresetError, WeightsError
+from slide2vec.errors import ConfigError, PatientError, PresetError, SlideError, WeightsError
 from slide2vec.recipes import REGISTERED, load_recipe
 from slide2vec.report.slide_facts import ReportedRun
 from slide2vec.viewer.viewed_run import ViewedRun
@@ -189,6 +189,36 @@ def test_slides_and_patients(slide: Path) -> None:
     assert torch.allclose(patient.patient_embedding, expected.float(), rtol=1e-5)
     with pytest.raises(ConfigError, match="no tiles that overlap"):
         Model.from_preset("tests-slides", device="cpu").embed_slide(slide, EVERY_TILE.updated(overlap=0.5))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda made: torch.cat([made, made], 1), r"shape \(20,\), not \(10,\), its encode_dim"),
+        (lambda made: torch.cat([made, made]), r"shape \(2, 10\), not \(10,\)"),
+        (lambda made: None, "type NoneType"),
+    ],
+)
+def test_embeddings_of_another_shape_fail_their_slide_or_patient(
+    monkeypatch: pytest.MonkeyPatch, slide: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    """They cannot stand beside the others."""
+    model = Model.from_preset("tests-slides", device="cpu")
+    patients = Model.from_preset("tests-patients", device="cpu")
+    made = brought.Slides.encode_slide_with_latents
+    monkeypatch.setattr(
+        brought.Slides,
+        "encode_slide_with_latents",
+        lambda self, *args, **more: (change(made(self, *args, **more)[0]), None),
+    )
+    with pytest.raises(SlideError, match=f"slide a: the slide encoder tests-slides failed .*{message}"):
+        model.embed_slide(slide)
+    given = brought.Patients.encode_patient
+    monkeypatch.setattr(
+        brought.Patients, "encode_patient", lambda self, slides: change(given(self, slides)[None])
+    )
+    with pytest.raises(PatientError, match=f"patient encoder tests-patients failed .*{message}"):
+        patients.embed_patient([slide])
 
 
 @pytest.mark.parametrize(
