@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from slide2vec.artifacts import TileEmbeddingArtifact, tile_artifacts
 from slide2vec.artifacts.mapped import map_embeddings
 from slide2vec.artifacts.places import Owner, names_of_all, owners, owners_called
-from slide2vec.artifacts.tile_features import check_same_files
+from slide2vec.artifacts.tile_features import check_same_files, coordinates_folder
 from slide2vec.errors import ArtifactError, ConfigError, nearest_names
 from slide2vec.files import as_path
 from slide2vec.tiling import load_coordinates
@@ -170,8 +170,10 @@ def _features(artifact: TileEmbeddingArtifact) -> torch.Tensor:
 
 
 def _coords(tiles: Path, artifact: TileEmbeddingArtifact) -> torch.Tensor:
-    check_same_files(artifact.metadata, tiles, artifact.name)
-    tiling = load_coordinates(tiles, artifact.name)
+    metadata = artifact.metadata
+    folder = coordinates_folder(metadata, tiles, artifact.name)
+    check_same_files(metadata, folder, artifact.name)
+    tiling = load_coordinates(folder, artifact.name)
     if len(tiling) != artifact.num_tiles:
         raise ArtifactError(
             f"slide {artifact.name}: it has {artifact.num_tiles} embeddings and coordinates of {len(tiling)} "

@@ -21,7 +21,7 @@ from slide2vec.labels import class_name, split_class_name
 from slide2vec.slides import Slide, check_id
 from slide2vec.tiling import load_coordinates
 from slide2vec.tiling.coordinates import coordinate_paths
-from slide2vec.tiling.previous_files import are_of_other_files
+from slide2vec.tiling.previous_files import are_of_other_files, were_given
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,7 @@ __all__ = [
     "TileFeaturesLike",
     "as_embedded",
     "check_same_files",
+    "coordinates_folder",
     "load_stored",
 ]
 
@@ -148,6 +149,22 @@ def _coordinates_there(found: StoredTiles) -> tuple[Path, str] | None:
     run = found.path.parents[1 if annotation is None else 2]
     places = (as_path(recorded).parent, own), (run / "tiles", found.sample_id)
     return next((place for place in places if coordinate_paths(*place)[1].is_file()), None)
+
+
+def coordinates_folder(metadata: Mapping[str, Any], tiles: Path, name: str) -> Path:
+    """Where a slide's coordinate files are: those that were given to the run where they were given, as long
+    as they are there; else in the run.
+
+    Args:
+        metadata: the sidecar of the embeddings.
+        tiles: of the run.
+        name: of the slide, with the class before it: "tumor/a".
+    """
+    recorded = metadata.get("coordinates_meta_path")
+    if not (isinstance(recorded, str) and were_given(metadata.get("compatibility"))):
+        return tiles
+    folder = as_path(recorded).parents[0 if split_class_name(name)[0] is None else 1]
+    return folder if coordinate_paths(folder, name)[1].is_file() else tiles
 
 
 def check_same_files(metadata: Mapping[str, Any], folder: Path, name: str) -> None:

@@ -33,6 +33,7 @@ __all__ = [
     "recorded_slides",
     "segmenter_of",
     "source_path",
+    "were_given",
 ]
 
 _SUFFIX = ".coordinates.meta.json"
@@ -139,13 +140,23 @@ def are_of_other_files(directory: Path, sample_id: str, compatibility: Any) -> b
     recorded = _read_source(directory, sample_id).get("coordinates")
     if not (isinstance(recorded, Mapping) and isinstance(compatibility, Mapping)):
         return False
-    geometry = compatibility.get("geometry")
-    given = compatibility.get("tiles_from") == "archive" or (
-        isinstance(geometry, Mapping) and "coordinates" in geometry
-    )
-    return not given and any(
+    return not were_given(compatibility) and any(
         name in compatibility and not same_content(recorded.get(name), compatibility[name])
         for name in ("image", "mask")
+    )
+
+
+def were_given(compatibility: Any) -> bool:
+    """Whether the tiles of embeddings were given, as coordinate files or archives, not found in the slide.
+
+    Args:
+        compatibility: of the embeddings, as their sidecar has it.
+    """
+    if not isinstance(compatibility, Mapping):
+        return False
+    geometry = compatibility.get("geometry")
+    return compatibility.get("tiles_from") == "archive" or (
+        isinstance(geometry, Mapping) and "coordinates" in geometry
     )
 
 
