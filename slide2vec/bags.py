@@ -16,8 +16,10 @@ from torch.utils.data import Dataset
 from slide2vec.artifacts import TileEmbeddingArtifact, tile_artifacts
 from slide2vec.artifacts.mapped import map_embeddings
 from slide2vec.artifacts.places import Owner, names_of_all, owners, owners_called
+from slide2vec.artifacts.tile_features import check_same_files, coordinates_folder
 from slide2vec.errors import ArtifactError, ConfigError, nearest_names
 from slide2vec.files import as_path
+from slide2vec.labels import TISSUE, class_folder
 from slide2vec.tiling import load_coordinates
 
 if TYPE_CHECKING:
@@ -48,7 +50,8 @@ class BagDataset(Dataset[dict[str, Any]]):
         encoders: the name of one (`slide2vec status`); None = the only one. Of several names `features` and
             `coords` are dicts by encoder.
         label, sample_id: columns of a table of labels.
-        annotation: the class whose tiles are wanted, where the run has classes.
+        annotation: the class whose tiles are wanted, where the run has classes; "tissue" and "merged", which
+            have no folder of their own, are meant by None, too.
         missing: what happens if slides with a label have no complete embeddings, or no tiles: "error", or
             "skip" (a warning names them; `missing` has them).
 
@@ -61,7 +64,7 @@ class BagDataset(Dataset[dict[str, Any]]):
 
     Raises:
         ArtifactError: the run has no tile embeddings, or slides are missing.
-        ConfigError: labels cannot be understood, or there is no such encoder.
+        ConfigError: labels cannot be understood, or there is no such encoder or class.
     """
 
     def __init__(
@@ -79,6 +82,8 @@ class BagDataset(Dataset[dict[str, Any]]):
         self._several = encoders is not None and not isinstance(encoders, str)
         self._tilings = {name: owner.tiling / "tiles" for name, owner in chosen.items()}
         found = {name: _of(owner, annotation) for name, owner in chosen.items()}
+        if not any(found.values()):
+            _check_class(as_path(run), chosen.values(), annotation)
         given = None if labels is None else _labels(labels, label, sample_id)
         there = {name for artifacts in found.values() for name in artifacts}
         wanted = there if given is None else set(given)
@@ -150,8 +155,36 @@ def _chosen(run: Path, encoders: str | Sequence[str] | None) -> dict[str, Owner]
 
 
 def _of(owner: Owner, annotation: str | None) -> dict[str, TileEmbeddingArtifact]:
-    artifacts = tile_artifacts(owner.folder)
-    return {each.sample_id: each for each in artifacts if each.annotation == annotation}
+    """By sample_id."""
+    folder = class_folder(annotation)
+    found = {each.sample_id: each for each in tile_artifacts(owner.folder) if each.annotation == folder}
+    if annotation is None or not found:
+        return found
+    first = next(iter(found.values()))
+    return found if _class_of(first) == annotation else {}
+
+
+def _class_of(artifact: TileEmbeddingArtifact) -> str:
+    """Also of those in no folder of a class."""
+    compatibility = artifact.metadata.get("compatibility")
+    geometry = compatibility.get("geometry") if isinstance(compatibility, Mapping) else None
+    masks = geometry.get("masks") if isinstance(geometry, Mapping) else None
+    recorded = masks.get("annotation") if isinstance(masks, Mapping) else None
+    return str(recorded or artifact.annotation or TISSUE)
+
+
+def _check_class(run: Path, chosen: Iterable[Owner], annotation: str | None) -> None:
+    """Raise ConfigError where a run has tile embeddings of other classes only."""
+    every = (artifact for owner in chosen for artifact in tile_artifacts(owner.folder))
+    one_each = {artifact.annotation: artifact for artifact in every}
+    if not one_each:
+        return
+    names = sorted(map(_class_of, one_each.values()))
+    if annotation is None:
+        raise ConfigError(f"{run} has tile embeddings of {', '.join(names)}: say which (annotation=…)")
+    raise ConfigError(
+        f"{run} has no tile embeddings of class {annotation!r}. {nearest_names(annotation, names)}"
+    )
 
 
 def _lack(found: Mapping[str, Mapping[str, TileEmbeddingArtifact]], name: str) -> str | None:
@@ -169,7 +202,10 @@ def _features(artifact: TileEmbeddingArtifact) -> torch.Tensor:
 
 
 def _coords(tiles: Path, artifact: TileEmbeddingArtifact) -> torch.Tensor:
-    tiling = load_coordinates(tiles, artifact.name)
+    metadata = artifact.metadata
+    folder = coordinates_folder(metadata, tiles, artifact.name)
+    check_same_files(metadata, folder, artifact.name)
+    tiling = load_coordinates(folder, artifact.name)
     if len(tiling) != artifact.num_tiles:
         raise ArtifactError(
             f"slide {artifact.name}: it has {artifact.num_tiles} embeddings and coordinates of {len(tiling)} "

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from slide2vec import (
+    BagDataset,
     EmbeddedSlide,
     EmbedSlidesError,
     ExecutionOptions,
@@ -26,6 +27,8 @@ from slide2vec import (
     RunResult,
 )
 from slide2vec.artifacts import load_embeddings
+from slide2vec.artifacts.export import export_run
+from slide2vec.audit import audit_run
 from slide2vec.cohort import tile_cohort
 from slide2vec.cohort.lock import output_lock
 from slide2vec.errors import (
@@ -37,6 +40,7 @@ from slide2vec.errors import (
     SlideReadError,
     TilingError,
 )
+from slide2vec.report.slide_facts import ReportedRun
 from slide2vec.stream.tile_sources import SlideSource
 from slide2vec.tiling import load_coordinates
 
@@ -418,6 +422,20 @@ def test_run_with_coordinates(
     if not given:
         (failed,) = result.failed
         assert failed.sample_id == "broken" and isinstance(failed.error, TilingError)
+    coords = BagDataset(tmp_path / "second")[1]["coords"]  # whoever wants them finds them there
+    assert np.array_equal(coords, np.stack([in_memory[1].x, in_memory[1].y], axis=1))
+    exported, not_exported = export_run(tmp_path / "second", tmp_path / "h5")
+    assert len(exported) == len(result.tile_artifacts) and not not_exported
+    (audited,) = audit_run(tmp_path / "second")["encoders"]
+    assert audited["verdict"] == "agrees" and tmp_path / "kept/s0.coordinates.npz" in map(
+        Path, audited["slides"][0]["files"]
+    )
+    reported = next(
+        slide for slide in ReportedRun(tmp_path / "second", tmp_path).slides if slide.name == "s1"
+    )
+    reported.load()
+    (tiling,) = reported.tilings.values()
+    assert np.array_equal(tiling.x, in_memory[1].x) and not reported.problems
     with pytest.raises(ManifestError, match="no coordinate files"):
         pipeline.run_with_coordinates(tmp_path / "second/logs")
 

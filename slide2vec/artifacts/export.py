@@ -13,6 +13,7 @@ import torch
 from slide2vec.artifacts.places import KINDS, Kind, names_of_all, owners, owners_called
 from slide2vec.artifacts.reading import load_embeddings
 from slide2vec.artifacts.records import FORMATS, SCHEMA_VERSION, SIDECAR, read_metadata
+from slide2vec.artifacts.tile_features import check_same_files, coordinates_folder
 from slide2vec.artifacts.vectors import write_patient_embedding, write_slide_embedding
 from slide2vec.artifacts.writing import write_hierarchical_embeddings, write_tile_embeddings
 from slide2vec.choices import OutputFormat
@@ -190,10 +191,11 @@ def _export_tiles(
 ) -> Exported:
     metadata, path = described(source.features / "tile_embeddings", sample_id)
     values = loaded(path, sample_id, dtype)
-    tiling = load_coordinates(source.tiles, sample_id)
-    check_tiles(tiling, values, metadata)
+    tiles = coordinates_folder(metadata, source.tiles, sample_id)
+    tiling = load_coordinates(tiles, sample_id)
+    check_tiles(tiling, values, metadata, tiles)
     embedded = _embedded(tiling, values)
-    more = _as_it_was(metadata, source, tiling)
+    more = _as_it_was(metadata, tiles, tiling)
     artifact = write_tile_embeddings(source.output, embedded, tiling, file_format=file_format, **more)
     return _exported(source, sample_id, "tile", artifact.path, values, len(tiling))
 
@@ -206,10 +208,11 @@ def _export_regions(
     multiple = metadata.get("region_tile_multiple")
     if type(multiple) is not int or multiple < 2:
         raise ArtifactError(f"slide {sample_id}: its sidecar has region_tile_multiple {multiple!r}")
-    tiling = expand_regions(load_coordinates(source.tiles, sample_id), multiple)
-    check_tiles(tiling, values, metadata)
+    tiles = coordinates_folder(metadata, source.tiles, sample_id)
+    tiling = expand_regions(load_coordinates(tiles, sample_id), multiple)
+    check_tiles(tiling, values, metadata, tiles)
     embedded = _embedded(tiling, values)
-    more = _as_it_was(metadata, source, tiling)
+    more = _as_it_was(metadata, tiles, tiling)
     artifact = write_hierarchical_embeddings(source.output, embedded, tiling, file_format=file_format, **more)
     return _exported(source, sample_id, "hierarchical", artifact.path, values, len(tiling))
 
@@ -228,9 +231,9 @@ def _embedded(tiling: Tiling, values: torch.Tensor) -> EmbeddedSlide:
     )
 
 
-def _as_it_was(metadata: dict[str, Any], source: RunSource, tiling: Tiling) -> dict[str, Any]:
-    """What the sidecar of tiles or regions says besides."""
-    arrays, coordinates = coordinate_paths(source.tiles, tiling.sample_id)
+def _as_it_was(metadata: dict[str, Any], tiles: Path, tiling: Tiling) -> dict[str, Any]:
+    """What the sidecar of tiles or regions says besides; their coordinate files are in `tiles`."""
+    arrays, coordinates = coordinate_paths(tiles, tiling.sample_id)
     archive, skipped = metadata.get("tiles_tar_path"), metadata.get("skipped_tiles")
     return {
         "encoder": _encoder(metadata, tiling.sample_id),
@@ -324,8 +327,9 @@ def loaded(path: Path, sample_id: str, dtype: Dtype | None) -> torch.Tensor:
     return made
 
 
-def check_tiles(tiling: Tiling, values: torch.Tensor, metadata: dict[str, Any]) -> None:
-    """Refuse coordinates that are not those of the embeddings (the slide was tiled anew since)."""
+def check_tiles(tiling: Tiling, values: torch.Tensor, metadata: dict[str, Any], folder: Path) -> None:
+    """Refuse coordinates in a folder that are not of the embeddings (the slide was tiled anew since)."""
+    check_same_files(metadata, folder, tiling.sample_id)
     geometry = tiling.geometry
     checks = [("tiles", values.shape[:-1].numel(), len(tiling))]
     for key in ("requested_tile_size_px", "requested_spacing_um", "tile_size_lv0"):

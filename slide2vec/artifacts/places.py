@@ -181,7 +181,19 @@ class Owner:
                 common += 1
                 found |= unlike(encoder_of(sidecar), asked)
                 found |= set() if geometry is None else _other_geometry(sidecar, geometry)
+        below, slides = self._below_patients, identities.get("slide")
+        if below is not None and slides is not None:
+            found |= unlike(below, slides)
         return found if common else {"kind"}
+
+    @property
+    def _below_patients(self) -> Mapping[str, Any] | None:
+        """The encoder of slides that one of patients builds on, which may write its embeddings here, too: the
+        folder is none for those of another, or that of patients would not be found again."""
+        if "patient" not in self.sidecars or "slide" in self.sidecars:
+            return None
+        below = encoder_of(self.sidecars["patient"]).get("below")
+        return below if isinstance(below, Mapping) else None
 
 
 def owners(root: Path) -> list[Owner]:

@@ -21,11 +21,20 @@ from slide2vec.labels import class_name, split_class_name
 from slide2vec.slides import Slide, check_id
 from slide2vec.tiling import load_coordinates
 from slide2vec.tiling.coordinates import coordinate_paths
+from slide2vec.tiling.previous_files import are_of_other_files, were_given
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["StoredTiles", "TileFeatures", "TileFeaturesLike", "as_embedded", "load_stored"]
+__all__ = [
+    "StoredTiles",
+    "TileFeatures",
+    "TileFeaturesLike",
+    "as_embedded",
+    "check_same_files",
+    "coordinates_folder",
+    "load_stored",
+]
 
 _COORDINATES = ".coordinates.npz"
 
@@ -142,7 +151,44 @@ def _coordinates_there(found: StoredTiles) -> tuple[Path, str] | None:
     return next((place for place in places if coordinate_paths(*place)[1].is_file()), None)
 
 
+def coordinates_folder(metadata: Mapping[str, Any], tiles: Path, name: str) -> Path:
+    """Where a slide's coordinate files are: those that were given to the run where they were given, as long
+    as they are there; else in the run.
+
+    Args:
+        metadata: the sidecar of the embeddings.
+        tiles: of the run.
+        name: of the slide, with the class before it: "tumor/a".
+    """
+    recorded = metadata.get("coordinates_meta_path")
+    if not (isinstance(recorded, str) and were_given(metadata.get("compatibility"))):
+        return tiles
+    folder = as_path(recorded).parents[0 if split_class_name(name)[0] is None else 1]
+    return folder if coordinate_paths(folder, name)[1].is_file() else tiles
+
+
+def check_same_files(metadata: Mapping[str, Any], folder: Path, name: str) -> None:
+    """Refuse coordinates that were made from other contents of a slide's files than its embeddings: there may
+    be as many.
+
+    Args:
+        metadata: the sidecar of the embeddings.
+        folder: of the coordinate files.
+        name: of the slide, with the class before it: "tumor/a".
+
+    Raises:
+        ArtifactError: they were.
+    """
+    if are_of_other_files(folder, name, metadata.get("compatibility")):
+        raise ArtifactError(
+            f"slide {name}: its image or mask has changed between its embeddings by "
+            f"{metadata.get('encoder_name')} and its coordinates in {folder}: it was tiled anew since; embed "
+            "it again"
+        )
+
+
 def _from_hs2p(found: StoredTiles, folder: Path, name: str) -> StoredTiles:
+    check_same_files(found.metadata, folder, name)
     tiling = load_coordinates(folder, name)
     geometry = tiling.geometry
     for key in ("requested_tile_size_px", "requested_spacing_um", "tile_size_lv0"):

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from slide2vec.artifacts.places import Owner, names_of_all, owners, owners_called
 from slide2vec.artifacts.reading import load_embeddings
 from slide2vec.artifacts.records import FORMATS, SIDECAR, read_metadata
+from slide2vec.artifacts.tile_features import coordinates_folder
 from slide2vec.audit.certificate import SCHEMA, digest_of
 from slide2vec.audit.second_reader import NoSecondReader, Pixels, SecondReader, second_readers
 from slide2vec.config import ExecutionOptions
@@ -247,7 +248,8 @@ class _Audit:
         return found
 
     def _named(self, path: Path) -> str:
-        return path.relative_to(self.run).as_posix()
+        """In the run; of coordinates that were given, wherever they are."""
+        return (path.relative_to(self.run) if path.is_relative_to(self.run) else path.resolve()).as_posix()
 
     def _compare(self, sidecar: Path, kind: str, found: Row) -> None:
         recorded = read_metadata(sidecar)
@@ -291,7 +293,7 @@ class _Audit:
 
     def _tiling(self, recorded: Mapping[str, Any], kind: str, found: Row) -> Tiling:
         name = class_name(recorded.get("annotation"), found["sample_id"])
-        folder = self.owner.tiling / "tiles"
+        folder = coordinates_folder(recorded, self.owner.tiling / "tiles", name)
         for path in coordinate_paths(folder, name):
             if path.is_file():
                 found["files"][self._named(path)] = digest_of(path)

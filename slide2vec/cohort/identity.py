@@ -32,7 +32,7 @@ from slide2vec.stream import coordinates_dir
 from slide2vec.stream.slide_identity import Identities, SlideIdentity
 from slide2vec.tiling import Tiling, load_coordinates
 from slide2vec.tiling.known_misreads import READING
-from slide2vec.tiling.previous_files import recorded_qc
+from slide2vec.tiling.previous_files import are_of_other_files, recorded_qc
 from slide2vec.tiling.tissue_methods import checkpoint_of
 
 __all__ = ["CompletedArtifacts", "compatibility", "difference", "encoder_identity"]
@@ -168,10 +168,18 @@ class CompletedArtifacts:
     def find(self, kinds: Iterable[Kind], slide: Slide) -> dict[Kind, Artifact | str | None]:
         """A slide's artifacts that are finished; else what differs from the one there, None for none."""
         asked = self.look(slide)
-        return {
-            kind: None if asked is None else self._find(kind, slide.sample_id, asked[kind], [slide])
-            for kind in kinds
-        }
+        if asked is None:
+            return dict.fromkeys(kinds)
+        found = {kind: self._find(kind, slide.sample_id, asked[kind], [slide]) for kind in kinds}
+        complete = {kind for kind, each in found.items() if each is not None and not isinstance(each, str)}
+        if complete and self._tiled_otherwise(slide, asked):
+            found |= dict.fromkeys(complete, "set of coordinates")
+        return found
+
+    def _tiled_otherwise(self, slide: Slide, asked: Mapping[Kind, Mapping[str, Any]]) -> bool:
+        """Whether another run has tiled a slide anew, from files that now are again as they were."""
+        tiles, name = self._place.tiling / "tiles", slide.sample_id
+        return any(are_of_other_files(tiles, name, each) for each in asked.values())
 
     def find_patient(
         self, patient_id: str, slides: Sequence[Slide], identities: Mapping[str, Mapping[str, Any] | None]

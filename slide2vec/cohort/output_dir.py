@@ -101,8 +101,10 @@ def _opened(
             remove_all_partial(directory)
         cohorts: list[tuple[Cohort, Sequence[Slide]]] = []
         beside: list[Owner] = []
+        # one division for all encoders, or they would not share what is read
+        share = _share(first, slides, patients=any(cohort.kind == "patient" for cohort, _ in runs))
         for cohort, settings in runs:
-            mine = _share(cohort, slides)
+            mine = share
             place, mine, config = reconcile(
                 directory,
                 mine,
@@ -175,13 +177,17 @@ def _keep_settings(cohort: Cohort, settings: Settings | None) -> None:
         temporary.write_text(settings(cohort.config), encoding="utf-8")
 
 
-def _share(cohort: Cohort, slides: Sequence[Slide]) -> Sequence[Slide]:
-    """The slides that are this run's: all of them, or those of its shard."""
+def _share(cohort: Cohort, slides: Sequence[Slide], *, patients: bool) -> Sequence[Slide]:
+    """The slides that are this run's: all of them, or those of its shard.
+
+    Args:
+        patients: slides of one patient stay together.
+    """
     shard = cohort.execution.shard
     if shard is None:
         return slides
     write_order(cohort.place.root, (slide.sample_id for slide in slides))
-    return my_slides(slides, shard, cohort.config, patients=cohort.kind == "patient")
+    return my_slides(slides, shard, cohort.config, patients=patients)
 
 
 def remove_all_partial(output_dir: Path) -> None:

@@ -75,12 +75,13 @@ class MergedProcessList:
     Attributes:
         rows: by sample_id and encoder, in the order of the manifest where shards have written it; then those
             of other slides, as they were in the common list.
-        by_shard: the slides of each shard that has a list ("3/16" -> sample_ids), by their number.
+        by_shard: the slides of each shard that has a list, with their encoders, by the shards' numbers
+            ("3/16").
         missing: slides of the cohort that are in no list, or not with an encoder that shards have.
     """
 
     rows: Mapping[Key, Row]
-    by_shard: Mapping[str, tuple[str, ...]]
+    by_shard: Mapping[str, tuple[Key, ...]]
     missing: tuple[str, ...]
 
     @property
@@ -94,13 +95,13 @@ class MergedProcessList:
 
     @property
     def in_two(self) -> dict[str, tuple[str, ...]]:
-        """Slides that several shards had, and which."""
-        times = Counter(name for names in self.by_shard.values() for name in names)
-        where: defaultdict[str, list[str]] = defaultdict(list)
-        for shard, names in self.by_shard.items():
-            for name in names:
-                if times[name] > 1:
-                    where[name].append(shard)
+        """Slides that several shards had for one encoder, and which."""
+        times = Counter(key for keys in self.by_shard.values() for key in keys)
+        where: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        for shard, keys in self.by_shard.items():
+            for key in keys:
+                if times[key] > 1:
+                    where[key[0]][shard] = None
         return {name: tuple(shards) for name, shards in where.items()}
 
 
@@ -115,11 +116,11 @@ def merged_process_list(output_dir: Path) -> MergedProcessList:
     """
     common = list_path(output_dir, None)
     rows = {key_of(row): row for row in read_process_list(common)} if common.exists() else {}
-    by_shard: dict[str, tuple[str, ...]] = {}
+    by_shard: dict[str, tuple[Key, ...]] = {}
     newer: dict[Key, Row] = {}
     for shard, path in _lists(output_dir):
         listed = {key_of(row): row for row in read_process_list(path)}
-        by_shard[shard] = tuple(dict.fromkeys(name for name, _ in listed))
+        by_shard[shard] = tuple(listed)
         newer |= {
             key: row for key, row in listed.items() if key not in newer or state_of(newer[key]) != "finished"
         }

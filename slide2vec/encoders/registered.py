@@ -40,6 +40,7 @@ class Brought(nn.Module):
 
     Attributes:
         code: what it is made of, for the identity of embeddings.
+        dim: D of its embeddings; None of the slides of an encoder of patients, which does not say it.
     """
 
     where: Tensor
@@ -53,6 +54,8 @@ class Brought(nn.Module):
         self.parts = nn.ModuleList([] if isinstance(own, nn.Module) else _modules(own))
         self.register_buffer("where", torch.empty(0), persistent=False)
         self.variant = variant
+        is_registered = recipe.name == recipe.encoder.arch
+        self.dim = recipe.variants[variant].dim if is_registered else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Have the encoder know where it is, besides moving its parts."""
@@ -89,7 +92,7 @@ class BroughtSlides(Brought):
         made, latents = own.encode_slide_with_latents(
             bag.features, bag.coords, tile_size_lv0=bag.tile_size_lv0
         )
-        return SlideFeatures(_one(made), latents)
+        return SlideFeatures(_one(made, self.dim), latents)
 
 
 class BroughtPatients(Brought):
@@ -97,12 +100,21 @@ class BroughtPatients(Brought):
 
     def forward(self, slides: Tensor) -> Tensor:
         """See the class."""
-        return _one(cast("PatientEncoder", self.own).encode_patient(slides))
+        return _one(cast("PatientEncoder", self.own).encode_patient(slides), self.dim)
 
 
-def _one(embedding: Tensor) -> Tensor:
-    """(D,) of (D,) or (1, D)."""
-    return embedding[0] if embedding.ndim == 2 and len(embedding) == 1 else embedding
+def _one(embedding: object, dim: int | None) -> Tensor:
+    """(D,) of (D,) or (1, D).
+
+    Raises:
+        ValueError: it is none, or of another D than was registered: beside those of others it cannot be used.
+    """
+    made = embedding[0] if isinstance(embedding, Tensor) and embedding.shape[:-1] == (1,) else embedding
+    if not isinstance(made, Tensor) or made.ndim != 1 or (dim is not None and len(made) != dim):
+        given = f"shape {tuple(made.shape)}" if isinstance(made, Tensor) else f"type {type(made).__name__}"
+        wanted = "one number for each feature" if dim is None else f"({dim},), its encode_dim"
+        raise ValueError(f"it gave an embedding of {given}, not {wanted}: correct its code")
+    return made
 
 
 def _modules(own: object) -> Iterator[nn.Module]:

@@ -22,6 +22,7 @@ import torch
 from slide2vec.artifacts import TileEmbeddingArtifact, read_metadata, write_json
 from slide2vec.artifacts.dense_files import sidecar_of
 from slide2vec.artifacts.places import with_output_dir
+from slide2vec.artifacts.tile_features import check_same_files
 from slide2vec.cohort.lock import output_lock
 from slide2vec.config import ExecutionOptions, PreprocessingConfig
 from slide2vec.errors import (
@@ -218,7 +219,9 @@ def _tiling(artifact: TileEmbeddingArtifact, sidecar: Mapping[str, Any]) -> Tili
             f"slide {name}: patch tokens are made of tiles that were read from the slide and have coordinate "
             f"files; those of {artifact.path} came from {source or 'an unknown place'}"
         )
-    tiling = load_coordinates(as_path(coordinates).parent, name)
+    folder = as_path(coordinates).parent
+    check_same_files(sidecar, folder, name)
+    tiling = load_coordinates(folder, name)
     skipped = {(each["x"], each["y"]) for each in sidecar.get("skipped_tiles") or ()}
     places = zip(tiling.x.tolist(), tiling.y.tolist(), strict=True)
     tiling = tiling.without([index for index, place in enumerate(places) if place in skipped])

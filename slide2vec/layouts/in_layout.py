@@ -20,6 +20,7 @@ from slide2vec.artifacts.export import (
 )
 from slide2vec.artifacts.finite import rows_not_finite
 from slide2vec.artifacts.places import Kind
+from slide2vec.artifacts.tile_features import coordinates_folder
 from slide2vec.choices import LAYOUTS
 from slide2vec.errors import ArtifactError, ConfigError, ExtraMissingError, OutputError, Slide2VecError
 from slide2vec.files import as_path
@@ -119,9 +120,10 @@ def _item(found: _Found, run: Path, module: LayoutModule, layout: str, dtype: Dt
         raise ArtifactError(
             f"{kind} {name}: its embedding {int(wrong[0])} holds NaN or infinities: embed it again"
         )
-    tiling = None if kind == "patient" else _tiling(source, kind, name, metadata)
+    tiles = coordinates_folder(metadata, source.tiles, name)
+    tiling = None if kind == "patient" else _tiling(tiles, kind, name, metadata)
     if tiling is not None and kind in ("tile", "hierarchical"):
-        check_tiles(tiling, values, metadata)
+        check_tiles(tiling, values, metadata, tiles)
         if not len(tiling) and not module.EMPTY:
             raise NoPlace(f"slide {name}: it has no tiles, and the layout {layout} no files of such slides")
     return Item(
@@ -136,11 +138,11 @@ def _item(found: _Found, run: Path, module: LayoutModule, layout: str, dtype: Dt
     )
 
 
-def _tiling(source: RunSource, kind: Kind, name: str, metadata: dict[str, Any]) -> Tiling | None:
-    """The tiles of a slide; None of a slide embedding whose coordinates are not there."""
-    if kind == "slide" and not coordinate_paths(source.tiles, name)[1].is_file():
+def _tiling(tiles: Path, kind: Kind, name: str, metadata: dict[str, Any]) -> Tiling | None:
+    """The tiles of a slide, whose coordinate files are in `tiles`; None of a slide embedding without such."""
+    if kind == "slide" and not coordinate_paths(tiles, name)[1].is_file():
         return None
-    tiling = load_coordinates(source.tiles, name)
+    tiling = load_coordinates(tiles, name)
     multiple = metadata.get("region_tile_multiple")
     return (
         expand_regions(tiling, multiple) if kind == "hierarchical" and isinstance(multiple, int) else tiling

@@ -20,6 +20,7 @@ from slide2vec.artifacts.records import (
     find_slide_artifact,
     find_tile_artifact,
 )
+from slide2vec.artifacts.tile_features import coordinates_folder
 from slide2vec.cohort.process_list import STATES, Row, key_of, state_of, state_of_all
 from slide2vec.cohort.shard_lists import merged_process_list
 from slide2vec.errors import ArtifactError, Slide2VecError
@@ -65,14 +66,28 @@ class ReportedSlide:
         return as_path(path) if path else None
 
     def load(self) -> None:
-        """Read its coordinates."""
-        for folder in self.run.tilings:
-            if not coordinate_paths(folder / "tiles", self.name)[1].is_file():
-                continue
+        """Read its coordinates; those that were given to the run, where it has none of its own."""
+        places = {folder: folder / "tiles" for folder in self.run.tilings}
+        found = {
+            folder: tiles
+            for folder, tiles in places.items()
+            if coordinate_paths(tiles, self.name)[1].is_file()
+        }
+        for folder, tiles in {**self._given_coordinates(), **found}.items():
             try:
-                self.tilings[folder] = load_coordinates(folder / "tiles", self.name)
+                self.tilings[folder] = load_coordinates(tiles, self.name)
             except Slide2VecError as error:
                 self.problems.append(str(error))
+
+    def _given_coordinates(self) -> dict[Path, Path]:
+        """Where coordinates are that were given to the run, by the folder that its own would be below."""
+        found: dict[Path, Path] = {}
+        for encoder, owner in self.run.owners.items():
+            for artifact in self.artifacts(encoder)[:1]:
+                tiles = owner.tiling / "tiles"
+                folder = coordinates_folder(artifact.metadata, tiles, self.name)
+                found |= {} if folder == tiles else {owner.tiling: folder}
+        return found
 
     def artifacts(
         self, encoder: str

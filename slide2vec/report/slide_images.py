@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from slide2vec.artifacts.reading import load_embeddings
 from slide2vec.artifacts.records import HierarchicalEmbeddingArtifact, TileEmbeddingArtifact
+from slide2vec.artifacts.tile_features import check_same_files, coordinates_folder
 from slide2vec.config import PreviewConfig
 from slide2vec.errors import ArtifactError, Slide2VecError
 from slide2vec.labels import TISSUE, class_folder
 from slide2vec.pictures import pca_map, principal_components, variance_shares
 from slide2vec.report.slide_facts import ReportedSlide
 from slide2vec.slides import Slide
-from slide2vec.tiling import Tiling
+from slide2vec.tiling import Tiling, load_coordinates
 from slide2vec.tiling.previews import draw_tiles, draw_tissue, overview
 from slide2vec.tiling.previous_files import recorded_masks
 from slide2vec.tiling.slide_pictures import open_tiled
@@ -128,6 +129,10 @@ def embedded_tiles(
     found = next((artifact for artifact in slide.artifacts(encoder) if isinstance(artifact, bags)), None)
     if found is None or not len(tiling):
         return None
+    metadata, tiles = found.metadata, slide.run.owners[encoder].tiling / "tiles"
+    if (folder := coordinates_folder(metadata, tiles, slide.name)) != tiles:
+        tiling = load_coordinates(folder, slide.name)
+    check_same_files(metadata, folder, slide.name)
     embeddings = load_embeddings(found.path).float().flatten(0, -2).numpy()
     if isinstance(found, HierarchicalEmbeddingArtifact):
         tiling = expand_regions(tiling, isqrt(found.tiles_per_region))

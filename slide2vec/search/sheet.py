@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from slide2vec.errors import Slide2VecError
 from slide2vec.files import as_path
+from slide2vec.labels import split_class_name
 from slide2vec.readers import SlideReader, open_slide
 from slide2vec.search.index import FoundTile
 from slide2vec.slides import Slide
@@ -42,9 +43,10 @@ def draw_sheet(
     numbered = sorted(enumerate(tiles), key=lambda item: item[1].sample_id)
     for name, group in groupby(numbered, key=lambda item: item[1].sample_id):
         of_slide = list(group)
-        path = as_path(of_slide[0][1].image_path)
+        path, annotation = as_path(of_slide[0][1].image_path), split_class_name(name)[0]
         try:
-            with open_slide(Slide(sample_id=name, image_path=path), backend) as reader:
+            slide = Slide(sample_id=name, image_path=path, annotation=annotation)
+            with open_slide(slide, backend) as reader:
                 pictures = [tile_pixels(reader, (tile.x, tile.y), tile.tile_size_lv0) for _, tile in of_slide]
         except (Slide2VecError, OSError) as error:
             problems.append(f"slide {name}: no pictures of its tiles: {error}")

@@ -24,6 +24,7 @@ from slide2vec.tiling.types import PRECOMPUTED, Segmentation, Tiling
 
 __all__ = [
     "Previous",
+    "are_of_other_files",
     "find_reusable",
     "qc_of",
     "record_source",
@@ -32,6 +33,7 @@ __all__ = [
     "recorded_slides",
     "segmenter_of",
     "source_path",
+    "were_given",
 ]
 
 _SUFFIX = ".coordinates.meta.json"
@@ -124,6 +126,38 @@ def _read_source(directory: Path, sample_id: str) -> dict[str, Any]:
         return {}
     known = isinstance(found, dict) and found.get("schema_version") == _SCHEMA
     return found if known else {}
+
+
+def are_of_other_files(directory: Path, sample_id: str, compatibility: Any) -> bool:
+    """Whether a slide's coordinate files were made from other contents of its image and mask than embeddings:
+    one of several encoders that share them has tiled the slide anew, or a run that broke off.
+
+    False where one of the two does not say, and for tiles that were given: they are of no mask.
+
+    Args:
+        compatibility: of the embeddings, as their sidecar has it.
+    """
+    recorded = _read_source(directory, sample_id).get("coordinates")
+    if not (isinstance(recorded, Mapping) and isinstance(compatibility, Mapping)):
+        return False
+    return not were_given(compatibility) and any(
+        name in compatibility and not same_content(recorded.get(name), compatibility[name])
+        for name in ("image", "mask")
+    )
+
+
+def were_given(compatibility: Any) -> bool:
+    """Whether the tiles of embeddings were given, as coordinate files or archives, not found in the slide.
+
+    Args:
+        compatibility: of the embeddings, as their sidecar has it.
+    """
+    if not isinstance(compatibility, Mapping):
+        return False
+    geometry = compatibility.get("geometry")
+    return compatibility.get("tiles_from") == "archive" or (
+        isinstance(geometry, Mapping) and "coordinates" in geometry
+    )
 
 
 def find_reusable(previous: Previous, reader: SlideReader, config: PreprocessingConfig) -> Tiling | None:

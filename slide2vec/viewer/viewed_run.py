@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from slide2vec.errors import ArtifactError, ConfigError, Slide2VecError, nearest_names
+from slide2vec.labels import split_class_name
 from slide2vec.pictures import encoded_picture, slide_size
 from slide2vec.readers import SlideReader, open_slide
 from slide2vec.report.slide_facts import ReportedRun, ReportedSlide
@@ -274,7 +275,10 @@ class ViewedRun:
         tiling = next(iter(slide.tilings.values()), None)
         if tiling is not None:
             return open_tiled(tiled_slide(slide, tiling), tiling)
-        return open_slide(Slide(sample_id=slide.name, image_path=slide.image_path), "auto")
+        annotation = split_class_name(slide.name)[0]
+        return open_slide(
+            Slide(sample_id=slide.name, image_path=slide.image_path, annotation=annotation), "auto"
+        )
 
     def _cut(self, number: int, level: int, column: int, row: int) -> bytes:
         with self._open.reader(number) as reader:

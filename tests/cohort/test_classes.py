@@ -16,7 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
-from slide2vec import EmbeddedSlide, ExecutionOptions, Model, Models, Pipeline, PreprocessingConfig, RunResult
+from slide2vec import (
+    BagDataset,
+    EmbeddedSlide,
+    ExecutionOptions,
+    Model,
+    Models,
+    Pipeline,
+    PreprocessingConfig,
+    RunResult,
+)
 from slide2vec.artifacts import find_tile_artifact, load_embeddings, tile_artifacts
 from slide2vec.artifacts.export import export_run
 from slide2vec.artifacts.geojson_export import export_areas
@@ -26,6 +35,7 @@ from slide2vec.cohort.process_list import key_of, read_process_list
 from slide2vec.cohort.shard_merge import merge_shards
 from slide2vec.errors import ArtifactError, ConfigError, ManifestError, MaskError
 from slide2vec.manifests import by_class
+from slide2vec.search import draw_sheet, searched_run
 from slide2vec.slides import Slide
 from slide2vec.tiling import load_coordinates
 
@@ -267,6 +277,29 @@ def test_export_and_aggregation_keep_classes(
     ]
     mean = load_embeddings(result.tile_artifacts[0].path).float().mean(0)
     assert torch.allclose(load_embeddings(pooled[0].path), mean)
+
+
+def test_bags_of_a_class(
+    model: Model, given: list[Slide], whole: tuple[Path, RunResult], tmp_path: Path
+) -> None:
+    out, _ = whole
+    for name in (None, "tissue"):
+        bags = BagDataset(out, annotation=name, missing="skip")  # the second slide has none
+        assert bags.sample_ids == ["s0"] and list(bags.missing) == ["s1"]
+    assert BagDataset(out, annotation="tumor").sample_ids == ["s0", "s1"]
+    for name in ("stroma", "merged"):
+        with pytest.raises(ConfigError, match=f"no tile embeddings of class '{name}'.*tissue"):
+            BagDataset(out, annotation=name)
+    run(model, given[:1], tmp_path, CONFIG.updated(masks={**MASKS, "min_coverage": {"tumor": 0.3}}))
+    with pytest.raises(ConfigError, match=r"has tile embeddings of tumor: say which"):
+        BagDataset(tmp_path)
+
+
+def test_pictures_of_tiles_of_a_class(whole: tuple[Path, RunResult]) -> None:
+    index, tiling = searched_run(whole[0]).index, load_coordinates(whole[0] / "tiles", "tumor/s0")
+    asked, query = index.tile_at("tumor/s0", int(tiling.x[0]), int(tiling.y[0]))
+    _, problems = draw_sheet(index.nearest(query, 5), asked=asked)
+    assert problems == []
 
 
 def test_coordinates_of_classes_are_embedded_again(

@@ -6,18 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cohort_helpers import files, rows
+from PIL import Image
 
-from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig, RunResult
+from slide2vec import BagDataset, ExecutionOptions, Model, Pipeline, PreprocessingConfig, RunResult
+from slide2vec.artifacts import load_stored
+from slide2vec.artifacts.export import export_run
 from slide2vec.cohort.shard_lists import merged_process_list
 from slide2vec.cohort.shard_merge import merge_shards
 from slide2vec.cohort.side_by_side import _Readings
 from slide2vec.cohort.slide_writer import SlideWriter
-from slide2vec.errors import ConfigError
+from slide2vec.errors import ArtifactError, ConfigError
 from slide2vec.progress import NullReporter, SlidePlanned
 from slide2vec.progress.together import TogetherReporter
+from slide2vec.report.slide_facts import ReportedRun
+from slide2vec.report.slide_images import embedded_tiles
 from slide2vec.tiling import load_coordinates
 
 TIMM = "timm:test_vit.r160_in1k"
@@ -95,6 +101,45 @@ def test_embeddings_are_those_of_separate_runs(run: Run, tmp_path: Path) -> None
     for folder, name in (("", "timm"), ("encoders/scattering/", "scattering")):
         for made in (tmp_path / f"{name}_alone/tile_embeddings").glob("*.pt"):
             assert made.read_bytes() == (tmp_path / f"out/{folder}tile_embeddings/{made.name}").read_bytes()
+
+
+def test_coordinates_of_another_state_of_a_mask_are_not_those_of_the_embeddings(
+    run: Run, slides: list[Path], tmp_path: Path
+) -> None:
+    """One encoder tiles a slide anew, in other places and as many: those of the other are no longer there."""
+
+    def paint(left: int) -> None:
+        mask = np.zeros((192, 192), np.uint8)
+        mask[20:120, left : left + 60] = 1
+        Image.fromarray(mask).save(tmp_path / "mask.png")
+
+    def exported(encoder: str) -> list[str]:
+        return [str(each.error) for each in export_run(out, tmp_path / "other", encoder=encoder)[1]]
+
+    out, given = tmp_path / "out", [{"image_path": slides[0], "mask_path": tmp_path / "mask.png"}]
+    paint(20)
+    for name in ("scattering", "timm"):
+        run(name, given=given)
+    before = BagDataset(out, encoders=TIMM)[0]["coords"]
+    assert exported(TIMM) == []
+    paint(100)
+    assert run("scattering", given=given).recomputed == {"mask": 1}
+    now = BagDataset(out, encoders="scattering")[0]["coords"]
+    assert now.shape == before.shape and not torch.equal(now, before)
+    with pytest.raises(ArtifactError, match=f"slide s0: its image or mask has changed .* by {TIMM} .*again"):
+        BagDataset(out, encoders=TIMM)[0]
+    with pytest.raises(ArtifactError, match="tiled anew since"):
+        load_stored(out / FOLDER / "tile_embeddings/s0.pt")
+    assert len(exported(TIMM)) == 1 and exported("scattering") == []
+    slide = ReportedRun(out, out).slides[0]
+    slide.load()
+    with pytest.raises(ArtifactError, match="tiled anew since"):
+        embedded_tiles(slide, TIMM, slide.tilings[out])
+    paint(20)  # as it was: the embeddings agree with it, and the coordinates do not
+    again = run("timm", given=given)
+    assert (again.resumed, again.recomputed) == (0, {"set of coordinates": 1})
+    assert torch.equal(BagDataset(out, encoders=TIMM)[0]["coords"], before) and exported(TIMM) == []
+    assert run("timm", given=given).resumed == 1
 
 
 def test_another_precision_is_another_encoder(

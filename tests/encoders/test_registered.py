@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -29,10 +30,11 @@ from slide2vec import (
 from slide2vec.artifacts import load_embeddings
 from slide2vec.artifacts.export import export_run
 from slide2vec.cohort.process_list import read_process_list
+from slide2vec.cohort.shard_merge import merge_shards
 from slide2vec.compile.export_module import typed_copy
 from slide2vec.encoders.photometrics import geometry_of, statistics_of
 from slide2vec.encoders.registered import reloader
-from slide2vec.errors import ConfigError, PresetError, WeightsError
+from slide2vec.errors import ConfigError, PatientError, PresetError, SlideError, WeightsError
 from slide2vec.recipes import REGISTERED, load_recipe
 from slide2vec.report.slide_facts import ReportedRun
 from slide2vec.viewer.viewed_run import ViewedRun
@@ -190,11 +192,42 @@ def test_slides_and_patients(slide: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda made: torch.cat([made, made], 1), r"shape \(20,\), not \(10,\), its encode_dim"),
+        (lambda made: torch.cat([made, made]), r"shape \(2, 10\), not \(10,\)"),
+        (lambda made: None, "type NoneType"),
+    ],
+)
+def test_embeddings_of_another_shape_fail_their_slide_or_patient(
+    monkeypatch: pytest.MonkeyPatch, slide: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    """They cannot stand beside the others."""
+    model = Model.from_preset("tests-slides", device="cpu")
+    patients = Model.from_preset("tests-patients", device="cpu")
+    made = brought.Slides.encode_slide_with_latents
+    monkeypatch.setattr(
+        brought.Slides,
+        "encode_slide_with_latents",
+        lambda self, *args, **more: (change(made(self, *args, **more)[0]), None),
+    )
+    with pytest.raises(SlideError, match=f"slide a: the slide encoder tests-slides failed .*{message}"):
+        model.embed_slide(slide)
+    given = brought.Patients.encode_patient
+    monkeypatch.setattr(
+        brought.Patients, "encode_patient", lambda self, slides: change(given(self, slides)[None])
+    )
+    with pytest.raises(PatientError, match=f"patient encoder tests-patients failed .*{message}"):
+        patients.embed_patient([slide])
+
+
+@pytest.mark.parametrize(
     "names",
     [
         "tests-tiles,tests-slides,tests-again",
         "tests-by-hand,tests-tiles,tests-slides,tests-again,tests-patients",
         "tests-slides,tests-patients,tests-again",
+        "tests-patients,tests-tiles,tests-slides",
     ],
 )
 def test_several_of_one_tile_encoder_have_files_and_rows_of_their_own(
@@ -235,6 +268,36 @@ def test_several_of_one_tile_encoder_have_files_and_rows_of_their_own(
         export_run(out, tmp_path / name, "npz", encoder=name)
         kind, file = Path(path).with_suffix(".npz").parts[-2:]
         assert (tmp_path / name / kind / file).is_file()
+
+
+def test_shards_are_those_of_patients_for_all_encoders(slide: Path, tmp_path: Path) -> None:
+    """Of two patients; the third shard has nothing."""
+    models = {name: Model.from_preset(name, device="cpu") for name in ("tests-tiles", "tests-patients")}
+    manifest, out = tmp_path / "slides.csv", tmp_path / "out"
+    lines = [f"{name},{slide},{patient}" for name, patient in zip("abcd", "pqpp", strict=True)]
+    manifest.write_text("\n".join(["sample_id,image_path,patient_id", *lines]))
+    for number in (1, 2, 3):
+        execution = ExecutionOptions(output_dir=out, shard=f"{number}/3", build_engine="never")
+        result = Pipeline(models, None, execution).run(manifest_path=manifest)
+        rows = read_process_list(out / f"process_list.shard-{number}-of-3.csv")
+        names = {"a": 2, "c": 2, "d": 2} if number == 1 else {"b": 2} if number == 2 else {}
+        assert Counter(row["sample_id"] for row in rows) == names and not result.failed
+    merged = merge_shards(out)
+    assert merged.complete and not merged.found.in_two and merged.finished == 4
+
+
+def test_a_slide_is_in_two_shards_of_one_encoder_only(slide: Path, tmp_path: Path) -> None:
+    """Runs of one encoder each divide otherwise, where one is of patients."""
+    given = [
+        {"sample_id": name, "image_path": slide, "patient_id": patient}
+        for name, patient in zip("abcd", "pqpp", strict=True)
+    ]
+    for name in ("tests-tiles", "tests-patients"):
+        for number in (1, 2):
+            execution = ExecutionOptions(output_dir=tmp_path, shard=f"{number}/2", build_engine="never")
+            Pipeline(Model.from_preset(name, device="cpu"), None, execution).run(given)
+    merged = merge_shards(tmp_path)
+    assert merged.complete and not merged.found.in_two
 
 
 def test_bags_viewer_and_report_know_both_encoders_of_a_folder(
