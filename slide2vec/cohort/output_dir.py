@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -14,17 +14,26 @@ from slide2vec.cohort.log import RunLog
 from slide2vec.cohort.process_list import ProcessList
 from slide2vec.cohort.reconcile import geometry_of, reconcile
 from slide2vec.cohort.recorder import RunRecorder, first_rows
-from slide2vec.cohort.shard_lists import forget_shards, list_path, write_order
+from slide2vec.cohort.shard_lists import (
+    encoders_at_work,
+    encoders_path,
+    forget_shards,
+    list_path,
+    write_encoders,
+    write_order,
+)
 from slide2vec.cohort.shards import my_slides
 from slide2vec.config import PreprocessingConfig
 from slide2vec.errors import OutputError
-from slide2vec.files import atomic_path, entries, remove_partial
+from slide2vec.files import atomic_path, entries, remove, remove_partial
 from slide2vec.progress import activate_progress_reporter, active_reporter, live_progress
 from slide2vec.slides import Slide
 
 __all__ = ["Settings", "output_directory", "remove_all_partial", "shared_output_directory"]
 
 _TILING_FOLDERS = ("", "tiles", "preview/mask", "preview/tiling")
+#: How often a shard looks for folders while those of other encoders begin.
+_TRIES = 5
 
 #: The text of config.yaml for a configuration.
 Settings = Callable[[PreprocessingConfig], str]
@@ -99,36 +108,82 @@ def _opened(
     with output_lock(directory, shard):
         if shard is None:  # others write there while a shard does
             remove_all_partial(directory)
-        cohorts: list[tuple[Cohort, Sequence[Slide]]] = []
-        beside: list[Owner] = []
         # one division for all encoders, or they would not share what is read
         share = _share(first, slides, patients=any(cohort.kind == "patient" for cohort, _ in runs))
-        for cohort, settings in runs:
-            mine = share
-            place, mine, config = reconcile(
-                directory,
-                mine,
-                cohort.config,
-                cohort.kind,
-                cohort.identities,
-                cohort.tilings.keys(),
-                beside=beside,
+        with _placed([cohort for cohort, _ in runs], share) as cohorts:
+            for (cohort, _), (_, settings) in zip(cohorts, runs, strict=True):
+                _keep_settings(cohort, settings)
+            yield from _recorded(directory, shard, cohorts)
+
+
+def _recorded(
+    directory: Path, shard: str | None, cohorts: Sequence[tuple[Cohort, Sequence[Slide]]]
+) -> Iterator[list[tuple[Cohort, RunRecorder]]]:
+    rows = first_rows(directory, shard, [(mine, cohort.columns()) for cohort, mine in cohorts])
+    with ProcessList(list_path(directory, shard), rows) as table:
+        if shard is None:
+            forget_shards(directory, order=True)
+        opened = []
+        for cohort, mine in cohorts:
+            level = cohort.level if cohort.encoder else None
+            cohort.recorder = recorder = RunRecorder(mine, table, cohort.place.name, level, cohort.kind)
+            opened.append((cohort, recorder))
+        yield opened
+
+
+@contextmanager
+def _placed(
+    cohorts: Sequence[Cohort], slides: Sequence[Slide]
+) -> Iterator[list[tuple[Cohort, Sequence[Slide]]]]:
+    """The cohorts with their folders, each with its slides. Shards of other encoders that begin meanwhile see
+    these folders, and are seen: none has written anything by which it would be known."""
+    directory, shard = cohorts[0].place.root, cohorts[0].execution.shard
+    if shard is None:
+        yield _reconciled(cohorts, slides, ())[0]
+        return
+    try:
+        others = encoders_at_work(directory, shard)
+        for _ in range(_TRIES):
+            found, owners = _reconciled(cohorts, slides, others)
+            known = [*others, *write_encoders(directory, shard, owners)]
+            others = encoders_at_work(directory, shard)
+            if all(other in known for other in others):
+                break
+        else:
+            raise OutputError(
+                f"shards of other encoders begin in {directory} at the same time: start shard {shard} again"
             )
-            cohort = cohort.with_place(place, config)
-            if cohort.encoder is not None:
-                beside.append(_as_owner(cohort, beside))
-            _keep_settings(cohort, settings)
-            cohorts.append((cohort, mine))
-        rows = first_rows(directory, shard, [(mine, cohort.columns()) for cohort, mine in cohorts])
-        with ProcessList(list_path(directory, shard), rows) as table:
-            if shard is None:
-                forget_shards(directory, order=True)
-            opened = []
-            for cohort, mine in cohorts:
-                level = cohort.level if cohort.encoder else None
-                cohort.recorder = recorder = RunRecorder(mine, table, cohort.place.name, level, cohort.kind)
-                opened.append((cohort, recorder))
-            yield opened
+        yield found
+    finally:
+        with suppress(OutputError):  # once the shard has ended, nobody reads it
+            remove(encoders_path(directory, shard))
+
+
+def _reconciled(
+    cohorts: Sequence[Cohort], slides: Sequence[Slide], others: Sequence[Owner]
+) -> tuple[list[tuple[Cohort, Sequence[Slide]]], list[Owner]]:
+    """The cohorts with their folders and slides, and their encoders as owners of these.
+
+    Args:
+        others: that write there at the same time.
+    """
+    found: list[tuple[Cohort, Sequence[Slide]]] = []
+    beside: list[Owner] = []
+    for cohort in cohorts:
+        place, mine, config = reconcile(
+            cohort.place.root,
+            slides,
+            cohort.config,
+            cohort.kind,
+            cohort.identities,
+            cohort.tilings.keys(),
+            beside=[*others, *beside],
+        )
+        cohort = cohort.with_place(place, config)
+        if cohort.encoder is not None:
+            beside.append(_as_owner(cohort, beside))
+        found.append((cohort, mine))
+    return found, beside
 
 
 def _as_owner(cohort: Cohort, beside: Sequence[Owner]) -> Owner:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from slide2vec.artifacts.places import Owner
 from slide2vec.cohort.bill import collect_bills
-from slide2vec.cohort.lock import SHARD_LOCKS, output_lock, shard_stem
+from slide2vec.cohort.lock import SHARD_LOCKS, output_lock, shard_holders, shard_stem
 from slide2vec.cohort.process_list import (
     PROCESS_LIST,
     Key,
@@ -24,15 +26,20 @@ from slide2vec.files import atomic_path, entries, remove
 
 __all__ = [
     "MergedProcessList",
+    "encoders_at_work",
+    "encoders_path",
     "enter_empty",
     "forget_shards",
     "list_path",
     "merged_process_list",
+    "write_encoders",
     "write_order",
 ]
 
 #: The sample_ids of a whole cohort in the order of its manifest, one a line. Every shard writes the same.
 _ORDER = ".slide2vec.slides"
+#: Matches what shards keep of their encoders.
+_ENCODERS = ".slide2vec.shard-*-of-*.encoders"
 _LIST = re.compile(r"process_list\.shard-(\d+)-of-(\d+)\.csv")
 
 
@@ -66,6 +73,39 @@ def enter_empty(output_dir: Path, shard: str, sample_ids: Iterable[str]) -> Path
         write_order(output_dir, sample_ids)
         with ProcessList(path, ()):
             return path
+
+
+def encoders_path(output_dir: Path, shard: str) -> Path:
+    """Where a shard keeps its encoders while it runs."""
+    return output_dir / f".slide2vec.{shard_stem(shard)}.encoders"
+
+
+def write_encoders(output_dir: Path, shard: str, encoders: Sequence[Owner]) -> list[Owner]:
+    """Keep the encoders of a shard, with the folders that are theirs though nothing may be there yet. Returns
+    them as `encoders_at_work` gives them to others.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+    text = json.dumps([[str(each.folder.relative_to(output_dir)), each.sidecars] for each in encoders])
+    with atomic_path(encoders_path(output_dir, shard)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return _encoders(output_dir, text)
+
+
+def encoders_at_work(output_dir: Path, shard: str) -> list[Owner]:
+    """Those of all other shards that run now."""
+    found: list[Owner] = []
+    for other in shard_holders(output_dir).keys() - {shard}:
+        try:
+            found += _encoders(output_dir, encoders_path(output_dir, other).read_text(encoding="utf-8"))
+        except FileNotFoundError:  # it has just begun: it will see this one's
+            continue
+    return found
+
+
+def _encoders(output_dir: Path, text: str) -> list[Owner]:
+    return [Owner(output_dir, output_dir / folder, sidecars) for folder, sidecars in json.loads(text)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +200,8 @@ def _order(output_dir: Path) -> list[str]:
 
 
 def forget_shards(output_dir: Path, *, order: bool) -> None:
-    """Remove the lists and locks of shards, once the common list has their rows, and their bills, which go
-    into the common one. Only for who holds the whole directory.
+    """Remove the lists, locks and encoders of shards, once the common list has their rows, and their bills,
+    which go into the common one. Only for who holds the whole directory.
 
     Args:
         order: remove what tells which slides are missing, too.
@@ -170,7 +210,11 @@ def forget_shards(output_dir: Path, *, order: bool) -> None:
         OutputError: one cannot be removed, or the common bill not written.
     """
     collect_bills(output_dir)
-    locks = [path for path in entries(output_dir) if fnmatch(path.name, SHARD_LOCKS)]
-    gone = [path for _, path in _lists(output_dir)] + locks
+    kept = [
+        path
+        for path in entries(output_dir)
+        if fnmatch(path.name, SHARD_LOCKS) or fnmatch(path.name, _ENCODERS)
+    ]
+    gone = [path for _, path in _lists(output_dir)] + kept
     for path in [*gone, output_dir / _ORDER] if order else gone:
         remove(path)

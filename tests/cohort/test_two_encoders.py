@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,14 @@ from PIL import Image
 from slide2vec import BagDataset, ExecutionOptions, Model, Pipeline, PreprocessingConfig, RunResult
 from slide2vec.artifacts import load_stored
 from slide2vec.artifacts.export import export_run
-from slide2vec.cohort.shard_lists import merged_process_list
+from slide2vec.artifacts.places import Owner
+from slide2vec.cohort import output_dir
+from slide2vec.cohort.recorder import first_rows
+from slide2vec.cohort.shard_lists import merged_process_list, write_encoders
 from slide2vec.cohort.shard_merge import merge_shards
 from slide2vec.cohort.side_by_side import _Readings
 from slide2vec.cohort.slide_writer import SlideWriter
-from slide2vec.errors import ArtifactError, ConfigError
+from slide2vec.errors import ArtifactError, ConfigError, OutputError
 from slide2vec.progress import NullReporter, SlidePlanned
 from slide2vec.progress.together import TogetherReporter
 from slide2vec.report.slide_facts import ReportedRun
@@ -216,6 +221,54 @@ def test_shards_of_a_second_encoder(run: Run, tmp_path: Path) -> None:
     assert merged.complete and (merged.finished, merged.total) == (2, 2)
     assert sorted({row["encoder_name"] for row in rows(tmp_path / "out")}) == ["scattering", TIMM]
     assert len(rows(tmp_path / "out")) == 4
+
+
+def test_shards_of_two_encoders_that_begin_together(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither has written anything when the other looks for its folders."""
+    out, nested = tmp_path / "out", []
+
+    def begin(*args: Any, **kwargs: Any) -> Any:
+        if not nested:
+            nested.append(0)
+            nested.append(run("timm", execution={"shard": "2/2"}))
+        return first_rows(*args, **kwargs)
+
+    monkeypatch.setattr(output_dir, "first_rows", begin)
+    assert not run("scattering", execution={"shard": "1/2"}).failed and not nested[1].failed
+    for name, shard in (("scattering", "2/2"), ("timm", "1/2")):
+        assert not run(name, execution={"shard": shard}).failed
+    merge_shards(out)
+    assert len(rows(out)) == 4 and not list(out.glob(".slide2vec.*.encoders"))
+    for name in ("scattering", "timm"):
+        folder = out if name == "scattering" else out / FOLDER
+        assert len(list((folder / "tile_embeddings").glob("*.pt"))) == 2
+        assert run(name).resumed == 2
+
+
+def test_shards_that_find_the_same_folder_free(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    kept: list[Owner] = []
+
+    def keep(*args: Any) -> list[Owner]:
+        found = write_encoders(*args)
+        kept.extend(found)
+        return found
+
+    monkeypatch.setattr(output_dir, "write_encoders", keep)
+    run("scattering", "elsewhere", execution={"shard": "1/1"})
+    other = replace(kept[0], root=out, folder=out)
+    seen = [[], [other], [other]]
+    monkeypatch.setattr(output_dir, "encoders_at_work", lambda *_: seen.pop(0))
+    assert not run("timm", execution={"shard": "1/1"}).failed
+    assert not seen and (out / FOLDER / "tile_embeddings/s0.pt").exists()
+    moving = ([replace(other, folder=out / f"encoders/{number}")] for number in count())
+    monkeypatch.setattr(output_dir, "encoders_at_work", lambda *_: next(moving))
+    with pytest.raises(OutputError, match="start shard 1/1 again"):
+        run("timm", execution={"shard": "1/1"})
 
 
 # tile, then embed -------------------------------------------------------------------------------
