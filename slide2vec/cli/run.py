@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -58,11 +59,13 @@ def run(
     config: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[CONFIG.yaml] [KEY=VALUE]...", help="A configuration file, and what to change in it."
+            metavar="[CONFIG.yaml|SLIDES.csv] [KEY=VALUE]...",
+            help="A configuration file, or a manifest, and what to change in the configuration.",
         ),
     ] = None,
     manifest: Annotated[
-        str | None, typer.Option("--manifest", "-m", help="CSV of the slides, or its URL.")
+        str | None,
+        typer.Option("--manifest", "-m", help="CSV of the slides, or its URL; it may also come first."),
     ] = None,
     slides_dir: SlidesDir = None,
     id_from: Annotated[
@@ -237,7 +240,7 @@ def run(
     """
     from slide2vec.settings import load_settings
 
-    path, overrides = _file_and_overrides(config or [])
+    path, manifest, overrides = _arguments(config or [], manifest)
     flags = {
         "csv": manifest,
         "slides_dir": slides_dir and str(slides_dir),
@@ -300,10 +303,26 @@ def run(
     _run(settings, tiling_only=tiling_only, trust_remote_code=trust_remote_code, as_json=as_json)
 
 
-def _file_and_overrides(given: list[str]) -> tuple[Path | None, list[str]]:
+def _arguments(given: list[str], manifest: str | None) -> tuple[Path | None, str | None, list[str]]:
+    """The configuration file, the manifest, and what changes the configuration."""
+    from slide2vec.manifests import MANIFEST_SUFFIXES
+    from slide2vec.slides import SLIDE_SUFFIXES
+
     if not given or "=" in given[0]:
-        return None, given
-    return Path(given[0]), given[1:]
+        return None, manifest, given
+    first, overrides = given[0], given[1:]
+    path = Path(first)
+    suffix = path.suffix.lower()
+    if suffix in MANIFEST_SUFFIXES:
+        if manifest is not None:
+            raise ConfigError(f"two manifests were given, {first} and {manifest}: leave one out")
+        return None, first, overrides
+    if suffix in SLIDE_SUFFIXES or path.is_dir():
+        raise ConfigError(
+            f"{first} is neither a manifest nor a configuration file. Slides by themselves are embedded "
+            f"with: slide2vec embed {shlex.quote(first)} …"
+        )
+    return path, manifest, overrides
 
 
 def _run(settings: RunSettings, *, tiling_only: bool, trust_remote_code: bool, as_json: bool) -> None:
@@ -387,7 +406,7 @@ def _slides(settings: RunSettings) -> list[Slide]:
     if settings.preprocessing.read_coordinates_from is not None:
         return recorded_slides(settings.preprocessing.read_coordinates_from)
     raise ConfigError(
-        "say which slides: --manifest slides.csv (csv: in the configuration file), or "
+        "say which slides: slide2vec run slides.csv (csv: in the configuration file), or "
         "--read-coordinates-from DIR for all that have coordinate files there"
     )
 

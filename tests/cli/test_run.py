@@ -87,6 +87,22 @@ def test_flags_alone(run, manifest: Path, small_slide: Path, tmp_path: Path) -> 
     assert "of 2 slides" in result.stdout and "bottleneck" in result.stdout
 
 
+def test_a_manifest_comes_first(run, manifest: Path, tmp_path: Path) -> None:
+    """As with `plan`."""
+    result = run("run", manifest, "tiling.params.tissue_threshold=0.5", *FAST, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert _finished(tmp_path / "out") == ["a.pt", "b.pt"]
+    assert _settings(tmp_path / "out").preprocessing.tissue_threshold == 0.5
+    both = run("run", manifest, "--manifest", manifest, *FAST, "-o", tmp_path / "out")
+    assert both.exit_code == 1 and "two manifests" in both.stderr
+
+
+def test_slides_are_not_taken_for_a_configuration(run, small_slide: Path, tmp_path: Path) -> None:
+    for given in (small_slide, small_slide.parent, "*.svs"):
+        result = run("run", given, *FAST, "-o", tmp_path / "out")
+        assert result.exit_code == 1 and "slide2vec embed" in result.stderr
+
+
 def test_flags_resume_and_say_so(run, manifest: Path, tmp_path: Path) -> None:
     command = ("run", "--manifest", manifest, *FAST, "-o", tmp_path / "out")
     run(*command)
