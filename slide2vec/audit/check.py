@@ -92,7 +92,7 @@ def audit_run(
     Raises:
         ArtifactError: the run has no embeddings of tiles.
         ConfigError: the sample is no part, or there is no such encoder.
-        PresetError, WeightsError: the encoder cannot be built.
+        PresetError, WeightsError: the encoder cannot be built. One of several is not audited then.
     """
     if not 0 < sample <= 1:
         raise ConfigError(f"sample={sample:g} is no part of the tiles: give more than 0, at most 1 (100%)")
@@ -114,15 +114,22 @@ def audit_run(
         )
     done, encoders = 0, []
     for owner, sidecars in todo:
-        rows = []
-        if sidecars:
+        if not sidecars:
+            continue
+        audit: _Audit | _NotBuilt
+        try:
             model = _model(owner, sidecars, weights, device, trust_remote_code)
             audit = _Audit(run, owner, model, sample, seed, slides_dir)
-            for sidecar in sidecars:
-                rows.append(audit.row(sidecar))
-                done += 1
-                progress(done, count)
-            encoders.append({**audit.described, "verdict": _verdict(rows), "slides": rows})
+        except Slide2VecError as error:
+            if len(sidecars) == count:
+                raise
+            audit = _NotBuilt(run, owner, error)
+        rows = []
+        for sidecar in sidecars:
+            rows.append(audit.row(sidecar))
+            done += 1
+            progress(done, count)
+        encoders.append({**audit.described, "verdict": _verdict(rows), "slides": rows})
     every = [row for each in encoders for row in each["slides"]]
     return {
         "schema": SCHEMA,
@@ -205,6 +212,41 @@ class _Differs(Exception):
     """What is wrong with a slide's files."""
 
 
+def _row(run: Path, owner: Owner, sidecar: Path) -> Row:
+    """Of a slide that nothing is found of yet."""
+    return {
+        "sample_id": sidecar.name.removesuffix(SIDECAR),
+        "kind": sidecar.relative_to(owner.folder).parts[0].removesuffix("_embeddings"),
+        "verdict": "agrees",
+        "why": None,
+        "tiles": None,
+        "compared": 0,
+        "files": {_named(run, sidecar): digest_of(sidecar)},
+    }
+
+
+def _named(run: Path, path: Path) -> str:
+    """In the run; of coordinates that were given, wherever they are."""
+    return (path.relative_to(run) if path.is_relative_to(run) else path.resolve()).as_posix()
+
+
+@dataclass(frozen=True)
+class _NotBuilt:
+    """One of several encoders of a run, which cannot be built."""
+
+    run: Path
+    owner: Owner
+    error: Slide2VecError
+
+    @property
+    def described(self) -> Row:
+        return {"encoder": self.owner.name, "preset": self.owner.preset, "weights": None}
+
+    def row(self, sidecar: Path) -> Row:
+        """Of a slide, which is not compared."""
+        return _row(self.run, self.owner, sidecar) | {"verdict": "not audited", "why": str(self.error)}
+
+
 @dataclass(frozen=True)
 class _Audit:
     """Of one encoder of a run."""
@@ -227,18 +269,9 @@ class _Audit:
 
     def row(self, sidecar: Path) -> Row:
         """What is found of a slide."""
-        kind = sidecar.relative_to(self.owner.folder).parts[0].removesuffix("_embeddings")
-        found: Row = {
-            "sample_id": sidecar.name.removesuffix(SIDECAR),
-            "kind": kind,
-            "verdict": "agrees",
-            "why": None,
-            "tiles": None,
-            "compared": 0,
-            "files": {self._named(sidecar): digest_of(sidecar)},
-        }
+        found = _row(self.run, self.owner, sidecar)
         try:
-            self._compare(sidecar, kind, found)
+            self._compare(sidecar, found["kind"], found)
         except _Differs as error:
             found |= {"verdict": "differs", "why": str(error)}
         except (ArtifactError, TilingError, KeyError, TypeError) as error:  # of a sidecar by other hands
@@ -246,10 +279,6 @@ class _Audit:
         except (NoSecondReader, Slide2VecError, OSError) as error:
             found |= {"verdict": "not audited", "why": str(error)}
         return found
-
-    def _named(self, path: Path) -> str:
-        """In the run; of coordinates that were given, wherever they are."""
-        return (path.relative_to(self.run) if path.is_relative_to(self.run) else path.resolve()).as_posix()
 
     def _compare(self, sidecar: Path, kind: str, found: Row) -> None:
         recorded = read_metadata(sidecar)
@@ -288,7 +317,7 @@ class _Audit:
         path = next(filter(Path.is_file, paths), None)
         if path is None:
             raise _Differs("the file of its embeddings is missing")
-        found["files"][self._named(path)] = digest_of(path)
+        found["files"][_named(self.run, path)] = digest_of(path)
         return load_embeddings(path)
 
     def _tiling(self, recorded: Mapping[str, Any], kind: str, found: Row) -> Tiling:
@@ -296,7 +325,7 @@ class _Audit:
         folder = coordinates_folder(recorded, self.owner.tiling / "tiles", name)
         for path in coordinate_paths(folder, name):
             if path.is_file():
-                found["files"][self._named(path)] = digest_of(path)
+                found["files"][_named(self.run, path)] = digest_of(path)
         tiling = load_coordinates(folder, name)
         return expand_regions(tiling, int(recorded["region_tile_multiple"])) if kind != "tile" else tiling
 

@@ -71,7 +71,12 @@ class BroughtTiles(Brought):
     def forward(self, pixels: Tensor) -> Tensor:
         """See the class."""
         own: Any = self.own
-        return cast("Tensor", own.encode_tiles(pixels) if isinstance(own, TileEncoder) else own(pixels))
+        made = own.encode_tiles(pixels) if isinstance(own, TileEncoder) else own(pixels)
+        if not isinstance(made, Tensor):
+            raise TypeError(
+                f"it gave {type(made).__name__} for tiles, not a tensor of a row for each: correct its code"
+            )
+        return made
 
     def ready_for_other_sizes(self, name: str) -> None:
         """Have it take tiles of other sizes: constructed anew where it has arguments for that."""

@@ -20,7 +20,7 @@ from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig
 from slide2vec.artifacts.reading import load_embeddings
 from slide2vec.audit import audit_run, verify_certificate, write_certificate
 from slide2vec.audit.second_reader import NoSecondReader, area_average, second_readers
-from slide2vec.errors import ArtifactError, ConfigError
+from slide2vec.errors import ArtifactError, ConfigError, PresetError
 from slide2vec.prepare.torch_preparer import TorchPreparer
 from slide2vec.slides import Slide
 from slide2vec.synthetic import write_synthetic_slide
@@ -332,6 +332,20 @@ def test_sidecars_by_other_hands_stop_nothing(run: Path) -> None:
         sidecar.write_text("{")
     with pytest.raises(ArtifactError, match="no embeddings of tiles with a sidecar that can be read"):
         audited(run)
+
+
+def test_an_encoder_that_cannot_be_built_is_not_audited_the_others_are(run: Path) -> None:
+    gone = run / "encoders/gone/tile_embeddings"
+    shutil.copytree(run / "tile_embeddings", gone)
+    for sidecar in gone.glob("*.meta.json"):
+        sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "encoder_name": "gone"}))
+    found = audited(run)
+    assert found["slides"] == {"agrees": 2, "not audited": 2} and found["verdict"] == "agrees"
+    first, second = found["encoders"]
+    assert (first["verdict"], second["verdict"], second["encoder"]) == ("agrees", "not audited", "gone")
+    assert all("gone" in row["why"] for row in second["slides"])
+    with pytest.raises(PresetError, match="gone"):
+        audited(run, encoder="gone")
 
 
 def test_tiles_of_an_archive_are_not_the_slides(run: Path) -> None:

@@ -221,6 +221,13 @@ def test_embeddings_of_another_shape_fail_their_slide_or_patient(
         patients.embed_patient([slide])
 
 
+def test_features_of_tiles_that_are_no_tensor(monkeypatch: pytest.MonkeyPatch, slide: Path) -> None:
+    made = brought.Tiles.encode_tiles
+    monkeypatch.setattr(brought.Tiles, "encode_tiles", lambda self, batch: (made(self, batch),))
+    with pytest.raises(TypeError, match="it gave tuple for tiles, not a tensor of a row for each: correct"):
+        Model.from_preset("tests-tiles", device="cpu").embed_slide(slide)
+
+
 @pytest.mark.parametrize(
     "names",
     [
