@@ -109,11 +109,13 @@ def competitors(args: argparse.Namespace, slide: Path, weights: Path) -> dict[st
     return found
 
 
-def child(kind: str, *given: str) -> Row:
+def child(kind: str, *given: str) -> None:
+    """Prints what it measured."""
     if kind == "ours":
-        return embed(*given)
+        embed(*given)
+        return
     file, precision, tiles, size, _ = given
-    return loop_by_hand(file, precision, int(tiles), int(size))
+    print(json.dumps(loop_by_hand(file, precision, int(tiles), int(size))))
 
 
 def report(rows: dict[str, list[Row]], load: float, where: Row) -> str:
@@ -174,7 +176,7 @@ def main() -> None:
     parser.add_argument("--child", nargs="+", metavar="ARG", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(child(*args.child)))
+        child(*args.child)
         return
     slide, weights = generated(args.folder, args.size), weights_of(args.preset, args.folder)
     for precision in PRECISIONS:

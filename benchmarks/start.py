@@ -13,6 +13,7 @@ Results go to `results/start-<date>.md` and `.json`.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import datetime
 import io
@@ -65,26 +66,26 @@ class FirstTile:
         pass
 
 
-def embed(slide: str, preset: str, weights: str, engine: str, precision: str, folder: str) -> Row:
-    """`slide2vec embed` in this process, as the command does it."""
-    from slide2vec.cli import main as command
+def embed(slide: str, preset: str, weights: str, engine: str, precision: str, folder: str) -> None:
+    """`slide2vec embed` as this process, which ends as the command does; what was measured is printed then."""
+    from slide2vec.__main__ import main as command
     from slide2vec.progress import lines
 
-    first = FirstTile()
+    first, printed = FirstTile(), io.StringIO()
     lines.LineReporter = lambda *_: first  # type: ignore[assignment, misc]
     given = ["--engine", engine, "--precision", precision, "--output", folder, "--json"]
     sys.argv = ["slide2vec", "embed", slide, "--preset", preset, "--weights", weights, *given]
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed):
-            command()
-    except SystemExit as ended:
-        if ended.code:
-            raise
+    atexit.register(_tell, first, printed)
+    with contextlib.redirect_stdout(printed):
+        command()
+
+
+def _tell(first: FirstTile, printed: io.StringIO) -> None:
     found = json.loads(printed.getvalue())
     encoder = found["encoder"]
     tiles = sum(made["num_tiles"] for made in found["slides"])
-    return {**first.found, "tiles": tiles, "runs_on": f"{encoder['runtime']}, {encoder['precision']}"}
+    row = {**first.found, "tiles": tiles, "runs_on": f"{encoder['runtime']}, {encoder['precision']}"}
+    print(json.dumps(row), file=sys.__stdout__, flush=True)
 
 
 def whole_process(*command: str, cache: bool = True) -> Row:
@@ -177,7 +178,7 @@ def main() -> None:
     parser.add_argument("--child", nargs=6, metavar="ARG", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(embed(*args.child)))
+        embed(*args.child)
         return
     found, rows = measure(args)
     load, where = os.getloadavg()[0], machine()
