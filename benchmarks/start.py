@@ -67,7 +67,7 @@ class FirstTile:
 
 
 def embed(slide: str, preset: str, weights: str, engine: str, precision: str, folder: str) -> None:
-    """`slide2vec embed` as this process, which ends as the command does; what was measured is printed then."""
+    """`slide2vec embed` as this process, which ends as the command does; its figures are printed then."""
     from slide2vec.__main__ import main as command
     from slide2vec.progress import lines
 
