@@ -30,20 +30,29 @@ def _end_without_collection(code: Any) -> None:
     profiled, or CUDA is used, whose profilers write when a process ends as usual.
     """
     torch = sys.modules.get("torch")
-    if torch is None or torch.cuda.is_initialized() or not isinstance(code, int):
-        return
-    if sys.gettrace() or sys.getprofile():
+    if torch is None or torch.cuda.is_initialized() or not isinstance(code, int) or _is_watched():
         return
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except (OSError, ValueError):
+        _flush()
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        _flush()
+    except (OSError, ValueError, KeyboardInterrupt):
         return
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
+
+
+def _is_watched() -> bool:
+    """By a debugger, a profiler or a measure of coverage."""
+    monitoring = getattr(sys, "monitoring", None)  # of Python 3.12
+    tools = [] if monitoring is None else [monitoring.get_tool(number) for number in range(6)]
+    return any((sys.gettrace(), sys.getprofile(), *tools))
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # it was closed by who started the process
+            stream.flush()
 
 
 if __name__ == "__main__":

@@ -406,7 +406,7 @@ def _slides(settings: RunSettings) -> list[Slide]:
     if settings.preprocessing.read_coordinates_from is not None:
         return recorded_slides(settings.preprocessing.read_coordinates_from)
     raise ConfigError(
-        "say which slides: slide2vec run slides.csv (csv: in the configuration file), or "
+        "say which slides: --manifest slides.csv (csv: in the configuration file), or "
         "--read-coordinates-from DIR for all that have coordinate files there"
     )
 

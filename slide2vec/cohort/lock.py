@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,29 @@ from typing import Any
 from slide2vec.errors import OutputError, OutputLockedError
 from slide2vec.files import entries, is_remote, open_locked
 from slide2vec.files.lease import lease_holder, leased, signature
-from slide2vec.files.locks import try_lock
+from slide2vec.files.locks import try_lock, wait_for_lock
 
-__all__ = ["LOCK_NAME", "SHARD_LOCKS", "holder", "output_lock", "shard_holders", "shard_stem"]
+__all__ = [
+    "LOCK_NAME",
+    "PLACES_LOCK",
+    "SHARD_LOCKS",
+    "holder",
+    "one_at_a_time",
+    "output_lock",
+    "shard_holders",
+    "shard_stem",
+]
 
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".slide2vec.lock"
 #: Matches the locks of shards.
 SHARD_LOCKS = ".slide2vec.shard-*-of-*.lock"
+#: Held by a shard while it looks for its folders.
+PLACES_LOCK = ".slide2vec.places.lock"
 _TRIES, _PAUSE_S = 4, 0.05
+#: For a turn behind a URL, where who was killed holds it for 2 min.
+_MOST_WAIT_S = 600.0
 
 
 def shard_stem(shard: str) -> str:
@@ -55,6 +68,42 @@ def output_lock(output_dir: Path, shard: str | None = None) -> Iterator[None]:
             if shard is not None:
                 held.enter_context(_lock(output_dir, own))
         yield
+
+
+@contextmanager
+def one_at_a_time(output_dir: Path) -> Iterator[None]:
+    """Shards of an output directory, which are held, wait for each other here.
+
+    Raises:
+        OutputLockedError: behind a URL, others have had their turn for 10 min.
+        OutputError: the lock cannot be made.
+    """
+    path = output_dir / PLACES_LOCK
+    with ExitStack() as held:
+        if is_remote(output_dir):
+            _wait_for_lease(held, path)
+        else:
+            try:
+                descriptor = open_locked(path)
+            except OSError as error:
+                raise OutputError.of(path, error) from error
+            held.callback(os.close, descriptor)
+            with suppress(OSError):  # no locks there, which `output_lock` has warned of
+                wait_for_lock(descriptor)
+        yield
+
+
+def _wait_for_lease(held: ExitStack, path: Path) -> None:
+    until = time.monotonic() + _MOST_WAIT_S
+    while True:
+        try:
+            held.enter_context(leased(path))
+        except OutputLockedError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(_PAUSE_S)
+        else:
+            return
 
 
 def _refuse_others(output_dir: Path, shard: str | None) -> None:

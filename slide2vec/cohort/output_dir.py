@@ -9,7 +9,7 @@ from pathlib import Path
 
 from slide2vec.artifacts.places import ARTIFACT_FOLDERS, ENCODERS, Owner, owners, tiling_folders
 from slide2vec.cohort.context import Cohort
-from slide2vec.cohort.lock import output_lock
+from slide2vec.cohort.lock import one_at_a_time, output_lock
 from slide2vec.cohort.log import RunLog
 from slide2vec.cohort.process_list import ProcessList
 from slide2vec.cohort.reconcile import geometry_of, reconcile
@@ -32,9 +32,6 @@ from slide2vec.slides import Slide
 __all__ = ["Settings", "output_directory", "remove_all_partial", "shared_output_directory"]
 
 _TILING_FOLDERS = ("", "tiles", "preview/mask", "preview/tiling")
-#: How often a shard looks for folders while those of other encoders begin.
-_TRIES = 5
-
 #: The text of config.yaml for a configuration.
 Settings = Callable[[PreprocessingConfig], str]
 
@@ -108,6 +105,8 @@ def _opened(
     with output_lock(directory, shard):
         if shard is None:  # others write there while a shard does
             remove_all_partial(directory)
+        else:  # as a killed run of this shard left it; it is read while the shard is held
+            remove(encoders_path(directory, shard))
         # one division for all encoders, or they would not share what is read
         share = _share(first, slides, patients=any(cohort.kind == "patient" for cohort, _ in runs))
         with _placed([cohort for cohort, _ in runs], share) as cohorts:
@@ -141,18 +140,10 @@ def _placed(
     if shard is None:
         yield _reconciled(cohorts, slides, ())[0]
         return
+    with one_at_a_time(directory):
+        found, owners = _reconciled(cohorts, slides, encoders_at_work(directory, shard))
+        write_encoders(directory, shard, owners)
     try:
-        others = encoders_at_work(directory, shard)
-        for _ in range(_TRIES):
-            found, owners = _reconciled(cohorts, slides, others)
-            known = [*others, *write_encoders(directory, shard, owners)]
-            others = encoders_at_work(directory, shard)
-            if all(other in known for other in others):
-                break
-        else:
-            raise OutputError(
-                f"shards of other encoders begin in {directory} at the same time: start shard {shard} again"
-            )
         yield found
     finally:
         with suppress(OutputError):  # once the shard has ended, nobody reads it

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from slide2vec.artifacts.places import Owner
 from slide2vec.cohort.bill import collect_bills
-from slide2vec.cohort.lock import SHARD_LOCKS, output_lock, shard_holders, shard_stem
+from slide2vec.cohort.lock import PLACES_LOCK, SHARD_LOCKS, output_lock, shard_holders, shard_stem
 from slide2vec.cohort.process_list import (
     PROCESS_LIST,
     Key,
@@ -22,7 +22,8 @@ from slide2vec.cohort.process_list import (
     read_process_list,
     state_of,
 )
-from slide2vec.files import atomic_path, entries, remove
+from slide2vec.errors import OutputError
+from slide2vec.files import as_os_errors, atomic_path, entries, remove
 
 __all__ = [
     "MergedProcessList",
@@ -80,32 +81,38 @@ def encoders_path(output_dir: Path, shard: str) -> Path:
     return output_dir / f".slide2vec.{shard_stem(shard)}.encoders"
 
 
-def write_encoders(output_dir: Path, shard: str, encoders: Sequence[Owner]) -> list[Owner]:
-    """Keep the encoders of a shard, with the folders that are theirs though nothing may be there yet. Returns
-    them as `encoders_at_work` gives them to others.
+def write_encoders(output_dir: Path, shard: str, encoders: Sequence[Owner]) -> None:
+    """Keep the encoders of a shard, with the folders that are theirs though nothing may be there yet.
 
     Raises:
         OutputError: they cannot be written.
     """
-    text = json.dumps([[str(each.folder.relative_to(output_dir)), each.sidecars] for each in encoders])
+    kept = [[each.folder.relative_to(output_dir).parts, each.sidecars] for each in encoders]
     with atomic_path(encoders_path(output_dir, shard)) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return _encoders(output_dir, text)
+        temporary.write_text(json.dumps(kept), encoding="utf-8")
 
 
 def encoders_at_work(output_dir: Path, shard: str) -> list[Owner]:
-    """Those of all other shards that run now."""
+    """Those of all other shards that run now.
+
+    Raises:
+        OutputError: a shard's cannot be read.
+    """
     found: list[Owner] = []
     for other in shard_holders(output_dir).keys() - {shard}:
+        path = encoders_path(output_dir, other)
         try:
-            found += _encoders(output_dir, encoders_path(output_dir, other).read_text(encoding="utf-8"))
-        except FileNotFoundError:  # it has just begun: it will see this one's
+            with as_os_errors(path):
+                kept = json.loads(path.read_bytes())
+        except FileNotFoundError:  # it has not looked for its folders yet
             continue
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                f"{path}, which says where shard {other} writes, cannot be read ({error}): start again once "
+                "that shard has ended"
+            ) from error
+        found += [Owner(output_dir, output_dir.joinpath(*parts), sidecars) for parts, sidecars in kept]
     return found
-
-
-def _encoders(output_dir: Path, text: str) -> list[Owner]:
-    return [Owner(output_dir, output_dir / folder, sidecars) for folder, sidecars in json.loads(text)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,5 +223,6 @@ def forget_shards(output_dir: Path, *, order: bool) -> None:
         if fnmatch(path.name, SHARD_LOCKS) or fnmatch(path.name, _ENCODERS)
     ]
     gone = [path for _, path in _lists(output_dir)] + kept
+    gone.append(output_dir / PLACES_LOCK)
     for path in [*gone, output_dir / _ORDER] if order else gone:
         remove(path)

@@ -16,8 +16,7 @@ from types import SimpleNamespace
 from slide2vec import __main__ as process
 
 def at_once(code, end=os._exit):
-    sys.stderr.write("at once")
-    sys.stderr.flush()
+    os.write(2, b"at once")
     end(code)
 
 def command():
@@ -70,6 +69,23 @@ def test_python_ends_it_as_usual(how: dict) -> None:
     ran = _ended(**how)
     assert ran.returncode == (1 if "code" in how else 3)
     assert ran.stdout.splitlines()[1:] == ["thread", "exit handler"] and "at once" not in ran.stderr
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="sys.monitoring is of Python 3.12")
+def test_a_profiler_that_monitors_writes_its_profile() -> None:
+    ran = _ended(before="sys.monitoring.use_tool_id(sys.monitoring.PROFILER_ID, 'test')")
+    assert ran.returncode == 3 and "at once" not in ran.stderr
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_streams_that_are_closed(closed: str) -> None:
+    ran = _ended("0", before=f"sys.{closed} = None")
+    assert (ran.returncode, ran.stderr) == (0, "at once")
+
+
+def test_an_interrupt_while_threads_are_waited_for() -> None:
+    ran = _ended(before="def interrupted(): raise KeyboardInterrupt\nthreading._shutdown = interrupted")
+    assert ran.returncode == 3 and "at once" not in ran.stderr and "__main__.py" not in ran.stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

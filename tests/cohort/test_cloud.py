@@ -16,6 +16,8 @@ from torch import nn
 from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig, RunResult
 from slide2vec.artifacts import load_embeddings
 from slide2vec.artifacts.tile_features import load_stored
+from slide2vec.cohort import output_dir
+from slide2vec.cohort.recorder import first_rows
 from slide2vec.cohort.shard_merge import merge_shards
 from slide2vec.encoders.slide import SlideFeatures, TileBag
 from slide2vec.errors import ConfigError, ManifestError, OutputError
@@ -250,6 +252,28 @@ def test_shards_are_merged(tile_model: Model, slides: list[Path], memory: Memory
     for one in whole:
         there = load_embeddings(f"{URL}/tile_embeddings/{one.path.name}")
         assert torch.equal(there, load_embeddings(one.path))
+
+
+def test_shards_of_two_encoders_that_begin_together(
+    tile_model: Model, slides: list[Path], memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Model.from_preset("scattering", device="cpu", allow_non_recommended_settings=True)
+    nested: list[RunResult] = []
+
+    def begin(*args: Any) -> Any:
+        if not nested:
+            monkeypatch.undo()
+            nested.append(run(other, slides, URL, {"shard": "2/2"}))
+        return first_rows(*args)
+
+    monkeypatch.setattr(output_dir, "first_rows", begin)
+    run(tile_model, slides, URL, {"shard": "1/2"})
+    run(tile_model, slides, URL, {"shard": "2/2"})
+    run(other, slides, URL, {"shard": "1/2"})
+    assert merge_shards(as_path(URL)).complete
+    for folder in ("tile_embeddings", "encoders/scattering/tile_embeddings"):
+        assert [name for name in names(memory, folder) if name.endswith(".pt")] == ["s0.pt", "s1.pt"]
+    assert not [name for name in memory.find("/bucket/run") if ".slide2vec." in name]
 
 
 def test_coordinates_behind_a_url(tile_model: Model, slides: list[Path], tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from itertools import count
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,14 @@ from slide2vec.artifacts import load_stored
 from slide2vec.artifacts.export import export_run
 from slide2vec.artifacts.places import Owner
 from slide2vec.cohort import output_dir
+from slide2vec.cohort.lock import one_at_a_time, output_lock
 from slide2vec.cohort.recorder import first_rows
-from slide2vec.cohort.shard_lists import merged_process_list, write_encoders
+from slide2vec.cohort.shard_lists import (
+    encoders_at_work,
+    encoders_path,
+    merged_process_list,
+    write_encoders,
+)
 from slide2vec.cohort.shard_merge import merge_shards
 from slide2vec.cohort.side_by_side import _Readings
 from slide2vec.cohort.slide_writer import SlideWriter
@@ -247,28 +255,57 @@ def test_shards_of_two_encoders_that_begin_together(
         assert run(name).resumed == 2
 
 
-def test_shards_that_find_the_same_folder_free(
+def test_shards_look_for_their_folders_in_turn(
+    run: Run, slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six of them at the same moment: those of an encoder have one folder, and none that of the other."""
+    out, places = tmp_path / "out", defaultdict[str, set[Path]](set)
+    together = threading.Barrier(6)
+
+    def look(output_dir: Path, shard: str) -> list[Owner]:
+        found = encoders_at_work(output_dir, shard)
+        time.sleep(0.05)
+        return found
+
+    def wait(directory: Path, *args: Any) -> Any:
+        together.wait()
+        return one_at_a_time(directory)
+
+    def note_place(directory: Path, shard: str, encoders: Sequence[Owner]) -> None:
+        write_encoders(directory, shard, encoders)
+        (encoder,) = encoders
+        places[encoder.name].add(encoder.folder)
+
+    def fail(*args: Any) -> Any:
+        together.wait()
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr(output_dir, "encoders_at_work", look)
+    monkeypatch.setattr(output_dir, "one_at_a_time", wait)
+    monkeypatch.setattr(output_dir, "write_encoders", note_place)
+    monkeypatch.setattr(output_dir, "first_rows", fail)  # nothing is written by which one would be known
+
+    def begin(number: int) -> None:
+        with pytest.raises(OutputError, match="the disk is full"):
+            run(("scattering", "timm")[number % 2], execution={"shard": f"{number + 1}/6"})
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(begin, range(6)))
+    first, second = places.values()
+    assert len(places) == 2 and len(first) == len(second) == 1 and first | second > {out}
+    assert not list(out.glob(".slide2vec.*.encoders"))
+
+
+def test_encoders_of_another_shard_that_cannot_be_read(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    kept: list[Owner] = []
-
-    def keep(*args: Any) -> list[Owner]:
-        found = write_encoders(*args)
-        kept.extend(found)
-        return found
-
-    monkeypatch.setattr(output_dir, "write_encoders", keep)
-    run("scattering", "elsewhere", execution={"shard": "1/1"})
-    other = replace(kept[0], root=out, folder=out)
-    seen = [[], [other], [other]]
-    monkeypatch.setattr(output_dir, "encoders_at_work", lambda *_: seen.pop(0))
-    assert not run("timm", execution={"shard": "1/1"}).failed
-    assert not seen and (out / FOLDER / "tile_embeddings/s0.pt").exists()
-    moving = ([replace(other, folder=out / f"encoders/{number}")] for number in count())
-    monkeypatch.setattr(output_dir, "encoders_at_work", lambda *_: next(moving))
-    with pytest.raises(OutputError, match="start shard 1/1 again"):
-        run("timm", execution={"shard": "1/1"})
+    with output_lock(out, "1/2"):
+        encoders_path(out, "1/2").write_bytes(b"\xff{")
+        with pytest.raises(OutputError, match="says where shard 1/2 writes, cannot be read"):
+            run("timm", execution={"shard": "2/2"})
+    assert not run("timm", execution={"shard": "2/2"}).failed
+    assert not run("timm", execution={"shard": "1/2"}).failed  # what it had left is not looked at
 
 
 # tile, then embed -------------------------------------------------------------------------------
