@@ -132,7 +132,8 @@ def are_of_other_files(directory: Path, sample_id: str, compatibility: Any) -> b
     """Whether a slide's coordinate files were made from other contents of its image and mask than embeddings:
     one of several encoders that share them has tiled the slide anew, or a run that broke off.
 
-    False where one of the two does not say, and for tiles that were given: they are of no mask.
+    False where one of the two does not say, and for coordinates that were given (they are
+    of no mask) and tile archives (which are no slides).
 
     Args:
         compatibility: of the embeddings, as their sidecar has it.
@@ -140,24 +141,23 @@ def are_of_other_files(directory: Path, sample_id: str, compatibility: Any) -> b
     recorded = _read_source(directory, sample_id).get("coordinates")
     if not (isinstance(recorded, Mapping) and isinstance(compatibility, Mapping)):
         return False
-    return not were_given(compatibility) and any(
+    if were_given(compatibility) or compatibility.get("tiles_from") == "archive":
+        return False
+    return any(
         name in compatibility and not same_content(recorded.get(name), compatibility[name])
         for name in ("image", "mask")
     )
 
 
 def were_given(compatibility: Any) -> bool:
-    """Whether the tiles of embeddings were given, as coordinate files or archives, not found in the slide.
+    """Whether the coordinates of embeddings were given, not found in the slide; those of tile archives alone
+    were found.
 
     Args:
         compatibility: of the embeddings, as their sidecar has it.
     """
-    if not isinstance(compatibility, Mapping):
-        return False
-    geometry = compatibility.get("geometry")
-    return compatibility.get("tiles_from") == "archive" or (
-        isinstance(geometry, Mapping) and "coordinates" in geometry
-    )
+    geometry = compatibility.get("geometry") if isinstance(compatibility, Mapping) else None
+    return isinstance(geometry, Mapping) and "coordinates" in geometry
 
 
 def find_reusable(previous: Previous, reader: SlideReader, config: PreprocessingConfig) -> Tiling | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -145,6 +146,26 @@ def test_coordinates_of_another_state_of_a_mask_are_not_those_of_the_embeddings(
     assert (again.resumed, again.recomputed) == (0, {"set of coordinates": 1})
     assert torch.equal(BagDataset(out, encoders=TIMM)[0]["coords"], before) and exported(TIMM) == []
     assert run("timm", given=given).resumed == 1
+
+
+def archives_alone(out: Path, folder: Path) -> Path:
+    """The tile archives of a run, without its coordinates beside them."""
+    folder.mkdir()
+    for path in (out / "tiles").glob("*.tiles.*"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def test_a_copy_of_a_run_over_archives_has_its_own_coordinates(run: Run, tmp_path: Path) -> None:
+    run("scattering", save_tiles=True)
+    archives = archives_alone(tmp_path / "out", tmp_path / "archives")
+    run("scattering", "original", read_tiles_from=archives)
+    shutil.copytree(tmp_path / "original", tmp_path / "copy")
+    before = BagDataset(tmp_path / "copy")[0]["coords"]
+    for folder in ("tiles", "tile_embeddings"):
+        shutil.rmtree(tmp_path / "original" / folder)
+    run("scattering", "original", overlap=0.5, resume=False)  # the slides themselves, in other places
+    assert torch.equal(BagDataset(tmp_path / "copy")[0]["coords"], before)
 
 
 def test_another_precision_is_another_encoder(
