@@ -32,7 +32,7 @@ from slide2vec.stream import coordinates_dir
 from slide2vec.stream.slide_identity import Identities, SlideIdentity
 from slide2vec.tiling import Tiling, load_coordinates
 from slide2vec.tiling.known_misreads import READING
-from slide2vec.tiling.previous_files import are_of_other_files, recorded_qc
+from slide2vec.tiling.previous_files import ARCHIVE, are_of_other_files, recorded_qc
 from slide2vec.tiling.tissue_methods import checkpoint_of
 
 __all__ = ["CompletedArtifacts", "compatibility", "difference", "encoder_identity"]
@@ -67,7 +67,7 @@ def compatibility(
     made = {
         **files,
         "reading": READING,
-        "tiles_from": "archive" if from_archive else "slide" if config.on_the_fly else "jpeg",
+        "tiles_from": ARCHIVE if from_archive else "slide" if config.on_the_fly else "jpeg",
         "encoder": encoder_identity(encoder),
         "geometry": _geometry(slide, config, given),
     }
