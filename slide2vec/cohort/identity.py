@@ -172,14 +172,17 @@ class CompletedArtifacts:
             return dict.fromkeys(kinds)
         found = {kind: self._find(kind, slide.sample_id, asked[kind], [slide]) for kind in kinds}
         complete = {kind for kind, each in found.items() if each is not None and not isinstance(each, str)}
-        if complete and self._tiled_otherwise(slide, asked):
+        if complete and self._tiled_otherwise(slide, asked[next(iter(complete))]):
             found |= dict.fromkeys(complete, "set of coordinates")
         return found
 
-    def _tiled_otherwise(self, slide: Slide, asked: Mapping[Kind, Mapping[str, Any]]) -> bool:
-        """Whether another run has tiled a slide anew, from files that now are again as they were."""
-        tiles, name = self._place.tiling / "tiles", slide.sample_id
-        return any(are_of_other_files(tiles, name, each) for each in asked.values())
+    def _tiled_otherwise(self, slide: Slide, asked: Mapping[str, Any]) -> bool:
+        """Whether another run has tiled a slide anew, from files that now are again as they were.
+
+        Args:
+            asked: of any kind: files and tiles are the same for all.
+        """
+        return are_of_other_files(self._place.tiling / "tiles", slide.sample_id, asked)
 
     def find_patient(
         self, patient_id: str, slides: Sequence[Slide], identities: Mapping[str, Mapping[str, Any] | None]
