@@ -43,7 +43,8 @@ def write_certificate(path: Path | str, content: Mapping[str, Any]) -> None:
 def verify_certificate(path: Path | str, run: Path | str | None = None) -> list[str]:
     """What differs from when it was written: in itself, and in the files that it is about; none if it holds.
 
-    No slide is read, and nothing but the certificate and the run is needed.
+    No slide is read, and nothing but the certificate and the run is needed: with coordinates that were given
+    to the run (`read_coordinates_from`), these too, where they were.
 
     Args:
         run: directory of the run; None = that of the certificate.

@@ -32,7 +32,7 @@ from slide2vec.stream.shared_slides import Share
 from slide2vec.stream.slide_identity import Identities, SlideIdentity
 from slide2vec.tiling import Tiling, write_coordinates
 from slide2vec.tiling.coordinates import as_hs2p_backend, coordinate_paths
-from slide2vec.tiling.previous_files import record_source, recorded_qc
+from slide2vec.tiling.previous_files import ARCHIVE, record_source, recorded_qc
 
 __all__ = ["Cohort", "PlannedSlide"]
 
@@ -202,6 +202,8 @@ class Cohort:
         # unknown state of the slide, nor its record beside coordinates of another state.
         remove(coordinate_paths(folder, tiling.sample_id)[1])
         entered: dict[str, Any] = {"coordinates": files.content, "remarks": remarks or None, "qc": qc}
+        # `image` is that of the archive then, which is not to be compared with the slide's
+        entered["tiles_from"] = None if self.config.read_tiles_from is None else ARCHIVE
         entered["segmenter"] = tiling.recorded.segmentation.checkpoint
         masks = None if tiling.strategy is None else self.config.masks.identity(tiling.sample_id)
         record_source(folder, tiling.sample_id, {**entered, "masks": masks})

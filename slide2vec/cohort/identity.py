@@ -32,7 +32,7 @@ from slide2vec.stream import coordinates_dir
 from slide2vec.stream.slide_identity import Identities, SlideIdentity
 from slide2vec.tiling import Tiling, load_coordinates
 from slide2vec.tiling.known_misreads import READING
-from slide2vec.tiling.previous_files import are_of_other_files, recorded_qc
+from slide2vec.tiling.previous_files import ARCHIVE, are_of_other_files, recorded_qc
 from slide2vec.tiling.tissue_methods import checkpoint_of
 
 __all__ = ["CompletedArtifacts", "compatibility", "difference", "encoder_identity"]
@@ -67,7 +67,7 @@ def compatibility(
     made = {
         **files,
         "reading": READING,
-        "tiles_from": "archive" if from_archive else "slide" if config.on_the_fly else "jpeg",
+        "tiles_from": ARCHIVE if from_archive else "slide" if config.on_the_fly else "jpeg",
         "encoder": encoder_identity(encoder),
         "geometry": _geometry(slide, config, given),
     }
@@ -172,14 +172,17 @@ class CompletedArtifacts:
             return dict.fromkeys(kinds)
         found = {kind: self._find(kind, slide.sample_id, asked[kind], [slide]) for kind in kinds}
         complete = {kind for kind, each in found.items() if each is not None and not isinstance(each, str)}
-        if complete and self._tiled_otherwise(slide, asked):
+        if complete and self._tiled_otherwise(slide, asked[next(iter(complete))]):
             found |= dict.fromkeys(complete, "set of coordinates")
         return found
 
-    def _tiled_otherwise(self, slide: Slide, asked: Mapping[Kind, Mapping[str, Any]]) -> bool:
-        """Whether another run has tiled a slide anew, from files that now are again as they were."""
-        tiles, name = self._place.tiling / "tiles", slide.sample_id
-        return any(are_of_other_files(tiles, name, each) for each in asked.values())
+    def _tiled_otherwise(self, slide: Slide, asked: Mapping[str, Any]) -> bool:
+        """Whether another run has tiled a slide anew, from files that now are again as they were.
+
+        Args:
+            asked: of any kind: files and tiles are the same for all.
+        """
+        return are_of_other_files(self._place.tiling / "tiles", slide.sample_id, asked)
 
     def find_patient(
         self, patient_id: str, slides: Sequence[Slide], identities: Mapping[str, Mapping[str, Any] | None]

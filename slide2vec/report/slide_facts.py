@@ -44,6 +44,8 @@ class ReportedSlide:
         name: sample_id, with the class before it: "tumor/a".
         rows: of the process list, one per encoder.
         tilings: the folder that coordinates are in -> the tiling.
+        places: the same folders -> that of the coordinate files, which is elsewhere where they were given.
+        given: encoders whose coordinates were given -> the folder of these.
         problems: what cannot be read of it, and why.
     """
 
@@ -51,6 +53,8 @@ class ReportedSlide:
     rows: list[Row]
     run: ReportedRun
     tilings: dict[Path, Tiling] = field(default_factory=dict)
+    places: dict[Path, Path] = field(default_factory=dict)
+    given: dict[str, Path] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -73,20 +77,22 @@ class ReportedSlide:
             for folder, tiles in places.items()
             if coordinate_paths(tiles, self.name)[1].is_file()
         }
-        for folder, tiles in {**self._given_coordinates(), **found}.items():
+        self.given = self._given_coordinates()
+        elsewhere = {self.run.owners[encoder].tiling: tiles for encoder, tiles in self.given.items()}
+        for folder, tiles in {**elsewhere, **found}.items():
             try:
-                self.tilings[folder] = load_coordinates(tiles, self.name)
+                self.tilings[folder], self.places[folder] = load_coordinates(tiles, self.name), tiles
             except Slide2VecError as error:
                 self.problems.append(str(error))
 
-    def _given_coordinates(self) -> dict[Path, Path]:
-        """Where coordinates are that were given to the run, by the folder that its own would be below."""
-        found: dict[Path, Path] = {}
+    def _given_coordinates(self) -> dict[str, Path]:
+        """Where coordinates are that were given to the run, by encoder."""
+        found: dict[str, Path] = {}
         for encoder, owner in self.run.owners.items():
             for artifact in self.artifacts(encoder)[:1]:
                 tiles = owner.tiling / "tiles"
                 folder = coordinates_folder(artifact.metadata, tiles, self.name)
-                found |= {} if folder == tiles else {owner.tiling: folder}
+                found |= {} if folder == tiles else {encoder: folder}
         return found
 
     def artifacts(

@@ -89,7 +89,7 @@ def _of(slide: ReportedSlide, folder: Path, tiling: Tiling, size_px: int) -> Ite
 
 def _read(slide: ReportedSlide, folder: Path, tiling: Tiling, size_px: int) -> tuple[Picture, Picture]:
     """The slide, and the slide with its tissue outlined."""
-    masks = recorded_masks(folder / "tiles", slide.name)
+    masks = recorded_masks(slide.places[folder], slide.name)
     given = tiled_slide(slide, tiling)
     with open_tiled(given, tiling) as reader:
         background = overview(reader, max(reader.dimensions) / size_px, size_px)

@@ -23,6 +23,7 @@ from slide2vec.tiling.tissue_methods import checkpoint_of
 from slide2vec.tiling.types import PRECOMPUTED, Segmentation, Tiling
 
 __all__ = [
+    "ARCHIVE",
     "Previous",
     "are_of_other_files",
     "find_reusable",
@@ -41,6 +42,9 @@ _SUFFIX = ".coordinates.meta.json"
 _SCHEMA = 1
 #: A source record has a few hundred bytes; what else it may come to hold is not much.
 _MOST_BYTES = 2**20
+
+#: `tiles_from` of what was made from a tile archive, in source records and sidecars.
+ARCHIVE = "archive"
 
 #: Fields of `qc` that came later: records of runs without them stay as they were.
 _LATER_QC = ("method", "max_spot")
@@ -132,32 +136,34 @@ def are_of_other_files(directory: Path, sample_id: str, compatibility: Any) -> b
     """Whether a slide's coordinate files were made from other contents of its image and mask than embeddings:
     one of several encoders that share them has tiled the slide anew, or a run that broke off.
 
-    False where one of the two does not say, and for tiles that were given: they are of no mask.
+    False where one of the two does not say, and for tiles that were given: they are of no mask. Where one is
+    of a tile archive, only the mask counts: what an archive is says nothing of the slide.
 
     Args:
         compatibility: of the embeddings, as their sidecar has it.
     """
-    recorded = _read_source(directory, sample_id).get("coordinates")
+    source = _read_source(directory, sample_id)
+    recorded = source.get("coordinates")
     if not (isinstance(recorded, Mapping) and isinstance(compatibility, Mapping)):
         return False
-    return not were_given(compatibility) and any(
+    if were_given(compatibility):
+        return False
+    of_archive = ARCHIVE in (source.get("tiles_from"), compatibility.get("tiles_from"))
+    return any(
         name in compatibility and not same_content(recorded.get(name), compatibility[name])
-        for name in ("image", "mask")
+        for name in (("mask",) if of_archive else ("image", "mask"))
     )
 
 
 def were_given(compatibility: Any) -> bool:
-    """Whether the tiles of embeddings were given, as coordinate files or archives, not found in the slide.
+    """Whether the coordinates of embeddings were given, not found in the slide; those of tile archives alone
+    were found.
 
     Args:
         compatibility: of the embeddings, as their sidecar has it.
     """
-    if not isinstance(compatibility, Mapping):
-        return False
-    geometry = compatibility.get("geometry")
-    return compatibility.get("tiles_from") == "archive" or (
-        isinstance(geometry, Mapping) and "coordinates" in geometry
-    )
+    geometry = compatibility.get("geometry") if isinstance(compatibility, Mapping) else None
+    return isinstance(geometry, Mapping) and "coordinates" in geometry
 
 
 def find_reusable(previous: Previous, reader: SlideReader, config: PreprocessingConfig) -> Tiling | None:

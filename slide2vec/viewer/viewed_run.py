@@ -308,9 +308,10 @@ class ViewedRun:
 
     def _tiling(self, number: int, encoder: int) -> Tiling:
         """Its tiles; embeddings are read only where it takes them to know, for tiles of regions."""
+        slide = self._loaded(number)
         owner = self._run.owners[self._encoder(encoder)] if self.encoders else None
-        if owner is not None and "tile" in owner.sidecars:
-            found = self._loaded(number).tilings.get(owner.tiling)
+        if owner is not None and "tile" in owner.sidecars and self._given(slide, encoder) is None:
+            found = slide.tilings.get(owner.tiling)
         else:
             found = self._tiles(number, encoder).tiling
         if found is None:
@@ -323,10 +324,16 @@ class ViewedRun:
             raise ArtifactError(found.problem or f"slide {self._name(number)} has no embeddings of tiles")
         return found.embeddings
 
+    def _given(self, slide: ReportedSlide, encoder: int) -> Path | None:
+        """The folder of a slide's coordinates that were given to the run of an encoder, if they were."""
+        return slide.given.get(self._encoder(encoder)) if self.encoders else None
+
     def _find_outlines(self, number: int, encoder: int) -> dict[str, Any]:
         slide, tiling = self._loaded(number), self._tiling(number, encoder).recorded
-        folder = next(folder for folder, each in slide.tilings.items() if each.geometry == tiling.geometry)
-        masks = recorded_masks(folder / "tiles", slide.name)
+        place = self._given(slide, encoder) or next(
+            slide.places[folder] for folder, each in slide.tilings.items() if each.geometry == tiling.geometry
+        )
+        masks = recorded_masks(place, slide.name)
         with self._open.reader(number) as reader:
             tissue = tissue_again(reader, tiled_slide(slide, tiling), tiling, masks)
         rings: Mapping[str, list[Any]] = {"outer": [], "holes": []}

@@ -35,9 +35,12 @@ from slide2vec.cohort.process_list import key_of, read_process_list
 from slide2vec.cohort.shard_merge import merge_shards
 from slide2vec.errors import ArtifactError, ConfigError, ManifestError, MaskError
 from slide2vec.manifests import by_class
+from slide2vec.report.slide_facts import ReportedRun
+from slide2vec.report.slide_images import draw_images
 from slide2vec.search import draw_sheet, searched_run
 from slide2vec.slides import Slide
 from slide2vec.tiling import load_coordinates
+from slide2vec.viewer.viewed_run import ViewedRun
 
 MASKS: dict[str, Any] = {
     "pixel_mapping": {"background": 0, "tumor": 1, "tissue": 2, "stroma": 3},
@@ -310,6 +313,21 @@ def test_coordinates_of_classes_are_embedded_again(
     result = pipeline.run_with_coordinates(whole[0])
     assert [a.name for a in result.tile_artifacts] == ["s0", "s1", "tumor/s0", "tumor/s1"]
     assert torch.equal(load_embeddings(result.tile_artifacts[2].path), in_memory[0].tile_embeddings)
+    for name in ("tumor/s0", "s0"):  # drawn by the masks that are recorded beside the coordinates
+        (tissue, outlines), (expected, expected_outlines) = _drawn(tmp_path, name), _drawn(whole[0], name)
+        assert np.array_equal(tissue, expected) and outlines == expected_outlines
+
+
+def _drawn(out: Path, name: str) -> tuple[Any, Any]:
+    """The picture of a slide's tissue in a report, and its outlines in the viewer."""
+    slide = next(slide for slide in ReportedRun(out, out).slides if slide.name == name)
+    slide.load()
+    tissue = next(picture.pixels for picture in draw_images(slide, 300) if picture.kind == "tissue")
+    run = ViewedRun(out)
+    number = [line["id"] for line in run.facts()["slides"]].index(name)
+    outlines = run.outlines(number, 0)
+    run.close()
+    return tissue, outlines
 
 
 def test_a_folder_of_classes_alone_has_an_owner(model: Model, given: list[Slide], tmp_path: Path) -> None:

@@ -147,6 +147,21 @@ def test_a_patient_is_made_of_the_identities_of_their_slides(slide: Slide, tmp_p
     assert ours.find_patient("b", [slide], identities) is None
 
 
+def test_what_coordinates_are_of_is_read_once_for_all_kinds(
+    slide: Slide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(folder: Path, name: str, made: Any) -> bool:
+        looked.append(name)
+        return False
+
+    looked: list[str] = []
+    monkeypatch.setattr(identity_module, "are_of_other_files", look)
+    for kind in ("tile", "slide"):
+        wrote(tmp_path, kind, made_of(slide, kind))
+    found = completed(tmp_path, "tile", "slide").find(["tile", "slide"], slide)
+    assert None not in found.values() and looked == ["a"]
+
+
 @pytest.mark.parametrize("why", ["gone", "tiling", "no archive"])
 def test_a_slide_that_cannot_be_looked_at_has_nothing_finished(
     slide: Slide, tmp_path: Path, why: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections import defaultdict
@@ -153,6 +154,59 @@ def test_coordinates_of_another_state_of_a_mask_are_not_those_of_the_embeddings(
     assert (again.resumed, again.recomputed) == (0, {"set of coordinates": 1})
     assert torch.equal(BagDataset(out, encoders=TIMM)[0]["coords"], before) and exported(TIMM) == []
     assert run("timm", given=given).resumed == 1
+
+
+def archives_alone(out: Path, folder: Path) -> Path:
+    """The tile archives of a run, without its coordinates beside them."""
+    folder.mkdir()
+    for path in (out / "tiles").glob("*.tiles.*"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def test_another_encoder_over_archives_leaves_the_embeddings_of_the_slide(run: Run, tmp_path: Path) -> None:
+    """What it records of the image is of the archive, which says nothing of the slide."""
+    out = tmp_path / "out"
+    run("scattering", save_tiles=True)
+    archives = archives_alone(out, tmp_path / "archives")
+    before = BagDataset(out)[0]["coords"]
+    assert not run("timm", read_tiles_from=archives).failed
+    for encoder in ("scattering", TIMM):
+        assert torch.equal(BagDataset(out, encoders=encoder)[0]["coords"], before)
+    for name, options in (("scattering", {"save_tiles": True}), ("timm", {"read_tiles_from": archives})):
+        again = run(name, **options)
+        assert (again.resumed, again.recomputed) == (2, {})
+
+
+def test_a_mask_that_changed_between_archives_and_slides_is_seen(
+    run: Run, slides: list[Path], tmp_path: Path
+) -> None:
+    def paint(left: int) -> None:
+        mask = np.zeros((192, 192), np.uint8)
+        mask[20:120, left : left + 60] = 1
+        Image.fromarray(mask).save(tmp_path / "mask.png")
+
+    out, given = tmp_path / "out", [{"image_path": slides[0], "mask_path": tmp_path / "mask.png"}]
+    paint(20)
+    run("scattering", given=given, save_tiles=True)
+    run("timm", given=given, read_tiles_from=archives_alone(out, tmp_path / "archives"))
+    assert len(BagDataset(out, encoders=TIMM)) == 1 and BagDataset(out, encoders=TIMM)[0]
+    paint(100)
+    run("scattering", given=given, save_tiles=True)
+    with pytest.raises(ArtifactError, match=f"slide s0: its image or mask has changed .* by {TIMM} .*again"):
+        BagDataset(out, encoders=TIMM)[0]
+
+
+def test_a_copy_of_a_run_over_archives_has_its_own_coordinates(run: Run, tmp_path: Path) -> None:
+    run("scattering", save_tiles=True)
+    archives = archives_alone(tmp_path / "out", tmp_path / "archives")
+    run("scattering", "original", read_tiles_from=archives)
+    shutil.copytree(tmp_path / "original", tmp_path / "copy")
+    before = BagDataset(tmp_path / "copy")[0]["coords"]
+    for folder in ("tiles", "tile_embeddings"):
+        shutil.rmtree(tmp_path / "original" / folder)
+    run("scattering", "original", overlap=0.5, resume=False)  # the slides themselves, in other places
+    assert torch.equal(BagDataset(tmp_path / "copy")[0]["coords"], before)
 
 
 def test_another_precision_is_another_encoder(

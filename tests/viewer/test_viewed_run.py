@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from slide2vec import ExecutionOptions, Model, Pipeline, PreprocessingConfig
 from slide2vec.artifacts.reading import load_embeddings
@@ -21,10 +23,18 @@ def slide(generated_slide: Callable[..., Path], tmp_path_factory: pytest.TempPat
     return generated_slide(tmp_path_factory.mktemp("slides") / "s.svs", size_px=1536, seed=0, levels=2)
 
 
-def embedded(slide: Path, folder: Path, size: int, multiple: int | None = None) -> None:
-    model = Model.from_preset("scattering", device="cpu", allow_non_recommended_settings=True)
+def embedded(
+    slide: Any,
+    folder: Path,
+    size: int,
+    multiple: int | None = None,
+    preset: str = "scattering",
+    **options: Any,
+) -> None:
+    weights = "random" if preset.startswith("timm:") else None
+    model = Model.from_preset(preset, weights=weights, device="cpu", allow_non_recommended_settings=True)
     config = PreprocessingConfig(
-        requested_tile_size_px=size, requested_spacing_um=0.5, region_tile_multiple=multiple
+        requested_tile_size_px=size, requested_spacing_um=0.5, region_tile_multiple=multiple, **options
     )
     Pipeline(model, config, ExecutionOptions(output_dir=folder, num_gpus=1)).run([slide])
 
@@ -55,6 +65,25 @@ def test_each_encoder_has_its_tiles(slide: Path, tmp_path: Path) -> None:
         assert len(run.colours(0, number, "cluster")["colours"]) == 6 * len(tiles["x"])
         assert len(run.similar(number, 5, 0, 1)) == 5
     run.close()
+
+
+def test_an_encoder_whose_coordinates_were_given_has_its_tiles(slide: Path, tmp_path: Path) -> None:
+    """Beside those of another, which found its own with the same settings."""
+    mask = np.zeros((192, 192), np.uint8)
+    mask[20:120, 20:80] = 1
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    masked = {"image_path": slide, "mask_path": tmp_path / "mask.png"}
+    embedded(masked, tmp_path / "kept", 160)
+    embedded(slide, tmp_path / "out", 160)
+    timm = "timm:test_vit.r160_in1k"
+    embedded(masked, tmp_path / "out", 160, preset=timm, read_coordinates_from=tmp_path / "kept")
+    kept, run = ViewedRun(tmp_path / "kept"), ViewedRun(tmp_path / "out", timm)
+    tiles = run.slide(0, 0)["tiles"]
+    assert tiles["x"] == kept.slide(0, 0)["tiles"]["x"] != run.slide(0, 1)["tiles"]["x"]
+    last = len(tiles["x"]) - 1
+    assert run.tile(0, 0, last) == kept.tile(0, 0, last) != run.tile(0, 1, last)
+    for each in (kept, run):
+        each.close()
 
 
 def test_tiles_alone_are_shown_without_colours(slide: Path, tmp_path: Path) -> None:
