@@ -19,8 +19,11 @@ _CALL = re.compile(r"\bslide2vec (run|merge|status)((?:[^\n'`\\]|\\\n)*)")
 
 
 def calls(text: str) -> list[tuple[str, list[str]]]:
-    """Subcommands and their long flags."""
-    return [(command, re.findall(r"(?<!\S)--[a-z-]+", rest)) for command, rest in _CALL.findall(text)]
+    """Subcommands, their long flags, and a manifest that stands without one."""
+    return [
+        (command, re.findall(r"(?<!\S)(?:--[a-z-]+|[^-\s]\S*\.csv)", rest))
+        for command, rest in _CALL.findall(text)
+    ]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -33,12 +36,16 @@ def test_shell_reads_it(script: Path) -> None:
 def test_flags_exist(path: Path) -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
     found = calls(path.read_text())
-    assert any(command == "run" and "--preset" in flags for command, flags in found)
-    for command, flags in found:
+    assert any(
+        command == "run" and "--preset" in given and not {"--manifest", "slides.csv"}.isdisjoint(given)
+        for command, given in found
+    )
+    for command, given in found:
+        flags = {each for each in given if each.startswith("--")}
         known = {
             name for option in commands[command].params for name in (*option.opts, *option.secondary_opts)
         }
-        assert set(flags) - known == set(), f"{path.name}: slide2vec {command}"
+        assert flags - known == set(), f"{path.name}: slide2vec {command}"
 
 
 def test_array_counts_from_one_whatever_slurm_counts_from() -> None:

@@ -87,7 +87,7 @@ def audit_run(
 
     Returns:
         What `write_certificate` writes. Its "verdict" is "agrees", "differs", or "not audited" where no slide
-        could be.
+        of an encoder could be.
 
     Raises:
         ArtifactError: the run has no embeddings of tiles.
@@ -138,7 +138,7 @@ def audit_run(
         "versions": versions(),
         "sample": sample,
         "seed": seed,
-        "verdict": _verdict(every),
+        "verdict": _of_all([each["verdict"] for each in encoders]),
         "slides": dict(Counter(row["verdict"] for row in every)),
         "tiles_compared": sum(row["compared"] for row in every),
         "encoders": encoders,
@@ -148,6 +148,11 @@ def audit_run(
 def _verdict(rows: Sequence[Row]) -> str:
     verdicts = {row["verdict"] for row in rows}
     return next((each for each in ("differs", "agrees") if each in verdicts), "not audited")
+
+
+def _of_all(verdicts: Sequence[str]) -> str:
+    """Of several encoders: they agree only where each does."""
+    return next(each for each in ("differs", "not audited", "agrees") if each in verdicts)
 
 
 def _sidecars(owner: Owner) -> Iterator[Path]:

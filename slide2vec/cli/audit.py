@@ -61,7 +61,7 @@ def audit(
     """Compare a sample of a run's embeddings with tiles read and encoded by other code, in fp32.
 
     Pixels by OpenSlide or tifffile, torchvision's transform, PyTorch. Writes a certificate; the exit status
-    is 1 where embeddings differ, or where none could be compared.
+    is 1 where embeddings differ, or none of an encoder could be compared.
     """
     if verify:
         _verify(run, as_json=as_json)

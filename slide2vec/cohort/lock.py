@@ -36,8 +36,8 @@ SHARD_LOCKS = ".slide2vec.shard-*-of-*.lock"
 #: Held by a shard while it looks for its folders.
 PLACES_LOCK = ".slide2vec.places.lock"
 _TRIES, _PAUSE_S = 4, 0.05
-#: For a turn behind a URL, where who was killed holds it for 2 min.
-_MOST_WAIT_S = 600.0
+#: For a turn behind a URL, where who was killed holds it for 2 min; and between requests of the store.
+_MOST_WAIT_S, _REQUEST_EVERY_S = 600.0, 0.5
 
 
 def shard_stem(shard: str) -> str:
@@ -101,7 +101,7 @@ def _wait_for_lease(held: ExitStack, path: Path) -> None:
         except OutputLockedError:
             if time.monotonic() > until:
                 raise
-            time.sleep(_PAUSE_S)
+            time.sleep(_REQUEST_EVERY_S)
         else:
             return
 

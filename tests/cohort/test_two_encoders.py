@@ -117,26 +117,28 @@ def test_embeddings_are_those_of_separate_runs(run: Run, tmp_path: Path) -> None
             assert made.read_bytes() == (tmp_path / f"out/{folder}tile_embeddings/{made.name}").read_bytes()
 
 
+def paint_mask(path: Path, left: int) -> None:
+    """60 x 100 px of tissue in 192 x 192, `left` px from the left."""
+    mask = np.zeros((192, 192), np.uint8)
+    mask[20:120, left : left + 60] = 1
+    Image.fromarray(mask).save(path)
+
+
 def test_coordinates_of_another_state_of_a_mask_are_not_those_of_the_embeddings(
     run: Run, slides: list[Path], tmp_path: Path
 ) -> None:
     """One encoder tiles a slide anew, in other places and as many: those of the other are no longer there."""
 
-    def paint(left: int) -> None:
-        mask = np.zeros((192, 192), np.uint8)
-        mask[20:120, left : left + 60] = 1
-        Image.fromarray(mask).save(tmp_path / "mask.png")
-
     def exported(encoder: str) -> list[str]:
         return [str(each.error) for each in export_run(out, tmp_path / "other", encoder=encoder)[1]]
 
     out, given = tmp_path / "out", [{"image_path": slides[0], "mask_path": tmp_path / "mask.png"}]
-    paint(20)
+    paint_mask(tmp_path / "mask.png", 20)
     for name in ("scattering", "timm"):
         run(name, given=given)
     before = BagDataset(out, encoders=TIMM)[0]["coords"]
     assert exported(TIMM) == []
-    paint(100)
+    paint_mask(tmp_path / "mask.png", 100)
     assert run("scattering", given=given).recomputed == {"mask": 1}
     now = BagDataset(out, encoders="scattering")[0]["coords"]
     assert now.shape == before.shape and not torch.equal(now, before)
@@ -149,7 +151,9 @@ def test_coordinates_of_another_state_of_a_mask_are_not_those_of_the_embeddings(
     slide.load()
     with pytest.raises(ArtifactError, match="tiled anew since"):
         embedded_tiles(slide, TIMM, slide.tilings[out])
-    paint(20)  # as it was: the embeddings agree with it, and the coordinates do not
+    paint_mask(
+        tmp_path / "mask.png", 20
+    )  # as it was: the embeddings agree with it, and the coordinates do not
     again = run("timm", given=given)
     assert (again.resumed, again.recomputed) == (0, {"set of coordinates": 1})
     assert torch.equal(BagDataset(out, encoders=TIMM)[0]["coords"], before) and exported(TIMM) == []
@@ -181,17 +185,12 @@ def test_another_encoder_over_archives_leaves_the_embeddings_of_the_slide(run: R
 def test_a_mask_that_changed_between_archives_and_slides_is_seen(
     run: Run, slides: list[Path], tmp_path: Path
 ) -> None:
-    def paint(left: int) -> None:
-        mask = np.zeros((192, 192), np.uint8)
-        mask[20:120, left : left + 60] = 1
-        Image.fromarray(mask).save(tmp_path / "mask.png")
-
     out, given = tmp_path / "out", [{"image_path": slides[0], "mask_path": tmp_path / "mask.png"}]
-    paint(20)
+    paint_mask(tmp_path / "mask.png", 20)
     run("scattering", given=given, save_tiles=True)
     run("timm", given=given, read_tiles_from=archives_alone(out, tmp_path / "archives"))
     assert len(BagDataset(out, encoders=TIMM)) == 1 and BagDataset(out, encoders=TIMM)[0]
-    paint(100)
+    paint_mask(tmp_path / "mask.png", 100)
     run("scattering", given=given, save_tiles=True)
     with pytest.raises(ArtifactError, match=f"slide s0: its image or mask has changed .* by {TIMM} .*again"):
         BagDataset(out, encoders=TIMM)[0]
